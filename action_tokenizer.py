@@ -1,0 +1,215 @@
+"""Actions <-> tokens: 256 bins over [-1, 1] written as the last ids of the vocabulary, and the dataset statistics
+that carry [-1, 1] to the units of a robot.
+
+Formulas: OpenVLA paper (arXiv 2406.09246) section 3.2 and the published `modeling_prismatic.py`. Everything is
+vectorized; arrays stay numpy, tensors stay on their device.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+
+class ActionTokenizer:
+    """Discretizes normalized actions and maps the bins to the last ids of a vocabulary.
+
+    `bins` edges divide [-1, 1] into `bins - 1` intervals; edge index `k` in [1, bins] (from `np.digitize`) is written as
+    token `vocabulary_end - k`. The top edge has an interval of its own in the vocabulary but not in the decoder: both
+    `vocabulary_end - bins` and `vocabulary_end - bins + 1` decode to the last center.
+
+    Args:
+        tokenizer: A tokenizer, whose `vocab_size` (added tokens not counted) ends the action tokens, or that number.
+        bins: Number of bin edges, equal to the number of action tokens.
+        min_action, max_action: Range of a normalized action; values outside are clipped to it.
+    """
+
+    def __init__(self, tokenizer, bins: int = 256, min_action: float = -1.0, max_action: float = 1.0):
+        self.tokenizer = None if isinstance(tokenizer, int) else tokenizer
+        self.vocabulary_end = tokenizer if isinstance(tokenizer, int) else int(tokenizer.vocab_size)
+        if not 2 <= bins <= self.vocabulary_end:
+            raise ValueError(f"{bins} bins do not fit a vocabulary of {self.vocabulary_end} tokens: give 2 to that many.")
+        self.n_bins, self.min_action, self.max_action = bins, min_action, max_action
+        self.bins = np.linspace(min_action, max_action, bins)  # (bins,) edges
+        self.bin_centers = (self.bins[:-1] + self.bins[1:]) / 2.0  # (bins - 1,)
+        # Published attribute: the id BEFORE the first action token.
+        self.action_token_begin_idx = self.vocabulary_end - (bins + 1)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of action tokens (published name)."""
+        return self.n_bins
+
+    @property
+    def token_range(self) -> tuple[int, int]:
+        """First action token id and the id after the last one."""
+        return self.vocabulary_end - self.n_bins, self.vocabulary_end
+
+    def encode(self, actions):
+        """Token ids of normalized actions.
+
+        Args:
+            actions: (...) array, tensor or list; clipped to [min_action, max_action].
+
+        Returns:
+            (...) int64 ids in `token_range`, a tensor for a tensor, else an array.
+
+        Raises:
+            ValueError: If a value is NaN, which has no bin.
+        """
+        if isinstance(actions, torch.Tensor):
+            # float64 as in numpy, whose digitize promotes float32 values before it compares them with the edges.
+            values = actions.detach().to(torch.float64).clamp(self.min_action, self.max_action)
+            if bool(values.isnan().any()):
+                raise ValueError("actions contain NaN, which no action token stands for: repair or drop the step.")
+            edges = torch.from_numpy(self.bins).to(values.device)
+            return self.vocabulary_end - torch.bucketize(values, edges, right=True)
+        values = np.clip(np.asarray(actions, dtype=np.float64), self.min_action, self.max_action)
+        if np.isnan(values).any():
+            raise ValueError("actions contain NaN, which no action token stands for: repair or drop the step.")
+        return self.vocabulary_end - np.digitize(values, self.bins)
+
+    def decode(self, token_ids):
+        """Normalized actions (bin centers) of token ids, the inverse of `encode` up to half a bin.
+
+        Ids outside `token_range` are clipped to the nearest bin, as the published code does.
+
+        Args:
+            token_ids: (...) integer array, tensor or list.
+
+        Returns:
+            (...) float64 values in [-1, 1], a tensor for a tensor, else an array.
+        """
+        if isinstance(token_ids, torch.Tensor):
+            centers = torch.from_numpy(self.bin_centers).to(token_ids.device)
+            return centers[(self.vocabulary_end - token_ids - 1).clamp(0, len(centers) - 1)]
+        indices = self.vocabulary_end - np.asarray(token_ids) - 1
+        return self.bin_centers[np.clip(indices, 0, len(self.bin_centers) - 1)]
+
+    # Published names -------------------------------------------------------------------------------------------------
+
+    def __call__(self, action) -> str | list[str]:
+        """Text of the action tokens: a string for (A,), a list of strings for (N, A)."""
+        if self.tokenizer is None:
+            raise ValueError("This ActionTokenizer knows only a vocabulary size; make it from a tokenizer to get text.")
+        token_ids = self.encode(action)
+        if token_ids.ndim == 1:
+            return self.tokenizer.decode(token_ids.tolist())
+        return self.tokenizer.batch_decode(token_ids.tolist())
+
+    def decode_token_ids_to_actions(self, action_token_ids) -> np.ndarray:
+        """Published name of `decode`."""
+        return self.decode(action_token_ids)
+
+
+# Dataset statistics ---------------------------------------------------------------------------------------------------
+
+
+def resolve_unnorm_key(norm_stats: Mapping[str, Any] | None, unnorm_key: str | None) -> str:
+    """The dataset whose statistics un-normalize an action.
+
+    `None` is enough where there is one dataset. Raises a `ValueError` that lists the datasets where a choice has to be
+    made, and a `KeyError` that names the nearest where the key is unknown.
+    """
+    if not norm_stats:
+        raise ValueError(
+            "The model has no action statistics, so its actions have no units: put a dataset_statistics.json beside the "
+            "weights, or set model.norm_stats = {dataset: {'action': {'q01': [...], 'q99': [...], 'mask': [...]}}}."
+        )
+    if unnorm_key is None:
+        if len(norm_stats) > 1:
+            raise ValueError(
+                f"The model was trained on {len(norm_stats)} datasets; pass unnorm_key to say whose units the action "
+                f"shall have: {', '.join(sorted(norm_stats))}."
+            )
+        return next(iter(norm_stats))
+    if unnorm_key not in norm_stats:
+        near = difflib.get_close_matches(str(unnorm_key), list(norm_stats), n=1, cutoff=0.0)
+        raise KeyError(
+            f"unnorm_key='{unnorm_key}' is not among the model's statistics. Did you mean '{near[0]}'? "
+            f"Known: {', '.join(sorted(norm_stats))}."
+        )
+    return unnorm_key
+
+
+def get_action_stats(norm_stats: Mapping[str, Any] | None, unnorm_key: str | None) -> dict[str, Any]:
+    """The `"action"` entry of a dataset's statistics, checked: q01, q99 and mask of one length, finite."""
+    key = resolve_unnorm_key(norm_stats, unnorm_key)
+    stats = (norm_stats or {})[key].get("action")
+    if not isinstance(stats, Mapping) or "q01" not in stats or "q99" not in stats:
+        raise ValueError(f"The statistics of '{key}' lack action/q01 or action/q99: recompute them for this dataset.")
+    q01, q99 = np.asarray(stats["q01"], dtype=np.float64), np.asarray(stats["q99"], dtype=np.float64)
+    mask = stats.get("mask")
+    if q01.ndim != 1 or q01.shape != q99.shape or (mask is not None and len(mask) != len(q01)):
+        raise ValueError(
+            f"The action statistics of '{key}' do not fit together: q01 {q01.shape}, q99 {q99.shape}, "
+            f"mask {None if mask is None else len(mask)}; each needs one value per action dimension."
+        )
+    if not (np.isfinite(q01).all() and np.isfinite(q99).all()):
+        raise ValueError(f"The action statistics of '{key}' are not finite: recompute them.")
+    return dict(stats)
+
+
+def _bounds(stats: Mapping[str, Any], action_dim: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """q01, q99 and mask (an absent mask is all True) as arrays of length `action_dim`."""
+    low, high = np.asarray(stats["q01"], dtype=np.float64), np.asarray(stats["q99"], dtype=np.float64)
+    if len(low) != action_dim:
+        raise ValueError(f"Actions have {action_dim} dimensions, their statistics {len(low)}: wrong unnorm_key?")
+    mask = stats.get("mask")
+    return low, high, np.ones(action_dim, dtype=bool) if mask is None else np.asarray(mask, dtype=bool)
+
+
+def unnormalize_actions(actions: np.ndarray, stats: Mapping[str, Any]) -> np.ndarray:
+    """From [-1, 1] to the units of the dataset: `0.5 (a + 1) (q99 - q01) + q01` where the mask is True.
+
+    Args:
+        actions: (..., A) normalized actions.
+        stats: `"action"` entry of a dataset's statistics.
+
+    Returns:
+        (..., A) float64.
+    """
+    actions = np.asarray(actions, dtype=np.float64)
+    low, high, mask = _bounds(stats, actions.shape[-1])
+    return np.where(mask, 0.5 * (actions + 1) * (high - low) + low, actions)
+
+
+def normalize_actions(actions: np.ndarray, stats: Mapping[str, Any]) -> np.ndarray:
+    """From the units of the dataset to [-1, 1], as in training: `2 (a - q01) / (q99 - q01 + 1e-8) - 1`, clipped.
+
+    Dimensions that never change (min == max in the statistics) become 0; unmasked dimensions pass as they are.
+
+    Args:
+        actions: (..., A) actions in the units of the dataset.
+        stats: `"action"` entry of a dataset's statistics.
+
+    Returns:
+        (..., A) float64.
+    """
+    actions = np.asarray(actions, dtype=np.float64)
+    low, high, mask = _bounds(stats, actions.shape[-1])
+    scaled = np.where(mask, np.clip(2 * (actions - low) / (high - low + 1e-8) - 1, -1, 1), actions)
+    if "min" in stats and "max" in stats:
+        constant = np.asarray(stats["min"]) == np.asarray(stats["max"])
+        scaled = np.where(constant, 0.0, scaled)
+    return scaled
+
+
+def check_same_action_dim(norm_stats: Mapping[str, Any], unnorm_keys: Sequence[str | None]) -> int:
+    """Common number of action dimensions of several datasets; a `ValueError` names those that differ."""
+    dims = {resolve_unnorm_key(norm_stats, key): len(get_action_stats(norm_stats, key)["q01"]) for key in unnorm_keys}
+    if len(set(dims.values())) > 1:
+        raise ValueError(f"One batch cannot mix action dimensions {dims}: predict these datasets in separate calls.")
+    return next(iter(dims.values()))
+
+
+__all__ = [
+    "ActionTokenizer",
+    "check_same_action_dim",
+    "get_action_stats",
+    "normalize_actions",
+    "resolve_unnorm_key",
+    "unnormalize_actions",
+]

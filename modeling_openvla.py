@@ -1,0 +1,780 @@
+"""OpenVLA: an image and an instruction go in, a robot action comes out.
+
+Read it from top to bottom: vision towers, projector, how patches enter the prompt, the model, how actions are decoded.
+
+Shapes: `batch` samples, `length` prompt tokens, `num_patches` image patches (256 at 224 pixels), `hidden` width of the
+language model, `action_dim` numbers of one action.
+
+The published weights (`openvla/openvla-7b`, `openvla/openvla-v01-7b`) keep their tensor names. Differences from the
+published code are listed in the README.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from timm.layers import AttentionPoolLatent
+from timm.models.vision_transformer import LayerScale as TimmLayerScale
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import ModelOutput
+from transformers.utils import cached_file
+
+from .action_tokenizer import (
+    ActionTokenizer,
+    check_same_action_dim,
+    get_action_stats,
+    unnormalize_actions,
+)
+from .configuration_openvla import OpenVLAConfig
+from .processing_openvla import HUB_KWARGS, OpenVLAProcessor, as_image_list, load_image
+
+
+IGNORE_INDEX = -100  # label that the loss skips
+NOT_QUANTIZED = ["vision_backbone", "projector", "lm_head"]
+
+
+# Vision ---------------------------------------------------------------------------------------------------------------
+
+
+class LayerScale(nn.Module):
+    """timm's LayerScale with its parameter named as in the published files, `scale_factor` instead of `gamma`."""
+
+    def __init__(self, dim: int, init_values: float):
+        super().__init__()
+        self.init_values = init_values
+        self.scale_factor = nn.Parameter(torch.full((dim,), init_values))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states * self.scale_factor
+
+
+def create_vision_tower(model_id: str, image_size: int, act_layer: str | None, model_kwargs: dict) -> VisionTransformer:
+    """One randomly initialized timm vision transformer; `model_kwargs` win over the other arguments."""
+    arguments = {"img_size": image_size, "num_classes": 0, "act_layer": act_layer, "weight_init": "skip", **model_kwargs}
+    tower = timm.create_model(model_id, pretrained=False, **arguments)
+    if not isinstance(tower, VisionTransformer) or len(tower.blocks) < 2:
+        raise ValueError(
+            f"Vision tower '{model_id}' with {model_kwargs} must be a timm VisionTransformer of at least two blocks: "
+            "features are read from the second-to-last."
+        )
+    for block in tower.blocks:
+        for name in ("ls1", "ls2"):
+            layer_scale = getattr(block, name)
+            if isinstance(layer_scale, TimmLayerScale):
+                init_values = (model_kwargs.get("init_values") or DEFAULT_LAYER_SCALE)
+                setattr(block, name, LayerScale(layer_scale.gamma.shape[0], init_values))
+    return tower
+
+
+DEFAULT_LAYER_SCALE = 1e-5  # of timm's DINOv2
+
+
+class OpenVLAVisionBackbone(nn.Module):
+    """One or two vision towers; the patch features of both are concatenated channel-wise."""
+
+    def __init__(self, config: OpenVLAConfig):
+        super().__init__()
+        towers = [
+            create_vision_tower(*arguments)
+            for arguments in zip(
+                config.timm_model_ids, config.image_sizes, config.timm_override_act_layers, config.timm_model_kwargs
+            )
+        ]
+        self.featurizer = towers[0]
+        if config.use_fused_vision_backbone:
+            self.fused_featurizer = towers[1]
+        self.embed_dim = sum(tower.embed_dim for tower in towers)
+        self.num_patches = towers[0].patch_embed.num_patches
+        if any(tower.patch_embed.num_patches != self.num_patches for tower in towers):
+            raise ValueError(
+                f"Towers see {[tower.patch_embed.num_patches for tower in towers]} patches: their features can be "
+                "concatenated only if image size and patch size agree."
+            )
+
+    @property
+    def towers(self) -> list[VisionTransformer]:
+        return [getattr(self, name) for name in ("featurizer", "fused_featurizer") if hasattr(self, name)]
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Switched by `model.gradient_checkpointing_enable()`, which looks for this name on every module."""
+        return all(tower.grad_checkpointing for tower in self.towers)
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, enable: bool) -> None:
+        for tower in self.towers:
+            tower.set_grad_checkpointing(enable)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(batch, 3 * towers, height, width) -> (batch, num_patches, embed_dim).
+
+        Features are the output of the second-to-last block without final norm and without prefix tokens; the last block
+        is not run.
+        """
+        features = []
+        for tower, pixels in zip(self.towers, pixel_values.split(3, dim=1)):
+            features += tower.forward_intermediates(
+                pixels,
+                indices=[len(tower.blocks) - 2],
+                stop_early=True,
+                intermediates_only=True,
+                output_fmt="NLC",
+            )
+        return torch.cat(features, dim=2)
+
+
+class OpenVLAProjector(nn.Module):
+    """MLP from patch features to the embedding space of the language model, three layers deep for two towers."""
+
+    def __init__(self, vision_dim: int, hidden: int, fused: bool):
+        super().__init__()
+        if fused:
+            self.fc1 = nn.Linear(vision_dim, 4 * vision_dim)
+            self.fc2 = nn.Linear(4 * vision_dim, hidden)
+            self.fc3 = nn.Linear(hidden, hidden)
+        else:
+            self.fc1 = nn.Linear(vision_dim, hidden)
+            self.fc2 = nn.Linear(hidden, hidden)
+            self.fc3 = None
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """(batch, num_patches, vision_dim) -> (batch, num_patches, hidden)."""
+        projected = self.fc2(nn.functional.gelu(self.fc1(features)))
+        return projected if self.fc3 is None else self.fc3(nn.functional.gelu(projected))
+
+
+# Patches in the prompt ------------------------------------------------------------------------------------------------
+
+
+class PatchLayout:
+    """Where `num_patches` patches stand once they are inserted after the first real token (BOS) of every row.
+
+    Args:
+        attention_mask: (batch, length), 0 marks padding on either side; None means no padding.
+        shape: (batch, length) of the prompt.
+    """
+
+    def __init__(self, attention_mask: torch.Tensor | None, shape: tuple[int, int], num_patches: int, device):
+        batch, length = shape
+        if attention_mask is None:
+            first = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        else:
+            first = attention_mask.to(device).ne(0).int().argmax(dim=1, keepdim=True)
+        position = torch.arange(length + num_patches, device=device)[None, :]
+        offset = position - (first + 1)  # 0 at the first patch
+        self.is_patch = (offset >= 0) & (offset < num_patches)  # (batch, length + num_patches)
+        text_index = torch.where(offset >= num_patches, position - num_patches, position)
+        self.text_index = text_index.masked_fill(self.is_patch, 0)
+        # (batch, length): where each text token stands after the insertion
+        text = torch.arange(length, device=device)[None, :].expand(batch, -1)
+        self.expanded_index = torch.where(text > first, text + num_patches, text)
+
+    def insert(self, values: torch.Tensor, fill: int | float) -> torch.Tensor:
+        """(batch, length, ...) -> (batch, length + num_patches, ...), `fill` where patches stand."""
+        is_patch, index = self.is_patch, self.text_index
+        if values.ndim == 3:
+            is_patch, index = is_patch[..., None], index[..., None].expand(-1, -1, values.shape[-1])
+        return values.gather(1, index).masked_fill(is_patch, fill)
+
+    def remove(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Sequences that begin with an expanded prompt, without the patches. Rows may be repeated (beams, samples)."""
+        batch, length = self.expanded_index.shape
+        expanded = self.is_patch.shape[1]
+        index = self.expanded_index.repeat_interleave(len(token_ids) // batch, dim=0).to(token_ids.device)
+        return torch.cat([token_ids[:, :expanded].gather(1, index), token_ids[:, expanded:]], dim=1)
+
+
+# The model ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class OpenVLAOutput(ModelOutput):
+    """Output of `OpenVLAForActionPrediction.forward`.
+
+    loss: Mean cross entropy over labels that are not -100, if labels were given.
+    logits: (batch, num_patches + length, vocab_size), or the last `logits_to_keep` positions of it.
+    past_key_values, hidden_states, attentions: As in every causal language model of the library.
+    projector_features: (batch, num_patches, hidden), if an image was given.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    projector_features: torch.Tensor | None = None
+
+
+@dataclass
+class ActionPrediction(ModelOutput):
+    """Output of `predict_action(..., return_dict=True)`; all arrays are (action_dim,) or (batch, action_dim).
+
+    actions: float64, in the units of the dataset (un-normalized where its mask is True).
+    normalized_actions: float64 in [-1, 1].
+    token_ids: int64 ids of the chosen tokens.
+    token_probabilities: float32 probability of each chosen token among those that could have been chosen.
+    token_entropies: float32 entropy of that distribution in nats; log(256) = 5.5 means no idea.
+    """
+
+    actions: np.ndarray | None = None
+    normalized_actions: np.ndarray | None = None
+    token_ids: np.ndarray | None = None
+    token_probabilities: np.ndarray | None = None
+    token_entropies: np.ndarray | None = None
+
+
+class OpenVLAPreTrainedModel(PreTrainedModel):
+    config: OpenVLAConfig
+    config_class = OpenVLAConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["OpenVLAVisionBackbone", "OpenVLAProjector"]  # those of the language model add themselves
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialize what `module` itself owns (Linear, Conv, Embedding and norms are the library's)."""
+        super()._init_weights(module)
+        if isinstance(module, VisionTransformer):
+            # As timm initializes them; pos_embed, cls_token and reg_token belong to the tower itself.
+            for name, std in (("pos_embed", 0.02), ("cls_token", 1e-6), ("reg_token", 1e-6)):
+                parameter = getattr(module, name, None)
+                if parameter is not None:
+                    init.normal_(parameter, std=std)
+        elif isinstance(module, AttentionPoolLatent):
+            init.trunc_normal_(module.latent, std=module.latent.shape[-1] ** -0.5)
+            if module.pos_embed is not None:
+                init.trunc_normal_(module.pos_embed, std=module.pos_embed.shape[-1] ** -0.5)
+        elif isinstance(module, LayerScale):
+            init.constant_(module.scale_factor, module.init_values)
+
+
+class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
+    """Vision towers, projector and language model, under the published tensor names.
+
+    `forward` and `generate` take the plain prompts of `OpenVLAProcessor` and insert the image patches after the first
+    token by themselves. Prompts that already hold `num_patches` placeholders (`config.image_token_id`) per row are taken
+    as they are.
+    """
+
+    def __init__(self, config: OpenVLAConfig):
+        super().__init__(config)
+        self.vision_backbone = OpenVLAVisionBackbone(config)
+        self.projector = OpenVLAProjector(
+            self.vision_backbone.embed_dim, config.text_config.hidden_size, config.use_fused_vision_backbone
+        )
+        # One dtype for the whole model, also where the config names another for its language model.
+        self.language_model = AutoModelForCausalLM.from_config(config.text_config, dtype=torch.get_default_dtype())
+        self.action_tokenizer = ActionTokenizer(config.action_vocab_size, config.n_action_bins)
+        self._processor: OpenVLAProcessor | None = None
+        self._hub_kwargs: dict[str, Any] = {}
+        self.post_init()
+
+    # Loading and saving -----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """Load a folder or Hub id, published layout or ours; `dataset_statistics.json` wins over `config.norm_stats`.
+
+        With a `quantization_config` that names no exceptions, vision towers, projector and lm_head stay unquantized.
+        """
+        hub = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = _keep_out_of_quantization(kwargs["quantization_config"])
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model._hub_kwargs = hub
+        if pretrained_model_name_or_path is not None:
+            file = cached_file(
+                pretrained_model_name_or_path,
+                "dataset_statistics.json",
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+                **hub,
+            )
+            if file is not None:
+                with open(file, encoding="utf-8") as stream:
+                    model.norm_stats = json.load(stream)
+        return loaded
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Save weights under the published names, with the statistics beside them."""
+        super().save_pretrained(save_directory, **kwargs)
+        if self.norm_stats and kwargs.get("is_main_process", True):
+            with open(f"{save_directory}/dataset_statistics.json", "w", encoding="utf-8") as stream:
+                json.dump(self.norm_stats, stream, indent=2)
+
+    @property
+    def norm_stats(self) -> dict | None:
+        """Statistics of the training datasets (published name); they are saved with the config."""
+        return self.config.norm_stats
+
+    @norm_stats.setter
+    def norm_stats(self, value: dict | None) -> None:
+        self.config.norm_stats = value
+
+    @property
+    def processor(self) -> OpenVLAProcessor:
+        """The processor of the folder the model came from, loaded when first needed; may be set."""
+        if self._processor is None:
+            if not self.config.name_or_path:
+                raise ValueError(
+                    "The model was made from a config and knows no processor: set model.processor = "
+                    "OpenVLAProcessor.from_pretrained(folder)."
+                )
+            self._processor = OpenVLAProcessor.from_pretrained(self.config.name_or_path, **self._hub_kwargs)
+        return self._processor
+
+    @processor.setter
+    def processor(self, value: OpenVLAProcessor) -> None:
+        self._processor = value
+
+    def to(self, *args, **kwargs):
+        """As in every torch module; a quantized model stays where it was loaded."""
+        if getattr(self, "quantization_method", None) is None:
+            return super().to(*args, **kwargs)
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        if dtype is None and (device is None or device == self.device):
+            return self
+        raise ValueError(
+            f"A quantized model cannot be moved or cast after loading (asked for {device or dtype}, it is on "
+            f"{self.device}): its packed weights belong to one device and type. Choose both when loading, "
+            f"from_pretrained(..., quantization_config=..., device_map={{'': '{device or self.device}'}}, dtype=...), and "
+            "leave out .to()."
+        )
+
+    # Embeddings -------------------------------------------------------------------------------------------------------
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.language_model.set_output_embeddings(new_embeddings)
+
+    def get_decoder(self) -> nn.Module:
+        return self.language_model.get_decoder()
+
+    # Forward ----------------------------------------------------------------------------------------------------------
+
+    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(batch, 3 * towers, height, width) -> (batch, num_patches, hidden), in the type and on the device of the model."""
+        weight = self.projector.fc1.weight
+        return self.projector(self.vision_backbone(pixel_values.to(weight.device, weight.dtype)))
+
+    def _placeholders(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor | None:
+        """(batch, length) mask of the placeholders an expanded prompt holds, None for a plain prompt."""
+        num_patches = self.vision_backbone.num_patches
+        prompt = input_ids if input_ids is not None else inputs_embeds
+        if prompt is None or prompt.shape[1] < num_patches:
+            return None
+        if input_ids is not None:
+            is_image = input_ids == self.config.image_token_id
+        else:
+            token_id = torch.tensor(self.config.image_token_id, device=prompt.device)
+            is_image = (inputs_embeds == self.get_input_embeddings()(token_id)).all(-1)
+        # While a graph is captured values cannot be looked at: a prompt this long is taken as expanded.
+        if not torch.compiler.is_compiling():
+            counts = is_image.sum(dim=1)
+            if not bool((counts >= num_patches).any()):
+                return None
+            if not bool((counts >= num_patches).all()):
+                raise ValueError(
+                    f"Some rows hold {num_patches} image placeholders, others do not: {counts.tolist()}. Give every "
+                    "row the placeholders, or none."
+                )
+        # An unused id may still turn up in generated text; only the first ones stand for patches.
+        return is_image & (is_image.cumsum(dim=1) <= num_patches)
+
+    def _merge(self, input_ids, inputs_embeds, attention_mask, labels, features):
+        """Embeddings with the patches in place, and mask and labels of the same length."""
+        placeholders = self._placeholders(input_ids, inputs_embeds)
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if features.shape[0] != inputs_embeds.shape[0]:
+            raise ValueError(
+                f"{features.shape[0]} image(s) for {inputs_embeds.shape[0]} prompt(s): give one image for each prompt."
+            )
+        if placeholders is None:
+            if attention_mask is not None and attention_mask.ndim != 2:
+                raise ValueError(
+                    f"attention_mask has shape {tuple(attention_mask.shape)}; with a plain prompt and an image give "
+                    "(batch, length), the patches are added to it."
+                )
+            layout = PatchLayout(
+                attention_mask, inputs_embeds.shape[:2], features.shape[1], device=inputs_embeds.device
+            )
+            inputs_embeds = layout.insert(inputs_embeds, 0.0)
+            attention_mask = None if attention_mask is None else layout.insert(attention_mask, 1)
+            labels = None if labels is None else layout.insert(labels.to(layout.is_patch.device), IGNORE_INDEX)
+            placeholders = layout.is_patch
+        features = features.to(inputs_embeds.device, inputs_embeds.dtype)
+        inputs_embeds = inputs_embeds.masked_scatter(placeholders[..., None].to(inputs_embeds.device), features)
+        return inputs_embeds, attention_mask, labels
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_projector_features: bool | None = None,
+        return_dict: bool | None = None,
+        position_ids: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> OpenVLAOutput | tuple:
+        """Logits (and loss) of prompts, with or without an image.
+
+        Args:
+            input_ids: (batch, length) plain prompt, padded on either side, or one with placeholders.
+            attention_mask: (batch, length), 0 marks padding.
+            pixel_values: (batch, 3 * towers, height, width) normalized images, or None for text alone.
+            labels: (batch, length) in the coordinates of `input_ids`, -100 where no loss is wanted.
+            inputs_embeds: (batch, length, hidden) instead of `input_ids`.
+            output_projector_features: With `return_dict=False`, append the projected patches to the tuple.
+            logits_to_keep: Compute logits of the last so many positions only (0: of all).
+
+        Returns:
+            `OpenVLAOutput`, or a tuple if `return_dict` is False.
+
+        Raises:
+            ValueError: If neither or both of `input_ids` and `inputs_embeds` are given, or images do not fit prompts.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        features = None
+        if pixel_values is not None:
+            features = self.encode_images(pixel_values)
+            inputs_embeds, attention_mask, labels = self._merge(
+                input_ids, inputs_embeds, attention_mask, labels, features
+            )
+            input_ids = None
+        for name, value in (("output_attentions", output_attentions), ("output_hidden_states", output_hidden_states)):
+            value = getattr(self.config, name) if value is None else value
+            if value:
+                kwargs[name] = value
+        outputs = self.language_model(
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            labels=labels,
+            logits_to_keep=logits_to_keep,
+            return_dict=True,
+            **kwargs,
+        )
+        output = OpenVLAOutput(
+            loss=outputs.loss,
+            logits=outputs.logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            projector_features=features,
+        )
+        if not return_dict:
+            if not output_projector_features:
+                output.projector_features = None
+            return output.to_tuple()
+        return output
+
+    # Generation -------------------------------------------------------------------------------------------------------
+
+    def generate(self, inputs: torch.Tensor | None = None, **kwargs):
+        """As `generate` of every model of the library. Plain prompts come back plain: the patches that are inserted for
+        `pixel_values` appear neither in the sequences nor in `max_length`."""
+        pixel_values, inputs_embeds = kwargs.get("pixel_values"), kwargs.get("inputs_embeds")
+        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
+        if pixel_values is None or kwargs.get("past_key_values") is not None:
+            return super().generate(inputs, **kwargs)
+        if inputs_embeds is not None:
+            # Images enter the embeddings here, once; generate keeps count of the merged length.
+            features = self.encode_images(pixel_values)
+            kwargs["inputs_embeds"], kwargs["attention_mask"], _ = self._merge(
+                None, inputs_embeds, kwargs.get("attention_mask"), None, features
+            )
+            kwargs.pop("pixel_values")
+            return super().generate(inputs, **kwargs)
+        if input_ids is None or self._placeholders(input_ids, None) is not None:
+            return super().generate(inputs, **kwargs)
+
+        num_patches = self.vision_backbone.num_patches
+        attention_mask = kwargs.get("attention_mask")
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        layout = PatchLayout(attention_mask, input_ids.shape, num_patches, device=input_ids.device)
+        kwargs["input_ids"] = layout.insert(input_ids, self.config.image_token_id)
+        kwargs["attention_mask"] = layout.insert(attention_mask.to(input_ids.device), 1)
+        for name in ("max_length", "min_length"):
+            if kwargs.get(name) is not None:
+                kwargs[name] += num_patches
+        generated = super().generate(**kwargs)
+        if isinstance(generated, torch.Tensor):
+            return layout.remove(generated)
+        generated.sequences = layout.remove(generated.sequences)
+        return generated
+
+    def prepare_inputs_for_generation(self, input_ids, pixel_values=None, is_first_iteration=False, **kwargs):
+        # transformers 5.4 does not drop images after the prefill by itself. An image that is already in the cache
+        # (generation continued from past_key_values) must not enter a second time.
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids, is_first_iteration=is_first_iteration, **kwargs
+        )
+        cached = kwargs.get("past_key_values")
+        prefill = is_first_iteration or not kwargs.get("use_cache", True)
+        if prefill and pixel_values is not None and cached is not None and cached.get_seq_length() > 0:
+            prefill = self._placeholders(model_inputs.get("input_ids"), model_inputs.get("inputs_embeds")) is not None
+        model_inputs["pixel_values"] = pixel_values if prefill else None
+        return model_inputs
+
+    # Actions ----------------------------------------------------------------------------------------------------------
+
+    def get_action_dim(self, unnorm_key: str | None = None) -> int:
+        """Numbers in one action of a dataset."""
+        return len(get_action_stats(self.norm_stats, unnorm_key)["q01"])
+
+    def get_action_stats(self, unnorm_key: str | None = None) -> dict[str, Any]:
+        """Action statistics of a dataset."""
+        return get_action_stats(self.norm_stats, unnorm_key)
+
+    @torch.inference_mode()
+    def predict_action(
+        self,
+        image=None,
+        instruction=None,
+        unnorm_key: str | list[str] | None = None,
+        *,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        constrained: bool = True,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        return_dict: bool = False,
+    ) -> np.ndarray | ActionPrediction:
+        """Predict one action, or a batch of them.
+
+        Two forms: `predict_action(image, instruction)` with raw images and instructions (lists for a batch), or the
+        published `predict_action(**processor(prompt, image))`.
+
+        Args:
+            image: Anything `load_image` reads, or a list of such. A 2-D integer tensor is taken as `input_ids`, the
+                first argument of the published form.
+            instruction: What to do, for example "open the drawer"; one string for each image.
+            unnorm_key: Dataset whose statistics give the action its units; one, or one per sample. May be left out
+                where the model knows only one dataset.
+            input_ids, attention_mask, pixel_values: The published form.
+            constrained: Choose among action tokens only. False: among the whole vocabulary, as the published code;
+                text tokens are then clipped to the nearest bin.
+            do_sample, temperature, generator: Sample instead of taking the most probable token.
+            return_dict: Return an `ActionPrediction` with tokens, probabilities and entropies.
+
+        Returns:
+            float64 array (action_dim,), or (batch, action_dim) for a list of images or more than one prompt.
+
+        Raises:
+            ValueError: Before any compute, if an input is missing, empty, not finite, too long or of a wrong count.
+            KeyError: If `unnorm_key` is unknown.
+        """
+        if isinstance(image, torch.Tensor) and image.ndim == 2 and image.dtype == torch.long and input_ids is None:
+            image, input_ids = None, image
+            if isinstance(instruction, str) and unnorm_key is None:
+                instruction, unnorm_key = None, instruction
+        if do_sample and not temperature > 0:
+            raise ValueError(f"temperature={temperature} must be above 0; for the most probable action use do_sample=False.")
+
+        if input_ids is None:
+            if pixel_values is not None:
+                raise ValueError("pixel_values without input_ids: give both, or a raw image and an instruction.")
+            single, inputs = self._process_raw(image, instruction)
+            input_ids, attention_mask, pixel_values = (
+                inputs["input_ids"], inputs["attention_mask"], inputs["pixel_values"]
+            )  # fmt: skip
+        else:
+            if image is not None or instruction is not None:
+                raise ValueError("Give either a raw image and an instruction, or input_ids and pixel_values, not both.")
+            single = len(input_ids) == 1
+        keys = list(unnorm_key) if isinstance(unnorm_key, (list, tuple)) else [unnorm_key] * len(input_ids)
+        if len(keys) != len(input_ids):
+            raise ValueError(f"{len(keys)} unnorm_keys for {len(input_ids)} sample(s): give one, or one for each.")
+        action_dim = check_same_action_dim(self.norm_stats, keys)
+        self._check_model_inputs(input_ids, attention_mask, pixel_values, action_dim)
+
+        input_ids, attention_mask = self._end_prompt(input_ids, attention_mask)
+        token_ids, probabilities, entropies = self._decode_action_tokens(
+            input_ids, attention_mask, pixel_values, action_dim,
+            constrained=constrained, temperature=temperature if do_sample else None, generator=generator,
+        )  # fmt: skip
+
+        token_ids = token_ids.cpu().numpy()
+        normalized = self.action_tokenizer.decode(token_ids)
+        actions = np.stack(
+            [unnormalize_actions(row, get_action_stats(self.norm_stats, key)) for row, key in zip(normalized, keys)]
+        )
+        prediction = ActionPrediction(
+            actions=actions,
+            normalized_actions=normalized,
+            token_ids=token_ids,
+            token_probabilities=probabilities.float().cpu().numpy(),
+            token_entropies=entropies.float().cpu().numpy(),
+        )
+        if single:
+            prediction = ActionPrediction(**{name: value[0] for name, value in prediction.items()})
+        return prediction if return_dict else prediction.actions
+
+    def _process_raw(self, image, instruction) -> tuple[bool, Any]:
+        """Whether it was a single sample, and its model inputs."""
+        if image is None:
+            raise ValueError("No image given: OpenVLA acts on what it sees. Give predict_action(image, instruction).")
+        if instruction is None:
+            raise ValueError("No instruction given: say what to do, for example 'open the drawer'.")
+        single = isinstance(instruction, str)
+        instructions = [instruction] if single else instruction
+        if not isinstance(instructions, (list, tuple)) or not instructions:
+            raise ValueError(f"instruction must be a string or a list of strings, got {instruction!r}.")
+        images = as_image_list(image)
+        if single and isinstance(image, (list, tuple)):
+            single = False
+        if len(images) != len(instructions):
+            raise ValueError(f"{len(images)} image(s) for {len(instructions)} instruction(s): give one for each.")
+        prompts = self.processor.format_prompt(list(instructions))
+        return single, self.processor(prompts, [load_image(entry) for entry in images], return_tensors="pt")
+
+    def _check_model_inputs(self, input_ids, attention_mask, pixel_values, action_dim: int) -> None:
+        """Everything that can be wrong with model inputs, before the robot waits for an answer."""
+        if pixel_values is None:
+            raise ValueError("No image given (pixel_values is None): OpenVLA acts on what it sees.")
+        if input_ids.ndim != 2 or input_ids.shape[1] == 0:
+            raise ValueError(f"input_ids must be (batch, length) with at least one token, got {tuple(input_ids.shape)}.")
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask {tuple(attention_mask.shape)} does not fit input_ids {tuple(input_ids.shape)}."
+            )
+        if attention_mask is not None and not bool(attention_mask.any(dim=1).all()):
+            raise ValueError("A prompt of the batch is empty: its attention_mask is all zero.")
+        towers = self.vision_backbone.towers
+        expected = (len(input_ids), 3 * len(towers), *towers[0].patch_embed.img_size)
+        if tuple(pixel_values.shape) != expected:
+            raise ValueError(f"pixel_values have shape {tuple(pixel_values.shape)}, expected {expected}.")
+        if not bool(torch.isfinite(pixel_values).all()):
+            raise ValueError("pixel_values contain NaN or infinite values: the camera frame is broken, do not act on it.")
+        limit = self.config.llm_max_length
+        positions = getattr(self.config.text_config, "max_position_embeddings", None)
+        if positions is not None:
+            limit = min(limit, positions - self.vision_backbone.num_patches - action_dim)
+        if input_ids.shape[1] + 1 > limit:
+            raise ValueError(
+                f"The prompt has {input_ids.shape[1]} tokens, the model takes {limit - 1}: shorten the instruction."
+            )
+
+    def _end_prompt(self, input_ids, attention_mask) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Every row ends in the empty token `▁`, as in training; rows of unequal length are padded on the left.
+
+        Returns the mask as None where no row is padded, which is also the fastest attention.
+        """
+        empty_token_id = self.config.empty_token_id
+        if empty_token_id is None:
+            empty_token_id = self.config.empty_token_id = self.processor.empty_token_id
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        rows = []
+        for ids, mask in zip(input_ids.tolist(), attention_mask.tolist()):
+            row = [token for token, real in zip(ids, mask) if real]
+            ends = empty_token_id is None or row[-1] == empty_token_id
+            rows.append(row if ends else [*row, empty_token_id])
+        length = max(map(len, rows))
+        pad = self.config.pad_token_id or 0
+        padded = torch.tensor([[pad] * (length - len(row)) + row for row in rows], device=self.device)
+        if all(len(row) == length for row in rows):
+            return padded, None
+        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=self.device)
+        return padded, mask
+
+    def _decode_action_tokens(
+        self, input_ids, attention_mask, pixel_values, num_tokens: int, *, constrained: bool, temperature, generator
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Autoregressive decoding of exactly `num_tokens` tokens; nothing leaves the device inside the loop.
+
+        Args:
+            input_ids: (batch, length) prompts, padded on the left.
+            attention_mask: (batch, length), or None without padding.
+            temperature: None for the most probable token, else that of the sampling.
+
+        Returns:
+            Token ids, their probabilities and the entropies (nats) of their distributions, each (batch, num_tokens).
+        """
+        features = self.encode_images(pixel_values.to(self.device))
+        inputs_embeds, attention_mask, _ = self._merge(input_ids, None, attention_mask, None, features)
+        position_ids = None
+        if attention_mask is not None:
+            attention_mask = nn.functional.pad(attention_mask, (0, num_tokens), value=1)
+            position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+        length = inputs_embeds.shape[1]
+        first, end = self.action_tokenizer.token_range if constrained else (0, None)
+
+        cache = DynamicCache(config=self.config.text_config)
+        step_inputs: dict[str, Any] = {"inputs_embeds": inputs_embeds}
+        begin, token_ids, probabilities, entropies = 0, [], [], []
+        for step in range(num_tokens):
+            stop = length + step
+            logits = self.language_model(
+                **step_inputs,
+                attention_mask=None if attention_mask is None else attention_mask[:, :stop],
+                position_ids=None if position_ids is None else position_ids[:, begin:stop],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1, first:end].float()  # fmt: skip
+            log_probabilities = (logits if temperature is None else logits / temperature).log_softmax(dim=-1)
+            distribution = log_probabilities.exp()
+            if temperature is None:
+                chosen = logits.argmax(dim=-1, keepdim=True)
+            else:
+                chosen = torch.multinomial(distribution, num_samples=1, generator=generator)
+            probabilities.append(distribution.gather(1, chosen))
+            # 0 * -inf is 0 here: a token that cannot come adds nothing to the entropy.
+            entropies.append(-(distribution * log_probabilities.clamp(min=-1e4)).sum(dim=-1, keepdim=True))
+            token_ids.append(chosen + first)
+            step_inputs = {"input_ids": token_ids[-1]}
+            begin = stop
+        return torch.cat(token_ids, dim=1), torch.cat(probabilities, dim=1), torch.cat(entropies, dim=1)
+
+
+def _keep_out_of_quantization(quantization_config):
+    """The same config with towers, projector and lm_head excepted, unless it names exceptions itself."""
+    for name in ("llm_int8_skip_modules", "modules_to_not_convert"):
+        if hasattr(quantization_config, name) and getattr(quantization_config, name) is None:
+            quantization_config = type(quantization_config).from_dict(quantization_config.to_dict())
+            setattr(quantization_config, name, list(NOT_QUANTIZED))
+    return quantization_config
+
+
+__all__ = ["ActionPrediction", "OpenVLAForActionPrediction", "OpenVLAOutput", "OpenVLAPreTrainedModel"]

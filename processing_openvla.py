@@ -1,0 +1,371 @@
+"""From a camera frame and an instruction to model inputs.
+
+One prediction passes here from top to bottom: `load_image` makes an RGB picture of whatever the robot's camera driver
+delivers, `OpenVLAImageProcessor` resizes and normalizes it for each vision tower, `OpenVLAProcessor` adds the prompt.
+
+Pixel values and token ids equal those of the published `processing_prismatic.py` (transformers 4.40.1, timm 0.9.10).
+"""
+
+import math
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as TVF
+from transformers import BatchFeature, PreTrainedConfig, PreTrainedTokenizerFast, ProcessorMixin
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.processing_utils import ImagesKwargs, ProcessingKwargs
+
+from .configuration_openvla import IMAGE_RESIZE_STRATEGIES, check_choice
+
+
+# What the published checkpoints were trained with. v01 is built on Vicuna and kept its chat form.
+PROMPT_TEMPLATES = {
+    "openvla": "In: What action should the robot take to {instruction}?\nOut:",
+    "openvla-v01": (
+        "A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+        "USER: What action should the robot take to {instruction}? ASSISTANT:"
+    ),
+}
+# The lone word-boundary token of SentencePiece vocabularies (Llama, Mistral) and of byte-level BPE (Phi).
+WORD_BOUNDARY_TOKENS = ("▁", "Ġ")
+
+
+# Images ---------------------------------------------------------------------------------------------------------------
+
+
+def _array_to_uint8(array: np.ndarray) -> np.ndarray:
+    """Pixels of any dtype as uint8: floats are [0, 1] (or [0, 255] if any value exceeds 1), uint16 is 16-bit color."""
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype == bool:
+        return array.astype(np.uint8) * 255
+    if np.issubdtype(array.dtype, np.floating):
+        low, high = (float(array.min()), float(array.max())) if array.size else (0.0, 0.0)
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise ValueError("The image contains NaN or infinite pixels: the camera frame is broken, do not act on it.")
+        if low < 0 or high > 255:
+            raise ValueError(
+                f"Float pixels range from {low:g} to {high:g}; expected [0, 1] or [0, 255]. Already normalized images "
+                "must be brought back to [0, 1] first: the processor normalizes by itself."
+            )
+        return np.rint(array * (255.0 if high <= 1 else 1.0)).astype(np.uint8)
+    if array.dtype == np.uint16:
+        return np.rint(array / 257.0).astype(np.uint8)
+    if np.issubdtype(array.dtype, np.integer):
+        if array.size and (array.min() < 0 or array.max() > 65535):
+            raise ValueError(f"Integer pixels range from {array.min()} to {array.max()}; expected 0 to 255.")
+        wide = array.size and array.max() > 255
+        return np.rint(array / 257.0).astype(np.uint8) if wide else array.astype(np.uint8)
+    raise ValueError(f"Cannot read pixels of dtype {array.dtype}; give uint8, uint16 or floats.")
+
+
+def _array_to_image(array: np.ndarray, channels_first: bool) -> Image.Image:
+    """(H, W), (H, W, C) or (C, H, W) pixels as a PIL image. `channels_first` decides where both readings are possible."""
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3:
+        raise ValueError(f"An image has 2 or 3 dimensions, got shape {array.shape}.")
+    first, last = array.shape[0] in (1, 3, 4), array.shape[-1] in (1, 3, 4)
+    if not (first or last):
+        raise ValueError(f"No axis of shape {array.shape} is a channel axis (1, 3 or 4): give (H, W, 3) or (3, H, W).")
+    if first and (channels_first or not last):
+        array = np.moveaxis(array, 0, -1)
+    if array.size == 0:
+        raise ValueError(f"The image is empty: shape {array.shape}.")
+    pixels = np.ascontiguousarray(_array_to_uint8(array))
+    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+
+
+def load_image(image: Any) -> Image.Image:
+    """One RGB picture of a PIL image, numpy array, torch tensor or file path.
+
+    Arrays and tensors may be (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels, uint8, uint16, bool or float. EXIF
+    rotation is applied, transparency is composited over white, 16-bit color is scaled to 8 bits.
+
+    Raises:
+        FileNotFoundError: If a path does not exist.
+        ValueError: If the pixels cannot be read (NaN, no channel axis, out of range, unknown type).
+    """
+    if isinstance(image, (str, os.PathLike)):
+        path = os.fspath(image)
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"No image file at '{path}'. Give a local file (URLs are not fetched).")
+        with Image.open(path) as file:
+            file.load()
+            image = file
+    if isinstance(image, torch.Tensor):
+        tensor = image.detach().cpu()
+        image = _array_to_image((tensor.float() if tensor.is_floating_point() else tensor).numpy(), channels_first=True)
+    elif isinstance(image, np.ndarray):
+        image = _array_to_image(image, channels_first=False)
+    if not isinstance(image, Image.Image):
+        raise ValueError(
+            f"Cannot read an image from {type(image).__name__}; give a PIL image, an array, a tensor or a file path."
+        )
+    if 0 in image.size:
+        raise ValueError(f"The image is empty: {image.size[0]}x{image.size[1]} pixels.")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        image = Image.fromarray(_array_to_uint8(np.asarray(image)))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def as_image_list(images: Any) -> list:
+    """A flat list of single images, of one image, a list, or a batched (N, ., ., .) array or tensor."""
+    if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
+        return list(images)
+    if isinstance(images, (list, tuple)):
+        return [single for entry in images for single in as_image_list(entry)]
+    return [images]
+
+
+class OpenVLAImagesKwargs(ImagesKwargs, total=False):
+    use_fused_vision_backbone: bool
+    image_resize_strategy: str
+    input_sizes: list
+    interpolations: list
+    means: list
+    stds: list
+
+
+class OpenVLAImageProcessor(BaseImageProcessor):
+    """Resizes and normalizes images for one or two vision towers, the channels of both stacked.
+
+    Reads the published `preprocessor_config.json` of `PrismaticImageProcessor`; its `tvf_*` fields repeat what the
+    fields below say and are not kept.
+
+    Args:
+        use_fused_vision_backbone: Published field; two towers are described by lists of length two.
+        image_resize_strategy: `"resize-naive"` (both sides to the input size), `"resize-crop"` (shorter side, then
+            center crop) or `"letterbox"` (padded to a square with the mean color, of the last tower where there are two).
+        input_sizes: One (channels, height, width) per tower.
+        interpolations: One of "bicubic", "bilinear", "lanczos", "nearest" per tower.
+        means, stds: One triple per tower, for pixels in [0, 1].
+        do_resize, do_rescale, rescale_factor, do_normalize: As in every image processor of the library.
+    """
+
+    model_input_names = ["pixel_values"]
+    valid_kwargs = OpenVLAImagesKwargs
+
+    def __init__(
+        self,
+        use_fused_vision_backbone: bool = False,
+        image_resize_strategy: str = "letterbox",
+        input_sizes: list | None = None,
+        interpolations: list | None = None,
+        means: list | None = None,
+        stds: list | None = None,
+        do_resize: bool = True,
+        do_rescale: bool = True,
+        rescale_factor: float = 1 / 255,
+        do_normalize: bool = True,
+        **kwargs,
+    ):
+        kwargs = {key: value for key, value in kwargs.items() if not key.startswith("tvf_")}
+        super().__init__(**kwargs)
+        check_choice("image_resize_strategy", image_resize_strategy, IMAGE_RESIZE_STRATEGIES)
+        self.use_fused_vision_backbone = use_fused_vision_backbone
+        self.image_resize_strategy = image_resize_strategy
+        self.input_sizes = [list(size) for size in input_sizes] if input_sizes else [[3, 224, 224]]
+        towers = len(self.input_sizes)
+        self.interpolations = list(interpolations) if interpolations else ["bicubic"] * towers
+        self.means = [list(mean) for mean in means] if means else [[0.5, 0.5, 0.5]] * towers
+        self.stds = [list(std) for std in stds] if stds else [[0.5, 0.5, 0.5]] * towers
+        for field in ("interpolations", "means", "stds"):
+            if len(getattr(self, field)) != towers:
+                raise ValueError(f"{field} has {len(getattr(self, field))} entries, input_sizes {towers}: one per tower.")
+        for interpolation in self.interpolations:
+            check_choice("interpolation", interpolation, [mode.value for mode in InterpolationMode])
+        self.do_resize, self.do_rescale, self.do_normalize = do_resize, do_rescale, do_normalize
+        self.rescale_factor = rescale_factor
+
+    def _resize(self, image: Image.Image, tower: int, strategy: str) -> Image.Image:
+        """`image` at the input size of a tower; `letterbox` has padded it to a square before."""
+        height, width = self.input_sizes[tower][-2:]
+        interpolation = InterpolationMode(self.interpolations[tower])
+        if strategy == "resize-naive":
+            return TVF.resize(image, [height, width], interpolation, antialias=True)
+        return TVF.center_crop(TVF.resize(image, [width], interpolation, antialias=True), [height, width])
+
+    def _pad_to_square(self, image: Image.Image) -> Image.Image:
+        """Borders in the mean color of the last tower, left and right or above and below."""
+        side = max(image.size)
+        left, top = (side - image.size[0]) // 2, (side - image.size[1]) // 2
+        fill = [int(channel * 255) for channel in self.means[-1]]
+        return TVF.pad(image, [left, top, left, top], fill=fill, padding_mode="constant")
+
+    def _pixel_values(self, image: Image.Image, options: dict[str, Any]) -> np.ndarray:
+        """(3 * towers, height, width) float32 of one RGB image."""
+        if options["do_resize"] and options["image_resize_strategy"] == "letterbox":
+            image = self._pad_to_square(image)
+        resized: dict[tuple, np.ndarray] = {}  # towers of one size and interpolation share the work
+        planes = []
+        for tower, size in enumerate(self.input_sizes):
+            key = (tuple(size), self.interpolations[tower])
+            if key not in resized:
+                picture = image
+                if options["do_resize"]:
+                    picture = self._resize(image, tower, options["image_resize_strategy"])
+                pixels = np.asarray(picture, dtype=np.float32).transpose(2, 0, 1)
+                if options["do_rescale"]:
+                    # Divided by 255, not multiplied by 1/255: float32 rounds the two differently.
+                    pixels = pixels / np.float32(1 / options["rescale_factor"])
+                resized[key] = pixels
+            pixels = resized[key]
+            if options["do_normalize"]:
+                mean = np.asarray(self.means[tower], dtype=np.float32)[:, None, None]
+                std = np.asarray(self.stds[tower], dtype=np.float32)[:, None, None]
+                pixels = (pixels - mean) / std
+            planes.append(pixels)
+        return np.concatenate(planes)
+
+    def preprocess(self, images: Any, return_tensors: str | None = None, **kwargs) -> BatchFeature:
+        """Model inputs of images.
+
+        Args:
+            images: Whatever `load_image` reads, a list of such, or a batched array.
+            return_tensors: `"pt"` for a tensor, else a numpy array.
+            kwargs: `do_resize`, `do_rescale`, `rescale_factor`, `do_normalize`, `image_resize_strategy`, each for this
+                call only.
+
+        Returns:
+            `pixel_values`: (N, 3 * towers, height, width) float32.
+        """
+        options = {
+            name: getattr(self, name) if kwargs.get(name) is None else kwargs[name]
+            for name in ("do_resize", "do_rescale", "rescale_factor", "do_normalize", "image_resize_strategy")
+        }
+        check_choice("image_resize_strategy", options["image_resize_strategy"], IMAGE_RESIZE_STRATEGIES)
+        singles = as_image_list(images)
+        if not singles:
+            raise ValueError("No image given: the list is empty.")
+        pixel_values = np.stack([self._pixel_values(load_image(image), options) for image in singles])
+        return BatchFeature(data={"pixel_values": pixel_values}, tensor_type=return_tensors)
+
+
+# Prompts --------------------------------------------------------------------------------------------------------------
+
+
+class OpenVLAProcessorKwargs(ProcessingKwargs, total=False):
+    _defaults = {"common_kwargs": {"return_tensors": "pt"}}
+
+
+class OpenVLAProcessor(ProcessorMixin):
+    """Images and prompts together, in the published order: `processor(prompt, image)`.
+
+    Args:
+        image_processor: An `OpenVLAImageProcessor`.
+        tokenizer: The tokenizer of the language model.
+        prompt_template: Text with `{instruction}` in it. Default: what the checkpoint's config calls for.
+    """
+
+    valid_processor_kwargs = OpenVLAProcessorKwargs
+
+    def __init__(self, image_processor=None, tokenizer=None, prompt_template=None, chat_template=None, **kwargs):
+        if prompt_template is not None and "{instruction}" not in prompt_template:
+            raise ValueError(f"prompt_template={prompt_template!r} has no {{instruction}} in it.")
+        self.prompt_template = prompt_template
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """Load image processor, tokenizer and prompt form of a folder or Hub id, published layout or today's."""
+        processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if processor.prompt_template is None:
+            hub = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
+            config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub)
+            processor.prompt_template = prompt_template_of(config)
+        return processor
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
+        # Not through the auto classes: published folders name `PrismaticImageProcessor`, whose code is frozen, and
+        # transformers 5 rebuilds the pre-tokenizer of a `LlamaTokenizer` and then differs from 4.40.1 on leading spaces.
+        # The fast tokenizer takes tokenizer.json as it is and gives the ids the weights were trained with.
+        kwargs.pop("trust_remote_code", None)
+        return [
+            OpenVLAImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs),
+            PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, **kwargs),
+        ]
+
+    @property
+    def empty_token_id(self) -> int | None:
+        """Id of the lone word-boundary token that ends a prompt before the first action token; None without one."""
+        vocabulary = self.tokenizer.get_vocab()
+        return next((vocabulary[token] for token in WORD_BOUNDARY_TOKENS if token in vocabulary), None)
+
+    def format_prompt(self, instruction):
+        """The prompt of an instruction (or the prompts of a list), in the form the checkpoint was trained with.
+
+        The instruction is lower-cased, as all training instructions were.
+        """
+        if isinstance(instruction, (list, tuple)):
+            return [self.format_prompt(single) for single in instruction]
+        if not isinstance(instruction, str):
+            raise ValueError(f"An instruction is a string, got {type(instruction).__name__}: {instruction!r}.")
+        if not instruction.strip():
+            raise ValueError("The instruction is empty: say what the robot shall do, for example 'open the drawer'.")
+        return (self.prompt_template or PROMPT_TEMPLATES["openvla"]).replace("{instruction}", instruction.lower())
+
+    def __call__(self, text=None, images=None, **kwargs) -> BatchFeature:
+        """Token ids of prompts and pixel values of images.
+
+        Args:
+            text: A prompt or a list of prompts (see `format_prompt`).
+            images: As many images as prompts, in any form `load_image` reads.
+            kwargs: Options of the tokenizer (`padding`, `truncation`, `max_length`, ...) and of the image processor.
+                Prompts of a batch are padded to the longest unless `padding` says otherwise.
+
+        Returns:
+            `input_ids` and `attention_mask` (N, length), `pixel_values` (N, 3 * towers, height, width).
+        """
+        if text is None and images is None:
+            raise ValueError("Nothing to process: give text, images or both.")
+        if _is_text(images) and not _is_text(text):
+            text, images = images, text  # the library's own processors take (images, text)
+        merged = self._merge_kwargs(
+            OpenVLAProcessorKwargs, tokenizer_init_kwargs=getattr(self.tokenizer, "init_kwargs", {}), **kwargs
+        )
+        data = {}
+        return_tensors = merged["text_kwargs"].get("return_tensors")
+        if text is not None:
+            if not _is_text(text):
+                raise ValueError(f"A prompt is a string or a list of strings, got {type(text).__name__}.")
+            if not isinstance(text, str) and len(text) > 1 and return_tensors is not None:
+                merged["text_kwargs"].setdefault("padding", True)
+            data.update(self.tokenizer(text, **merged["text_kwargs"]))
+        if images is not None:
+            data["pixel_values"] = self.image_processor(images, **merged["images_kwargs"])["pixel_values"]
+            prompts = None if text is None else 1 if isinstance(text, str) else len(text)
+            if prompts is not None and prompts != len(data["pixel_values"]):
+                raise ValueError(
+                    f"{prompts} prompt(s) for {len(data['pixel_values'])} image(s): give one image for each prompt."
+                )
+        return BatchFeature(data=data, tensor_type=return_tensors)
+
+
+HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+
+
+def prompt_template_of(config: dict[str, Any]) -> str:
+    """The prompt form of a model config: Vicuna language models speak the chat form of v01, all others the plain one."""
+    is_vicuna = str(config.get("llm_backbone_id", "")).startswith("vicuna")
+    return PROMPT_TEMPLATES["openvla-v01" if is_vicuna else "openvla"]
+
+
+def _is_text(value: Any) -> bool:
+    """A string, or a non-empty list of strings."""
+    if isinstance(value, str):
+        return True
+    return isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(entry, str) for entry in value)
+
+
+__all__ = ["OpenVLAImageProcessor", "OpenVLAProcessor", "load_image"]
