@@ -18,7 +18,9 @@ def preset_names() -> list[str]:
 def _read(name: str, file: str, what: str) -> dict[str, Any]:
     """A JSON file of a preset; a `ValueError` names the nearest preset, or those that have such a file."""
     if name not in preset_names():
-        raise ValueError(f"No preset is called '{name}'.{closest(name, preset_names())} Known: {', '.join(preset_names())}.")
+        raise ValueError(
+            f"No preset is called '{name}'.{closest(name, preset_names())} Known: {', '.join(preset_names())}."
+        )
     path = ROOT / name / file
     if not path.is_file():
         having = [other for other in preset_names() if (ROOT / other / file).is_file()]

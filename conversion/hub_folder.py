@@ -1,0 +1,250 @@
+"""What every written Hub folder has in common: it appears whole or not at all, carries its own code, configuration,
+processor, statistics and model card, and its weights are those the configuration calls for.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import GenerationConfig
+
+from ..configuration_openvla import OpenVLAConfig
+from ..modeling_openvla import OpenVLAForActionPrediction
+from ..processing_openvla import OpenVLAProcessor
+from .model_card import model_card
+
+
+# The flat files of the package: they import only each other and the HF stack, so they work from any Hub repository.
+CODE_FILES = ("configuration_openvla.py", "action_tokenizer.py", "processing_openvla.py", "modeling_openvla.py")
+_MODEL = "modeling_openvla.OpenVLAForActionPrediction"
+CONFIG_AUTO_MAP = {
+    "AutoConfig": "configuration_openvla.OpenVLAConfig",
+    "AutoModel": _MODEL,
+    "AutoModelForImageTextToText": _MODEL,
+    "AutoModelForVision2Seq": _MODEL,  # transformers 4 and scripts written for the original
+    "AutoProcessor": "processing_openvla.OpenVLAProcessor",
+    "AutoImageProcessor": "processing_openvla.OpenVLAImageProcessor",
+}
+PROCESSOR_AUTO_MAP = {name: CONFIG_AUTO_MAP[name] for name in ("AutoProcessor", "AutoImageProcessor")}
+WEIGHTS_FILE, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class LazyTensor(NamedTuple):
+    """A tensor of a checkpoint, read when it is needed."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], torch.Tensor]
+
+
+@contextmanager
+def new_folder(output: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
+    """A working folder beside `output` that becomes `output` at the end, and vanishes if anything fails before.
+
+    An existing `output` keeps its other files (a git repository, videos); files of the same name and older weights are
+    replaced.
+
+    Raises:
+        ValueError: If `output` is a file, or a folder with something in it while `overwrite` is False.
+    """
+    output = Path(output).resolve()
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"'{output}' is a file: give a folder.")
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise ValueError(
+            f"'{output}' is not empty: give a new folder, or allow overwriting (--overwrite), which replaces the model "
+            "files in it and keeps all others."
+        )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    try:
+        yield work
+        if output.is_dir():
+            for stale in [*output.glob("model*.safetensors"), *output.glob(WEIGHTS_INDEX)]:
+                if not (work / stale.name).exists():
+                    stale.unlink()
+            for file in [path for path in work.rglob("*") if path.is_file()]:
+                target = output / file.relative_to(work)
+                target.parent.mkdir(exist_ok=True)
+                os.replace(file, target)
+        else:
+            work.chmod(0o755)  # mkdtemp leaves it to the owner alone
+            os.replace(work, output)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def read_json(path: Path) -> Any:
+    """Content of a JSON file; a `ValueError` names the file that is broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"'{path}' is not valid JSON: {error}.") from error
+
+
+def write_json(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# Weights --------------------------------------------------------------------------------------------------------------
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Safetensors files of a Hub folder in order.
+
+    Raises:
+        FileNotFoundError: If there are none (says what the folder holds instead), or a shard of the index is missing.
+    """
+    if (folder / WEIGHTS_FILE).is_file():
+        return [folder / WEIGHTS_FILE]
+    if (folder / WEIGHTS_INDEX).is_file():
+        files = [folder / name for name in sorted(set(read_json(folder / WEIGHTS_INDEX)["weight_map"].values()))]
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise FileNotFoundError(f"'{folder}' lacks {', '.join(missing)}, which its {WEIGHTS_INDEX} names.")
+        return files
+    if (folder / "adapter_config.json").is_file():
+        raise FileNotFoundError(
+            f"'{folder}' holds a LoRA adapter, not a model: merge it first (peft: model.merge_and_unload(), then "
+            "save_pretrained) and give the merged folder."
+        )
+    if any(folder.glob("pytorch_model*.bin")):
+        raise FileNotFoundError(
+            f"'{folder}' holds pytorch_model*.bin: save it as safetensors first, "
+            "OpenVLAForActionPrediction.from_pretrained(folder).save_pretrained(new_folder)."
+        )
+    raise FileNotFoundError(f"'{folder}' holds no {WEIGHTS_FILE} and no {WEIGHTS_INDEX}: is it a model folder?")
+
+
+def read_weights(folder: Path) -> dict[str, LazyTensor]:
+    """Every tensor of a Hub folder, not yet read."""
+    tensors = {}
+    for file in weight_files(folder):
+        handle = safe_open(file, framework="pt")
+        for name in handle.keys():  # noqa: SIM118 - not a dict
+            shape = tuple(handle.get_slice(name).get_shape())
+            tensors[name] = LazyTensor(shape, lambda handle=handle, name=name: handle.get_tensor(name))
+    return tensors
+
+
+def read_statistics(folder: Path, config: OpenVLAConfig) -> dict[str, Any]:
+    """Action statistics of a Hub folder: dataset_statistics.json, else those of its config; a `ValueError` without."""
+    file = folder / "dataset_statistics.json"
+    statistics = read_json(file) if file.is_file() else config.norm_stats
+    if not statistics:
+        raise ValueError(
+            f"'{folder}' has no action statistics, so its actions would have no units: put the dataset_statistics.json "
+            "of its training there."
+        )
+    return statistics
+
+
+def expected_shapes(config: OpenVLAConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor a configuration calls for; nothing is allocated."""
+    with torch.device("meta"):
+        model = OpenVLAForActionPrediction(config)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def check_weights(config: OpenVLAConfig, shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
+    """Raise a `ValueError` that lists tensors missing from `shapes`, unexpected in it, or of another shape."""
+    expected = expected_shapes(config)
+    tied = {"language_model.lm_head.weight"} if config.text_config.tie_word_embeddings else set()
+    problems = {
+        "missing": [name for name in expected if name not in shapes and name not in tied],
+        "unexpected": [name for name in shapes if name not in expected],
+        "of another shape": [
+            f"{name} {list(shapes[name])} instead of {list(shape)}"
+            for name, shape in expected.items()
+            if name in shapes and tuple(shapes[name]) != shape
+        ],
+    }
+    lines = [
+        f"{len(names)} {problem}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
+        for problem, names in problems.items()
+        if names
+    ]
+    if lines:
+        raise ValueError(
+            f"{what} does not fit the configuration (vision_backbone_id='{config.vision_backbone_id}', "
+            f"llm_backbone_id='{config.llm_backbone_id}', {len(expected)} tensors). Tensors "
+            f"{'; '.join(lines)}. Check the backbone ids and the sizes in text_config and timm_model_kwargs."
+        )
+
+
+def write_weights(
+    folder: Path, tensors: Mapping[str, LazyTensor], dtype: torch.dtype, max_shard_size: int | str
+) -> None:
+    """Write `tensors` as safetensors in `dtype`; no more than one shard is in memory."""
+    sizes = {name: torch.empty(tensor.shape, dtype=dtype, device="meta") for name, tensor in tensors.items()}
+    split = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_size)
+    for file, names in split.filename_to_tensors.items():
+        shard = {name: tensors[name].read().to(dtype, copy=True).contiguous() for name in names}
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        del shard  # before the next one is read
+    if split.is_sharded:
+        write_json(folder / WEIGHTS_INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
+
+
+# Everything beside the weights ----------------------------------------------------------------------------------------
+
+
+def write_companions(
+    folder: Path,
+    config: OpenVLAConfig,
+    processor: OpenVLAProcessor,
+    statistics: dict[str, Any],
+    *,
+    name: str,
+    source: str | None = None,
+    source_folder: Path | None = None,
+) -> None:
+    """Code, config.json, processor, tokenizer, statistics, generation config and model card of a folder.
+
+    Args:
+        name: What the model card calls the model.
+        source: Hub id the weights come from, for the model card.
+        source_folder: Folder the weights come from; its generation config and the licence of its card are taken over.
+    """
+    package = Path(__file__).parent.parent
+    for file in CODE_FILES:
+        shutil.copyfile(package / file, folder / file)
+
+    config.norm_stats = statistics
+    config.auto_map = dict(CONFIG_AUTO_MAP)
+    config.architectures = ["OpenVLAForActionPrediction"]
+    if config.empty_token_id is None:
+        config.empty_token_id = processor.empty_token_id
+    config.save_pretrained(folder)
+    write_json(folder / "dataset_statistics.json", statistics)
+
+    if source_folder is not None and (source_folder / "generation_config.json").is_file():
+        shutil.copyfile(source_folder / "generation_config.json", folder / "generation_config.json")
+    else:
+        ids = {key: getattr(config.text_config, key) for key in ("bos_token_id", "eos_token_id")}
+        GenerationConfig(**ids, pad_token_id=config.pad_token_id).save_pretrained(folder)
+
+    processor.save_pretrained(folder)
+    written = read_json(folder / "processor_config.json")
+    written["auto_map"] = dict(PROCESSOR_AUTO_MAP)
+    written["image_processor"]["auto_map"] = {"AutoImageProcessor": PROCESSOR_AUTO_MAP["AutoImageProcessor"]}
+    write_json(folder / "processor_config.json", written)
+
+    tokenizer = read_json(folder / "tokenizer_config.json")
+    for key in ("auto_map", "is_local", "local_files_only"):  # of the folder it was read from
+        tokenizer.pop(key, None)
+    # The name every version of transformers knows: tokenizer.json is taken as it is and gives the ids of the training.
+    tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+    write_json(folder / "tokenizer_config.json", tokenizer)
+
+    (folder / "README.md").write_text(
+        model_card(name, config, statistics, source=source, source_folder=source_folder), encoding="utf-8"
+    )

@@ -1,0 +1,94 @@
+"""The README.md of a Hub folder: what the model is, how to load it, whose actions it speaks, which licence it has."""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from ..action_tokenizer import get_action_stats
+from ..configuration_openvla import OpenVLAConfig
+
+
+BODY = """
+# {name}
+
+OpenVLA: an image and an instruction go in, a robot action comes out. This folder carries its own code.
+
+```python
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+
+model = AutoModel.from_pretrained("{name}", trust_remote_code=True, dtype="auto").eval()
+processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
+
+prompt = processor.format_prompt("pick up the cup")
+inputs = processor(prompt, Image.open("frame.png"))
+action = model.predict_action(**inputs, unnorm_key="{unnorm_key}")  # ({action_dim},) float64, units of that dataset
+```
+
+It needs `torch`, `torchvision`, `timm` and `transformers` >= 5.4.
+
+## Actions
+
+`unnorm_key` says whose units the action has.
+
+| unnorm_key | action dimensions | episodes | steps |
+| --- | --- | --- | --- |
+{datasets}
+
+## Built from
+
+| part | what |
+| --- | --- |
+| weights | {source} |
+| vision | {vision} (`{vision_backbone_id}`), images `{image_resize_strategy}` |
+| language model | `{hf_llm_id}` (`{llm_backbone_id}`) |
+
+The language model and the vision towers have licences of their own, which a fine-tuned model inherits.
+"""
+
+
+def model_card(
+    name: str,
+    config: OpenVLAConfig,
+    statistics: dict[str, Any],
+    *,
+    source: str | None = None,
+    source_folder: Path | None = None,
+) -> str:
+    """Text of a model card with YAML front matter.
+
+    Args:
+        name: Name of the model, also what the example loads.
+        source: Hub id the weights come from.
+        source_folder: Folder the weights come from; licence and base model are taken from its card if it has one.
+    """
+    found = {}
+    if source_folder is not None and (source_folder / "README.md").is_file():
+        found = ModelCard.load(source_folder / "README.md", ignore_metadata_errors=True).data.to_dict()
+    licence = {key: found[key] for key in ("license", "license_name", "license_link") if key in found}
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="robotics",
+        tags=["vla", "robotics", "openvla"],
+        base_model=source or found.get("base_model"),
+        **licence,
+    )
+    rows = []
+    for key, entry in statistics.items():
+        counts = [f"{entry[count]:,}" if count in entry else "?" for count in ("num_trajectories", "num_transitions")]
+        rows.append(f"| `{key}` | {len(get_action_stats(statistics, key)['q01'])} | {' | '.join(counts)} |")
+    unnorm_key = "bridge_orig" if "bridge_orig" in statistics else next(iter(statistics))
+    body = BODY.format(
+        name=name,
+        unnorm_key=unnorm_key,
+        action_dim=len(get_action_stats(statistics, unnorm_key)["q01"]),
+        datasets="\n".join(rows),
+        source=f"[{source}](https://huggingface.co/{source})" if source else "this folder",
+        vision=", ".join(f"`{model_id}`" for model_id in config.timm_model_ids),
+        vision_backbone_id=config.vision_backbone_id,
+        image_resize_strategy=config.image_resize_strategy,
+        hf_llm_id=config.hf_llm_id,
+        llm_backbone_id=config.llm_backbone_id,
+    )
+    return f"---\n{data.to_yaml()}\n---\n{body}"

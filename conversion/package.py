@@ -1,0 +1,111 @@
+"""A self-contained Hub folder: weights as they are, and around them everything needed to load them anywhere."""
+
+import os
+import shutil
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+from ..configuration_openvla import OpenVLAConfig
+from ..processing_openvla import OpenVLAProcessor
+from .hub_folder import (
+    WEIGHTS_FILE,
+    WEIGHTS_INDEX,
+    check_weights,
+    new_folder,
+    read_json,
+    read_statistics,
+    read_weights,
+    weight_files,
+    write_companions,
+)
+
+
+def package_checkpoint(
+    weights: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    name: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a folder that `AutoModel` and `AutoProcessor` load with `trust_remote_code=True`, without this package.
+
+    Weight files are copied byte for byte, sharded or not; configuration, processor and tokenizer are written in today's
+    layout, whatever that of the source.
+
+    Args:
+        weights: Folder or Hub id with safetensors weights, published layout or ours; a merged fine-tune as well.
+        output: Folder to write; it appears whole or not at all.
+        revision: Branch, tag or commit of a Hub id.
+        name: What the model card calls the model. Default: the name of `output`.
+        overwrite: Replace the model files of an existing folder.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileNotFoundError: If weights, configuration or tokenizer are missing.
+        ValueError: If `output` is not empty, or the weights do not fit the configuration.
+    """
+    source = source_folder(weights, revision)
+    if not (source / "config.json").is_file():
+        weight_files(source)  # says what the folder holds instead, an adapter for example
+        raise FileNotFoundError(
+            f"'{source}' holds weights but no config.json: nothing says which model they belong to."
+        )
+    config = OpenVLAConfig.from_pretrained(source)
+    statistics = read_statistics(source, config)
+    processor = load_processor(source)
+    files = weight_files(source)
+    if getattr(config, "quantization_config", None) is None:  # packed weights have other names and shapes
+        check_weights(config, {key: tensor.shape for key, tensor in read_weights(source).items()}, f"'{source}'")
+
+    output = Path(output)
+    with new_folder(output, overwrite) as folder:
+        for file in files:
+            shutil.copyfile(file, folder / file.name)
+        if files[0].name != WEIGHTS_FILE:
+            shutil.copyfile(source / WEIGHTS_INDEX, folder / WEIGHTS_INDEX)
+        write_companions(
+            folder,
+            config,
+            processor,
+            statistics,
+            name=name or output.resolve().name,
+            source=None if Path(weights).is_dir() else str(weights),
+            source_folder=source,
+        )
+    return output
+
+
+def source_folder(weights: str | os.PathLike, revision: str | None = None) -> Path:
+    """A local folder as it is, or the downloaded snapshot of a Hub id."""
+    if Path(weights).is_dir():
+        return Path(weights)
+    if Path(weights).exists() or str(weights).startswith((".", "/", "~")) or str(weights).count("/") != 1:
+        raise FileNotFoundError(f"No folder at '{weights}'. Give a folder, or a Hub id such as 'openvla/openvla-7b'.")
+    patterns = ["*.json", "*.safetensors", "tokenizer.model", "README.md"]
+    try:
+        return Path(snapshot_download(str(weights), revision=revision, allow_patterns=patterns))
+    except OSError as error:
+        raise FileNotFoundError(
+            f"'{weights}' is neither a folder here nor a Hub repository that can be reached: {error}"
+        ) from error
+
+
+def load_processor(source: Path) -> OpenVLAProcessor:
+    """Processor of a folder; a `FileNotFoundError` says which of its files is missing."""
+    if not (source / "tokenizer.json").is_file():
+        raise FileNotFoundError(
+            f"'{source}' has no tokenizer.json: copy the tokenizer of the model beside its weights."
+        )
+    # Today's layout keeps the image processor inside processor_config.json, the published one in a file of its own.
+    today = source / "processor_config.json"
+    if not (source / "preprocessor_config.json").is_file() and not (
+        today.is_file() and "image_processor" in read_json(today)
+    ):
+        raise FileNotFoundError(
+            f"'{source}' has no preprocessor_config.json: copy the image processor of the model beside its weights."
+        )
+    return OpenVLAProcessor.from_pretrained(source)

@@ -1,0 +1,270 @@
+"""Checkpoints of the original's training code <-> Hub folders."""
+
+import os
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from ..configuration_openvla import LLM_BACKBONES, VISION_BACKBONES, OpenVLAConfig, check_choice, closest
+from ..presets import load_base_vlms
+from ..processing_openvla import OpenVLAImageProcessor, OpenVLAProcessor, prompt_template_of
+from .hub_folder import (
+    LazyTensor,
+    check_weights,
+    new_folder,
+    read_json,
+    read_statistics,
+    read_weights,
+    write_companions,
+    write_json,
+    write_weights,
+)
+from .package import source_folder
+from .training_run import LATEST, PARTS, find_checkpoint, lazy, name_table, read_checkpoint, rename, run_ids
+
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# Where the defaults of the transformers configuration classes (7B) are not the sizes of the id.
+_LLM_13B = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40}
+LLM_SIZES: dict[str, dict[str, Any]] = {
+    "llama2-13b-pure": _LLM_13B,
+    "llama2-13b-chat": _LLM_13B,
+    "vicuna-v15-13b": _LLM_13B,
+    "phi-2-3b": {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "partial_rotary_factor": 0.4,
+    },
+}
+
+
+# To a Hub folder ------------------------------------------------------------------------------------------------------
+
+
+def convert_prismatic_checkpoint(
+    checkpoint: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    vision_backbone_id: str | None = None,
+    llm_backbone_id: str | None = None,
+    image_resize_strategy: str | None = None,
+    config: OpenVLAConfig | None = None,
+    tokenizer: str | os.PathLike | None = None,
+    statistics: str | os.PathLike | None = None,
+    base: str | os.PathLike | None = None,
+    dtype: str = "bfloat16",
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+) -> Path:
+    """Write a checkpoint of the original's training code as a self-contained Hub folder.
+
+    The checkpoint stays on disk; one shard is in memory at a time. Every name and shape is compared with what the
+    configuration calls for before anything is written.
+
+    Args:
+        checkpoint: A .pt file, or the folder of its run.
+        output: Folder to write; it appears whole or not at all.
+        vision_backbone_id, llm_backbone_id, image_resize_strategy: Default: what the run's config.json says.
+        config: Instead of the three, for models of other sizes.
+        tokenizer: Folder or Hub id of the language model's tokenizer. Default: the language model's own Hub repository.
+        statistics: dataset_statistics.json. Default: the one in the run's folder.
+        base: What supplies the parts that were frozen in training and are not in the checkpoint: another checkpoint or
+            run, a Hub folder or id, or "timm" for vision towers as timm publishes them.
+        dtype: "bfloat16" as published, "float16" or "float32".
+        max_shard_size: Largest weight file, for example "5GB".
+        overwrite: Replace the model files of an existing folder.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileNotFoundError: If checkpoint, statistics or tokenizer are not there.
+        ValueError: If ids are unknown, a part is missing, weights do not fit, or `output` is not empty.
+    """
+    check_choice("dtype", dtype, DTYPES)
+    file, run = find_checkpoint(checkpoint)
+    stats_file = Path(statistics) if statistics is not None else run / "dataset_statistics.json"
+    if not stats_file.is_file():
+        raise FileNotFoundError(
+            f"No action statistics at '{stats_file}': give the dataset_statistics.json of the training (--statistics)."
+        )
+    if config is None:
+        given = {
+            "vision_backbone_id": vision_backbone_id,
+            "llm_backbone_id": llm_backbone_id,
+            "image_resize_strategy": image_resize_strategy,
+        }
+        config = config_of_ids(run_ids(run) | {field: value for field, value in given.items() if value}, run)
+    parts = read_checkpoint(file)
+    tensors = lazy(parts, config)
+    missing = [part for part in PARTS if part not in parts]
+    if missing:
+        tensors |= frozen_parts(missing, base, config, file)
+    fast_tokenizer = prepare_tokenizer(tokenizer or config.hf_llm_id, config)
+    fit_vocabulary(config, tensors, fast_tokenizer)
+    check_weights(config, {name: tensor.shape for name, tensor in tensors.items()}, f"'{file}'")
+
+    config.dtype = dtype
+    processor = OpenVLAProcessor(image_processor_of(config), fast_tokenizer, prompt_template_of(config.to_dict()))
+    output = Path(output)
+    with new_folder(output, overwrite) as folder:
+        write_weights(folder, tensors, DTYPES[dtype], max_shard_size)
+        write_companions(folder, config, processor, read_json(stats_file), name=output.resolve().name)
+    return output
+
+
+def config_of_ids(ids: Mapping[str, str], run: Path) -> OpenVLAConfig:
+    """Configuration of backbone ids, with the sizes they stand for."""
+    lacking = [
+        field for field in ("vision_backbone_id", "llm_backbone_id", "image_resize_strategy") if field not in ids
+    ]
+    if lacking:
+        said = ""
+        if (run / "config.json").is_file():
+            base_vlm = (read_json(run / "config.json").get("vla") or {}).get("base_vlm")
+            said = f" (its base_vlm is '{base_vlm}'.{closest(base_vlm, load_base_vlms())})" if base_vlm else ""
+        options = ", ".join("--" + field.replace("_", "-") for field in lacking)
+        raise ValueError(f"The config.json of '{run}' does not tell {', '.join(lacking)}{said}: give {options}.")
+    check_choice("vision_backbone_id", ids["vision_backbone_id"], VISION_BACKBONES)
+    check_choice("llm_backbone_id", ids["llm_backbone_id"], LLM_BACKBONES)
+    fused = len(VISION_BACKBONES[ids["vision_backbone_id"]]) > 1
+    config = OpenVLAConfig(**ids, arch_specifier=f"no-align+{'fused-' if fused else ''}gelu-mlp")
+    sizes = LLM_SIZES.get(ids["llm_backbone_id"])
+    if sizes:
+        text = {"model_type": config.text_config.model_type, "vocab_size": config.text_config.vocab_size, **sizes}
+        config = OpenVLAConfig(**ids, arch_specifier=config.arch_specifier, text_config=text)
+    return config
+
+
+def frozen_parts(
+    missing: list[str], base: str | os.PathLike | None, config: OpenVLAConfig, file: Path
+) -> dict[str, LazyTensor]:
+    """Tensors of the parts a checkpoint lacks, from `base`."""
+    if base is None:
+        raise ValueError(
+            f"'{file}' lacks {' and '.join(missing)}: frozen in training, they were not saved. Give what the training "
+            "started from (--base): a checkpoint, a Hub folder or id, or 'timm' for the vision towers timm publishes."
+        )
+    if str(base) == "timm":
+        found = timm_towers(config)
+    elif Path(base).suffix == ".pt" or (Path(base) / "checkpoints").is_dir():
+        found = lazy(read_checkpoint(find_checkpoint(base)[0]), config)
+    else:
+        found = read_weights(source_folder(base))
+    published = {"vision_backbone": "vision_backbone.", "projector": "projector.", "llm_backbone": "language_model."}
+    wanted = tuple(published[part] for part in missing)
+    for part in missing:
+        if not any(name.startswith(published[part]) for name in found):
+            raise ValueError(f"base='{base}' does not hold {part} either, which '{file}' lacks.")
+    return {name: tensor for name, tensor in found.items() if name.startswith(wanted)}
+
+
+def timm_towers(config: OpenVLAConfig) -> dict[str, LazyTensor]:
+    """Vision towers with the weights timm publishes, downloaded where they are not cached."""
+    tensors = {}
+    towers = zip(("featurizer", "fused_featurizer"), config.timm_model_ids, config.image_sizes, strict=False)
+    for tower, model_id, size in towers:
+        state = timm.create_model(model_id, pretrained=True, num_classes=0, img_size=size).state_dict()
+        for name, tensor in state.items():
+            published = rename(f"vision_backbone.{tower}.{name}", [])
+            tensors[published] = LazyTensor(tuple(tensor.shape), lambda tensor=tensor: tensor)
+    return tensors
+
+
+def prepare_tokenizer(source: str | os.PathLike, config: OpenVLAConfig) -> PreTrainedTokenizerFast:
+    """Tokenizer of a language model with the padding token that the original added."""
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(source, padding_side="right")
+    except (OSError, ValueError, TypeError) as error:
+        raise FileNotFoundError(
+            f"No fast tokenizer (tokenizer.json) at '{source}': give a folder or Hub id that has the tokenizer of "
+            f"'{config.llm_backbone_id}' (--tokenizer); published OpenVLA repositories do."
+        ) from error
+    tokenizer.add_special_tokens({"pad_token": "<|pad|>" if config.llm_backbone_id.startswith("phi") else "<PAD>"})
+    tokenizer.model_max_length = config.llm_max_length
+    return tokenizer
+
+
+def fit_vocabulary(
+    config: OpenVLAConfig, tensors: Mapping[str, LazyTensor], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Set vocabulary and padding of `config`: the original filled the embedding table up to a multiple of 64 rows."""
+    embedding = tensors.get("language_model.model.embed_tokens.weight")
+    if embedding is None:
+        return  # the check of the weights says so
+    rows, expected = embedding.shape[0], -(-len(tokenizer) // 64) * 64
+    if rows != expected:
+        raise ValueError(
+            f"The checkpoint has {rows} embeddings, but a tokenizer of {len(tokenizer)} tokens, padding included, "
+            f"makes {expected}: '{tokenizer.name_or_path}' is not that of its training, give --tokenizer."
+        )
+    config.text_config.vocab_size = rows
+    config.text_config.pad_token_id = config.pad_token_id = tokenizer.pad_token_id
+    config.pad_to_multiple_of = rows - tokenizer.vocab_size
+    config.image_token_id = rows - 1
+
+
+def image_processor_of(config: OpenVLAConfig) -> OpenVLAImageProcessor:
+    """Image processor of the towers: input sizes from the configuration, colors and interpolation as timm has them."""
+    cfgs = [timm.get_pretrained_cfg(model_id) for model_id in config.timm_model_ids]
+    return OpenVLAImageProcessor(
+        use_fused_vision_backbone=config.use_fused_vision_backbone,
+        image_resize_strategy=config.image_resize_strategy,
+        input_sizes=[[3, size, size] for size in config.image_sizes],
+        interpolations=[cfg.interpolation or "bicubic" for cfg in cfgs],
+        means=[list(cfg.mean) for cfg in cfgs],
+        stds=[list(cfg.std) for cfg in cfgs],
+    )
+
+
+# And back -------------------------------------------------------------------------------------------------------------
+
+
+def export_prismatic_checkpoint(
+    weights: str | os.PathLike, output: str | os.PathLike, *, dtype: str | None = None, overwrite: bool = False
+) -> Path:
+    """Write a Hub folder as a training run of the original: `checkpoints/latest-checkpoint.pt`, ids and statistics.
+
+    The whole model is in memory once.
+
+    Args:
+        weights: Folder or Hub id, published layout or ours.
+        output: Run folder to write.
+        dtype: "float32", which the original's trainer expects, "bfloat16" or "float16". Default: unchanged.
+        overwrite: Replace the files of an existing run.
+
+    Returns:
+        The run folder.
+    """
+    if dtype is not None:
+        check_choice("dtype", dtype, DTYPES)
+    source = source_folder(weights)
+    config = OpenVLAConfig.from_pretrained(source)
+    tensors, table = read_weights(source), name_table(config)
+    check_weights(config, {name: tensor.shape for name, tensor in tensors.items()}, f"'{source}'")
+    ids = {
+        field: getattr(config, field) for field in ("vision_backbone_id", "llm_backbone_id", "image_resize_strategy")
+    }
+    same = sorted((name for name, known in load_base_vlms().items() if known == ids), key=len)
+    statistics = read_statistics(source, config)
+
+    parts: dict[str, OrderedDict[str, torch.Tensor]] = {part: OrderedDict() for part in PARTS}
+    for name, tensor in tensors.items():
+        part, _, theirs = rename(name, table, back=True).partition(".")
+        values = tensor.read()
+        parts[part][theirs] = values if dtype is None else values.to(DTYPES[dtype])
+    output = Path(output)
+    with new_folder(output, overwrite) as folder:
+        (folder / LATEST).parent.mkdir()
+        torch.save({"model": parts}, folder / LATEST)
+        model = {"model_id": same[0] if same else "openvla", "arch_specifier": config.arch_specifier, **ids}
+        write_json(folder / "config.json", {"model": model, "vla": {"base_vlm": model["model_id"]}})
+        write_json(folder / "dataset_statistics.json", statistics)
+    return output

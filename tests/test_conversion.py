@@ -1,0 +1,304 @@
+"""Training checkpoints of the original -> Hub folders and back, on checkpoints rebuilt from the published tiny ones.
+
+The training names are written out here once more, from the original's modules (`prismatic/models`), so that the name
+table of the package is not tested against itself.
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from openvla import OpenVLAConfig, OpenVLAForActionPrediction, OpenVLAProcessor
+from openvla.conversion import convert_prismatic_checkpoint, export_prismatic_checkpoint, prismatic
+from openvla.conversion.hub_folder import expected_shapes, read_weights
+from openvla.conversion.training_run import name_table, rename
+
+
+PROJECTOR = {"fc1": "projector.0", "fc2": "projector.2", "fc3": "projector.4"}
+
+
+def training_parts(weights: dict[str, torch.Tensor], fused: bool) -> dict[str, dict[str, torch.Tensor]]:
+    """The published tensors as the original's trainer saves them."""
+    parts = {"vision_backbone": {}, "projector": {}, "llm_backbone": {}}
+    for name, tensor in weights.items():
+        if name.startswith("language_model."):
+            parts["llm_backbone"]["llm." + name[len("language_model.") :]] = tensor
+        elif name.startswith("projector."):
+            _, layer, kind = name.split(".")
+            parts["projector"][f"{PROJECTOR[layer]}.{kind}"] = tensor
+        else:
+            name = name[len("vision_backbone.") :]
+            if fused:
+                name = re.sub(r"^featurizer\.", "dino_featurizer.", name)
+                name = re.sub(r"^fused_featurizer\.", "siglip_featurizer.", name)
+            parts["vision_backbone"][re.sub(r"\.scale_factor$", ".gamma", name)] = tensor
+    return parts
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_checkpoint) -> SimpleNamespace:
+    """Published weights, their training layout, and what a tiny model needs besides."""
+    weights = load_file(tiny_checkpoint.folder / "model.safetensors")
+    fused = "fused" in tiny_checkpoint.name
+    return SimpleNamespace(
+        folder=tiny_checkpoint.folder,
+        weights=weights,
+        parts=training_parts(weights, fused),
+        fused=fused,
+        config=lambda: OpenVLAConfig.from_pretrained(
+            tiny_checkpoint.folder, timm_model_kwargs=tiny_checkpoint.timm_model_kwargs
+        ),
+        checkpoint=tiny_checkpoint,
+    )
+
+
+def write_run(run: Path, tiny, parts: dict | None = None, base_vlm: str = "tiny") -> Path:
+    """A run folder of the original with one checkpoint."""
+    (run / "checkpoints").mkdir(parents=True)
+    torch.save({"model": tiny.parts if parts is None else parts}, run / "checkpoints/latest-checkpoint.pt")
+    (run / "config.json").write_text(json.dumps({"vla": {"base_vlm": base_vlm}, "run_id": "tiny"}))
+    shutil.copyfile(tiny.folder / "dataset_statistics.json", run / "dataset_statistics.json")
+    return run
+
+
+def convert(run: Path, output: Path, tiny, **kwargs) -> Path:
+    kwargs = {"config": tiny.config(), "tokenizer": tiny.folder, "dtype": "float32", **kwargs}
+    return convert_prismatic_checkpoint(run, output, **kwargs)
+
+
+def test_names_are_the_published_ones(tiny):
+    published = {
+        rename(f"{part}.{name}", name_table(tiny.config())) for part in tiny.parts for name in tiny.parts[part]
+    }
+    assert published == set(tiny.weights)
+
+
+def test_converted_model_is_the_published_one(tiny, tmp_path):
+    run = write_run(tmp_path / "run", tiny)
+    folder = convert(run / "checkpoints/latest-checkpoint.pt", tmp_path / "out", tiny)
+
+    converted = load_file(folder / "model.safetensors")
+    assert set(converted) == set(tiny.weights)
+    assert all(torch.equal(converted[name], tiny.weights[name]) for name in tiny.weights)
+    assert (folder / "dataset_statistics.json").is_file()
+
+    model = OpenVLAForActionPrediction.from_pretrained(folder, dtype=torch.float32)
+    processor, published = OpenVLAProcessor.from_pretrained(folder), tiny.checkpoint.processor()
+    assert model.config.empty_token_id == published.empty_token_id
+    assert model.config.pad_token_id == 32000 and model.config.action_vocab_size == 32000
+    assert processor.prompt_template == published.prompt_template
+    assert (
+        processor.image_processor.to_dict().items()
+        >= {
+            key: getattr(published.image_processor, key)
+            for key in ("input_sizes", "interpolations", "means", "stds", "image_resize_strategy")
+        }.items()
+    )
+    image = np.random.default_rng(0).integers(0, 256, (120, 160, 3), dtype=np.uint8)
+    action = model.predict_action(image, "Open the Drawer", unnorm_key="bridge_orig")
+    reference = tiny.checkpoint.load()
+    np.testing.assert_array_equal(action, reference.predict_action(image, "Open the Drawer", unnorm_key="bridge_orig"))
+    ids = processor("In: What action should the robot take to x?\nOut:")["input_ids"]
+    assert torch.equal(ids, published("In: What action should the robot take to x?\nOut:")["input_ids"])
+
+
+def test_bfloat16_shards(tiny, tmp_path):
+    folder = convert(write_run(tmp_path / "run", tiny), tmp_path / "out", tiny, dtype="bfloat16", max_shard_size="4MB")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    assert set(index) == set(tiny.weights) and len(set(index.values())) > 1
+    for name, file in index.items():
+        with safe_open(folder / file, framework="pt") as handle:
+            assert torch.equal(handle.get_tensor(name), tiny.weights[name].to(torch.bfloat16))
+    assert OpenVLAForActionPrediction.from_pretrained(folder).dtype == torch.bfloat16
+
+
+def test_round_trip_is_bit_equal(tiny, tmp_path):
+    folder = convert(write_run(tmp_path / "run", tiny), tmp_path / "out", tiny)
+    run = export_prismatic_checkpoint(folder, tmp_path / "back")
+    parts = torch.load(run / "checkpoints/latest-checkpoint.pt", weights_only=True)["model"]
+    assert {part: set(tensors) for part, tensors in parts.items()} == {
+        part: set(tensors) for part, tensors in tiny.parts.items()
+    }
+    assert all(torch.equal(parts[part][name], tiny.parts[part][name]) for part in parts for name in parts[part])
+    # The exported run names what it was built from, so that it converts without options (but for the sizes).
+    config = prismatic.config_of_ids(prismatic.run_ids(run), run)
+    assert config.vision_backbone_id == tiny.config().vision_backbone_id
+    assert config.llm_backbone_id == tiny.config().llm_backbone_id
+    assert config.image_resize_strategy == tiny.config().image_resize_strategy
+    again = convert(run, tmp_path / "again", tiny)
+    assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    export_prismatic_checkpoint(folder, run, overwrite=True)
+
+
+@pytest.mark.parametrize("base_kind", ["hub folder", "checkpoint"])
+def test_frozen_parts_come_from_the_base(tiny, tmp_path, base_kind):
+    trained = {"llm_backbone": tiny.parts["llm_backbone"]}
+    run = write_run(tmp_path / "run", tiny, trained)
+    with pytest.raises(ValueError, match=r"lacks vision_backbone and projector: frozen.*--base"):
+        convert(run, tmp_path / "out", tiny)
+    assert not (tmp_path / "out").exists()
+    base = tiny.folder if base_kind == "hub folder" else write_run(tmp_path / "base", tiny)
+    converted = load_file(convert(run, tmp_path / "out", tiny, base=base) / "model.safetensors")
+    assert all(torch.equal(converted[name], tiny.weights[name]) for name in tiny.weights)
+    with pytest.raises(ValueError, match="does not hold vision_backbone either"):
+        convert(run, tmp_path / "other", tiny, base=run)
+
+
+def test_frozen_towers_come_from_timm(tiny, tmp_path, monkeypatch):
+    towers = iter(["featurizer", "fused_featurizer"])
+    asked = []
+
+    def create_model(model_id, pretrained, **kwargs):
+        asked.append((model_id, pretrained))
+        prefix = f"vision_backbone.{next(towers)}."
+        state = {
+            name.removeprefix(prefix).replace("scale_factor", "gamma"): tensor
+            for name, tensor in tiny.weights.items()
+            if name.startswith(prefix)
+        }
+        return SimpleNamespace(state_dict=lambda: state)
+
+    monkeypatch.setattr(prismatic.timm, "create_model", create_model)
+    found = prismatic.timm_towers(tiny.config())
+    assert asked == [(model_id, True) for model_id in tiny.config().timm_model_ids]
+    assert set(found) == {name for name in tiny.weights if name.startswith("vision_backbone.")}
+    assert all(torch.equal(tensor.read(), tiny.weights[name]) for name, tensor in found.items())
+
+
+# What a run says about itself -----------------------------------------------------------------------------------------
+
+
+def test_ids_of_the_published_runs(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"vla": {"base_vlm": "siglip-224px+7b"}}))
+    config = prismatic.config_of_ids(prismatic.run_ids(tmp_path), tmp_path)
+    assert (config.vision_backbone_id, config.llm_backbone_id) == ("siglip-vit-so400m", "vicuna-v15-7b")
+    assert config.image_resize_strategy == "letterbox" and config.arch_specifier == "no-align+gelu-mlp"
+
+
+@pytest.mark.parametrize(
+    "llm_backbone_id, hidden, layers, parameters",
+    [("llama2-13b-pure", 5120, 40, 13_016_519_680), ("phi-2-3b", 2560, 32, 2_779_683_840)],
+)
+def test_sizes_of_other_language_models(tmp_path, llm_backbone_id, hidden, layers, parameters):
+    ids = {
+        "vision_backbone_id": "clip-vit-l",
+        "llm_backbone_id": llm_backbone_id,
+        "image_resize_strategy": "letterbox",
+    }
+    config = prismatic.config_of_ids(ids, tmp_path)
+    rows = {"llama2-13b-pure": 32064, "phi-2-3b": 51200}[llm_backbone_id]
+    config.text_config.vocab_size = rows
+    assert (config.text_config.hidden_size, config.text_config.num_hidden_layers) == (hidden, layers)
+    shapes = {k: s for k, s in expected_shapes(config).items() if k.startswith("language_model.")}
+    assert sum(torch.Size(shape).numel() for shape in shapes.values()) == parameters
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({}, r"does not tell vision_backbone_id.*base_vlm is 'tiny'.*give --vision-backbone-id, --llm-backbone-id"),
+        (
+            {"vision_backbone_id": "dinosiglip", "llm_backbone_id": "phi-2-3b", "image_resize_strategy": "letterbox"},
+            r"vision_backbone_id='dinosiglip' is unknown. Did you mean 'dinosiglip-vit-so-\d+px'",
+        ),
+        ({"dtype": "int8"}, "dtype='int8' is unknown.*bfloat16"),
+    ],
+)  # fmt: skip
+def test_unknown_ids(tiny, tmp_path, kwargs, message):
+    run = write_run(tmp_path / "run", tiny)
+    with pytest.raises(ValueError, match=message):
+        convert_prismatic_checkpoint(run, tmp_path / "out", tokenizer=tiny.folder, **kwargs)
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_sizes_are_listed(tiny, tmp_path):
+    """The ids mean 7B towers and language model; the checkpoint is tiny."""
+    run = write_run(tmp_path / "run", tiny, base_vlm="prism-dinosiglip-224px+7b" if tiny.fused else "siglip-224px+7b")
+    with pytest.raises(ValueError, match=r"missing: .*of another shape: .*\[.*\] instead of \[.*timm_model_kwargs"):
+        convert_prismatic_checkpoint(run, tmp_path / "out", tokenizer=tiny.folder)
+
+
+def test_missing_and_unexpected_names_are_listed(tiny, tmp_path):
+    parts = {**tiny.parts, "projector": dict(tiny.parts["projector"])}
+    parts["projector"]["projector.7.weight"] = parts["projector"].pop("projector.2.weight")
+    run = write_run(tmp_path / "run", tiny, parts)
+    with pytest.raises(
+        ValueError, match=r"1 missing: projector.fc2.weight; 1 unexpected: projector.projector.7.weight"
+    ):
+        convert(run, tmp_path / "out", tiny)
+
+
+def test_wrong_tokenizer(tiny, tmp_path):
+    run = write_run(tmp_path / "run", tiny)
+    with pytest.raises(FileNotFoundError, match=r"No fast tokenizer.*--tokenizer"):
+        convert(run, tmp_path / "out", tiny, tokenizer=tmp_path)
+    other = tiny.checkpoint.processor().tokenizer
+    other.add_tokens([f"<extra{n}>" for n in range(100)])
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"32064 embeddings, but a tokenizer of 32101 tokens.*makes 32128"):
+        convert(run, tmp_path / "out", tiny, tokenizer=tmp_path / "other")
+
+
+def test_what_is_not_a_checkpoint(tiny, tmp_path):
+    with pytest.raises(FileNotFoundError, match="No checkpoint at"):
+        convert(tmp_path / "nothing.pt", tmp_path / "out", tiny)
+    with pytest.raises(FileNotFoundError, match=r"no checkpoints/latest-checkpoint.pt and no checkpoints/step"):
+        convert(tmp_path, tmp_path / "out", tiny)
+    run = write_run(tmp_path / "run", tiny)
+    for content, message in (({"state_dict": {}}, "no training checkpoint.*got state_dict"), ([1], "got list")):
+        torch.save(content, run / "checkpoints/latest-checkpoint.pt")
+        with pytest.raises(ValueError, match=message):
+            convert(run, tmp_path / "out", tiny)
+    (run / "checkpoints/latest-checkpoint.pt").write_bytes(b"cut off")
+    with pytest.raises(ValueError, match="cannot be read as a torch checkpoint"):
+        convert(run, tmp_path / "out", tiny)
+    (run / "dataset_statistics.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"No action statistics.*--statistics"):
+        convert(run, tmp_path / "out", tiny)
+
+
+def test_code_in_a_checkpoint_is_not_run(tiny, tmp_path):
+    class Harmful:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "harm",)
+
+    run = write_run(tmp_path / "run", tiny)
+    torch.save({"model": Harmful()}, run / "checkpoints/latest-checkpoint.pt")
+    with pytest.raises(ValueError, match="cannot be read as a torch checkpoint of tensors alone"):
+        convert(run, tmp_path / "out", tiny)
+    assert not (tmp_path / "harm").exists()
+
+
+def test_latest_step_stands_for_a_run(tiny, tmp_path):
+    run = write_run(tmp_path / "run", tiny)
+    latest = run / "checkpoints/latest-checkpoint.pt"
+    latest.rename(run / "checkpoints/step-002500-epoch-01-loss=0.5.pt")
+    (run / "checkpoints/step-000500-epoch-00-loss=0.9.pt").touch()
+    assert prismatic.find_checkpoint(run)[0].name.startswith("step-002500")
+
+
+def test_a_failure_leaves_no_folder(tiny, tmp_path, monkeypatch):
+    run = write_run(tmp_path / "run", tiny)
+
+    def disk_full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(prismatic, "write_companions", disk_full)
+    with pytest.raises(OSError, match="No space left"):
+        convert(run, tmp_path / "out", tiny)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_lazy_weights_know_shapes_without_reading(tiny):
+    lazy = read_weights(tiny.folder)
+    assert {name: tensor.shape for name, tensor in lazy.items()} == {
+        name: tuple(tensor.shape) for name, tensor in tiny.weights.items()
+    }
