@@ -26,12 +26,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import cached_file
 
-from .action_tokenizer import (
-    ActionTokenizer,
-    check_same_action_dim,
-    get_action_stats,
-    unnormalize_actions,
-)
+from .action_tokenizer import ActionTokenizer, check_same_action_dim, get_action_stats, unnormalize_actions
 from .configuration_openvla import OpenVLAConfig
 from .processing_openvla import HUB_KWARGS, OpenVLAProcessor, as_image_list, load_image
 
@@ -169,6 +164,7 @@ class PatchLayout:
             first = attention_mask.to(device).ne(0).int().argmax(dim=1, keepdim=True)
         position = torch.arange(length + num_patches, device=device)[None, :]
         offset = position - (first + 1)  # 0 at the first patch
+        self.first, self.offset, self.num_patches = first, offset, num_patches
         self.is_patch = (offset >= 0) & (offset < num_patches)  # (batch, length + num_patches)
         text_index = torch.where(offset >= num_patches, position - num_patches, position)
         self.text_index = text_index.masked_fill(self.is_patch, 0)
@@ -176,16 +172,26 @@ class PatchLayout:
         text = torch.arange(length, device=device)[None, :].expand(batch, -1)
         self.expanded_index = torch.where(text > first, text + num_patches, text)
 
-    def insert(self, values: torch.Tensor, fill: int | float) -> torch.Tensor:
-        """(batch, length, ...) -> (batch, length + num_patches, ...), `fill` where patches stand."""
-        is_patch, index = self.is_patch, self.text_index
+    def insert(self, values: torch.Tensor | None, fill: float) -> torch.Tensor | None:
+        """(batch, length, ...) -> (batch, length + num_patches, ...), `fill` where patches stand; None stays None."""
+        if values is None:
+            return None
+        values, is_patch, index = values.to(self.is_patch.device), self.is_patch, self.text_index
         if values.ndim == 3:
             is_patch, index = is_patch[..., None], index[..., None].expand(-1, -1, values.shape[-1])
         return values.gather(1, index).masked_fill(is_patch, fill)
 
+    def insert_positions(self, position_ids: torch.Tensor | None) -> torch.Tensor | None:
+        """Position ids of a prompt, (batch or 1, length), with those of the patches; text after them moves up."""
+        if position_ids is None:
+            return None
+        position_ids = position_ids.to(self.is_patch.device).expand(len(self.is_patch), -1)
+        moved_up = self.insert(position_ids, 0) + self.num_patches * (self.offset >= self.num_patches)
+        return torch.where(self.is_patch, position_ids.gather(1, self.first) + 1 + self.offset, moved_up)
+
     def remove(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Sequences that begin with an expanded prompt, without the patches. Rows may be repeated (beams, samples)."""
-        batch, length = self.expanded_index.shape
+        batch = len(self.expanded_index)
         expanded = self.is_patch.shape[1]
         index = self.expanded_index.repeat_interleave(len(token_ids) // batch, dim=0).to(token_ids.device)
         return torch.cat([token_ids[:, :expanded].gather(1, index), token_ids[:, expanded:]], dim=1)
@@ -405,8 +411,8 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         # An unused id may still turn up in generated text; only the first ones stand for patches.
         return is_image & (is_image.cumsum(dim=1) <= num_patches)
 
-    def _merge(self, input_ids, inputs_embeds, attention_mask, labels, features):
-        """Embeddings with the patches in place, and mask and labels of the same length."""
+    def _merge(self, input_ids, inputs_embeds, attention_mask, features) -> tuple[torch.Tensor, PatchLayout | None]:
+        """Embeddings with the patches in place, and where they stand if they were inserted (None: at placeholders)."""
         placeholders = self._placeholders(input_ids, inputs_embeds)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -414,22 +420,18 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"{features.shape[0]} image(s) for {inputs_embeds.shape[0]} prompt(s): give one image for each prompt."
             )
+        layout = None
         if placeholders is None:
-            if attention_mask is not None and attention_mask.ndim != 2:
+            shape = inputs_embeds.shape[:2]
+            if attention_mask is not None and attention_mask.shape != shape:
                 raise ValueError(
                     f"attention_mask has shape {tuple(attention_mask.shape)}; with a plain prompt and an image give "
-                    "(batch, length), the patches are added to it."
+                    f"(batch, length), here {tuple(shape)}: the patches are added to it."
                 )
-            layout = PatchLayout(
-                attention_mask, inputs_embeds.shape[:2], features.shape[1], device=inputs_embeds.device
-            )
-            inputs_embeds = layout.insert(inputs_embeds, 0.0)
-            attention_mask = None if attention_mask is None else layout.insert(attention_mask, 1)
-            labels = None if labels is None else layout.insert(labels.to(layout.is_patch.device), IGNORE_INDEX)
-            placeholders = layout.is_patch
+            layout = PatchLayout(attention_mask, shape, features.shape[1], device=inputs_embeds.device)
+            inputs_embeds, placeholders = layout.insert(inputs_embeds, 0.0), layout.is_patch
         features = features.to(inputs_embeds.device, inputs_embeds.dtype)
-        inputs_embeds = inputs_embeds.masked_scatter(placeholders[..., None].to(inputs_embeds.device), features)
-        return inputs_embeds, attention_mask, labels
+        return inputs_embeds.masked_scatter(placeholders[..., None].to(inputs_embeds.device), features), layout
 
     def forward(
         self,
@@ -454,7 +456,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             input_ids: (batch, length) plain prompt, padded on either side, or one with placeholders.
             attention_mask: (batch, length), 0 marks padding.
             pixel_values: (batch, 3 * towers, height, width) normalized images, or None for text alone.
-            labels: (batch, length) in the coordinates of `input_ids`, -100 where no loss is wanted.
+            labels, position_ids: (batch, length) in the coordinates of `input_ids`; label -100 where no loss is wanted.
             inputs_embeds: (batch, length, hidden) instead of `input_ids`.
             output_projector_features: With `return_dict=False`, append the projected patches to the tuple.
             logits_to_keep: Compute logits of the last so many positions only (0: of all).
@@ -471,10 +473,12 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         features = None
         if pixel_values is not None:
             features = self.encode_images(pixel_values)
-            inputs_embeds, attention_mask, labels = self._merge(
-                input_ids, inputs_embeds, attention_mask, labels, features
-            )
+            inputs_embeds, layout = self._merge(input_ids, inputs_embeds, attention_mask, features)
             input_ids = None
+            if layout is not None:
+                attention_mask = layout.insert(attention_mask, 1)
+                position_ids = layout.insert_positions(position_ids)
+                labels = layout.insert(labels, IGNORE_INDEX)
         for name, value in (("output_attentions", output_attentions), ("output_hidden_states", output_hidden_states)):
             value = getattr(self.config, name) if value is None else value
             if value:
@@ -510,46 +514,61 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
     def generate(self, inputs: torch.Tensor | None = None, **kwargs):
         """As `generate` of every model of the library. Plain prompts come back plain: the patches that are inserted for
         `pixel_values` appear neither in the sequences nor in `max_length`."""
-        pixel_values, inputs_embeds = kwargs.get("pixel_values"), kwargs.get("inputs_embeds")
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
-        if pixel_values is None or kwargs.get("past_key_values") is not None:
-            return super().generate(inputs, **kwargs)
-        if inputs_embeds is not None:
+        pixel_values, attention_mask = kwargs.get("pixel_values"), kwargs.get("attention_mask")
+        if pixel_values is not None and kwargs.get("inputs_embeds") is not None:
             # Images enter the embeddings here, once; generate keeps count of the merged length.
-            features = self.encode_images(pixel_values)
-            kwargs["inputs_embeds"], kwargs["attention_mask"], _ = self._merge(
-                None, inputs_embeds, kwargs.get("attention_mask"), None, features
-            )
-            kwargs.pop("pixel_values")
+            features = self.encode_images(kwargs.pop("pixel_values"))
+            kwargs["inputs_embeds"], layout = self._merge(None, kwargs["inputs_embeds"], attention_mask, features)
+            if layout is not None:
+                kwargs["attention_mask"] = layout.insert(attention_mask, 1)
+                kwargs["position_ids"] = layout.insert_positions(kwargs.get("position_ids"))
             return super().generate(inputs, **kwargs)
-        if input_ids is None or self._placeholders(input_ids, None) is not None:
+        if input_ids is None or not self._needs_patches(input_ids, attention_mask, pixel_values, kwargs):
             return super().generate(inputs, **kwargs)
 
         num_patches = self.vision_backbone.num_patches
-        attention_mask = kwargs.get("attention_mask")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         layout = PatchLayout(attention_mask, input_ids.shape, num_patches, device=input_ids.device)
         kwargs["input_ids"] = layout.insert(input_ids, self.config.image_token_id)
-        kwargs["attention_mask"] = layout.insert(attention_mask.to(input_ids.device), 1)
+        kwargs["attention_mask"] = layout.insert(attention_mask, 1)
+        kwargs["position_ids"] = layout.insert_positions(kwargs.get("position_ids"))
+        generation_config = kwargs.get("generation_config") or self.generation_config
         for name in ("max_length", "min_length"):
-            if kwargs.get(name) is not None:
-                kwargs[name] += num_patches
+            length = kwargs.get(name) if kwargs.get(name) is not None else getattr(generation_config, name)
+            if length is not None:
+                kwargs[name] = length + num_patches
         generated = super().generate(**kwargs)
         if isinstance(generated, torch.Tensor):
             return layout.remove(generated)
         generated.sequences = layout.remove(generated.sequences)
         return generated
 
-    def prepare_inputs_for_generation(self, input_ids, pixel_values=None, is_first_iteration=False, **kwargs):
+    def _needs_patches(self, input_ids, attention_mask, pixel_values, kwargs) -> bool:
+        """Whether `generate` got a whole plain sequence with an image, or one whose image is in the cache already."""
+        if kwargs.get("inputs_embeds") is not None or self._placeholders(input_ids, None) is not None:
+            return False
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            return False  # only the tokens that follow those in the cache
+        cache = kwargs.get("past_key_values")
+        # A cache holds less than the whole sequence, unless it holds patches.
+        return pixel_values is not None or (cache is not None and cache.get_seq_length() >= input_ids.shape[1])
+
+    def prepare_inputs_for_generation(
+        self, input_ids, past_key_values=None, inputs_embeds=None, pixel_values=None, is_first_iteration=False, **kwargs
+    ):
         # transformers 5.4 does not drop images after the prefill by itself. An image that is already in the cache
         # (generation continued from past_key_values) must not enter a second time.
         model_inputs = super().prepare_inputs_for_generation(
-            input_ids, is_first_iteration=is_first_iteration, **kwargs
+            input_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,  # named in the signature: generate refuses inputs_embeds without it
+            is_first_iteration=is_first_iteration,
+            **kwargs,
         )
-        cached = kwargs.get("past_key_values")
         prefill = is_first_iteration or not kwargs.get("use_cache", True)
-        if prefill and pixel_values is not None and cached is not None and cached.get_seq_length() > 0:
+        if prefill and pixel_values is not None and past_key_values is not None and past_key_values.get_seq_length() > 0:
             prefill = self._placeholders(model_inputs.get("input_ids"), model_inputs.get("inputs_embeds")) is not None
         model_inputs["pixel_values"] = pixel_values if prefill else None
         return model_inputs
@@ -732,9 +751,10 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             Token ids, their probabilities and the entropies (nats) of their distributions, each (batch, num_tokens).
         """
         features = self.encode_images(pixel_values.to(self.device))
-        inputs_embeds, attention_mask, _ = self._merge(input_ids, None, attention_mask, None, features)
+        inputs_embeds, layout = self._merge(input_ids, None, attention_mask, features)
         position_ids = None
         if attention_mask is not None:
+            attention_mask = attention_mask if layout is None else layout.insert(attention_mask, 1)
             attention_mask = nn.functional.pad(attention_mask, (0, num_tokens), value=1)
             position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
         length = inputs_embeds.shape[1]
