@@ -11,7 +11,7 @@ from transformers import (
 from .action_tokenizer import ActionTokenizer, normalize_actions, unnormalize_actions
 from .configuration_openvla import OpenVLAConfig
 from .modeling_openvla import ActionPrediction, OpenVLAForActionPrediction, OpenVLAOutput
-from .processing_openvla import OpenVLAImageProcessor, OpenVLAProcessor, load_image
+from .processing_openvla import PROMPT_TEMPLATES, OpenVLAImageProcessor, OpenVLAProcessor, load_image
 
 
 class AutoModelForVision2Seq(AutoModelForImageTextToText):
@@ -26,6 +26,7 @@ AutoProcessor.register(OpenVLAConfig, OpenVLAProcessor, exist_ok=True)
 
 __version__ = "0.1.0"
 __all__ = [
+    "PROMPT_TEMPLATES",
     "ActionPrediction",
     "ActionTokenizer",
     "AutoModelForVision2Seq",

@@ -1,0 +1,70 @@
+# Everything a newcomer needs: `make demo`, `make test`. Only Python >= 3.11 and make have to be there.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OUTPUTS := outputs
+JOBS ?= 2
+
+.PHONY: help demo test test-floor check format bench constraints clean
+
+help:
+	@echo "make demo        predict on example frames with the embedded policy, pictures in $(OUTPUTS)/"
+	@echo "make test        the whole test-suite (offline, CPU)"
+	@echo "make test-floor  the same with the oldest supported libraries"
+	@echo "make check       ruff (format and lint) and mypy"
+	@echo "make format      let ruff format and fix"
+	@echo "make bench       time one prediction by stage, JSON in $(OUTPUTS)/"
+	@echo "make constraints pin the newest libraries in constraints.txt"
+
+# uv makes the environments; where it is missing pip fetches it into a folder of its own.
+UV := $(shell command -v uv 2>/dev/null || echo $(VENV)-uv/bin/uv)
+
+$(VENV)-uv/bin/uv:
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or later is needed, $$(PYTHON) is {sys.version}"'
+	$(PYTHON) -m pip install --quiet --target $(VENV)-uv uv
+
+# $(call environment,FOLDER,CONSTRAINTS,EXTRA): an editable installation pinned by a constraints file
+define environment
+	test -x $(1)/bin/python || $(UV) venv --quiet --python $(PYTHON) $(1)
+	$(UV) pip install --quiet --python $(1)/bin/python --constraints $(2) --editable '.[$(3)]'
+	touch $@
+endef
+
+$(VENV)/demo.stamp: pyproject.toml constraints.txt | $(UV)
+	$(call environment,$(VENV),constraints.txt,demo)
+
+$(VENV)/dev.stamp: pyproject.toml constraints.txt | $(UV)
+	$(call environment,$(VENV),constraints.txt,dev)
+
+$(VENV)-floor/dev.stamp: pyproject.toml constraints-floor.txt | $(UV)
+	$(call environment,$(VENV)-floor,constraints-floor.txt,dev)
+
+demo: $(VENV)/demo.stamp
+	$(BIN)/python examples/demo.py --output $(OUTPUTS)
+
+test: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+test-floor: $(VENV)-floor/dev.stamp
+	$(VENV)-floor/bin/python -m pytest -n $(JOBS) $(ARGS)
+
+check: $(VENV)/dev.stamp
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	@mkdir -p $(VENV)/types && ln -sfn ../.. $(VENV)/types/openvla
+	MYPYPATH=$(VENV)/types $(BIN)/mypy -m openvla -m openvla.cli -p openvla.conversion -p openvla.presets
+
+format: $(VENV)/dev.stamp
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/dev.stamp
+	$(BIN)/python benchmarks/predict.py --output $(OUTPUTS)/benchmark.json
+
+constraints: | $(UV)
+	$(UV) pip compile --quiet --upgrade --universal --python-version 3.11 --all-extras --generate-hashes \
+		--no-header --no-annotate --no-emit-index-url --output-file constraints.txt pyproject.toml
+
+clean:
+	rm -rf $(VENV) $(VENV)-floor $(VENV)-uv $(OUTPUTS)

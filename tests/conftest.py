@@ -1,0 +1,34 @@
+"""Fixtures all tests share."""
+
+import os
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Thread pools of parallel test workers would fight for the same cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402 - after the environment is set
+import torch  # noqa: E402
+from tiny import TINY, TinyCheckpoint  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def reproducible():
+    torch.manual_seed(0)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+@pytest.fixture(params=TINY, ids=lambda checkpoint: checkpoint.name, scope="session")
+def tiny_checkpoint(request) -> TinyCheckpoint:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_checkpoint):
+    """One loaded model for tests that do not change it."""
+    return tiny_checkpoint.load()
+
+
+@pytest.fixture(scope="session")
+def tiny_processor(tiny_checkpoint):
+    return tiny_checkpoint.processor()

@@ -1,0 +1,60 @@
+"""Two tiny checkpoints the original implementation saved, and the goldens it computed from them."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import openvla
+
+
+FIXTURES = Path(__file__).parent / "fixtures"
+GOLDENS = FIXTURES / "goldens"
+
+
+@dataclass(frozen=True)
+class TinyCheckpoint:
+    """A published-layout folder and the goldens that belong to it."""
+
+    name: str
+
+    @property
+    def folder(self) -> Path:
+        return FIXTURES / self.name
+
+    @cached_property
+    def timm_model_kwargs(self) -> list[dict]:
+        """Tower sizes, which the published config.json has no field for."""
+        sizes = json.loads((self.folder / "tiny_vision_sizes.json").read_text())["overrides"]
+        return [sizes[model_id] for model_id in json.loads((self.folder / "config.json").read_text())["timm_model_ids"]]
+
+    def load(self, **kwargs) -> openvla.OpenVLAForActionPrediction:
+        kwargs.setdefault("dtype", torch.float32)
+        return openvla.OpenVLAForActionPrediction.from_pretrained(
+            self.folder, timm_model_kwargs=self.timm_model_kwargs, **kwargs
+        )
+
+    def processor(self) -> openvla.OpenVLAProcessor:
+        return openvla.OpenVLAProcessor.from_pretrained(self.folder)
+
+    @cached_property
+    def cases(self) -> list[dict]:
+        return self.json("cases.json")
+
+    def json(self, file: str):
+        return json.loads((GOLDENS / self.name / file).read_text())
+
+    def arrays(self, file: str) -> dict[str, np.ndarray]:
+        with np.load(GOLDENS / self.name / file) as archive:
+            return dict(archive)
+
+
+TINY = [TinyCheckpoint("tiny-openvla-fused"), TinyCheckpoint("tiny-openvla-siglip")]
+
+
+def golden_image(index: int) -> Image.Image:
+    return Image.open(GOLDENS / "images" / f"img{index}.png")
