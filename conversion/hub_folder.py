@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import GenerationConfig
@@ -92,6 +92,21 @@ def read_json(path: Path) -> Any:
 
 def write_json(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def source_folder(weights: str | os.PathLike, revision: str | None = None) -> Path:
+    """A local folder as it is, or the downloaded snapshot of a Hub id."""
+    if Path(weights).is_dir():
+        return Path(weights)
+    if Path(weights).exists() or str(weights).startswith((".", "/", "~")) or str(weights).count("/") != 1:
+        raise FileNotFoundError(f"No folder at '{weights}'. Give a folder, or a Hub id such as 'openvla/openvla-7b'.")
+    patterns = ["*.json", "*.safetensors", "tokenizer.model", "README.md"]
+    try:
+        return Path(snapshot_download(str(weights), revision=revision, allow_patterns=patterns))
+    except OSError as error:
+        raise FileNotFoundError(
+            f"'{weights}' is neither a folder here nor a Hub repository that can be reached: {error}"
+        ) from error
 
 
 # Weights --------------------------------------------------------------------------------------------------------------

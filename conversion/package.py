@@ -4,8 +4,6 @@ import os
 import shutil
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-
 from ..configuration_openvla import OpenVLAConfig
 from ..processing_openvla import OpenVLAProcessor
 from .hub_folder import (
@@ -16,6 +14,7 @@ from .hub_folder import (
     read_json,
     read_statistics,
     read_weights,
+    source_folder,
     weight_files,
     write_companions,
 )
@@ -77,21 +76,6 @@ def package_checkpoint(
             source_folder=source,
         )
     return output
-
-
-def source_folder(weights: str | os.PathLike, revision: str | None = None) -> Path:
-    """A local folder as it is, or the downloaded snapshot of a Hub id."""
-    if Path(weights).is_dir():
-        return Path(weights)
-    if Path(weights).exists() or str(weights).startswith((".", "/", "~")) or str(weights).count("/") != 1:
-        raise FileNotFoundError(f"No folder at '{weights}'. Give a folder, or a Hub id such as 'openvla/openvla-7b'.")
-    patterns = ["*.json", "*.safetensors", "tokenizer.model", "README.md"]
-    try:
-        return Path(snapshot_download(str(weights), revision=revision, allow_patterns=patterns))
-    except OSError as error:
-        raise FileNotFoundError(
-            f"'{weights}' is neither a folder here nor a Hub repository that can be reached: {error}"
-        ) from error
 
 
 def load_processor(source: Path) -> OpenVLAProcessor:

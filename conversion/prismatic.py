@@ -20,11 +20,11 @@ from .hub_folder import (
     read_json,
     read_statistics,
     read_weights,
+    source_folder,
     write_companions,
     write_json,
     write_weights,
 )
-from .package import source_folder
 from .training_run import LATEST, PARTS, find_checkpoint, lazy, name_table, read_checkpoint, rename, run_ids
 
 

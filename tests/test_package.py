@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from openvla import OpenVLAForActionPrediction, OpenVLAProcessor
-from openvla.conversion import hub_folder, package, package_checkpoint
+from openvla.conversion import hub_folder, package_checkpoint
 
 
 NAMES = ["tiny-openvla-fused", "tiny-openvla-siglip"]
@@ -250,7 +250,7 @@ def test_hub_id(published, tmp_path, monkeypatch):
         asked.append((repo_id, revision))
         return str(published["tiny-openvla-siglip"])
 
-    monkeypatch.setattr(package, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(hub_folder, "snapshot_download", snapshot_download)
     folder = package_checkpoint("openvla/openvla-v01-7b", tmp_path / "out", revision="main")
     assert asked == [("openvla/openvla-v01-7b", "main")]
     assert ModelCard.load(folder / "README.md").data.base_model == "openvla/openvla-v01-7b"

@@ -1,0 +1,224 @@
+"""The command line: one thin function per verb. What a verb needs is imported when it runs."""
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer.core import TyperGroup
+
+
+USER_ERRORS = (ValueError, KeyError, OSError)  # FileNotFoundError and a model that is not there are OSErrors
+EMBEDDED_POLICY = str(Path(__file__).parent)
+
+
+class Group(TyperGroup):
+    """Verbs whose user errors are one line on stderr and exit code 2."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise  # the reader of a pipe has gone, which click handles
+        except USER_ERRORS as error:
+            if ctx.params.get("traceback"):
+                raise
+            message = error.args[0] if isinstance(error, KeyError) and error.args else error
+            typer.echo(f"error: {' '.join(str(message).split())}", err=True)
+            raise typer.Exit(2) from error
+
+
+app = typer.Typer(cls=Group, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+
+
+@app.callback()
+def options(
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")] = False,
+) -> None:
+    """OpenVLA: an image and an instruction go in, a robot action comes out.
+
+    Options of a verb: openvla VERB --help.
+    """
+
+
+class Device(StrEnum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Dtype(StrEnum):
+    auto = "auto"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+class SavedDtype(StrEnum):
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+def torch_device(choice: Device) -> str:
+    """What torch calls the device; a `ValueError` where there is no GPU to choose."""
+    import torch
+
+    available = torch.cuda.is_available()
+    if choice is Device.cuda and not available:
+        raise ValueError("--device cuda: torch finds no GPU it can use here; --device cpu works everywhere.")
+    return choice.value if choice is not Device.auto else "cuda" if available else "cpu"
+
+
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace model files in OUT; other files stay.")]
+
+
+@app.command()
+def predict(
+    image: Annotated[Path, typer.Option(help="Camera frame: PNG, JPEG or whatever PIL reads.")],
+    instruction: Annotated[str, typer.Option(help="What to do, for example 'open the drawer'.")],
+    model: Annotated[
+        str, typer.Option(help="Folder or Hub id.", show_default="the policy that comes with the package")
+    ] = EMBEDDED_POLICY,
+    unnorm_key: Annotated[
+        str | None,
+        typer.Option(help="Dataset whose units the action shall have.", show_default="the model's, if it has one"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    device: Annotated[Device, typer.Option(help="auto: cuda where there is a GPU.")] = Device.auto,
+    dtype: Annotated[Dtype, typer.Option(help="auto: as the weights are stored.")] = Dtype.auto,
+) -> None:
+    """Predict the action for one image.
+
+    Prints x, y, z (translation), roll, pitch, yaw (rotation) and gripper (1 open, 0 closed), with the probability of
+    each. Units are those of the dataset, per step: metres and radians in most Open-X datasets.
+
+    \b
+    openvla predict --image frame.png --instruction "open the drawer"
+    openvla predict --image frame.png --instruction "pick up the cup" \\
+        --model openvla/openvla-7b --unnorm-key bridge_orig
+    """
+    from .action_text import action_lines, action_record
+    from .action_tokenizer import resolve_unnorm_key
+    from .conversion.hub_folder import source_folder
+    from .modeling_openvla import OpenVLAForActionPrediction
+    from .processing_openvla import load_image
+
+    picture = load_image(image)  # before the weights are read: a wrong path is answered at once
+    where = torch_device(device)
+    policy = OpenVLAForActionPrediction.from_pretrained(source_folder(model), dtype=dtype.value).to(where).eval()
+    prediction = policy.predict_action(picture, instruction, unnorm_key=unnorm_key, return_dict=True)
+    record = action_record(
+        prediction,
+        unnorm_key=resolve_unnorm_key(policy.norm_stats, unnorm_key),
+        instruction=instruction,
+        image=str(image),
+        model=model,
+    )
+    typer.echo(json.dumps(record) if as_json else action_lines(record))
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A .pt of the original's training code, or the folder of its run.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Hub folder to write.")],
+    vision_backbone_id: Annotated[str | None, typer.Option(help="For example dinosiglip-vit-so-224px.")] = None,
+    llm_backbone_id: Annotated[str | None, typer.Option(help="For example llama2-7b-pure.")] = None,
+    image_resize_strategy: Annotated[str | None, typer.Option(help="resize-naive, resize-crop or letterbox.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder or Hub id with its tokenizer.json.", show_default="the language model's")
+    ] = None,
+    statistics: Annotated[
+        Path | None, typer.Option(help="Action statistics.", show_default="dataset_statistics.json of the run")
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="What supplies parts that were frozen: checkpoint, run, Hub folder or id, or 'timm'."),
+    ] = None,
+    dtype: Annotated[SavedDtype, typer.Option(help="Type of the written weights.")] = SavedDtype.bfloat16,
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file; also the memory that is needed.")] = "5GB",
+    overwrite: Overwrite = False,
+) -> None:
+    """Turn an original checkpoint into a Hub folder.
+
+    The original's training code writes .pt files of its own layout. Backbone ids come from the run's config.json where
+    it has them.
+
+    \b
+    openvla convert runs/prism-dinosiglip-224px+mx-bridge+n1+b32+x7 my-openvla
+    openvla convert step-010000.pt my-openvla --vision-backbone-id siglip-vit-so400m --llm-backbone-id vicuna-v15-7b \\
+        --image-resize-strategy letterbox --tokenizer openvla/openvla-v01-7b --statistics dataset_statistics.json
+    """
+    from .conversion import convert_prismatic_checkpoint
+
+    folder = convert_prismatic_checkpoint(
+        checkpoint,
+        out,
+        vision_backbone_id=vision_backbone_id,
+        llm_backbone_id=llm_backbone_id,
+        image_resize_strategy=image_resize_strategy,
+        tokenizer=tokenizer,
+        statistics=statistics,
+        base=base,
+        dtype=dtype.value,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+    )
+    typer.echo(f"wrote {folder}")
+
+
+@app.command()
+def export(
+    weights: Annotated[str, typer.Argument(help="Folder or Hub id.")],
+    out: Annotated[Path, typer.Argument(help="Run folder to write.")],
+    dtype: Annotated[SavedDtype | None, typer.Option(help="The original trains from float32.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Turn a Hub folder into an original run.
+
+    The way back from convert, for the original's training code. The whole model is in memory once (15 GB for 7B in
+    bfloat16).
+
+    \b
+    openvla export openvla/openvla-7b runs/openvla-7b --dtype float32
+    """
+    from .conversion import export_prismatic_checkpoint
+
+    run = export_prismatic_checkpoint(weights, out, dtype=dtype.value if dtype else None, overwrite=overwrite)
+    typer.echo(f"wrote {run}")
+
+
+@app.command()
+def package(
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    weights: Annotated[str, typer.Option(help="Folder or Hub id with safetensors weights.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="What the model card calls the model.", show_default="the name of OUT")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a self-contained Hub folder.
+
+    Weights stay as they are; code, processor, statistics and a model card stand beside them. The folder loads with
+    AutoModel.from_pretrained(OUT, trust_remote_code=True) where this package is not installed.
+
+    \b
+    openvla package my-hub-folder --weights openvla/openvla-7b
+    openvla package my-hub-folder --weights runs/merged --name me/my-robot
+    """
+    from .conversion import package_checkpoint
+
+    typer.echo(f"wrote {package_checkpoint(weights, out, revision=revision, name=name, overwrite=overwrite)}")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app(prog_name="openvla")
+
+
+if __name__ == "__main__":
+    main()

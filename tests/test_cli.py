@@ -1,0 +1,157 @@
+"""The verbs from the outside: what they print, what they write, and what a user's mistake looks like."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from openvla import OpenVLAForActionPrediction, cli
+
+
+VERBS = ["predict", "convert", "export", "package"]
+
+
+def run(*arguments, code: int = 0):
+    """Outcome of a command line with the expected exit code."""
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments], prog_name="openvla")
+    assert result.exit_code == code, result.output + repr(result.exception)
+    return result
+
+
+def error_of(*arguments) -> str:
+    """The one line a mistake is answered with."""
+    result = run(*arguments, code=2)
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and result.stderr.endswith(errors[0] + "\n") and "Traceback" not in result.output
+    assert result.stdout == ""
+    return errors[0]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint, tmp_path_factory) -> Path:
+    """A published checkpoint whose config.json also tells the sizes of its towers."""
+    folder = tmp_path_factory.mktemp("model") / tiny_checkpoint.name
+    shutil.copytree(tiny_checkpoint.folder, folder, copy_function=shutil.copyfile)
+    config = json.loads((folder / "config.json").read_text())
+    config["timm_model_kwargs"] = tiny_checkpoint.timm_model_kwargs
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("image") / "frame.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+def test_help_teaches():
+    overview = run("--help").stdout
+    for verb in VERBS:
+        assert re.search(rf"^  {verb} .*[^.]\.$", overview, re.MULTILINE), f"{verb} is cut off or missing"
+        assert f"  openvla {verb} " in run(verb, "--help").stdout, "no example"
+    assert "metres and radians" in run("predict", "--help").stdout
+    assert "Did you mean 'predict'?" in run("prdict", code=2).stderr
+
+
+def test_reading_the_command_line_needs_nothing_heavy():
+    program = (
+        "import importlib.util, sys; spec = importlib.util.spec_from_file_location('cli', sys.argv[1]); "
+        "module = importlib.util.module_from_spec(spec); sys.modules['cli'] = module; spec.loader.exec_module(module); "
+        "print({'torch', 'transformers', 'timm', 'numpy'} & set(sys.modules))"
+    )
+    ran = subprocess.run([sys.executable, "-c", program, cli.__file__], capture_output=True, text=True)
+    assert ran.stdout.strip() == "set()", ran.stderr
+
+
+def test_predict(model, image):
+    options = ["--image", image, "--instruction", "Open the Drawer", "--model", model, "--unnorm-key", "bridge_orig"]
+    options += ["--device", "cpu"]
+    record = json.loads(run("predict", *options, "--json").stdout)
+    policy = OpenVLAForActionPrediction.from_pretrained(model)
+    expected = policy.predict_action(Image.open(image), "Open the Drawer", unnorm_key="bridge_orig", return_dict=True)
+    assert record["action"] == expected.actions.tolist()
+    assert record["normalized"] == expected.normalized_actions.tolist()
+    np.testing.assert_allclose(record["probabilities"], expected.token_probabilities, atol=1e-6)
+    assert record["names"][-1] == "gripper"
+    assert record["unnorm_key"] == "bridge_orig" and record["instruction"] == "Open the Drawer"
+    assert record["image"] == str(image) and record["model"] == str(model)
+
+    lines = run("predict", *options, "--dtype", "float32").stdout.splitlines()
+    assert [line.split()[0] for line in lines[:7]] == record["names"]
+    assert [float(line.split()[1]) for line in lines[:7]] == pytest.approx(record["action"], abs=1e-5)
+    assert "confidence" in lines[7] and "bridge_orig" in lines[8]
+    assert run("predict", *options, "--dtype", "bfloat16", "--json").stdout.count("\n") == 1
+
+
+def test_the_default_model_is_the_package():
+    assert Path(cli.EMBEDDED_POLICY) == Path(cli.__file__).parent
+
+
+def test_mistakes_in_predict(model, image, tmp_path, monkeypatch):
+    predict = ["predict", "--instruction", "x", "--device", "cpu"]
+    assert "No image file at" in error_of(*predict, "--image", tmp_path / "none.png", "--model", model)
+    assert "No folder at" in error_of(*predict, "--image", image, "--model", tmp_path / "none")
+    assert "nor a Hub repository" in error_of(*predict, "--image", image, "--model", "openvla/not-in-the-cache")
+    wrong_key = error_of(*predict, "--image", image, "--model", model, "--unnorm-key", "bridge")
+    assert "Did you mean 'bridge_orig'?" in wrong_key and not wrong_key.endswith('"')
+    (tmp_path / "text.png").write_text("no image")
+    assert "cannot identify image file" in error_of(*predict, "--image", tmp_path / "text.png", "--model", model)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    gpu = error_of("predict", "--instruction", "x", "--image", image, "--model", model, "--device", "cuda")
+    assert "no GPU" in gpu and "--device cpu" in gpu
+    assert "Missing option '--image'" in run("predict", "--instruction", "x", code=2).stderr
+
+
+def test_traceback_on_request(tmp_path):
+    arguments = ["package", tmp_path / "out", "--weights", tmp_path / "none"]
+    assert "No folder at" in error_of(*arguments)
+    assert isinstance(run("--traceback", *arguments, code=1).exception, FileNotFoundError)
+
+
+def test_package_export_convert(model, tmp_path):
+    """All the way round: package, export as a run of the original, and what convert says about a run of other sizes."""
+    packaged, original, out = tmp_path / "packaged", tmp_path / "run", tmp_path / "out"
+    assert run("package", packaged, "--weights", model, "--name", "me/robot").stdout == f"wrote {packaged}\n"
+    assert "# me/robot" in (packaged / "README.md").read_text()
+    assert run("export", packaged, original, "--dtype", "float32").stdout == f"wrote {original}\n"
+
+    parts = torch.load(original / "checkpoints/latest-checkpoint.pt", weights_only=True)["model"]
+    assert sum(map(len, parts.values())) == len(load_file(model / "model.safetensors"))
+    assert "does not fit the configuration" in error_of("convert", original, out, "--tokenizer", model)
+    assert "llm_backbone_id='llama' is unknown" in error_of("convert", original, out, "--llm-backbone-id", "llama")
+    assert "is not empty" in error_of("package", packaged, "--weights", model)
+    run("package", packaged, "--weights", model, "--overwrite")
+    assert not out.exists()
+
+
+def test_convert_passes_everything_on(tmp_path, monkeypatch):
+    from openvla import conversion
+
+    seen = {}
+    monkeypatch.setattr(
+        conversion,
+        "convert_prismatic_checkpoint",
+        lambda checkpoint, out, **kwargs: seen.update(checkpoint=checkpoint, **kwargs) or out,
+    )
+    given = {
+        "vision_backbone_id": "siglip-vit-so400m",
+        "llm_backbone_id": "vicuna-v15-7b",
+        "image_resize_strategy": "letterbox",
+        "tokenizer": "some/id",
+        "base": "timm",
+        "dtype": "float16",
+        "max_shard_size": "2GB",
+    }
+    options = [part for field, value in given.items() for part in ("--" + field.replace("_", "-"), value)]
+    run("convert", "a.pt", tmp_path / "out", *options, "--statistics", "s.json", "--overwrite")
+    assert seen == {"checkpoint": Path("a.pt"), **given, "statistics": Path("s.json"), "overwrite": True}
