@@ -9,6 +9,7 @@ from typing import Any
 import timm
 import torch
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import cached_file
 
 from ..configuration_openvla import LLM_BACKBONES, VISION_BACKBONES, OpenVLAConfig, check_choice, closest
 from ..presets import load_base_vlms
@@ -181,12 +182,13 @@ def timm_towers(config: OpenVLAConfig) -> dict[str, LazyTensor]:
 def prepare_tokenizer(source: str | os.PathLike, config: OpenVLAConfig) -> PreTrainedTokenizerFast:
     """Tokenizer of a language model with the padding token that the original added."""
     try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(source, padding_side="right")
-    except (OSError, ValueError, TypeError) as error:
+        cached_file(source, "tokenizer.json")
+    except OSError as error:
         raise FileNotFoundError(
             f"No fast tokenizer (tokenizer.json) at '{source}': give a folder or Hub id that has the tokenizer of "
             f"'{config.llm_backbone_id}' (--tokenizer); published OpenVLA repositories do."
         ) from error
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(source, padding_side="right")
     tokenizer.add_special_tokens({"pad_token": "<|pad|>" if config.llm_backbone_id.startswith("phi") else "<PAD>"})
     tokenizer.model_max_length = config.llm_max_length
     return tokenizer

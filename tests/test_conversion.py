@@ -240,6 +240,8 @@ def test_wrong_tokenizer(tiny, tmp_path):
     run = write_run(tmp_path / "run", tiny)
     with pytest.raises(FileNotFoundError, match=r"No fast tokenizer.*--tokenizer"):
         convert(run, tmp_path / "out", tiny, tokenizer=tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"No fast tokenizer.*(meta-llama|lmsys).*--tokenizer"):
+        convert(run, tmp_path / "out", tiny, tokenizer=None)  # gated or offline
     other = tiny.checkpoint.processor().tokenizer
     other.add_tokens([f"<extra{n}>" for n in range(100)])
     other.save_pretrained(tmp_path / "other")
