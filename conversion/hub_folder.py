@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import GenerationConfig
 
@@ -140,10 +140,13 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_weights(folder: Path) -> dict[str, LazyTensor]:
-    """Every tensor of a Hub folder, not yet read."""
+    """Every tensor of a Hub folder, not yet read; a `ValueError` names a file that is damaged."""
     tensors = {}
     for file in weight_files(folder):
-        handle = safe_open(file, framework="pt")
+        try:
+            handle = safe_open(file, framework="pt")
+        except SafetensorError as error:
+            raise ValueError(f"'{file}' is damaged, was it copied or downloaded in full? {error}") from error
         for name in handle.keys():  # noqa: SIM118 - not a dict
             shape = tuple(handle.get_slice(name).get_shape())
             tensors[name] = LazyTensor(shape, lambda handle=handle, name=name: handle.get_tensor(name))
@@ -203,7 +206,10 @@ def write_weights(
     split = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_size)
     for file, names in split.filename_to_tensors.items():
         shard = {name: tensors[name].read().to(dtype, copy=True).contiguous() for name in names}
-        save_file(shard, folder / file, metadata={"format": "pt"})
+        try:
+            save_file(shard, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk, mostly
+            raise OSError(f"Cannot write '{folder / file}': {error}") from error
         del shard  # before the next one is read
     if split.is_sharded:
         write_json(folder / WEIGHTS_INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})

@@ -265,7 +265,10 @@ def export_prismatic_checkpoint(
     output = Path(output)
     with new_folder(output, overwrite) as folder:
         (folder / LATEST).parent.mkdir()
-        torch.save({"model": parts}, folder / LATEST)
+        try:
+            torch.save({"model": parts}, folder / LATEST)
+        except RuntimeError as error:  # torch's own writer, on a full disk
+            raise OSError(f"Cannot write '{folder / LATEST}': {str(error).splitlines()[0]}") from error
         model = {"model_id": same[0] if same else "openvla", "arch_specifier": config.arch_specifier, **ids}
         write_json(folder / "config.json", {"model": model, "vla": {"base_vlm": model["model_id"]}})
         write_json(folder / "dataset_statistics.json", statistics)

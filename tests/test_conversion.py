@@ -6,6 +6,7 @@ table of the package is not tested against itself.
 
 import json
 import re
+import resource
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,6 +44,15 @@ def training_parts(weights: dict[str, torch.Tensor], fused: bool) -> dict[str, d
     return parts
 
 
+@pytest.fixture
+def small_files():
+    """A process that may not write files above 1 MB, as if the disk were full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 @pytest.fixture(scope="module")
 def tiny(tiny_checkpoint) -> SimpleNamespace:
     """Published weights, their training layout, and what a tiny model needs besides."""
@@ -69,9 +79,22 @@ def write_run(run: Path, tiny, parts: dict | None = None, base_vlm: str = "tiny"
     return run
 
 
+def model_folder(tiny, folder: Path) -> Path:
+    """The published folder with the sizes of its towers, weights linked."""
+    folder.mkdir()
+    tiny.config().save_pretrained(folder)
+    (folder / "model.safetensors").symlink_to(tiny.folder / "model.safetensors")
+    return folder
+
+
 def convert(run: Path, output: Path, tiny, **kwargs) -> Path:
     kwargs = {"config": tiny.config(), "tokenizer": tiny.folder, "dtype": "float32", **kwargs}
     return convert_prismatic_checkpoint(run, output, **kwargs)
+
+
+@pytest.fixture
+def run(tiny, tmp_path) -> Path:
+    return write_run(tmp_path / "run", tiny)
 
 
 def test_names_are_the_published_ones(tiny):
@@ -79,6 +102,16 @@ def test_names_are_the_published_ones(tiny):
         rename(f"{part}.{name}", name_table(tiny.config())) for part in tiny.parts for name in tiny.parts[part]
     }
     assert published == set(tiny.weights)
+
+
+def test_names_of_dino_and_clip():
+    table = name_table(OpenVLAConfig(vision_backbone_id="dinoclip-vit-l-336px"))
+    name = "vision_backbone.clip_featurizer.blocks.0.norm1.weight"
+    assert rename(name, table) == "vision_backbone.fused_featurizer.blocks.0.norm1.weight"
+    assert rename(rename(name, table), table, back=True) == name
+    layer_scale = "vision_backbone.dino_featurizer.blocks.3.ls2.gamma"
+    assert rename(layer_scale, table) == "vision_backbone.featurizer.blocks.3.ls2.scale_factor"
+    assert rename(rename(layer_scale, table), table, back=True) == layer_scale
 
 
 def test_converted_model_is_the_published_one(tiny, tmp_path):
@@ -287,16 +320,12 @@ def test_latest_step_stands_for_a_run(tiny, tmp_path):
     assert prismatic.find_checkpoint(run)[0].name.startswith("step-002500")
 
 
-def test_a_failure_leaves_no_folder(tiny, tmp_path, monkeypatch):
-    run = write_run(tmp_path / "run", tiny)
-
-    def disk_full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(prismatic, "write_companions", disk_full)
-    with pytest.raises(OSError, match="No space left"):
+def test_a_full_disk_leaves_no_folder(tiny, tmp_path, run, small_files):
+    with pytest.raises(OSError, match="Cannot write.*model.safetensors"):
         convert(run, tmp_path / "out", tiny)
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    with pytest.raises(OSError, match="Cannot write.*latest-checkpoint.pt"):
+        export_prismatic_checkpoint(model_folder(tiny, tmp_path / "model"), tmp_path / "exported")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "run"]
 
 
 def test_lazy_weights_know_shapes_without_reading(tiny):

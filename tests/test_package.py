@@ -223,6 +223,15 @@ def test_incomplete_sources(published, tmp_path, remove, add, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_damaged_weights(published, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(published["tiny-openvla-siglip"], broken)
+    with open(broken / "model.safetensors", "r+b") as file:
+        file.truncate(1_000_000)
+    with pytest.raises(ValueError, match="model.safetensors' is damaged"):
+        package_checkpoint(broken, tmp_path / "out")
+
+
 def test_sources_that_do_not_fit(published, tmp_path):
     plain = Path(__file__).parent / "fixtures/tiny-openvla-fused"  # its config.json lacks the sizes of the towers
     with pytest.raises(ValueError, match=r"does not fit the configuration.*of another shape.*timm_model_kwargs"):
