@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import ModelOutput
-from transformers.utils import cached_file
+from transformers.utils import cached_file, torch_compilable_check
 
 from .action_tokenizer import ActionTokenizer, check_same_action_dim, get_action_stats, unnormalize_actions
 from .configuration_openvla import OpenVLAConfig
@@ -52,7 +52,13 @@ class LayerScale(nn.Module):
 
 def create_vision_tower(model_id: str, image_size: int, act_layer: str | None, model_kwargs: dict) -> VisionTransformer:
     """One randomly initialized timm vision transformer; `model_kwargs` win over the other arguments."""
-    arguments = {"img_size": image_size, "num_classes": 0, "act_layer": act_layer, "weight_init": "skip", **model_kwargs}
+    arguments = {
+        "img_size": image_size,
+        "num_classes": 0,
+        "act_layer": act_layer,
+        "weight_init": "skip",
+        **model_kwargs,
+    }
     tower = timm.create_model(model_id, pretrained=False, **arguments)
     if not isinstance(tower, VisionTransformer) or len(tower.blocks) < 2:
         raise ValueError(
@@ -63,7 +69,7 @@ def create_vision_tower(model_id: str, image_size: int, act_layer: str | None, m
         for name in ("ls1", "ls2"):
             layer_scale = getattr(block, name)
             if isinstance(layer_scale, TimmLayerScale):
-                init_values = (model_kwargs.get("init_values") or DEFAULT_LAYER_SCALE)
+                init_values = model_kwargs.get("init_values") or DEFAULT_LAYER_SCALE
                 setattr(block, name, LayerScale(layer_scale.gamma.shape[0], init_values))
     return tower
 
@@ -273,8 +279,8 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
     """Vision towers, projector and language model, under the published tensor names.
 
     `forward` and `generate` take the plain prompts of `OpenVLAProcessor` and insert the image patches after the first
-    token by themselves. Prompts that already hold `num_patches` placeholders (`config.image_token_id`) per row are taken
-    as they are.
+    token by themselves. Prompts that already hold `num_patches` placeholders (`config.image_token_id`) per row are
+    taken as they are.
     """
 
     def __init__(self, config: OpenVLAConfig):
@@ -383,7 +389,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
     # Forward ----------------------------------------------------------------------------------------------------------
 
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(batch, 3 * towers, height, width) -> (batch, num_patches, hidden), in the type and on the device of the model."""
+        """(batch, 3 * towers, height, width) -> (batch, num_patches, hidden), in type and on device of the model."""
         weight = self.projector.fc1.weight
         return self.projector(self.vision_backbone(pixel_values.to(weight.device, weight.dtype)))
 
@@ -398,16 +404,15 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         else:
             token_id = torch.tensor(self.config.image_token_id, device=prompt.device)
             is_image = (inputs_embeds == self.get_input_embeddings()(token_id)).all(-1)
-        # While a graph is captured values cannot be looked at: a prompt this long is taken as expanded.
-        if not torch.compiler.is_compiling():
-            counts = is_image.sum(dim=1)
-            if not bool((counts >= num_patches).any()):
-                return None
-            if not bool((counts >= num_patches).all()):
-                raise ValueError(
-                    f"Some rows hold {num_patches} image placeholders, others do not: {counts.tolist()}. Give every "
-                    "row the placeholders, or none."
-                )
+        has_patches = is_image.sum(dim=1) >= num_patches
+        # While a graph is captured values cannot be looked at: a prompt this long is taken as expanded, and the graph
+        # fails on a plain one.
+        if not torch.compiler.is_compiling() and not bool(has_patches.any()):
+            return None
+        torch_compilable_check(
+            has_patches,
+            f"Some rows hold {num_patches} image placeholders, others do not: give every row the placeholders, or none",
+        )
         # An unused id may still turn up in generated text; only the first ones stand for patches.
         return is_image & (is_image.cumsum(dim=1) <= num_patches)
 
@@ -568,7 +573,12 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         prefill = is_first_iteration or not kwargs.get("use_cache", True)
-        if prefill and pixel_values is not None and past_key_values is not None and past_key_values.get_seq_length() > 0:
+        if (
+            prefill
+            and pixel_values is not None
+            and past_key_values is not None
+            and past_key_values.get_seq_length() > 0
+        ):
             prefill = self._placeholders(model_inputs.get("input_ids"), model_inputs.get("inputs_embeds")) is not None
         model_inputs["pixel_values"] = pixel_values if prefill else None
         return model_inputs
@@ -628,7 +638,9 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             if isinstance(instruction, str) and unnorm_key is None:
                 instruction, unnorm_key = None, instruction
         if do_sample and not temperature > 0:
-            raise ValueError(f"temperature={temperature} must be above 0; for the most probable action use do_sample=False.")
+            raise ValueError(
+                f"temperature={temperature} must be above 0; for the most probable action use do_sample=False."
+            )
 
         if input_ids is None:
             if pixel_values is not None:
@@ -692,7 +704,9 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         if pixel_values is None:
             raise ValueError("No image given (pixel_values is None): OpenVLA acts on what it sees.")
         if input_ids.ndim != 2 or input_ids.shape[1] == 0:
-            raise ValueError(f"input_ids must be (batch, length) with at least one token, got {tuple(input_ids.shape)}.")
+            raise ValueError(
+                f"input_ids must be (batch, length) with at least one token, got {tuple(input_ids.shape)}."
+            )
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
             raise ValueError(
                 f"attention_mask {tuple(attention_mask.shape)} does not fit input_ids {tuple(input_ids.shape)}."
@@ -704,7 +718,9 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         if tuple(pixel_values.shape) != expected:
             raise ValueError(f"pixel_values have shape {tuple(pixel_values.shape)}, expected {expected}.")
         if not bool(torch.isfinite(pixel_values).all()):
-            raise ValueError("pixel_values contain NaN or infinite values: the camera frame is broken, do not act on it.")
+            raise ValueError(
+                "pixel_values contain NaN or infinite values: the camera frame is broken, do not act on it."
+            )
         limit = self.config.llm_max_length
         positions = getattr(self.config.text_config, "max_position_embeddings", None)
         if positions is not None:

@@ -127,7 +127,7 @@ def as_image_list(images: Any) -> list:
     return [images]
 
 
-class OpenVLAImagesKwargs(ImagesKwargs, total=False):
+class OpenVLAImageProcessorKwargs(ImagesKwargs, total=False):
     use_fused_vision_backbone: bool
     image_resize_strategy: str
     input_sizes: list
@@ -153,7 +153,7 @@ class OpenVLAImageProcessor(BaseImageProcessor):
     """
 
     model_input_names = ["pixel_values"]
-    valid_kwargs = OpenVLAImagesKwargs
+    valid_kwargs = OpenVLAImageProcessorKwargs
 
     def __init__(
         self,
@@ -181,7 +181,9 @@ class OpenVLAImageProcessor(BaseImageProcessor):
         self.stds = [list(std) for std in stds] if stds else [[0.5, 0.5, 0.5]] * towers
         for field in ("interpolations", "means", "stds"):
             if len(getattr(self, field)) != towers:
-                raise ValueError(f"{field} has {len(getattr(self, field))} entries, input_sizes {towers}: one per tower.")
+                raise ValueError(
+                    f"{field} has {len(getattr(self, field))} entries, input_sizes {towers}: one per tower."
+                )
         for interpolation in self.interpolations:
             check_choice("interpolation", interpolation, [mode.value for mode in InterpolationMode])
         self.do_resize, self.do_rescale, self.do_normalize = do_resize, do_rescale, do_normalize
