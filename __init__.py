@@ -1,5 +1,7 @@
 """OpenVLA as a Hugging Face Hub model package. `import openvla` registers it with the auto classes of transformers."""
 
+from .configuration_openvla import OpenVLAConfig  # isort: skip - first, it says which transformers is needed
+
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -9,7 +11,6 @@ from transformers import (
 )
 
 from .action_tokenizer import ActionTokenizer, normalize_actions, unnormalize_actions
-from .configuration_openvla import OpenVLAConfig
 from .modeling_openvla import ActionPrediction, OpenVLAForActionPrediction, OpenVLAOutput
 from .processing_openvla import PROMPT_TEMPLATES, OpenVLAImageProcessor, OpenVLAProcessor, load_image
 

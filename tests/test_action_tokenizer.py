@@ -1,0 +1,120 @@
+"""Actions <-> tokens, and the statistics that give actions their units."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from tiny import GOLDENS, TINY
+
+from openvla import ActionTokenizer, normalize_actions, unnormalize_actions
+from openvla.action_tokenizer import check_same_action_dim, get_action_stats, resolve_unnorm_key
+
+
+VOCABULARY = 32000
+
+
+@pytest.fixture(scope="module")
+def goldens():
+    with np.load(GOLDENS / "action_tokenizer.npz") as archive:
+        return dict(archive)
+
+
+@pytest.mark.parametrize("convert", [np.asarray, torch.from_numpy], ids=["numpy", "torch"])
+def test_tables(goldens, convert):
+    tokenizer = ActionTokenizer(VOCABULARY)
+    np.testing.assert_array_equal(np.asarray(tokenizer.encode(convert(goldens["values"]))), goldens["token_ids"])
+    np.testing.assert_array_equal(np.asarray(tokenizer.decode(convert(goldens["token_ids"]))), goldens["decoded"])
+    np.testing.assert_array_equal(np.asarray(tokenizer.decode(convert(goldens["all_ids"]))), goldens["all_decoded"])
+    np.testing.assert_array_equal(tokenizer.bins, goldens["bins"])
+    np.testing.assert_array_equal(tokenizer.bin_centers, goldens["bin_centers"])
+    assert tokenizer.action_token_begin_idx == goldens["begin_idx"]
+
+
+def test_text(tiny_processor):
+    golden = json.loads((GOLDENS / "action_tokenizer_strings.json").read_text())
+    tokenizer = ActionTokenizer(tiny_processor.tokenizer)
+    values = np.array(golden["values"])
+    assert [tokenizer(row) for row in values] == golden["single"]
+    assert tokenizer(values) == golden["batch"]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("bins", [256, 100, 2])
+def test_round_trip_within_half_a_bin(bins, dtype):
+    tokenizer = ActionTokenizer(VOCABULARY, bins=bins)
+    values = np.linspace(-1, 1, 20001, dtype=dtype)
+    half = 1 / (bins - 1)
+    for encoded in (tokenizer.encode(values), tokenizer.encode(torch.from_numpy(values)).numpy()):
+        assert encoded.dtype == np.int64
+        assert (encoded >= tokenizer.token_range[0]).all() and (encoded < tokenizer.token_range[1]).all()
+        assert np.abs(tokenizer.decode(encoded) - values).max() <= half + 1e-7
+    np.testing.assert_array_equal(tokenizer.encode(values), tokenizer.encode(torch.from_numpy(values)).numpy())
+
+
+def test_values_outside_are_clipped_and_shapes_kept():
+    tokenizer = ActionTokenizer(VOCABULARY)
+    assert tokenizer.encode([-7.0, 7.0]).tolist() == tokenizer.encode([-1.0, 1.0]).tolist()
+    assert tokenizer.encode(np.zeros((2, 3, 7))).shape == (2, 3, 7)
+    assert tokenizer.decode(torch.full((2, 7), 31999)).shape == (2, 7)
+    assert tokenizer.decode([0, 40000]).tolist() == [tokenizer.bin_centers[-1], tokenizer.bin_centers[0]]
+
+
+def test_nan_has_no_token():
+    for value in (np.array([np.nan]), torch.tensor([float("nan")])):
+        with pytest.raises(ValueError, match="NaN"):
+            ActionTokenizer(VOCABULARY).encode(value)
+
+
+# Statistics
+
+STATS = {
+    "q01": [-2.0, 0.0, 5.0, 0.0],
+    "q99": [2.0, 1.0, 5.0, 1.0],
+    "min": [-3.0, 0.0, 5.0, 0.0],
+    "max": [3.0, 1.0, 5.0, 1.0],
+    "mask": [True, True, True, False],
+}
+
+
+def test_unnormalize():
+    actions = unnormalize_actions(np.array([[-1.0, 0.0, 0.3, 0.7], [1.0, 1.0, 0.0, -0.2]]), STATS)
+    assert actions.dtype == np.float64
+    np.testing.assert_allclose(actions, [[-2, 0.5, 5, 0.7], [2, 1, 5, -0.2]])
+    without_mask = {name: value for name, value in STATS.items() if name != "mask"}
+    assert unnormalize_actions(np.zeros(4), without_mask)[3] == 0.5
+
+
+def test_normalize_inverts_and_clips():
+    raw = np.array([[1.0, 0.25, 5.0, 0.7], [-9.0, 9.0, 5.0, 1.0]])
+    normalized = normalize_actions(raw, STATS)
+    np.testing.assert_allclose(normalized, [[0.5, -0.5, 0, 0.7], [-1, 1, 0, 1]], atol=1e-7)
+    np.testing.assert_allclose(unnormalize_actions(normalized[0], STATS), raw[0], atol=1e-7)
+
+
+def test_unnorm_keys():
+    norm_stats = json.loads((TINY[0].folder / "dataset_statistics.json").read_text())
+    with pytest.raises(ValueError, match="bridge_orig"):
+        resolve_unnorm_key(norm_stats, None)
+    with pytest.raises(KeyError, match="Did you mean 'bridge_orig'"):
+        resolve_unnorm_key(norm_stats, "bridge_origin")
+    with pytest.raises(ValueError, match="no action statistics"):
+        resolve_unnorm_key(None, "bridge_orig")
+    assert resolve_unnorm_key({"only": norm_stats["bridge_orig"]}, None) == "only"
+    assert len(get_action_stats(norm_stats, "nomask_6d")["q01"]) == 6
+    with pytest.raises(ValueError, match="cannot mix"):
+        check_same_action_dim(norm_stats, ["bridge_orig", "nomask_6d"])
+
+
+@pytest.mark.parametrize(
+    ("stats", "message"),
+    [
+        ({"mean": [0.0]}, "lack action/q01"),
+        ({"q01": [0.0], "q99": [1.0, 2.0]}, "do not fit together"),
+        ({"q01": [0.0], "q99": [1.0], "mask": [True, True]}, "do not fit together"),
+        ({"q01": [0.0], "q99": [float("inf")]}, "not finite"),
+    ],
+)
+def test_broken_statistics(stats, message):
+    with pytest.raises(ValueError, match=message):
+        get_action_stats({"robot": {"action": stats}}, "robot")

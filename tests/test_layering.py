@@ -1,0 +1,70 @@
+"""Arrows point down: cli -> {serving, evaluation, training, conversion} -> {data, presets} -> the flat files."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).resolve().parents[1]
+FLAT_FILES = ["configuration_openvla", "action_tokenizer", "processing_openvla", "modeling_openvla"]
+# Name -> floor. What stands on one floor does not import its neighbours; the flat files may import earlier ones.
+FLOORS = {
+    **{name: 1 for name in FLAT_FILES},
+    "action_text": 1,
+    "presets": 2,
+    "data": 2,
+    "conversion": 3,
+    "training": 3,
+    "evaluation": 3,
+    "serving": 3,
+    "cli": 4,
+}
+
+
+def imported_rooms(file: Path) -> set[str]:
+    """First path component inside the package of everything a file imports from the package."""
+    depth = len(file.relative_to(ROOT).parts)
+    rooms = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            if node.level and node.level < depth:
+                continue  # inside its own room
+            names = [f"openvla.{node.module}"] if node.level else [node.module]
+            if names[0] in ("openvla", "openvla.None"):
+                names = [f"openvla.{alias.name}" for alias in node.names]
+        else:
+            continue
+        rooms |= {name.split(".")[1] for name in names if name.startswith("openvla.")}
+    return rooms
+
+
+@pytest.mark.parametrize("room", FLOORS)
+def test_imports_point_down(room):
+    files = [ROOT / f"{room}.py"] if (ROOT / f"{room}.py").exists() else sorted((ROOT / room).rglob("*.py"))
+    for file in files:
+        for target in imported_rooms(file) & FLOORS.keys():
+            both_flat = room in FLAT_FILES and target in FLAT_FILES
+            assert (
+                target == room
+                or FLOORS[target] < FLOORS[room]
+                or (both_flat and FLAT_FILES.index(target) < FLAT_FILES.index(room))
+            ), f"{file.relative_to(ROOT)} imports {target}, which does not stand below it"
+
+
+def test_flat_files_import_each_other_as_remote_code_must():
+    """Only `from .module import name` is followed when a Hub repository's code is copied."""
+    for name in FLAT_FILES:
+        for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert node.level == 1 and node.module in FLAT_FILES
+            if isinstance(node, ast.Import):
+                assert not any(alias.name.split(".")[0] == "openvla" for alias in node.names)
+
+
+def test_every_room_has_a_floor():
+    packages = {file.parent.relative_to(ROOT).parts[0] for file in ROOT.glob("*/__init__.py")}
+    modules = {file.stem for file in ROOT.glob("*.py")} - {"__init__"}
+    assert packages | modules <= FLOORS.keys()
