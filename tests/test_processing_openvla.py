@@ -1,0 +1,256 @@
+"""Images in every form a camera driver delivers, prompts, batches."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import TINY, golden_image
+
+from openvla import OpenVLAImageProcessor, OpenVLAProcessor, load_image
+
+
+@pytest.fixture(scope="module")
+def photo() -> Image.Image:
+    return golden_image(1).convert("RGB")
+
+
+def pixels(image) -> np.ndarray:
+    return np.asarray(load_image(image))
+
+
+# Images
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("channels_first", [False, True])
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_arrays_and_tensors(photo, dtype, channels_first, library):
+    array = np.asarray(photo)
+    expected = array
+    array = {np.uint16: array.astype(np.uint16) * 257, np.uint8: array}.get(dtype, (array / 255).astype(dtype))
+    array = array.transpose(2, 0, 1) if channels_first else array
+    image = torch.from_numpy(array.copy()) if library == "torch" else array
+    np.testing.assert_array_equal(pixels(image), expected)
+
+
+def test_floats_up_to_255(photo):
+    np.testing.assert_array_equal(pixels(np.asarray(photo, dtype=np.float32)), np.asarray(photo))
+
+
+def test_bfloat16_tensor(photo):
+    tensor = torch.from_numpy(np.array(photo)).permute(2, 0, 1).to(torch.bfloat16)
+    assert np.abs(pixels(tensor).astype(int) - np.asarray(photo)).max() <= 1
+
+
+def test_paths(photo, tmp_path):
+    photo.save(tmp_path / "frame.png")
+    for path in (tmp_path / "frame.png", str(tmp_path / "frame.png")):
+        np.testing.assert_array_equal(pixels(path), np.asarray(photo))
+    with pytest.raises(FileNotFoundError, match="missing.png"):
+        load_image(tmp_path / "missing.png")
+    (tmp_path / "text.png").write_text("not an image")
+    with pytest.raises(ValueError, match="text.png"):
+        load_image(tmp_path / "text.png")
+
+
+def test_truncated_file(photo, tmp_path):
+    photo.save(tmp_path / "frame.png")
+    data = (tmp_path / "frame.png").read_bytes()
+    (tmp_path / "half.png").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match="half.png"):
+        load_image(tmp_path / "half.png")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation(photo, tmp_path, orientation):
+    turned = {
+        1: [],
+        2: [Image.Transpose.FLIP_LEFT_RIGHT],
+        3: [Image.Transpose.ROTATE_180],
+        4: [Image.Transpose.FLIP_TOP_BOTTOM],
+        5: [Image.Transpose.TRANSPOSE],
+        6: [Image.Transpose.ROTATE_90],
+        7: [Image.Transpose.TRANSVERSE],
+        8: [Image.Transpose.ROTATE_270],
+    }[orientation]
+    stored = photo
+    for operation in turned:
+        stored = stored.transpose(operation)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "frame.png", exif=exif)
+    np.testing.assert_array_equal(pixels(tmp_path / "frame.png"), np.asarray(photo))
+
+
+def test_grayscale(photo):
+    gray = photo.convert("L")
+    expected = np.repeat(np.asarray(gray)[..., None], 3, axis=2)
+    for image in (gray, np.asarray(gray), np.asarray(gray)[..., None], np.asarray(gray)[None], gray.convert("LA")):
+        np.testing.assert_array_equal(pixels(image), expected)
+
+
+def test_transparency_is_composited_over_white(photo):
+    rgba = np.dstack([np.asarray(photo), np.full(photo.size[::-1], 128, dtype=np.uint8)])
+    rgba[:10, :10, 3] = 0  # invisible pixels must not show the color they hide
+    expected = np.asarray(photo) * (128 / 255) + 255 * (127 / 255)
+    expected[:10, :10] = 255
+    for image in (Image.fromarray(rgba), rgba, torch.from_numpy(rgba).permute(2, 0, 1)):
+        assert np.abs(pixels(image) - expected).max() <= 1
+    palette = Image.new("P", (4, 4), 0)
+    palette.putpalette([10, 20, 30] + [0] * 765)
+    palette.info["transparency"] = 0
+    assert (pixels(palette) == 255).all()
+
+
+def test_sixteen_bit(tmp_path):
+    values = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    expected = np.repeat(np.rint(values / 257)[..., None], 3, axis=2).astype(np.uint8)
+    Image.fromarray(values).save(tmp_path / "depth.png")
+    for image in (values, Image.fromarray(values), tmp_path / "depth.png", values.astype(np.int32)):
+        np.testing.assert_array_equal(pixels(image), expected)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.full((8, 8, 3), np.nan), "NaN"),
+        (np.full((8, 8, 3), -1.0), "expected \\[0, 1\\]"),
+        (np.full((8, 8, 3), 300.0), "expected \\[0, 1\\]"),
+        (np.zeros((8, 8, 5), dtype=np.uint8), "channel axis"),
+        (np.zeros((8,), dtype=np.uint8), "2 or 3 dimensions"),
+        (np.zeros((0, 8, 3), dtype=np.uint8), "empty"),
+        (np.zeros((8, 8, 3), dtype=np.complex64), "dtype"),
+        (np.full((8, 8, 3), -4, dtype=np.int64), "expected 0 to 255"),
+        (42, "int"),
+        (None, "NoneType"),
+    ],
+)
+def test_unreadable_images(image, message):
+    with pytest.raises(ValueError, match=message):
+        load_image(image)
+
+
+# The image processor
+
+
+def test_batches_equal_single_images(tiny_processor, photo):
+    images = [photo, golden_image(2), golden_image(3)]
+    one_by_one = [tiny_processor.image_processor(image, return_tensors="pt")["pixel_values"] for image in images]
+    together = tiny_processor.image_processor(images, return_tensors="pt")["pixel_values"]
+    assert together.dtype == torch.float32
+    torch.testing.assert_close(together, torch.cat(one_by_one), rtol=0, atol=0)
+    stacked = np.stack([np.asarray(photo)] * 2)
+    assert tiny_processor.image_processor(stacked, return_tensors="np")["pixel_values"].shape[0] == 2
+
+
+def test_reads_the_published_layout_and_writes_todays(tiny_checkpoint, tiny_processor, tmp_path):
+    published = json.loads((tiny_checkpoint.folder / "preprocessor_config.json").read_text())
+    assert published["image_processor_type"] == "PrismaticImageProcessor"
+    tiny_processor.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "processor_config.json").read_text())
+    assert written["processor_class"] == "OpenVLAProcessor"
+    fields = written["image_processor"]
+    assert fields["image_processor_type"] == "OpenVLAImageProcessor"
+    assert not any(name.startswith("tvf_") for name in fields)
+    for name in ("input_sizes", "means", "stds", "interpolations", "image_resize_strategy"):
+        assert fields[name] == published[name]
+    again = OpenVLAProcessor.from_pretrained(tmp_path)
+    assert again.prompt_template == tiny_processor.prompt_template
+    for case in tiny_checkpoint.cases[:3]:
+        inputs = [processor(case["prompt"], golden_image(case["image"])) for processor in (tiny_processor, again)]
+        assert inputs[0]["input_ids"].tolist() == inputs[1]["input_ids"].tolist() == [case["input_ids"]]
+        assert torch.equal(inputs[0]["pixel_values"], inputs[1]["pixel_values"])
+
+
+def test_each_tower_has_its_own_size_and_interpolation(photo):
+    processor = OpenVLAImageProcessor(
+        use_fused_vision_backbone=True,
+        image_resize_strategy="resize-crop",
+        input_sizes=[[3, 56, 56], [3, 56, 56]],
+        interpolations=["bicubic", "bilinear"],
+        means=[[0.0] * 3] * 2,
+        stds=[[1.0] * 3] * 2,
+    )
+    pixel_values = processor(photo, return_tensors="np")["pixel_values"]
+    assert pixel_values.shape == (1, 6, 56, 56)
+    assert not np.array_equal(pixel_values[:, :3], pixel_values[:, 3:])
+
+
+def test_image_processor_errors():
+    with pytest.raises(ValueError, match="Did you mean 'letterbox'"):
+        OpenVLAImageProcessor(image_resize_strategy="letter-box")
+    with pytest.raises(ValueError, match="one per tower"):
+        OpenVLAImageProcessor(input_sizes=[[3, 8, 8]] * 2, means=[[0.5] * 3])
+    with pytest.raises(ValueError, match="bicubic"):
+        OpenVLAImageProcessor(interpolations=["cubic"])
+    with pytest.raises(ValueError, match="empty"):
+        OpenVLAImageProcessor()([])
+
+
+# Prompts
+
+
+def test_prompt_form_comes_from_the_config(tmp_path):
+    assert TINY[0].processor().format_prompt("Open the Drawer") == (
+        "In: What action should the robot take to open the drawer?\nOut:"
+    )
+    chat = TINY[1].processor().format_prompt("Open the Drawer")
+    assert chat.startswith("A chat between a curious user") and chat.endswith("take to open the drawer? ASSISTANT:")
+    # A folder whose name says v01 is still told by its config.
+    folder = tmp_path / "openvla-v01-7b"
+    folder.mkdir()
+    for file in TINY[0].folder.glob("*.json"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    assert OpenVLAProcessor.from_pretrained(folder).format_prompt("stop").startswith("In: ")
+
+
+def test_format_prompt_errors(tiny_processor):
+    for empty in ("", "  \n"):
+        with pytest.raises(ValueError, match="empty"):
+            tiny_processor.format_prompt(empty)
+    with pytest.raises(ValueError, match="int"):
+        tiny_processor.format_prompt(3)
+    with pytest.raises(ValueError, match="instruction"):
+        OpenVLAProcessor(tiny_processor.image_processor, tiny_processor.tokenizer, prompt_template="do it")
+
+
+def test_training_strings(tiny_checkpoint, tiny_processor):
+    golden, summary = tiny_checkpoint.arrays("train_batch.npz"), tiny_checkpoint.json("train.json")
+    inputs = tiny_processor(text=summary["texts"], images=[golden_image(index) for index in summary["images"]])
+    np.testing.assert_array_equal(inputs["input_ids"].numpy(), golden["input_ids"])
+    np.testing.assert_array_equal(inputs["attention_mask"].numpy(), golden["attention_mask"])
+    np.testing.assert_array_equal(inputs["pixel_values"].numpy(), golden["pixel_values"])
+
+
+def test_published_order_and_keywords(tiny_processor, photo):
+    prompt = tiny_processor.format_prompt("open the drawer")
+    reference = tiny_processor(prompt, photo)
+    for inputs in (tiny_processor(text=prompt, images=photo), tiny_processor(photo, prompt)):
+        assert torch.equal(inputs["input_ids"], reference["input_ids"])
+        assert torch.equal(inputs["pixel_values"], reference["pixel_values"])
+    assert set(tiny_processor(prompt)) == {"input_ids", "attention_mask"}
+    assert set(tiny_processor(images=photo)) == {"pixel_values"}
+    assert reference.to(dtype=torch.bfloat16)["pixel_values"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_batches_are_padded(tiny_processor, photo, side):
+    prompts = [tiny_processor.format_prompt(text) for text in ("open the drawer", "push")]
+    inputs = tiny_processor(prompts, [photo, photo], padding_side=side)
+    for row, prompt in enumerate(prompts):
+        mask = inputs["attention_mask"][row].bool()
+        assert inputs["input_ids"][row][mask].tolist() == tiny_processor(prompt)["input_ids"][0].tolist()
+        assert bool(mask[-1 if side == "left" else 0])
+
+
+def test_count_mismatch(tiny_processor, photo):
+    with pytest.raises(ValueError, match="2 prompt.* 1 image"):
+        tiny_processor(["a", "b"], [photo])
+    with pytest.raises(ValueError, match="give text, images or both"):
+        tiny_processor()
+
+
+def test_empty_token(tiny_processor):
+    assert tiny_processor.empty_token_id == 29871
