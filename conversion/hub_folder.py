@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +44,11 @@ class LazyTensor(NamedTuple):
 
     shape: tuple[int, ...]
     read: Callable[[], torch.Tensor]
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> "LazyTensor":
+        """A tensor that is there already, or mapped from disk."""
+        return cls(tuple(tensor.shape), lambda: tensor)
 
 
 @contextmanager
@@ -149,7 +155,7 @@ def read_weights(folder: Path) -> dict[str, LazyTensor]:
             raise ValueError(f"'{file}' is damaged, was it copied or downloaded in full? {error}") from error
         for name in handle.keys():  # noqa: SIM118 - not a dict
             shape = tuple(handle.get_slice(name).get_shape())
-            tensors[name] = LazyTensor(shape, lambda handle=handle, name=name: handle.get_tensor(name))
+            tensors[name] = LazyTensor(shape, partial(handle.get_tensor, name))
     return tensors
 
 

@@ -85,7 +85,7 @@ def model_card(
         action_dim=len(get_action_stats(statistics, unnorm_key)["q01"]),
         datasets="\n".join(rows),
         source=f"[{source}](https://huggingface.co/{source})" if source else "this folder",
-        vision=", ".join(f"`{model_id}`" for model_id in config.timm_model_ids),
+        vision=", ".join(f"`{model_id}`" for model_id in config.timm_model_ids or []),
         vision_backbone_id=config.vision_backbone_id,
         image_resize_strategy=config.image_resize_strategy,
         hf_llm_id=config.hf_llm_id,

@@ -108,7 +108,7 @@ def convert_prismatic_checkpoint(
     missing = [part for part in PARTS if part not in parts]
     if missing:
         tensors |= frozen_parts(missing, base, config, file)
-    fast_tokenizer = prepare_tokenizer(tokenizer or config.hf_llm_id, config)
+    fast_tokenizer = prepare_tokenizer(tokenizer or str(config.hf_llm_id), config)
     fit_vocabulary(config, tensors, fast_tokenizer)
     check_weights(config, {name: tensor.shape for name, tensor in tensors.items()}, f"'{file}'")
 
@@ -121,7 +121,7 @@ def convert_prismatic_checkpoint(
     return output
 
 
-def config_of_ids(ids: Mapping[str, str], run: Path) -> OpenVLAConfig:
+def config_of_ids(ids: Mapping[str, Any], run: Path) -> OpenVLAConfig:
     """Configuration of backbone ids, with the sizes they stand for."""
     lacking = [
         field for field in ("vision_backbone_id", "llm_backbone_id", "image_resize_strategy") if field not in ids
@@ -170,12 +170,12 @@ def frozen_parts(
 def timm_towers(config: OpenVLAConfig) -> dict[str, LazyTensor]:
     """Vision towers with the weights timm publishes, downloaded where they are not cached."""
     tensors = {}
-    towers = zip(("featurizer", "fused_featurizer"), config.timm_model_ids, config.image_sizes, strict=False)
-    for tower, model_id, size in towers:
+    names = ("featurizer", "fused_featurizer")
+    for tower, model_id, size in zip(names, config.timm_model_ids or [], config.image_sizes or [], strict=False):
         state = timm.create_model(model_id, pretrained=True, num_classes=0, img_size=size).state_dict()
         for name, tensor in state.items():
             published = rename(f"vision_backbone.{tower}.{name}", [])
-            tensors[published] = LazyTensor(tuple(tensor.shape), lambda tensor=tensor: tensor)
+            tensors[published] = LazyTensor.of(tensor)
     return tensors
 
 
@@ -215,11 +215,11 @@ def fit_vocabulary(
 
 def image_processor_of(config: OpenVLAConfig) -> OpenVLAImageProcessor:
     """Image processor of the towers: input sizes from the configuration, colors and interpolation as timm has them."""
-    cfgs = [timm.get_pretrained_cfg(model_id) for model_id in config.timm_model_ids]
+    cfgs: list[Any] = [timm.get_pretrained_cfg(model_id) for model_id in config.timm_model_ids or []]
     return OpenVLAImageProcessor(
-        use_fused_vision_backbone=config.use_fused_vision_backbone,
+        use_fused_vision_backbone=bool(config.use_fused_vision_backbone),
         image_resize_strategy=config.image_resize_strategy,
-        input_sizes=[[3, size, size] for size in config.image_sizes],
+        input_sizes=[[3, size, size] for size in config.image_sizes or []],
         interpolations=[cfg.interpolation or "bicubic" for cfg in cfgs],
         means=[list(cfg.mean) for cfg in cfgs],
         stds=[list(cfg.std) for cfg in cfgs],

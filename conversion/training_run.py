@@ -29,9 +29,9 @@ def name_table(config: OpenVLAConfig) -> list[tuple[str, str]]:
     if config.use_fused_vision_backbone:
         second = "clip_featurizer" if config.vision_backbone_id.startswith("dinoclip") else "siglip_featurizer"
         towers = [("dino_featurizer.", "featurizer."), (f"{second}.", "fused_featurizer.")]
-        linears = (0, 2, 4)
+        linears = [0, 2, 4]
     else:
-        towers, linears = [("featurizer.", "featurizer.")], (0, 2)
+        towers, linears = [("featurizer.", "featurizer.")], [0, 2]
     return [
         *((f"vision_backbone.{theirs}", f"vision_backbone.{ours}") for theirs, ours in towers),
         # An nn.Sequential with GELUs between its linear layers.
@@ -97,7 +97,7 @@ def lazy(parts: Mapping[str, Mapping[str, torch.Tensor]], config: OpenVLAConfig)
     """Tensors of a checkpoint under their published names."""
     table = name_table(config)
     return {
-        rename(f"{part}.{name}", table): LazyTensor(tuple(tensor.shape), lambda tensor=tensor: tensor)
+        rename(f"{part}.{name}", table): LazyTensor.of(tensor)
         for part, tensors in parts.items()
         for name, tensor in tensors.items()
     }

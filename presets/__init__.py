@@ -12,7 +12,8 @@ ROOT = Path(__file__).parent
 
 def preset_names() -> list[str]:
     """All presets, sorted."""
-    return sorted(folder.name for folder in ROOT.iterdir() if any(folder.glob("*.json")))
+    files = [*ROOT.glob("*/config.json"), *ROOT.glob("*/dataset_statistics.json")]
+    return sorted({file.parent.name for file in files})
 
 
 def _read(name: str, file: str, what: str) -> dict[str, Any]:
@@ -48,7 +49,7 @@ def load_preset_statistics(name: str) -> dict[str, Any]:
 
 def load_base_vlms() -> dict[str, dict[str, str]]:
     """`{base_vlm: {"vision_backbone_id", "llm_backbone_id", "image_resize_strategy"}}`, ids of the original's runs."""
-    return json.loads((ROOT / "base_vlms.json").read_text(encoding="utf-8"))
+    return json.loads((ROOT / "prismatic" / "base_vlms.json").read_text(encoding="utf-8"))
 
 
 __all__ = ["load_base_vlms", "load_preset_config", "load_preset_statistics", "preset_names"]
