@@ -20,6 +20,7 @@ from timm.layers import AttentionPoolLatent
 from timm.models.vision_transformer import LayerScale as TimmLayerScale
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
@@ -50,6 +51,15 @@ class LayerScale(nn.Module):
         return hidden_states * self.scale_factor
 
 
+class LinspaceOnCPU(TorchFunctionMode):
+    """timm 1.0.9 reads the values of a linspace while it builds a tower; transformers 5.4 builds on the meta device,
+    which holds none. Later versions of either do not need this."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        return func(*args, **({"device": "cpu", **kwargs} if func is torch.linspace else kwargs))
+
+
 def create_vision_tower(model_id: str, image_size: int, act_layer: str | None, model_kwargs: dict) -> VisionTransformer:
     """One randomly initialized timm vision transformer; `model_kwargs` win over the other arguments."""
     arguments = {
@@ -59,7 +69,8 @@ def create_vision_tower(model_id: str, image_size: int, act_layer: str | None, m
         "weight_init": "skip",
         **model_kwargs,
     }
-    tower = timm.create_model(model_id, pretrained=False, **arguments)
+    with LinspaceOnCPU():
+        tower = timm.create_model(model_id, pretrained=False, **arguments)
     if not isinstance(tower, VisionTransformer) or len(tower.blocks) < 2:
         raise ValueError(
             f"Vision tower '{model_id}' with {model_kwargs} must be a timm VisionTransformer of at least two blocks: "
@@ -706,6 +717,12 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         if input_ids.ndim != 2 or input_ids.shape[1] == 0:
             raise ValueError(
                 f"input_ids must be (batch, length) with at least one token, got {tuple(input_ids.shape)}."
+            )
+        vocabulary = self.get_input_embeddings().weight.shape[0]
+        if bool((input_ids < 0).any()) or bool((input_ids >= vocabulary).any()):
+            raise ValueError(
+                f"input_ids range from {int(input_ids.min())} to {int(input_ids.max())}, the model knows 0 to "
+                f"{vocabulary - 1}: was the prompt made with another model's processor?"
             )
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
             raise ValueError(
