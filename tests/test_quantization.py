@@ -1,0 +1,112 @@
+"""bitsandbytes on the CPU, and adapters."""
+
+import numpy as np
+import pytest
+import torch
+from tiny import TINY, golden_image
+from transformers import BitsAndBytesConfig
+
+
+bitsandbytes = pytest.importorskip("bitsandbytes", reason="quantized loading needs the [quant] extra")
+peft = pytest.importorskip("peft", reason="adapters need peft")
+
+CONFIGS = {
+    "int8": BitsAndBytesConfig(load_in_8bit=True),
+    "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32),
+    "nf4 twice": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
+}
+
+
+def quantized_layers(model) -> set[str]:
+    kinds = (bitsandbytes.nn.Linear8bitLt, bitsandbytes.nn.Linear4bit)
+    return {name for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_load_save_reload(name, tiny_checkpoint, tmp_path):
+    plain = tiny_checkpoint.load()
+    model = tiny_checkpoint.load(quantization_config=CONFIGS[name])
+    layers = quantized_layers(model)
+    # Seven linear layers in each block of the language model, nothing else.
+    assert len(layers) == 7 * model.config.text_config.num_hidden_layers
+    assert all(layer.startswith("language_model.model.layers.") for layer in layers)
+    for part in ("vision_backbone", "projector", "language_model.lm_head"):
+        expected = plain.get_submodule(part).state_dict()
+        for tensor, value in model.get_submodule(part).state_dict().items():
+            assert torch.equal(value, expected[tensor]), f"{part}.{tensor}"
+
+    image = golden_image(0)
+    arguments = {"unnorm_key": "bridge_orig", "return_dict": True}
+    prediction = model.predict_action(image, "open the drawer", **arguments)
+    black = model.predict_action(np.zeros((8, 8, 3), dtype=np.uint8), "open the drawer", **arguments)
+    assert prediction.actions.shape == (7,) and prediction.actions.tolist() != black.actions.tolist()
+
+    model.save_pretrained(tmp_path)
+    tiny_checkpoint.processor().save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert quantized_layers(again) == layers
+    if name == "nf4 twice":  # the CPU path of bitsandbytes quantizes the scales anew when it saves
+        return
+    for other in (again, model):
+        reloaded = other.predict_action(image, "open the drawer", **arguments)
+        assert reloaded.token_ids.tolist() == prediction.token_ids.tolist()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_moving_a_quantized_model_is_explained(name):
+    model = TINY[1].load(quantization_config=CONFIGS[name])
+    assert model.to("cpu") is model and model.to(model.device) is model
+    for argument in ("meta", torch.float16):
+        with pytest.raises(ValueError, match="Choose both when loading"):
+            model.to(argument)
+
+
+def test_own_exceptions_are_respected():
+    config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["vision_backbone", "projector"])
+    layers = quantized_layers(TINY[1].load(quantization_config=config))
+    assert "language_model.lm_head" in layers
+
+
+def lora() -> "peft.LoraConfig":
+    return peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
+
+
+def test_adapter_merges(tiny_checkpoint, tiny_processor, tmp_path):
+    inputs = tiny_processor(tiny_processor.format_prompt("open the drawer"), golden_image(1))
+    base = tiny_checkpoint.load()
+    with torch.inference_mode():
+        plain = base(**inputs).logits
+    model = peft.get_peft_model(base, lora()).eval()
+    touched = {name.split(".")[2] for name, _ in model.named_parameters() if "lora_" in name}
+    assert touched == {"vision_backbone", "projector", "language_model"}
+    # Small factors, so that what is compared is the merge and not the noise of a wrecked model.
+    with torch.inference_mode():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.mul_(0.1)
+        adapted = model(**inputs).logits
+        action = model.predict_action(golden_image(1), "open the drawer", unnorm_key="bridge_orig")
+    assert (adapted - plain).abs().max() > 1e-2
+    model.save_pretrained(tmp_path)
+
+    loaded = peft.PeftModel.from_pretrained(tiny_checkpoint.load(), tmp_path)
+    own = tiny_checkpoint.load()
+    own.load_adapter(str(tmp_path))
+    merged = peft.PeftModel.from_pretrained(tiny_checkpoint.load(), tmp_path).merge_and_unload()
+    with torch.inference_mode():
+        for name, other in (("PeftModel", loaded), ("load_adapter", own), ("merged", merged)):
+            # Relative to the largest logit: these random weights amplify the rounding of the merged towers.
+            difference = (other(**inputs).logits - adapted).abs().max() / adapted.abs().max()
+            assert difference < 1e-4, name
+            again = other.predict_action(golden_image(1), "open the drawer", unnorm_key="bridge_orig")
+            assert again.tolist() == action.tolist(), name
+
+
+def test_adapter_on_a_quantized_model():
+    model = TINY[0].load(quantization_config=CONFIGS["nf4"])
+    model = peft.prepare_model_for_kbit_training(model)
+    model = peft.get_peft_model(model, lora())
+    inputs = TINY[0].processor()("In: What action should the robot take to stop?\nOut: ", golden_image(0))
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    gradients = [parameter.grad for name, parameter in model.named_parameters() if "lora_" in name]
+    assert any(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients)
