@@ -30,7 +30,9 @@ class ActionTokenizer:
         self.tokenizer = None if isinstance(tokenizer, int) else tokenizer
         self.vocabulary_end = tokenizer if isinstance(tokenizer, int) else int(tokenizer.vocab_size)
         if not 2 <= bins <= self.vocabulary_end:
-            raise ValueError(f"{bins} bins do not fit a vocabulary of {self.vocabulary_end} tokens: give 2 to that many.")
+            raise ValueError(
+                f"{bins} bins do not fit a vocabulary of {self.vocabulary_end} tokens: give 2 to that many."
+            )
         self.n_bins, self.min_action, self.max_action = bins, min_action, max_action
         self.bins = np.linspace(min_action, max_action, bins)  # (bins,) edges
         self.bin_centers = (self.bins[:-1] + self.bins[1:]) / 2.0  # (bins - 1,)

@@ -336,6 +336,12 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
 
     def save_pretrained(self, save_directory, **kwargs):
         """Save weights under the published names, with the statistics beside them."""
+        for parameter in self.parameters():
+            # bitsandbytes 0.50 packs 4-bit weights when they first run on a CPU and, without double quantization, forgets
+            # to turn the block scales back when it unpacks them for saving.
+            state = getattr(parameter, "quant_state", None)
+            if getattr(state, "packing_format_for_cpu", False) and not state.original_nested and state.absmax.ndim == 2:
+                state.absmax = state.absmax.T.flatten().float()
         super().save_pretrained(save_directory, **kwargs)
         if self.norm_stats and kwargs.get("is_main_process", True):
             with open(f"{save_directory}/dataset_statistics.json", "w", encoding="utf-8") as stream:

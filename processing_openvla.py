@@ -89,15 +89,18 @@ def load_image(image: Any) -> Image.Image:
 
     Raises:
         FileNotFoundError: If a path does not exist.
-        ValueError: If the pixels cannot be read (NaN, no channel axis, out of range, unknown type).
+        ValueError: If the pixels cannot be read (damaged file, NaN, no channel axis, out of range, unknown type).
     """
     if isinstance(image, (str, os.PathLike)):
         path = os.fspath(image)
         if not os.path.isfile(path):
             raise FileNotFoundError(f"No image file at '{path}'. Give a local file (URLs are not fetched).")
-        with Image.open(path) as file:
-            file.load()
-            image = file
+        try:
+            with Image.open(path) as file:
+                file.load()
+                image = file
+        except (OSError, Image.DecompressionBombError) as error:
+            raise ValueError(f"Cannot read '{path}' as an image: {error}.") from error
     if isinstance(image, torch.Tensor):
         tensor = image.detach().cpu()
         image = _array_to_image((tensor.float() if tensor.is_floating_point() else tensor).numpy(), channels_first=True)
