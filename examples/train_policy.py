@@ -31,7 +31,7 @@ the a an to on in into from of with next behind front left right top bottom abov
 drawer door window button lever handle faucet dial knob coffee mug cup plate bowl block cube puck ball box bin shelf peg
 nut hammer nail stick basket hoop soccer table towel spoon pot cloth red green blue yellow black white silver orange
 What action should the robot take to open the drawer?
-"""
+"""  # noqa: E501
 
 
 def make_tokenizer(n_action_bins: int = 256) -> PreTrainedTokenizerFast:
@@ -161,9 +161,7 @@ def main() -> None:
     processor = openvla.OpenVLAProcessor(image_processor, tokenizer)
     model = openvla.OpenVLAForActionPrediction(make_config(tokenizer, {arguments.name: stats}))
     model.processor = processor
-    print(
-        f"{model.num_parameters() / 1e6:.2f}M parameters, {(~held_out).sum()} training frames, {held_out.sum()} held out"
-    )
+    print(f"{model.num_parameters() / 1e6:.2f}M parameters, {len(frames)} frames, {held_out.sum()} held out")
 
     plain = image_processor(frames, do_normalize=False, return_tensors="pt")["pixel_values"][:, :3]
     means, stds = (torch.tensor(values).view(1, 6, 1, 1) for values in
