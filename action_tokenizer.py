@@ -16,7 +16,7 @@ import torch
 class ActionTokenizer:
     """Discretizes normalized actions and maps the bins to the last ids of a vocabulary.
 
-    `bins` edges divide [-1, 1] into `bins - 1` intervals; edge index `k` in [1, bins] (from `np.digitize`) is written as
+    `bins` edges divide [-1, 1] into `bins - 1` intervals; edge index `k` in [1, bins] (from `np.digitize`) becomes
     token `vocabulary_end - k`. The top edge has an interval of its own in the vocabulary but not in the decoder: both
     `vocabulary_end - bins` and `vocabulary_end - bins + 1` decode to the last center.
 
@@ -68,10 +68,10 @@ class ActionTokenizer:
                 raise ValueError("actions contain NaN, which no action token stands for: repair or drop the step.")
             edges = torch.from_numpy(self.bins).to(values.device)
             return self.vocabulary_end - torch.bucketize(values, edges, right=True)
-        values = np.clip(np.asarray(actions, dtype=np.float64), self.min_action, self.max_action)
-        if np.isnan(values).any():
+        array = np.clip(np.asarray(actions, dtype=np.float64), self.min_action, self.max_action)
+        if np.isnan(array).any():
             raise ValueError("actions contain NaN, which no action token stands for: repair or drop the step.")
-        return self.vocabulary_end - np.digitize(values, self.bins)
+        return self.vocabulary_end - np.digitize(array, self.bins)
 
     def decode(self, token_ids):
         """Normalized actions (bin centers) of token ids, the inverse of `encode` up to half a bin.
@@ -117,8 +117,8 @@ def resolve_unnorm_key(norm_stats: Mapping[str, Any] | None, unnorm_key: str | N
     """
     if not norm_stats:
         raise ValueError(
-            "The model has no action statistics, so its actions have no units: put a dataset_statistics.json beside the "
-            "weights, or set model.norm_stats = {dataset: {'action': {'q01': [...], 'q99': [...], 'mask': [...]}}}."
+            "The model has no action statistics, so its actions have no units: put a dataset_statistics.json beside "
+            "the weights, or set model.norm_stats = {dataset: {'action': {'q01': [...], 'q99': [...], 'mask': [...]}}}."
         )
     if unnorm_key is None:
         if len(norm_stats) > 1:
@@ -199,7 +199,7 @@ def normalize_actions(actions: np.ndarray, stats: Mapping[str, Any]) -> np.ndarr
     return scaled
 
 
-def check_same_action_dim(norm_stats: Mapping[str, Any], unnorm_keys: Sequence[str | None]) -> int:
+def check_same_action_dim(norm_stats: Mapping[str, Any] | None, unnorm_keys: Sequence[str | None]) -> int:
     """Common number of action dimensions of several datasets; a `ValueError` names those that differ."""
     dims = {resolve_unnorm_key(norm_stats, key): len(get_action_stats(norm_stats, key)["q01"]) for key in unnorm_keys}
     if len(set(dims.values())) > 1:

@@ -12,7 +12,8 @@ import transformers
 
 
 MINIMUM_TRANSFORMERS = (5, 4)
-if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < MINIMUM_TRANSFORMERS:
+TRANSFORMERS = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+if TRANSFORMERS < MINIMUM_TRANSFORMERS:
     raise ImportError(
         f"OpenVLA needs transformers >= {'.'.join(map(str, MINIMUM_TRANSFORMERS))}, found {transformers.__version__}: "
         "run `pip install -U transformers`."
@@ -98,10 +99,11 @@ class OpenVLAConfig(PreTrainedConfig):
     model_type = "openvla"
     sub_configs: ClassVar = {"text_config": AutoConfig}
 
+    # What is None here is filled in by `__post_init__`.
     vision_backbone_id: str = "siglip-vit-so400m"
     llm_backbone_id: str = "vicuna-v15-7b"
     arch_specifier: str | None = "no-align+gelu-mlp"
-    use_fused_vision_backbone: bool | None = None
+    use_fused_vision_backbone: bool = None  # type: ignore[assignment]
     image_resize_strategy: str = "letterbox"
     text_config: Any = None
     llm_max_length: int = 2048
@@ -110,12 +112,12 @@ class OpenVLAConfig(PreTrainedConfig):
     output_projector_states: bool = False
     norm_stats: dict | None = None
     n_action_bins: int = 256
-    timm_model_ids: list | None = None
-    timm_override_act_layers: list | None = None
-    image_sizes: list | None = None
+    timm_model_ids: list = None  # type: ignore[assignment]
+    timm_override_act_layers: list = None  # type: ignore[assignment]
+    image_sizes: list = None  # type: ignore[assignment]
     hf_llm_id: str | None = None
-    timm_model_kwargs: list | None = None
-    image_token_id: int | None = None
+    timm_model_kwargs: list = None  # type: ignore[assignment]
+    image_token_id: int = None  # type: ignore[assignment]
     empty_token_id: int | None = None
     tie_word_embeddings: bool = False
 
@@ -138,7 +140,7 @@ class OpenVLAConfig(PreTrainedConfig):
         for field in ("timm_model_ids", "timm_override_act_layers", "image_sizes", "timm_model_kwargs"):
             if len(getattr(self, field)) != towers:
                 raise ValueError(
-                    f"{field} has {len(getattr(self, field))} entries for {towers} vision tower(s): give one per tower, "
+                    f"{field} has {len(getattr(self, field))} entries for {towers} vision tower(s): give one per tower "
                     f"or leave it out to take what vision_backbone_id='{self.vision_backbone_id}' means."
                 )
 
@@ -160,13 +162,13 @@ class OpenVLAConfig(PreTrainedConfig):
         if not 2 <= self.n_action_bins <= self.action_vocab_size:
             raise ValueError(
                 f"n_action_bins={self.n_action_bins} does not fit a vocabulary of {self.action_vocab_size} tokens "
-                f"(text_config.vocab_size={self.text_config.vocab_size} - pad_to_multiple_of={self.pad_to_multiple_of})."
+                f"(text_config.vocab_size={self.text_config.vocab_size}, pad_to_multiple_of={self.pad_to_multiple_of})."
             )
         super().__post_init__(**kwargs)
 
     @property
     def action_vocab_size(self) -> int:
-        """End of the tokenizer's own vocabulary: action tokens are `[action_vocab_size - n_action_bins, action_vocab_size)`."""
+        """End of the tokenizer's own vocabulary; the last `n_action_bins` ids before it are the action tokens."""
         return self.text_config.vocab_size - self.pad_to_multiple_of
 
 

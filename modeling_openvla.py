@@ -25,10 +25,10 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import ModelOutput
-from transformers.utils import cached_file, torch_compilable_check
+from transformers.utils import cached_file, is_peft_available, torch_compilable_check
 
 from .action_tokenizer import ActionTokenizer, check_same_action_dim, get_action_stats, unnormalize_actions
-from .configuration_openvla import OpenVLAConfig
+from .configuration_openvla import TRANSFORMERS, OpenVLAConfig
 from .processing_openvla import HUB_KWARGS, OpenVLAProcessor, as_image_list, load_image
 
 
@@ -103,7 +103,8 @@ class OpenVLAVisionBackbone(nn.Module):
         if config.use_fused_vision_backbone:
             self.fused_featurizer = towers[1]
         self.embed_dim = sum(tower.embed_dim for tower in towers)
-        self.num_patches = towers[0].patch_embed.num_patches
+        self.num_patches: int = towers[0].patch_embed.num_patches
+        self.image_size: tuple[int, int] = towers[0].patch_embed.img_size
         if any(tower.patch_embed.num_patches != self.num_patches for tower in towers):
             raise ValueError(
                 f"Towers see {[tower.patch_embed.num_patches for tower in towers]} patches: their features can be "
@@ -154,7 +155,7 @@ class OpenVLAProjector(nn.Module):
         else:
             self.fc1 = nn.Linear(vision_dim, hidden)
             self.fc2 = nn.Linear(hidden, hidden)
-            self.fc3 = None
+            self.fc3 = None  # type: ignore[assignment]
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """(batch, num_patches, vision_dim) -> (batch, num_patches, hidden)."""
@@ -173,7 +174,7 @@ class PatchLayout:
         shape: (batch, length) of the prompt.
     """
 
-    def __init__(self, attention_mask: torch.Tensor | None, shape: tuple[int, int], num_patches: int, device):
+    def __init__(self, attention_mask: torch.Tensor | None, shape: torch.Size, num_patches: int, device):
         batch, length = shape
         if attention_mask is None:
             first = torch.zeros(batch, 1, dtype=torch.long, device=device)
@@ -203,7 +204,7 @@ class PatchLayout:
         if position_ids is None:
             return None
         position_ids = position_ids.to(self.is_patch.device).expand(len(self.is_patch), -1)
-        moved_up = self.insert(position_ids, 0) + self.num_patches * (self.offset >= self.num_patches)
+        moved_up = position_ids.gather(1, self.text_index) + self.num_patches * (self.offset >= self.num_patches)
         return torch.where(self.is_patch, position_ids.gather(1, self.first) + 1 + self.offset, moved_up)
 
     def remove(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -336,16 +337,28 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
 
     def save_pretrained(self, save_directory, **kwargs):
         """Save weights under the published names, with the statistics beside them."""
-        for parameter in self.parameters():
-            # bitsandbytes 0.50 packs 4-bit weights when they first run on a CPU and, without double quantization, forgets
-            # to turn the block scales back when it unpacks them for saving.
-            state = getattr(parameter, "quant_state", None)
-            if getattr(state, "packing_format_for_cpu", False) and not state.original_nested and state.absmax.ndim == 2:
-                state.absmax = state.absmax.T.flatten().float()
+        _turn_block_scales_back(self)
         super().save_pretrained(save_directory, **kwargs)
         if self.norm_stats and kwargs.get("is_main_process", True):
             with open(f"{save_directory}/dataset_statistics.json", "w", encoding="utf-8") as stream:
                 json.dump(self.norm_stats, stream, indent=2)
+
+    def load_adapter(self, peft_model_id=None, *args, **kwargs):
+        """As in every model of the library: a PEFT adapter from a folder or Hub id."""
+        if (
+            TRANSFORMERS < (5, 6)
+            and peft_model_id is not None
+            and "adapter_state_dict" not in kwargs
+            and is_peft_available()
+        ):
+            # transformers 5.4 and 5.5 find the weights of an adapter only under "model." and leave all others random.
+            from peft.utils import load_peft_weights
+
+            weights = load_peft_weights(peft_model_id, device="cpu")
+            kwargs["adapter_state_dict"] = {
+                name.removeprefix("base_model.model."): weight for name, weight in weights.items()
+            }
+        return super().load_adapter(peft_model_id, *args, **kwargs)
 
     @property
     def norm_stats(self) -> dict | None:
@@ -382,8 +395,8 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         raise ValueError(
             f"A quantized model cannot be moved or cast after loading (asked for {device or dtype}, it is on "
             f"{self.device}): its packed weights belong to one device and type. Choose both when loading, "
-            f"from_pretrained(..., quantization_config=..., device_map={{'': '{device or self.device}'}}, dtype=...), and "
-            "leave out .to()."
+            f"from_pretrained(..., quantization_config=..., device_map={{'': '{device or self.device}'}}, dtype=...), "
+            "and leave out .to()."
         )
 
     # Embeddings -------------------------------------------------------------------------------------------------------
@@ -457,18 +470,18 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         output_projector_features: bool | None = None,
         return_dict: bool | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
     ) -> OpenVLAOutput | tuple:
@@ -682,21 +695,21 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             constrained=constrained, temperature=temperature if do_sample else None, generator=generator,
         )  # fmt: skip
 
-        token_ids = token_ids.cpu().numpy()
-        normalized = self.action_tokenizer.decode(token_ids)
+        chosen = token_ids.cpu().numpy()
+        normalized = self.action_tokenizer.decode(chosen)
         actions = np.stack(
             [unnormalize_actions(row, get_action_stats(self.norm_stats, key)) for row, key in zip(normalized, keys)]
         )
         prediction = ActionPrediction(
             actions=actions,
             normalized_actions=normalized,
-            token_ids=token_ids,
+            token_ids=chosen,
             token_probabilities=probabilities.float().cpu().numpy(),
             token_entropies=entropies.float().cpu().numpy(),
         )
         if single:
             prediction = ActionPrediction(**{name: value[0] for name, value in prediction.items()})
-        return prediction if return_dict else prediction.actions
+        return prediction if return_dict else prediction["actions"]
 
     def _process_raw(self, image, instruction) -> tuple[bool, Any]:
         """Whether it was a single sample, and its model inputs."""
@@ -724,7 +737,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"input_ids must be (batch, length) with at least one token, got {tuple(input_ids.shape)}."
             )
-        vocabulary = self.get_input_embeddings().weight.shape[0]
+        vocabulary = self.config.text_config.vocab_size
         if bool((input_ids < 0).any()) or bool((input_ids >= vocabulary).any()):
             raise ValueError(
                 f"input_ids range from {int(input_ids.min())} to {int(input_ids.max())}, the model knows 0 to "
@@ -736,8 +749,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             )
         if attention_mask is not None and not bool(attention_mask.any(dim=1).all()):
             raise ValueError("A prompt of the batch is empty: its attention_mask is all zero.")
-        towers = self.vision_backbone.towers
-        expected = (len(input_ids), 3 * len(towers), *towers[0].patch_embed.img_size)
+        expected = (len(input_ids), 3 * len(self.config.image_sizes), *self.vision_backbone.image_size)
         if tuple(pixel_values.shape) != expected:
             raise ValueError(f"pixel_values have shape {tuple(pixel_values.shape)}, expected {expected}.")
         if not bool(torch.isfinite(pixel_values).all()):
@@ -825,6 +837,16 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             step_inputs = {"input_ids": token_ids[-1]}
             begin = stop
         return torch.cat(token_ids, dim=1), torch.cat(probabilities, dim=1), torch.cat(entropies, dim=1)
+
+
+def _turn_block_scales_back(model: nn.Module) -> None:
+    """bitsandbytes 0.50 packs 4-bit weights when they first run on a CPU and, without double quantization, forgets to
+    turn the scales of their blocks back when it unpacks them for saving."""
+    for parameter in model.parameters():
+        state: Any = getattr(parameter, "quant_state", None)
+        packed = state is not None and getattr(state, "packing_format_for_cpu", False)
+        if packed and not state.original_nested and state.absmax.ndim == 2:
+            state.absmax = state.absmax.T.flatten().float()
 
 
 def _keep_out_of_quantization(quantization_config):

@@ -65,7 +65,7 @@ def _array_to_uint8(array: np.ndarray) -> np.ndarray:
 
 
 def _array_to_image(array: np.ndarray, channels_first: bool) -> Image.Image:
-    """(H, W), (H, W, C) or (C, H, W) pixels as a PIL image. `channels_first` decides where both readings are possible."""
+    """(H, W), (H, W, C) or (C, H, W) pixels as a PIL image. `channels_first` decides where both readings make sense."""
     if array.ndim == 2:
         array = array[..., None]
     if array.ndim != 3:
@@ -130,7 +130,7 @@ def as_image_list(images: Any) -> list:
     return [images]
 
 
-class OpenVLAImageProcessorKwargs(ImagesKwargs, total=False):
+class OpenVLAImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     use_fused_vision_backbone: bool
     image_resize_strategy: str
     input_sizes: list
@@ -148,7 +148,7 @@ class OpenVLAImageProcessor(BaseImageProcessor):
     Args:
         use_fused_vision_backbone: Published field; two towers are described by lists of length two.
         image_resize_strategy: `"resize-naive"` (both sides to the input size), `"resize-crop"` (shorter side, then
-            center crop) or `"letterbox"` (padded to a square with the mean color, of the last tower where there are two).
+            center crop) or `"letterbox"` (padded to a square with the mean color, that of the last of two towers).
         input_sizes: One (channels, height, width) per tower.
         interpolations: One of "bicubic", "bilinear", "lanczos", "nearest" per tower.
         means, stds: One triple per tower, for pixels in [0, 1].
@@ -259,7 +259,7 @@ class OpenVLAImageProcessor(BaseImageProcessor):
 # Prompts --------------------------------------------------------------------------------------------------------------
 
 
-class OpenVLAProcessorKwargs(ProcessingKwargs, total=False):
+class OpenVLAProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
     _defaults = {"common_kwargs": {"return_tensors": "pt"}}
 
 
@@ -293,7 +293,7 @@ class OpenVLAProcessor(ProcessorMixin):
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
         # Not through the auto classes: published folders name `PrismaticImageProcessor`, whose code is frozen, and
-        # transformers 5 rebuilds the pre-tokenizer of a `LlamaTokenizer` and then differs from 4.40.1 on leading spaces.
+        # transformers 5 rebuilds the pre-tokenizer of a `LlamaTokenizer`, which then differs from 4.40.1 on spaces.
         # The fast tokenizer takes tokenizer.json as it is and gives the ids the weights were trained with.
         kwargs.pop("trust_remote_code", None)
         return [
@@ -361,7 +361,7 @@ HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revis
 
 
 def prompt_template_of(config: dict[str, Any]) -> str:
-    """The prompt form of a model config: Vicuna language models speak the chat form of v01, all others the plain one."""
+    """The prompt form of a model config: the chat form of v01 for Vicuna language models, else the plain one."""
     is_vicuna = str(config.get("llm_backbone_id", "")).startswith("vicuna")
     return PROMPT_TEMPLATES["openvla-v01" if is_vicuna else "openvla"]
 

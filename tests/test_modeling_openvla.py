@@ -6,11 +6,19 @@ import numpy as np
 import pytest
 import torch
 from tiny import TINY, golden_image
-from transformers import AutoModel, AutoModelForImageTextToText, set_seed
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GenerationConfig,
+    set_seed,
+)
 from transformers.cache_utils import StaticCache
 
 import openvla
 from openvla import OpenVLAConfig, OpenVLAForActionPrediction
+from openvla.configuration_openvla import TRANSFORMERS
 
 
 INSTRUCTIONS = ["open the drawer", "push the puck to the goal", "pick up the cup"]
@@ -155,7 +163,8 @@ def test_flex_attention(small_model):
     model.load_state_dict(small_model.state_dict())
     inputs = small_inputs()
     inputs["attention_mask"][1, -2:] = 0
-    with torch.inference_mode():
+    # Not compiled: that would need a C++ compiler on the machine.
+    with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
         flex, reference = model(**inputs).logits, small_model(**inputs).logits
     torch.testing.assert_close(flex[0], reference[0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(flex[1, :-2], reference[1, :-2], rtol=1e-4, atol=1e-4)
@@ -245,17 +254,23 @@ def test_every_tensor_is_initialized():
     assert states[0]["vision_backbone.featurizer.blocks.0.ls1.scale_factor"].unique().tolist() == pytest.approx([0.1])
 
 
-def test_auto_classes(tiny_checkpoint):
-    for auto in (AutoModel, AutoModelForImageTextToText, openvla.AutoModelForVision2Seq):
-        model = auto.from_pretrained(
-            str(tiny_checkpoint.folder),
-            timm_model_kwargs=tiny_checkpoint.timm_model_kwargs,
-            attn_implementation="sdpa",
-            torch_dtype=torch.float32,
-            low_cpu_mem_usage=True,
-            trust_remote_code=True,
-        )
-        assert isinstance(model, OpenVLAForActionPrediction)
+@pytest.mark.parametrize("auto", [AutoModel, AutoModelForImageTextToText, openvla.AutoModelForVision2Seq])
+def test_auto_classes(auto, tiny_checkpoint):
+    """Published folders name code of their own, which is not there: this package stands in for it."""
+    options = {"timm_model_kwargs": tiny_checkpoint.timm_model_kwargs, "low_cpu_mem_usage": True}
+    if auto is openvla.AutoModelForVision2Seq or TRANSFORMERS >= (5, 5):  # transformers 5.4 would run the folder's code
+        options["trust_remote_code"] = True
+    model = auto.from_pretrained(
+        str(tiny_checkpoint.folder), attn_implementation="sdpa", torch_dtype=torch.float32, **options
+    )
+    assert isinstance(model, OpenVLAForActionPrediction)
+
+
+@pytest.mark.parametrize("auto", [AutoProcessor, AutoImageProcessor])
+def test_auto_processors(auto, tiny_checkpoint):
+    options = {"trust_remote_code": True} if TRANSFORMERS >= (5, 5) else {}
+    expected = openvla.OpenVLAProcessor if auto is AutoProcessor else openvla.OpenVLAImageProcessor
+    assert type(auto.from_pretrained(str(tiny_checkpoint.folder), **options)) is expected
 
 
 # generate
@@ -303,6 +318,50 @@ def test_generate_without_an_image(small_model):
     inputs = small_inputs()
     del inputs["pixel_values"]
     assert small_model.generate(**inputs, max_new_tokens=3, min_new_tokens=3).shape == (2, 9)
+
+
+def test_generate_from_inputs_embeds(small_model):
+    inputs = small_inputs()
+    expected = small_model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    embeds = small_model.get_input_embeddings()(inputs.pop("input_ids"))
+    generated = small_model.generate(
+        inputs_embeds=embeds, **inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False
+    )
+    assert generated.tolist() == expected[:, 6:].tolist()
+
+
+def test_generate_goes_on_from_a_cache(small_model):
+    inputs = small_inputs()
+    options = {"min_new_tokens": 3, "max_new_tokens": 3, "do_sample": False}
+    whole = small_model.generate(**inputs, **{**options, "min_new_tokens": 6, "max_new_tokens": 6})
+    first = small_model.generate(**inputs, **options, return_dict_in_generate=True)
+    rest = small_model.generate(
+        first.sequences, past_key_values=first.past_key_values, pixel_values=inputs["pixel_values"], **options
+    )
+    assert rest.tolist() == whole.tolist()
+
+
+def test_lengths_count_text_only(small_model):
+    inputs = small_inputs()
+    for config in (GenerationConfig(max_length=9, min_length=9), GenerationConfig(max_new_tokens=3, min_new_tokens=3)):
+        assert small_model.generate(**inputs, generation_config=config, do_sample=False).shape == (2, 9)
+
+
+def test_position_ids_of_a_plain_prompt(small_model):
+    inputs = small_inputs()
+    position_ids = torch.arange(6)[None].expand(2, -1)
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            small_model(**inputs, position_ids=position_ids).logits, small_model(**inputs).logits
+        )
+
+
+def test_a_compiled_graph_cannot_lose_the_image(small_model):
+    """A captured graph cannot look for placeholders; it fails on a long plain prompt rather than ignore its image."""
+    compiled = torch.compile(small_model, backend="eager", fullgraph=True)
+    with torch.inference_mode(), pytest.raises((RuntimeError, ValueError), match="(?i)assert|placeholders"):
+        compiled(**small_inputs())
+    torch._dynamo.reset()
 
 
 def test_static_cache_in_forward(small_model):
@@ -361,7 +420,7 @@ def test_only_action_tokens_become_actions(tiny_checkpoint):
     first, end = model.action_tokenizer.token_range
     strayed = 0
     for case in tiny_checkpoint.cases:
-        inputs = processor(case["prompt"], golden_image(case["image"]))
+        inputs = tiny_checkpoint.inputs(processor, case)
         prediction = model.predict_action(**inputs, unnorm_key=case["unnorm_key"], return_dict=True)
         assert ((prediction.token_ids >= first) & (prediction.token_ids < end)).all()
         is_text = [not first <= token < end for token in case["generated"]]
