@@ -460,6 +460,39 @@ def test_prediction_holds_probabilities_and_entropies(small_model):
     np.testing.assert_allclose(prediction.token_entropies[:, 0], entropy, rtol=1e-4)
 
 
+def test_nothing_is_read_back_while_decoding(small_model, monkeypatch):
+    """From the prefill to the last token no value is copied to the host (unpadded batches)."""
+    decoding, read = [], []
+
+    def watch(name):
+        original = getattr(torch.Tensor, name)
+
+        def method(self, *arguments, **options):
+            if decoding:
+                read.append(name)
+            return original(self, *arguments, **options)
+
+        monkeypatch.setattr(torch.Tensor, name, method)
+
+    for name in ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__"):
+        watch(name)
+    forward, decode = small_model.language_model.forward, small_model._decode_action_tokens
+    monkeypatch.setattr(
+        small_model.language_model, "forward", lambda *args, **kwargs: decoding.append(1) or forward(*args, **kwargs)
+    )
+
+    def decode_and_stop_watching(*arguments, **options):
+        result = decode(*arguments, **options)
+        assert len(decoding) == 7
+        decoding.clear()
+        return result
+
+    monkeypatch.setattr(small_model, "_decode_action_tokens", decode_and_stop_watching)
+    for options in ({}, {"do_sample": True, "constrained": False}):
+        small_model.predict_action(**small_inputs(), **options)
+    assert not read
+
+
 def test_sampling(small_model):
     inputs = small_inputs()
     greedy = small_model.predict_action(**inputs)
