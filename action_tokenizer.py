@@ -154,13 +154,13 @@ def get_action_stats(norm_stats: Mapping[str, Any] | None, unnorm_key: str | Non
     return dict(stats)
 
 
-def _bounds(stats: Mapping[str, Any], action_dim: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """q01, q99 and mask (an absent mask is all True) as arrays of length `action_dim`."""
-    low, high = np.asarray(stats["q01"], dtype=np.float64), np.asarray(stats["q99"], dtype=np.float64)
-    if len(low) != action_dim:
-        raise ValueError(f"Actions have {action_dim} dimensions, their statistics {len(low)}: wrong unnorm_key?")
+def _mask(stats: Mapping[str, Any], dims: int) -> np.ndarray:
+    """Which dimensions are scaled (absent: all), after a check that the statistics have as many."""
+    known = len(next(iter(stats[name] for name in ("q01", "mean", "min") if name in stats)))
+    if known != dims:
+        raise ValueError(f"Actions have {dims} dimensions, their statistics {known}: wrong unnorm_key?")
     mask = stats.get("mask")
-    return low, high, np.ones(action_dim, dtype=bool) if mask is None else np.asarray(mask, dtype=bool)
+    return np.ones(dims, dtype=bool) if mask is None else np.asarray(mask, dtype=bool)
 
 
 def unnormalize_actions(actions: np.ndarray, stats: Mapping[str, Any]) -> np.ndarray:
@@ -174,28 +174,38 @@ def unnormalize_actions(actions: np.ndarray, stats: Mapping[str, Any]) -> np.nda
         (..., A) float64.
     """
     actions = np.asarray(actions, dtype=np.float64)
-    low, high, mask = _bounds(stats, actions.shape[-1])
+    mask = _mask(stats, actions.shape[-1])
+    low, high = np.asarray(stats["q01"], dtype=np.float64), np.asarray(stats["q99"], dtype=np.float64)
     return np.where(mask, 0.5 * (actions + 1) * (high - low) + low, actions)
 
 
-def normalize_actions(actions: np.ndarray, stats: Mapping[str, Any]) -> np.ndarray:
-    """From the units of the dataset to [-1, 1], as in training: `2 (a - q01) / (q99 - q01 + 1e-8) - 1`, clipped.
+NORMALIZATIONS = {"normal": ("mean", "std"), "bounds": ("min", "max"), "bounds_q99": ("q01", "q99")}
 
-    Dimensions that never change (min == max in the statistics) become 0; unmasked dimensions pass as they are.
+
+def normalize_actions(actions: np.ndarray, stats: Mapping[str, Any], mode: str = "bounds_q99") -> np.ndarray:
+    """From the units of the dataset to those of training.
+
+    `"bounds_q99"`, which all published models were trained with: `2 (a - q01) / (q99 - q01 + 1e-8) - 1`, clipped to
+    [-1, 1]; `"bounds"`: the same with min and max; `"normal"`: `(a - mean) / (std + 1e-8)`. Dimensions that the mask
+    excludes pass as they are. With bounds, dimensions that never change (min == max) become 0 in any case.
 
     Args:
-        actions: (..., A) actions in the units of the dataset.
-        stats: `"action"` entry of a dataset's statistics.
+        actions: (..., A) actions (or states) in the units of the dataset.
+        stats: `"action"` (or `"proprio"`) entry of a dataset's statistics.
 
     Returns:
         (..., A) float64.
     """
+    if mode not in NORMALIZATIONS:
+        raise ValueError(f"mode='{mode}' is unknown. Known: {', '.join(NORMALIZATIONS)}.")
     actions = np.asarray(actions, dtype=np.float64)
-    low, high, mask = _bounds(stats, actions.shape[-1])
-    scaled = np.where(mask, np.clip(2 * (actions - low) / (high - low + 1e-8) - 1, -1, 1), actions)
+    mask = _mask(stats, actions.shape[-1])
+    first, second = (np.asarray(stats[name], dtype=np.float64) for name in NORMALIZATIONS[mode])
+    if mode == "normal":
+        return np.where(mask, (actions - first) / (second + 1e-8), actions)
+    scaled = np.where(mask, np.clip(2 * (actions - first) / (second - first + 1e-8) - 1, -1, 1), actions)
     if "min" in stats and "max" in stats:
-        constant = np.asarray(stats["min"]) == np.asarray(stats["max"])
-        scaled = np.where(constant, 0.0, scaled)
+        scaled = np.where(np.asarray(stats["min"]) == np.asarray(stats["max"]), 0.0, scaled)
     return scaled
 
 

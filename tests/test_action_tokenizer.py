@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from tiny import GOLDENS, TINY
+from tiny import FIXTURES, GOLDENS, TINY
 
 from openvla import ActionTokenizer, normalize_actions, unnormalize_actions
 from openvla.action_tokenizer import check_same_action_dim, get_action_stats, resolve_unnorm_key
@@ -90,6 +90,27 @@ def test_normalize_inverts_and_clips():
     normalized = normalize_actions(raw, STATS)
     np.testing.assert_allclose(normalized, [[0.5, -0.5, 0, 0.7], [-1, 1, 0, 1]], atol=1e-7)
     np.testing.assert_allclose(unnormalize_actions(normalized[0], STATS), raw[0], atol=1e-7)
+
+
+@pytest.mark.parametrize("mode", ["normal", "bounds", "bounds_q99"])
+def test_normalization_of_the_original(mode):
+    """Goldens of the original's data pipeline; inputs and results are float32 there."""
+    with np.load(FIXTURES / "pipeline" / f"normalize_{mode.upper()}.npz") as archive:
+        arrays = dict(archive)
+    for case in sorted({name.split("|")[0] for name in arrays}):
+        for part in ("action", "proprio"):
+            if f"{case}|in|{part}" not in arrays:
+                continue
+            prefix = f"{case}|meta|{part}|"
+            stats = {name.removeprefix(prefix): values for name, values in arrays.items() if name.startswith(prefix)}
+            normalized = normalize_actions(arrays[f"{case}|in|{part}"], stats, mode)
+            # Relative as well: values of "normal" are not bounded.
+            np.testing.assert_allclose(normalized, arrays[f"{case}|out|{part}"], rtol=1e-5, atol=1e-6, err_msg=case)
+
+
+def test_unknown_normalization():
+    with pytest.raises(ValueError, match="bounds_q99"):
+        normalize_actions(np.zeros(4), STATS, "quantiles")
 
 
 def test_unnorm_keys():
