@@ -1,0 +1,71 @@
+"""From normalized actions, instructions and images to the batch a training step takes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..action_tokenizer import ActionTokenizer
+from ..processing_openvla import OpenVLAProcessor
+
+
+IGNORE_INDEX = -100
+
+
+class ActionCollator:
+    """Prompts with their action tokens, labels on these and `</s>` only.
+
+    The training text is `prompt + " " + action tokens + </s>`: the prompt, the lone word boundary `▁` where the
+    tokenizer has one, the tokens, the end.
+
+    Args:
+        processor: Prompts, tokens and pixels of the model in training.
+        action_tokenizer: Default: 256 bins on the processor's tokenizer.
+    """
+
+    def __init__(self, processor: OpenVLAProcessor, action_tokenizer: ActionTokenizer | None = None):
+        self.processor = processor
+        self.tokenizer: Any = processor.tokenizer
+        self.action_tokenizer = action_tokenizer or ActionTokenizer(self.tokenizer)
+        if self.tokenizer.pad_token_id is None or self.tokenizer.eos_token_id is None:
+            raise ValueError("The tokenizer has no pad or end token: set pad_token and eos_token before training.")
+
+    def tokens(self, instruction: str, actions: np.ndarray) -> tuple[list[int], list[int]]:
+        """Token ids and labels of one sample.
+
+        Args:
+            instruction: What to do.
+            actions: (A,) or (chunk, A) normalized to [-1, 1].
+        """
+        prompt = self.tokenizer(self.processor.format_prompt(instruction))["input_ids"]
+        empty = self.processor.empty_token_id
+        if empty is not None and prompt[-1] != empty:
+            prompt = [*prompt, empty]
+        answer = [*self.action_tokenizer.encode(np.asarray(actions)).reshape(-1).tolist(), self.tokenizer.eos_token_id]
+        return prompt + answer, [IGNORE_INDEX] * len(prompt) + answer
+
+    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """A batch padded on the right.
+
+        Args:
+            samples: Each with `instruction`, `actions` (A,) normalized, and `image` in any form `load_image` reads.
+
+        Returns:
+            `input_ids`, `labels` (N, length) int64, `attention_mask` (N, length) bool, `pixel_values`.
+        """
+        rows = [self.tokens(sample["instruction"], sample["actions"]) for sample in samples]
+        length = max(len(ids) for ids, _ in rows)
+        input_ids = torch.full((len(rows), length), self.tokenizer.pad_token_id)
+        labels = torch.full((len(rows), length), IGNORE_INDEX)
+        for row, (ids, targets) in enumerate(rows):
+            input_ids[row, : len(ids)] = torch.tensor(ids)
+            labels[row, : len(ids)] = torch.tensor(targets)
+        lengths = torch.tensor([len(ids) for ids, _ in rows])
+        pixels = self.processor.image_processor([sample["image"] for sample in samples], return_tensors="pt")
+        return {
+            "input_ids": input_ids,
+            "attention_mask": torch.arange(length)[None, :] < lengths[:, None],
+            "pixel_values": pixels["pixel_values"],
+            "labels": labels,
+        }
