@@ -1,12 +1,11 @@
 """What is left out of training, each filter counting what it removed. A reader itself drops nothing."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
-from .episode import Episode
+from .episode import Episode, Frames
 
 
 # A filter gives (steps, A) -> mask of steps to keep for an episode; none kept drops the episode.
@@ -55,18 +54,20 @@ class Filtered:
     def __iter__(self) -> Iterator[Episode]:
         self.removed = {name: Counter() for name in self.filters}
         for episode in self.episodes:
-            kept: Episode | None = episode
-            for name, keep_steps in self.filters.items():
-                keep = keep_steps(kept)
-                self.removed[name]["steps"] += int((~keep).sum())
-                if not keep.any():
-                    self.removed[name]["episodes"] += 1
-                    kept = None
-                    break
-                if not keep.all():
-                    kept = select_steps(kept, np.flatnonzero(keep))
+            kept = self._apply(episode)
             if kept is not None:
                 yield kept
+
+    def _apply(self, episode: Episode) -> Episode | None:
+        for name, keep_steps in self.filters.items():
+            keep = keep_steps(episode)
+            self.removed[name]["steps"] += int((~keep).sum())
+            if not keep.any():
+                self.removed[name]["episodes"] += 1
+                return None
+            if not keep.all():
+                episode = select_steps(episode, np.flatnonzero(keep))
+        return episode
 
     def report(self) -> str:
         """One line for each filter, once the episodes have been read."""
@@ -76,19 +77,20 @@ class Filtered:
         )
 
 
-class _Selected:
-    """Frames of some steps, decoded on access."""
+class SelectedFrames(Frames):
+    """Some steps of other frames, decoded on access."""
 
-    def __init__(self, frames: Any, steps: np.ndarray):
+    def __init__(self, frames: Sequence[np.ndarray], steps: np.ndarray):
         self.frames, self.steps = frames, steps
 
     def __len__(self) -> int:
         return len(self.steps)
 
-    def __getitem__(self, step):
-        if isinstance(step, slice):
-            return _Selected(self.frames, self.steps[step])
+    def _decode(self, step: int) -> np.ndarray:
         return self.frames[int(self.steps[step])]
+
+    def _select(self, steps: slice) -> "SelectedFrames":
+        return SelectedFrames(self.frames, self.steps[steps])
 
 
 def select_steps(episode: Episode, steps: np.ndarray) -> Episode:
@@ -97,7 +99,7 @@ def select_steps(episode: Episode, steps: np.ndarray) -> Episode:
     return Episode(
         instruction=texts[0] if texts else episode.instruction,
         actions=episode.actions[steps],
-        images={camera: _Selected(frames, steps) for camera, frames in episode.images.items()},
+        images={camera: SelectedFrames(frames, steps) for camera, frames in episode.images.items()},
         state=None if episode.state is None else episode.state[steps],
         dataset_name=episode.dataset_name,
         index=episode.index,

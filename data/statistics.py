@@ -43,7 +43,9 @@ def compute_statistics(
     Raises:
         ValueError: If there are no episodes, or their actions differ in dimension.
     """
-    actions, states, missing_states = [], [], False
+    actions: list[np.ndarray] = []
+    states: list[np.ndarray] = []
+    missing_states = False
     for episode in tqdm(episodes, desc="statistics", unit="episode", disable=not progress):
         if actions and episode.actions.shape[1] != actions[0].shape[1]:
             raise ValueError(

@@ -1,0 +1,81 @@
+"""Which parameters each strategy trains: those of the paper's table 1, to its last digit."""
+
+import numpy as np
+import pytest
+import torch
+from tiny import TINY, golden_image
+
+from openvla import OpenVLAForActionPrediction
+from openvla.data.collate import ActionCollator
+from openvla.presets import load_preset_config
+from openvla.training import STRATEGIES, apply_strategy, qlora_quantization, trainable_parameters
+
+
+peft = pytest.importorskip("peft", reason="adapters need the [train] extra")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "millions"),
+    [
+        ("full", {}, 7188.1),
+        ("last_layer", {}, 465.1),
+        ("frozen_vision", {}, 6760.4),
+        ("sandwich", {}, 914.2),
+        ("lora", {"rank": 32}, 97.6),
+        ("lora", {"rank": 64}, 195.2),
+    ],
+)
+def test_table_1(name, options, millions):
+    with torch.device("meta"):
+        model = OpenVLAForActionPrediction(load_preset_config("openvla-v01-7b"))
+        model = apply_strategy(model, name, **options)
+    assert round(trainable_parameters(model) / 1e6, 1) == millions
+
+
+def batch(checkpoint) -> dict[str, torch.Tensor]:
+    sample = {"instruction": "open the drawer", "actions": np.linspace(-0.9, 0.9, 7), "image": golden_image(0)}
+    return ActionCollator(checkpoint.processor())([sample])
+
+
+@pytest.mark.parametrize("name", ["full", "last_layer", "frozen_vision", "sandwich", "lora", "qlora"])
+def test_only_the_chosen_parameters_learn(name):
+    checkpoint = TINY[0]
+    if name == "qlora":
+        pytest.importorskip("bitsandbytes", reason="qlora needs the [quant] extra")
+        model = checkpoint.load(quantization_config=qlora_quantization(torch.float32))
+    else:
+        model = checkpoint.load()
+    model = apply_strategy(model, name, **({"rank": 4} if "lora" in name else {}))
+    before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
+    trainable = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-2)
+    inputs, losses = batch(checkpoint), []
+    for _ in range(4):
+        loss = model(**inputs).loss
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+    changed = {key for key, parameter in model.named_parameters() if not torch.equal(parameter, before[key])}
+    assert changed and changed <= trainable
+    if "lora" in name:
+        assert all("lora_" in key for key in trainable)
+        assert any("lm_head" in key for key in trainable) and any("vision_backbone" in key for key in trainable)
+
+
+def test_every_strategy_is_tested():
+    assert set(STRATEGIES) == {"full", "last_layer", "frozen_vision", "sandwich", "lora", "qlora"}
+
+
+def test_errors():
+    model = TINY[1].load()
+    with pytest.raises(ValueError, match="Did you mean 'lora'"):
+        apply_strategy(model, "loar")
+    with pytest.raises(ValueError, match="4-bit base"):
+        apply_strategy(model, "qlora")
+    with pytest.raises(ValueError, match="at least 1"):
+        apply_strategy(model, "lora", rank=0)
+    pytest.importorskip("bitsandbytes", reason="a quantized model needs the [quant] extra")
+    with pytest.raises(ValueError, match="quantized"):
+        apply_strategy(TINY[1].load(quantization_config=qlora_quantization(torch.float32)), "full")

@@ -1,0 +1,145 @@
+"""The fine-tuning strategies of the paper (arXiv 2406.09246, table 1), and LoRA on a 4-bit base.
+
+Each strategy is a function `(model, **options) -> model` that decides which parameters learn; a new one is a function
+more with `@strategy`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig
+
+from ..configuration_openvla import check_choice
+from ..modeling_openvla import NOT_QUANTIZED
+
+
+STRATEGIES: dict[str, Callable[..., nn.Module]] = {}
+
+
+def strategy(function: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Register a strategy under the name of its function."""
+    STRATEGIES[function.__name__] = function
+    return function
+
+
+def apply_strategy(model: nn.Module, name: str, **options: Any) -> nn.Module:
+    """Make the parameters of a strategy trainable and freeze all others.
+
+    Args:
+        model: An `OpenVLAForActionPrediction`.
+        name: One of `STRATEGIES`: full, last_layer, frozen_vision, sandwich, lora, qlora.
+        options: Of the strategy: `rank`, `alpha`, `dropout`, `targets` for lora and qlora.
+
+    Returns:
+        The model itself, or for lora and qlora the `PeftModel` around it.
+
+    Raises:
+        ValueError: If the strategy is unknown, or does not fit the model.
+    """
+    check_choice("strategy", name, STRATEGIES)
+    return STRATEGIES[name](model, **options)
+
+
+def trainable_parameters(model: nn.Module) -> int:
+    """How many numbers learn."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _train_only(model: nn.Module, *parts: nn.Module) -> nn.Module:
+    if any(not parameter.is_floating_point() for parameter in model.parameters()):
+        raise ValueError(
+            "The weights are quantized and cannot learn themselves: use strategy 'qlora', or load them whole."
+        )
+    model.requires_grad_(False)
+    for part in parts:
+        part.requires_grad_(True)
+    return model
+
+
+def _last_layer(model: Any) -> list[nn.Module]:
+    """Last block, final norm, embeddings and output layer of the language model."""
+    decoder = model.get_decoder()
+    # Phi calls its final norm differently.
+    norm = decoder.norm if hasattr(decoder, "norm") else decoder.final_layernorm
+    return [model.get_input_embeddings(), decoder.layers[-1], norm, model.get_output_embeddings()]
+
+
+@strategy
+def full(model: Any) -> nn.Module:
+    """Everything learns."""
+    return _train_only(model, model)
+
+
+@strategy
+def last_layer(model: Any) -> nn.Module:
+    """Last block, final norm, embeddings and output layer of the language model."""
+    return _train_only(model, *_last_layer(model))
+
+
+@strategy
+def frozen_vision(model: Any) -> nn.Module:
+    """Everything but the vision towers."""
+    return _train_only(model, model.projector, model.language_model)
+
+
+@strategy
+def sandwich(model: Any) -> nn.Module:
+    """Vision towers, projector, and what `last_layer` trains."""
+    return _train_only(model, model.vision_backbone, model.projector, *_last_layer(model))
+
+
+@strategy
+def lora(
+    model: Any, rank: int = 32, alpha: int | None = None, dropout: float = 0.0, targets: str | list[str] | None = None
+) -> nn.Module:
+    """Low-rank adapters with the published defaults: on every linear layer, output layer and patch embedding included,
+    gaussian initialization.
+
+    Args:
+        rank: Inner dimension of an adapter.
+        alpha: Numerator of its scale `alpha / rank`. Default: `min(rank, 16)`.
+        dropout: On the input of an adapter.
+        targets: Names of modules as PEFT takes them. Default: all linear layers and patch embeddings.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    if rank < 1:
+        raise ValueError(f"rank={rank}: an adapter needs at least 1.")
+    if targets is None:
+        # Not PEFT's "all-linear", which leaves out the output layer. The convolution of the patch embedding is among
+        # them: the original chose modules by the last part of their names, and "proj" is that of both.
+        targets = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=min(rank, 16) if alpha is None else alpha,
+        lora_dropout=dropout,
+        target_modules=targets,
+        init_lora_weights="gaussian",
+    )
+    return get_peft_model(model, config)
+
+
+def qlora_quantization(compute_dtype: torch.dtype = torch.bfloat16) -> BitsAndBytesConfig:
+    """How the base of `qlora` is loaded: `from_pretrained(..., quantization_config=qlora_quantization())`."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+        llm_int8_skip_modules=list(NOT_QUANTIZED),
+    )
+
+
+@strategy
+def qlora(model: Any, **options: Any) -> nn.Module:
+    """`lora` on a base whose language model is quantized to 4 bits (see `qlora_quantization`)."""
+    from peft import prepare_model_for_kbit_training
+
+    if not getattr(model, "is_loaded_in_4bit", False):
+        raise ValueError(
+            "qlora needs a 4-bit base: load the model with from_pretrained(..., "
+            "quantization_config=openvla.training.qlora_quantization())."
+        )
+    return lora(prepare_model_for_kbit_training(model, use_gradient_checkpointing=False), **options)
