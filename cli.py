@@ -120,6 +120,41 @@ def predict(
 
 
 @app.command()
+def stats(
+    dataset: Annotated[Path, typer.Argument(help="Folder (RLDS, LeRobot, HDF5).")],
+    split: Annotated[str, typer.Option(help="train, val, or all where the format has splits.")] = "train",
+    output: Annotated[Path | None, typer.Option(help="dataset_statistics.json to write.")] = None,
+    name: Annotated[str | None, typer.Option(help="unnorm_key in it.", show_default="the dataset's")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture of the histograms to write.")] = None,
+) -> None:
+    """Show the action statistics of a dataset.
+
+    They give the model's actions their units: q01 and q99 become -1 and 1.
+
+    \b
+    openvla stats path/to/my_dataset --plot actions.png
+    openvla stats path/to/my_dataset --output dataset_statistics.json --name my_robot
+    """
+    import numpy as np
+
+    from .action_text import action_names
+    from .data import open_dataset
+    from .data.statistics import collect, compute_statistics, plot_statistics, statistics_table
+
+    episodes = open_dataset(dataset, split=split)
+    actions, states = collect(episodes, progress=True)
+    result = compute_statistics(actions, states)
+    names = action_names(actions[0].shape[1])
+    typer.echo(statistics_table(result, names))
+    if plot is not None:
+        plot_statistics(np.concatenate(actions), result, plot, names)
+        typer.echo(f"wrote {plot}")
+    if output is not None:
+        output.write_text(json.dumps({name or episodes.name: result}, indent=2) + "\n")
+        typer.echo(f"wrote {output}")
+
+
+@app.command()
 def convert(
     checkpoint: Annotated[
         Path, typer.Argument(help="A .pt of the original's training code, or the folder of its run.")

@@ -1,6 +1,7 @@
 """Action statistics of a dataset, as the original computes them: they give normalized actions their units."""
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,25 +28,16 @@ def default_mask(actions: np.ndarray) -> list[bool]:
     return [True] * (actions.shape[1] - 1) + [not gripper]
 
 
-def compute_statistics(
-    episodes: Iterable[Episode], mask: Sequence[bool] | None = None, progress: bool = False
-) -> dict[str, Any]:
-    """`{"action": {"mean", ..., "q99", "mask"}, "proprio": {...}, "num_transitions", "num_trajectories"}`.
+def collect(episodes: Iterable[Episode], progress: bool = False) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
+    """Actions (T, A) and states (T, S) of all episodes, float32; None where an episode has no states.
 
     Images are not decoded, episodes are not kept: memory grows by the actions and states alone.
-
-    Args:
-        episodes: All episodes of the dataset, standardized, of training and validation and also those without an
-            instruction, as in the original.
-        mask: (A,) which dimensions are scaled. Default: `default_mask`.
-        progress: Show a progress bar.
 
     Raises:
         ValueError: If there are no episodes, or their actions differ in dimension.
     """
     actions: list[np.ndarray] = []
     states: list[np.ndarray] = []
-    missing_states = False
     for episode in tqdm(episodes, desc="statistics", unit="episode", disable=not progress):
         if actions and episode.actions.shape[1] != actions[0].shape[1]:
             raise ValueError(
@@ -53,22 +45,84 @@ def compute_statistics(
                 f"{actions[0].shape[1]}; one dataset has one action space."
             )
         actions.append(np.asarray(episode.actions, dtype=np.float32))
-        if episode.state is None:
-            missing_states = True
-        else:
+        if episode.state is not None:
             states.append(np.asarray(episode.state, dtype=np.float32))
     if not actions:
         raise ValueError("There are no episodes to compute statistics of: is it the right split?")
+    return actions, states if len(states) == len(actions) else None
+
+
+def compute_statistics(
+    actions: Sequence[np.ndarray], states: Sequence[np.ndarray] | None = None, mask: Sequence[bool] | None = None
+) -> dict[str, Any]:
+    """`{"action": {"mean", ..., "q99", "mask"}, "proprio": {...}, "num_transitions", "num_trajectories"}`.
+
+    Args:
+        actions: (T, A) of each episode of the dataset (see `collect`), standardized, of all splits and also of those
+            without an instruction, as in the original.
+        states: (T, S) of each. Without them the original writes zeros of the shape of an action.
+        mask: (A,) which dimensions are scaled. Default: `default_mask`.
+    """
     all_actions = np.concatenate(actions)
     if mask is None:
         mask = default_mask(all_actions)
     elif len(mask) != all_actions.shape[1]:
         raise ValueError(f"mask has {len(mask)} entries, actions have {all_actions.shape[1]} dimensions.")
-    # Without states the original writes zeros of the shape of an action.
-    all_states = np.zeros_like(all_actions) if missing_states else np.concatenate(states)
     return {
         "action": {**describe(all_actions), "mask": [bool(scaled) for scaled in mask]},
-        "proprio": describe(all_states),
+        "proprio": describe(np.zeros_like(all_actions) if states is None else np.concatenate(states)),
         "num_transitions": len(all_actions),
         "num_trajectories": len(actions),
     }
+
+
+def statistics_table(stats: dict[str, Any], names: Sequence[str] | None = None) -> str:
+    """The action statistics as text, one line for each dimension."""
+    action = stats["action"]
+    columns = ("q01", "q99", "min", "max", "mean", "std")
+    names = names or [f"action[{index}]" for index in range(len(action["mean"]))]
+    width = max(map(len, names))
+    lines = [" " * width + "".join(f"{column:>10}" for column in columns) + "  scaled"]
+    for index, name in enumerate(names):
+        values = "".join(f"{action[column][index]:10.4f}" for column in columns)
+        note = "  (never changes)" if action["min"][index] == action["max"][index] else ""
+        lines.append(f"{name:<{width}}{values}  {'yes' if action['mask'][index] else 'no'}{note}")
+    lines.append(f"{stats['num_trajectories']} episodes, {stats['num_transitions']} steps")
+    return "\n".join(lines)
+
+
+def plot_statistics(
+    actions: np.ndarray, stats: dict[str, Any], path: Path, names: Sequence[str] | None = None, bins: int = 256
+) -> None:
+    """A histogram of each action dimension, with q01 and q99 and the edges of every 16th action bin between them.
+
+    Args:
+        actions: (N, A) in the units of the dataset.
+        path: Picture to write (PNG, PDF, SVG).
+    """
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ValueError("A plot needs matplotlib: pip install 'openvla[demo]'.") from error
+
+    dims = actions.shape[1]
+    names = names or [f"action[{index}]" for index in range(dims)]
+    figure, grid = plt.subplots(dims, 1, figsize=(8, 1.6 * dims), layout="constrained", squeeze=False)
+    for index, axes in enumerate(grid[:, 0]):
+        low, high = stats["action"]["q01"][index], stats["action"]["q99"][index]
+        if not stats["action"]["mask"][index]:
+            low, high = -1.0, 1.0  # not scaled: the bins divide [-1, 1] itself
+        axes.hist(actions[:, index], bins=100, color="tab:blue")
+        for edge in np.linspace(low, high, bins)[:: bins // 16]:
+            axes.axvline(edge, color="lightgray", lw=0.5, zorder=0)
+        for value in (low, high):
+            axes.axvline(value, color="tab:red", lw=1)
+        axes.set_yscale("log")
+        axes.set_ylabel(names[index])
+    figure.suptitle("actions; red: the ends of the bins (q01, q99), gray: every 16th edge")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)

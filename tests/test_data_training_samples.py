@@ -10,7 +10,7 @@ from tiny import FIXTURES, golden_image
 from openvla.data import Episode
 from openvla.data.collate import ActionCollator
 from openvla.data.filters import Filtered, keep_below, keep_labeled, keep_moving, keep_nonzero, select_steps
-from openvla.data.statistics import compute_statistics
+from openvla.data.statistics import collect, compute_statistics, plot_statistics, statistics_table
 
 
 def episode(actions, instruction="open the drawer", state=None, index=0) -> Episode:
@@ -25,7 +25,7 @@ def episode(actions, instruction="open the drawer", state=None, index=0) -> Epis
 def test_statistics_are_those_of_numpy():
     generator = np.random.default_rng(0)
     parts = [generator.normal(size=(length, 7)).astype(np.float32) for length in (5, 11, 2)]
-    stats = compute_statistics([episode(part, index=index) for index, part in enumerate(parts)])
+    stats = compute_statistics(*collect([episode(part, index=index) for index, part in enumerate(parts)]))
     values = np.concatenate(parts)
     for name, expected in {
         "mean": values.mean(0),
@@ -44,17 +44,34 @@ def test_statistics_are_those_of_numpy():
 
 def test_a_gripper_in_0_to_1_is_not_scaled():
     actions = np.array([[0.3, -2.0, 1.0], [0.1, 2.0, 0.0]])
-    assert compute_statistics([episode(actions)])["action"]["mask"] == [True, True, False]
-    assert compute_statistics([episode(actions)], mask=[True, False, True])["action"]["mask"] == [True, False, True]
+    assert compute_statistics([actions])["action"]["mask"] == [True, True, False]
+    assert compute_statistics([actions], mask=[True, False, True])["action"]["mask"] == [True, False, True]
 
 
 def test_statistics_errors():
     with pytest.raises(ValueError, match="no episodes"):
-        compute_statistics([])
+        collect([])
     with pytest.raises(ValueError, match="6 dimensions"):
-        compute_statistics([episode(np.zeros((2, 7))), episode(np.zeros((2, 6)))])
+        collect([episode(np.zeros((2, 7))), episode(np.zeros((2, 6)))])
     with pytest.raises(ValueError, match="mask has 2"):
-        compute_statistics([episode(np.zeros((2, 7)))], mask=[True, True])
+        compute_statistics([np.zeros((2, 7))], mask=[True, True])
+
+
+def test_states_are_described_too():
+    state = np.arange(6, dtype=np.float32).reshape(3, 2)
+    stats = compute_statistics(*collect([episode(np.ones((3, 7)), state=state)]))
+    assert stats["proprio"]["max"] == [4.0, 5.0]
+
+
+def test_table_and_plot(tmp_path):
+    pytest.importorskip("matplotlib", reason="the plot needs the [demo] extra")
+    actions = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
+    actions[:, 1] = 0
+    stats = compute_statistics([actions])
+    table = statistics_table(stats, ["x", "y", "gripper"])
+    assert "never changes" in table.splitlines()[2] and "1 episodes, 50 steps" in table
+    plot_statistics(actions, stats, tmp_path / "plots" / "actions.png")
+    assert (tmp_path / "plots" / "actions.png").stat().st_size > 5000
 
 
 # Filters
