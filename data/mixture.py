@@ -1,0 +1,85 @@
+"""Mixtures of datasets: who takes part, with which weight, and how often each is drawn."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..configuration_openvla import closest
+from .oxe_catalog import load_oxe_mixtures
+
+
+def load_mixture(specification: str | Path) -> dict[str, float]:
+    """`{dataset: weight}` of a mixture.
+
+    Args:
+        specification: Name of an Open-X mixture (`"oxe_magic_soup_plus"`), or `"bridge_orig:1.0,kuka:0.5"` (a weight
+            left out is 1), or a YAML file of `dataset: weight`.
+
+    Raises:
+        ValueError: If it is none of these, names a dataset twice, or has a weight that is not above 0.
+    """
+    text, named = str(specification), load_oxe_mixtures()
+    if text in named:
+        return dict(named[text])
+    if text.endswith((".yaml", ".yml")):
+        import yaml
+
+        if not Path(text).is_file():
+            raise FileNotFoundError(f"No mixture file at '{text}'.")
+        loaded = yaml.safe_load(Path(text).read_text(encoding="utf-8"))
+        if not isinstance(loaded, dict) or not loaded:
+            raise ValueError(f"'{text}' holds no mixture: expected lines of 'dataset: weight'.")
+        pairs: list[tuple[str, Any]] = [(str(name), weight) for name, weight in loaded.items()]
+    elif "," in text or ":" in text:
+        parts = [part.strip().partition(":") for part in text.split(",") if part.strip()]
+        pairs = [(name, weight or "1") for name, _, weight in parts]
+    else:
+        raise ValueError(
+            f"'{text}' is no mixture.{closest(text, named)} Give a name ({', '.join(sorted(named))}), "
+            "'dataset:weight,dataset:weight', or a YAML file."
+        )
+    mixture: dict[str, float] = {}
+    for name, weight in pairs:
+        try:
+            number = float(weight)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"The weight of '{name}' is {weight!r}: expected a number.") from error
+        if not number > 0 or not np.isfinite(number):
+            raise ValueError(
+                f"The weight of '{name}' is {number}: it must be above 0; leave out what shall not be drawn."
+            )
+        if name in mixture:
+            raise ValueError(f"'{name}' stands in the mixture twice.")
+        mixture[name] = number
+    return mixture
+
+
+def mixture_probabilities(
+    weights: Sequence[float] | None, sizes: Sequence[int], balance: bool = True
+) -> tuple[np.ndarray, int]:
+    """How likely each dataset is drawn, and how many frames make an epoch.
+
+    Balanced, as OpenVLA trains: a dataset is drawn in proportion to weight times frames: weight 1 means its
+    natural share. An epoch is long enough for every dataset of weight 1 to be seen once on average. Where none has
+    weight 1, those of the largest weight take that part (the original raises an IndexError).
+
+    Args:
+        weights: (N,) above 0; None: all 1.
+        sizes: (N,) frames of each dataset.
+        balance: False: drawn in proportion to the weights alone.
+
+    Returns:
+        (N,) probabilities that sum to 1, and the length of an epoch.
+    """
+    sizes_array = np.asarray(sizes, dtype=np.float64)
+    weights_array = np.ones_like(sizes_array) if weights is None else np.asarray(weights, dtype=np.float64)
+    if sizes_array.shape != weights_array.shape or sizes_array.ndim != 1 or len(sizes_array) == 0:
+        raise ValueError(f"{weights_array.size} weights for {sizes_array.size} datasets: give one for each.")
+    if (weights_array <= 0).any() or (sizes_array <= 0).any():
+        raise ValueError(f"Weights {weights_array.tolist()} and sizes {sizes_array.tolist()} must be above 0.")
+    shares = weights_array * sizes_array if balance else weights_array
+    probabilities = shares / shares.sum()
+    primary = weights_array == (1.0 if (weights_array == 1.0).any() else weights_array.max())
+    return probabilities, int((sizes_array / probabilities)[primary].max())
