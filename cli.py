@@ -154,6 +154,94 @@ def stats(
         typer.echo(f"wrote {output}")
 
 
+class Strategy(StrEnum):
+    full = "full"
+    last_layer = "last_layer"
+    frozen_vision = "frozen_vision"
+    sandwich = "sandwich"
+    lora = "lora"
+    qlora = "qlora"
+
+
+@app.command()
+def finetune(
+    dataset: Annotated[str, typer.Option(help="Folder of demonstrations (RLDS, LeRobot, HDF5).")],
+    output: Annotated[str, typer.Option(help="Folder for the result.")],
+    model: Annotated[
+        str, typer.Option(help="Folder or Hub id to start from.", show_default="the policy that comes with the package")
+    ] = EMBEDDED_POLICY,
+    strategy: Annotated[Strategy, typer.Option(help="Which parameters learn (table 1 of the paper).")] = Strategy.lora,
+    steps: Annotated[int, typer.Option(help="Updates of the weights.")] = 1000,
+    batch_size: Annotated[int, typer.Option(help="Samples of one update on one device.")] = 16,
+    gradient_accumulation: Annotated[int, typer.Option(help="Batches of one update.")] = 1,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Constant.", show_default="5e-4 for lora and qlora, else 2e-5")
+    ] = None,
+    rank: Annotated[int, typer.Option(help="Of lora and qlora.")] = 32,
+    image_aug: Annotated[bool, typer.Option(help="Random crop and colors.")] = True,
+    gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, slower.")] = False,
+    camera: Annotated[str | None, typer.Option(show_default="the first that is not on the wrist")] = None,
+    name: Annotated[str | None, typer.Option(help="unnorm_key of the result.", show_default="the dataset's")] = None,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 500,
+    workers: Annotated[int, typer.Option(help="Processes that read data.")] = 0,
+    dtype: Annotated[Dtype, typer.Option(help="auto: as the weights are stored.")] = Dtype.auto,
+    seed: int = 0,
+    logging: Annotated[str, typer.Option(help="none, tensorboard or wandb.")] = "tensorboard",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUTPUT.")] = False,
+) -> None:
+    """Fine-tune on your own demonstrations.
+
+    Writes weights (an adapter for lora and qlora, see merge), processor and statistics to OUTPUT.
+
+    \b
+    openvla finetune --model openvla/openvla-7b --dataset my_robot/ --output runs/my_robot
+    openvla merge runs/my_robot my-openvla
+    """
+    from .training import FinetuneOptions
+    from .training import finetune as run
+
+    options = FinetuneOptions(
+        model=model,
+        dataset=dataset,
+        output=output,
+        strategy=strategy.value,
+        steps=steps,
+        batch_size=batch_size,
+        gradient_accumulation=gradient_accumulation,
+        learning_rate=learning_rate,
+        rank=rank,
+        image_aug=image_aug,
+        gradient_checkpointing=gradient_checkpointing,
+        camera=camera,
+        name=name,
+        save_every=save_every,
+        workers=workers,
+        dtype=dtype.value,
+        seed=seed,
+        logging=logging,
+    )
+    typer.echo(f"wrote {run(options, resume=resume)}")
+
+
+@app.command()
+def merge(
+    run: Annotated[Path, typer.Argument(help="Output of a lora or qlora run.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    dtype: Annotated[Dtype, typer.Option(help="auto: as the base is stored.")] = Dtype.auto,
+) -> None:
+    """Add an adapter to its base: one plain checkpoint.
+
+    Prints how far the merged model is from the one with the adapter.
+
+    \b
+    openvla merge runs/my_robot my-openvla
+    """
+    from .training import merge_adapter
+
+    difference = merge_adapter(run, out, dtype=dtype.value)
+    typer.echo(f"wrote {out}; largest difference of the logits, relative to the largest logit: {difference:.1e}")
+
+
 @app.command()
 def convert(
     checkpoint: Annotated[
