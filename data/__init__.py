@@ -1,0 +1,23 @@
+"""Demonstrations: readers of the usual formats, one Episode type.
+
+for episode in open_dataset("bridge_orig/1.0.0"):
+    episode.instruction, episode.actions, episode.images["image_0"][0]
+"""
+
+from .dataset import EpisodeDataset, PythonDataset
+from .episode import DamagedDataError, Episode
+from .images import decode_image
+from .open import open_dataset
+from .stream import EpisodeStream, frames
+
+
+__all__ = [
+    "DamagedDataError",
+    "Episode",
+    "EpisodeDataset",
+    "EpisodeStream",
+    "PythonDataset",
+    "decode_image",
+    "frames",
+    "open_dataset",
+]

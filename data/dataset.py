@@ -1,0 +1,122 @@
+"""What every reader offers: a sequence of episodes, with errors that name the record or skips that are counted."""
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from .episode import DamagedDataError, Episode, make_episode
+
+
+OnError = Literal["raise", "skip"]
+Cameras = Sequence[str] | Mapping[str, str] | None  # keys in the file, or {name in the episode: key in the file}
+Keys = str | Sequence[str | None] | None  # one key, or several that are concatenated; None within them is a zero column
+
+
+class EpisodeDataset:
+    """A sequence of episodes. Subclasses implement `__len__` and `_load`.
+
+    `dataset[i]` raises DamagedDataError for a damaged record. Iteration does so as well, or with `on_error="skip"`
+    warns, counts in `skipped` and goes on; when nothing at all could be read it raises nevertheless.
+    """
+
+    def __init__(self, name: str, on_error: OnError = "raise"):
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f"on_error={on_error!r}: expected 'raise' or 'skip'")
+        self.name = name
+        self.on_error = on_error
+        self.skipped = 0
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def _load(self, index: int) -> Episode:
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> Episode:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"episode {index} of {self.name}, which has {len(self)}")
+        return self._load(int(index) % len(self))
+
+    def __iter__(self) -> Iterator[Episode]:
+        return self.read(range(len(self)))
+
+    def runs(self) -> list[range]:
+        """Episodes that lie together in one file and are best read one after the other; a stream shuffles the runs."""
+        return [range(index, index + 1) for index in range(len(self))]
+
+    def read(self, indices: Iterable[int]) -> Iterator[Episode]:
+        """The episodes at `indices`, in order; see the class for damaged ones."""
+        good, bad, first_error = 0, 0, None
+        for index in indices:
+            try:
+                episode = self._load(index)
+            except DamagedDataError as error:
+                if self.on_error == "raise":
+                    raise
+                bad, first_error = bad + 1, first_error or error
+                self._count(error)
+                continue
+            good += 1
+            yield episode
+        # A few damaged records may be all that a worker was given; many and nothing else mean a wrong option.
+        if first_error and not good and bad >= min(len(self), 10):
+            raise DamagedDataError(f"{self.name}: none of {bad} episodes could be read; the first: {first_error}")
+
+    def _count(self, error: Exception) -> None:
+        self.skipped += 1
+        warnings.warn(f"{self.name}: {self.skipped} skipped so far; the last: {error}", RuntimeWarning, stacklevel=3)
+
+
+class PythonDataset(EpisodeDataset):
+    """Any object with `__len__` and `__getitem__` that gives `Episode`s or mappings with the fields `actions` (T, A),
+    `instruction` (text, or one per step; "" without), `images` {camera: (T, H, W, 3) uint8, or T encoded images} and
+    `state` (T, S), of which only `actions` is required."""
+
+    def __init__(self, source: Any, name: str | None = None, on_error: OnError = "raise"):
+        super().__init__(name or getattr(source, "name", None) or type(source).__name__, on_error)
+        self.source = source
+        self._action_dim: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def _load(self, index: int) -> Episode:
+        found = self.source[index]
+        where = f"{self.name}, episode {index}"
+        if isinstance(found, Episode):
+            fields: Mapping = {name: getattr(found, name) for name in ("actions", "instruction", "images", "state")}
+            fields = {**fields, "instruction": found.step_instructions or found.instruction}
+        elif isinstance(found, Mapping):
+            fields = found
+            unknown = set(fields) - {"actions", "instruction", "images", "state"}
+            if "actions" not in fields or unknown:
+                raise DamagedDataError(f"{where}: expected actions, instruction, images, state; found {sorted(fields)}")
+        else:
+            raise DamagedDataError(f"{where}: expected an Episode or a mapping, found {type(found).__name__}")
+        instruction = fields.get("instruction")
+        episode = make_episode(
+            actions=fields["actions"],
+            images=fields.get("images") or {},
+            state=fields.get("state"),
+            instructions="" if instruction is None else instruction,
+            dataset_name=self.name,
+            index=index,
+            source=where,
+            action_dim=self._action_dim,
+        )
+        self._action_dim = self._action_dim or episode.actions.shape[1]
+        return episode
+
+
+def name_cameras(cameras: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
+    """{name in the episode: key in the file}; a key of its own is named by its last part."""
+    if isinstance(cameras, str):
+        cameras = [cameras]
+    if isinstance(cameras, Mapping):
+        return dict(cameras)
+    short = [key.replace(".", "/").rsplit("/", 1)[-1] for key in cameras]
+    return {name if short.count(name) == 1 else key: key for name, key in zip(short, cameras)}
+
+
+def key_list(keys: Keys) -> list[str | None]:
+    return [keys] if isinstance(keys, str) or keys is None else list(keys)

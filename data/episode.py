@@ -1,0 +1,202 @@
+"""One episode, whatever file it came from.
+
+Shapes: T steps, A action dimensions, S state dimensions.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+import numpy as np
+
+from .images import decode_image
+
+
+class DamagedDataError(ValueError):
+    """A record that cannot be read as an episode; the message names the file and the record."""
+
+
+class Frames(Sequence):
+    """The images of one camera: `frames[t]` decodes step t to (H, W, 3) uint8; a slice is again a sequence that holds
+    only its own steps, still encoded. Subclasses implement `__len__`, `_decode` and `_select`."""
+
+    def _decode(self, step: int) -> np.ndarray:
+        raise NotImplementedError
+
+    def _select(self, steps: slice) -> "Frames":
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, step: int) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, step: slice) -> "Frames": ...
+    def __getitem__(self, step):
+        if isinstance(step, slice):
+            return self._select(step)
+        if not -len(self) <= step < len(self):
+            raise IndexError(f"step {step} of {len(self)}")
+        return self._decode(int(step) % len(self))
+
+
+class EncodedFrames(Frames):
+    """Images kept as JPEG or PNG bytes. `source` names file and record in errors."""
+
+    def __init__(self, encoded: Sequence[bytes], source: str = ""):
+        self.encoded = encoded
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+    def _select(self, steps: slice) -> "EncodedFrames":
+        # a list of its own: a view of an object array would keep the whole episode in memory
+        return EncodedFrames(list(self.encoded[steps]), self.source)
+
+    def _decode(self, step: int) -> np.ndarray:
+        try:
+            return decode_image(self.encoded[step])
+        except ValueError as error:
+            raise DamagedDataError(f"{self.source}, image of step {step}: {error}") from error
+
+
+class ArrayFrames(Frames):
+    """Images that are pixels already: (T, H, W, 3) uint8."""
+
+    def __init__(self, pixels: np.ndarray):
+        self.pixels = pixels
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def _select(self, steps: slice) -> "ArrayFrames":
+        return ArrayFrames(np.array(self.pixels[steps]))
+
+    def _decode(self, step: int) -> np.ndarray:
+        return np.array(self.pixels[step])
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Episode:
+    """A demonstration. `episode[a:b]` is the part from step a to before b; `episode[t : t + 1]` is one frame, which
+    keeps no more of the episode in memory than its own encoded images."""
+
+    instruction: str  # of the first step; "" where the recording has none
+    actions: np.ndarray  # (T, A) float32
+    images: Mapping[str, Sequence[np.ndarray]]  # camera -> T images, (H, W, 3) uint8, decoded on access
+    state: np.ndarray | None  # (T, S) float32
+    dataset_name: str
+    index: int  # within its dataset
+    step_instructions: tuple[str, ...] | None = None  # only where they change along the way
+    source: str = ""  # file and record, for messages
+
+    def __len__(self) -> int:
+        return len(self.actions)
+
+    def __repr__(self) -> str:
+        state = None if self.state is None else self.state.shape
+        return (
+            f"Episode({self.dataset_name!r}, index={self.index}, instruction={self.instruction!r}, "
+            f"actions={self.actions.shape}, state={state}, images={list(self.images)})"
+        )
+
+    def __getitem__(self, steps: slice) -> "Episode":
+        if not isinstance(steps, slice):
+            raise TypeError(f"an episode is cut with a slice, such as episode[{steps}:{steps} + 1], not with {steps!r}")
+        texts = self.step_instructions[steps] if self.step_instructions else None
+        return Episode(
+            instruction=texts[0] if texts else self.instruction,
+            actions=self.actions[steps].copy(),
+            images={camera: frames[steps] for camera, frames in self.images.items()},
+            state=None if self.state is None else self.state[steps].copy(),
+            dataset_name=self.dataset_name,
+            index=self.index,
+            step_instructions=texts if texts and len(set(texts)) > 1 else None,
+            source=self.source,
+        )
+
+
+def make_episode(
+    *,
+    actions: Any,
+    images: Mapping[str, Any],
+    state: Any,
+    instructions: str | Sequence[str | bytes],
+    dataset_name: str,
+    index: int,
+    source: str,
+    action_dim: int | None = None,
+) -> Episode:
+    """Check what a reader found and make the episode of it.
+
+    `images` may hold `Frames`, pixels (T, H, W, 3) uint8, or T encoded images; `instructions` is one text or one per
+    step. Raises DamagedDataError for no steps, lengths that differ, values that are not finite and dimensions that are
+    wrong.
+    """
+    actions = matrix(actions, "action", source)
+    length = len(actions)
+    if length == 0:
+        raise DamagedDataError(f"{source}: the episode has no steps")
+    if action_dim is not None and actions.shape[1] != action_dim:
+        raise DamagedDataError(
+            f"{source}: actions have {actions.shape[1]} dimensions, those of the dataset {action_dim}"
+        )
+    if state is not None:
+        state = matrix(state, "state", source)
+    frames = {camera: _as_frames(value, f"{source}, camera {camera!r}") for camera, value in images.items()}
+    texts = [instructions] if isinstance(instructions, str) else [_text(text, source) for text in instructions]
+    lengths = {"state": length if state is None else len(state)} | {camera: len(f) for camera, f in frames.items()}
+    if not isinstance(instructions, str):
+        lengths["instruction"] = len(texts)
+    for what, found in lengths.items():
+        if found != length:
+            raise DamagedDataError(f"{source}: {length} actions, but {found} entries of {what!r}")
+    return Episode(
+        instruction=texts[0],
+        actions=actions,
+        images=frames,
+        state=state,
+        dataset_name=dataset_name,
+        index=index,
+        step_instructions=tuple(texts) if len(set(texts)) > 1 else None,
+        source=source,
+    )
+
+
+def matrix(values: Any, what: str, source: str) -> np.ndarray:
+    """`values` as a finite (T, D) float32 array of its own; one number per step counts as D = 1."""
+    try:
+        array = np.array(values, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise DamagedDataError(f"{source}: {what} is not an array of numbers: {error}") from error
+    array = array[:, None] if array.ndim == 1 and array.size else array
+    if array.ndim != 2 and array.size:
+        raise DamagedDataError(f"{source}: {what} has shape {array.shape}, expected (steps, dimensions)")
+    if not np.isfinite(array).all():
+        step = int(np.argwhere(~np.isfinite(array))[0][0])
+        raise DamagedDataError(f"{source}: {what} of step {step} is not finite: {array[step].tolist()}")
+    return array
+
+
+def _text(text: str | bytes, source: str) -> str:
+    try:
+        return text.decode() if isinstance(text, bytes) else str(text)
+    except UnicodeDecodeError as error:
+        raise DamagedDataError(f"{source}: the instruction {text!r} is not UTF-8") from error
+
+
+def _as_frames(value: Any, source: str) -> Sequence[np.ndarray]:
+    if isinstance(value, Frames):
+        return value
+    if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim == 4 and value.shape[-1] == 3:
+        return ArrayFrames(value)
+    if isinstance(value, Sequence | np.ndarray) and len(value) and all(isinstance(item, bytes) for item in value):
+        return EncodedFrames(list(value), source)
+    if isinstance(value, Sequence) and not isinstance(value, bytes | str):
+        return value  # of the user's own making: its items are checked where they are used
+    kind = f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
+    raise DamagedDataError(f"{source}: expected (T, H, W, 3) uint8 or T encoded images, found {kind}")
+
+
+def order_cameras(cameras: Sequence[str]) -> list[str]:
+    """Cameras that look at the scene first, those on the arm after them; by name within both."""
+    return sorted(cameras, key=lambda name: (any(word in name.lower() for word in ("wrist", "hand", "gripper")), name))

@@ -1,0 +1,212 @@
+"""LIBERO and robomimic demonstrations: HDF5 files with data/demo_*/{actions, obs/...}."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from .dataset import Cameras, EpisodeDataset, Keys, OnError, key_list, name_cameras
+from .episode import DamagedDataError, Episode, Frames, make_episode, order_cameras
+from .handles import kept_open
+
+
+# The first group of which all keys are there becomes the state: LIBERO, robomimic, plain
+STATE_NAMES = (
+    ("obs/ee_states", "obs/gripper_states"),
+    ("obs/robot0_eef_pos", "obs/robot0_eef_quat", "obs/robot0_gripper_qpos"),
+    ("obs/state",),
+)
+# Chunks often span many steps and few rows: one frame touches chunks that hold most of its episode. Decompressed chunks
+# are kept, so many bytes for each of so many cameras; where one frame's chunks do not fit, reading is 25 times slower.
+CHUNK_CACHE = 8 * 2**20
+OPEN_CAMERAS = 32
+LIBERO_SCENE = re.compile(r"^[A-Z_]+SCENE\d+_")
+
+
+def hdf5_files(path: Path) -> list[Path]:
+    if path.is_dir():
+        return sorted(p for p in path.rglob("*") if p.suffix in (".hdf5", ".h5"))
+    return [path]
+
+
+class HDF5Dataset(EpisodeDataset):
+    """Episodes of a file, or of all files in a folder, in the order of their names and numbers. Access is random.
+
+    `split` names a group of demonstrations under `mask/` (robomimic); files without masks belong to "train" as a whole,
+    and "all" takes everything. The instruction is that of the `problem_info` attribute, else the name of a file
+    `<words>_demo`. `rotate_images` turns images by 180 degrees: files that LIBERO published are upside down. `cameras`,
+    `action_key` and `state_key` are paths within a demonstration ("agentview_rgb" finds "obs/agentview_rgb");
+    `language_key` names an attribute of `data` or of the demonstration.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        split: str = "train",
+        *,
+        cameras: Cameras = None,
+        action_key: Keys = None,
+        state_key: Keys = None,
+        language_key: str | None = None,
+        rotate_images: bool = False,
+        name: str | None = None,
+        on_error: OnError = "raise",
+    ):
+        super().__init__(name or Path(path).stem, on_error)
+        self.cameras, self.action_key, self.state_key, self.language_key = cameras, action_key, state_key, language_key
+        self.rotate_images = rotate_images
+        self.demos: list[tuple[Path, str]] = []
+        masks: set[str] = set()
+        files = hdf5_files(Path(path))
+        if not all(file.exists() for file in files) or not files:
+            raise FileNotFoundError(f"no HDF5 files at {path}")
+        for file in files:
+            try:
+                self.demos += [(file, demo) for demo in _demos(file, split, masks)]
+            except DamagedDataError as error:
+                if on_error == "raise":
+                    raise
+                self._count(error)
+        if not self.demos:
+            raise ValueError(
+                f"{path} has no demonstrations in split {split!r}; splits: {sorted(masks) or ['train']}, 'all'"
+            )
+        self._action_dim: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.demos)
+
+    def _load(self, index: int) -> Episode:
+        file, demo = self.demos[index]
+        source = f"{file}, {demo}"
+        try:
+            group = open_file(file)["data"][demo]
+            cameras = name_cameras(self.cameras if self.cameras is not None else _cameras(group))
+            state_key = self.state_key
+            if state_key is None:
+                state_key = next((names for names in STATE_NAMES if all(n in group for n in names)), [])
+            return make_episode(
+                actions=_columns(group, self.action_key or "actions", source),
+                images={
+                    name: HDF5Frames(file, _find(group, key, source).name, self.rotate_images)
+                    for name, key in cameras.items()
+                },
+                state=_columns(group, state_key, source),
+                instructions=self._instruction(file, group, source),
+                dataset_name=self.name,
+                index=index,
+                source=source,
+                action_dim=self._expected_dim(),
+            )
+        except (OSError, RuntimeError, KeyError) as error:  # what h5py raises for damaged parts of a file
+            raise DamagedDataError(f"{source}: cannot be read: {error}") from error
+
+    def _expected_dim(self) -> int | None:
+        """Dimensions of the actions of the first demonstration, which all others must share."""
+        if self._action_dim is None:
+            file, demo = self.demos[0]
+            try:
+                actions = _columns(open_file(file)["data"][demo], self.action_key or "actions", "")
+                self._action_dim = 0 if actions is None else actions.shape[1]
+            except (OSError, RuntimeError, KeyError, IndexError, DamagedDataError):
+                self._action_dim = 0  # the first is damaged and says so itself: nothing to compare with
+        return self._action_dim or None
+
+    def _instruction(self, file: Path, group: h5py.Group, source: str) -> str:
+        attributes = {**group.parent.attrs, **group.attrs}
+        if self.language_key:
+            if self.language_key not in attributes:
+                raise DamagedDataError(f"{source}: no attribute {self.language_key!r}; there are {sorted(attributes)}")
+            return str(attributes[self.language_key])
+        try:
+            text = json.loads(attributes.get("problem_info", "{}")).get("language_instruction", "")
+        except (ValueError, AttributeError) as error:
+            raise DamagedDataError(f"{source}: the attribute problem_info is not a JSON object: {error}") from error
+        text = "".join(text) if isinstance(text, list) else text  # some files hold a list of characters
+        if not text and file.stem.endswith("_demo"):
+            text = LIBERO_SCENE.sub("", file.stem).removesuffix("_demo").replace("_", " ")
+        return text.strip().strip('"')
+
+
+class HDF5Frames(Frames):
+    """Images in a data set (T, H, W, 3) of an HDF5 file; only the path is held, so it travels to workers."""
+
+    def __init__(self, file: Path, key: str, rotate: bool = False, steps: range | None = None):
+        self.file, self.key, self.rotate = file, key, rotate
+        data = open_file(file)[key]
+        if steps is None and (data.dtype != np.uint8 or data.ndim != 4 or data.shape[-1] != 3):
+            raise DamagedDataError(f"{file}, {key}: expected (T, H, W, 3) uint8, found {data.dtype} {data.shape}")
+        self.steps = range(len(data)) if steps is None else steps
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def _select(self, steps: slice) -> "HDF5Frames":
+        return HDF5Frames(self.file, self.key, self.rotate, self.steps[steps])
+
+    def _decode(self, step: int) -> np.ndarray:
+        try:
+            image = open_images(self.file, self.key)[self.steps[step]]
+        except (OSError, RuntimeError) as error:
+            raise DamagedDataError(f"{self.file}, {self.key}, step {self.steps[step]}: {error}") from error
+        return np.ascontiguousarray(image[::-1, ::-1]) if self.rotate else image
+
+
+@kept_open()
+def open_file(path: Path) -> h5py.File:
+    return h5py.File(path, "r", rdcc_nbytes=CHUNK_CACHE)
+
+
+@kept_open(maxsize=OPEN_CAMERAS)
+def open_images(path: Path, key: str) -> h5py.Dataset:
+    """A handle that is kept, for with it end the decompressed chunks around the frames read last."""
+    return open_file(path)[key]
+
+
+def _demos(file: Path, split: str, masks: set[str]) -> list[str]:
+    try:
+        content = open_file(file)
+        demos = list(content["data"]) if "data" in content else []
+        groups = content["mask"] if "mask" in content else {}
+        masks |= set(groups)
+        if split in groups:
+            demos = [name.decode() if isinstance(name, bytes) else str(name) for name in groups[split][:]]
+        elif split != "all" and (groups or split != "train"):
+            demos = []
+    except (OSError, RuntimeError) as error:
+        raise DamagedDataError(f"{file}: not a readable HDF5 file: {error}") from error
+    if "data" not in content:
+        raise DamagedDataError(f"{file}: no group 'data'; there are {sorted(content)}")
+    return sorted(demos, key=lambda name: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", name)])
+
+
+def _cameras(group: h5py.Group) -> list[str]:
+    found = group["obs"].items() if "obs" in group else []
+    keys = [f"obs/{k}" for k, v in found if getattr(v, "ndim", 0) == 4 and v.dtype == np.uint8 and v.shape[-1] == 3]
+    return order_cameras(keys)
+
+
+def _find(group: h5py.Group, key: str, source: str) -> h5py.Dataset:
+    for candidate in (key, f"obs/{key}"):
+        if isinstance(group.get(candidate), h5py.Dataset):
+            return group[candidate]
+    there = sorted(group) + [f"obs/{k}" for k in group.get("obs", {})]
+    raise DamagedDataError(f"{source}: no key {key!r}; there are {there}")
+
+
+def _columns(group: h5py.Group, keys: Keys, source: str) -> np.ndarray | None:
+    """The values of one key, or of several side by side (T, D); None without keys."""
+    names = key_list(keys)
+    arrays = {key: _find(group, key, source)[()] for key in names if key is not None}
+    if not arrays:
+        return None
+    length = len(next(iter(arrays.values())))
+    if any(len(array) != length for array in arrays.values()):
+        raise DamagedDataError(f"{source}: lengths differ: { {key: len(array) for key, array in arrays.items()} }")
+    if not length:
+        raise DamagedDataError(f"{source}: the episode has no steps")
+    zeros = np.zeros((length, 1), np.float32)
+    return np.concatenate([zeros if key is None else arrays[key].reshape(length, -1) for key in names], axis=1)

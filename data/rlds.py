@@ -1,0 +1,264 @@
+"""RLDS: folders written by tensorflow_datasets, read without TensorFlow.
+
+tensorflow_datasets knows the splits and decodes the features in numpy; the record files are read by `tfrecord`.
+"""
+
+import bisect
+import difflib
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from google.protobuf.message import DecodeError
+
+from .dataset import Cameras, EpisodeDataset, Keys, OnError, key_list, name_cameras
+from .episode import DamagedDataError, Episode, make_episode, order_cameras
+from .tfrecord import read_record, scan
+
+
+LANGUAGE_NAMES = ("language_instruction", "natural_language_instruction", "instruction")
+STATE_NAMES = ("observation/state", "observation/proprio", "state", "proprio")
+IMAGE_STARTS = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", b"GIF8")
+
+Trajectory = dict[str, Any]
+
+
+def find_version(path: Path) -> Path | None:
+    """The folder with `features.json`: `path` itself, or its newest version."""
+    if (path / "features.json").exists():
+        return path
+    versions = [p.parent for p in path.glob("*/features.json") if p.parent.name.replace(".", "").isdigit()]
+    return max(versions, key=lambda p: [int(n) for n in p.name.split(".")]) if versions else None
+
+
+class RLDSDataset(EpisodeDataset):
+    """Episodes of one split of a TFDS folder. Records are found by their headers, so access is random.
+
+    `split` may be anything tensorflow_datasets reads: "train", "train[:95%]", "train+val", "all". `standardize` maps
+    the raw trajectory (see `trajectory`) to one with `action` and `language_instruction`, as `data.oxe.STANDARDIZE`
+    does; keys and cameras are then looked for in its result. `cameras`, `action_key`, `state_key`, `language_key`:
+    paths such as "observation/image" ("image" finds it too). A list of keys is concatenated; None within it stands for
+    a column of zeros; `state_key=[]` leaves the state out.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        split: str = "train",
+        *,
+        standardize: Callable[[Trajectory], Trajectory] | None = None,
+        cameras: Cameras = None,
+        action_key: Keys = None,
+        state_key: Keys = None,
+        language_key: str | None = None,
+        name: str | None = None,
+        on_error: OnError = "raise",
+    ):
+        folder = find_version(Path(path))
+        if folder is None:
+            raise FileNotFoundError(
+                f"no TFDS data set in {path}: expected features.json there or in a version's folder"
+            )
+        builder = tfds.builder_from_directory(folder)
+        super().__init__(name or builder.info.name, on_error)
+        self.folder, self.features = folder, builder.info.features
+        if getattr(builder.info.file_format, "value", "tfrecord") != "tfrecord":
+            raise ValueError(f"{folder} holds {builder.info.file_format.value} files, expected tfrecord")
+        if "steps" not in self.features:
+            raise ValueError(f"{folder} is no RLDS data set: its features are {sorted(self.features)}, without 'steps'")
+        known = sorted(builder.info.splits)
+        try:
+            parts = builder.info.splits[split].file_instructions
+        except (KeyError, ValueError, AssertionError) as error:
+            raise ValueError(
+                f"{folder} has no split {split!r}, only {known}, slices and sums of them: {error}"
+            ) from error
+        # One entry per file: its path, the first record used and the number of them
+        self.parts = [
+            (Path(p.filename), p.skip, p.examples_in_shard - p.skip if p.take == -1 else p.take) for p in parts
+        ]
+        self.records_in_file = {Path(p.filename): p.examples_in_shard for p in parts}
+        self.ends = np.cumsum([count for _, _, count in self.parts]).tolist()
+        self.standardize = standardize
+        self.cameras, self.action_key, self.state_key, self.language_key = cameras, action_key, state_key, language_key
+        steps = self.features["steps"].feature
+        self._decoders: dict[str, dict] = {"steps": {}}
+        self._is_colour: dict[str, bool] = {}
+        _skip_images(steps, self._decoders["steps"], self._is_colour)
+        self._scans: dict[Path, tuple[list[int], str | None]] = {}
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def runs(self) -> list[range]:
+        return [range(end - count, end) for end, (_, _, count) in zip(self.ends, self.parts)]
+
+    def trajectory(self, index: int) -> Trajectory:
+        """Episode `index` as stored: a nested dict of arrays with a leading time axis. Strings are object arrays of
+        bytes, and so are images, still encoded. What belongs to the episode as a whole is repeated under
+        `traj_metadata`."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"episode {index} of {self.name}, which has {len(self)}")
+        return self._trajectory(*self._locate(int(index) % len(self)))
+
+    def trajectories(self) -> Iterator[Trajectory]:
+        return (self.trajectory(index) for index in range(len(self)))
+
+    def _locate(self, index: int) -> tuple[Path, int]:
+        part = bisect.bisect_right(self.ends, index)
+        path, first, count = self.parts[part]
+        return path, first + index - (self.ends[part] - count)
+
+    def _read(self, path: Path, record: int) -> bytes:
+        if path not in self._scans:
+            try:
+                offsets, problem = scan(path)
+            except FileNotFoundError as error:
+                raise DamagedDataError(f"{path}, record {record}: the file is missing") from error
+            expected = self.records_in_file[path]
+            if problem is None and len(offsets) != expected:
+                problem = f"the file has {len(offsets)} records, dataset_info.json says {expected}"
+                if len(offsets) > expected:
+                    if self.on_error == "raise":
+                        raise DamagedDataError(f"{path}: {problem}")
+                    warnings.warn(f"{path}: {problem}; those in excess are left out", RuntimeWarning, stacklevel=4)
+            self._scans[path] = offsets, problem
+        offsets, problem = self._scans[path]
+        if record >= len(offsets):
+            raise DamagedDataError(f"{path}, record {record}: {problem}")
+        return read_record(path, record, offsets[record])
+
+    def _trajectory(self, path: Path, record: int) -> Trajectory:
+        data = self._read(path, record)
+        try:
+            example = self.features.deserialize_example_np(data, decoders=self._decoders)
+            steps = list(example.pop("steps"))
+        except (DecodeError, ValueError, KeyError, IndexError, AttributeError, TypeError, RuntimeError) as error:
+            # Names of features are plain text in a record; what tfds says about an absent one does not name it.
+            absent = [
+                f"steps/{key}" for key in _keys(self.features["steps"].feature) if f"steps/{key}".encode() not in data
+            ]
+            problem = f"without {absent}" if absent else str(error)
+            raise DamagedDataError(f"{path}, record {record}: it does not fit features.json: {problem}") from error
+        if not steps:
+            raise DamagedDataError(f"{path}, record {record}: the episode has no steps")
+        return {**_stack(steps), "traj_metadata": _stack([example] * len(steps))}
+
+    def _load(self, index: int) -> Episode:
+        path, record = self._locate(index)
+        source = f"{path}, record {record}"
+        trajectory = self._trajectory(path, record)
+        if self.standardize:
+            try:
+                trajectory = self.standardize(trajectory)
+            except Exception as error:
+                error.add_note(f"while standardizing {source}")
+                raise
+        flat = dict(_flatten({k: v for k, v in trajectory.items() if k != "traj_metadata"}))
+        if self.cameras is None:
+            keys = [key for key, value in flat.items() if self._is_colour.get(key, _is_image(value))]
+            cameras = name_cameras(order_cameras(keys))
+        else:
+            cameras = name_cameras(self.cameras)
+        texts = [key for key, value in flat.items() if value.ndim == 1 and value.dtype.kind in "OSU"]
+        language = self.language_key or next((n for key in LANGUAGE_NAMES for n in texts if _last(n) == key), None)
+        state_key = self.state_key
+        if state_key is None:
+            state_key = next((n for n in STATE_NAMES if n in flat and flat[n].ndim == 2), [])
+        return make_episode(
+            actions=_columns(flat, self.action_key or "action", source),
+            images={name: flat[_find(flat, key, source)] for name, key in cameras.items()},
+            state=_columns(flat, state_key, source),
+            instructions=flat[_find(flat, language, source)].tolist() if language else "",
+            dataset_name=self.name,
+            index=index,
+            source=source,
+        )
+
+
+def _skip_images(feature: Any, decoders: dict, is_colour: dict[str, bool], prefix: str = "") -> None:
+    """Ask for the encoded bytes of every image; note which are 8-bit colour images, not depth or masks."""
+    for key, inner in feature.items():
+        if isinstance(inner, tfds.features.FeaturesDict):
+            _skip_images(inner, decoders.setdefault(key, {}), is_colour, f"{prefix}{key}/")
+        elif isinstance(inner, tfds.features.Image):
+            decoders[key] = tfds.decode.SkipDecoding()
+            is_colour[prefix + key] = inner.shape[-1] == 3 and inner.np_dtype == np.uint8
+
+
+def _keys(feature: Any, prefix: str = "") -> Iterator[str]:
+    for key, inner in feature.items():
+        if isinstance(inner, tfds.features.FeaturesDict):
+            yield from _keys(inner, f"{prefix}{key}/")
+        else:
+            yield prefix + key
+
+
+def _stack(steps: list[Any]) -> Any:
+    """Steps to one nested dict of arrays with a leading time axis; ragged and textual values as object arrays."""
+    first = steps[0]
+    if isinstance(first, dict):
+        return {key: _stack([step[key] for step in steps]) for key in first}
+    shapes = {np.shape(step) for step in steps}
+    if isinstance(first, bytes | str | list) or len(shapes) > 1:
+        array = np.empty(len(steps), dtype=object)
+        array[:] = steps
+        return array
+    return np.stack([np.asarray(step) for step in steps])
+
+
+def _flatten(tree: dict, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}/")
+        else:
+            yield prefix + key, np.asarray(value)
+
+
+def _last(key: str) -> str:
+    return key.rsplit("/", 1)[-1]
+
+
+def _is_image(value: np.ndarray) -> bool:
+    if value.dtype == object:
+        return value.ndim == 1 and isinstance(value[0], bytes) and value[0].startswith(IMAGE_STARTS)
+    return value.dtype == np.uint8 and value.ndim == 4 and value.shape[-1] == 3
+
+
+def _find(flat: dict[str, np.ndarray], key: str, source: str) -> str:
+    for candidate in (key, f"observation/{key}"):
+        if candidate in flat:
+            return candidate
+    inner = [name for name in flat if name.startswith(f"{key}/")]
+    near = difflib.get_close_matches(key, flat, n=1, cutoff=0.4)
+    hint = (
+        f"it has parts: choose from {inner}, several in a list"
+        if inner
+        else f"did you mean {near[0]!r}?"
+        if near
+        else ""
+    )
+    raise DamagedDataError(f"{source}: no key {key!r} ({hint}); there are {sorted(flat)}")
+
+
+def _columns(flat: dict[str, np.ndarray], keys: Keys, source: str) -> np.ndarray | None:
+    """The values of one key, or of several side by side (T, D); None without keys."""
+    names = [None if key is None else _find(flat, key, source) for key in key_list(keys)]
+    arrays = [flat[name] for name in names if name]
+    if not arrays:
+        return None
+    length = len(arrays[0])
+    try:
+        parts = [
+            np.zeros((length, 1), np.float32)
+            if name is None
+            else np.asarray(flat[name], np.float32).reshape(length, -1)
+            for name in names
+        ]
+    except (TypeError, ValueError) as error:
+        raise DamagedDataError(f"{source}: {names} are not all numbers for each of {length} steps: {error}") from error
+    return np.concatenate(parts, axis=1)
