@@ -75,6 +75,27 @@ class ArrayFrames(Frames):
         return np.array(self.pixels[step])
 
 
+class OtherFrames(Frames):
+    """Images from a sequence of the user's own making, which need not know slices; checked when they are looked at."""
+
+    def __init__(self, frames: Sequence[Any], source: str, steps: range | None = None):
+        self.frames, self.source = frames, source
+        self.steps = range(len(frames)) if steps is None else steps
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def _select(self, steps: slice) -> "OtherFrames":
+        return OtherFrames(self.frames, self.source, self.steps[steps])
+
+    def _decode(self, step: int) -> np.ndarray:
+        image = np.asarray(self.frames[self.steps[step]])
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+            found = f"{image.dtype} {image.shape}"
+            raise DamagedDataError(f"{self.source}, step {step}: expected (H, W, 3) uint8, found {found}")
+        return image
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Episode:
     """A demonstration. `episode[a:b]` is the part from step a to before b; `episode[t : t + 1]` is one frame, which
@@ -184,7 +205,7 @@ def _text(text: str | bytes, source: str) -> str:
         raise DamagedDataError(f"{source}: the instruction {text!r} is not UTF-8") from error
 
 
-def _as_frames(value: Any, source: str) -> Sequence[np.ndarray]:
+def _as_frames(value: Any, source: str) -> Frames:
     if isinstance(value, Frames):
         return value
     if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim == 4 and value.shape[-1] == 3:
@@ -192,7 +213,7 @@ def _as_frames(value: Any, source: str) -> Sequence[np.ndarray]:
     if isinstance(value, Sequence | np.ndarray) and len(value) and all(isinstance(item, bytes) for item in value):
         return EncodedFrames(list(value), source)
     if isinstance(value, Sequence) and not isinstance(value, bytes | str):
-        return value  # of the user's own making: its items are checked where they are used
+        return OtherFrames(value, source)
     kind = f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
     raise DamagedDataError(f"{source}: expected (T, H, W, 3) uint8 or T encoded images, found {kind}")
 

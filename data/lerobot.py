@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .dataset import Cameras, EpisodeDataset, Keys, OnError, key_list, name_cameras
@@ -56,7 +57,7 @@ class LeRobotDataset(EpisodeDataset):
         else:
             self._episodes, self._tasks = _read_json_lines(self.folder)
         self._rows = _split_rows(self._episodes, self.info.get("splits", {}), split, info_file)
-        of_images = [k for k, f in self.features.items() if f["dtype"] in ("image", "video") and f["shape"][-1] != 1]
+        of_images = [key for key, feature in self.features.items() if _is_colour(feature)]
         self.cameras = {
             name: self._key(key)
             for name, key in name_cameras(order_cameras(of_images) if cameras is None else cameras).items()
@@ -177,6 +178,11 @@ class VideoFrames(Frames):
         return open_video(self.path).frame_at(float(self.times[step]))
 
 
+def _is_colour(feature: dict[str, Any]) -> bool:
+    depth = (feature.get("info") or {}).get("video.is_depth_map") or 1 in (feature["shape"][0], feature["shape"][-1])
+    return feature["dtype"] in ("image", "video") and not depth
+
+
 def _read_tables(folder: Path) -> tuple[pa.Table, dict[int, str]]:
     """The episodes table and the tasks {index: text} of v3."""
     files = sorted((folder / "meta" / "episodes").rglob("*.parquet"))
@@ -227,7 +233,7 @@ def _read_episode(path: Path, number: int, columns: list[str], source: str) -> p
         table = file.read_row_groups(groups, columns=columns, use_threads=False)
     except (OSError, pa.ArrowException) as error:
         raise DamagedDataError(f"{source}: cannot be read: {error}") from error
-    return table.filter(pa.compute.equal(table["episode_index"], number))
+    return table.filter(pc.equal(table["episode_index"], number))
 
 
 @kept_open()

@@ -3,12 +3,14 @@
 The recordings under fixtures/demos were written by the formats' own libraries; expected.json was read back with those.
 """
 
+import collections.abc
 import copy
 import hashlib
 import json
 import pickle
 import runpy
 import shutil
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -286,6 +288,15 @@ def test_ranks_and_workers_share_without_loss_or_duplication(odd_set, world_size
         assert sorted(seen) == [(index, step) for index in range(7) for step in range(index + 2)]
 
 
+def test_workers_hand_on_errors_and_skip(odd_set):
+    damage(sorted(odd_set.glob("*.tfrecord*"))[2], flip(200))
+    options = {"batch_size": None, "num_workers": 2}
+    with pytest.raises(DamagedDataError, match="00002-of-00003, record 0: wrong checksum"):
+        list(torch.utils.data.DataLoader(EpisodeStream(open_dataset(odd_set, **ARM)), **options))
+    stream = EpisodeStream(open_dataset(odd_set, on_error="skip", **ARM))
+    assert sorted(e.index for e in torch.utils.data.DataLoader(stream, **options)) == [0, 1, 2, 3, 5, 6]
+
+
 def test_order_changes_from_pass_to_pass_and_repeats_with_its_epoch(odd_set):
     stream = EpisodeStream(open_dataset(odd_set, **ARM), shuffle=True, buffer_size=3)
     first, second = ([e.index for e in stream] for _ in range(2))
@@ -486,6 +497,12 @@ def test_lerobot_options(videos):
         open_dataset(videos)
 
 
+def test_lerobot_needs_no_other_reader_to_be_imported_first():
+    code = f"from openvla.data import open_dataset; print(len(open_dataset({str(DEMOS / 'lerobot_image')!r})[0]))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "95\n", done.stderr
+
+
 # HDF5
 
 
@@ -590,6 +607,20 @@ def test_an_object_of_ones_own():
         assert len(list(open_dataset(episodes, on_error="skip"))) == 2
     with pytest.raises(ValueError, match="an object with __len__ and __getitem__, got int"):
         open_dataset(7)
+
+
+def test_images_of_ones_own_are_loaded_when_looked_at():
+    class Lazy(collections.abc.Sequence):
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, step):
+            return np.full((4, 4, 3), step, np.uint8 if step < 2 else float)
+
+    episode = open_dataset([{"actions": np.ones((3, 7)), "images": {"front": Lazy()}}])[0]
+    assert [int(frame.images["front"][0].max()) for frame in list(frames(episode))[:2]] == [0, 1]
+    with pytest.raises(DamagedDataError, match="camera 'front', step 2: expected .H, W, 3. uint8, found float64"):
+        episode.images["front"][2]
 
 
 def test_the_example_runs(capsys):
