@@ -55,7 +55,9 @@ def test_adapters_and_their_merge(strategy, tmp_path):
 
 @pytest.mark.parametrize("dataset", ["rlds/metaworld_demo", "hdf5"])
 def test_other_formats(dataset, tmp_path):
-    finetune(options(tmp_path / "run", DEMOS / dataset, steps=2, **({"split": "val"} if dataset.startswith("rlds") else {})))
+    finetune(
+        options(tmp_path / "run", DEMOS / dataset, steps=2, **({"split": "val"} if dataset.startswith("rlds") else {}))
+    )
     stats = json.loads((tmp_path / "run" / "dataset_statistics.json").read_text())
     assert len(stats["mine"]["action"]["q01"]) == 7
 

@@ -133,7 +133,14 @@ def finetune(options: FinetuneOptions, resume: bool = False) -> Path:
     )
 
     stream = EpisodeStream(
-        dataset, shuffle=True, buffer_size=options.shuffle_buffer, expand=labeled_frames, repeat=True, seed=options.seed
+        dataset,
+        shuffle=True,
+        buffer_size=options.shuffle_buffer,
+        expand=labeled_frames,
+        repeat=True,
+        seed=options.seed,
+        rank=0,  # accelerate shares out the batches of one stream among the ranks
+        world_size=1,
     )
     samples = FrameSamples(
         stream,
