@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, set_seed
 
 from ..action_tokenizer import ActionTokenizer
 from ..data import Episode, EpisodeStream, frames, open_dataset
@@ -110,6 +110,7 @@ def finetune(options: FinetuneOptions, resume: bool = False) -> Path:
         raise FileExistsError(f"'{output}' holds a finished run: choose another folder, or remove it.")
     if options.steps < 1 or options.batch_size < 1:
         raise ValueError(f"steps={options.steps} and batch_size={options.batch_size} must be at least 1.")
+    set_seed(options.seed)  # adapters are made before the Trainer sets it
     dataset = open_dataset(options.dataset, split=options.split)
     stats = compute_statistics(*collect(dataset, progress=True))
     if not any(dataset[index].instruction.strip() for index in range(len(dataset))):
@@ -139,7 +140,7 @@ def finetune(options: FinetuneOptions, resume: bool = False) -> Path:
         expand=labeled_frames,
         repeat=True,
         seed=options.seed,
-        rank=0,  # accelerate shares out the batches of one stream among the ranks
+        rank=0,  # every rank reads one and the same stream; accelerate gives each its samples of a batch
         world_size=1,
     )
     samples = FrameSamples(
@@ -170,6 +171,9 @@ def finetune(options: FinetuneOptions, resume: bool = False) -> Path:
         label_names=["labels"],
         seed=options.seed,
         use_cpu=not torch.cuda.is_available(),
+        # Batches of ranks are padded to lengths of their own: they cannot be put together on one rank and dispatched.
+        accelerator_config={"dispatch_batches": False},
+        ddp_find_unused_parameters=True,  # the last block of a tower is not run
     )
     trainer = ActionTrainer(
         model=model,
@@ -181,7 +185,9 @@ def finetune(options: FinetuneOptions, resume: bool = False) -> Path:
     )
     trainer.train(resume_from_checkpoint=resume or None)
     model.config.use_cache = True
-    save(trainer.model, processor, {name: stats}, output, options)
+    if trainer.is_world_process_zero():
+        save(trainer.model, processor, {name: stats}, output, options)
+    trainer.accelerator.wait_for_everyone()
     return output
 
 
