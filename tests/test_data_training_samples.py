@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny import FIXTURES, golden_image
 
+from openvla import normalize_actions, unnormalize_actions
 from openvla.data import Episode
 from openvla.data.collate import ActionCollator
 from openvla.data.filters import Filtered, keep_below, keep_labeled, keep_moving, keep_nonzero, select_steps
@@ -46,6 +47,15 @@ def test_a_gripper_in_0_to_1_is_not_scaled():
     actions = np.array([[0.3, -2.0, 1.0], [0.1, 2.0, 0.0]])
     assert compute_statistics([actions])["action"]["mask"] == [True, True, False]
     assert compute_statistics([actions], mask=[True, False, True])["action"]["mask"] == [True, False, True]
+
+
+def test_a_gripper_that_never_moves_comes_back():
+    """Always open in the data: open again after training on zeros, and not closed."""
+    actions = np.column_stack([np.linspace(-1, 1, 20), np.ones(20)])
+    stats = compute_statistics([actions])["action"]
+    normalized = normalize_actions(actions, stats)
+    assert (normalized[:, 1] == 0).all()
+    assert (unnormalize_actions(normalized, stats)[:, 1] == 1).all()
 
 
 def test_statistics_errors():
