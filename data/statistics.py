@@ -25,8 +25,8 @@ def describe(values: np.ndarray) -> dict[str, list[float]]:
 def default_mask(actions: np.ndarray) -> list[bool]:
     """Which dimensions are scaled: all, but for a gripper at the end whose values already lie in [0, 1].
 
-    A gripper that never moves is scaled: constant dimensions are 0 in training, and only scaling brings their value back
-    (unscaled, a gripper that was always open would close).
+    A gripper that never moves is scaled: constant dimensions are 0 in training, and only scaling brings their value
+    back (unscaled, a gripper that was always open would close).
     """
     last = actions[:, -1]
     gripper = actions.shape[1] > 1 and bool(((last >= 0) & (last <= 1)).all()) and last.min() != last.max()
