@@ -15,6 +15,7 @@ from transformers import (
     set_seed,
 )
 from transformers.cache_utils import StaticCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import openvla
 from openvla import OpenVLAConfig, OpenVLAForActionPrediction
@@ -168,6 +169,37 @@ def test_flex_attention(small_model):
         flex, reference = model(**inputs).logits, small_model(**inputs).logits
     torch.testing.assert_close(flex[0], reference[0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(flex[1, :-2], reference[1, :-2], rtol=1e-4, atol=1e-4)
+
+
+def flash_attention_reference(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """What flash_attention_2 computes from what it is given: causal to the lower right, padding as a 2-D mask."""
+    assert attention_mask is None or attention_mask.ndim == 2
+    length, total = query.shape[2], key.shape[2]
+    allowed = torch.ones(length, total, dtype=torch.bool).tril(total - length)[None, None]
+    if attention_mask is not None:
+        allowed = allowed & attention_mask[:, None, None, -total:].bool()
+    groups = query.shape[1] // key.shape[1]
+    key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
+    weights = (query @ key.transpose(2, 3) * scaling).masked_fill(~allowed, torch.finfo(query.dtype).min).softmax(-1)
+    return (weights @ value).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_flash_attention_gets_the_masks_it_needs(small_model, monkeypatch, side):
+    """The kernels need a GPU; what they are handed gives the result of sdpa, in forward and predict_action."""
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_attention_2", flash_attention_reference)
+    model = OpenVLAForActionPrediction(small_config()).eval()
+    model.load_state_dict(small_model.state_dict())
+    for config in (model.config, model.config.text_config, model.language_model.config):
+        config._attn_implementation_internal = "flash_attention_2"  # past the check that the package is there
+    inputs = small_inputs()
+    inputs["attention_mask"][1, slice(0, 2) if side == "left" else slice(-2, None)] = 0
+    padded = torch.ones(2, 10, dtype=torch.bool)
+    padded[1, slice(0, 2) if side == "left" else slice(-2, None)] = False
+    with torch.inference_mode():
+        flash, reference = model(**inputs).logits, small_model(**inputs).logits
+    torch.testing.assert_close(flash[padded], reference[padded], rtol=1e-4, atol=1e-4)
+    assert model.predict_action(**inputs).tolist() == small_model.predict_action(**inputs).tolist()
 
 
 @pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}])
