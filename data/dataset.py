@@ -1,7 +1,9 @@
 """What every reader offers: a sequence of episodes, with errors that name the record or skips that are counted."""
 
+import hashlib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from .episode import DamagedDataError, Episode, make_episode
@@ -19,6 +21,8 @@ class EpisodeDataset:
     warns, counts in `skipped` (each DataLoader worker for itself) and goes on; when nothing at all could be read it
     raises nevertheless. Images are decoded later, where they are looked at: a damaged one raises there in either case.
     """
+
+    splits: Sequence[str] = ("train",)  # what is recorded beside the split that was opened
 
     def __init__(self, name: str, on_error: OnError = "raise"):
         if on_error not in ("raise", "skip"):
@@ -45,6 +49,16 @@ class EpisodeDataset:
         """Episodes that lie together in one file and are best read one after the other; a stream shuffles the runs."""
         return [range(index, index + 1) for index in range(len(self))]
 
+    def content_files(self) -> dict[str, Path] | None:
+        """The files that decide actions, states and instructions, by a name that a copy elsewhere shares; None where
+        they are not known."""
+        return None
+
+    def content_digest(self, path: Path) -> str:
+        """A digest of what one of these files says about actions, states and instructions."""
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
     def read(self, indices: Iterable[int]) -> Iterator[Episode]:
         """The episodes at `indices`, in order; see the class for damaged ones."""
         good, bad, first_error = 0, 0, None
@@ -66,6 +80,25 @@ class EpisodeDataset:
     def _count(self, error: Exception) -> None:
         self.skipped += 1
         warnings.warn(f"{self.name}: {self.skipped} skipped so far; the last: {error}", RuntimeWarning, stacklevel=3)
+
+
+class PartOfDataset(EpisodeDataset):
+    """The episodes of another dataset from `episodes.start` to before `episodes.stop`; each keeps its `index`."""
+
+    def __init__(self, dataset: EpisodeDataset, episodes: range):
+        super().__init__(dataset.name, dataset.on_error)
+        self.dataset, self.episodes = dataset, episodes
+
+    def __len__(self) -> int:
+        return len(self.episodes)
+
+    def _load(self, index: int) -> Episode:
+        return self.dataset._load(self.episodes[index])
+
+    def runs(self) -> list[range]:
+        first, end = self.episodes.start, self.episodes.stop
+        parts = [range(max(run.start, first) - first, min(run.stop, end) - first) for run in self.dataset.runs()]
+        return [part for part in parts if part]
 
 
 class PythonDataset(EpisodeDataset):

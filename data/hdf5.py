@@ -1,5 +1,6 @@
 """LIBERO and robomimic demonstrations: HDF5 files with data/demo_*/{actions, obs/...}."""
 
+import hashlib
 import json
 import os
 import re
@@ -74,6 +75,8 @@ class HDF5Dataset(EpisodeDataset):
             raise ValueError(
                 f"{path} has no demonstrations in split {split!r}; splits: {sorted(masks) or ['train']}, 'all'"
             )
+        self.splits = sorted(masks) or ["train"]
+        self.files = {file.relative_to(path).as_posix() if file != Path(path) else file.name: file for file in files}
         self._action_dim: int | None = None
 
     def __len__(self) -> int:
@@ -103,6 +106,27 @@ class HDF5Dataset(EpisodeDataset):
             )
         except (OSError, RuntimeError, KeyError) as error:  # what h5py raises for damaged parts of a file
             raise DamagedDataError(f"{source}: cannot be read: {error}") from error
+
+    def content_files(self) -> dict[str, Path]:
+        return self.files
+
+    def content_digest(self, path: Path) -> str:
+        """Of everything but images, which fill most of a file."""
+        digest = hashlib.sha256()
+
+        def add(name: str, item: h5py.Group | h5py.Dataset) -> None:
+            digest.update(repr((name, sorted((key, str(value)) for key, value in item.attrs.items()))).encode())
+            if isinstance(item, h5py.Dataset) and item.ndim < 4:
+                values = np.asarray(item[()])
+                raw = repr(values.tolist()).encode() if values.dtype == object else values.tobytes()
+                digest.update(repr((values.dtype.str, values.shape)).encode() + raw)
+
+        content = open_file(path)
+        for room in ("data", "mask"):
+            if room in content:
+                add(room, content[room])
+                content[room].visititems(add)
+        return digest.hexdigest()
 
     def _expected_dim(self) -> int | None:
         """Dimensions of the actions of the first demonstration, which all others must share."""

@@ -52,6 +52,7 @@ class LeRobotDataset(EpisodeDataset):
         if not version.startswith(("v2.", "v3.")):
             raise ValueError(f"{info_file}: codebase_version {version!r} is not read, only v2.x and v3.x")
         self.features: dict[str, dict] = self.info["features"]
+        self.splits = sorted(self.info.get("splits") or ["train"])
         if version.startswith("v3."):
             self._episodes, self._tasks = _read_tables(self.folder)
         else:
@@ -79,6 +80,12 @@ class LeRobotDataset(EpisodeDataset):
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def content_files(self) -> dict[str, Path]:
+        tables = [path for room in ("meta", "data") for path in (self.folder / room).rglob("*")]
+        kinds = (".parquet", ".jsonl")
+        found = [path for path in tables if path.suffix in kinds and path.name != "episodes_stats.jsonl"]
+        return {path.relative_to(self.folder).as_posix(): path for path in [self.folder / "meta/info.json", *found]}
 
     def _load(self, index: int) -> Episode:
         row = self._episodes.slice(self._rows[index], 1).to_pylist()[0]

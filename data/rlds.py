@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError
 
 from .dataset import Cameras, EpisodeDataset, Keys, OnError, key_list, name_cameras
 from .episode import DamagedDataError, Episode, make_episode, order_cameras
-from .tfrecord import read_record, scan
+from .tfrecord import read_record, record_checksums, scan
 
 
 LANGUAGE_NAMES = ("language_instruction", "natural_language_instruction", "instruction")
@@ -70,7 +70,7 @@ class RLDSDataset(EpisodeDataset):
             raise ValueError(f"{folder} holds {builder.info.file_format.value} files, expected tfrecord")
         if "steps" not in self.features:
             raise ValueError(f"{folder} is no RLDS data set: its features are {sorted(self.features)}, without 'steps'")
-        known = sorted(builder.info.splits)
+        self.splits = known = sorted(builder.info.splits)
         try:
             parts = builder.info.splits[split].file_instructions
         except (KeyError, ValueError, AssertionError) as error:
@@ -96,6 +96,13 @@ class RLDSDataset(EpisodeDataset):
 
     def runs(self) -> list[range]:
         return [range(end - count, end) for end, (_, _, count) in zip(self.ends, self.parts)]
+
+    def content_files(self) -> dict[str, Path]:
+        about = [self.folder / name for name in ("dataset_info.json", "features.json")]
+        return {path.name: path for path in (*about, *self.records_in_file)}
+
+    def content_digest(self, path: Path) -> str:
+        return record_checksums(path) if path in self.records_in_file else super().content_digest(path)
 
     def trajectory(self, index: int) -> Trajectory:
         """Episode `index` as stored: a nested dict of arrays with a leading time axis. Strings are object arrays of
