@@ -1,7 +1,8 @@
 """What is left out of training, each filter counting what it removed. A reader itself drops nothing."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -35,46 +36,29 @@ def keep_nonzero(episode: Episode) -> np.ndarray:
     return (episode.actions[:, :-1] != 0).any(axis=1)
 
 
-def keep_below(max_action: float) -> StepFilter:
-    """Nothing of an episode in which any value of any action exceeds `max_action` in magnitude."""
-
-    def keep(episode: Episode) -> np.ndarray:
-        return np.full(len(episode), bool((np.abs(episode.actions) <= max_action).all()))
-
-    return keep
+# The filters that act on actions as recorded, before statistics, by the names that a user types.
+RAW_FILTERS: dict[str, StepFilter] = {"no-ops": keep_moving, "zero-actions": keep_nonzero}
 
 
-class Filtered:
-    """Episodes after filters, in order, and `removed`: what each filter took away, as steps and whole episodes."""
+def apply_filters(episode: Episode, filters: Mapping[str, StepFilter], removed: Mapping[str, Counter]) -> Episode:
+    """What the filters, one after the other, leave of an episode, perhaps no step; `removed` counts the rest."""
+    for name, keep_steps in filters.items():
+        keep = keep_steps(episode)
+        removed[name]["steps"] += int((~keep).sum())
+        if not keep.all():
+            episode = select_steps(episode, np.flatnonzero(keep))
+        if not len(episode):
+            removed[name]["episodes"] += 1
+            break
+    return episode
 
-    def __init__(self, episodes: Iterable[Episode], filters: dict[str, StepFilter]):
-        self.episodes, self.filters = episodes, filters
-        self.removed: dict[str, Counter] = {name: Counter() for name in filters}
 
-    def __iter__(self) -> Iterator[Episode]:
-        self.removed = {name: Counter() for name in self.filters}
-        for episode in self.episodes:
-            kept = self._apply(episode)
-            if kept is not None:
-                yield kept
-
-    def _apply(self, episode: Episode) -> Episode | None:
-        for name, keep_steps in self.filters.items():
-            keep = keep_steps(episode)
-            self.removed[name]["steps"] += int((~keep).sum())
-            if not keep.any():
-                self.removed[name]["episodes"] += 1
-                return None
-            if not keep.all():
-                episode = select_steps(episode, np.flatnonzero(keep))
-        return episode
-
-    def report(self) -> str:
-        """One line for each filter, once the episodes have been read."""
-        return "\n".join(
-            f"{name}: removed {counts['steps']} steps, of these {counts['episodes']} whole episodes"
-            for name, counts in self.removed.items()
-        )
+def removal_report(removed: Mapping[str, Mapping[str, int]]) -> str:
+    """One line for each filter."""
+    return "\n".join(
+        f"{name}: removed {counts.get('steps', 0)} steps, of these {counts.get('episodes', 0)} whole episodes"
+        for name, counts in removed.items()
+    )
 
 
 class SelectedFrames(Frames):
@@ -89,8 +73,11 @@ class SelectedFrames(Frames):
     def _decode(self, step: int) -> np.ndarray:
         return self.frames[int(self.steps[step])]
 
-    def _select(self, steps: slice) -> "SelectedFrames":
-        return SelectedFrames(self.frames, self.steps[steps])
+    def _select(self, steps: slice) -> Any:
+        chosen = self.steps[steps]
+        if len(chosen) == 1:  # one frame is to hold its own image, not those of the whole episode
+            return self.frames[int(chosen[0]) : int(chosen[0]) + 1]
+        return SelectedFrames(self.frames, chosen)
 
 
 def select_steps(episode: Episode, steps: np.ndarray) -> Episode:

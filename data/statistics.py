@@ -17,9 +17,20 @@ def describe(values: np.ndarray) -> dict[str, list[float]]:
         "std": values.std(0).tolist(),
         "max": values.max(0).tolist(),
         "min": values.min(0).tolist(),
-        "q01": np.quantile(values, 0.01, axis=0).tolist(),
-        "q99": np.quantile(values, 0.99, axis=0).tolist(),
+        "q01": quantile(values, 0.01).tolist(),
+        "q99": quantile(values, 0.99).tolist(),
     }
+
+
+def quantile(values: np.ndarray, q: float) -> np.ndarray:
+    """(A,) float64: `np.quantile(values, q, axis=0)` of (N, A) rows as numpy 1.26 computed it for the original, to the
+    last digit: neighbours are subtracted as float32 and weighted as float64, where numpy 2 rounds all to float32."""
+    place = q * (len(values) - 1)
+    below = int(place)
+    above, weight = min(below + 1, len(values) - 1), np.float64(place - below)
+    ordered = np.partition(values, (below, above), axis=0)
+    low, step = ordered[below], (ordered[above] - ordered[below]).astype(np.float64)
+    return ordered[above] - step * (1 - weight) if weight >= 0.5 else low + step * weight
 
 
 def default_mask(actions: np.ndarray) -> list[bool]:
