@@ -11,19 +11,24 @@ from .oxe_catalog import load_oxe_mixtures
 
 
 def load_mixture(specification: str | Path) -> dict[str, float]:
-    """`{dataset: weight}` of a mixture.
+    """`{dataset: weight}` of a mixture; see `load_entries`, whose errors it shares."""
+    return {name: entry["weight"] for name, entry in load_entries(specification).items()}
+
+
+def load_entries(specification: str | Path) -> dict[str, dict[str, Any]]:
+    """`{dataset: {"weight": ..., further options}}` of a mixture.
 
     Args:
         specification: Name of an Open-X mixture (`"oxe_magic_soup_plus"`), or `"bridge_orig:1.0,kuka:0.5"` (a weight
-            left out is 1), or a YAML file of `dataset: weight`.
+            left out is 1), or a YAML file of `dataset: weight` or `dataset: {weight: 0.5, path: ..., ...}`.
 
     Raises:
         ValueError: If it is none of these, names a dataset twice, or has a weight that is not above 0.
     """
     text, named = str(specification), load_oxe_mixtures()
     if text in named:
-        return dict(named[text])
-    if text.endswith((".yaml", ".yml")):
+        return {name: {"weight": weight} for name, weight in named[text].items()}
+    if is_mixture_file(text):
         import yaml
 
         if not Path(text).is_file():
@@ -40,8 +45,10 @@ def load_mixture(specification: str | Path) -> dict[str, float]:
             f"'{text}' is no mixture.{closest(text, named)} Give a name ({', '.join(sorted(named))}), "
             "'dataset:weight,dataset:weight', or a YAML file."
         )
-    mixture: dict[str, float] = {}
-    for name, weight in pairs:
+    mixture: dict[str, dict[str, Any]] = {}
+    for name, entry in pairs:
+        options = {str(key): value for key, value in entry.items()} if isinstance(entry, dict) else {"weight": entry}
+        weight = options.get("weight", 1)
         try:
             number = float(weight)
         except (TypeError, ValueError) as error:
@@ -52,8 +59,12 @@ def load_mixture(specification: str | Path) -> dict[str, float]:
             )
         if name in mixture:
             raise ValueError(f"'{name}' stands in the mixture twice.")
-        mixture[name] = number
+        mixture[name] = {**options, "weight": number}
     return mixture
+
+
+def is_mixture_file(specification: str | Path) -> bool:
+    return str(specification).endswith((".yaml", ".yml"))
 
 
 def mixture_probabilities(

@@ -186,5 +186,13 @@ def droid_moves(normalized_action: np.ndarray) -> np.ndarray:
     Returns:
         (...) bool: any of the six arm values more than 1e-5 from what zero motion is normalized to.
     """
-    standstill = 2 * -DROID_Q01 / (DROID_Q99 - DROID_Q01 + np.float32(1e-8)) - 1
-    return np.any(np.abs(normalized_action[..., :6] - standstill) > 1e-5, axis=-1)
+    return np.any(np.abs(normalized_action[..., :6] - _normalize_like_droid(np.zeros(6, np.float32))) > 1e-5, axis=-1)
+
+
+def droid_moves_raw(action: np.ndarray) -> np.ndarray:
+    """`droid_moves` of actions (..., 7) in the units of DROID, whatever statistics they will be normalized with."""
+    return droid_moves(_normalize_like_droid(action[..., :6]))
+
+
+def _normalize_like_droid(arm: np.ndarray) -> np.ndarray:
+    return 2 * (arm - DROID_Q01) / (DROID_Q99 - DROID_Q01 + np.float32(1e-8)) - 1

@@ -9,6 +9,26 @@ import numpy as np
 from .oxe_conversions import Trajectory, map_arrays
 
 
+def relabel_goals(trajectory: Trajectory, rng: np.random.Generator) -> Trajectory:
+    """Give every step a goal: the observation of a step drawn evenly from those after it (the last step: its own).
+
+    The goal's step is `task/goal_timestep` here. The original calls it `task/timestep`, where `chunk_act_obs` finds it
+    and ends the actions at a step that was drawn at random.
+
+    Args:
+        trajectory: `observation` (a nested dict), optionally `task`.
+
+    Returns:
+        The trajectory with `task` extended by the goal's observation and `goal_timestep` (T,) int32.
+    """
+    observation = {key: value for key, value in trajectory["observation"].items() if key != "timestep"}
+    last = len(trajectory["action"]) - 1
+    step = np.arange(last + 1)
+    goal = rng.integers(np.minimum(step + 1, last), last, endpoint=True, dtype=np.int32)
+    seen = map_arrays(lambda array: array[goal], observation)
+    return {**trajectory, "task": {**trajectory.get("task", {}), **seen, "goal_timestep": goal}}
+
+
 def chunk_act_obs(trajectory: Trajectory, window_size: int, future_action_window_size: int = 0) -> Trajectory:
     """Give every step the observations of its recent past, and these and coming actions.
 

@@ -1,0 +1,84 @@
+"""Episodes in the convention of the model, before anything is known about the whole dataset: gripper, raw filters."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from ..configuration_openvla import check_choice
+from .dataset import EpisodeDataset
+from .episode import Episode
+from .filters import RAW_FILTERS, apply_filters
+
+
+# Convention -> values of an open and a closed gripper, the last dimension of an action. The model's is the first.
+GRIPPERS: dict[str, tuple[float, float]] = {
+    "open-is-1": (1.0, 0.0),
+    "open-is-0": (0.0, 1.0),
+    "open-is-minus-1": (-1.0, 1.0),  # LIBERO and robomimic as recorded
+    "open-is-plus-1": (1.0, -1.0),
+}
+TOLERANCE = 0.1  # recorded positions overshoot a little
+
+
+def open_is_1(gripper: np.ndarray, convention: str, source: str) -> np.ndarray:
+    """Gripper values in the model's convention, 1 = open and 0 = closed.
+
+    Args:
+        gripper: (T,) in `convention`, one of `GRIPPERS`. "open-is-1" leaves them as they are.
+
+    Raises:
+        ValueError: If values lie outside the range of the convention, so that it cannot be the right one.
+    """
+    if convention == "open-is-1":
+        return gripper
+    opened, closed = GRIPPERS[convention]
+    low, high = min(opened, closed), max(opened, closed)
+    if gripper.min() < low - TOLERANCE or gripper.max() > high + TOLERANCE:
+        raise ValueError(
+            f"{source}: the gripper goes from {gripper.min():.3g} to {gripper.max():.3g}, which is not "
+            f"'{convention}' ({low:g} to {high:g}). Conventions: {', '.join(GRIPPERS)}."
+        )
+    return np.clip((gripper - closed) / (opened - closed), 0, 1).astype(gripper.dtype)
+
+
+class PreparedDataset(EpisodeDataset):
+    """Episodes of another dataset under a name, the gripper in the model's convention, raw filters applied.
+
+    An episode of which the filters leave nothing has no steps; iteration leaves it out. `removed` counts what was read.
+    """
+
+    def __init__(
+        self, dataset: EpisodeDataset, name: str, gripper: str = "open-is-1", filters: Sequence[str] = ()
+    ) -> None:
+        check_choice("gripper", gripper, GRIPPERS)
+        for given in filters:
+            check_choice("filter", given, RAW_FILTERS)
+        super().__init__(name, dataset.on_error)
+        self.dataset, self.gripper = dataset, gripper
+        self.filters = {given: RAW_FILTERS[given] for given in filters}
+        self.removed: dict[str, Counter] = {given: Counter() for given in filters}
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def runs(self) -> list[range]:
+        return self.dataset.runs()
+
+    def content_files(self) -> dict[str, Path] | None:
+        return self.dataset.content_files()
+
+    def content_digest(self, path: Path) -> str:
+        return self.dataset.content_digest(path)
+
+    def _load(self, index: int) -> Episode:
+        episode = self.dataset._load(index)
+        actions = episode.actions.copy()
+        actions[:, -1] = open_is_1(actions[:, -1], self.gripper, episode.source or f"{self.name}, episode {index}")
+        episode = replace(episode, actions=actions, dataset_name=self.name)
+        return apply_filters(episode, self.filters, self.removed)
+
+    def read(self, indices: Iterable[int]) -> Iterator[Episode]:
+        return (episode for episode in super().read(indices) if len(episode))

@@ -1,0 +1,205 @@
+"""A dataset on disk or in memory, opened split by split: which episodes train, which are held out."""
+
+import os
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..configuration_openvla import check_choice
+from .dataset import EpisodeDataset, OnError, PartOfDataset, name_cameras
+from .open import open_dataset, recognise
+from .oxe import STANDARDIZE
+from .oxe_catalog import OXEDataset, load_oxe_datasets
+from .oxe_conversions import Trajectory
+from .oxe_recipes import Recipe
+from .prepare import PreparedDataset
+
+
+READER_OPTIONS = ("action_key", "state_key", "language_key", "cameras", "rotate_images")
+VALIDATION_SPLITS = ("val", "valid", "validation")
+ENOUGH_EPISODES = 5  # to hold one out
+
+
+class UntrainableError(ValueError):
+    """A dataset that the model cannot be trained on as it is: a mixture goes on without it."""
+
+
+@dataclass(frozen=True)
+class Standardization:
+    """What `STANDARDIZE` and the layout of a dataset say about reading it."""
+
+    name: str
+    recipe: Recipe
+    layout: OXEDataset | None
+    absolute: np.ndarray | None = field(repr=False)  # (A,) bool: dimensions that are not scaled
+
+    def __call__(self, trajectory: Trajectory) -> Trajectory:
+        standard = self.recipe(trajectory)
+        if self.recipe.swapped_views is None:
+            return standard
+        # Whether an episode's two views change places hangs on its actions: the same in every pass and process.
+        seed = zlib.crc32(np.ascontiguousarray(standard["action"]).tobytes())
+        return self.recipe(trajectory, np.random.default_rng(seed))
+
+
+@dataclass
+class Recording:
+    """Datasets of one recording, prepared, and what else is known about it."""
+
+    name: str
+    train: PreparedDataset
+    held_out: PreparedDataset | None
+    everything: tuple[PreparedDataset, ...]  # all episodes that statistics are of, without images
+    camera: str | None
+    standardize: str | None
+    absolute: list[bool] | None
+    options: dict[str, Any]  # everything that decides actions, states and instructions beside the files
+
+
+def open_recording(
+    location: str | os.PathLike | Any,
+    *,
+    format: str | None,
+    split: str,
+    held_out: float,
+    filters: list[str],
+    camera: str | None,
+    name: str | None,
+    gripper: str,
+    standardize: str | None,
+    on_error: OnError,
+    reader: Mapping[str, Any],
+) -> Recording:
+    """See `sources.open_source`."""
+    if not 0 <= held_out < 1:
+        raise ValueError(f"held_out={held_out}: expected a part of the episodes, from 0 to below 1.")
+    for key in reader:
+        check_choice("option", key, READER_OPTIONS)
+    standard: Standardization | None = None
+    if isinstance(location, str | os.PathLike):
+        path = Path(location).expanduser()
+        if not path.exists():
+            raise FileNotFoundError(f"{path.absolute()} does not exist: expected a folder or file of demonstrations.")
+        format = format or recognise(path)
+        if "rotate_images" in reader and format != "hdf5":
+            raise ValueError(f"rotate_images is an option of HDF5 files; {path} is {format}.")
+        plain = open_dataset(path, format, split, on_error=on_error)
+        standard = _standardization(_folder_name(path), plain.name, format, standardize)
+        name = name or (standard.name if standard and standardize == "auto" else plain.name)
+        options = {"on_error": on_error, **reader}
+        if standard:
+            camera, preset = _layout_options(standard, camera, name)
+            options = {**preset, **options, "standardize": standard}
+
+        def opened(split: str, **more: Any) -> EpisodeDataset:
+            return open_dataset(path, format, split, **{**options, **more})
+    else:
+        if reader or standardize not in ("auto", "none", None):
+            given = sorted(reader) or f"standardize={standardize!r}"
+            raise ValueError(f"{given}: an object in Python gives episodes as they are to be trained on, by itself.")
+        plain = open_dataset(location, on_error=on_error) if not isinstance(location, EpisodeDataset) else location
+        name = name or plain.name
+
+        def opened(split: str, **more: Any) -> EpisodeDataset:
+            return plain
+
+    if standard and gripper != "open-is-1":
+        raise ValueError(
+            f"'{name}' is standardized as '{standard.name}', after which its gripper is 1 = open already: leave "
+            f"gripper='{gripper}' out, or give standardize='none'."
+        )
+
+    def prepared(dataset: EpisodeDataset) -> PreparedDataset:
+        return PreparedDataset(dataset, str(name), gripper, filters)
+
+    validation = next((known for known in VALIDATION_SPLITS if known in plain.splits), None)
+    if split.partition("[")[0] != "train" or "+" in split:
+        validation = None  # what was asked for may hold these episodes itself
+    train, kept_back = opened(split) if standard or reader else plain, None
+    if validation:
+        kept_back = opened(validation) if held_out else None
+    elif boundary := split_boundary(len(train), held_out):
+        kept_back = PartOfDataset(train, range(boundary, len(train)))
+        train = PartOfDataset(train, range(boundary))
+    everything = [opened("all" if split == "train" else split, cameras=[])]
+    if validation and split != "train":
+        everything.append(opened(validation, cameras=[]))
+    return Recording(
+        name=name,
+        train=prepared(train),
+        held_out=prepared(kept_back) if kept_back else None,
+        everything=tuple(prepared(dataset) for dataset in everything),
+        camera=camera,
+        standardize=standard.name if standard else None,
+        absolute=standard.absolute.tolist() if standard and standard.absolute is not None else None,
+        options={
+            **{key: value for key, value in reader.items() if key not in ("cameras", "rotate_images")},
+            "split": [split, validation],
+            "standardize": standard.name if standard else None,
+            "gripper": gripper,
+            "filters": filters,
+            "on_error": on_error,
+        },
+    )
+
+
+def split_boundary(episodes: int, held_out: float) -> int | None:
+    """Where the episodes to train on end: at 95% for a `held_out` of 0.05, rounded as tensorflow_datasets does (half to
+    even). None where nothing is held out.
+
+    Where that would hold out none of 5 episodes or more, the last one is; never all of them.
+    """
+    if held_out == 0:
+        return None
+    boundary = max(round(episodes * round(100 * (1 - held_out), 6) / 100), 1)
+    if boundary >= episodes:
+        return episodes - 1 if episodes >= ENOUGH_EPISODES else None
+    return boundary
+
+
+def _folder_name(path: Path) -> str:
+    """The name of a dataset's folder, whose versions are folders within."""
+    path = path.resolve()
+    return path.parent.name if path.name.replace(".", "").isdigit() else path.name
+
+
+def _standardization(folder: str, recorded: str, format: str, standardize: str | None) -> Standardization | None:
+    if standardize in (None, "none"):
+        return None
+    if standardize == "auto":
+        # The folder first: Bridge comes as "bridge_dataset" and is renamed by its users.
+        known = [name for name in (folder, recorded) if name in STANDARDIZE]
+        if format != "rlds" or not known:
+            return None
+        standardize = known[0]
+    elif format != "rlds":
+        raise ValueError(f"standardize='{standardize}' is of an RLDS dataset; '{folder}' is {format}: leave it out.")
+    recipe = STANDARDIZE[str(standardize)]
+    layouts = load_oxe_datasets()
+    layout = layouts[str(standardize)] if standardize in layouts else None
+    try:
+        absolute = layout.absolute_action_mask if layout else None
+    except ValueError as error:
+        raise UntrainableError(f"'{standardize}': {error} standardize='none' reads it as recorded.") from error
+    return Standardization(str(standardize), recipe, layout, absolute)
+
+
+def _layout_options(standard: Standardization, camera: str | None, name: str) -> tuple[str | None, dict[str, Any]]:
+    """The camera, and the reader's options, that a layout asks for."""
+    if standard.layout is None:
+        return camera, {}
+    preset: dict[str, Any] = {"state_key": standard.layout.state_obs_keys}
+    views = standard.layout.image_obs_keys
+    if camera is not None and camera not in views:
+        return camera, preset
+    key = views[camera or "primary"]
+    if key is None:
+        there = [view for view, field_name in views.items() if field_name]
+        raise UntrainableError(
+            f"'{name}' has no {camera or 'primary'} view, only {' and '.join(there)}: give camera='{there[0]}'."
+        )
+    return next(iter(name_cameras([key]))), {**preset, "cameras": [key]}

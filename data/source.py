@@ -1,0 +1,120 @@
+"""One dataset as training sees it: episodes with what makes frames of them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ..action_tokenizer import normalize_actions
+from .dataset import EpisodeDataset
+from .episode import Episode
+from .filters import keep_labeled, removal_report
+from .oxe_conversions import droid_moves_raw
+from .samples import main_camera
+from .survey import Survey, largest_normalized, proprio_statistics
+from .trajectory import chunk_act_obs
+
+
+@dataclass
+class Source:
+    """One dataset as training sees it."""
+
+    name: str  # the unnorm_key
+    dataset: EpisodeDataset  # to train on: standardized, raw filters applied, actions in units of the dataset
+    held_out: EpisodeDataset | None  # kept back for evaluation during training; None where there are too few
+    statistics: dict[str, Any]  # of all episodes, also held out and unlabeled ones, before normalization
+    survey: Survey
+    everything: tuple[EpisodeDataset, ...]  # what the statistics are of, without images
+    weight: float = 1.0
+    camera: str | None = None  # None: `main_camera` decides
+    standardize: str | None = None  # name of the standardization
+    keep_unlabeled: bool = False
+    max_action: float | None = None
+    max_proprio: float | None = None
+
+    @property
+    def num_episodes(self) -> int:
+        """Episodes of all splits, after raw filters."""
+        return len(self.survey.steps)
+
+    @property
+    def num_transitions(self) -> int:
+        """Their steps: the size that the weight of a mixture is multiplied with."""
+        return sum(self.survey.steps)
+
+    @property
+    def num_frames(self) -> int:
+        """Steps that all filters leave, those of held-out episodes included."""
+        gone = sum(counts["steps"] for name, counts in self.removed.items() if name not in self.survey.removed)
+        return self.num_transitions - gone
+
+    @property
+    def removed(self) -> dict[str, dict[str, int]]:
+        """{filter: {"steps", "episodes"}} that each took away, in their order, over all splits."""
+        survey, counts = self.survey, dict(self.survey.removed)
+        steps, left = np.array(survey.steps), np.ones(len(survey.steps), dtype=bool)
+        filters: dict[str, Any] = {}
+        if not self.keep_unlabeled:
+            filters["unlabeled"] = ~np.array(survey.labeled)
+        if self.max_action is not None:
+            filters["max_action"] = np.array(survey.largest_action) > self.max_action
+        if self.max_proprio is not None:
+            filters["max_proprio"] = np.array(survey.largest_proprio) > self.max_proprio
+        for name, drops in filters.items():
+            gone = drops & left
+            counts[name] = {"steps": int(steps[gone].sum()), "episodes": int(gone.sum())}
+            left &= ~gone
+        if self.standardize == "droid":
+            moving = np.array(survey.moving)[left]
+            counts["standstill"] = {"steps": int((steps[left] - moving).sum()), "episodes": int((moving == 0).sum())}
+        return counts
+
+    def report(self) -> str:
+        """How many episodes there are, and what each filter took away."""
+        kept_back = len(self.held_out) if self.held_out is not None else 0
+        head = (
+            f"{self.name}: {self.num_episodes} episodes, {self.num_transitions} steps; "
+            f"{len(self.dataset)} episodes to train on, {kept_back} held out"
+        )
+        return "\n  ".join([head, *removal_report(self.removed).splitlines()])
+
+    def frames(self, episode: Episode, action_chunk: int = 1) -> Iterator[Episode]:
+        """The training frames of an episode of `dataset` or `held_out`; none where a filter drops it.
+
+        Each has one image, still encoded, of the camera that the model looks through, `actions` (action_chunk, A)
+        normalized to [-1, 1], and `state` (1, S) normalized where its statistics are known (None elsewhere). Past the
+        end of the episode absolute dimensions (the gripper) repeat, relative ones stand for no motion.
+
+        Raises:
+            ValueError: If `action_chunk` is below 1, or the episode lacks the camera.
+        """
+        stats = self.statistics["action"]
+        if self._drops(episode):
+            return
+        camera = main_camera(episode, self.camera)
+        absolute = ~np.array(stats.get("mask") or [True] * episode.actions.shape[1])
+        absolute[-1] |= len(absolute) > 1
+        trajectory = {"action": episode.actions, "observation": {}, "absolute_action_mask": absolute}
+        chunks = chunk_act_obs(trajectory, 1, action_chunk - 1)["action"]
+        chunks = normalize_actions(chunks, stats).astype(np.float32)
+        proprio = proprio_statistics(self.statistics, episode.state)
+        state = None
+        if proprio is not None and episode.state is not None:
+            state = normalize_actions(episode.state, proprio).astype(np.float32)
+        moves = droid_moves_raw(episode.actions) if self.standardize == "droid" else np.ones(len(episode), dtype=bool)
+        seen = replace(episode, images={camera: episode.images[camera]}, state=state)
+        for step in np.flatnonzero(moves):
+            yield replace(seen[step : step + 1], actions=chunks[step].copy())
+
+    def _drops(self, episode: Episode) -> bool:
+        """Whether a filter of whole episodes drops this one."""
+        if not len(episode) or not (self.keep_unlabeled or keep_labeled(episode).any()):
+            return True
+        if self.max_action is not None:
+            if largest_normalized(episode.actions, self.statistics["action"]) > self.max_action:
+                return True
+        proprio = proprio_statistics(self.statistics, episode.state) if self.max_proprio is not None else None
+        if proprio is None or episode.state is None:
+            return False
+        return largest_normalized(episode.state, proprio) > (self.max_proprio or 0.0)

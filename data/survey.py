@@ -1,0 +1,205 @@
+"""One pass over all episodes of a dataset, without its images, kept for the next start: statistics, what filters find.
+
+The result is stored by content: under a digest of the files that matter and of every option that changes an action. A
+copy of the dataset elsewhere finds it, a dataset with one other action does not.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .dataset import EpisodeDataset
+from .episode import Episode
+from .filters import keep_labeled
+from .oxe_conversions import droid_moves_raw
+from .prepare import PreparedDataset
+from .statistics import collect, compute_statistics
+
+
+VERSION = 1  # of what is stored: to be raised with every change that makes other numbers of the same files
+CLOCK_GRAIN = 2.0  # seconds; within them a file may change again without a new time stamp
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a pass found. Lists have one entry for each episode that the raw filters left steps of."""
+
+    statistics: dict[str, Any]
+    removed: dict[str, dict[str, int]]  # {raw filter: {"steps", "episodes"}}
+    steps: list[int]
+    labeled: list[bool]  # has an instruction at some step
+    largest_action: list[float]  # magnitude after normalization, before it is clipped
+    largest_proprio: list[float]
+    moving: list[int]  # steps that the frame filter of DROID keeps; without it all
+
+
+def take_survey(
+    datasets: Sequence[PreparedDataset],
+    mask: Sequence[bool] | None = None,
+    absolute: Sequence[bool] | None = None,
+    given: Mapping[str, Any] | None = None,
+    droid: bool = False,
+    progress: bool = False,
+) -> Survey:
+    """Read every episode of `datasets`, which together are one.
+
+    Args:
+        mask: (A,) which dimensions are scaled. Default: all but those that `absolute` names, where it does, or but a
+            gripper in [0, 1]; dimensions that never change are scaled in any case.
+        given: Statistics to normalize with instead of the dataset's own.
+        droid: Whether the frame filter of DROID applies.
+    """
+    labeled: list[bool] = []
+
+    def noted(episodes: Iterable[Episode]) -> Iterator[Episode]:
+        for episode in episodes:
+            labeled.append(bool(keep_labeled(episode).any()))
+            yield episode
+
+    try:
+        actions, states = collect(noted(chain.from_iterable(datasets)), progress)
+    except ValueError as error:
+        taken = {name for dataset in datasets for name, counts in dataset.removed.items() if counts["episodes"]}
+        if not labeled and taken:
+            raise ValueError(f"{datasets[0].name}: no step is left after the filters {sorted(taken)}.") from error
+        raise
+    if mask is None and absolute is not None:
+        low, high = (bound([bound(part, axis=0) for part in actions], axis=0) for bound in (np.min, np.max))
+        mask = [not kept or bool(low[dim] == high[dim]) for dim, kept in enumerate(absolute)]
+    statistics = compute_statistics(actions, states, mask)
+    units, dims = given or statistics, actions[0].shape[1]
+    if len(units["action"]["q01"]) != dims:
+        known = len(units["action"]["q01"])
+        raise ValueError(f"{datasets[0].name}: actions have {dims} dimensions, the statistics given {known}.")
+    proprio = proprio_statistics(units, states[0] if states else None)
+    removed: dict[str, dict[str, int]] = {}
+    for dataset in datasets:
+        for name, counts in dataset.removed.items():
+            before = removed.get(name, {})
+            removed[name] = {what: before.get(what, 0) + counts[what] for what in ("steps", "episodes")}
+    return Survey(
+        statistics=statistics,
+        removed=removed,
+        steps=[len(part) for part in actions],
+        labeled=labeled,
+        largest_action=[largest_normalized(part, units["action"]) for part in actions],
+        largest_proprio=[largest_normalized(part, proprio) for part in states or ()]
+        if proprio
+        else [0.0] * len(actions),
+        moving=[int(droid_moves_raw(part).sum()) if droid else len(part) for part in actions],
+    )
+
+
+def proprio_statistics(statistics: Mapping[str, Any], state: np.ndarray | None) -> Mapping[str, Any] | None:
+    """The statistics of states (T, S), where there are some that fit them."""
+    proprio = statistics.get("proprio")
+    if state is None or not isinstance(proprio, Mapping) or not {"q01", "q99"} <= proprio.keys():
+        return None
+    return proprio if len(proprio["q01"]) == state.shape[1] else None
+
+
+def largest_normalized(values: np.ndarray, stats: Mapping[str, Any]) -> float:
+    """Largest magnitude of (T, D) values normalized by q01 and q99, as `normalize_actions` does but for the clipping,
+    after which nothing could exceed a limit of 1."""
+    values = values.astype(np.float64)
+    low, high = np.asarray(stats["q01"]), np.asarray(stats["q99"])
+    scaled = np.where(stats.get("mask") or [True] * len(low), 2 * (values - low) / (high - low + 1e-8) - 1, values)
+    if "min" in stats and "max" in stats:
+        scaled = np.where(np.asarray(stats["min"]) == np.asarray(stats["max"]), 0.0, scaled)
+    return float(np.abs(scaled).max())
+
+
+# The cache ------------------------------------------------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    """`OPENVLA_CACHE`, or `openvla` in the user's cache folder."""
+    if folder := os.environ.get("OPENVLA_CACHE"):
+        return Path(folder).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "openvla"
+
+
+def content_key(datasets: Sequence[EpisodeDataset], options: Mapping[str, Any]) -> str | None:
+    """Digest of the files that decide actions, states and instructions, and of `options`; None where the files are
+    not known or cannot be read. Digests of single files are kept, and hold while size and time stamp stay."""
+    files: dict[str, tuple[Path, EpisodeDataset]] = {}
+    for dataset in datasets:
+        found = dataset.content_files()
+        if not found:
+            return None
+        files |= {name: (path, dataset) for name, path in found.items()}
+    memory = (
+        cache_folder() / f"files-{_digest(os.path.commonpath([path.absolute() for path, _ in files.values()]))}.json"
+    )
+    known, digests, stamps = _read(memory) or {}, {}, {}
+    try:
+        for name, (path, dataset) in sorted(files.items()):
+            status = path.stat()
+            stamp = [status.st_size, status.st_mtime_ns, VERSION]
+            remembered = known.get(name)
+            if isinstance(remembered, list) and remembered[:-1] == stamp:
+                digests[name] = remembered[-1]
+            else:
+                digests[name] = dataset.content_digest(path)
+            if time.time() - status.st_mtime > CLOCK_GRAIN:
+                stamps[name] = [*stamp, digests[name]]
+    except OSError:  # a file is missing or damaged: whoever reads it says so
+        return None
+    if stamps != known:
+        _write(memory, {**known, **stamps})
+    return _digest({"version": VERSION, "files": digests, **options})
+
+
+def load_survey(key: str) -> Survey | None:
+    """What an earlier pass found, or None where there was none or it cannot be read."""
+    stored = _read(cache_folder() / f"survey-{key}.json")
+    return Survey(**stored) if stored and stored.keys() == {field.name for field in fields(Survey)} else None
+
+
+def store_survey(key: str, survey: Survey) -> None:
+    """Keep what a pass found; a cache that cannot be written is a warning."""
+    _write(cache_folder() / f"survey-{key}.json", asdict(survey))
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """The content of a file that `_write` wrote and nothing changed since."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        return stored["content"] if stored["digest"] == _digest(stored["content"]) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """Whole or not at all, also beside other processes that write the same."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=".part", delete=False) as file:
+            try:
+                json.dump({"digest": _digest(content), "content": content}, file)
+                file.close()
+                os.replace(file.name, path)
+            except OSError:
+                os.unlink(file.name)
+                raise
+    except OSError as error:
+        warnings.warn(
+            f"{path.parent} cannot be written ({error}): statistics will be computed anew at the next start. "
+            "Set OPENVLA_CACHE to a folder of yours.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
