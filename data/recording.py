@@ -117,11 +117,11 @@ def open_recording(
         return PreparedDataset(dataset, str(name), gripper, filters)
 
     validation = next((known for known in VALIDATION_SPLITS if known in plain.splits), None)
-    if split.partition("[")[0] != "train" or "+" in split:
-        validation = None  # what was asked for may hold these episodes itself
+    if not held_out or split.partition("[")[0] != "train" or "+" in split:
+        validation = None  # not asked for, or what was asked for may hold these episodes itself
     train, kept_back = opened(split) if standard or reader else plain, None
     if validation:
-        kept_back = opened(validation) if held_out else None
+        kept_back = opened(validation)
     elif boundary := split_boundary(len(train), held_out):
         kept_back = PartOfDataset(train, range(boundary, len(train)))
         train = PartOfDataset(train, range(boundary))

@@ -213,6 +213,8 @@ def open_sources(
 
 
 def _open_mixture(text: str, root: Path | None, options: dict[str, Any]) -> list[Source]:
+    if options.get("name") is not None:
+        raise ValueError(f"name='{options['name']}' is for one dataset; the mixture '{text}' names its own.")
     beside = Path()
     if is_mixture_file(text):
         text = str(Path(text).expanduser())
@@ -244,6 +246,9 @@ def _open_mixture(text: str, root: Path | None, options: dict[str, Any]) -> list
         raise ValueError(f"'{text}' holds several datasets called {', '.join(twice)}: give each a name of its own.")
     if not sources:
         raise ValueError(f"'{text}' holds no dataset that can be trained on.")
+    dims = {source.name: len(source.statistics["action"]["q01"]) for source in sources}
+    if len(set(dims.values())) > 1:
+        raise ValueError(f"One model has one action space; the dimensions of actions in '{text}' are {dims}.")
     return sources
 
 

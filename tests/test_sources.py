@@ -230,6 +230,7 @@ def test_a_val_split_is_held_out_whole():
     assert (len(everything.dataset), len(everything.held_out)) == (10, 1)
     some = open_source(RLDS / "bridge_orig", split="train[:2]")
     assert (len(some.dataset), len(some.held_out), some.num_episodes) == (2, 3, 5)
+    assert open_source(RLDS / "bridge_orig", split="train[:2]", held_out=0).num_episodes == 2
 
 
 def test_validation_demonstrations_of_hdf5(tmp_path):
@@ -382,6 +383,22 @@ def test_gripper_mistakes():
         warnings.simplefilter("error")
         assert not open_source(Made(parts), gripper="open-is-plus-1").statistics["action"]["mask"][-1]
     assert open_is_1(np.float32([-1, 1]), "open-is-minus-1", "").dtype == np.float32
+
+
+def test_libero_as_recorded(tmp_path):
+    """-1 = open, no-ops, images upside down, as its HDF5 files are."""
+    actions = np.zeros((5, 7))
+    actions[:, 0], actions[:, -1] = [0.5, 0, 0.1, 0, 0.2], [-1, -1, 1, 1, -1]
+    pictures = np.zeros((5, 8, 8, 3), np.uint8)
+    pictures[:, 0] = np.arange(5)[:, None, None] + 1
+    with h5py.File(tmp_path / "open_the_lid_demo.hdf5", "w") as file:
+        for number in range(2):
+            file[f"data/demo_{number}/actions"], file[f"data/demo_{number}/obs/agentview_rgb"] = actions, pictures
+    source = open_source(tmp_path, gripper="open-is-minus-1", filters="no-ops", rotate_images=True)
+    assert source.removed["no-ops"] == {"steps": 4, "episodes": 0}
+    frames = list(source.frames(source.dataset[0]))
+    assert [frame.actions[0, -1] for frame in frames] == [1, 0, 1]
+    assert [frame.images["agentview_rgb"][0][-1, 0, 0] for frame in frames] == [1, 3, 5]
 
 
 # Filters --------------------------------------------------------------------------------------------------------------
@@ -735,6 +752,13 @@ def test_mistakes_of_users(tmp_path):
     (tmp_path / "mine.yaml").write_text(f"a: {{path: {DEMOS / 'hdf5'}, name: b}}\nb: {{path: {DEMOS / 'hdf5'}}}\n")
     with pytest.raises(ValueError, match="several datasets called b"):
         open_sources(tmp_path / "mine.yaml")
+    steps = {"action": tfds.features.Tensor(shape=(5,), dtype=np.float32), "language_instruction": tfds.features.Text()}
+    episode = [{"action": np.ones(5, np.float32), "language_instruction": "go"}]
+    write_rlds(tmp_path / "five" / "1.0.0", steps, [episode], shards=(1,))
+    with pytest.raises(ValueError, match="'five': 5, 'metaworld_demo': 7"):
+        open_sources(f"{tmp_path / 'five'}:1,{RLDS / 'metaworld_demo'}:1")
+    with pytest.raises(ValueError, match="name='x' is for one dataset"):
+        open_sources("bridge_rt_1", data_root=RLDS, name="x")
     with pytest.raises(ValueError, match="an object in Python"):
         open_sources(Made(moves(2)), action_key="act")
 
