@@ -1,16 +1,23 @@
 """The command line: one thin function per verb. What a verb needs is imported when it runs."""
 
+import inspect
 import json
+import os
+from collections.abc import Callable
+from dataclasses import MISSING, fields
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from .training.options import FinetuneOptions
+
 
 USER_ERRORS = (ValueError, KeyError, OSError)  # FileNotFoundError and a model that is not there are OSErrors
 EMBEDDED_POLICY = str(Path(__file__).parent)
+KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
 
 class Group(TyperGroup):
@@ -69,6 +76,33 @@ def torch_device(choice: Device) -> str:
     if choice is Device.cuda and not available:
         raise ValueError("--device cuda: torch finds no GPU it can use here; --device cpu works everywhere.")
     return choice.value if choice is not Device.auto else "cuda" if available else "cpu"
+
+
+def options_of(options: type, **defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a verb, whose first argument is a dataclass of options, one option for each field; their help texts are the
+    fields' metadata, so that they are written once. `defaults` are those of the command line alone."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        parameters = []
+        for item in fields(options):
+            default = defaults.get(item.name, item.default)
+            shown = "the policy that comes with the package" if default is EMBEDDED_POLICY else default is not None
+            kind: Any = item.type
+            annotation = Annotated[kind, typer.Option(help=item.metadata["help"], show_default=shown)]
+            default = inspect.Parameter.empty if default is MISSING else default
+            parameters.append(inspect.Parameter(item.name, KEYWORD, default=default, annotation=annotation))
+        parameters += list(inspect.signature(function).parameters.values())[1:]
+
+        def verb(**given: Any) -> None:
+            own = {item.name: given.pop(item.name) for item in fields(options)}
+            function(options(**own), **given)
+
+        verb.__name__, verb.__doc__ = function.__name__, function.__doc__
+        verb.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        verb.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return verb
+
+    return decorate
 
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace model files in OUT; other files stay.")]
@@ -154,73 +188,49 @@ def stats(
         typer.echo(f"wrote {output}")
 
 
-class Strategy(StrEnum):
-    full = "full"
-    last_layer = "last_layer"
-    frozen_vision = "frozen_vision"
-    sandwich = "sandwich"
-    lora = "lora"
-    qlora = "qlora"
-
-
 @app.command()
+@options_of(FinetuneOptions, model=EMBEDDED_POLICY)
 def finetune(
-    dataset: Annotated[str, typer.Option(help="Folder of demonstrations (RLDS, LeRobot, HDF5).")],
-    output: Annotated[str, typer.Option(help="Folder for the result.")],
-    model: Annotated[
-        str, typer.Option(help="Folder or Hub id to start from.", show_default="the policy that comes with the package")
-    ] = EMBEDDED_POLICY,
-    strategy: Annotated[Strategy, typer.Option(help="Which parameters learn (table 1 of the paper).")] = Strategy.lora,
-    steps: Annotated[int, typer.Option(help="Updates of the weights.")] = 1000,
-    batch_size: Annotated[int, typer.Option(help="Samples of one update on one device.")] = 16,
-    gradient_accumulation: Annotated[int, typer.Option(help="Batches of one update.")] = 1,
-    learning_rate: Annotated[
-        float | None, typer.Option(help="Constant.", show_default="5e-4 for lora and qlora, else 2e-5")
+    options: FinetuneOptions,
+    *,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint in OUTPUT, or begin where there is none.")
+    ] = False,
+    merge: Annotated[
+        Path | None, typer.Option(help="At the end add the adapter to its base (lora, qlora): folder to write.")
     ] = None,
-    rank: Annotated[int, typer.Option(help="Of lora and qlora.")] = 32,
-    image_aug: Annotated[bool, typer.Option(help="Random crop and colors.")] = True,
-    gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, slower.")] = False,
-    camera: Annotated[str | None, typer.Option(show_default="the first that is not on the wrist")] = None,
-    name: Annotated[str | None, typer.Option(help="unnorm_key of the result.", show_default="the dataset's")] = None,
-    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 500,
-    workers: Annotated[int, typer.Option(help="Processes that read data.")] = 0,
-    dtype: Annotated[Dtype, typer.Option(help="auto: as the weights are stored.")] = Dtype.auto,
-    seed: int = 0,
-    logging: Annotated[str, typer.Option(help="none, tensorboard or wandb.")] = "tensorboard",
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUTPUT.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan (samples, parameters, memory, warnings) and stop.")
+    ] = False,
 ) -> None:
     """Fine-tune on your own demonstrations.
 
-    Writes weights (an adapter for lora and qlora, see merge), processor and statistics to OUTPUT.
+    Writes weights (an adapter for lora and qlora, see merge), processor, statistics and model card to OUTPUT, and
+    checkpoints to OUTPUT/checkpoints. On several GPUs: torchrun --nproc-per-node 8 -m openvla.cli finetune ...
 
     \b
-    openvla finetune --model openvla/openvla-7b --dataset my_robot/ --output runs/my_robot
-    openvla merge runs/my_robot my-openvla
+    openvla finetune --model openvla/openvla-7b --dataset my_robot/ --output runs/my_robot --dry-run
+    openvla finetune --model openvla/openvla-7b --dataset my_robot/ --output runs/my_robot --merge my-openvla
+    openvla finetune --model openvla/openvla-7b --dataset bridge_orig:1.0,my_robot:2.0 --data-root /data \\
+        --output runs/mixture --strategy full
     """
-    from .training import FinetuneOptions
     from .training import finetune as run
+    from .training import merge_adapter, plan_run
 
-    options = FinetuneOptions(
-        model=model,
-        dataset=dataset,
-        output=output,
-        strategy=strategy.value,
-        steps=steps,
-        batch_size=batch_size,
-        gradient_accumulation=gradient_accumulation,
-        learning_rate=learning_rate,
-        rank=rank,
-        image_aug=image_aug,
-        gradient_checkpointing=gradient_checkpointing,
-        camera=camera,
-        name=name,
-        save_every=save_every,
-        workers=workers,
-        dtype=dtype.value,
-        seed=seed,
-        logging=logging,
-    )
-    typer.echo(f"wrote {run(options, resume=resume)}")
+    if merge is not None and options.strategy not in ("lora", "qlora"):
+        raise ValueError(f"--merge: strategy '{options.strategy}' has no adapter to merge.")
+    if dry_run:
+        typer.echo(plan_run(options))
+        return
+    output = run(options, resume=resume)
+    if int(os.environ.get("RANK", "0")) == 0:
+        typer.echo(f"wrote {output}")
+        if merge is not None:
+            report_merge(merge_adapter(output, merge), merge)
+
+
+def report_merge(difference: float, out: Path) -> None:
+    typer.echo(f"wrote {out}; largest difference of the logits, relative to the largest logit: {difference:.1e}")
 
 
 @app.command()
@@ -238,8 +248,7 @@ def merge(
     """
     from .training import merge_adapter
 
-    difference = merge_adapter(run, out, dtype=dtype.value)
-    typer.echo(f"wrote {out}; largest difference of the logits, relative to the largest logit: {difference:.1e}")
+    report_merge(merge_adapter(run, out, dtype=dtype.value), out)
 
 
 @app.command()

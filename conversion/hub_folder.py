@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig
 
 from ..configuration_openvla import OpenVLAConfig
+from ..model_card import model_card
 from ..modeling_openvla import OpenVLAForActionPrediction
 from ..processing_openvla import OpenVLAProcessor
-from .model_card import model_card
 
 
 # The flat files of the package: they import only each other and the HF stack, so they work from any Hub repository.

@@ -32,3 +32,9 @@ def tiny_model(tiny_checkpoint):
 @pytest.fixture(scope="session")
 def tiny_processor(tiny_checkpoint):
     return tiny_checkpoint.processor()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    """Statistics of datasets are cached: not where the user's are."""
+    os.environ["OPENVLA_CACHE"] = str(tmp_path_factory.mktemp("cache"))

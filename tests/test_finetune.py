@@ -1,11 +1,15 @@
-"""Fine-tuning end to end: every strategy, every format, resume, merge; on the embedded policy, a few steps each."""
+"""Fine-tuning end to end on the embedded policy, a few steps each: strategies, formats, resume, processes, warnings."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -13,7 +17,9 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 from openvla import OpenVLAForActionPrediction
-from openvla.training import STRATEGIES, FinetuneOptions, finetune, merge_adapter
+from openvla.data import open_dataset
+from openvla.training import STRATEGIES, FinetuneOptions, finetune, merge_adapter, plan_run
+from openvla.training import trainer as trainer_module
 
 
 pytest.importorskip("accelerate", reason="training needs the [train] extra")
@@ -21,104 +27,275 @@ pytest.importorskip("peft", reason="training needs the [train] extra")
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMOS = Path(__file__).parent / "fixtures" / "demos"
+FORMATS = {"lerobot": "lerobot_image", "rlds": "rlds/metaworld_demo", "hdf5": "hdf5"}
+SPLITS = {"rlds": "val"}  # the others have one split only
 IMAGE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
 
 
-def options(output: Path, dataset: Path = DEMOS / "lerobot_image", **changes) -> FinetuneOptions:
-    settings = {"steps": 3, "batch_size": 2, "rank": 4, "shuffle_buffer": 16, "name": "mine", **changes}
-    return FinetuneOptions(model=str(ROOT), dataset=str(dataset), output=str(output), **settings)
+def options(output: Path, dataset: Path | str = DEMOS / "lerobot_image", **changes) -> FinetuneOptions:
+    settings = {"steps": 3, "batch_size": 2, "rank": 4, "shuffle_buffer": 16, "name": "mine", "logging": "none"}
+    return FinetuneOptions(model=str(ROOT), dataset=str(dataset), output=str(output), **{**settings, **changes})
 
 
-@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if "lora" not in name])
-def test_strategies_that_change_the_weights(strategy, tmp_path):
-    finetune(options(tmp_path / "run", strategy=strategy))
-    model = AutoModel.from_pretrained(str(tmp_path / "run"))
-    assert set(model.norm_stats) == {"mine"}
-    assert model.predict_action(IMAGE, "open the drawer").shape == (7,)
-    before, after = load_file(ROOT / "model.safetensors"), load_file(tmp_path / "run" / "model.safetensors")
-    assert set(before) == set(after)
-    assert any(not torch.equal(before[name].float(), after[name].float()) for name in before)
+def log(output: Path, step: int | None = None) -> list[dict]:
+    """Entries of the log of a run, from its last checkpoint or that of `step`."""
+    folders = sorted((output / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    folder = folders[-1] if step is None else output / "checkpoints" / f"checkpoint-{step}"
+    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
 
 
-@pytest.mark.parametrize("strategy", ["lora", "qlora"])
-def test_adapters_and_their_merge(strategy, tmp_path):
+@pytest.fixture
+def six_episodes(tmp_path) -> Path:
+    """Short demonstrations, of which one is held out."""
+    rng = np.random.default_rng(0)
+    with h5py.File(tmp_path / "push_the_cup_demo.hdf5", "w") as file:
+        for number in range(6):
+            group = file.create_group(f"data/demo_{number}")
+            group["actions"] = np.column_stack([rng.uniform(-1, 1, (9, 6)), np.arange(9) < 5])
+            group["obs/agentview_rgb"] = rng.integers(0, 256, (9, 32, 32, 3), dtype=np.uint8)
+    return tmp_path / "push_the_cup_demo.hdf5"
+
+
+def losses(output: Path, key: str = "loss") -> dict[int, float]:
+    return {entry["step"]: entry[key] for entry in log(output) if key in entry}
+
+
+# Every strategy on every format
+
+
+@pytest.mark.parametrize("dataset", FORMATS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_strategies_on_formats(strategy, dataset, tmp_path):
     if strategy == "qlora":
         pytest.importorskip("bitsandbytes", reason="qlora needs the [quant] extra")
-    finetune(options(tmp_path / "run", strategy=strategy, dtype="float32"))
-    adapter = load_file(tmp_path / "run" / "adapter_model.safetensors")
-    assert all("lora_" in name for name in adapter)  # no whole embeddings beside them
-    assert merge_adapter(tmp_path / "run", tmp_path / "merged") < 1e-4
-    model = OpenVLAForActionPrediction.from_pretrained(tmp_path / "merged")
+    folder = tmp_path / "run"
+    split = SPLITS.get(dataset, "train")
+    finetune(options(folder, DEMOS / FORMATS[dataset], split=split, strategy=strategy, steps=2, dtype="float32"))
+    if strategy in ("lora", "qlora"):
+        adapter = load_file(folder / "adapter_model.safetensors")
+        assert all("lora_" in name for name in adapter)  # no whole embeddings beside them
+        assert any(tensor.any() for name, tensor in adapter.items() if "lora_B" in name)  # it has learned
+        assert merge_adapter(folder, tmp_path / "merged") < 1e-4
+        folder = tmp_path / "merged"
+    before, after = load_file(ROOT / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert {name: tensor.shape for name, tensor in before.items()} == {n: t.shape for n, t in after.items()}
+    assert any(not torch.equal(before[name].float(), after[name].float()) for name in before)
+    model = AutoModel.from_pretrained(str(folder))
     assert set(model.norm_stats) == {"mine"}
     assert model.predict_action(IMAGE, "open the drawer").shape == (7,)
+    assert "# run" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_an_existing_folder_is_not_merged_into(tmp_path):
+    finetune(options(tmp_path / "run", strategy="lora", steps=1))
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "mine.txt").write_text("kept")
     with pytest.raises(FileExistsError, match="not empty"):
         merge_adapter(tmp_path / "run", tmp_path / "merged")
 
 
-@pytest.mark.parametrize("dataset", ["rlds/metaworld_demo", "hdf5"])
-def test_other_formats(dataset, tmp_path):
-    finetune(
-        options(tmp_path / "run", DEMOS / dataset, steps=2, **({"split": "val"} if dataset.startswith("rlds") else {}))
+def test_weights_that_learn_are_float32_and_saved_as_they_were(tmp_path):
+    """Small updates vanish in bfloat16; the published files are bfloat16."""
+    base = OpenVLAForActionPrediction.from_pretrained(ROOT, dtype=torch.bfloat16)
+    base.save_pretrained(tmp_path / "base")
+    for file in ("processor_config.json", "tokenizer.json", "tokenizer_config.json", "dataset_statistics.json"):
+        (tmp_path / "base" / file).write_bytes((ROOT / file).read_bytes())
+    made = options(tmp_path / "run", strategy="last_layer", steps=1, save_every=1)
+    made.model = str(tmp_path / "base")
+    finetune(made)
+    kept = load_file(tmp_path / "run" / "checkpoints" / "checkpoint-1" / "model.safetensors")
+    assert {tensor.dtype for tensor in kept.values()} == {torch.float32}
+    assert {t.dtype for t in load_file(tmp_path / "run" / "model.safetensors").values()} == {torch.bfloat16}
+    assert AutoModel.from_pretrained(str(tmp_path / "run"), dtype="auto").dtype == torch.bfloat16
+
+
+# Data
+
+
+def test_a_mixture_and_its_statistics(tmp_path):
+    (tmp_path / "mixture.yaml").write_text(
+        f"drawer: {{path: {DEMOS / 'lerobot_image'}, weight: 2.0}}\n"
+        f"libero: {{path: {DEMOS / 'hdf5'}, weight: 1.0, camera: agentview_rgb}}\n"
     )
-    stats = json.loads((tmp_path / "run" / "dataset_statistics.json").read_text())
-    assert len(stats["mine"]["action"]["q01"]) == 7
+    finetune(options(tmp_path / "run", tmp_path / "mixture.yaml", name=None, steps=2, save_every=2, strategy="lora"))
+    statistics = json.loads((tmp_path / "run" / "dataset_statistics.json").read_text())
+    assert set(statistics) == {"drawer", "libero"}
+    assert statistics["drawer"]["num_transitions"] == len(open_dataset(DEMOS / "lerobot_image")[0])
+    assert {"action_l1", "l1/x", "l1_normalized/gripper"} <= set(log(tmp_path / "run")[-1])
 
 
-def test_resume_ends_where_the_undisturbed_run_ends(tmp_path):
-    settings = {"strategy": "last_layer", "steps": 4, "save_every": 2, "dtype": "float32", "learning_rate": 1e-3}
-    finetune(options(tmp_path / "whole", **settings))
-    broken = tmp_path / "broken" / "checkpoints"
-    broken.mkdir(parents=True)
-    shutil.copytree(tmp_path / "whole" / "checkpoints" / "checkpoint-2", broken / "checkpoint-2")
-    finetune(options(tmp_path / "broken", **settings), resume=True)
-    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "broken"))
-    start = load_file(broken / "checkpoint-2" / "model.safetensors")
-    assert any(not torch.equal(start[name], whole[name]) for name in whole)
-    for name, tensor in whole.items():
-        torch.testing.assert_close(resumed[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+def test_held_out_episodes_are_evaluated(six_episodes, tmp_path):
+    finetune(options(tmp_path / "run", six_episodes, eval_every=1, eval_samples=8, steps=2, save_every=2))
+    found = losses(tmp_path / "run", "eval_action_l1")
+    assert set(found) == {1, 2} and all(0 < value < 2 for value in found.values())
 
 
-TWO_PROCESSES = """
+def test_workers_and_accumulation_change_nothing(tmp_path):
+    same = {"strategy": "last_layer", "dtype": "float32", "learning_rate": 1e-3, "save_every": 3, "log_every": 1}
+    finetune(options(tmp_path / "plain", batch_size=4, **same))
+    finetune(options(tmp_path / "workers", batch_size=4, workers=2, **same))
+    finetune(options(tmp_path / "accumulated", batch_size=2, gradient_accumulation=2, **same))
+    expected = losses(tmp_path / "plain")
+    assert len(expected) == 3
+    assert losses(tmp_path / "workers") == expected
+    assert losses(tmp_path / "accumulated") == pytest.approx(expected, abs=1e-4)
+
+
+# Stopped and resumed
+
+
+SCRIPT = """
 import json, sys
 import torch
-from openvla.training import FinetuneOptions, finetune
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from openvla.training import FinetuneOptions, finetune, run, trainer
 
 torch.set_num_threads(1)
-finetune(FinetuneOptions(**json.loads(sys.argv[1])))
+options = FinetuneOptions(**json.loads(sys.argv[1]))
+if options.fsdp:
+    made = run.training_arguments
+
+    def as_on_accelerators(*arguments):
+        # accelerate shards on accelerators only, and falls back to DDP on CPUs without a word
+        made_arguments = made(*arguments)
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        return made_arguments
+
+    class Sharded(trainer.ActionTrainer):
+        def save_result(self, *arguments):
+            assert type(self.model).__name__.startswith("FSDP"), type(self.model)
+            super().save_result(*arguments)
+
+    run.training_arguments, run.ActionTrainer = as_on_accelerators, Sharded
+finetune(options, resume=bool(int(sys.argv[2])))
 """
 
 
-@pytest.mark.parametrize("strategy", ["full", "lora"])
-def test_two_processes_learn_what_one_does(strategy, tmp_path):
-    """Two gloo processes of batch 2 against one of batch 4: the same losses."""
-    settings = {"strategy": strategy, "dtype": "float32", "learning_rate": 1e-3, "save_every": 3}
-    finetune(options(tmp_path / "one", batch_size=4, **settings))
-    two = options(tmp_path / "two", batch_size=2, **settings)
-    (tmp_path / "run.py").write_text(TWO_PROCESSES)
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        + [str(tmp_path / "run.py"), json.dumps(vars(two))],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
-    assert result.returncode == 0, result.stderr
-    losses = []
-    for name in ("one", "two"):
-        state = json.loads((tmp_path / name / "checkpoints" / "checkpoint-3" / "trainer_state.json").read_text())
-        losses.append([entry["loss"] for entry in state["log_history"] if "loss" in entry])
-    assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], abs=1e-4)
+def process(run: FinetuneOptions, *, resume: bool = False, processes: int = 1, folder: Path) -> list[str]:
+    """A command that runs `finetune` in processes of its own."""
+    script = folder / "run.py"
+    script.write_text(SCRIPT)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    rest = [str(script), json.dumps(vars(run)), str(int(resume))]
+    return [sys.executable, *(launch if processes > 1 else []), *rest]
+
+
+@pytest.mark.parametrize("strategy", ["lora", "last_layer"])
+def test_killed_and_resumed_as_if_nothing_had_happened(strategy, tmp_path):
+    """kill -9 between checkpoints; optimizer, schedule, data position and dropout go on as they were."""
+    same = {"steps": 8, "save_every": 2, "log_every": 1, "strategy": strategy, "dtype": "float32"}
+    same |= {"learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 2, "dropout": 0.3, "keep": 9}
+    finetune(options(tmp_path / "whole", **same))
+    run = options(tmp_path / "killed", **same)
+    running = subprocess.Popen(process(run, folder=tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "killed" / "checkpoints" / "checkpoint-4").exists():
+            assert time.monotonic() < deadline and running.poll() is None
+            time.sleep(0.01)
+    finally:
+        os.kill(running.pid, signal.SIGKILL)
+        running.wait()
+    assert not (tmp_path / "killed" / "dataset_statistics.json").exists()
+    finetune(run, resume=True)
+    expected, found = losses(tmp_path / "whole"), losses(tmp_path / "killed")
+    assert set(expected) == set(range(1, 9)) and found == pytest.approx(expected, abs=1e-6)
+    rates = losses(tmp_path / "whole", "learning_rate")
+    assert losses(tmp_path / "killed", "learning_rate") == rates and len(set(rates.values())) > 4
+
+
+def test_a_run_is_not_resumed_with_other_options(tmp_path):
+    finetune(options(tmp_path / "run", steps=2, save_every=1))
+    with pytest.raises(FileExistsError, match="finished run: go on with --resume"):
+        finetune(options(tmp_path / "run"))
+    with pytest.raises(ValueError, match=r"learning_rate was 0.0005, is 1.0; rank was 4, is 8"):
+        finetune(options(tmp_path / "run", learning_rate=1.0, rank=8), resume=True)
+    with pytest.raises(ValueError, match="global_batch was 2, is 8"):
+        finetune(options(tmp_path / "run", gradient_accumulation=4), resume=True)
+    finetune(options(tmp_path / "run", steps=3, save_every=1), resume=True)  # longer is fine
+    assert set(losses(tmp_path / "run")) == {1, 2, 3}
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
+    write, calls = trainer_module.write_checkpoint, []
+
+    def full_disk(model, folder, *rest):
+        calls.append(folder)
+        if len(calls) == 2:
+            folder.mkdir(parents=True)
+            (folder / "model.safetensors").write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        write(model, folder, *rest)
+
+    monkeypatch.setattr(trainer_module, "write_checkpoint", full_disk)
+    run = options(tmp_path / "run", strategy="last_layer", steps=3, save_every=1)
+    with pytest.raises(OSError, match=r"step 2 could not be written: .*No space left.*checkpoint-1.*--resume"):
+        finetune(run)
+    folder = tmp_path / "run" / "checkpoints"
+    assert [path.name for path in folder.glob("[.c]*")] == ["checkpoint-1"]
+    model = AutoModel.from_pretrained(str(folder / "checkpoint-1"))  # with statistics and processor
+    assert model.predict_action(IMAGE, "open the drawer", unnorm_key="mine").shape == (7,)
+    assert {"README.md", "dataset_statistics.json", "tokenizer.json"} <= {
+        p.name for p in (folder / "checkpoint-1").iterdir()
+    }
+    finetune(run, resume=True)
+    assert set(losses(tmp_path / "run")) == {1, 2, 3}
+
+
+# Several processes
+
+
+@pytest.mark.parametrize(
+    "strategy, fsdp", [("full", False), ("lora", False), ("full", True), ("lora", True), ("frozen_vision", True)]
+)
+def test_two_processes_learn_what_one_does(strategy, fsdp, six_episodes, tmp_path):
+    """Two gloo processes of batch 2 against one of batch 4, plain (DDP) or sharded (FSDP2), the latter stopped and
+    resumed: the same losses, in training and evaluation, and a plain checkpoint in the published layout."""
+    same = {"strategy": strategy, "dtype": "float32", "learning_rate": 1e-3, "save_every": 2, "log_every": 1}
+    same |= {"eval_every": 4, "eval_samples": 8, "steps": 4, "keep": 9}
+    finetune(options(tmp_path / "one", six_episodes, batch_size=4, **same))
+    two = options(tmp_path / "two", six_episodes, batch_size=2, fsdp=fsdp, **same)
+
+    def launch(resume: bool):
+        command = process(two, processes=2, folder=tmp_path, resume=resume)
+        result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr[-5000:]
+
+    launch(resume=False)
+    if fsdp:
+        shutil.rmtree(tmp_path / "two" / "checkpoints" / "checkpoint-4")
+        launch(resume=True)
+    for key in ("loss", "action_l1", "eval_loss"):
+        expected = losses(tmp_path / "one", key)
+        assert expected and losses(tmp_path / "two", key) == pytest.approx(expected, abs=1e-4), key
     # Not the weights: Adam makes steps of full size out of gradients that are zero but for rounding (key biases).
+    file = "adapter_model.safetensors" if strategy == "lora" else "model.safetensors"
+    one, other = (load_file(tmp_path / name / file) for name in ("one", "two"))
+    assert {name: t.shape for name, t in one.items()} == {name: t.shape for name, t in other.items()}
+    for folder in (tmp_path / "two", tmp_path / "two" / "checkpoints" / "checkpoint-2"):
+        assert OpenVLAForActionPrediction.from_pretrained(folder).norm_stats.keys() == {"mine"}
+
+
+# What is said
+
+
+def test_the_plan(tmp_path):
+    text = plan_run(options(tmp_path / "run", steps=30, batch_size=4, gradient_accumulation=2))
+    assert "mine: 1 episodes, 95 steps" in text and "30 steps x 8" in text and "= 240, 2.53 epochs" in text
+    assert "roll, pitch, yaw, gripper never change" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_not_learned_is_said(tmp_path, capsys):
+    finetune(options(tmp_path / "run", strategy="last_layer", steps=1))
+    assert "the training actions are not learned yet" in capsys.readouterr().out
 
 
 def test_errors(tmp_path):
-    with pytest.raises(ValueError, match="at least 1"):
-        finetune(options(tmp_path / "run", steps=0))
+    with pytest.raises(ValueError, match="steps=0"):
+        options(tmp_path / "run", steps=0)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         finetune(options(tmp_path / "run", tmp_path / "nowhere"))
     with pytest.raises(FileNotFoundError, match="no adapter"):
         merge_adapter(tmp_path, tmp_path / "merged")
-    (tmp_path / "done").mkdir()
-    (tmp_path / "done" / "dataset_statistics.json").write_text("{}")
-    with pytest.raises(FileExistsError, match="finished run"):
-        finetune(options(tmp_path / "done"))

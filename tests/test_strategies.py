@@ -9,6 +9,7 @@ from openvla import OpenVLAForActionPrediction
 from openvla.data.collate import ActionCollator
 from openvla.presets import load_preset_config
 from openvla.training import STRATEGIES, apply_strategy, qlora_quantization, trainable_parameters
+from openvla.training.strategies import freeze_unused
 
 
 peft = pytest.importorskip("peft", reason="adapters need the [train] extra")
@@ -62,6 +63,17 @@ def test_only_the_chosen_parameters_learn(name):
     if "lora" in name:
         assert all("lora_" in key for key in trainable)
         assert any("lm_head" in key for key in trainable) and any("vision_backbone" in key for key in trainable)
+
+
+@pytest.mark.parametrize("name", ["full", "lora", "sandwich"])
+def test_what_stays_trainable_has_gradients(name):
+    model = apply_strategy(TINY[0].load(), name)
+    before = trainable_parameters(model)
+    freeze_unused(model)
+    assert trainable_parameters(model) < before
+    model(**batch(TINY[0])).loss.backward()
+    without = [key for key, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None]
+    assert without == []
 
 
 def test_every_strategy_is_tested():

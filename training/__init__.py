@@ -1,7 +1,34 @@
-"""Fine-tuning: which parameters learn, a run, and merging what it learned."""
+"""Fine-tuning: which parameters learn, a run, and merging what it learned.
 
-from .finetune import FinetuneOptions, finetune, merge_adapter
-from .strategies import STRATEGIES, apply_strategy, qlora_quantization, trainable_parameters
+Names are imported when they are first used: the command line reads the options without what training needs.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from .options import FinetuneOptions
+
+
+if TYPE_CHECKING:
+    from .checkpoints import merge_adapter
+    from .run import finetune, plan_run
+    from .strategies import STRATEGIES, apply_strategy, qlora_quantization, trainable_parameters
+
+_MODULES = {
+    "merge_adapter": "checkpoints",
+    "finetune": "run",
+    "plan_run": "run",
+    "STRATEGIES": "strategies",
+    "apply_strategy": "strategies",
+    "qlora_quantization": "strategies",
+    "trainable_parameters": "strategies",
+}
+
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
 
 
 __all__ = [
@@ -10,6 +37,7 @@ __all__ = [
     "apply_strategy",
     "finetune",
     "merge_adapter",
+    "plan_run",
     "qlora_quantization",
     "trainable_parameters",
 ]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from transformers import BitsAndBytesConfig
 
@@ -45,6 +46,20 @@ def apply_strategy(model: nn.Module, name: str, **options: Any) -> nn.Module:
 def trainable_parameters(model: nn.Module) -> int:
     """How many numbers learn."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def freeze_unused(model: Any) -> None:
+    """Freeze what no forward pass reads, so that every parameter that learns has a gradient: of each vision tower the
+    last block, the final norm and the pooling, which the published files hold nevertheless. Sharded optimizers and DDP
+    need this. Counts of the paper's table 1 include them: count before."""
+    for tower in model.modules():
+        if not isinstance(tower, VisionTransformer):
+            continue
+        blocks = (f"blocks.{index}." for index in range(len(tower.blocks) - 1))
+        used = ("patch_embed.", "cls_token", "reg_token", "pos_embed", "norm_pre.", *blocks)
+        for name, parameter in tower.named_parameters():
+            if not name.startswith(used):
+                parameter.requires_grad_(False)
 
 
 def _train_only(model: nn.Module, *parts: nn.Module) -> nn.Module:

@@ -5,8 +5,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..action_tokenizer import get_action_stats
-from ..configuration_openvla import OpenVLAConfig
+from .action_tokenizer import get_action_stats
+from .configuration_openvla import OpenVLAConfig
 
 
 BODY = """

@@ -1,0 +1,113 @@
+"""The fine-tuning strategies side by side: `openvla finetune` with each on one dataset, a table and curves.
+
+    python benchmarks/compare_strategies.py DATASET docs/results/strategies --steps 300 --batch-size 16
+
+Writes OUT.md (what was run, loss, accuracy, L1, trainable parameters, peak memory, time) and OUT.png (curves). Every
+strategy runs in a process of its own, so that its memory is its own; runs that are finished are not repeated. Further
+options are handed to every run.
+"""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from openvla.training import STRATEGIES
+
+
+# The same for all would be unfair: adapters and a few layers take larger steps than the whole model.
+LEARNING_RATES = {"full": "1e-4", "frozen_vision": "1e-4", "sandwich": "1e-4", "last_layer": "1e-4"}
+
+
+def run(strategy: str, arguments: argparse.Namespace, rest: list[str], folder: Path) -> dict:
+    """One run; what it took is kept in `folder`, where a second call finds it."""
+    taken = folder / "taken.json"
+    if taken.exists():
+        return json.loads(taken.read_text())
+    command = [sys.executable, "-m", "openvla.cli", "finetune", "--strategy", strategy, "--dataset", arguments.dataset]
+    command += ["--output", str(folder / "run"), "--steps", str(arguments.steps), "--save-every", str(arguments.steps)]
+    command += ["--logging", "none", "--resume", *rest]
+    if strategy in LEARNING_RATES:
+        command += ["--learning-rate", LEARNING_RATES[strategy]]
+    folder.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    with (folder / "output.txt").open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+    if status != 0:
+        raise SystemExit(f"{shlex.join(command)} failed:\n{(folder / 'output.txt').read_text()[-2000:]}")
+    state = json.loads(next((folder / "run" / "checkpoints").glob("*/trainer_state.json")).read_text())
+    found = re.search(r"trains +([\d.]+M)", (folder / "output.txt").read_text())
+    result = {
+        "strategy": strategy,
+        "trainable": found.group(1) if found else "?",
+        "seconds": time.perf_counter() - started,
+        "peak_mib": usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10),
+        "log": state["log_history"],
+    }
+    taken.write_text(json.dumps(result))
+    return result
+
+
+def table(results: list[dict]) -> str:
+    lines = [
+        "| strategy | trainable | loss | token accuracy | L1, training | L1, held out before | after | memory | time |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for result in results:
+        last = [entry for entry in result["log"] if "loss" in entry][-1]
+        held_out = [entry["eval_action_l1"] for entry in result["log"] if "eval_action_l1" in entry]
+        before, after = (f"{held_out[0]:.3f}", f"{held_out[-1]:.3f}") if held_out else ("", "")
+        lines.append(
+            f"| {result['strategy']} | {result['trainable']} | {last['loss']:.3f} | {last['action_accuracy']:.1%} | "
+            f"{last['action_l1']:.4f} | {before} | {after} | {result['peak_mib']:.0f} MiB | {result['seconds']:.0f} s |"
+        )
+    return "\n".join(lines)
+
+
+def plot(results: list[dict], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for result in results:
+        train = [entry for entry in result["log"] if "loss" in entry]
+        held_out = [entry for entry in result["log"] if "eval_action_l1" in entry]
+        (line,) = left.plot([e["step"] for e in train], [e["loss"] for e in train], label=result["strategy"])
+        right.plot([e["step"] for e in train], [e["action_l1"] for e in train], color=line.get_color())
+        right.plot([e["step"] for e in held_out], [e["eval_action_l1"] for e in held_out], "--", color=line.get_color())
+    left.set(xlabel="step", ylabel="loss", yscale="log")
+    right.set(xlabel="step", ylabel="normalized L1 (dashed: held out)", yscale="log")
+    right.axhline(0.02, color="lightgray", lw=1, zorder=0)
+    left.legend()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("dataset")
+    parser.add_argument("out", type=Path, help="path of the table and the picture, without ending")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES))
+    parser.add_argument("--runs", type=Path, default=Path("outputs/strategies"), help="folder for the runs")
+    arguments, rest = parser.parse_known_args()
+    results = [run(name, arguments, rest, arguments.runs / name) for name in arguments.strategies]
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    plot(results, arguments.out.with_suffix(".png"))
+    text = table(results)
+    head = f"# Fine-tuning strategies\n\n`python {shlex.join(sys.argv)}`"
+    picture = f"![curves]({arguments.out.name}.png)"
+    arguments.out.with_suffix(".md").write_text(f"{head}\n\n{text}\n\n{picture}\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Warnings about data, statistics, images and results: each where it belongs, and none where all is well."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from openvla import OpenVLAConfig, OpenVLAProcessor
+from openvla.action_text import action_names
+from openvla.data import PythonDataset
+from openvla.data.statistics import collect, compute_statistics
+from openvla.training.checks import check_data, check_images, check_result, check_statistics
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def source(change=lambda actions: actions, episodes: int = 5):
+    rng = np.random.default_rng(0)
+    recorded = []
+    for _ in range(episodes):
+        actions = rng.uniform(-0.05, 0.05, (40, 7))
+        actions[:, 6] = np.arange(40) < 25  # opens first, then grasps
+        recorded.append({"actions": change(actions), "instruction": "pick up the cup"})
+    dataset = PythonDataset(recorded, name="mine")
+    return SimpleNamespace(name="mine", dataset=dataset, statistics=compute_statistics(*collect(dataset)))
+
+
+def with_column(index: int, values):
+    def change(actions):
+        actions[:, index] = values(actions[:, index])
+        return actions
+
+    return change
+
+
+def test_no_warning_where_all_is_well():
+    assert check_data(source()) == []
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        (with_column(3, lambda column: 0 * column), "roll never changes"),
+        (with_column(6, lambda column: 1 - column), "is the convention inverted"),
+        (with_column(6, lambda column: 1 - 2 * column), "lies in -1 to 1"),
+        (with_column(0, lambda column: np.r_[9.0, column[1:]] if column.max() > 0.0497 else column), "outliers in x"),
+    ],
+)
+def test_what_looks_wrong_with_the_data(change, expected):
+    (found,) = check_data(source(change))
+    assert expected in found and found.startswith("mine:")
+
+
+def test_statistics_of_another_dataset():
+    now = source().statistics["action"]
+    assert check_statistics("mine", now, now) == []
+    before = {**now, "q99": [*now["q99"][:2], now["q99"][2] * 3, *now["q99"][3:]]}
+    (found,) = check_statistics("mine", before, now)
+    assert "differ in z." in found
+    (found,) = check_statistics("mine", {**now, "q01": now["q01"][:6]}, now)
+    assert "6 dimensions, the data 7" in found
+
+
+def test_images_that_do_not_fit_the_towers():
+    config, processor = (kind.from_pretrained(ROOT) for kind in (OpenVLAConfig, OpenVLAProcessor))
+    assert check_images(processor, config) == []
+    processor.image_processor.means[0] = [0.5, 0.5, 0.5]
+    (found,) = check_images(processor, config)
+    assert "mean [0.5, 0.5, 0.5]" in found and "0.485" in found
+    processor = OpenVLAProcessor.from_pretrained(ROOT)
+    processor.image_processor.input_sizes[1] = [3, 384, 384]
+    (found,) = check_images(processor, config)
+    assert "384 px" in found
+
+
+def test_actions_that_are_not_learned():
+    names = action_names(7)
+    good = {f"l1_normalized/{name}": 0.004 for name in names}
+    assert check_result(good, names) == []
+    (found,) = check_result({**good, "l1_normalized/z": 0.02}, names)
+    assert "z 0.020" in found and "x 0" not in found

@@ -1,0 +1,48 @@
+"""Metrics of predicted actions, against the obvious computation."""
+
+import numpy as np
+import pytest
+import torch
+
+from openvla import ActionTokenizer
+from openvla.training.metrics import ActionMetrics
+
+
+TOKENIZER = ActionTokenizer(1000)
+
+
+def batch(wanted: np.ndarray, predicted: np.ndarray, before: list[int]):
+    """Labels and logits of rows whose actions begin after `before` ignored positions."""
+    rows, dims = wanted.shape
+    length = max(before) + dims + 1
+    labels = torch.full((rows, length), -100)
+    logits = torch.zeros(rows, length, 1000)
+    for row, start in enumerate(before):
+        labels[row, start : start + dims] = torch.from_numpy(TOKENIZER.encode(wanted[row]))
+        labels[row, start + dims] = 2
+        logits[row, torch.arange(start - 1, start + dims - 1), torch.from_numpy(TOKENIZER.encode(predicted[row]))] = 9.0
+    return logits, labels
+
+
+def test_means_over_batches_of_unlike_size():
+    rng = np.random.default_rng(0)
+    metrics = ActionMetrics(TOKENIZER, 3)
+    distances, equal, losses = [], [], []
+    for rows, loss in ((2, 1.0), (5, 3.0)):
+        wanted = rng.uniform(-1, 1, (rows, 3))
+        predicted = np.where(rng.random((rows, 3)) < 0.5, wanted, rng.uniform(-1, 1, (rows, 3)))
+        logits, labels = batch(wanted, predicted, [1 + row for row in range(rows)])
+        metrics.update(torch.tensor(loss), logits, labels, torch.tensor([[2.0, 1.0, 0.5]]).expand(rows, 3))
+        tokens = TOKENIZER.encode(wanted), TOKENIZER.encode(predicted)
+        distances.append(abs(TOKENIZER.decode(tokens[0]) - TOKENIZER.decode(tokens[1])))
+        equal.append(tokens[0] == tokens[1])
+        losses += [loss] * rows
+    found = metrics.compute(["x", "y", "gripper"])
+    distance = np.concatenate(distances)
+    assert found["loss"] == pytest.approx(np.mean(losses))
+    assert found["action_accuracy"] == pytest.approx(np.concatenate(equal).mean())
+    assert found["action_l1"] == pytest.approx(distance.mean())
+    assert found["l1/x"] == pytest.approx(2 * distance[:, 0].mean())
+    assert found["l1/gripper"] == pytest.approx(0.5 * distance[:, 2].mean())
+    assert found["l1_normalized/y"] == pytest.approx(distance[:, 1].mean())
+    assert metrics.compute() == {}  # begun anew

@@ -1,0 +1,116 @@
+"""Warnings where quality is usually lost, before a run and after it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import timm
+
+from ..action_text import action_names
+from ..configuration_openvla import OpenVLAConfig
+from ..data import EpisodeDataset
+from ..data.sources import Source
+from ..processing_openvla import OpenVLAProcessor
+
+
+GOOD_L1 = 0.01  # normalized; half a bin is 0.004
+LOOKED_AT = 50  # episodes whose gripper is looked at
+
+
+def check_data(source: Source) -> list[str]:
+    """What looks wrong with the actions and words of a dataset."""
+    action, name = source.statistics["action"], source.name
+    names = action_names(len(action["min"]))
+    found = []
+    still = [label for label, low, high in zip(names, action["min"], action["max"]) if low == high]
+    if still:
+        found.append(
+            f"{name}: {', '.join(still)} never change{'s' if len(still) == 1 else ''}; the model will always give the "
+            "one value it has seen."
+        )
+    low, high = action["min"][-1], action["max"][-1]
+    if len(names) == 7 and low != high and (low < -0.01 or high > 1.01 or high < 0.5):
+        found.append(
+            f"{name}: the gripper lies in {low:.3g} to {high:.3g}, OpenVLA's convention is 1 open, 0 closed: say what "
+            "the recording means with --gripper."
+        )
+    elif len(names) == 7 and low != high and begins_closed(source.dataset, (low + high) / 2):
+        found.append(
+            f"{name}: the gripper is near {low:.3g} (closed) when episodes begin, and arms mostly begin open: is the "
+            "convention inverted? OpenVLA's is 1 open, 0 closed; --gripper open-is-0 inverts."
+        )
+    wide = [
+        f"{label} ({max(abs(least), abs(most)) / max(abs(q01), abs(q99), 1e-9):.0f} times q01 or q99)"
+        for label, least, most, q01, q99 in zip(names, action["min"], action["max"], action["q01"], action["q99"])
+        if max(abs(least), abs(most)) > 20 * max(abs(q01), abs(q99), 1e-6)
+    ]
+    if wide:
+        found.append(f"{name}: outliers in {', '.join(wide)}; they are clipped in training. Are they real?")
+    return found
+
+
+def begins_closed(dataset: EpisodeDataset, middle: float) -> bool:
+    """Whether the gripper is below `middle` in the first tenth of four episodes in five."""
+    picked = np.unique(np.linspace(0, len(dataset) - 1, LOOKED_AT).astype(int))
+    starts = [float(np.median(episode.actions[: max(1, len(episode) // 10), -1])) for episode in dataset.read(picked)]
+    return bool(np.mean(np.asarray(starts) < middle) > 0.8)
+
+
+def check_statistics(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Whether statistics that a model brings for a dataset are those of the data.
+
+    Args:
+        before, now: `"action"` entries. Both q01 and q99 may differ by a tenth of their distance.
+    """
+    if len(before["q01"]) != len(now["q01"]):
+        return [f"{name}: the model's statistics have {len(before['q01'])} dimensions, the data {len(now['q01'])}."]
+    low, high = np.asarray(now["q01"]), np.asarray(now["q99"])
+    span = np.maximum(high - low, 1e-6)
+    moved = np.maximum(abs(np.asarray(before["q01"]) - low), abs(np.asarray(before["q99"]) - high)) > 0.1 * span
+    if not moved.any():
+        return []
+    names = [label for label, far in zip(action_names(len(low)), moved) if far]
+    return [
+        f"{name}: the statistics of the model and those of the data differ in {', '.join(names)}. The run uses the "
+        "data's; if the model learned this dataset before, was it another version, controller or unit?"
+    ]
+
+
+def check_images(processor: OpenVLAProcessor, config: OpenVLAConfig) -> list[str]:
+    """Whether images are normalized and sized as the towers of the model were trained."""
+    images = processor.image_processor
+    found = []
+    for tower, model_id in enumerate(config.timm_model_ids):
+        trained = timm.get_pretrained_cfg(model_id)
+        if trained is None or tower >= len(images.means):
+            continue
+        for what, given, expected in (
+            ("mean", images.means[tower], trained.mean),
+            ("std", images.stds[tower], trained.std),
+        ):
+            if not np.allclose(given, expected, atol=1e-3):
+                found.append(
+                    f"images are normalized with {what} {json.dumps(list(given))}, but {model_id} was trained with "
+                    f"{json.dumps(list(expected))}: does the processor belong to this model?"
+                )
+        if images.input_sizes[tower][-1] != config.image_sizes[tower]:
+            found.append(
+                f"the processor makes images of {images.input_sizes[tower][-1]} px, {model_id} expects "
+                f"{config.image_sizes[tower]} px."
+            )
+    return found
+
+
+def check_result(metrics: Mapping[str, float], names: Sequence[str]) -> list[str]:
+    """Whether the actions of the training data were learned: L1 of each dimension, normalized."""
+    poor = {
+        name: metrics[f"l1_normalized/{name}"] for name in names if metrics.get(f"l1_normalized/{name}", 0) > GOOD_L1
+    }
+    if not poor:
+        return []
+    values = ", ".join(f"{name} {value:.3f}" for name, value in poor.items())
+    return [
+        f"the training actions are not learned yet: normalized L1 of {values} (above {GOOD_L1}). Policies are usually "
+        "good below it: train longer, with more adapters (--rank) or a higher learning rate."
+    ]

@@ -1,0 +1,107 @@
+"""What a fine-tuning run is made of: the options of `openvla finetune`, with the texts that its --help shows."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+
+def option(default: Any, text: str) -> Any:
+    """A field with its help text."""
+    return field(default=default, metadata={"help": text})
+
+
+def required(text: str) -> Any:
+    return field(metadata={"help": text})
+
+
+@dataclass
+class FinetuneOptions:
+    """A run; the defaults are those of the original's LoRA fine-tuning (batch 16, 5e-4 constant, rank 32)."""
+
+    dataset: str = required(
+        "Folder or file of demonstrations (RLDS, LeRobot, HDF5); or a mixture: its Open-X name, "
+        "'name:weight,name:weight', or a YAML file."
+    )
+    output: str = required("Folder for the result.")
+    model: str = required("Folder or Hub id to start from.")
+    strategy: Literal["full", "last_layer", "frozen_vision", "sandwich", "lora", "qlora"] = option(
+        "lora", "Which parameters learn (table 1 of the paper); qlora: lora on a 4-bit base."
+    )
+    steps: int = option(1000, "Updates of the weights.")
+    batch_size: int = option(16, "Samples of one update on one device.")
+    gradient_accumulation: int = option(1, "Batches of one update.")
+    # Learning
+    learning_rate: float | None = option(None, "Default: 5e-4 for lora and qlora, else 2e-5.")
+    schedule: Literal["constant", "linear", "cosine"] = option("constant", "Of the learning rate after the warmup.")
+    warmup_steps: int = option(0, "Steps in which the learning rate rises from 0.")
+    weight_decay: float = option(0.0, "Of AdamW.")
+    max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.")
+    rank: int = option(32, "Inner dimension of an adapter (lora, qlora).")
+    alpha: int | None = option(None, "Scale of an adapter is alpha / rank. Default: min(rank, 16).")
+    dropout: float = option(0.0, "On the input of an adapter (lora, qlora).")
+    # Data
+    data_root: str | None = option(None, "Folder in which the datasets of a mixture lie under their names.")
+    format: str | None = option(None, "rlds, lerobot or hdf5. Default: recognised.")
+    split: str = option("train", "Split to train on.")
+    held_out: float = option(
+        0.05, "Part of the episodes kept back for evaluation where there is no val split; 0: none."
+    )
+    camera: str | None = option(None, "Default: the first that is not on the wrist.")
+    name: str | None = option(None, "unnorm_key of the result. Default: the dataset's name.")
+    gripper: Literal["open-is-1", "open-is-0", "open-is-plus-1", "open-is-minus-1"] = option(
+        "open-is-1",
+        "What the recorded gripper means (LIBERO's HDF5: open-is-minus-1); the model's convention is 1 open.",
+    )
+    standardize: str = option(
+        "auto", "auto: RLDS datasets of Open-X, Bridge, DROID and LIBERO by their names; none; or such a name."
+    )
+    statistics: str | None = option(None, "A dataset_statistics.json to use instead of the data's own.")
+    filters: str = option("", "Steps to leave out, joined by commas: no-ops, zero-actions.")
+    on_error: Literal["raise", "skip"] = option("raise", "What to do with a damaged record; skip warns and counts.")
+    image_aug: bool = option(True, "Random crop and colors.")
+    shuffle_buffer: int = option(5000, "Frames that wait to be shuffled, images still encoded.")
+    workers: int = option(0, "Processes that decode images.")
+    # Precision, memory, speed
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = option(
+        "auto", "Of the weights; auto: float32 where they learn, else as stored."
+    )
+    precision: Literal["auto", "bf16", "float32"] = option(
+        "auto", "Of the computation; auto: bf16 autocast on a GPU that has it."
+    )
+    gradient_checkpointing: bool = option(False, "Less memory, slower.")
+    compile: bool = option(False, "torch.compile the model.")
+    fsdp: bool = option(False, "Shard weights, gradients and optimizer over the processes (FSDP2).")
+    # Watching
+    eval_every: int | None = option(None, "Steps between evaluations on held-out frames. Default: save_every; 0: none.")
+    eval_samples: int = option(256, "Held-out frames of one evaluation, spread evenly.")
+    save_every: int = option(500, "Steps between checkpoints.")
+    keep: int = option(2, "Checkpoints to keep.")
+    logging: str = option("tensorboard", "none, tensorboard or wandb.")
+    log_every: int = option(10, "Steps between lines of the log.")
+    seed: int = option(0, "Of order, augmentation and new weights.")
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for numbers that make no run."""
+        limits = {"steps": 1, "batch_size": 1, "gradient_accumulation": 1, "save_every": 1, "keep": 1, "log_every": 1}
+        limits |= {"warmup_steps": 0, "shuffle_buffer": 0, "workers": 0, "eval_samples": 0, "rank": 1}
+        for name, least in limits.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: it must be at least {least}.")
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"held_out={self.held_out}: expected a part of the episodes, from 0 to below 1.")
+
+
+# What a resumed run may change: where, how fast, how shared out, but not what the weights become.
+FREE_ON_RESUME = {"output", "steps", "keep", "logging", "log_every", "workers", "compile", "save_every"}
+GLOBAL_BATCH = {"batch_size", "gradient_accumulation"}  # their product with the number of processes counts
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Options of a resumed run that do not agree with those it was started with; both with `global_batch`."""
+    names = {item.name for item in fields(FinetuneOptions)} - FREE_ON_RESUME - GLOBAL_BATCH | {"global_batch"}
+    if now["schedule"] != "constant":
+        names.add("steps")  # the learning rate hangs on them
+    return [
+        f"{name} was {before[name]!r}, is {now[name]!r}"
+        for name in sorted(names)
+        if name in before and before[name] != now[name]
+    ]

@@ -1,0 +1,307 @@
+"""Fine-tuning on one's own demonstrations: a run from options to a checkpoint, on one page."""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timm.models.vision_transformer import Block
+from tqdm import tqdm
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, TrainingArguments, set_seed
+
+from ..action_text import action_names
+from ..action_tokenizer import ActionTokenizer, check_same_action_dim
+from ..configuration_openvla import OpenVLAConfig
+from ..data import Episode
+from ..data.augment import ImageAugmentation
+from ..data.collate import ActionCollator
+from ..data.mixture import mixture_probabilities
+from ..data.samples import FrameSamples
+from ..data.sources import Source, open_sources
+from ..data.stream import MixtureStream
+from ..model_card import model_card
+from ..modeling_openvla import OpenVLAForActionPrediction
+from ..processing_openvla import OpenVLAProcessor
+from .checkpoints import ADAPTER_NOTE, write_json
+from .checks import check_data, check_images, check_result, check_statistics
+from .metrics import ActionMetrics
+from .options import FinetuneOptions, differences
+from .strategies import apply_strategy, freeze_unused, qlora_quantization, trainable_parameters
+from .trainer import ActionTrainer, last_checkpoint
+
+
+# Learning rates of the paper: adapters, and everything else.
+LEARNING_RATES = {"lora": 5e-4, "qlora": 5e-4}
+FULL_LEARNING_RATE = 2e-5
+STARTED = "finetune.json"  # the options of a run, written before it begins
+FINISHED = "dataset_statistics.json"  # written last
+
+
+@dataclass
+class Run:
+    """Data and configuration of a run: what is known before any weights are read."""
+
+    options: FinetuneOptions
+    sources: list[Source]
+    config: OpenVLAConfig
+    processor: OpenVLAProcessor
+    processes: int = 1
+
+    @property
+    def statistics(self) -> dict[str, Any]:
+        return {source.name: source.statistics for source in self.sources}
+
+    @cached_property
+    def mixture(self) -> tuple[np.ndarray, int]:
+        """How likely each dataset is drawn, and the frames of an epoch."""
+        sizes = [source.num_transitions for source in self.sources]
+        return mixture_probabilities([source.weight for source in self.sources], sizes)
+
+    @property
+    def global_batch(self) -> int:
+        return self.options.batch_size * self.options.gradient_accumulation * self.processes
+
+    @property
+    def learning_rate(self) -> float:
+        return self.options.learning_rate or LEARNING_RATES.get(self.options.strategy, FULL_LEARNING_RATE)
+
+    @cached_property
+    def warnings(self) -> list[str]:
+        """Where quality may be lost."""
+        found = [warning for source in self.sources for warning in check_data(source)]
+        for source in self.sources:
+            before = (self.config.norm_stats or {}).get(source.name)
+            if before:
+                found += check_statistics(source.name, before["action"], source.statistics["action"])
+        return found + check_images(self.processor, self.config)
+
+    def describe(self) -> str:
+        """What is trained on, in a few lines."""
+        options, (probabilities, epoch) = self.options, self.mixture
+        lines = []
+        for source, share in zip(self.sources, probabilities):
+            report = source.report().replace("\n", f"\n{' ' * 10}")
+            lines.append(f"data      {report}; drawn {share:.1%}" if len(self.sources) > 1 else f"data      {report}")
+        seen = options.steps * self.global_batch
+        lines += [
+            f"samples   {options.steps} steps x {self.global_batch} ({options.batch_size} per device, "
+            f"{options.gradient_accumulation} accumulated, {self.processes} processes) = {seen}, "
+            f"{seen / epoch:.2f} epochs",
+            f"learning  {options.strategy}, AdamW {self.learning_rate:g} {options.schedule}, "
+            f"warmup {options.warmup_steps}, image augmentation {'on' if options.image_aug else 'off'}",
+        ]
+        return "\n".join(lines + [f"warning   {warning}" for warning in self.warnings])
+
+
+def prepare(options: FinetuneOptions, processes: int = 1) -> Run:
+    """Open the data, compute or look up its statistics, read configuration and processor.
+
+    Raises:
+        ValueError: If there is nothing to train on, or the datasets do not fit together.
+        FileNotFoundError: If the model or a dataset is not there.
+    """
+    config = OpenVLAConfig.from_pretrained(options.model)
+    processor = OpenVLAProcessor.from_pretrained(options.model)
+    sources = open_sources(
+        options.dataset,
+        data_root=options.data_root,
+        format=options.format,
+        split=options.split,
+        held_out=options.held_out,
+        filters=options.filters,
+        camera=options.camera,
+        name=options.name,
+        gripper=options.gripper,
+        standardize=options.standardize,
+        statistics=options.statistics,
+        on_error=options.on_error,
+        progress=True,
+    )
+    run = Run(options, sources, config, processor, processes)
+    check_same_action_dim(run.statistics, list(run.statistics))
+    return run
+
+
+def plan_run(options: FinetuneOptions, processes: int = 1) -> str:
+    """What `finetune` would do with these options, without reading weights: data, samples, parameters, warnings."""
+    run = prepare(options, processes)
+    return run.describe()
+
+
+def held_out_frames(run: Run) -> list[Episode]:
+    """Frames to evaluate on, spread evenly over the held-out episodes, images still encoded."""
+    picked: list[Episode] = []
+    for source, share in zip(run.sources, run.mixture[0]):
+        wanted = math.ceil(run.options.eval_samples * share)
+        if source.held_out is None or wanted == 0:
+            continue
+        episodes = np.unique(np.linspace(0, len(source.held_out) - 1, wanted).astype(int))
+        each = math.ceil(wanted / len(episodes))
+        found: list[Episode] = []
+        for episode in source.held_out.read(episodes):
+            frames = list(source.frames(episode))
+            steps = np.linspace(0, len(frames) - 1, each).astype(int)
+            found += [frames[step] for step in np.unique(steps) if frames]
+        picked += found[:wanted]
+    return picked
+
+
+def load_model(run: Run) -> Any:
+    """The model, with the parameters of the strategy trainable."""
+    options = run.options
+    learns_itself = options.strategy not in LEARNING_RATES
+    # Updates of 2e-5 vanish in bfloat16: weights that learn are float32, and computed with in `precision`.
+    dtype = "float32" if options.dtype == "auto" and learns_itself else options.dtype
+    loading: dict[str, Any] = {"dtype": dtype}
+    if options.strategy == "qlora":
+        loading["quantization_config"] = qlora_quantization()
+    model: Any = OpenVLAForActionPrediction.from_pretrained(options.model, **loading)
+    model.norm_stats = run.statistics
+    model.config.use_cache = False
+    adapter = {"rank": options.rank, "alpha": options.alpha, "dropout": options.dropout}
+    return apply_strategy(model, options.strategy, **({} if learns_itself else adapter))
+
+
+def sharding(config: OpenVLAConfig) -> dict[str, Any]:
+    """FSDP2 settings: blocks of the language model and of the towers are gathered one at a time; a saved checkpoint is
+    whole. Only accelerators are sharded: on CPUs accelerate takes DDP without a word."""
+    blocks = MODEL_FOR_CAUSAL_LM_MAPPING[type(config.text_config)]._no_split_modules
+    return {
+        "version": 2,
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": [*blocks, Block.__name__],
+        "state_dict_type": "FULL_STATE_DICT",
+    }
+
+
+def training_arguments(options: FinetuneOptions, config: OpenVLAConfig) -> TrainingArguments:
+    """Of the library's Trainer. Raises ValueError where one process sees several GPUs."""
+    on_gpu = torch.cuda.is_available()
+    precision = options.precision
+    if precision == "auto":
+        precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "float32"
+    eval_every = options.save_every if options.eval_every is None else options.eval_every
+    arguments = TrainingArguments(
+        output_dir=str(Path(options.output) / "checkpoints"),
+        max_steps=options.steps,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation,
+        learning_rate=options.learning_rate or LEARNING_RATES.get(options.strategy, FULL_LEARNING_RATE),
+        lr_scheduler_type="constant_with_warmup" if options.schedule == "constant" else options.schedule,
+        warmup_steps=options.warmup_steps,
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.max_grad_norm,
+        bf16=precision == "bf16",
+        gradient_checkpointing=options.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        torch_compile=options.compile,
+        logging_steps=max(1, min(options.log_every, options.steps // 10)),
+        eval_strategy="steps" if eval_every else "no",
+        eval_steps=eval_every or None,
+        save_steps=options.save_every,
+        save_total_limit=options.keep,
+        report_to=options.logging,
+        dataloader_num_workers=options.workers,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        seed=options.seed,
+        use_cpu=not on_gpu,
+        ignore_data_skip=True,  # the stream itself goes on where it was
+        ddp_find_unused_parameters=False,  # see freeze_unused
+        fsdp=options.fsdp,
+        fsdp_config=sharding(config) if options.fsdp else None,
+    )
+    if arguments.n_gpu > 1:
+        raise ValueError(
+            f"One process sees {arguments.n_gpu} GPUs: start one for each (torchrun --nproc-per-node {arguments.n_gpu} "
+            "-m openvla.cli finetune ...), or choose one with CUDA_VISIBLE_DEVICES=0."
+        )
+    return arguments
+
+
+def finetune(options: FinetuneOptions, resume: bool = False) -> Path:
+    """Train, and write a checkpoint that `OpenVLAForActionPrediction.from_pretrained` loads.
+
+    For lora and qlora the output folder holds the adapter with the statistics and the processor beside it; see
+    `merge_adapter`. Checkpoints of the run lie in `output/checkpoints`; `resume` goes on from the last, or begins where
+    there is none.
+
+    Raises:
+        ValueError: If the dataset holds nothing to train on, or the options do not fit together.
+        FileExistsError: If the output folder holds a finished run, or one that was begun and `resume` is False.
+        OSError: If a checkpoint cannot be written; the last good one stays.
+    """
+    output = Path(options.output)
+    begun = output / STARTED
+    if begun.exists() and not resume:
+        state = "finished" if (output / FINISHED).exists() else "unfinished"
+        raise FileExistsError(f"'{output}' holds a {state} run: go on with --resume, or choose another folder.")
+    arguments = training_arguments(options, OpenVLAConfig.from_pretrained(options.model))
+    main = arguments.process_index == 0
+    with arguments.main_process_first():  # the others find the statistics in the cache
+        run = prepare(options, arguments.world_size)
+    held_out = held_out_frames(run)
+    if not held_out:
+        arguments.eval_strategy = "no"
+    made = {**asdict(options), "learning_rate": run.learning_rate, "global_batch": run.global_batch}
+    if begun.exists():
+        changed = differences(json.loads(begun.read_text(encoding="utf-8")), made)
+        if changed:
+            raise ValueError(f"'{output}' was begun with other options: {'; '.join(changed)}.")
+    elif main:
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(begun, made)
+    checkpoint = last_checkpoint(output / "checkpoints") if resume else None
+    done = int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
+
+    set_seed(options.seed)  # adapters are made before the Trainer sets it
+    model = load_model(run)
+    if main:
+        tqdm.write(f"{run.describe()}\ntrains    {trainable_parameters(model) / 1e6:.1f}M parameters")
+    freeze_unused(model)
+    tokenizer = ActionTokenizer(run.processor.tokenizer, model.action_tokenizer.n_bins)
+    action_dim = len(run.sources[0].statistics["action"]["q01"])
+    size = model.vision_backbone.image_size
+    trainer = ActionTrainer(
+        model=model,
+        args=arguments,
+        stream=MixtureStream(
+            run.sources,
+            run.mixture[0],
+            buffer_size=options.shuffle_buffer,
+            seed=options.seed,
+            start=done * run.global_batch,
+            rank=arguments.process_index,
+            world_size=arguments.world_size,
+        ),
+        samples=FrameSamples(size, ImageAugmentation() if options.image_aug else None, seed=options.seed),
+        eval_samples=FrameSamples(size, crop=options.image_aug),
+        collator=ActionCollator(run.processor, tokenizer),
+        held_out=held_out,
+        statistics=run.statistics,
+        metrics=(ActionMetrics(tokenizer, action_dim), ActionMetrics(tokenizer, action_dim)),
+        frames=run.mixture[1],
+        card=card(run),
+    )
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.save_result(output, run.config.dtype if options.dtype == "auto" else None)
+    if main:
+        for warning in check_result(trainer.last_metrics, action_names(action_dim)):
+            tqdm.write(f"warning   {warning}")
+    trainer.accelerator.wait_for_everyone()
+    return output
+
+
+def card(run: Run) -> str:
+    """Model card: how to load it, and how it was made."""
+    options = run.options
+    text = model_card(Path(options.output).name, run.config, run.statistics, source=options.model)
+    if options.strategy in LEARNING_RATES:
+        text += ADAPTER_NOTE.format(base=options.model)
+    rows = "\n".join(f"| {name} | {value} |" for name, value in asdict(options).items())
+    return f"{text}\n## Fine-tuned\n\nWith `openvla finetune`:\n\n| option | value |\n| --- | --- |\n{rows}\n"
