@@ -1,0 +1,150 @@
+"""The plan of a run against real runs: what autograd keeps, gradients, optimizer states, FLOPs."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from openvla import OpenVLAConfig, OpenVLAForActionPrediction
+from openvla.presets import load_preset_config
+from openvla.training import apply_strategy, qlora_quantization, trainable_parameters
+from openvla.training.plan import SavedBytes, build, config_parameters, estimate, main, run_step, training_inputs
+
+
+pytest.importorskip("peft", reason="adapters need the [train] extra")
+
+ROOT = Path(__file__).resolve().parents[1]
+BATCH, TOKENS = 2, 12
+
+
+@pytest.fixture(scope="module")
+def config() -> OpenVLAConfig:
+    return OpenVLAConfig.from_pretrained(ROOT)
+
+
+def real_model(strategy: str, dtype: torch.dtype, **options):
+    model = OpenVLAForActionPrediction.from_pretrained(ROOT, dtype=dtype)
+    return apply_strategy(model, strategy, **options).train()
+
+
+def real_saved_bytes(model, config, autocast: bool) -> int:
+    inputs = training_inputs(config, BATCH, TOKENS)
+    inputs["attention_mask"][0, -1] = 0  # as in most batches, one prompt is shorter than the other
+    saved = SavedBytes(model)
+    with saved.count(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = model(**inputs, use_cache=False).loss
+    loss.backward()
+    return saved.total
+
+
+@pytest.mark.parametrize(
+    ("strategy", "precision"),
+    [
+        ("full", "float32"),
+        ("full", "bf16"),
+        ("last_layer", "bf16"),
+        ("frozen_vision", "float32"),
+        ("lora", "float32"),
+        ("lora", "bf16"),
+    ],
+)
+def test_a_step_without_values_keeps_what_a_real_one_keeps(config, strategy, precision):
+    adapter = {"rank": 4} if strategy == "lora" else {}
+    dtype = torch.bfloat16 if strategy == "lora" and precision == "bf16" else torch.float32
+    model = real_model(strategy, dtype, **adapter)
+    plan = estimate(config, strategy, batch_size=BATCH, text_tokens=TOKENS, precision=precision, **adapter)
+    assert plan.activations == real_saved_bytes(model, config, autocast=precision == "bf16")
+
+    assert plan.trainable == trainable_parameters(model)
+    assert plan.weights == sum(parameter.nbytes for parameter in model.parameters())
+    gradients = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    assert plan.gradients == sum(parameter.grad.nbytes for parameter in gradients)
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
+    optimizer.step()
+    states = [state[name].nbytes for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    assert plan.optimizer == sum(states)
+
+
+def test_gradient_checkpointing_keeps_what_a_real_run_keeps(config):
+    arguments = {"batch_size": BATCH, "text_tokens": TOKENS, "precision": "float32"}
+    whole = estimate(config, "full", **arguments)
+    plan = estimate(config, "full", gradient_checkpointing=True, **arguments)
+    model = real_model("full", torch.float32)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    block = run_step(build(config, "full", "float32"), config, BATCH, TOKENS).largest_block
+    assert plan.activations == real_saved_bytes(model, config, autocast=False) + block
+    assert plan.activations < whole.activations / 2
+    assert plan.flops_per_sample == whole.flops_per_sample
+
+
+def test_a_quantized_base_weighs_what_it_weighs(config):
+    pytest.importorskip("bitsandbytes", reason="a quantized model needs the [quant] extra")
+    model = OpenVLAForActionPrediction.from_pretrained(ROOT, quantization_config=qlora_quantization(torch.float32))
+    model = apply_strategy(model, "qlora", rank=4)
+    plan = estimate(config, "qlora", batch_size=BATCH, text_tokens=TOKENS, rank=4)
+    real = 0
+    for parameter in model.parameters():
+        real += parameter.nbytes
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            real += state.absmax.nbytes + state.state2.absmax.nbytes
+    assert plan.weights == pytest.approx(real, rel=1e-4)
+    assert plan.trainable == trainable_parameters(model)
+    # accelerate does not share out 4-bit weights
+    shared = estimate(config, "qlora", batch_size=BATCH, text_tokens=TOKENS, rank=4, world_size=8, sharded=True)
+    assert plan.weights / 8 < shared.weights < plan.weights
+
+
+def test_ranks_share_under_fsdp_and_not_under_ddp(config):
+    arguments = {"batch_size": BATCH, "text_tokens": TOKENS, "precision": "float32"}
+    one = estimate(config, "frozen_vision", **arguments)
+    ddp = estimate(config, "frozen_vision", world_size=8, **arguments)
+    fsdp = estimate(config, "frozen_vision", world_size=8, sharded=True, **arguments)
+    assert one.communication == 0
+    for part in ("weights", "gradients", "optimizer"):
+        assert getattr(ddp, part) == getattr(one, part)
+        assert getattr(fsdp, part) == getattr(one, part) / 8
+    assert ddp.communication == one.gradients
+    assert fsdp.activations == ddp.activations == one.activations
+    assert fsdp.communication > 0
+    assert fsdp.total == sum((fsdp.weights, fsdp.gradients, fsdp.optimizer, fsdp.activations, fsdp.communication))
+    # one rank has nothing to share with
+    assert estimate(config, "frozen_vision", sharded=True, **arguments) == one
+
+
+def test_activations_and_flops_grow_with_the_batch(config):
+    small, large = (estimate(config, "full", batch_size=size, precision="float32") for size in (2, 4))
+    assert large.activations == pytest.approx(2 * small.activations, rel=1e-3)
+    assert large.flops_per_sample == pytest.approx(small.flops_per_sample)
+    assert (large.weights, large.gradients) == (small.weights, small.gradients)
+
+
+def test_flops_of_a_layer_are_those_of_its_formula(config):
+    """Forward and backward of the output layer: 3 products of 2 * rows * inner * columns each."""
+    text = config.text_config
+    before = estimate(config, "full", batch_size=1, text_tokens=TOKENS).flops_per_sample
+    wider = OpenVLAConfig.from_pretrained(ROOT)
+    wider.text_config.vocab_size += 64
+    wider.image_token_id += 64
+    after = estimate(wider, "full", batch_size=1, text_tokens=TOKENS).flops_per_sample
+    patches = 64
+    assert after - before == 3 * 2 * (patches + TOKENS) * text.hidden_size * 64
+
+
+@pytest.mark.parametrize(("preset", "parameters"), [("openvla-7b", 7_541_237_184), ("openvla-v01-7b", 7_188_124_608)])
+def test_parameters_of_the_published_models(preset, parameters):
+    config = load_preset_config(preset)
+    assert config_parameters(build(config, "lora")) == parameters
+    assert config.text_config.use_cache is True  # the caller's config stays as it was
+
+
+def test_table_and_errors(config, capsys):
+    main([str(ROOT), "--strategy", "last_layer", "--batch-size", "1", "--text-tokens", "8"])
+    header, _, row = capsys.readouterr().out.strip().splitlines()
+    assert "total MB" in header and row.startswith("| last_layer | 0.8 |")
+    with pytest.raises(ValueError, match="Did you mean 'lora'"):
+        estimate(config, "loar")
+    with pytest.raises(ValueError, match="Did you mean 'bf16'"):
+        estimate(config, "lora", precision="bf61")
+    with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
+        estimate(config, "lora", batch_size=0)

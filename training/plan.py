@@ -1,0 +1,353 @@
+"""What a run needs, from the configuration alone: memory of one device by part, trainable parameters, FLOPs.
+
+    python -m openvla.training.plan openvla-v01-7b                              # a preset, a folder or a Hub id
+    python -m openvla.training.plan openvla-7b --batch-size 32 --world-size 64 --sharded
+
+The training step itself runs, on tensors that have shapes and types but no values (torch's FakeTensorMode): what the
+forward pass keeps for the backward pass, and every multiplication, is counted and not guessed. What this cannot see:
+the allocator's slack, workspaces, the CUDA context (one to a few GB together), short-lived tensors of the backward
+pass, and where CUDA kernels keep other tensors than those of the CPU.
+"""
+
+import argparse
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..configuration_openvla import OpenVLAConfig, check_choice
+from ..modeling_openvla import NOT_QUANTIZED, OpenVLAForActionPrediction
+from ..presets import load_preset_config, preset_names
+from .strategies import STRATEGIES, apply_strategy, trainable_parameters
+
+
+PRECISIONS = ("bf16", "pure-bf16", "float32")
+# nf4 with double quantization: 4 bits, one 8-bit scale for 64 weights, one float32 scale for 256 of those.
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+TEXT_TOKENS = 30  # prompt, 7 action tokens and </s> of a usual instruction
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on one device (rank) at the end of the forward pass, with all gradients there already.
+
+    weights, gradients, optimizer: Of this rank; AdamW keeps two numbers for each weight that gets a gradient.
+    activations: Kept for the backward pass, copies of weights that autocast makes included.
+    communication: DDP's gradient buckets, or the blocks FSDP has gathered at one time.
+    parameters, trainable: Of the whole model; `trainable` counts as the paper does, unused last tower blocks included.
+    flops_per_sample: Forward and backward, without what gradient checkpointing computes again.
+    """
+
+    strategy: str
+    batch_size: int
+    world_size: int
+    sharded: bool
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    communication: float
+    parameters: int
+    trainable: int
+    flops_per_sample: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.communication
+
+
+def estimate(
+    config: OpenVLAConfig,
+    strategy: str,
+    *,
+    batch_size: int = 16,
+    world_size: int = 1,
+    sharded: bool = False,
+    gradient_checkpointing: bool = False,
+    precision: str = "bf16",
+    text_tokens: int = TEXT_TOKENS,
+    **options: Any,
+) -> MemoryEstimate:
+    """Plan a run of `strategy`; needs no weights and no more memory than the shapes.
+
+    Args:
+        batch_size: Samples of one rank.
+        world_size: Ranks; with `sharded` (FSDP) they share weights, gradients and optimizer states, else (DDP) each has
+            all of them.
+        precision: `"bf16"`: float32 weights computed on in bfloat16; for lora and qlora a base as it is stored
+            (bfloat16, 4 bits) and float32 adapters. `"pure-bf16"`: everything bfloat16, optimizer states included.
+            `"float32"`: everything float32.
+        text_tokens: Prompt and answer; image patches come on top.
+        options: Of the strategy, such as `rank`.
+
+    Raises:
+        ValueError: If the strategy or precision is unknown, or a number is not positive.
+    """
+    check_choice("strategy", strategy, STRATEGIES)
+    check_choice("precision", precision, PRECISIONS)
+    for name, value in (("batch_size", batch_size), ("world_size", world_size), ("text_tokens", text_tokens)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1.")
+    sharded = sharded and world_size > 1
+    # FSDP computes in bfloat16 itself, on gathered copies; without it autocast makes the copies.
+    autocast = precision == "bf16" and not sharded
+    compute = torch.bfloat16 if precision == "pure-bf16" or (precision == "bf16" and sharded) else None
+    model = build(config, strategy, precision, **options)
+    numbers = [_stored(name, parameter, strategy, precision) for name, parameter in model.named_parameters()]
+    trainable = trainable_parameters(model)
+    step = run_step(model, config, batch_size, text_tokens, autocast=autocast, dtype=compute)
+    activations = step.saved
+    if gradient_checkpointing:
+        again = build(config, strategy, precision, **options)
+        again.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        again.train()
+        # Blocks are computed again one at a time: the largest has its activations back.
+        kept = run_step(again, config, batch_size, text_tokens, autocast=autocast, dtype=compute, backward=False)
+        activations = kept.saved + step.largest_block
+
+    ranks = world_size if sharded else 1
+    weights = sum(size / (ranks if can_shard else 1) for size, can_shard in numbers)
+    learning = [
+        numel * (2 if precision == "pure-bf16" else 4)
+        for numel, gradient in zip(step.numels, step.gradients)
+        if gradient
+    ]
+    communication = 0.0
+    if sharded:
+        # Two units at a time (the next is fetched ahead) in the type of the computation, one's whole gradient.
+        size = 4 if precision == "float32" else 2
+        communication = 2 * size * step.largest_unit + 4 * step.largest_learning_unit
+    elif world_size > 1:
+        communication = float(sum(learning))
+    return MemoryEstimate(
+        strategy=strategy,
+        batch_size=batch_size,
+        world_size=world_size,
+        sharded=sharded,
+        weights=weights,
+        gradients=sum(learning) / ranks,
+        optimizer=2 * sum(learning) / ranks,
+        activations=activations,
+        communication=communication,
+        parameters=config_parameters(model),
+        trainable=trainable,
+        flops_per_sample=step.flops / batch_size,
+    )
+
+
+def build(config: OpenVLAConfig, strategy: str, precision: str = "bf16", **options: Any) -> Any:
+    """The model of a strategy on the meta device, in the types it trains in (qlora: as if its base were bfloat16)."""
+    adapters = strategy in ("lora", "qlora")
+    with torch.device("meta"):
+        model: Any = OpenVLAForActionPrediction(copy.deepcopy(config))
+        if precision == "pure-bf16" or (precision == "bf16" and adapters):
+            model = model.to(torch.bfloat16)
+        if strategy == "qlora":
+            for name, parameter in model.named_parameters():
+                if not _quantized(name, parameter):
+                    parameter.data = parameter.data.float()  # as PEFT prepares a quantized model
+        # A quantized base cannot be made on the meta device; its adapters are those of lora.
+        return apply_strategy(model, "lora" if strategy == "qlora" else strategy, **options)
+
+
+def config_parameters(model: nn.Module) -> int:
+    """Parameters of the model without adapters."""
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if "lora_" not in name)
+
+
+def _quantized(name: str, parameter: nn.Parameter) -> bool:
+    """Whether `qlora` holds it in 4 bits: linear layers of the language model, output layer excepted."""
+    excepted = "embed_tokens" in name or "lora_" in name or any(part in name for part in NOT_QUANTIZED)
+    return parameter.ndim == 2 and not excepted
+
+
+def _stored(name: str, parameter: nn.Parameter, strategy: str, precision: str) -> tuple[float, bool]:
+    """Bytes of a parameter, and whether FSDP can share it out (accelerate leaves 4-bit weights whole)."""
+    if strategy == "qlora" and _quantized(name, parameter):
+        return parameter.numel() * NF4_BYTES, False
+    return parameter.numel() * (2 if precision == "pure-bf16" else parameter.element_size()), True
+
+
+# One step without values ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Step:
+    """What one training step showed; see `run_step`."""
+
+    saved: int
+    largest_block: int
+    flops: int
+    numels: list[int]
+    gradients: list[bool]
+    largest_unit: int
+    largest_learning_unit: int
+
+
+class SavedBytes:
+    """Counts the storages autograd keeps for the backward pass, each once, those of the model itself not at all."""
+
+    def __init__(self, model: nn.Module):
+        own = [*model.parameters(), *model.buffers()]
+        self._own = {tensor.untyped_storage()._cdata for tensor in own}
+        self._storages: dict[int, torch.UntypedStorage] = {}  # held, so that no address comes a second time
+
+    @property
+    def total(self) -> int:
+        return sum(storage.nbytes() for storage in self._storages.values())
+
+    @contextmanager
+    def count(self) -> Iterator[None]:
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._own:
+                self._storages[storage._cdata] = storage
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            yield
+
+
+def training_inputs(config: OpenVLAConfig, batch_size: int, text_tokens: int) -> dict[str, torch.Tensor]:
+    """Token ids, labels and mask (batch, text_tokens), images (batch, 3 * towers, height, width).
+
+    What the mask says stays unknown in a step without values: attention then takes it as one with padding, which it is
+    in most batches.
+    """
+    ids = torch.ones(batch_size, text_tokens, dtype=torch.long)
+    size = config.image_sizes[0]
+    pixels = torch.zeros(batch_size, 3 * len(config.image_sizes), size, size)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "pixel_values": pixels}
+
+
+def run_step(
+    model: Any,
+    config: OpenVLAConfig,
+    batch_size: int,
+    text_tokens: int,
+    *,
+    autocast: bool = False,
+    dtype: torch.dtype | None = None,
+    backward: bool = True,
+) -> Step:
+    """Forward and backward of a model on the meta device, on tensors without values.
+
+    Args:
+        autocast: Compute in bfloat16 as `TrainingArguments(bf16=True)` does.
+        dtype: Cast the model first.
+    """
+    if dtype is not None:
+        model = model.to(dtype)
+    # Tensors of the CPU and not of the meta device: autocast knows no meta tensors.
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+        model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu"))
+        saved = SavedBytes(model)
+        blocks = _BlockBytes(model, saved)
+        with saved.count(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(**training_inputs(config, batch_size, text_tokens), use_cache=False).loss
+        blocks.remove()
+        if backward:
+            loss.backward()
+    parameters = list(model.parameters())
+    units = fsdp_units(model)
+    return Step(
+        saved=saved.total,
+        largest_block=blocks.largest,
+        flops=counter.get_total_flops(),
+        numels=[parameter.numel() for parameter in parameters],
+        gradients=[parameter.grad is not None for parameter in parameters],
+        largest_unit=max(sum(parameter.numel() for parameter in unit) for unit in units),
+        largest_learning_unit=max(
+            sum(parameter.numel() for parameter in unit if parameter.requires_grad) for unit in units
+        ),
+    )
+
+
+class _BlockBytes:
+    """The most that one block of towers or language model adds to what is kept."""
+
+    def __init__(self, model: Any, saved: SavedBytes):
+        self.largest = 0
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        blocks = [
+            *base.get_decoder().layers,
+            *(block for tower in base.vision_backbone.towers for block in tower.blocks),
+        ]
+        before: dict[nn.Module, int] = {}
+
+        def enter(block, *_):
+            before[block] = saved.total
+
+        def leave(block, *_):
+            self.largest = max(self.largest, saved.total - before[block])
+
+        self._handles = [block.register_forward_pre_hook(enter) for block in blocks]
+        self._handles += [block.register_forward_hook(leave) for block in blocks]
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def fsdp_units(model: Any) -> list[list[nn.Parameter]]:
+    """Parameters that FSDP gathers together: modules the model does not split, embeddings, output layer, the rest."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    names = set(base._no_split_modules) | set(getattr(base.get_decoder(), "_no_split_modules", None) or ())
+    whole = [module for module in base.modules() if type(module).__name__ in names]
+    whole += [base.get_input_embeddings(), base.get_output_embeddings()]
+    units = [list(module.parameters()) for module in whole]
+    taken = {id(parameter) for unit in units for parameter in unit}
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in taken]
+    return [unit for unit in (*units, rest) if unit]
+
+
+# Table ----------------------------------------------------------------------------------------------------------------
+
+
+def table(estimates: list[MemoryEstimate]) -> str:
+    """One line for each plan, a Markdown table; GB are 10^9 and MB 10^6 bytes of one device."""
+    unit, size = ("GB", 1e9) if max(plan.total for plan in estimates) >= 1e9 else ("MB", 1e6)
+    parts_named = ["weights", "gradients", "optimizer", "activations", "communication"]
+    header = ["strategy", "learn, M", *parts_named, f"total {unit}", "GFLOP/sample"]
+    lines = ["| " + " | ".join(header) + " |", "| --- " * len(header) + "|"]
+    for plan in estimates:
+        parts = (plan.weights, plan.gradients, plan.optimizer, plan.activations, plan.communication, plan.total)
+        cells = [plan.strategy, f"{plan.trainable / 1e6:.1f}", *(f"{part / size:.1f}" for part in parts)]
+        lines.append("| " + " | ".join([*cells, f"{plan.flops_per_sample / 1e9:,.1f}"]) + " |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m openvla.training.plan",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", help="preset, folder or Hub id")
+    parser.add_argument("--strategy", nargs="+", default=list(STRATEGIES), help="default: all")
+    parser.add_argument("--batch-size", type=int, default=16, help="samples of one device")
+    parser.add_argument("--world-size", type=int, default=1)
+    parser.add_argument("--sharded", action="store_true", help="FSDP instead of DDP")
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--precision", default="bf16", choices=PRECISIONS)
+    parser.add_argument("--text-tokens", type=int, default=TEXT_TOKENS)
+    parser.add_argument("--rank", type=int, default=32, help="of adapters")
+    given = vars(parser.parse_args(argv))
+    model, strategies, rank = given.pop("model"), given.pop("strategy"), given.pop("rank")
+    preset = model in preset_names()
+    config = load_preset_config(model) if preset else OpenVLAConfig.from_pretrained(model)
+    plans = []
+    for strategy in strategies:
+        adapter = {"rank": rank} if strategy in ("lora", "qlora") else {}
+        plans.append(estimate(config, strategy, **given, **adapter))
+    print(table(plans))
+
+
+if __name__ == "__main__":
+    main()
