@@ -155,36 +155,49 @@ def predict(
 
 @app.command()
 def stats(
-    dataset: Annotated[Path, typer.Argument(help="Folder (RLDS, LeRobot, HDF5).")],
-    split: Annotated[str, typer.Option(help="train, val, or all where the format has splits.")] = "train",
+    dataset: Annotated[str, typer.Argument(help="Folder or file (RLDS, LeRobot, HDF5), or a mixture (see finetune).")],
+    data_root: Annotated[Path | None, typer.Option(help="Folder of the datasets of a mixture.")] = None,
+    split: Annotated[str, typer.Option(help="train: the whole dataset, as in training; or one split.")] = "train",
+    name: Annotated[str | None, typer.Option(help="unnorm_key.", show_default="the dataset's")] = None,
+    gripper: Annotated[str, typer.Option(help="What the recorded gripper means (see finetune).")] = "open-is-1",
+    standardize: Annotated[str, typer.Option(help="auto, none, or the name of an Open-X dataset.")] = "auto",
+    filters: Annotated[str, typer.Option(help="Steps to leave out: no-ops, zero-actions.")] = "",
     output: Annotated[Path | None, typer.Option(help="dataset_statistics.json to write.")] = None,
-    name: Annotated[str | None, typer.Option(help="unnorm_key in it.", show_default="the dataset's")] = None,
     plot: Annotated[Path | None, typer.Option(help="Picture of the histograms to write.")] = None,
 ) -> None:
     """Show the action statistics of a dataset.
 
-    They give the model's actions their units: q01 and q99 become -1 and 1.
+    They give the model's actions their units: q01 and q99 become -1 and 1. They are those of all splits together, and
+    are kept for the next start.
 
     \b
     openvla stats path/to/my_dataset --plot actions.png
     openvla stats path/to/my_dataset --output dataset_statistics.json --name my_robot
     """
-    import numpy as np
-
     from .action_text import action_names
-    from .data import open_dataset
-    from .data.statistics import collect, compute_statistics, plot_statistics, statistics_table
+    from .data.sources import open_sources
+    from .data.statistics import plot_statistics, statistics_table
 
-    episodes = open_dataset(dataset, split=split)
-    actions, states = collect(episodes, progress=True)
-    result = compute_statistics(actions, states)
-    names = action_names(actions[0].shape[1])
-    typer.echo(statistics_table(result, names))
-    if plot is not None:
-        plot_statistics(np.concatenate(actions), result, plot, names)
-        typer.echo(f"wrote {plot}")
+    sources = open_sources(
+        dataset,
+        data_root=data_root,
+        split=split,
+        name=name,
+        gripper=gripper,
+        standardize=standardize,
+        filters=filters,
+        keep_unlabeled=True,
+        progress=True,
+    )
+    for source in sources:
+        names = action_names(len(source.statistics["action"]["mean"]))
+        typer.echo(f"{source.report()}\n{statistics_table(source.statistics, names)}")
+        if plot is not None:
+            path = plot if len(sources) == 1 else plot.with_stem(f"{plot.stem}_{source.name}")
+            plot_statistics(source.actions(), source.statistics, path, names)
+            typer.echo(f"wrote {path}")
     if output is not None:
-        output.write_text(json.dumps({name or episodes.name: result}, indent=2) + "\n")
+        output.write_text(json.dumps({source.name: source.statistics for source in sources}, indent=2) + "\n")
         typer.echo(f"wrote {output}")
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from .episode import Episode
 from .filters import keep_labeled, removal_report
 from .oxe_conversions import droid_moves_raw
 from .samples import main_camera
+from .statistics import collect
 from .survey import Survey, largest_normalized, proprio_statistics
 from .trajectory import chunk_act_obs
 
@@ -78,6 +80,10 @@ class Source:
             f"{len(self.dataset)} episodes to train on, {kept_back} held out"
         )
         return "\n  ".join([head, *removal_report(self.removed).splitlines()])
+
+    def actions(self) -> np.ndarray:
+        """(num_transitions, A) of all splits, in units of the dataset: read anew, images left alone."""
+        return np.concatenate(collect(chain.from_iterable(self.everything))[0])
 
     def frames(self, episode: Episode, action_chunk: int = 1) -> Iterator[Episode]:
         """The training frames of an episode of `dataset` or `held_out`; none where a filter drops it.
