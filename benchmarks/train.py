@@ -1,0 +1,217 @@
+"""Time training steps by strategy: samples/s, peak memory, and the share of the device's peak that the model uses.
+
+    python benchmarks/train.py                                                  # the embedded policy, all strategies
+    python benchmarks/train.py --model DIR_OR_ID --strategy lora --device cuda
+    python benchmarks/train.py --preset openvla-7b --device cuda --strategy lora    # full size, random weights
+
+A step is forward, backward, clipping and AdamW on random inputs. Every strategy runs in a process of its own, so that
+none inherits the memory of another. The FLOPs are those of `openvla.training.plan` (recomputation not counted); the
+peak is that of a large matrix product measured beside them, or `--peak-tflops`. Prints a table and writes JSON.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import timm
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+
+from openvla import OpenVLAConfig, OpenVLAForActionPrediction
+from openvla.presets import load_preset_config
+from openvla.training import STRATEGIES, apply_strategy, qlora_quantization, trainable_parameters
+from openvla.training.plan import TEXT_TOKENS, estimate, training_inputs
+
+
+ROOT = Path(__file__).resolve().parents[1]
+ADAPTERS = ("lora", "qlora")
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measured_peak(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    """FLOP/s of a product of two (size, size) matrices, the best of ten."""
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    times = []
+    for _ in range(12):
+        synchronize(device)
+        begin = time.perf_counter()
+        left @ right
+        synchronize(device)
+        times.append(time.perf_counter() - begin)
+    return 2 * size**3 / min(times[2:])
+
+
+def load(arguments, strategy: str):
+    """The model of a strategy in the types of `plan`: float32 weights, or for adapters the base in that of the run."""
+    bf16 = arguments.precision == "bf16"
+    dtype = torch.bfloat16 if bf16 and strategy in ADAPTERS else torch.float32
+    loading = {"dtype": dtype, "device_map": {"": arguments.device}}
+    if strategy == "qlora":
+        loading["quantization_config"] = qlora_quantization(torch.bfloat16 if bf16 else torch.float32)
+    options = {"rank": arguments.rank} if strategy in ADAPTERS else {}
+    if not arguments.preset:
+        return apply_strategy(
+            OpenVLAForActionPrediction.from_pretrained(arguments.model, **loading), strategy, **options
+        )
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(arguments.device):
+            model = OpenVLAForActionPrediction(load_preset_config(arguments.preset))
+    finally:
+        torch.set_default_dtype(default)
+    if strategy == "qlora":  # quantization happens while a checkpoint is loaded
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            del model
+            model = OpenVLAForActionPrediction.from_pretrained(folder, **loading)
+    return apply_strategy(model, strategy, **options)
+
+
+def measure(arguments, strategy: str) -> dict:
+    """One strategy in this process."""
+    device = torch.device(arguments.device)
+    cuda = device.type == "cuda"
+    if strategy in ADAPTERS:
+        # PEFT imports much at its first adapter; what imports take is not what the run takes.
+        get_peft_model(torch.nn.Sequential(torch.nn.Linear(1, 1)), LoraConfig(target_modules=["0"]))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    model = load(arguments, strategy).train()
+    if arguments.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=1e-6, weight_decay=0.0)
+    inputs = training_inputs(model.config, arguments.batch, arguments.text_tokens)
+    inputs = {name: value.to(device) for name, value in inputs.items()}
+    inputs["pixel_values"].normal_()
+    times = []
+    for step in range(-arguments.warmup, arguments.steps):
+        synchronize(device)
+        begin = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16) if arguments.precision == "bf16" else nullcontext():
+            loss = model(**inputs, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(learning, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        synchronize(device)
+        if step >= 0:
+            times.append(time.perf_counter() - begin)
+    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "strategy": strategy,
+        "trainable": trainable_parameters(model),
+        "seconds_per_step": statistics.median(times),
+        "samples_per_second": arguments.batch / statistics.median(times),
+        "peak_memory_bytes": peak if cuda else peak - before,
+        "memory_before_bytes": None if cuda else before,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(ROOT), help="folder or Hub id (default: the embedded policy)")
+    parser.add_argument("--preset", choices=["openvla-7b", "openvla-v01-7b"], help="random weights of a published size")
+    parser.add_argument("--strategy", nargs="+", choices=list(STRATEGIES), default=list(STRATEGIES))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", choices=["bf16", "float32"], help="default: bf16 on cuda, float32 elsewhere")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--text-tokens", type=int, default=TEXT_TOKENS)
+    parser.add_argument("--rank", type=int, default=32, help="of adapters")
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads on a CPU")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--peak-tflops", type=float, help="of the device (default: measured with a matrix product)")
+    parser.add_argument("--output", type=Path, help="write the JSON here as well")
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # what the processes are started with
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    cuda = device.type == "cuda"
+    arguments.precision = arguments.precision or ("bf16" if cuda else "float32")
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    if arguments.one:
+        print(json.dumps(measure(arguments, arguments.strategy[0])))
+        return
+
+    config = (
+        load_preset_config(arguments.preset) if arguments.preset else OpenVLAConfig.from_pretrained(arguments.model)
+    )
+    dtype = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
+    peak = (arguments.peak_tflops or measured_peak(device, dtype, 8192 if cuda else 2048) / 1e12) * 1e12
+    if cuda:
+        torch.cuda.empty_cache()  # the processes need what the product took
+    runs = []
+    for strategy in arguments.strategy:
+        result = subprocess.run(
+            [sys.executable, __file__, *sys.argv[1:], "--one", "--strategy", strategy],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": str(arguments.threads)},
+        )
+        if result.returncode:
+            print(f"{strategy:<14} failed (its error stands above)")
+            runs.append({"strategy": strategy, "failed": result.returncode})
+            continue
+        run = json.loads(result.stdout.splitlines()[-1])
+        options = {"rank": arguments.rank} if strategy in ADAPTERS else {}
+        plan = estimate(
+            config,
+            strategy,
+            batch_size=arguments.batch,
+            precision=arguments.precision,
+            text_tokens=arguments.text_tokens,
+            gradient_checkpointing=arguments.gradient_checkpointing,
+            **options,
+        )
+        run["planned_memory_bytes"] = plan.total
+        run["flops_per_sample"] = plan.flops_per_sample
+        run["model_flops_utilization"] = run["samples_per_second"] * plan.flops_per_sample / peak
+        runs.append(run)
+        print(
+            f"{strategy:<14} {run['trainable'] / 1e6:9.1f} M learn {run['samples_per_second']:9.2f} samples/s "
+            f"{run['peak_memory_bytes'] / 1e9:8.2f} GB peak (plan {plan.total / 1e9:.2f}) "
+            f"{run['model_flops_utilization']:6.1%} of {peak / 1e12:.2f} TFLOP/s",
+            flush=True,
+        )
+    report = {
+        "model": arguments.preset or arguments.model.replace(str(ROOT), "embedded policy"),
+        "weights": "random" if arguments.preset else "loaded",
+        "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+        "threads": arguments.threads,
+        "precision": arguments.precision,
+        "batch": arguments.batch,
+        "text_tokens": arguments.text_tokens,
+        "gradient_checkpointing": arguments.gradient_checkpointing,
+        "steps": arguments.steps,
+        "peak_flops": peak,
+        "versions": {library.__name__: library.__version__ for library in (torch, transformers, timm)},
+        "runs": runs,
+    }
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+        print(f"wrote {arguments.output}")
+    else:
+        print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
