@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 from openvla.training import STRATEGIES
+from openvla.training.curves import plot_curves
 
 
 # The same for all would be unfair: adapters and a few layers take larger steps than the whole model.
@@ -70,27 +71,6 @@ def table(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def plot(results: list[dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for result in results:
-        train = [entry for entry in result["log"] if "loss" in entry]
-        held_out = [entry for entry in result["log"] if "eval_action_l1" in entry]
-        (line,) = left.plot([e["step"] for e in train], [e["loss"] for e in train], label=result["strategy"])
-        right.plot([e["step"] for e in train], [e["action_l1"] for e in train], color=line.get_color())
-        right.plot([e["step"] for e in held_out], [e["eval_action_l1"] for e in held_out], "--", color=line.get_color())
-    left.set(xlabel="step", ylabel="loss", yscale="log")
-    right.set(xlabel="step", ylabel="normalized L1 (dashed: held out)", yscale="log")
-    right.axhline(0.02, color="lightgray", lw=1, zorder=0)
-    left.legend()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("dataset")
@@ -101,7 +81,7 @@ def main() -> None:
     arguments, rest = parser.parse_known_args()
     results = [run(name, arguments, rest, arguments.runs / name) for name in arguments.strategies]
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    plot(results, arguments.out.with_suffix(".png"))
+    plot_curves({result["strategy"]: result["log"] for result in results}, arguments.out.with_suffix(".png"))
     text = table(results)
     head = f"# Fine-tuning strategies\n\n`python {shlex.join(sys.argv)}`"
     picture = f"![curves]({arguments.out.name}.png)"

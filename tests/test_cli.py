@@ -5,7 +5,9 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -15,9 +17,10 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from openvla import OpenVLAForActionPrediction, cli
+from openvla.training import STRATEGIES, FinetuneOptions
 
 
-VERBS = ["predict", "convert", "export", "package"]
+VERBS = ["predict", "stats", "finetune", "merge", "convert", "export", "package"]
 
 
 def run(*arguments, code: int = 0):
@@ -69,7 +72,9 @@ def test_reading_the_command_line_needs_nothing_heavy():
         "sys.modules['openvla'] = package; import openvla.cli; "
         "print({'torch', 'transformers', 'timm', 'numpy'} & set(sys.modules))"
     )
-    ran = subprocess.run([sys.executable, "-c", program, str(Path(cli.__file__).parent)], capture_output=True, text=True)
+    ran = subprocess.run(
+        [sys.executable, "-c", program, str(Path(cli.__file__).parent)], capture_output=True, text=True
+    )
     assert ran.stdout.strip() == "set()", ran.stderr
 
 
@@ -155,3 +160,50 @@ def test_convert_passes_everything_on(tmp_path, monkeypatch):
     options = [part for field, value in given.items() for part in ("--" + field.replace("_", "-"), value)]
     run("convert", "a.pt", tmp_path / "out", *options, "--statistics", "s.json", "--overwrite")
     assert seen == {"checkpoint": Path("a.pt"), **given, "statistics": Path("s.json"), "overwrite": True}
+
+
+# Data and training
+
+
+DEMO = Path(__file__).parent / "fixtures" / "demos" / "lerobot_image"
+
+
+def test_stats(tmp_path):
+    pytest.importorskip("matplotlib", reason="the plot needs the [demo] extra")
+    options = ["--output", tmp_path / "statistics.json", "--name", "mine", "--plot", tmp_path / "actions.png"]
+    lines = run("stats", DEMO, *options).stdout.splitlines()
+    assert "1 episodes, 95 steps" in lines[0] and any("never changes" in line for line in lines)
+    statistics = json.loads((tmp_path / "statistics.json").read_text())
+    assert len(statistics["mine"]["action"]["q99"]) == 7
+    assert (tmp_path / "actions.png").stat().st_size > 5000
+
+
+def test_finetune_has_an_option_for_every_field():
+    text = run("finetune", "--help").stdout
+    for item in fields(FinetuneOptions):
+        assert f"--{item.name.replace('_', '-')}" in text, item.name
+    assert set(get_args(FinetuneOptions.__annotations__["strategy"])) == set(STRATEGIES)
+
+
+def test_plan_train_merge_and_predict(tmp_path, image):
+    options = ["--dataset", DEMO, "--output", tmp_path / "run", "--steps", "2", "--batch-size", "2", "--rank", "4"]
+    plan = run("finetune", *options, "--dry-run").stdout
+    assert "2 steps x 2" in plan and "never change" in plan and not (tmp_path / "run").exists()
+    said = run("finetune", *options, "--merge", tmp_path / "merged").stdout
+    assert f"wrote {tmp_path / 'run'}" in said and re.search(r"relative to the largest logit: \d\.\de-\d+", said)
+    assert list((tmp_path / "run").rglob("events.out.tfevents*"))  # TensorBoard
+    record = run(
+        "predict", "--model", tmp_path / "merged", "--image", image, "--instruction", "open the drawer", "--json"
+    )
+    assert json.loads(record.stdout)["unnorm_key"] == "lerobot_image"
+    again = run("finetune", *options, code=2).stderr
+    assert "finished run" in again and "--resume" in again
+
+
+def test_finetune_errors(tmp_path):
+    to = ["--output", tmp_path / "run"]
+    assert "no adapter to merge" in error_of(
+        "finetune", "--dataset", DEMO, *to, "--strategy", "full", "--merge", tmp_path
+    )
+    assert "nowhere" in error_of("finetune", "--dataset", tmp_path / "nowhere", *to)
+    assert "steps=0" in error_of("finetune", "--dataset", DEMO, *to, "--steps", "0")

@@ -127,18 +127,24 @@ def test_a_mixture_and_its_statistics(tmp_path):
 def test_held_out_episodes_are_evaluated(six_episodes, tmp_path):
     finetune(options(tmp_path / "run", six_episodes, eval_every=1, eval_samples=8, steps=2, save_every=2))
     found = losses(tmp_path / "run", "eval_action_l1")
-    assert set(found) == {1, 2} and all(0 < value < 2 for value in found.values())
+    assert set(found) == {0, 1, 2} and all(0 < value < 2 for value in found.values())
+    assert (tmp_path / "run" / "curves.png").stat().st_size > 5000
 
 
-def test_workers_and_accumulation_change_nothing(tmp_path):
+def test_how_a_batch_is_computed_changes_nothing(tmp_path):
     same = {"strategy": "last_layer", "dtype": "float32", "learning_rate": 1e-3, "save_every": 3, "log_every": 1}
     finetune(options(tmp_path / "plain", batch_size=4, **same))
     finetune(options(tmp_path / "workers", batch_size=4, workers=2, **same))
     finetune(options(tmp_path / "accumulated", batch_size=2, gradient_accumulation=2, **same))
+    finetune(options(tmp_path / "checkpointed", batch_size=4, gradient_checkpointing=True, **same))
+    finetune(options(tmp_path / "bf16", batch_size=4, precision="bf16", **same))
     expected = losses(tmp_path / "plain")
     assert len(expected) == 3
     assert losses(tmp_path / "workers") == expected
     assert losses(tmp_path / "accumulated") == pytest.approx(expected, abs=1e-4)
+    assert losses(tmp_path / "checkpointed") == pytest.approx(expected, abs=1e-4)
+    halved = losses(tmp_path / "bf16")
+    assert halved == pytest.approx(expected, rel=0.05) and halved != expected
 
 
 # Stopped and resumed
@@ -246,9 +252,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
 # Several processes
 
 
-@pytest.mark.parametrize(
-    "strategy, fsdp", [("full", False), ("lora", False), ("full", True), ("lora", True), ("frozen_vision", True)]
-)
+@pytest.mark.parametrize("strategy, fsdp", [("full", False), ("lora", False), ("full", True), ("lora", True)])
 def test_two_processes_learn_what_one_does(strategy, fsdp, six_episodes, tmp_path):
     """Two gloo processes of batch 2 against one of batch 4, plain (DDP) or sharded (FSDP2), the latter stopped and
     resumed: the same losses, in training and evaluation, and a plain checkpoint in the published layout."""
@@ -263,7 +267,7 @@ def test_two_processes_learn_what_one_does(strategy, fsdp, six_episodes, tmp_pat
         assert result.returncode == 0, result.stderr[-5000:]
 
     launch(resume=False)
-    if fsdp:
+    if fsdp and strategy == "full":
         shutil.rmtree(tmp_path / "two" / "checkpoints" / "checkpoint-4")
         launch(resume=True)
     for key in ("loss", "action_l1", "eval_loss"):

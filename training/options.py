@@ -1,5 +1,6 @@
 """What a fine-tuning run is made of: the options of `openvla finetune`, with the texts that its --help shows."""
 
+import importlib.util
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -75,12 +76,12 @@ class FinetuneOptions:
     eval_samples: int = option(256, "Held-out frames of one evaluation, spread evenly.")
     save_every: int = option(500, "Steps between checkpoints.")
     keep: int = option(2, "Checkpoints to keep.")
-    logging: str = option("tensorboard", "none, tensorboard or wandb.")
+    logging: Literal["none", "tensorboard", "wandb"] = option("tensorboard", "Where the log goes.")
     log_every: int = option(10, "Steps between lines of the log.")
     seed: int = option(0, "Of order, augmentation and new weights.")
 
     def __post_init__(self) -> None:
-        """Raises ValueError for numbers that make no run."""
+        """Raises ValueError for numbers that make no run, and for a log that nothing here can write."""
         limits = {"steps": 1, "batch_size": 1, "gradient_accumulation": 1, "save_every": 1, "keep": 1, "log_every": 1}
         limits |= {"warmup_steps": 0, "shuffle_buffer": 0, "workers": 0, "eval_samples": 0, "rank": 1}
         for name, least in limits.items():
@@ -88,6 +89,8 @@ class FinetuneOptions:
                 raise ValueError(f"{name}={getattr(self, name)}: it must be at least {least}.")
         if not 0 <= self.held_out < 1:
             raise ValueError(f"held_out={self.held_out}: expected a part of the episodes, from 0 to below 1.")
+        if self.logging != "none" and importlib.util.find_spec(self.logging) is None:
+            raise ValueError(f"logging={self.logging!r} needs {self.logging}: pip install {self.logging}, or 'none'.")
 
 
 # What a resumed run may change: where, how fast, how shared out, but not what the weights become.

@@ -12,6 +12,7 @@ import torch
 from timm.models.vision_transformer import Block
 from tqdm import tqdm
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, TrainingArguments, set_seed
+from transformers.trainer_utils import IntervalStrategy
 
 from ..action_text import action_names
 from ..action_tokenizer import ActionTokenizer, check_same_action_dim
@@ -28,6 +29,7 @@ from ..modeling_openvla import OpenVLAForActionPrediction
 from ..processing_openvla import OpenVLAProcessor
 from .checkpoints import ADAPTER_NOTE, write_json
 from .checks import check_data, check_images, check_result, check_statistics
+from .curves import plot_curves
 from .metrics import ActionMetrics
 from .options import FinetuneOptions, differences
 from .strategies import apply_strategy, freeze_unused, qlora_quantization, trainable_parameters
@@ -161,9 +163,11 @@ def load_model(run: Run) -> Any:
         loading["quantization_config"] = qlora_quantization()
     model: Any = OpenVLAForActionPrediction.from_pretrained(options.model, **loading)
     model.norm_stats = run.statistics
-    model.config.use_cache = False
     adapter = {"rank": options.rank, "alpha": options.alpha, "dropout": options.dropout}
-    return apply_strategy(model, options.strategy, **({} if learns_itself else adapter))
+    model = apply_strategy(model, options.strategy, **({} if learns_itself else adapter))
+    if options.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
 
 
 def sharding(config: OpenVLAConfig) -> dict[str, Any]:
@@ -197,8 +201,6 @@ def training_arguments(options: FinetuneOptions, config: OpenVLAConfig) -> Train
         weight_decay=options.weight_decay,
         max_grad_norm=options.max_grad_norm,
         bf16=precision == "bf16",
-        gradient_checkpointing=options.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
         torch_compile=options.compile,
         logging_steps=max(1, min(options.log_every, options.steps // 10)),
         eval_strategy="steps" if eval_every else "no",
@@ -229,7 +231,7 @@ def finetune(options: FinetuneOptions, resume: bool = False) -> Path:
 
     For lora and qlora the output folder holds the adapter with the statistics and the processor beside it; see
     `merge_adapter`. Checkpoints of the run lie in `output/checkpoints`; `resume` goes on from the last, or begins where
-    there is none.
+    there is none. `curves.png` is drawn where matplotlib is installed.
 
     Raises:
         ValueError: If the dataset holds nothing to train on, or the options do not fit together.
@@ -247,7 +249,7 @@ def finetune(options: FinetuneOptions, resume: bool = False) -> Path:
         run = prepare(options, arguments.world_size)
     held_out = held_out_frames(run)
     if not held_out:
-        arguments.eval_strategy = "no"
+        arguments.eval_strategy = IntervalStrategy.NO
     made = {**asdict(options), "learning_rate": run.learning_rate, "global_batch": run.global_batch}
     if begun.exists():
         changed = differences(json.loads(begun.read_text(encoding="utf-8")), made)
@@ -258,6 +260,8 @@ def finetune(options: FinetuneOptions, resume: bool = False) -> Path:
         write_json(begun, made)
     checkpoint = last_checkpoint(output / "checkpoints") if resume else None
     done = int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
+    # What the model can do before it has learned anything
+    arguments.eval_on_start = arguments.eval_strategy is not IntervalStrategy.NO and checkpoint is None
 
     set_seed(options.seed)  # adapters are made before the Trainer sets it
     model = load_model(run)
@@ -291,6 +295,7 @@ def finetune(options: FinetuneOptions, resume: bool = False) -> Path:
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_result(output, run.config.dtype if options.dtype == "auto" else None)
     if main:
+        plot_curves({options.strategy: trainer.state.log_history}, output / "curves.png")
         for warning in check_result(trainer.last_metrics, action_names(action_dim)):
             tqdm.write(f"warning   {warning}")
     trainer.accelerator.wait_for_everyone()

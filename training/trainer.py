@@ -35,7 +35,10 @@ class ProgressBar(ProgressCallback):
             held_out = ", ".join(f"{text} {logs['eval_' + name]:.4f}" for name, text in SHOWN.items())
             self.training_bar.write(f"step {state.global_step}, held out: {held_out}")
         elif "loss" in logs:
-            self.training_bar.set_postfix({text: f"{logs[name]:.4f}" for name, text in SHOWN.items() if name in logs})
+            shown = {text: f"{logs[name]:.4f}" for name, text in SHOWN.items() if name in logs}
+            if {f"l1/{axis}" for axis in "xyz"} <= logs.keys():  # in units of the dataset
+                shown["L1 xyz"] = f"{sum(logs[f'l1/{axis}'] for axis in 'xyz') / 3:.4g}"
+            self.training_bar.set_postfix(shown)
 
 
 class ActionTrainer(Trainer):
@@ -112,7 +115,7 @@ class ActionTrainer(Trainer):
         inputs = dict(inputs)
         scale, kept = inputs.pop("action_scale"), inputs["logits_to_keep"]
         labels = inputs.pop("labels")[:, -kept:]
-        output = model(**inputs)
+        output = model(**inputs, use_cache=False)
         logits = output.logits.float()
         loss = functional.cross_entropy(
             logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX
@@ -165,7 +168,6 @@ class ActionTrainer(Trainer):
             return
         if hasattr(model, "peft_config"):
             dtype = None  # adapters are small, and stay exact
-        model.config.use_cache = True
         if dtype is not None:
             state = {name: value.to("cpu", dtype) for name, value in (state or model.state_dict()).items()}
         write_checkpoint(model, folder, self.collator.processor, self.statistics, self.card, state, dtype)

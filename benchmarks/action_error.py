@@ -1,0 +1,66 @@
+"""How far predicted actions are from demonstrated ones, frame by frame, outside of training.
+
+    python benchmarks/action_error.py MODEL DATASET [--held-out-only] [--center-crop]
+
+Every frame goes through `predict_action`, which decodes its own tokens. Prints the L1 of each action dimension,
+normalized and in the units of the dataset, and of predicting the mean action.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from openvla import OpenVLAForActionPrediction, normalize_actions
+from openvla.action_text import action_names
+from openvla.data.samples import FrameSamples
+from openvla.data.sources import open_sources
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("dataset")
+    parser.add_argument("--unnorm-key", help="default: the model's, if it has one")
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--held-out-only", action="store_true", help="only episodes that training keeps back")
+    parser.add_argument("--center-crop", action="store_true", help="as models trained with image augmentation expect")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, help="a JSON file for the figures")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = OpenVLAForActionPrediction.from_pretrained(arguments.model, dtype="auto").to(device).eval()
+    key = arguments.unnorm_key or next(iter(model.norm_stats))
+    stats = model.norm_stats[key]["action"]
+    (source,) = open_sources(arguments.dataset, split=arguments.split, statistics={"action": stats})
+    samples = FrameSamples(model.vision_backbone.image_size, crop=arguments.center_crop)
+    parts = [source.held_out] if arguments.held_out_only else [source.dataset, source.held_out]
+    frames = [frame for part in parts if part is not None for episode in part for frame in source.frames(episode)]
+
+    predicted = []
+    for start in tqdm(range(0, len(frames), arguments.batch_size)):
+        batch = [samples[0, frame] for frame in frames[start : start + arguments.batch_size]]
+        found = model.predict_action(
+            [sample["image"] for sample in batch], [sample["instruction"] for sample in batch], unnorm_key=key
+        )
+        predicted.append(normalize_actions(found, stats))
+    wanted = np.stack([frame.actions[0] for frame in frames])
+    error = np.abs(np.concatenate(predicted) - wanted).mean(axis=0)
+    mean = np.abs(normalize_actions(np.asarray(stats["mean"]), stats) - wanted).mean()
+    half = np.where(stats["mask"], (np.asarray(stats["q99"]) - np.asarray(stats["q01"])) / 2, 1.0)
+    names = action_names(len(error))
+    for name, value, unit in zip(names, error, error * half):
+        print(f"{name:<10} {value:.4f} normalized, {unit:.4f} in units of {key}")
+    print(f"all        {error.mean():.4f} normalized over {len(frames)} frames; predicting the mean action: {mean:.4f}")
+    if arguments.output:
+        arguments.output.write_text(json.dumps({"l1_normalized": dict(zip(names, error)), "frames": len(frames)}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""Loss and L1 over the steps of a run, as a picture."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def plot_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> bool:
+    """Draw the logs of one run or of several beside each other.
+
+    Args:
+        runs: `{name: log}`, a log as in `trainer_state.json`.
+        path: Picture to write (PNG, PDF, SVG).
+
+    Returns:
+        False where matplotlib is not installed, and nothing was drawn.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for name, log in runs.items():
+        for panel, key, label in zip(axes, ("loss", "action_l1"), ("loss", "normalized L1")):
+            train = [(entry["step"], entry[key]) for entry in log if key in entry]
+            held_out = [(entry["step"], entry[f"eval_{key}"]) for entry in log if f"eval_{key}" in entry]
+            (line,) = panel.plot(*zip(*train), label=name) if train else panel.plot([], [], label=name)
+            if held_out:
+                panel.plot(*zip(*held_out), "--o", ms=3, color=line.get_color())
+            panel.set(xlabel="step", ylabel=f"{label} (dashed: held out)", yscale="log")
+    axes[0].legend()
+    figure.savefig(path, dpi=100)
+    return True
