@@ -59,7 +59,9 @@ def main() -> None:
         print(f"{name:<10} {value:.4f} normalized, {unit:.4f} in units of {key}")
     print(f"all        {error.mean():.4f} normalized over {len(frames)} frames; predicting the mean action: {mean:.4f}")
     if arguments.output:
-        arguments.output.write_text(json.dumps({"l1_normalized": dict(zip(names, error)), "frames": len(frames)}) + "\n")
+        arguments.output.write_text(
+            json.dumps({"l1_normalized": dict(zip(names, error)), "frames": len(frames)}) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
 """Demonstrations in a format of your own: any class with `__len__` and `__getitem__` will do.
 
     python examples/own_dataset.py
+    python examples/own_dataset.py --finetune outputs/own
 
-Writes three small episodes as .npz files, opens them through a class of ten lines, and reads them as training does.
+Writes three small episodes as .npz files, opens them through a class of ten lines, and reads them as training does;
+with --finetune it trains the small policy on them for a few steps.
 """
 
+import argparse
 import tempfile
 from pathlib import Path
 
@@ -48,7 +51,18 @@ def record(folder: Path) -> None:
         )
 
 
+def train(dataset: NpzEpisodes, output: str) -> None:
+    from openvla.training import FinetuneOptions, finetune
+
+    root = str(Path(__file__).resolve().parents[1])  # the small policy; on a GPU "openvla/openvla-7b"
+    options = FinetuneOptions(model=root, dataset=dataset.name, output=output, steps=5, batch_size=4)
+    finetune(options, data=dataset)
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--finetune", metavar="OUTPUT", help="folder of a short run")
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         record(Path(folder))
         dataset = open_dataset(NpzEpisodes(Path(folder)))
@@ -58,6 +72,8 @@ def main() -> None:
         print(f"{sum(1 for _ in stream)} frames; the first ones in shuffled order:")
         for frame, _ in zip(stream, range(3)):
             print(f"  {frame.instruction:<18} {frame.images['front'][0].shape} {frame.actions[0, :3].round(2)} ...")
+        if arguments.finetune:
+            train(NpzEpisodes(Path(folder)), arguments.finetune)
 
 
 if __name__ == "__main__":

@@ -124,6 +124,24 @@ def test_a_mixture_and_its_statistics(tmp_path):
     assert {"action_l1", "l1/x", "l1_normalized/gripper"} <= set(log(tmp_path / "run")[-1])
 
 
+class Recorded:
+    """Demonstrations as a Python object, images as they come."""
+
+    name = "recorded"
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        frames = [np.full((32, 32, 3), 10 * step, np.uint8) for step in range(4)]
+        return {"actions": np.eye(4, 7) - 0.5, "instruction": "lift the lid", "images": {"front": frames}}
+
+
+def test_a_python_object(tmp_path):
+    finetune(options(tmp_path / "run", "recorded", name=None, workers=1), data=Recorded())
+    assert set(json.loads((tmp_path / "run" / "dataset_statistics.json").read_text())) == {"recorded"}
+
+
 def test_held_out_episodes_are_evaluated(six_episodes, tmp_path):
     finetune(options(tmp_path / "run", six_episodes, eval_every=1, eval_samples=8, steps=2, save_every=2))
     found = losses(tmp_path / "run", "eval_action_l1")

@@ -99,8 +99,11 @@ class Run:
         return "\n".join(lines + [f"warning   {warning}" for warning in self.warnings])
 
 
-def prepare(options: FinetuneOptions, processes: int = 1) -> Run:
+def prepare(options: FinetuneOptions, processes: int = 1, data: Any = None) -> Run:
     """Open the data, compute or look up its statistics, read configuration and processor.
+
+    Args:
+        data: Demonstrations as a Python object (see `data.PythonDataset`) instead of `options.dataset`.
 
     Raises:
         ValueError: If there is nothing to train on, or the datasets do not fit together.
@@ -109,7 +112,7 @@ def prepare(options: FinetuneOptions, processes: int = 1) -> Run:
     config = OpenVLAConfig.from_pretrained(options.model)
     processor = OpenVLAProcessor.from_pretrained(options.model)
     sources = open_sources(
-        options.dataset,
+        options.dataset if data is None else data,
         data_root=options.data_root,
         format=options.format,
         split=options.split,
@@ -152,19 +155,28 @@ def held_out_frames(run: Run) -> list[Episode]:
     return picked
 
 
-def load_model(run: Run) -> Any:
-    """The model, with the parameters of the strategy trainable."""
+def load_model(run: Run, autocast: bool) -> Any:
+    """The model, with the parameters of the strategy trainable.
+
+    Args:
+        autocast: Whether it will be computed with in bfloat16, whatever the types of its weights.
+    """
     options = run.options
     learns_itself = options.strategy not in LEARNING_RATES
-    # Updates of 2e-5 vanish in bfloat16: weights that learn are float32, and computed with in `precision`.
-    dtype = "float32" if options.dtype == "auto" and learns_itself else options.dtype
-    loading: dict[str, Any] = {"dtype": dtype}
+    loading: dict[str, Any] = {"dtype": options.dtype}
+    if options.dtype == "auto" and learns_itself and not autocast:
+        loading["dtype"] = "float32"  # the only type that goes with weights that learn, see below
     if options.strategy == "qlora":
         loading["quantization_config"] = qlora_quantization()
     model: Any = OpenVLAForActionPrediction.from_pretrained(options.model, **loading)
     model.norm_stats = run.statistics
     adapter = {"rank": options.rank, "alpha": options.alpha, "dropout": options.dropout}
     model = apply_strategy(model, options.strategy, **({} if learns_itself else adapter))
+    if options.dtype == "auto":
+        # Updates of 2e-5 vanish in bfloat16: what learns is float32, and computed with in `precision`.
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
@@ -226,12 +238,16 @@ def training_arguments(options: FinetuneOptions, config: OpenVLAConfig) -> Train
     return arguments
 
 
-def finetune(options: FinetuneOptions, resume: bool = False) -> Path:
+def finetune(options: FinetuneOptions, resume: bool = False, data: Any = None) -> Path:
     """Train, and write a checkpoint that `OpenVLAForActionPrediction.from_pretrained` loads.
 
+    Args:
+        resume: Go on from the last checkpoint of `options.output`, or begin where there is none.
+        data: Demonstrations as a Python object (see `data.PythonDataset`); `options.dataset` is then only a name.
+
     For lora and qlora the output folder holds the adapter with the statistics and the processor beside it; see
-    `merge_adapter`. Checkpoints of the run lie in `output/checkpoints`; `resume` goes on from the last, or begins where
-    there is none. `curves.png` is drawn where matplotlib is installed.
+    `merge_adapter`. Checkpoints of the run lie in `output/checkpoints`; `curves.png` is drawn where matplotlib is
+    installed.
 
     Raises:
         ValueError: If the dataset holds nothing to train on, or the options do not fit together.
@@ -246,7 +262,7 @@ def finetune(options: FinetuneOptions, resume: bool = False) -> Path:
     arguments = training_arguments(options, OpenVLAConfig.from_pretrained(options.model))
     main = arguments.process_index == 0
     with arguments.main_process_first():  # the others find the statistics in the cache
-        run = prepare(options, arguments.world_size)
+        run = prepare(options, arguments.world_size, data)
     held_out = held_out_frames(run)
     if not held_out:
         arguments.eval_strategy = IntervalStrategy.NO
@@ -264,7 +280,7 @@ def finetune(options: FinetuneOptions, resume: bool = False) -> Path:
     arguments.eval_on_start = arguments.eval_strategy is not IntervalStrategy.NO and checkpoint is None
 
     set_seed(options.seed)  # adapters are made before the Trainer sets it
-    model = load_model(run)
+    model = load_model(run, arguments.bf16)
     if main:
         tqdm.write(f"{run.describe()}\ntrains    {trainable_parameters(model) / 1e6:.1f}M parameters")
     freeze_unused(model)

@@ -8,16 +8,17 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch.nn import functional
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_callback import ProgressCallback
 
 from ..data import Episode
-from ..data.collate import IGNORE_INDEX, ActionCollator
+from ..data.collate import ActionCollator
 from ..data.samples import FrameSamples
 from ..data.stream import Batches, MixtureStream
 from .checkpoints import write_checkpoint
+from .loss import action_loss, with_logits_to_keep
 from .metrics import ActionMetrics
 
 
@@ -80,15 +81,17 @@ class ActionTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ProgressBar())
+        # The launcher may have chosen bf16 as well: the accelerator knows, the arguments do not. accelerate would
+        # average gradients in bfloat16 too.
+        if self.is_fsdp_enabled and self.accelerator.mixed_precision == "bf16":
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
 
     # Data -------------------------------------------------------------------------------------------------------------
 
     def _collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = self.collator(samples)
         scales = [action_scale(self.statistics[sample["dataset"]]["action"]) for sample in samples]
-        first = int((batch["labels"] != IGNORE_INDEX).any(dim=0).int().argmax())
-        kept = batch["labels"].shape[1] - first + 1  # the position before the first label predicts it
-        return {**batch, "action_scale": torch.stack(scales), "logits_to_keep": kept}
+        return {**with_logits_to_keep(self.collator(samples)), "action_scale": torch.stack(scales)}
 
     def get_train_dataloader(self) -> DataLoader:
         """Not handed to accelerate: the stream knows its rank and where a resumed run goes on."""
@@ -113,16 +116,11 @@ class ActionTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)
-        scale, kept = inputs.pop("action_scale"), inputs["logits_to_keep"]
-        labels = inputs.pop("labels")[:, -kept:]
-        output = model(**inputs, use_cache=False)
-        logits = output.logits.float()
-        loss = functional.cross_entropy(
-            logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX
-        )
+        scale = inputs.pop("action_scale")
+        loss, logits, labels = action_loss(model, inputs)
         metrics = self.train_metrics if model.training else self.eval_metrics
         metrics.update(loss, logits.detach(), labels, scale)
-        return (loss, output) if return_outputs else loss
+        return (loss, {"logits": logits}) if return_outputs else loss
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Loss, accuracy and L1 of the held-out frames, under `eval_...` in the log."""
