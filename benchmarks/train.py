@@ -30,6 +30,7 @@ from peft import LoraConfig, get_peft_model
 from openvla import OpenVLAConfig, OpenVLAForActionPrediction
 from openvla.presets import load_preset_config
 from openvla.training import STRATEGIES, apply_strategy, qlora_quantization, trainable_parameters
+from openvla.training.loss import action_loss, with_logits_to_keep
 from openvla.training.plan import TEXT_TOKENS, estimate, training_inputs
 
 
@@ -56,30 +57,37 @@ def measured_peak(device: torch.device, dtype: torch.dtype, size: int) -> float:
 
 
 def load(arguments, strategy: str):
-    """The model of a strategy in the types of `plan`: float32 weights, or for adapters the base in that of the run."""
+    """The model of a strategy in the types of a run: what learns in float32, the rest in that of the precision."""
     bf16 = arguments.precision == "bf16"
-    dtype = torch.bfloat16 if bf16 and strategy in ADAPTERS else torch.float32
+    dtype = torch.bfloat16 if bf16 else torch.float32
     loading = {"dtype": dtype, "device_map": {"": arguments.device}}
     if strategy == "qlora":
         loading["quantization_config"] = qlora_quantization(torch.bfloat16 if bf16 else torch.float32)
     options = {"rank": arguments.rank} if strategy in ADAPTERS else {}
-    if not arguments.preset:
-        return apply_strategy(
-            OpenVLAForActionPrediction.from_pretrained(arguments.model, **loading), strategy, **options
-        )
+    if arguments.preset:
+        model = random_model(arguments, dtype)
+        if strategy == "qlora":  # quantization happens while a checkpoint is loaded
+            with tempfile.TemporaryDirectory() as folder:
+                model.save_pretrained(folder)
+                del model
+                model = OpenVLAForActionPrediction.from_pretrained(folder, **loading)
+    else:
+        model = OpenVLAForActionPrediction.from_pretrained(arguments.model, **loading)
+    model = apply_strategy(model, strategy, **options)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
+
+
+def random_model(arguments, dtype: torch.dtype):
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device(arguments.device):
-            model = OpenVLAForActionPrediction(load_preset_config(arguments.preset))
+            return OpenVLAForActionPrediction(load_preset_config(arguments.preset))
     finally:
         torch.set_default_dtype(default)
-    if strategy == "qlora":  # quantization happens while a checkpoint is loaded
-        with tempfile.TemporaryDirectory() as folder:
-            model.save_pretrained(folder)
-            del model
-            model = OpenVLAForActionPrediction.from_pretrained(folder, **loading)
-    return apply_strategy(model, strategy, **options)
 
 
 def measure(arguments, strategy: str) -> dict:
@@ -98,14 +106,14 @@ def measure(arguments, strategy: str) -> dict:
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=1e-6, weight_decay=0.0)
     inputs = training_inputs(model.config, arguments.batch, arguments.text_tokens)
-    inputs = {name: value.to(device) for name, value in inputs.items()}
     inputs["pixel_values"].normal_()
+    batch = with_logits_to_keep({name: value.to(device) for name, value in inputs.items()})
     times = []
     for step in range(-arguments.warmup, arguments.steps):
         synchronize(device)
         begin = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16) if arguments.precision == "bf16" else nullcontext():
-            loss = model(**inputs, use_cache=False).loss
+            loss, _, _ = action_loss(model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learning, 1.0)
         optimizer.step()

@@ -8,7 +8,17 @@ import torch
 from openvla import OpenVLAConfig, OpenVLAForActionPrediction
 from openvla.presets import load_preset_config
 from openvla.training import apply_strategy, qlora_quantization, trainable_parameters
-from openvla.training.plan import SavedBytes, build, config_parameters, estimate, main, run_step, training_inputs
+from openvla.training.loss import action_loss, with_logits_to_keep
+from openvla.training.plan import (
+    ANSWER_TOKENS,
+    SavedBytes,
+    build,
+    config_parameters,
+    estimate,
+    main,
+    run_step,
+    training_inputs,
+)
 
 
 pytest.importorskip("peft", reason="adapters need the [train] extra")
@@ -22,17 +32,23 @@ def config() -> OpenVLAConfig:
     return OpenVLAConfig.from_pretrained(ROOT)
 
 
-def real_model(strategy: str, dtype: torch.dtype, **options):
+def real_model(strategy: str, precision: str, **options):
+    """As `finetune` loads a model that is stored in bfloat16."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     model = OpenVLAForActionPrediction.from_pretrained(ROOT, dtype=dtype)
-    return apply_strategy(model, strategy, **options).train()
+    model = apply_strategy(model, strategy, **options)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model.train()
 
 
 def real_saved_bytes(model, config, autocast: bool) -> int:
-    inputs = training_inputs(config, BATCH, TOKENS)
-    inputs["attention_mask"][0, -1] = 0  # as in most batches, one prompt is shorter than the other
+    inputs = with_logits_to_keep(training_inputs(config, BATCH, TOKENS))
+    inputs["attention_mask"][0, -1] = False  # as in most batches, one prompt is shorter than the other
     saved = SavedBytes(model)
     with saved.count(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        loss = model(**inputs, use_cache=False).loss
+        loss, _, _ = action_loss(model, inputs)
     loss.backward()
     return saved.total
 
@@ -44,14 +60,15 @@ def real_saved_bytes(model, config, autocast: bool) -> int:
         ("full", "bf16"),
         ("last_layer", "bf16"),
         ("frozen_vision", "float32"),
+        ("frozen_vision", "bf16"),
+        ("sandwich", "bf16"),
         ("lora", "float32"),
         ("lora", "bf16"),
     ],
 )
 def test_a_step_without_values_keeps_what_a_real_one_keeps(config, strategy, precision):
     adapter = {"rank": 4} if strategy == "lora" else {}
-    dtype = torch.bfloat16 if strategy == "lora" and precision == "bf16" else torch.float32
-    model = real_model(strategy, dtype, **adapter)
+    model = real_model(strategy, precision, **adapter)
     plan = estimate(config, strategy, batch_size=BATCH, text_tokens=TOKENS, precision=precision, **adapter)
     assert plan.activations == real_saved_bytes(model, config, autocast=precision == "bf16")
 
@@ -69,7 +86,7 @@ def test_gradient_checkpointing_keeps_what_a_real_run_keeps(config):
     arguments = {"batch_size": BATCH, "text_tokens": TOKENS, "precision": "float32"}
     whole = estimate(config, "full", **arguments)
     plan = estimate(config, "full", gradient_checkpointing=True, **arguments)
-    model = real_model("full", torch.float32)
+    model = real_model("full", "float32")
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     block = run_step(build(config, "full", "float32"), config, BATCH, TOKENS).largest_block
     assert plan.activations == real_saved_bytes(model, config, autocast=False) + block
@@ -120,15 +137,15 @@ def test_activations_and_flops_grow_with_the_batch(config):
 
 
 def test_flops_of_a_layer_are_those_of_its_formula(config):
-    """Forward and backward of the output layer: 3 products of 2 * rows * inner * columns each."""
+    """Forward and backward of the output layer: 3 products of 2 * rows * inner * columns each, on the rows
+    that predict the answer and the last one."""
     text = config.text_config
     before = estimate(config, "full", batch_size=1, text_tokens=TOKENS).flops_per_sample
     wider = OpenVLAConfig.from_pretrained(ROOT)
     wider.text_config.vocab_size += 64
     wider.image_token_id += 64
     after = estimate(wider, "full", batch_size=1, text_tokens=TOKENS).flops_per_sample
-    patches = 64
-    assert after - before == 3 * 2 * (patches + TOKENS) * text.hidden_size * 64
+    assert after - before == 3 * 2 * (ANSWER_TOKENS + 1) * text.hidden_size * 64
 
 
 @pytest.mark.parametrize(("preset", "parameters"), [("openvla-7b", 7_541_237_184), ("openvla-v01-7b", 7_188_124_608)])
@@ -139,7 +156,7 @@ def test_parameters_of_the_published_models(preset, parameters):
 
 
 def test_table_and_errors(config, capsys):
-    main([str(ROOT), "--strategy", "last_layer", "--batch-size", "1", "--text-tokens", "8"])
+    main([str(ROOT), "--strategy", "last_layer", "--batch-size", "1", "--text-tokens", "9"])
     header, _, row = capsys.readouterr().out.strip().splitlines()
     assert "total MB" in header and row.startswith("| last_layer | 0.8 |")
     with pytest.raises(ValueError, match="Did you mean 'lora'"):
@@ -148,3 +165,5 @@ def test_table_and_errors(config, capsys):
         estimate(config, "lora", precision="bf61")
     with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
         estimate(config, "lora", batch_size=0)
+    with pytest.raises(ValueError, match="text_tokens=8 must be at least 9"):
+        estimate(config, "lora", text_tokens=8)

@@ -22,15 +22,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..configuration_openvla import OpenVLAConfig, check_choice
+from ..data.collate import IGNORE_INDEX
 from ..modeling_openvla import NOT_QUANTIZED, OpenVLAForActionPrediction
 from ..presets import load_preset_config, preset_names
+from .loss import action_loss, with_logits_to_keep
 from .strategies import STRATEGIES, apply_strategy, trainable_parameters
 
 
 PRECISIONS = ("bf16", "pure-bf16", "float32")
 # nf4 with double quantization: 4 bits, one 8-bit scale for 64 weights, one float32 scale for 256 of those.
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-TEXT_TOKENS = 30  # prompt, 7 action tokens and </s> of a usual instruction
+ANSWER_TOKENS = 8  # 7 action tokens and </s>
+TEXT_TOKENS = 30  # prompt and answer of a usual instruction
 
 
 @dataclass(frozen=True)
@@ -80,20 +83,25 @@ def estimate(
         batch_size: Samples of one rank.
         world_size: Ranks; with `sharded` (FSDP) they share weights, gradients and optimizer states, else (DDP) each has
             all of them.
-        precision: `"bf16"`: float32 weights computed on in bfloat16; for lora and qlora a base as it is stored
-            (bfloat16, 4 bits) and float32 adapters. `"pure-bf16"`: everything bfloat16, optimizer states included.
-            `"float32"`: everything float32.
+        precision: `"bf16"`: computed in bfloat16; what learns is float32, what is frozen as it is published (bfloat16;
+            for qlora 4 bits). `"pure-bf16"`: everything bfloat16, optimizer states included. `"float32"`: everything
+            float32.
         text_tokens: Prompt and answer; image patches come on top.
         options: Of the strategy, such as `rank`.
 
     Raises:
-        ValueError: If the strategy or precision is unknown, or a number is not positive.
+        ValueError: If the strategy or precision is unknown, a number is not positive, or the text is no longer than
+            the answer.
     """
     check_choice("strategy", strategy, STRATEGIES)
     check_choice("precision", precision, PRECISIONS)
-    for name, value in (("batch_size", batch_size), ("world_size", world_size), ("text_tokens", text_tokens)):
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1.")
+    for name, value, least in (
+        ("batch_size", batch_size, 1),
+        ("world_size", world_size, 1),
+        ("text_tokens", text_tokens, ANSWER_TOKENS + 1),
+    ):
+        if value < least:
+            raise ValueError(f"{name}={value} must be at least {least}.")
     sharded = sharded and world_size > 1
     # FSDP computes in bfloat16 itself, on gathered copies; without it autocast makes the copies.
     autocast = precision == "bf16" and not sharded
@@ -143,17 +151,21 @@ def estimate(
 
 def build(config: OpenVLAConfig, strategy: str, precision: str = "bf16", **options: Any) -> Any:
     """The model of a strategy on the meta device, in the types it trains in (qlora: as if its base were bfloat16)."""
-    adapters = strategy in ("lora", "qlora")
     with torch.device("meta"):
         model: Any = OpenVLAForActionPrediction(copy.deepcopy(config))
-        if precision == "pure-bf16" or (precision == "bf16" and adapters):
+        if precision != "float32":
             model = model.to(torch.bfloat16)
         if strategy == "qlora":
             for name, parameter in model.named_parameters():
                 if not _quantized(name, parameter):
                     parameter.data = parameter.data.float()  # as PEFT prepares a quantized model
         # A quantized base cannot be made on the meta device; its adapters are those of lora.
-        return apply_strategy(model, "lora" if strategy == "qlora" else strategy, **options)
+        model = apply_strategy(model, "lora" if strategy == "qlora" else strategy, **options)
+        if precision == "bf16":
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()  # as `finetune` loads it
+    return model
 
 
 def config_parameters(model: nn.Module) -> int:
@@ -215,15 +227,18 @@ class SavedBytes:
 
 
 def training_inputs(config: OpenVLAConfig, batch_size: int, text_tokens: int) -> dict[str, torch.Tensor]:
-    """Token ids, labels and mask (batch, text_tokens), images (batch, 3 * towers, height, width).
+    """A batch as `ActionCollator` makes it: token ids, labels and bool mask (batch, text_tokens), images (batch,
+    3 * towers, height, width). Labels are -100 but for the answer.
 
     What the mask says stays unknown in a step without values: attention then takes it as one with padding, which it is
     in most batches.
     """
     ids = torch.ones(batch_size, text_tokens, dtype=torch.long)
+    labels = ids.clone()
+    labels[:, :-ANSWER_TOKENS] = IGNORE_INDEX
     size = config.image_sizes[0]
     pixels = torch.zeros(batch_size, 3 * len(config.image_sizes), size, size)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "pixel_values": pixels}
+    return {"input_ids": ids, "attention_mask": ids.bool(), "labels": labels, "pixel_values": pixels}
 
 
 def run_step(
@@ -244,13 +259,15 @@ def run_step(
     """
     if dtype is not None:
         model = model.to(dtype)
+    batch = with_logits_to_keep(training_inputs(config, batch_size, text_tokens))  # looks at values
     # Tensors of the CPU and not of the meta device: autocast knows no meta tensors.
-    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+    with FakeTensorMode() as fake, FlopCounterMode(display=False) as counter:
+        batch = {name: fake.from_tensor(value) if torch.is_tensor(value) else value for name, value in batch.items()}
         model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu"))
         saved = SavedBytes(model)
         blocks = _BlockBytes(model, saved)
         with saved.count(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = model(**training_inputs(config, batch_size, text_tokens), use_cache=False).loss
+            loss, _, _ = action_loss(model, batch)
         blocks.remove()
         if backward:
             loss.backward()
