@@ -1,0 +1,112 @@
+"""What a policy acts in: one protocol for all simulators, and the names they go by."""
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..configuration_openvla import check_choice
+
+
+# Name -> (module of this room, its class, the extra of this package that brings the simulator)
+ENVIRONMENTS = {
+    "metaworld": ("metaworld", "MetaWorld", "sim"),
+}
+# A seed decides where everything in an episode begins. Demonstrations and evaluation share none.
+RECORDING_SEEDS = range(0, 1_000_000)
+EVALUATION_SEEDS = range(1_000_000, 2_000_000)
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What is seen before an action is chosen."""
+
+    images: Mapping[str, np.ndarray]  # camera -> (H, W, 3) uint8, the right way up; empty where nothing is rendered
+    state: np.ndarray  # (S,) float32: proprioception, never the objects
+    instruction: str
+
+
+class Environment(Protocol):
+    """A simulated robot with tasks of its own.
+
+    Actions are those of the project, (7,): x, y, z translation, roll, pitch, yaw rotation, gripper (1 open, 0 closed);
+    the class says what a translation of 1 is.
+    """
+
+    tasks: tuple[str, ...]
+    task_sets: Mapping[str, tuple[str, ...]]  # names for several tasks, such as "mt10"
+    max_steps: int  # after which an episode has failed
+    frequency: float  # actions in a second of the world
+
+    def instructions(self, task: str, *, held_out: bool = False) -> tuple[str, ...]:
+        """Ways to ask for a task, the usual one first; `held_out`: wordings that recording never uses."""
+        ...
+
+    def reset(self, seed: int, task: str, variation: str = "") -> Observation:
+        """Begin an episode. The same arguments give the same episode, whatever came before.
+
+        Raises:
+            ValueError: If the task or the variation is unknown.
+        """
+        ...
+
+    def step(self, action: np.ndarray) -> tuple[Observation, bool]:
+        """Execute an action, (7,): what is seen then, and whether the task is done in this moment.
+
+        Raises:
+            ValueError: If the action is not seven finite numbers, or no episode has begun.
+        """
+        ...
+
+    def expert_action(self) -> np.ndarray:
+        """(7,) what the scripted expert, who knows the state of the world, does next.
+
+        Raises:
+            ValueError: If the environment has no expert.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free the simulator and its graphics."""
+        ...
+
+
+def make_environment(name: str, **options: Any) -> Environment:
+    """The environment of that name; `options` are those of its class.
+
+    Raises:
+        ValueError: If there is no such environment, or its simulator is not installed.
+    """
+    check_choice("environment", name, ENVIRONMENTS)
+    module, cls, extra = ENVIRONMENTS[name]
+    try:
+        return getattr(importlib.import_module(f".{module}", __package__), cls)(**options)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"The environment '{name}' needs {error.name}, which is not installed: pip install 'openvla[{extra}]'."
+        ) from error
+
+
+def choose_tasks(environment: Environment, tasks: str) -> tuple[str, ...]:
+    """Names of tasks and of sets of them, joined by commas, as the tasks they stand for; each once.
+
+    Raises:
+        ValueError: If a name is unknown; the nearest one is given.
+    """
+    chosen: dict[str, None] = {}
+    for name in filter(None, (part.strip() for part in tasks.split(","))):
+        check_choice("task", name, [*environment.task_sets, *environment.tasks])
+        chosen |= dict.fromkeys(environment.task_sets.get(name, (name,)))
+    if not chosen:
+        raise ValueError(f"tasks={tasks!r} names no task. Sets of tasks: {', '.join(environment.task_sets)}.")
+    return tuple(chosen)
+
+
+def check_action(action: Sequence[float] | np.ndarray) -> np.ndarray:
+    """`action` as seven finite float64 numbers."""
+    checked = np.asarray(action, dtype=np.float64)
+    if checked.shape != (7,) or not np.isfinite(checked).all():
+        raise ValueError(f"action={checked.tolist()}: expected seven finite numbers.")
+    return checked
