@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -16,10 +17,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-from openvla import OpenVLAForActionPrediction
+from openvla import OpenVLAConfig, OpenVLAForActionPrediction, OpenVLAProcessor
 from openvla.data import open_dataset
+from openvla.data.collate import ActionCollator
 from openvla.training import STRATEGIES, FinetuneOptions, finetune, merge_adapter, plan_run
 from openvla.training import trainer as trainer_module
+from openvla.training.plan import estimate
 
 
 pytest.importorskip("accelerate", reason="training needs the [train] extra")
@@ -303,9 +306,16 @@ def test_two_processes_learn_what_one_does(strategy, fsdp, six_episodes, tmp_pat
 
 
 def test_the_plan(tmp_path):
-    text = plan_run(options(tmp_path / "run", steps=30, batch_size=4, gradient_accumulation=2))
+    made = options(tmp_path / "run", steps=30, batch_size=4, gradient_accumulation=2, precision="float32")
+    text = plan_run(made)
     assert "mine: 1 episodes, 95 steps" in text and "30 steps x 8" in text and "= 240, 2.53 epochs" in text
     assert "roll, pitch, yaw, gripper never change" in text
+    config = OpenVLAConfig.from_pretrained(ROOT)
+    longest = len(ActionCollator(OpenVLAProcessor.from_pretrained(ROOT)).tokens("open the drawer", np.zeros(7))[0])
+    expected = estimate(config, "lora", batch_size=4, precision="float32", text_tokens=longest, rank=4)
+    assert text.endswith(expected.describe()) and "trains    0.2M of 5.7M parameters" in text
+    shared = plan_run(replace(made, strategy="full", fsdp=True, dtype="bfloat16"), processes=8)
+    assert "memory" in shared and "of one device in pure-bf16: " in shared and ", communication " in shared
     assert not (tmp_path / "run").exists()
 
 

@@ -34,6 +34,7 @@ PRECISIONS = ("bf16", "pure-bf16", "float32")
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 ANSWER_TOKENS = 8  # 7 action tokens and </s>
 TEXT_TOKENS = 30  # prompt and answer of a usual instruction
+PARTS = ("weights", "gradients", "optimizer", "activations", "communication")
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class MemoryEstimate:
     batch_size: int
     world_size: int
     sharded: bool
+    precision: str
     weights: float
     gradients: float
     optimizer: float
@@ -63,6 +65,16 @@ class MemoryEstimate:
     @property
     def total(self) -> float:
         return self.weights + self.gradients + self.optimizer + self.activations + self.communication
+
+    def describe(self) -> str:
+        """What learns and what memory it takes, a line each."""
+        unit, size = memory_unit(self.total)
+        parts = ", ".join(f"{name} {getattr(self, name) / size:.1f}" for name in PARTS if getattr(self, name))
+        return (
+            f"trains    {self.trainable / 1e6:.1f}M of {self.parameters / 1e6:.1f}M parameters\n"
+            f"memory    {self.total / size:.1f} {unit} of one device in {self.precision}: {parts} "
+            "(allocator and CUDA context come on top)"
+        )
 
 
 def estimate(
@@ -138,6 +150,7 @@ def estimate(
         batch_size=batch_size,
         world_size=world_size,
         sharded=sharded,
+        precision=precision,
         weights=weights,
         gradients=sum(learning) / ranks,
         optimizer=2 * sum(learning) / ranks,
@@ -327,15 +340,19 @@ def fsdp_units(model: Any) -> list[list[nn.Parameter]]:
 # Table ----------------------------------------------------------------------------------------------------------------
 
 
+def memory_unit(size: float) -> tuple[str, float]:
+    """In what to print so many bytes, and the bytes of one such unit: GB are 10^9, MB 10^6."""
+    return ("GB", 1e9) if size >= 1e9 else ("MB", 1e6)
+
+
 def table(estimates: list[MemoryEstimate]) -> str:
-    """One line for each plan, a Markdown table; GB are 10^9 and MB 10^6 bytes of one device."""
-    unit, size = ("GB", 1e9) if max(plan.total for plan in estimates) >= 1e9 else ("MB", 1e6)
-    parts_named = ["weights", "gradients", "optimizer", "activations", "communication"]
-    header = ["strategy", "learn, M", *parts_named, f"total {unit}", "GFLOP/sample"]
+    """One line for each plan, a Markdown table of one device."""
+    unit, size = memory_unit(max(plan.total for plan in estimates))
+    header = ["strategy", "learn, M", *PARTS, f"total {unit}", "GFLOP/sample"]
     lines = ["| " + " | ".join(header) + " |", "| --- " * len(header) + "|"]
     for plan in estimates:
-        parts = (plan.weights, plan.gradients, plan.optimizer, plan.activations, plan.communication, plan.total)
-        cells = [plan.strategy, f"{plan.trainable / 1e6:.1f}", *(f"{part / size:.1f}" for part in parts)]
+        sizes = [*(getattr(plan, part) for part in PARTS), plan.total]
+        cells = [plan.strategy, f"{plan.trainable / 1e6:.1f}", *(f"{part / size:.1f}" for part in sizes)]
         lines.append("| " + " | ".join([*cells, f"{plan.flops_per_sample / 1e9:,.1f}"]) + " |")
     return "\n".join(lines)
 

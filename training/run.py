@@ -32,6 +32,7 @@ from .checks import check_data, check_images, check_result, check_statistics
 from .curves import plot_curves
 from .metrics import ActionMetrics
 from .options import FinetuneOptions, differences
+from .plan import TEXT_TOKENS, estimate
 from .strategies import apply_strategy, freeze_unused, qlora_quantization, trainable_parameters
 from .trainer import ActionTrainer, last_checkpoint
 
@@ -132,9 +133,36 @@ def prepare(options: FinetuneOptions, processes: int = 1, data: Any = None) -> R
 
 
 def plan_run(options: FinetuneOptions, processes: int = 1) -> str:
-    """What `finetune` would do with these options, without reading weights: data, samples, parameters, warnings."""
+    """What `finetune` would do with these options on so many processes, without reading weights: data, samples,
+    warnings, parameters that learn, and memory in the precision that this machine resolves to."""
     run = prepare(options, processes)
-    return run.describe()
+    adapter = {"rank": options.rank, "alpha": options.alpha, "dropout": options.dropout}
+    weights = {"auto": computing_precision(options), "float32": "float32"}
+    plan = estimate(
+        run.config,
+        options.strategy,
+        batch_size=options.batch_size,
+        world_size=processes,
+        sharded=options.fsdp,
+        gradient_checkpointing=options.gradient_checkpointing,
+        precision=weights.get(options.dtype, "pure-bf16"),
+        text_tokens=text_tokens(run),
+        **(adapter if options.strategy in LEARNING_RATES else {}),
+    )
+    return f"{run.describe()}\n{plan.describe()}"
+
+
+def text_tokens(run: Run, episodes: int = 8) -> int:
+    """Tokens of the longest prompt with its answer among a few episodes of each dataset, spread evenly."""
+    collator = ActionCollator(run.processor)
+    longest = 0
+    for source in run.sources:
+        dataset = source.everything[0]  # without images
+        picked = np.unique(np.linspace(0, len(dataset) - 1, episodes).astype(int))
+        still = np.zeros(len(source.statistics["action"]["q01"]))
+        for episode in dataset.read(picked):
+            longest = max(longest, len(collator.tokens(episode.instruction, still)[0]))
+    return longest or TEXT_TOKENS
 
 
 def held_out_frames(run: Run) -> list[Episode]:
@@ -194,12 +222,16 @@ def sharding(config: OpenVLAConfig) -> dict[str, Any]:
     }
 
 
+def computing_precision(options: FinetuneOptions) -> str:
+    """`"bf16"` (autocast) or `"float32"`: what is asked for, or else what this machine can do."""
+    if options.precision != "auto":
+        return options.precision
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
+
+
 def training_arguments(options: FinetuneOptions, config: OpenVLAConfig) -> TrainingArguments:
     """Of the library's Trainer. Raises ValueError where one process sees several GPUs."""
     on_gpu = torch.cuda.is_available()
-    precision = options.precision
-    if precision == "auto":
-        precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "float32"
     eval_every = options.save_every if options.eval_every is None else options.eval_every
     arguments = TrainingArguments(
         output_dir=str(Path(options.output) / "checkpoints"),
@@ -212,7 +244,7 @@ def training_arguments(options: FinetuneOptions, config: OpenVLAConfig) -> Train
         warmup_steps=options.warmup_steps,
         weight_decay=options.weight_decay,
         max_grad_norm=options.max_grad_norm,
-        bf16=precision == "bf16",
+        bf16=computing_precision(options) == "bf16",
         torch_compile=options.compile,
         logging_steps=max(1, min(options.log_every, options.steps // 10)),
         eval_strategy="steps" if eval_every else "no",
