@@ -50,4 +50,5 @@ def test_accelerate_reads_what_the_name_says(path, monkeypatch):
     assert plugin.fsdp_version == 2
     assert plugin.state_dict_type.name == "FULL_STATE_DICT"  # what the published layout is gathered from
     assert plugin.reshard_after_forward is True
+    assert plugin.cpu_ram_efficient_loading is False  # docs/training.md
     assert plugin.auto_wrap_policy is not None and plugin.transformer_cls_names_to_wrap is None
