@@ -1,0 +1,184 @@
+"""Meta-World 3: fifty tasks of a Sawyer arm on a table, each with words for it and a scripted expert."""
+
+import importlib.util
+import json
+import sys
+import warnings
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+
+from ..configuration_openvla import check_choice
+from .environment import Observation, check_action
+from .rendering import Renderer
+
+
+CATALOGUE = json.loads(Path(__file__).with_name("metaworld_tasks.json").read_text())
+CAMERAS = ("corner4", "corner2", "corner3", "corner", "topview", "behindGripper", "gripperPOV")
+UPSIDE_DOWN = ("corner", "corner2", "corner3", "corner4")  # as the simulator's own files hang them
+WRIST_CAMERA = "gripperPOV"
+PLACED = ("body_pos", "body_quat", "site_pos")  # what a reset moves in the model, beside the state
+
+
+class MetaWorld:
+    """The fifty tasks of Meta-World 3 (https://github.com/Farama-Foundation/Metaworld), goals visible.
+
+    Translations are in centimetres: 1, the most, moves the target of the gripper by 1 cm. Rotation does nothing, the
+    gripper always points down. The state is the gripper's position in metres, four zeros, and its opening from 0 to 1,
+    (8,). Images are "image", and "wrist_image" with `wrist`.
+
+    Args:
+        size: Width and height of the images in pixels.
+        camera: "corner4" looks closely over the table; "corner2" is the same from farther away.
+        wrist: Add the camera on the gripper.
+        render: False leaves images out, for state alone; needs no OpenGL.
+        simulators: How many tasks stay loaded, 150 MB each; loading one anew takes about a second.
+
+    Raises:
+        ValueError: If the camera or the size is impossible.
+        ModuleNotFoundError: If Meta-World is not installed.
+        FileNotFoundError: At the first reset, if there is no OpenGL to render with.
+    """
+
+    tasks: tuple[str, ...] = tuple(CATALOGUE["tasks"])
+    task_sets: dict[str, tuple[str, ...]] = {name: tuple(tasks) for name, tasks in CATALOGUE["sets"].items()}
+    max_steps = 500
+    frequency = 80.0
+
+    def __init__(
+        self,
+        *,
+        size: int = 224,
+        camera: str = "corner4",
+        wrist: bool = False,
+        render: bool = True,
+        simulators: int = 4,
+    ):
+        check_choice("camera", camera, CAMERAS)
+        if size < 1 or simulators < 1:
+            raise ValueError(f"size={size}, simulators={simulators}: expected at least 1.")
+        if importlib.util.find_spec("metaworld") is None:
+            raise ModuleNotFoundError("No module named 'metaworld'", name="metaworld")
+        self.size, self.render, self.simulators = size, render, simulators
+        self.cameras = {"image": camera} | ({"wrist_image": WRIST_CAMERA} if wrist else {})
+        self._loaded: OrderedDict[str, Simulator] = OrderedDict()
+        self._current: Simulator | None = None
+
+    def instructions(self, task: str, *, held_out: bool = False) -> tuple[str, ...]:
+        """See `Environment`. The usual one and three more; two that are held out."""
+        check_choice("task", task, self.tasks)
+        texts = CATALOGUE["tasks"][task]
+        return tuple(texts["held_out"] if held_out else [texts["instruction"], *texts["seen"]])
+
+    def reset(self, seed: int, task: str, variation: str = "") -> Observation:
+        """See `Environment`."""
+        check_choice("task", task, self.tasks)
+        check_choice("variation", variation, ("",))
+        self._current = self._load(task)
+        self._current.reset(seed)
+        return self._observe()
+
+    def step(self, action: np.ndarray) -> tuple[Observation, bool]:
+        """See `Environment`."""
+        success = self._simulator().step(to_metaworld(check_action(action)))
+        return self._observe(), success
+
+    def expert_action(self) -> np.ndarray:
+        """See `Environment`."""
+        return from_metaworld(self._simulator().expert_action())
+
+    def close(self) -> None:
+        for simulator in self._loaded.values():
+            simulator.close()
+        self._loaded.clear()
+        self._current = None
+
+    def _simulator(self) -> "Simulator":
+        if self._current is None:
+            raise ValueError("No episode has begun: call reset(seed, task) first.")
+        return self._current
+
+    def _load(self, task: str) -> "Simulator":
+        if task not in self._loaded:
+            while len(self._loaded) >= self.simulators:
+                self._loaded.popitem(last=False)[1].close()
+            self._loaded[task] = Simulator(task, self.size if self.render else None)
+        self._loaded.move_to_end(task)
+        return self._loaded[task]
+
+    def _observe(self) -> Observation:
+        simulator = self._simulator()
+        cameras = self.cameras if self.render else {}
+        return Observation(
+            images={name: simulator.picture(camera) for name, camera in cameras.items()},
+            state=to_state(simulator.seen),
+            instruction=self.instructions(simulator.task)[0],
+        )
+
+
+class Simulator:
+    """One task, loaded; `seen` (39,) is what its expert sees. `size` None: without pictures."""
+
+    def __init__(self, task: str, size: int | None):
+        from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+        from metaworld.policies import ENV_POLICY_MAP
+
+        self.task, self.world, self.expert = task, ALL_V3_ENVIRONMENTS[task](), ENV_POLICY_MAP[task]()
+        # What its benchmark classes set: goals are drawn anew from the world's own generator, and its expert sees them.
+        # `reset(seed=...)` of version 3.1 ignores the seed; a frozen draw comes with each `gym.make` instead.
+        self.world._set_task_called = True
+        self.world._freeze_rand_vec, self.world.seeded_rand_vec = False, True
+        self.world._partially_observable = False
+        del self.world.sawyer_observation_space  # computed for a goal that is hidden
+        self.world.max_path_length = sys.maxsize  # how long an episode is decides who runs it
+        self._placed = {name: getattr(self.world.model, name).copy() for name in PLACED}
+        self._renderer = Renderer(self.world.model, size) if size else None
+        self.seen: np.ndarray = np.zeros(39)
+
+    def reset(self, seed: int) -> None:
+        import mujoco
+
+        # The simulator builds a new episode on what the last one left: everything goes back to the file's state.
+        for name, values in self._placed.items():
+            getattr(self.world.model, name)[:] = values
+        mujoco.mj_resetData(self.world.model, self.world.data)
+        mujoco.mj_forward(self.world.model, self.world.data)
+        self.world.seed(int(seed))
+        self.seen, _ = self.world.reset()
+        mujoco.mj_forward(self.world.model, self.world.data)  # the goal's marker is placed last, without being drawn
+
+    def step(self, action: np.ndarray) -> bool:
+        self.seen, _, _, _, info = self.world.step(action)
+        return bool(info["success"])
+
+    def expert_action(self) -> np.ndarray:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "Constant(s) may be too high": its actions are clipped, as it knows
+            return self.expert.get_action(self.seen)
+
+    def picture(self, camera: str) -> np.ndarray:
+        assert self._renderer is not None
+        return self._renderer.render(self.world.data, camera, upside_down=camera in UPSIDE_DOWN)
+
+    def close(self) -> None:
+        if self._renderer is not None:
+            self._renderer.close()
+        self.world.close()
+
+
+def to_metaworld(action: np.ndarray) -> np.ndarray:
+    """(7,) -> (4,) float32 in [-1, 1]: translation, and the gripper's effort (-1 opens, 1 closes)."""
+    effort = 1.0 - 2.0 * action[6]
+    return np.clip([*action[:3], effort], -1.0, 1.0).astype(np.float32)
+
+
+def from_metaworld(action: np.ndarray) -> np.ndarray:
+    """(4,) -> (7,) float64, the way back: values outside [-1, 1] have no effect and are clipped."""
+    clipped = np.clip(np.asarray(action, dtype=np.float64), -1.0, 1.0)
+    return np.array([*clipped[:3], 0.0, 0.0, 0.0, (1.0 - clipped[3]) / 2.0])
+
+
+def to_state(seen: np.ndarray) -> np.ndarray:
+    """(39,) -> (8,) float32: position, four zeros in the place of a rotation, opening of the gripper."""
+    return np.array([*seen[:3], 0.0, 0.0, 0.0, 0.0, seen[3]], dtype=np.float32)
