@@ -284,7 +284,16 @@ def test_two_processes_learn_what_one_does(strategy, fsdp, six_episodes, tmp_pat
 
     def launch(resume: bool):
         command = process(two, processes=2, folder=tmp_path, resume=resume)
-        result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        before = set((tmp_path / "two").rglob("*"))
+        for attempt in range(2):
+            try:
+                result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+                break
+            except subprocess.TimeoutExpired:
+                # Seen once in a dozen runs on a crowded machine (torch 2.15): gloo stalls inside an all-gather.
+                assert attempt == 0
+                for path in sorted(set((tmp_path / "two").rglob("*")) - before, reverse=True):
+                    path.rmdir() if path.is_dir() else path.unlink()
         assert result.returncode == 0, result.stderr[-5000:]
 
     launch(resume=False)

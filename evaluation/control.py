@@ -1,0 +1,79 @@
+"""Who waits for whom: the two control modes of the paper (section 5.4), for one environment.
+
+Blocking: the world stands still while the model thinks. Real time: the world goes on at its rate; an action takes
+effect when it is there, and until then the last one is held. Slow inference then shows as late actions, which is how
+8-bit quantization lost in the paper.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+EPSILON = 1e-9  # times are sums of floats
+
+
+class BlockingControl:
+    """Every observation gets its action, whatever it takes."""
+
+    def wants_action(self, step: int) -> bool:
+        """Whether the model looks at the observation of `step` (0, 1, ...)."""
+        return True
+
+    def give(self, step: int, action: np.ndarray, latency: float) -> None:
+        """The model's answer to the observation of `step`, (A,)."""
+        self._action = action
+
+    def action(self, step: int) -> np.ndarray:
+        """(A,) what is executed at `step`."""
+        return self._action
+
+
+class RealtimeControl:
+    """A world that steps every 1 / hz seconds, and a model that takes `latency` seconds for every answer.
+
+    The model begins anew as soon as it is ready, with the newest observation, and never twice with the same one. Its
+    answer takes effect at the first step at or after the moment it is there. With a latency of 0 this is blocking
+    control.
+
+    Args:
+        hz: Steps of the world in a second.
+        start: (A,) what is executed until the first answer is there; standstill, usually.
+    """
+
+    def __init__(self, hz: float, start: np.ndarray):
+        if not hz > 0:
+            raise ValueError(f"hz={hz}: the world needs a rate above 0.")
+        self.period, self._current = 1.0 / hz, np.asarray(start)
+        self._ready = 0.0  # when the model is free
+        self._coming: list[tuple[float, np.ndarray]] = []  # (time of effect, action), in order
+
+    def wants_action(self, step: int) -> bool:
+        # The model gets free before the next observation is there: this one is the newest it can have.
+        return self._ready < (step + 1) * self.period - EPSILON
+
+    def give(self, step: int, action: np.ndarray, latency: float) -> None:
+        if latency < 0:
+            raise ValueError(f"latency={latency}: expected seconds, 0 or more.")
+        self._ready = max(self._ready, step * self.period) + latency
+        self._coming.append((self._ready, np.asarray(action)))
+
+    def action(self, step: int) -> np.ndarray:
+        while self._coming and self._coming[0][0] <= step * self.period + EPSILON:
+            self._current = self._coming.pop(0)[1]
+        return self._current
+
+
+def effective_delays(hz: float, latency: float, steps: int) -> Sequence[int | None]:
+    """How many steps old the observation is that the action of each step answers; None before the first answer.
+
+    For reports and tests: 0 everywhere is blocking control.
+    """
+    control = RealtimeControl(hz, np.array([-1]))
+    delays: list[int | None] = []
+    for step in range(steps):
+        if control.wants_action(step):
+            control.give(step, np.array([step]), latency)
+        seen = int(control.action(step)[0])
+        delays.append(None if seen < 0 else step - seen)
+    return delays

@@ -1,0 +1,192 @@
+"""The closed loop: many environments side by side, one batched prediction for all that wait for one."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from .control import BlockingControl, RealtimeControl
+from .environment import Environment, Observation
+from .policies import Policy
+from .report import Record, append_record, read_records
+from .video import EpisodeVideo
+from .workers import EnvironmentFailure, EnvironmentProcess
+
+
+@dataclass(frozen=True)
+class Job:
+    """One episode to run."""
+
+    task: str
+    episode: int
+    seed: int
+    variation: str = ""
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        return self.variation, self.task, self.episode
+
+
+@dataclass
+class Slot:
+    """An environment process and the episode it is in."""
+
+    process: EnvironmentProcess
+    job: Job | None = None
+    control: Any = None
+    observation: Observation | None = None
+    instruction: str = ""
+    step: int = 0
+    seconds: list[float] = field(default_factory=list)
+    video: EpisodeVideo | None = None
+
+
+def run_episodes(
+    policy: Policy | None,
+    make: Callable[[], Environment],
+    jobs: Sequence[Job],
+    folder: Path,
+    *,
+    control: Callable[[], BlockingControl | RealtimeControl] = BlockingControl,
+    latency: float | None = None,
+    max_steps: int = 200,
+    workers: int = 2,
+    videos: int = 1,
+    progress: bool = True,
+) -> list[Record]:
+    """Run the episodes that `folder/episodes.jsonl` does not hold yet, and add them to it one by one.
+
+    Args:
+        policy: In control; None: the environment's scripted expert, which sees the state and shows what is possible.
+        make: Makes an environment; has to be picklable.
+        control: Makes the control mode of one episode.
+        latency: Seconds from an observation to its action in real-time control. Default: as measured.
+        max_steps: After which an episode has failed.
+        workers: Environments side by side.
+        videos: Episodes of each task to film, the first ones, in `folder/videos`.
+
+    Returns:
+        Records of all episodes of the folder, in the order of `jobs`.
+
+    Raises:
+        ValueError: If the policy gives something that is no action. Nothing is executed then.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "episodes.jsonl"
+    records = {(record.variation, record.task, record.episode): record for record in read_records(file)}
+    rewrite(file, list(records.values()))
+    waiting = [job for job in jobs if job.key not in records]
+    slots = [Slot(EnvironmentProcess(make)) for _ in range(min(workers, len(waiting)))]
+    bar = tqdm(total=len(jobs), initial=len(jobs) - len(waiting), unit="episode", disable=not progress)
+
+    def finish(slot: Slot, success: bool, error: str | None = None) -> None:
+        assert slot.job is not None
+        record = Record(
+            task=slot.job.task,
+            episode=slot.job.episode,
+            seed=slot.job.seed,
+            instruction=slot.instruction,
+            success=success,
+            steps=slot.step,
+            predictions=len(slot.seconds),
+            latency=float(np.mean(slot.seconds)) if slot.seconds else 0.0,
+            error=error,
+            variation=slot.job.variation,
+        )
+        if slot.video is not None:
+            slot.video.save(success)
+        append_record(file, record)
+        records[slot.job.key] = record
+        slot.job = slot.observation = slot.video = None
+        bar.update()
+        whole = [known.success for known in records.values() if known.error is None]
+        bar.set_postfix(success=f"{np.mean(whole):.0%}" if whole else "")
+
+    def answers(asked: Sequence[Slot]) -> Iterator[tuple[Slot, Any]]:
+        for slot in asked:
+            try:
+                yield slot, slot.process.answer()
+            except EnvironmentFailure as failure:
+                finish(slot, success=False, error=str(failure))
+
+    def ask(slot: Slot, method: str, *arguments: Any) -> bool:
+        try:
+            slot.process.ask(method, *arguments)
+        except EnvironmentFailure as failure:
+            finish(slot, success=False, error=str(failure))
+            return False
+        return True
+
+    try:
+        while waiting or any(slot.job for slot in slots):
+            begun = []
+            for slot in slots:
+                if slot.job is None and waiting:
+                    slot.job, slot.control, slot.step, slot.seconds = waiting.pop(0), control(), 0, []
+                    slot.instruction = ""
+                    if ask(slot, "reset", slot.job.seed, slot.job.task, slot.job.variation):
+                        begun.append(slot)
+            for slot, observation in answers(begun):
+                assert slot.job is not None
+                slot.observation, slot.instruction = observation, observation.instruction
+                if slot.job.episode < videos:
+                    name = "_".join(filter(None, (slot.job.task, slot.job.variation, f"{slot.job.episode:03d}")))
+                    slot.video = EpisodeVideo(folder / "videos" / f"{name}.mp4", observation)
+
+            running = [slot for slot in slots if slot.observation is not None]
+            due = [slot for slot in running if slot.control.wants_action(slot.step)]
+            started = time.perf_counter()
+            if due and policy is None:
+                asked = [slot for slot in due if ask(slot, "expert_action")]
+                decided = list(answers(asked))
+            elif due and policy is not None:
+                seen = [slot.observation for slot in due if slot.observation is not None]
+                decided = list(zip(due, checked(policy.act(seen), len(seen))))
+            else:
+                decided = []
+            elapsed = time.perf_counter() - started
+            for slot, action in decided:
+                slot.seconds.append(elapsed)
+                slot.control.give(slot.step, np.asarray(action), elapsed if latency is None else latency)
+
+            stepped = []
+            for slot in [slot for slot in running if slot.job is not None]:
+                action = slot.control.action(slot.step)
+                if slot.video is not None and slot.observation is not None:
+                    slot.video.add(slot.observation, action)
+                if ask(slot, "step", action):
+                    stepped.append(slot)
+            for slot, (observation, success) in answers(stepped):
+                slot.observation, slot.step = observation, slot.step + 1
+                if success or slot.step >= max_steps:
+                    finish(slot, bool(success))
+    finally:
+        bar.close()
+        for slot in slots:
+            slot.process.stop()
+    return [records[job.key] for job in jobs]
+
+
+def checked(actions: np.ndarray, count: int) -> np.ndarray:
+    """Actions (N, A) of a policy, refused where they are not finite numbers of the right count."""
+    actions = np.asarray(actions)
+    if actions.ndim != 2 or len(actions) != count or not np.isfinite(actions).all():
+        raise ValueError(
+            f"The policy gave {actions.tolist()} for {count} observations: expected finite (N, A) numbers."
+        )
+    return actions
+
+
+def rewrite(file: Path, records: Sequence[Record]) -> None:
+    """The whole records of a file, without a line that a killed run left half written."""
+    if file.exists():
+        whole = file.with_suffix(".part")
+        whole.unlink(missing_ok=True)
+        for record in records:
+            append_record(whole, record)
+        whole.touch()
+        whole.replace(file)

@@ -1,0 +1,79 @@
+"""What can be in control: an OpenVLA model, and what it is measured against."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from ..action_tokenizer import resolve_unnorm_key
+from ..data.augment import center_crop, resize_image
+from ..modeling_openvla import OpenVLAForActionPrediction
+from .environment import Observation
+
+
+class Policy(Protocol):
+    """Observations in, actions out; for several environments at once."""
+
+    def act(self, observations: Sequence[Observation]) -> np.ndarray:
+        """(N, A) actions in the units of the environment."""
+        ...
+
+
+class OpenVLAPolicy:
+    """A model behind the pixels it was trained on: images resized as in training, cropped at the center where it was
+    trained with random crops.
+
+    Args:
+        camera: Which image of the observation it sees. Default: the first.
+    """
+
+    def __init__(
+        self,
+        model: OpenVLAForActionPrediction,
+        unnorm_key: str | None = None,
+        camera: str | None = None,
+        crop: bool = False,
+    ):
+        self.model, self.camera, self.crop = model, camera, crop
+        self.unnorm_key = resolve_unnorm_key(model.norm_stats, unnorm_key)
+        self.size = model.vision_backbone.image_size
+
+    @classmethod
+    def load(cls, folder: str, *, device: str = "cpu", dtype: str = "auto", **options: Any) -> "OpenVLAPolicy":
+        """From a folder or Hub id; `options` of the class."""
+        model = OpenVLAForActionPrediction.from_pretrained(folder, dtype=dtype).to(device).eval()
+        return cls(model, **options)
+
+    def _image(self, observation: Observation) -> np.ndarray:
+        images = observation.images
+        if self.camera is not None and self.camera not in images:
+            raise ValueError(f"No camera '{self.camera}' in the observation; there are {', '.join(images)}.")
+        image = resize_image(images[self.camera or next(iter(images))], self.size)
+        return center_crop(image, size=self.size) if self.crop else image
+
+    def act(self, observations: Sequence[Observation]) -> np.ndarray:
+        images = [self._image(observation) for observation in observations]
+        instructions = [observation.instruction for observation in observations]
+        with torch.inference_mode():
+            return np.asarray(self.model.predict_action(images, instructions, unnorm_key=self.unnorm_key))
+
+
+class RandomPolicy:
+    """Uniform actions between `low` and `high`, each (A,)."""
+
+    def __init__(self, low: np.ndarray, high: np.ndarray, seed: int = 0):
+        self.low, self.high, self.generator = low, high, np.random.default_rng(seed)
+
+    def act(self, observations: Sequence[Observation]) -> np.ndarray:
+        return self.generator.uniform(self.low, self.high, (len(observations), len(self.low)))
+
+
+class ConstantPolicy:
+    """One action, (A,), whatever is seen: the mean of the demonstrations, for comparison."""
+
+    def __init__(self, action: np.ndarray):
+        self.action = np.asarray(action, dtype=np.float64)
+
+    def act(self, observations: Sequence[Observation]) -> np.ndarray:
+        return np.tile(self.action, (len(observations), 1))

@@ -1,0 +1,148 @@
+"""From records of episodes to a report: success with its uncertainty, lengths, latency; JSON, Markdown, a plot."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Record:
+    """One episode as it went. `steps` of the world; `latency` mean seconds of one prediction; `error` where the
+    environment broke, which counts as neither success nor failure."""
+
+    task: str
+    episode: int
+    seed: int
+    instruction: str
+    success: bool
+    steps: int
+    predictions: int
+    latency: float
+    error: str | None = None
+    variation: str = ""
+
+
+def wilson_interval(successes: int, episodes: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Bounds of a success rate (Wilson score interval, E. B. Wilson 1927).
+
+    Raises:
+        ValueError: If there are no episodes, or more successes than those.
+    """
+    if not 0 <= successes <= episodes or episodes == 0:
+        raise ValueError(f"{successes} successes in {episodes} episodes: expected 0 to all of at least one.")
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    rate, spread = successes / episodes, z * z / episodes
+    middle = (rate + spread / 2) / (1 + spread)
+    half = z * math.sqrt(rate * (1 - rate) / episodes + spread / (4 * episodes)) / (1 + spread)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def summarize(records: Iterable[Record]) -> dict[str, Any]:
+    """`{"rows": [one for each task and variation], "mean_success", "episodes", "errors"}`, rates in [0, 1].
+
+    `mean_success` is the mean over rows, so that every task counts alike.
+    """
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        groups.setdefault((record.variation, record.task), []).append(record)
+    rows = []
+    for (variation, task), group in sorted(groups.items()):
+        whole = [record for record in group if record.error is None]
+        row: dict[str, Any] = {"task": task, "variation": variation, "episodes": len(whole)}
+        row |= {"errors": len(group) - len(whole)}
+        if whole:
+            successes = sum(record.success for record in whole)
+            low, high = wilson_interval(successes, len(whole))
+            lengths = [record.steps for record in whole if record.success]
+            row |= {"successes": successes, "success": successes / len(whole), "low": low, "high": high}
+            row |= {"steps_of_successes": float(np.mean(lengths)) if lengths else None}
+            row |= {"latency": float(np.mean([record.latency for record in whole]))}
+        rows.append(row)
+    rates = [row["success"] for row in rows if "success" in row]
+    return {
+        "rows": rows,
+        "mean_success": float(np.mean(rates)) if rates else None,
+        "episodes": sum(row["episodes"] for row in rows),
+        "errors": sum(row["errors"] for row in rows),
+    }
+
+
+def markdown(summary: Mapping[str, Any], about: Mapping[str, Any]) -> str:
+    """The report as text: what was run, a line for each task."""
+    varied = any(row["variation"] for row in summary["rows"])
+    header = ["task", *(["variation"] if varied else []), "success", "95% interval", "episodes", "steps", "latency"]
+    lines = [f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
+    for row in summary["rows"]:
+        cells = [row["task"], *([row["variation"] or "none"] if varied else [])]
+        if "success" in row:
+            steps = "" if row["steps_of_successes"] is None else f"{row['steps_of_successes']:.0f}"
+            cells += [f"{row['success']:.0%}", f"{row['low']:.0%} to {row['high']:.0%}", f"{row['episodes']}", steps]
+            cells += [f"{row['latency'] * 1000:.0f} ms"]
+        else:
+            cells += ["", "", "0", "", ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    mean = "no episode was finished" if summary["mean_success"] is None else f"{summary['mean_success']:.1%}"
+    broken = f", {summary['errors']} more broke" if summary["errors"] else ""
+    head = "\n".join(f"- {name}: `{value}`" for name, value in about.items())
+    return (
+        f"# Evaluation\n\n{head}\n\nMean success over rows: **{mean}** ({summary['episodes']} episodes{broken}). "
+        f"Steps are those of successes; latency is that of one batched prediction.\n\n" + "\n".join(lines) + "\n"
+    )
+
+
+def plot_success(summary: Mapping[str, Any], path: Path) -> bool:
+    """A bar for each row with its interval. Returns False where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    rows = [row for row in summary["rows"] if "success" in row]
+    figure = Figure(figsize=(8, 0.35 * len(rows) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    names = [" ".join(filter(None, (row["task"], row["variation"]))) for row in rows]
+    rates = np.array([row["success"] for row in rows])
+    bounds = np.array([(row["low"], row["high"]) for row in rows]).reshape(-1, 2)
+    axes.barh(names, rates, xerr=abs(bounds - rates[:, None]).T, color="tab:blue", ecolor="gray", capsize=2)
+    axes.set(xlim=(0, 1), xlabel="success")
+    axes.invert_yaxis()
+    figure.savefig(path, dpi=100)
+    return True
+
+
+def write_report(folder: Path, records: Sequence[Record], about: Mapping[str, Any]) -> dict[str, Any]:
+    """report.json, report.md and report.png (with matplotlib) in `folder`."""
+    summary = summarize(records)
+    (folder / "report.json").write_text(json.dumps({"about": dict(about), **summary}, indent=2) + "\n")
+    drawn = plot_success(summary, folder / "report.png") if summary["mean_success"] is not None else False
+    text = markdown(summary, about) + ("\n![success](report.png)\n" if drawn else "")
+    (folder / "report.md").write_text(text, encoding="utf-8")
+    return summary
+
+
+# Records on disk --------------------------------------------------------------------------------------------------
+
+
+def append_record(file: Path, record: Record) -> None:
+    """One line more, on disk when this returns."""
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(asdict(record)) + "\n")
+        stream.flush()
+
+
+def read_records(file: Path) -> list[Record]:
+    """Records of a file; a last line that a killed run left half written is dropped."""
+    if not file.exists():
+        return []
+    records = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(Record(**json.loads(line)))
+        except (json.JSONDecodeError, TypeError):
+            break
+    return records

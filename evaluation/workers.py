@@ -1,0 +1,98 @@
+"""Environments in processes of their own: they run side by side, and one that breaks breaks nothing else."""
+
+import multiprocessing
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+from .environment import Environment
+
+
+class EnvironmentFailure(RuntimeError):
+    """What an environment died of, in the words of its own process."""
+
+
+def _serve(make: Callable[[], Environment], connection: Connection) -> None:
+    """Answer (method, arguments) with (True, result) or (False, what went wrong), until the other side is gone."""
+    environment: Environment | None = None
+    while True:
+        try:
+            method, arguments = connection.recv()
+        except (EOFError, KeyboardInterrupt):
+            break
+        try:
+            environment = environment or make()
+            connection.send((True, getattr(environment, method)(*arguments)))
+        except Exception as error:  # whatever it is belongs to the process that asked
+            connection.send((False, "".join(traceback.format_exception_only(error)).strip()))
+    if environment is not None:
+        environment.close()
+
+
+class EnvironmentProcess:
+    """An environment behind a pipe: `ask` now, `answer` later.
+
+    Args:
+        make: Makes the environment; has to be picklable.
+        timeout: Seconds after which an answer counts as a failure.
+    """
+
+    def __init__(self, make: Callable[[], Environment], timeout: float = 120.0):
+        self.make, self.timeout = make, timeout
+        self._process: Any = None
+        self._connection: Any = None
+
+    def ask(self, method: str, *arguments: Any) -> None:
+        """Call a method of the environment; starts the process where there is none.
+
+        Raises:
+            EnvironmentFailure: If the process is gone.
+        """
+        if self._process is None:
+            # Forked from a clean server: no threads, devices or graphics of this process, and no second import.
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload([__name__])
+            self._connection, theirs = context.Pipe()
+            self._process = context.Process(target=_serve, args=(self.make, theirs), daemon=True)
+            self._process.start()
+            theirs.close()
+        try:
+            self._connection.send((method, arguments))
+        except OSError as error:
+            self.stop()
+            raise EnvironmentFailure(f"the process of the environment is gone: {error}") from error
+
+    def answer(self) -> Any:
+        """What the last `ask` gave.
+
+        Raises:
+            EnvironmentFailure: If the method raised, the process died or took too long. The process is stopped then;
+                the next `ask` starts another.
+        """
+        try:
+            if not self._connection.poll(self.timeout):
+                raise EnvironmentFailure(f"no answer in {self.timeout:g} s")
+            whole, result = self._connection.recv()
+        except (EOFError, OSError) as error:
+            self._process.join(timeout=1)
+            code = self._process.exitcode
+            self.stop()
+            raise EnvironmentFailure(f"the process of the environment died (exit code {code})") from error
+        except EnvironmentFailure:
+            self.stop()
+            raise
+        if not whole:
+            self.stop()
+            raise EnvironmentFailure(result)
+        return result
+
+    def stop(self) -> None:
+        """End the process, if there is one."""
+        if self._process is not None:
+            self._connection.close()
+            self._process.join(timeout=1)
+            if self._process.is_alive():
+                self._process.kill()
+                self._process.join()
+            self._process = self._connection = None

@@ -1,0 +1,41 @@
+"""When an action takes effect: by hand for a few rates and latencies."""
+
+import numpy as np
+import pytest
+
+from openvla.evaluation.control import BlockingControl, RealtimeControl, effective_delays
+
+
+def test_latency_0_is_blocking():
+    assert effective_delays(5, 0.0, 6) == [0] * 6
+    blocking, realtime = BlockingControl(), RealtimeControl(5, np.zeros(1))
+    for step in range(5):
+        for control in (blocking, realtime):
+            assert control.wants_action(step)
+            control.give(step, np.array([step]), 0.0)
+        assert blocking.action(step) == realtime.action(step) == step
+
+
+@pytest.mark.parametrize(
+    "hz, latency, delays",
+    [
+        # Ready before the next observation: waits for it, every answer is one step old
+        (5, 0.1, [None, 1, 1, 1, 1, 1, 1]),
+        # Exactly one period
+        (5, 0.2, [None, 1, 1, 1, 1, 1, 1]),
+        # 0 -> 300 ms (effect at 400, step 2); 300 -> 600 on the observation of 200 ms (step 1, effect at step 3);
+        # 600 -> 900 on step 3 (effect at 1000, step 5); 900 -> 1200 on step 4 (effect at step 6)
+        (5, 0.3, [None, None, 2, 2, 3, 2, 2, 3]),
+        # 0.8 s at 5 Hz, the paper's int8 (1.2 Hz): effect at 4, 8, 12
+        (5, 0.8, [None] * 4 + [4, 5, 6, 7, 4, 5, 6, 7, 4]),
+    ],
+)
+def test_delays(hz, latency, delays):
+    assert effective_delays(hz, latency, len(delays)) == delays
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="hz=0"):
+        RealtimeControl(0, np.zeros(7))
+    with pytest.raises(ValueError, match="latency=-1"):
+        RealtimeControl(5, np.zeros(7)).give(0, np.zeros(7), -1)

@@ -1,0 +1,104 @@
+"""The closed loop on a world whose outcome is known: modes, failures, resume, films, reports."""
+
+import json
+from functools import partial
+
+import numpy as np
+import pytest
+from toy import FromPixels, make_line
+
+from openvla.evaluation.control import RealtimeControl
+from openvla.evaluation.loop import Job, run_episodes
+from openvla.evaluation.report import summarize
+
+
+START = np.array([0, 0, 0, 0, 0, 0, 1.0])
+JOBS = [Job(task, episode, seed=100 + episode) for task in ("left", "right") for episode in range(4)]
+
+
+def run(folder, jobs=JOBS, policy=None, **options):
+    options = {"videos": 0, "progress": False, "max_steps": 40, **options}
+    return run_episodes(policy or FromPixels(), make_line, jobs, folder, **options)
+
+
+def test_a_policy_that_sees_succeeds_and_is_asked_in_batches(tmp_path):
+    policy = FromPixels()
+    records = run(tmp_path, policy=policy, workers=3)
+    assert [(record.task, record.episode, record.seed) for record in records] == [
+        (job.task, job.episode, job.seed) for job in JOBS
+    ]
+    assert all(record.success and record.error is None for record in records)
+    starts = [abs(np.random.default_rng(job.seed).uniform(-1, 1)) for job in JOBS]
+    for record, start in zip(records, starts):
+        assert record.steps == record.predictions == pytest.approx(np.ceil((start - 0.06) / 0.1), abs=1)
+        assert record.instruction == f"move to the goal ({record.task})" and record.latency > 0
+    assert max(policy.batches) == 3
+
+
+def test_the_expert_and_a_limit_of_steps(tmp_path):
+    assert all(
+        record.success for record in run_episodes(None, make_line, JOBS[:2], tmp_path / "expert", progress=False)
+    )
+    short = run(tmp_path / "short", max_steps=1)
+    assert {record.steps for record in short} == {1} and not all(record.success for record in short)
+
+
+def test_real_time_without_latency_is_blocking(tmp_path):
+    blocking = run(tmp_path / "blocking")
+    realtime = run(tmp_path / "realtime", control=partial(RealtimeControl, 5.0, START), latency=0.0)
+    outcome = [(record.success, record.steps, record.predictions) for record in blocking]
+    assert [(record.success, record.steps, record.predictions) for record in realtime] == outcome
+
+
+def test_late_actions_cost_steps(tmp_path):
+    """0.8 s at 5 Hz: the point goes past the goal and back."""
+    prompt = run(tmp_path / "prompt")
+    late = run(tmp_path / "late", control=partial(RealtimeControl, 5.0, START), latency=0.8)
+    assert sum(record.steps for record in late) > sum(record.steps for record in prompt)
+    assert all(record.predictions <= record.steps / 4 + 1 for record in late)
+
+
+def test_an_environment_that_breaks_breaks_nothing_else(tmp_path):
+    jobs = [Job("raise", 0, 100), Job("left", 0, 100), Job("die", 0, 101), *JOBS[1:4]]
+    records = run(tmp_path, jobs)
+    assert [record.error for record in records].count(None) == 4
+    assert "the arm fell off" in records[0].error and "exit code 3" in records[2].error
+    assert summarize(records)["errors"] == 2 and all(record.success for record in records if record.error is None)
+
+
+def test_a_killed_run_goes_on_and_reports_the_same(tmp_path):
+    whole = run(tmp_path / "whole")
+    run(tmp_path / "killed", JOBS[:3])
+    file = tmp_path / "killed" / "episodes.jsonl"
+    with file.open("a") as stream:
+        stream.write('{"task": "left", "epi')
+    policy = FromPixels()
+    resumed = run(tmp_path / "killed", policy=policy)
+    same = [(r.task, r.episode, r.success, r.steps) for r in whole]
+    assert [(r.task, r.episode, r.success, r.steps) for r in resumed] == same
+    assert sum(policy.batches) == sum(record.predictions for record in resumed[3:])  # only what was missing was run
+    assert len([json.loads(line) for line in file.read_text().splitlines()]) == len(JOBS)
+
+
+@pytest.mark.parametrize("answer", [np.full((1, 7), np.nan), np.zeros(7), np.zeros((2, 7))])
+def test_what_is_no_action_is_not_executed(answer, tmp_path):
+    class Broken:
+        def act(self, observations):
+            return answer
+
+    with pytest.raises(ValueError, match="expected finite"):
+        run(tmp_path, JOBS[:1], policy=Broken())
+    assert not (tmp_path / "episodes.jsonl").exists()
+
+
+def test_films(tmp_path):
+    av = pytest.importorskip("av", reason="films need the [data] extra")
+    run(tmp_path, JOBS[:2], videos=1)
+    (film,) = (tmp_path / "videos").iterdir()
+    assert film.name == "left_000.mp4"
+    with av.open(str(film)) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    (record, _) = run(tmp_path, JOBS[:2])
+    assert len(frames) == record.steps + 20 and frames[0].shape[1] == 448
+    border = frames[-1][200, 1].astype(int)
+    assert border[1] > border[0] + 50  # green: success

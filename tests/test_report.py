@@ -1,0 +1,59 @@
+"""Numbers of a report, from records."""
+
+import json
+
+import pytest
+
+from openvla.evaluation.report import Record, append_record, read_records, summarize, wilson_interval, write_report
+
+
+def record(task="open", episode=0, success=True, **more) -> Record:
+    values = {"seed": 7, "instruction": "open it", "steps": 10, "predictions": 10, "latency": 0.02, **more}
+    return Record(task=task, episode=episode, success=success, **values)
+
+
+@pytest.mark.parametrize(
+    "successes, episodes, expected",
+    [(8, 10, (0.4902, 0.9433)), (0, 20, (0.0, 0.1611)), (50, 50, (0.9287, 1.0))],  # tabulated values
+)
+def test_wilson_interval(successes, episodes, expected):
+    assert wilson_interval(successes, episodes) == pytest.approx(expected, abs=1e-4)
+
+
+def test_wilson_interval_errors():
+    for successes, episodes in ((0, 0), (3, 2), (-1, 5)):
+        with pytest.raises(ValueError, match="expected 0 to all"):
+            wilson_interval(successes, episodes)
+
+
+def test_every_task_counts_alike_and_broken_episodes_do_not():
+    records = [record(episode=index, success=index < 8, steps=10 + index) for index in range(10)]
+    records += [record(task="close", episode=index, success=False) for index in range(2)]
+    records += [record(task="close", episode=2, success=False, error="ValueError: nan")]
+    summary = summarize(records)
+    assert summary["mean_success"] == pytest.approx((0.8 + 0.0) / 2)
+    assert (summary["episodes"], summary["errors"]) == (12, 1)
+    close, opened = summary["rows"]
+    assert (close["task"], close["episodes"], close["errors"], close["steps_of_successes"]) == ("close", 2, 1, None)
+    assert opened["steps_of_successes"] == pytest.approx(13.5)
+
+
+def test_files_of_a_report(tmp_path):
+    file = tmp_path / "episodes.jsonl"
+    records = [record(episode=0), record(episode=1, success=False, variation="light")]
+    for entry in records:
+        append_record(file, entry)
+    with file.open("a") as stream:
+        stream.write('{"task": "half')  # of a run that was killed
+    assert read_records(file) == records
+    write_report(tmp_path, read_records(file), {"model": "mine"})
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["mean_success"] == 0.5 and report["about"] == {"model": "mine"}
+    text = (tmp_path / "report.md").read_text()
+    assert "| open | light | 0% | 0% to 79% | 1 |" in text and "model: `mine`" in text
+    assert summarize(read_records(file))["rows"] == report["rows"]
+
+
+def test_a_report_of_nothing(tmp_path):
+    write_report(tmp_path, [record(success=False, error="broken")], {})
+    assert "no episode was finished" in (tmp_path / "report.md").read_text()

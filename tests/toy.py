@@ -1,0 +1,54 @@
+"""A world small enough to know what must happen: a point on a line that is to be moved to a goal."""
+
+
+import numpy as np
+
+from openvla.evaluation.environment import Observation
+
+
+SIZE = 16
+
+
+class Line:
+    """The point starts at -1..1 by its seed; an action's x moves it by at most 0.1; the goal is 0. The picture's gray
+    tells where it is. The tasks "raise" and "die" break at their third step."""
+
+    def reset(self, seed: int, task: str, variation: str = "") -> Observation:
+        self.position, self.steps, self.task = float(np.random.default_rng(seed).uniform(-1, 1)), 0, task
+        return self._observe()
+
+    def _observe(self) -> Observation:
+        image = np.full((SIZE, SIZE, 3), round((self.position + 2) * 60), np.uint8)
+        state = np.array([self.position], dtype=np.float32)
+        return Observation(images={"front": image}, state=state, instruction=f"move to the goal ({self.task})")
+
+    def step(self, action: np.ndarray) -> tuple[Observation, bool]:
+        self.steps += 1
+        if self.task == "raise" and self.steps == 3:
+            raise RuntimeError("the arm fell off")
+        if self.task == "die" and self.steps == 3:
+            raise SystemExit(3)
+        self.position += float(np.clip(action[0], -0.1, 0.1))
+        return self._observe(), abs(self.position) < 0.06
+
+    def expert_action(self) -> np.ndarray:
+        return np.array([-self.position, 0, 0, 0, 0, 0, 1.0])
+
+    def close(self) -> None:
+        pass
+
+
+def make_line() -> Line:
+    return Line()
+
+
+class FromPixels:
+    """Moves to the goal by what the picture shows; counts how many it was shown at once."""
+
+    def __init__(self):
+        self.batches: list[int] = []
+
+    def act(self, observations):
+        self.batches.append(len(observations))
+        seen = [float(observation.images["front"][0, 0, 0]) / 60 - 2 for observation in observations]
+        return np.array([[-position, 0, 0, 0, 0, 0, 1.0] for position in seen])
