@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from .evaluation.options import RecordOptions
 from .training.options import FinetuneOptions
 
 
@@ -247,6 +248,28 @@ def report_merge(difference: float, out: Path) -> None:
 
 
 @app.command()
+@options_of(RecordOptions)
+def record(options: RecordOptions) -> None:
+    """Record demonstrations of a simulator's scripted experts.
+
+    Successful episodes only, as a dataset that finetune takes. A recording that was stopped goes on when the same
+    command is given again.
+
+    \b
+    openvla record --env metaworld --tasks mt10 --episodes 100 --output data/mt10 --workers 8
+    openvla record --tasks drawer-open-v3 --episodes 100 --seed 100 --noise 0.3 --paraphrases --output data/recovery
+    """
+    from .evaluation.record import record as run
+
+    for task, counts in run(options)["tasks"].items():
+        typer.echo(
+            f"{task}: {counts['episodes']} episodes, {counts['steps']:g} steps on average, "
+            f"{counts['failed_attempts']} failed attempts"
+        )
+    typer.echo(f"wrote {options.output}")
+
+
+@app.command()
 def merge(
     run: Annotated[Path, typer.Argument(help="Output of a lora or qlora run.")],
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
@@ -262,6 +285,91 @@ def merge(
     from .training import merge_adapter
 
     report_merge(merge_adapter(run, out, dtype=dtype.value), out)
+
+
+class PolicyName(StrEnum):
+    model = "model"
+    expert = "expert"
+    random = "random"
+    mean = "mean"
+
+
+class Control(StrEnum):
+    blocking = "blocking"
+    realtime = "realtime"
+
+
+class Quantization(StrEnum):
+    int8 = "int8"
+    int4 = "int4"
+
+
+@app.command()
+def evaluate(
+    output: Annotated[Path, typer.Option(help="Folder for episodes, report and videos.")],
+    model: Annotated[
+        str, typer.Option(help="Folder or Hub id.", show_default="the policy that comes with the package")
+    ] = EMBEDDED_POLICY,
+    env: Annotated[str, typer.Option(help="Environment.")] = "metaworld",
+    tasks: Annotated[str, typer.Option(help="Tasks and sets of them, joined by commas.")] = "mt10",
+    episodes: Annotated[int, typer.Option(help="Of each task.")] = 50,
+    policy: Annotated[PolicyName, typer.Option(help="Who is in control; expert, random and mean to compare.")] = (
+        PolicyName.model
+    ),
+    control: Annotated[Control, typer.Option(help="blocking: the world waits. realtime: it goes on.")] = (
+        Control.blocking
+    ),
+    hz: Annotated[float, typer.Option(help="Steps of the world in a second (realtime).")] = 5.0,
+    latency: Annotated[
+        float | None, typer.Option(help="Seconds a prediction takes (realtime).", show_default="measured")
+    ] = None,
+    axis: Annotated[str, typer.Option(help="Variations of the environment, joined by commas.")] = "",
+    max_steps: Annotated[int | None, typer.Option(show_default="that of the environment")] = None,
+    unnorm_key: Annotated[str | None, typer.Option(show_default="the model's, if it has one")] = None,
+    center_crop: Annotated[
+        bool | None, typer.Option(help="As after training with random crops.", show_default="as it was trained")
+    ] = None,
+    quantization: Annotated[Quantization | None, typer.Option(help="Of the language model.")] = None,
+    device: Annotated[Device, typer.Option(help="auto: cuda where there is a GPU.")] = Device.auto,
+    dtype: Annotated[Dtype, typer.Option(help="auto: as the weights are stored.")] = Dtype.auto,
+    workers: Annotated[int | None, typer.Option(help="Environments side by side.", show_default="cores")] = None,
+    videos: Annotated[int, typer.Option(help="Episodes of each task to film.")] = 1,
+) -> None:
+    """Measure success in the closed loop.
+
+    Runs every task from seeds that recording never uses, and writes report.md, report.json, a plot and films. A run
+    that was stopped goes on when the same command is given again.
+
+    \b
+    openvla evaluate --tasks mt10 --episodes 50 --output runs/blocking
+    openvla evaluate --tasks mt10 --episodes 50 --output runs/late --control realtime --hz 5 --latency 0.8
+    openvla evaluate --tasks mt10 --episodes 50 --output runs/expert --policy expert
+    """
+    from .evaluation.evaluate import evaluate as run
+
+    variations = [name.strip() for name in axis.split(",") if name.strip()] or [""]
+    summary = run(
+        model=model,
+        output=output,
+        env=env,
+        tasks=tasks,
+        episodes=episodes,
+        policy=policy.value,
+        control=control.value,
+        hz=hz,
+        latency=latency,
+        variations=variations,
+        max_steps=max_steps,
+        unnorm_key=unnorm_key,
+        center_crop=center_crop,
+        quantization=quantization.value if quantization else None,
+        device=torch_device(device),
+        dtype=dtype.value,
+        workers=workers,
+        videos=videos,
+    )
+    rate = summary["mean_success"]
+    typer.echo(f"wrote {output}; mean success {'unknown' if rate is None else f'{rate:.1%}'}")
 
 
 @app.command()

@@ -5,11 +5,19 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from transformers import BitsAndBytesConfig
 
 from ..action_tokenizer import resolve_unnorm_key
+from ..configuration_openvla import check_choice
 from ..data.augment import center_crop, resize_image
 from ..modeling_openvla import OpenVLAForActionPrediction
 from .environment import Observation
+
+
+QUANTIZATIONS: dict[str, dict[str, Any]] = {
+    "int8": {"load_in_8bit": True},
+    "int4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+}
 
 
 class Policy(Protocol):
@@ -40,10 +48,15 @@ class OpenVLAPolicy:
         self.size = model.vision_backbone.image_size
 
     @classmethod
-    def load(cls, folder: str, *, device: str = "cpu", dtype: str = "auto", **options: Any) -> "OpenVLAPolicy":
-        """From a folder or Hub id; `options` of the class."""
-        model = OpenVLAForActionPrediction.from_pretrained(folder, dtype=dtype).to(device).eval()
-        return cls(model, **options)
+    def load(
+        cls, folder: str, *, device: str = "cpu", dtype: str = "auto", quantization: str | None = None, **options: Any
+    ) -> "OpenVLAPolicy":
+        """From a folder or Hub id, quantized to "int8" or "int4" (bitsandbytes) or not; `options` of the class."""
+        loading: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
+        if quantization is not None:
+            check_choice("quantization", quantization, QUANTIZATIONS)
+            loading["quantization_config"] = BitsAndBytesConfig(**QUANTIZATIONS[quantization])
+        return cls(OpenVLAForActionPrediction.from_pretrained(folder, **loading).eval(), **options)
 
     def _image(self, observation: Observation) -> np.ndarray:
         images = observation.images

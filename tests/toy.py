@@ -1,6 +1,5 @@
 """A world small enough to know what must happen: a point on a line that is to be moved to a goal."""
 
-
 import numpy as np
 
 from openvla.evaluation.environment import Observation

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from ..modeling_openvla import OpenVLAForActionPrediction
 from ..processing_openvla import OpenVLAProcessor
 
 
+STARTED = "finetune.json"  # the options of a run, written before it begins
 ADAPTER_NOTE = """
 This folder holds a LoRA adapter of [{base}](https://huggingface.co/{base}); `openvla merge` adds it to its base.
 """
@@ -93,5 +95,7 @@ def merge_adapter(folder: str | Path, output: str | Path, dtype: str = "auto") -
         work = Path(folder_in_work) / "merged"
         card = model_card(output.name, merged.config, base.norm_stats)
         write_checkpoint(merged, work, processor, base.norm_stats, card)
+        if (folder / STARTED).is_file():
+            shutil.copyfile(folder / STARTED, work / STARTED)  # how it was trained, image augmentation above all
         os.replace(work, output)
     return difference

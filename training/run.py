@@ -27,7 +27,7 @@ from ..data.stream import MixtureStream
 from ..model_card import model_card
 from ..modeling_openvla import OpenVLAForActionPrediction
 from ..processing_openvla import OpenVLAProcessor
-from .checkpoints import ADAPTER_NOTE, write_json
+from .checkpoints import ADAPTER_NOTE, STARTED, write_json
 from .checks import check_data, check_images, check_result, check_statistics
 from .curves import plot_curves
 from .metrics import ActionMetrics
@@ -40,7 +40,6 @@ from .trainer import ActionTrainer, last_checkpoint
 # Learning rates of the paper: adapters, and everything else.
 LEARNING_RATES = {"lora": 5e-4, "qlora": 5e-4}
 FULL_LEARNING_RATE = 2e-5
-STARTED = "finetune.json"  # the options of a run, written before it begins
 FINISHED = "dataset_statistics.json"  # written last
 
 
