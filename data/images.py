@@ -1,6 +1,7 @@
-"""Images of demonstrations: decoding."""
+"""Images of demonstrations: decoding, encoding."""
 
 import io
+from typing import Literal
 
 import numpy as np
 import simplejpeg
@@ -8,6 +9,8 @@ from PIL import Image, UnidentifiedImageError
 
 
 JPEG_START = b"\xff\xd8\xff"
+ImageFormat = Literal["jpeg", "png"]
+JPEG_QUALITY = 95
 
 
 def decode_image(data: bytes) -> np.ndarray:
@@ -30,3 +33,14 @@ def decode_image(data: bytes) -> np.ndarray:
         raise ValueError(
             f"cannot decode an image of {len(data)} bytes that start with {data[:8]!r}: {error}"
         ) from error
+
+
+def encode_image(pixels: np.ndarray, format: ImageFormat = "png") -> bytes:
+    """(H, W, 3) uint8, RGB, as PNG, or as JPEG of quality 95 with colours in full resolution: a goal's marker may be a
+    few pixels wide."""
+    if format == "jpeg":
+        pixels = np.ascontiguousarray(pixels)
+        return simplejpeg.encode_jpeg(pixels, quality=JPEG_QUALITY, colorspace="RGB", colorsubsampling="444")
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG", compress_level=3)  # a third of the time of the default, 5% more bytes
+    return file.getvalue()
