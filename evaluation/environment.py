@@ -39,6 +39,8 @@ class Environment(Protocol):
     task_sets: Mapping[str, tuple[str, ...]]  # names for several tasks, such as "mt10"
     max_steps: int  # after which an episode has failed
     frequency: float  # actions in a second of the world
+    robot: str
+    state_names: tuple[str, ...]  # of the numbers of a state
 
     def instructions(self, task: str, *, held_out: bool = False) -> tuple[str, ...]:
         """Ways to ask for a task, the usual one first; `held_out`: wordings that recording never uses."""

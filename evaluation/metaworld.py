@@ -45,6 +45,8 @@ class MetaWorld:
     task_sets: dict[str, tuple[str, ...]] = {name: tuple(tasks) for name, tasks in CATALOGUE["sets"].items()}
     max_steps = 500
     frequency = 80.0
+    robot = "sawyer"
+    state_names: tuple[str, ...] = ("x", "y", "z", "pad0", "pad1", "pad2", "pad3", "gripper_opening")
 
     def __init__(
         self,

@@ -38,3 +38,14 @@ def tiny_processor(tiny_checkpoint):
 def own_cache(tmp_path_factory):
     """Statistics of datasets are cached: not where the user's are."""
     os.environ["OPENVLA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def opengl() -> str:
+    """The backend that renders here; skips where there is none."""
+    from openvla.evaluation.rendering import opengl_backend
+
+    try:
+        return opengl_backend()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))

@@ -1,0 +1,87 @@
+"""One episode of a scripted expert, and the file it waits in until all are there."""
+
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..data.episode import EncodedFrames, Episode
+from ..data.images import ImageFormat, encode_image
+from .environment import Environment
+
+
+def record_episode(
+    environment: Environment,
+    task: str,
+    seed: int,
+    *,
+    noise: float = 0.0,
+    paraphrases: bool = False,
+    after_success: int = 5,
+    image_format: ImageFormat = "jpeg",
+) -> Episode | None:
+    """One episode of the expert; None where it does not succeed within the environment's `max_steps`.
+
+    The observation of a step is what was seen before its action. Noise and wording follow from `seed` and `task`.
+    """
+    generator = np.random.default_rng([seed, zlib.crc32(task.encode())])
+    observation = environment.reset(seed, task)
+    texts = environment.instructions(task) if paraphrases else (observation.instruction,)
+    instruction = texts[generator.integers(len(texts))]
+    images: dict[str, list[bytes]] = {camera: [] for camera in observation.images}
+    states: list[np.ndarray] = []
+    actions: list[np.ndarray] = []
+    left: int | None = None  # steps to go, once the task is done
+    while left != 0:
+        if left is None and len(actions) == environment.max_steps:
+            return None
+        for camera, image in observation.images.items():
+            images[camera].append(encode_image(image, image_format))
+        action = environment.expert_action().astype(np.float32)
+        states.append(observation.state)
+        actions.append(action)
+        executed = action.copy()
+        executed[:3] += noise * generator.standard_normal(3)
+        observation, success = environment.step(executed)
+        if left is not None:
+            left -= 1
+        elif success:
+            left = after_success
+    return Episode(
+        instruction=instruction,
+        actions=np.stack(actions),
+        images={camera: EncodedFrames(frames) for camera, frames in images.items()},
+        state=np.stack(states),
+        dataset_name=task,
+        index=seed,
+    )
+
+
+def save_episode(episode: Episode, file: Path, *, seed: int, failed: int) -> None:
+    arrays: dict[str, Any] = {"actions": episode.actions, "state": episode.state}
+    for camera, frames in episode.images.items():
+        assert isinstance(frames, EncodedFrames)
+        arrays[f"bytes.{camera}"] = np.frombuffer(b"".join(frames.encoded), np.uint8)
+        arrays[f"sizes.{camera}"] = np.array([len(data) for data in frames.encoded])
+    part = file.with_suffix(".part")
+    with open(part, "wb") as stream:
+        np.savez(stream, instruction=episode.instruction, seed=seed, failed=failed, **arrays)
+    part.replace(file)
+
+
+def load_episode(file: Path, dataset_name: str) -> Episode:
+    with np.load(file) as arrays:
+        images = {}
+        for camera in (name.removeprefix("bytes.") for name in arrays if name.startswith("bytes.")):
+            data, ends = arrays[f"bytes.{camera}"].tobytes(), np.cumsum(arrays[f"sizes.{camera}"]).tolist()
+            images[camera] = EncodedFrames([data[start:end] for start, end in zip([0, *ends], ends)], str(file))
+        return Episode(
+            instruction=str(arrays["instruction"]),
+            actions=arrays["actions"],
+            images=images,
+            state=arrays["state"],
+            dataset_name=dataset_name,
+            index=int(arrays["seed"]),
+            source=str(file),
+        )

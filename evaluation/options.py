@@ -1,0 +1,58 @@
+"""The options of `openvla record`, with the texts that its --help shows."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from .environment import Environment, make_environment
+
+
+# Episode k tries the seeds k, k + 10000, k + 20000, ...: each depends on its number alone, not on what failed before.
+MOST_EPISODES = 10_000
+NEUTRAL = ("output", "workers")  # options that change nothing in what is recorded
+
+
+def option(default: Any, text: str) -> Any:
+    """A field with its help text."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class RecordOptions:
+    """What is recorded, and where to."""
+
+    output: str = field(metadata={"help": "Folder to make. Until it is whole, what there is waits in OUTPUT.partial."})
+    env: str = option("metaworld", "metaworld or robosuite.")
+    tasks: str = option("mt10", "Tasks and sets of tasks, joined by commas: mt10, mt50, drawer-open-v3, ...")
+    episodes: int = option(100, "Successful episodes of each task.")
+    format: Literal["lerobot", "hdf5"] = option("lerobot", "LeRobot v3.0, or LIBERO-style HDF5, one file a task.")
+    size: int = option(224, "Width and height of the images.")
+    camera: str | None = option(None, "Default: the environment's.")
+    wrist: bool = option(False, "Record the camera on the gripper as well.")
+    images: Literal["jpeg", "png"] = option("jpeg", "How LeRobot images are stored; jpeg: quality 95.")
+    paraphrases: bool = option(False, "Draw the instruction from the usual one and three paraphrases.")
+    noise: float = option(
+        0.0,
+        "Standard deviation of noise on the executed translation, in units of the action. The action that is recorded "
+        "stays the expert's clean answer to what was seen: the data shows how to recover.",
+    )
+    seed: int = option(0, "Number of the first episode; other numbers begin elsewhere. Evaluation has its own seeds.")
+    after_success: int = option(5, "Steps to go on after the first success.")
+    workers: int = option(1, "Processes, each with its own simulator.")
+
+    def __post_init__(self) -> None:
+        lowest = {"episodes": 1, "size": 1, "noise": 0, "seed": 0, "after_success": 0, "workers": 1}
+        for name, least in lowest.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: expected at least {least}.")
+        if self.seed + self.episodes > MOST_EPISODES:
+            raise ValueError(
+                f"seed={self.seed}, episodes={self.episodes}: episodes are numbered up to {MOST_EPISODES}."
+            )
+
+    def environment(self, **more: Any) -> Environment:
+        camera = {"camera": self.camera} if self.camera else {}
+        return make_environment(self.env, size=self.size, wrist=self.wrist, **camera, **more)
+
+    def content(self) -> dict[str, Any]:
+        """The options that decide what is recorded."""
+        return {name: value for name, value in asdict(self).items() if name not in NEUTRAL}

@@ -1,0 +1,192 @@
+"""Demonstrations by scripted experts: successful episodes of a simulator, written as a data set."""
+
+import json
+import queue
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from ..data.hdf5_writer import write_hdf5
+from ..data.lerobot_writer import write_lerobot
+from .demonstration import load_episode, record_episode, save_episode
+from .environment import RECORDING_SEEDS, choose_tasks
+from .options import MOST_EPISODES, RecordOptions
+from .rendering import opengl_backend
+from .workers import EnvironmentProcess
+
+
+ACTION_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
+ATTEMPTS = 20
+SLOWEST_EPISODE = 3600.0  # seconds, all attempts together
+
+
+def record(options: RecordOptions, *, progress: bool = True) -> dict[str, Any]:
+    """Record episodes; one that was interrupted goes on where it stopped, and one that is there is left alone.
+
+    Returns:
+        What `OUTPUT/recording.json` says: `options`, and for each of the `tasks` its `episodes`, `failed_attempts` of
+        the expert and mean `steps`.
+
+    Raises:
+        ValueError: If a task is unknown, the environment has no expert, an episode fails `ATTEMPTS` times, or another
+            recording was begun in the same place.
+        FileExistsError: If the folder holds something else.
+        FileNotFoundError: If there is no OpenGL to render with.
+    """
+    output = Path(options.output).absolute()
+    if (output / "recording.json").exists():
+        found = json.loads((output / "recording.json").read_text())
+        _check_same(options, found["options"], output)
+        return found
+    if output.exists() and any(output.iterdir()):
+        raise FileExistsError(f"{output} is not empty: give a new folder.")
+    environment = options.environment(render=False)
+    tasks = choose_tasks(environment, options.tasks)
+    opengl_backend()
+    part = output.with_name(output.name + ".partial")
+    plan = part / "options.json"
+    if plan.exists():
+        _check_same(options, json.loads(plan.read_text()), part)
+    (part / "episodes").mkdir(parents=True, exist_ok=True)
+    plan.write_text(json.dumps(options.content(), indent=1))
+
+    numbers = range(options.seed, options.seed + options.episodes)
+    jobs = [(task, number) for task in tasks for number in numbers]
+    files = {job: part / "episodes" / f"{job[0]}_{job[1]:05d}.npz" for job in jobs}
+    missing = [(job, files[job]) for job in jobs if not files[job].exists()]
+    with tqdm(total=len(jobs), initial=len(jobs) - len(missing), unit="episode", disable=not progress) as bar:
+        _run(partial(Recorder, options), missing, options.workers, bar.update)
+
+    whole = part / "whole"
+    shutil.rmtree(whole, ignore_errors=True)  # of a run that was stopped while it wrote
+    summary = {"options": options.content(), "tasks": {task: _summary(files, task) for task in tasks}}
+    if options.format == "lerobot":
+        write_lerobot(
+            # Tasks take turns: whatever part of the episodes is held out has all of them
+            (load_episode(files[task, number], options.env) for number in numbers for task in tasks),
+            whole,
+            fps=round(environment.frequency),
+            robot_type=environment.robot,
+            action_names=ACTION_NAMES,
+            state_names=environment.state_names,
+        )
+    else:
+        for task in tasks:
+            write_hdf5(
+                (load_episode(files[task, number], options.env) for number in numbers),
+                whole / f"{environment.instructions(task)[0].replace(' ', '_')}_demo.hdf5",
+                env_name=task,
+                frequency=environment.frequency,
+            )
+    environment.close()
+    (whole / "recording.json").write_text(json.dumps(summary, indent=1))
+    if output.exists():
+        output.rmdir()
+    whole.replace(output)
+    shutil.rmtree(part)
+    return summary
+
+
+def _check_same(options: RecordOptions, found: dict[str, Any], folder: Path) -> None:
+    other = {name: value for name, value in options.content().items() if found.get(name) != value}
+    if other:
+        raise ValueError(
+            f"{folder} was recorded with other options: "
+            + ", ".join(f"{name} {found.get(name)!r}, not {value!r}" for name, value in other.items())
+            + ". Give those, or another output."
+        )
+
+
+def _run(
+    make: Callable[[], Any], jobs: Sequence[tuple[tuple[str, int], Path]], workers: int, done: Callable[[], Any]
+) -> None:
+    """Record all jobs, in this process or in others; the first failure ends it."""
+    if workers == 1 or len(jobs) < 2:
+        recorder = make()
+        for (task, number), file in jobs:
+            recorder.record(task, number, file)
+            done()
+        recorder.close()
+        return
+    waiting: queue.SimpleQueue = queue.SimpleQueue()
+    failures: list[BaseException] = []
+    for job in jobs:
+        waiting.put(job)
+
+    def work() -> None:
+        process = EnvironmentProcess(make, timeout=SLOWEST_EPISODE)
+        try:
+            while not failures:
+                (task, number), file = waiting.get_nowait()
+                process.ask("record", task, number, file)
+                process.answer()
+                done()
+        except queue.Empty:
+            pass
+        except BaseException as failure:  # raised again by the thread that waits
+            failures.append(failure)
+        finally:
+            process.stop()
+
+    threads = [threading.Thread(target=work) for _ in range(min(workers, len(jobs)))]
+    for thread in threads:
+        thread.start()
+    try:
+        for thread in threads:
+            thread.join()
+    except KeyboardInterrupt as interrupt:
+        failures.append(interrupt)
+        for thread in threads:
+            thread.join()
+    if failures:
+        raise failures[0]
+
+
+class Recorder:
+    """Records single episodes to files."""
+
+    def __init__(self, options: RecordOptions):
+        self.options, self.environment = options, options.environment()
+
+    def record(self, task: str, number: int, file: Path) -> None:
+        """Try seeds until the expert succeeds; the file appears when it is whole."""
+        options = self.options
+        for attempt in range(ATTEMPTS):
+            seed = RECORDING_SEEDS[attempt * MOST_EPISODES + number]
+            episode = record_episode(
+                self.environment,
+                task,
+                seed,
+                noise=options.noise,
+                paraphrases=options.paraphrases,
+                after_success=options.after_success,
+                image_format="png" if options.format == "hdf5" else options.images,
+            )
+            if episode is not None:
+                save_episode(episode, file, seed=seed, failed=attempt)
+                return
+        raise ValueError(f"The expert failed {ATTEMPTS} times at '{task}', episode {number}: less noise may help.")
+
+    def close(self) -> None:
+        self.environment.close()
+
+
+def _summary(files: dict[tuple[str, int], Path], task: str) -> dict[str, Any]:
+    def read() -> Iterator[tuple[int, int]]:
+        for (name, _), file in files.items():
+            if name == task:
+                with np.load(file) as arrays:
+                    yield int(arrays["failed"]), len(arrays["actions"])
+
+    found = list(read())
+    return {
+        "episodes": len(found),
+        "failed_attempts": sum(failed for failed, _ in found),
+        "steps": round(float(np.mean([steps for _, steps in found])), 1),
+    }

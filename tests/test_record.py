@@ -1,0 +1,188 @@
+"""Recording: experts' episodes as a data set, the same whoever records it and however often it is interrupted."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from openvla.cli import app
+from openvla.data import open_dataset
+from openvla.evaluation import RECORDING_SEEDS, make_environment
+from openvla.evaluation import record as record_module
+from openvla.evaluation.demonstration import load_episode, record_episode, save_episode
+from openvla.evaluation.environment import Observation
+from openvla.evaluation.options import RecordOptions
+from openvla.evaluation.record import Recorder, record
+
+
+TASK = "reach-v3"
+
+
+class Point:
+    """A point that is to reach 0, which it does from positive seeds only. Keeps what is executed."""
+
+    tasks, max_steps = ("go",), 40
+
+    def instructions(self, task, *, held_out=False):
+        return ("go home", "return", "come back", "move to zero")
+
+    def reset(self, seed, task, variation=""):
+        self.position, self.stuck, self.executed = 1.0, seed < 10_000, []
+        return self._observe()
+
+    def _observe(self):
+        image = np.full((8, 8, 3), int(abs(self.position) * 100) % 256, np.uint8)
+        return Observation({"image": image}, np.array([self.position], np.float32), "go home")
+
+    def expert_action(self):
+        return np.array([-np.clip(self.position, -0.1, 0.1), 0, 0, 0, 0, 0, 1.0])
+
+    def step(self, action):
+        self.executed.append(action)
+        self.position += 0 if self.stuck else float(action[0])
+        return self._observe(), abs(self.position) < 0.05
+
+    def close(self):
+        pass
+
+
+def options(tmp_path, **more) -> RecordOptions:
+    return RecordOptions(**{"output": str(tmp_path / "out"), "tasks": TASK, "episodes": 2, "size": 32} | more)
+
+
+def contents(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_episode_is_what_was_seen_before_each_action_and_goes_on_after_success():
+    episode = record_episode(Point(), "go", 10_000, after_success=3, image_format="png")
+    assert len(episode) == 10 + 3
+    np.testing.assert_allclose(episode.state[:4, 0], [1.0, 0.9, 0.8, 0.7], rtol=1e-6)
+    np.testing.assert_allclose(episode.actions[0], [-0.1, 0, 0, 0, 0, 0, 1], rtol=1e-6)
+    assert episode.images["image"][0][0, 0, 0] == 100 and episode.images["image"][2][0, 0, 0] in (79, 80)
+    assert episode.instruction == "go home"
+
+
+def test_noise_is_executed_and_the_clean_answer_is_recorded():
+    point = Point()
+    episode = record_episode(point, "go", 10_000, noise=0.05)
+    executed = np.stack(point.executed)
+    difference = executed - episode.actions
+    assert 0.03 < difference[:, :3].std() < 0.07 and not difference[:, 3:].any()
+    np.testing.assert_allclose(episode.actions[:, 0], -np.clip(episode.state[:, 0], -0.1, 0.1), rtol=1e-5)
+    again = record_episode(Point(), "go", 10_000, noise=0.05)
+    np.testing.assert_array_equal(again.state, episode.state)
+
+
+def test_paraphrases_are_drawn_by_the_seed():
+    texts = [record_episode(Point(), "go", seed, paraphrases=True).instruction for seed in range(10_000, 10_030)]
+    assert set(texts) == set(Point().instructions("go"))
+
+
+def test_a_failed_attempt_is_counted_and_the_next_seed_tried(tmp_path, monkeypatch):
+    assert record_episode(Point(), "go", 3) is None
+    monkeypatch.setattr(RecordOptions, "environment", lambda self, **more: Point())
+    Recorder(options(tmp_path)).record("go", 3, tmp_path / "file.npz")
+    with np.load(tmp_path / "file.npz") as file:
+        assert (int(file["failed"]), int(file["seed"])) == (1, RECORDING_SEEDS[10_003])
+    monkeypatch.setattr(record_module, "ATTEMPTS", 1)
+    with pytest.raises(ValueError, match="failed 1 times at 'go'"):
+        Recorder(options(tmp_path)).record("go", 3, tmp_path / "other.npz")
+    assert [path.name for path in tmp_path.iterdir()] == ["file.npz"]
+
+
+def test_an_episode_survives_its_file(tmp_path):
+    episode = record_episode(Point(), "go", 10_000)
+    save_episode(episode, tmp_path / "file.npz", seed=1, failed=0)
+    found = load_episode(tmp_path / "file.npz", "made")
+    np.testing.assert_array_equal(found.actions, episode.actions)
+    np.testing.assert_array_equal(found.state, episode.state)
+    assert found.images["image"].encoded == episode.images["image"].encoded
+    assert found.instruction == episode.instruction
+
+
+def test_a_recording_is_a_data_set_whose_actions_solve_the_task(tmp_path, opengl):
+    summary = record(options(tmp_path, tasks=f"{TASK},drawer-close-v3"), progress=False)
+    assert {task: counts["episodes"] for task, counts in summary["tasks"].items()} == {TASK: 2, "drawer-close-v3": 2}
+    assert not (tmp_path / "out.partial").exists()
+    dataset = open_dataset(tmp_path / "out")
+    assert [episode.instruction for episode in dataset] == ["reach the goal", "close the drawer"] * 2
+    assert dataset.info["fps"] == 80 and dataset.info["robot_type"] == "sawyer"
+    episode = dataset[3]
+    assert episode.images["image"][0].shape == (32, 32, 3)
+    environment = make_environment("metaworld", render=False)
+    states, successes = [environment.reset(RECORDING_SEEDS[1], "drawer-close-v3").state], []
+    for action in episode.actions:
+        observation, success = environment.step(action)
+        states.append(observation.state)
+        successes.append(success)
+    environment.close()
+    np.testing.assert_array_equal(np.stack(states[:-1]), episode.state)
+    assert successes.index(True) == len(episode) - 6
+
+
+def test_interrupted_recordings_go_on_and_end_the_same(tmp_path, opengl, monkeypatch):
+    whole = options(tmp_path, output=str(tmp_path / "whole"), noise=0.1)
+    record(whole, progress=False)
+    stopped = replace(whole, output=str(tmp_path / "stopped"))
+    once = Recorder.record
+
+    def interrupted(self, task, number, file):
+        if number == 1:
+            raise KeyboardInterrupt
+        once(self, task, number, file)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Recorder, "record", interrupted)
+        record(stopped, progress=False)
+    assert not (tmp_path / "stopped").exists()
+    (tmp_path / "stopped.partial" / "whole").mkdir()  # as if the second stop came later
+    with pytest.raises(ValueError, match="other options: noise 0.1, not 0.2"):
+        record(replace(stopped, noise=0.2), progress=False)
+    numbers = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorder, "record", lambda self, *job: (numbers.append(job[1]), once(self, *job)))
+        record(stopped, progress=False)
+    assert numbers == [1]
+    assert contents(tmp_path / "whole") == contents(tmp_path / "stopped")
+
+
+def test_a_finished_recording_is_left_alone(tmp_path, monkeypatch, opengl):
+    monkeypatch.setattr(RecordOptions, "environment", lambda self, **more: pytest.fail("recorded again"))
+    (tmp_path / "out").mkdir()
+    found = {"options": options(tmp_path).content(), "tasks": {}}
+    (tmp_path / "out" / "recording.json").write_text(json.dumps(found))
+    assert record(options(tmp_path, workers=2)) == found
+    with pytest.raises(ValueError, match="other options: episodes 2, not 3"):
+        record(options(tmp_path, episodes=3))
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "file").touch()
+    with pytest.raises(FileExistsError, match="not empty"):
+        record(options(tmp_path, output=str(tmp_path / "else")))
+
+
+def test_two_workers_record_what_one_does(tmp_path, opengl):
+    one = options(tmp_path, output=str(tmp_path / "one"), format="hdf5")
+    record(one, progress=False)
+    record(replace(one, output=str(tmp_path / "two"), workers=2), progress=False)
+    files = [sorted((tmp_path / name).iterdir()) for name in ("one", "two")]
+    assert [file.name for file in files[0]] == ["reach_the_goal_demo.hdf5", "recording.json"]
+    for first, second in zip(*(open_dataset(tmp_path / name) for name in ("one", "two")), strict=True):
+        np.testing.assert_array_equal(first.actions, second.actions)
+        np.testing.assert_array_equal(first.images["agentview_rgb"][7], second.images["agentview_rgb"][7])
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"episodes": 0}, {"workers": 0}, {"noise": -0.1}, {"seed": -1}, {"seed": 9_999, "episodes": 2}]
+)
+def test_impossible_options_are_refused(tmp_path, wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):
+        options(tmp_path, **wrong)
+
+
+def test_the_verb(tmp_path):
+    found = CliRunner().invoke(app, ["record", "--tasks", "reach-v4", "--output", str(tmp_path / "x")])
+    assert found.exit_code == 2 and "Did you mean 'reach-v3'" in found.output
+    assert not list(tmp_path.iterdir())
