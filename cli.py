@@ -233,11 +233,13 @@ def finetune(
 
     if merge is not None and options.strategy not in ("lora", "qlora"):
         raise ValueError(f"--merge: strategy '{options.strategy}' has no adapter to merge.")
+    first = int(os.environ.get("RANK", "0")) == 0  # of the processes that a launcher has started
     if dry_run:
-        typer.echo(plan_run(options))
+        if first:
+            typer.echo(plan_run(options, processes=int(os.environ.get("WORLD_SIZE", "1"))))
         return
     output = run(options, resume=resume)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if first:
         typer.echo(f"wrote {output}")
         if merge is not None:
             report_merge(merge_adapter(output, merge), merge)

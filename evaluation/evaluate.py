@@ -84,7 +84,7 @@ def evaluate(
         actor = reference_policy(policy, get_action_stats(read_statistics(model, config), unnorm_key))
     elif policy == "model":
         crop = trained_with_crops(model) if center_crop is None else center_crop
-        loading = {"quantization": quantization, "unnorm_key": unnorm_key, "crop": crop}
+        loading: dict[str, Any] = {"quantization": quantization, "unnorm_key": unnorm_key, "crop": crop}
         actor = OpenVLAPolicy.load(model, device=device, dtype=dtype, **loading)
     make_control: Any = BlockingControl
     if control == "realtime":

@@ -76,6 +76,22 @@ def test_what_stays_trainable_has_gradients(name):
     assert without == []
 
 
+def test_an_evaluation_does_not_change_the_gradients_of_a_quantized_base():
+    pytest.importorskip("bitsandbytes", reason="qlora needs the [quant] extra")
+    model = apply_strategy(TINY[0].load(quantization_config=qlora_quantization(torch.float32)), "qlora", rank=4)
+
+    def gradients() -> list[torch.Tensor]:
+        model.train().zero_grad()
+        model(**batch(TINY[0])).loss.backward()
+        return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+    before = gradients()
+    with torch.no_grad():
+        model.eval()(**batch(TINY[0]))
+    for one, other in zip(before, gradients(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_every_strategy_is_tested():
     assert set(STRATEGIES) == {"full", "last_layer", "frozen_vision", "sandwich", "lora", "qlora"}
 
