@@ -1,9 +1,13 @@
 """The options of `openvla record`, with the texts that its --help shows."""
 
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
-from .environment import Environment, make_environment
+from ..options import option, required
+
+
+if TYPE_CHECKING:
+    from .environment import Environment
 
 
 # Episode k tries the seeds k, k + 10000, k + 20000, ...: each depends on its number alone, not on what failed before.
@@ -11,16 +15,11 @@ MOST_EPISODES = 10_000
 NEUTRAL = ("output", "workers")  # options that change nothing in what is recorded
 
 
-def option(default: Any, text: str) -> Any:
-    """A field with its help text."""
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True)
 class RecordOptions:
     """What is recorded, and where to."""
 
-    output: str = field(metadata={"help": "Folder to make. Until it is whole, what there is waits in OUTPUT.partial."})
+    output: str = required("Folder to make. Until it is whole, what there is waits in OUTPUT.partial.")
     env: str = option("metaworld", "metaworld or robosuite.")
     tasks: str = option("mt10", "Tasks and sets of tasks, joined by commas: mt10, mt50, drawer-open-v3, ...")
     episodes: int = option(100, "Successful episodes of each task.")
@@ -49,7 +48,9 @@ class RecordOptions:
                 f"seed={self.seed}, episodes={self.episodes}: episodes are numbered up to {MOST_EPISODES}."
             )
 
-    def environment(self, **more: Any) -> Environment:
+    def environment(self, **more: Any) -> "Environment":
+        from .environment import make_environment  # not for the command line's --help
+
         camera = {"camera": self.camera} if self.camera else {}
         return make_environment(self.env, size=self.size, wrist=self.wrist, **camera, **more)
 

@@ -12,6 +12,7 @@ FLAT_FILES = ["configuration_openvla", "action_tokenizer", "processing_openvla",
 FLOORS = {
     **{name: 1 for name in FLAT_FILES},
     "action_text": 1,
+    "options": 1,
     "model_card": 2,
     "presets": 2,
     "data": 2,

@@ -1,17 +1,10 @@
 """What a fine-tuning run is made of: the options of `openvla finetune`, with the texts that its --help shows."""
 
 import importlib.util
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-
-def option(default: Any, text: str) -> Any:
-    """A field with its help text."""
-    return field(default=default, metadata={"help": text})
-
-
-def required(text: str) -> Any:
-    return field(metadata={"help": text})
+from ..options import option, required
 
 
 @dataclass
