@@ -29,6 +29,6 @@ def plot_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> 
             if held_out:
                 panel.plot(*zip(*held_out), "--o", ms=3, color=line.get_color())
             panel.set(xlabel="step", ylabel=f"{label} (dashed: held out)", yscale="log")
-    axes[0].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
     figure.savefig(path, dpi=100)
     return True
