@@ -62,8 +62,11 @@ format: $(VENV)/dev.stamp
 bench: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/predict.py --output $(OUTPUTS)/benchmark.json
 
+# All extras but robosuite, which would hold numpy back for everyone.
+PINNED := --extra dev --extra serve
+
 constraints: | $(UV)
-	$(UV) pip compile --quiet --upgrade --universal --python-version 3.11 --all-extras --generate-hashes \
+	$(UV) pip compile --quiet --upgrade --universal --python-version 3.11 $(PINNED) --generate-hashes \
 		--no-header --no-annotate --no-emit-index-url --output-file constraints.txt pyproject.toml
 
 clean:

@@ -10,9 +10,12 @@ import numpy as np
 from ..configuration_openvla import check_choice
 
 
-# Name -> (module of this room, its class, the extra of this package that brings the simulator)
-ENVIRONMENTS = {
-    "metaworld": ("metaworld", "MetaWorld", "sim"),
+SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
+# Name -> (module of this room, its class, what to install for it, options that the name stands for)
+ENVIRONMENTS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
+    "metaworld": ("metaworld", "MetaWorld", "openvla[sim]", {}),
+    "robosuite": ("robosuite", "Robosuite", "openvla[robosuite]", {}),
+    **{suite: ("libero", "Libero", "hf-libero", {"suite": suite}) for suite in SUITES},
 }
 # A seed decides where everything in an episode begins. Demonstrations and evaluation share none.
 RECORDING_SEEDS = range(0, 1_000_000)
@@ -82,12 +85,12 @@ def make_environment(name: str, **options: Any) -> Environment:
         ValueError: If there is no such environment, or its simulator is not installed.
     """
     check_choice("environment", name, ENVIRONMENTS)
-    module, cls, extra = ENVIRONMENTS[name]
+    module, cls, package, implied = ENVIRONMENTS[name]
     try:
-        return getattr(importlib.import_module(f".{module}", __package__), cls)(**options)
+        return getattr(importlib.import_module(f".{module}", __package__), cls)(**implied, **options)
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"The environment '{name}' needs {error.name}, which is not installed: pip install 'openvla[{extra}]'."
+            f"The environment '{name}' needs {error.name}, which is not installed: pip install '{package}'."
         ) from error
 
 

@@ -1,0 +1,205 @@
+"""LIBERO: the four suites under the protocol that OpenVLA's published success rates were measured with.
+
+The package hf-libero brings tasks and initial states, but not the meshes, which come from the original repository
+(https://github.com/Lifelong-Robot-Learning/LIBERO, folder libero/libero/assets).
+"""
+
+import importlib
+import importlib.util
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..configuration_openvla import check_choice
+from .environment import SUITES, Observation, check_action
+from .rendering import opengl_backend
+from .robosuite import to_state
+
+
+# Longest demonstration of each suite, rounded up: the published limits, the waiting steps not counted
+MAX_STEPS = dict(zip(SUITES, (220, 280, 300, 520)))
+WAITING_STEPS = 10  # in which objects fall and come to rest
+WAITING = [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0]
+SEED = 0  # of the simulator itself, as published: the initial states decide what an episode looks like
+ASSETS = (
+    "articulated_objects",
+    "scenes",
+    "stable_hope_objects",
+    "stable_scanned_objects",
+    "textures",
+    "turbosquid_objects",
+)
+ASSETS_VARIABLE = "LIBERO_ASSETS"
+
+
+class Libero:
+    """One suite of ten tasks. Episode k begins at initial state k, of which each task has 50: a seed counts modulo 50,
+    and the evaluation's seeds begin at 0 there.
+
+    Actions are those of the published statistics: a translation of 1, the most, is 5 cm, a rotation of 1 half a
+    radian; the gripper is open above 0.5. The state is position, axis times angle, and two finger joints, (8,).
+
+    Args:
+        suite: libero_spatial, libero_object, libero_goal or libero_10 (the long one).
+        assets: Folder of the meshes. Default: the environment variable LIBERO_ASSETS, else that of the package.
+        size: Width and height of the images; the published 256.
+        wrist: Add the camera on the gripper.
+        render: False leaves images out.
+
+    Raises:
+        ValueError: If the suite is unknown.
+        ModuleNotFoundError: If hf-libero is not installed.
+        FileNotFoundError: At the first reset, if meshes or OpenGL are missing; says which.
+    """
+
+    frequency = 20.0
+    robot = "panda"
+    state_names: tuple[str, ...] = ("x", "y", "z", "rx", "ry", "rz", "finger_left", "finger_right")
+
+    def __init__(
+        self,
+        *,
+        suite: str,
+        assets: str | os.PathLike | None = None,
+        size: int = 256,
+        wrist: bool = False,
+        render: bool = True,
+    ):
+        check_choice("suite", suite, SUITES)
+        self.package = find_package()
+        self.suite, self.size, self.render = suite, size, render
+        self.assets = Path(assets or os.environ.get(ASSETS_VARIABLE) or self.package / "assets")
+        self.cameras = {"image": "agentview"} | ({"wrist_image": "robot0_eye_in_hand"} if wrist else {})
+        files = sorted((self.package / "bddl_files" / suite).glob("*.bddl"))
+        self._instructions = {file.stem: read_instruction(file.read_text()) for file in files}
+        self.tasks = tuple(self._instructions)
+        self.task_sets = {suite: self.tasks}
+        self.max_steps = MAX_STEPS[suite]
+        self._task = ""
+        self._world: Any = None
+        self._seen: dict[str, np.ndarray] = {}
+
+    def instructions(self, task: str, *, held_out: bool = False) -> tuple[str, ...]:
+        """See `Environment`. LIBERO has one wording for each task."""
+        check_choice("task", task, self.tasks)
+        return () if held_out else (self._instructions[task],)
+
+    def reset(self, seed: int, task: str, variation: str = "") -> Observation:
+        """See `Environment`."""
+        check_choice("task", task, self.tasks)
+        check_choice("variation", variation, ("",))
+        if task != self._task:
+            self.close()
+            self._world, self._task = self._load(task), task
+        states = load_initial_states(self.package / "init_files" / self.suite / f"{task}.pruned_init")
+        self._world.seed(SEED)
+        self._world.reset()
+        self._seen = self._world.set_init_state(states[seed % len(states)])
+        for _ in range(WAITING_STEPS):
+            self._seen, *_ = self._world.step(WAITING)
+        return self._observe()
+
+    def step(self, action: np.ndarray) -> tuple[Observation, bool]:
+        """See `Environment`."""
+        if self._world is None:
+            raise ValueError("No episode has begun: call reset(seed, task) first.")
+        self._seen, _, success, _ = self._world.step(to_libero(check_action(action)).tolist())
+        return self._observe(), bool(success)
+
+    def expert_action(self) -> np.ndarray:
+        """See `Environment`."""
+        raise ValueError("LIBERO has no scripted expert; its demonstrations are to be downloaded.")
+
+    def close(self) -> None:
+        if self._world is not None:
+            self._world.close()
+        self._world, self._task = None, ""
+
+    def _load(self, task: str) -> Any:
+        check_assets(self.assets)
+        if self.render:
+            opengl_backend()
+        wrappers = import_libero(self.package, self.assets)
+        return (wrappers.OffScreenRenderEnv if self.render else wrappers.ControlEnv)(
+            bddl_file_name=str(self.package / "bddl_files" / self.suite / f"{task}.bddl"),
+            camera_heights=self.size,
+            camera_widths=self.size,
+            **({} if self.render else {"has_offscreen_renderer": False, "use_camera_obs": False}),
+        )
+
+    def _observe(self) -> Observation:
+        images = {}
+        if self.render:
+            images = {name: to_upright(self._seen[f"{camera}_image"]) for name, camera in self.cameras.items()}
+        return Observation(images=images, state=to_state(self._seen), instruction=self._instructions[self._task])
+
+
+def find_package() -> Path:
+    """The folder `libero/libero` of hf-libero, found without importing it."""
+    spec = importlib.util.find_spec("libero")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (Path(folder) / "libero" / "bddl_files").is_dir():
+            return Path(folder) / "libero"
+    raise ModuleNotFoundError("No module named 'libero'", name="libero")
+
+
+def read_instruction(bddl: str) -> str:
+    """What a task's file calls it."""
+    found = re.search(r"\(:language\s+([^)]*)\)", bddl)
+    if found is None:
+        raise ValueError("no (:language ...) in the task's BDDL file")
+    return " ".join(found[1].split()).lower()
+
+
+def check_assets(folder: Path) -> None:
+    """Raise a `FileNotFoundError` that names the missing folders of meshes."""
+    missing = [name for name in ASSETS if not (folder / name).is_dir()]
+    if missing:
+        raise FileNotFoundError(
+            f"LIBERO's meshes are not in {folder}: {', '.join(missing)} missing. Take libero/libero/assets from "
+            f"https://github.com/Lifelong-Robot-Learning/LIBERO, and set {ASSETS_VARIABLE} to that folder."
+        )
+
+
+def import_libero(package: Path, assets: Path) -> Any:
+    """The module of its environments. Without a configuration file the package asks questions on the terminal when it
+    is imported, and downloads meshes when it has none: it is given both before it can."""
+    if "LIBERO_CONFIG_PATH" not in os.environ:
+        folder = Path(tempfile.mkdtemp(prefix="libero-"))
+        places = {"bddl_files": "bddl_files", "init_states": "init_files", "datasets": "../datasets"}
+        paths = {"benchmark_root": package, "assets": assets} | {key: package / name for key, name in places.items()}
+        (folder / "config.yaml").write_text("".join(f"{key}: {path}\n" for key, path in paths.items()))
+        os.environ["LIBERO_CONFIG_PATH"] = str(folder)
+    library: Any = importlib.import_module("libero.libero")
+    library._assets_path_cache = str(assets)
+    return importlib.import_module("libero.libero.envs.env_wrapper")
+
+
+def load_initial_states(file: Path) -> np.ndarray:
+    """(50, D) states of the simulator, read without unpickling anything but arrays."""
+    import torch
+
+    rebuild = np.empty(0).__reduce__()[0]
+    names: list[Any] = [
+        (rebuild, "numpy.core.multiarray._reconstruct"),
+        rebuild,
+        np.ndarray,
+        np.dtype,
+        np.dtypes.Float64DType,
+    ]
+    with torch.serialization.safe_globals(names):
+        return torch.load(file, weights_only=True)
+
+
+def to_libero(action: np.ndarray) -> np.ndarray:
+    """(7,) -> (7,): the gripper, 1 open and 0 closed, becomes -1 (opens) or 1 (closes), nothing between."""
+    return np.array([*action[:6], -np.sign(2.0 * action[6] - 1.0)])
+
+
+def to_upright(image: np.ndarray) -> np.ndarray:
+    """(H, W, 3) as the simulator gives it -> turned by 180 degrees, as in the published training data."""
+    return np.ascontiguousarray(image[::-1, ::-1])
