@@ -31,7 +31,8 @@ from openvla import OpenVLAConfig, OpenVLAForActionPrediction
 from openvla.presets import load_preset_config
 from openvla.training import STRATEGIES, apply_strategy, qlora_quantization, trainable_parameters
 from openvla.training.loss import action_loss, with_logits_to_keep
-from openvla.training.plan import TEXT_TOKENS, estimate, training_inputs
+from openvla.training.plan import TEXT_TOKENS, estimate
+from openvla.training.step import training_inputs
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -9,16 +9,8 @@ from openvla import OpenVLAConfig, OpenVLAForActionPrediction
 from openvla.presets import load_preset_config
 from openvla.training import apply_strategy, qlora_quantization, trainable_parameters
 from openvla.training.loss import action_loss, with_logits_to_keep
-from openvla.training.plan import (
-    ANSWER_TOKENS,
-    SavedBytes,
-    build,
-    config_parameters,
-    estimate,
-    main,
-    run_step,
-    training_inputs,
-)
+from openvla.training.plan import build, config_parameters, estimate, main
+from openvla.training.step import ANSWER_TOKENS, SavedBytes, run_step, training_inputs
 
 
 pytest.importorskip("peft", reason="adapters need the [train] extra")

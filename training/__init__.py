@@ -11,13 +11,14 @@ from .options import FinetuneOptions
 
 if TYPE_CHECKING:
     from .checkpoints import merge_adapter
-    from .run import finetune, plan_run
+    from .preparation import plan_run
+    from .run import finetune
     from .strategies import STRATEGIES, apply_strategy, qlora_quantization, trainable_parameters
 
 _MODULES = {
     "merge_adapter": "checkpoints",
     "finetune": "run",
-    "plan_run": "run",
+    "plan_run": "preparation",
     "STRATEGIES": "strategies",
     "apply_strategy": "strategies",
     "qlora_quantization": "strategies",

@@ -1,13 +1,10 @@
 """Fine-tuning on one's own demonstrations: a run from options to a checkpoint, on one page."""
 
 import json
-import math
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from timm.models.vision_transformer import Block
 from tqdm import tqdm
@@ -15,171 +12,25 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, TrainingArguments, set_see
 from transformers.trainer_utils import IntervalStrategy
 
 from ..action_text import action_names
-from ..action_tokenizer import ActionTokenizer, check_same_action_dim
+from ..action_tokenizer import ActionTokenizer
 from ..configuration_openvla import OpenVLAConfig
-from ..data import Episode
 from ..data.augment import ImageAugmentation
 from ..data.collate import ActionCollator
-from ..data.mixture import mixture_probabilities
 from ..data.samples import FrameSamples
-from ..data.sources import Source, open_sources
 from ..data.stream import MixtureStream
 from ..model_card import model_card
 from ..modeling_openvla import OpenVLAForActionPrediction
-from ..processing_openvla import OpenVLAProcessor
 from .checkpoints import ADAPTER_NOTE, STARTED, write_json
-from .checks import check_data, check_images, check_result, check_statistics
+from .checks import check_result
 from .curves import plot_curves
 from .metrics import ActionMetrics
 from .options import FinetuneOptions, differences
-from .plan import TEXT_TOKENS, estimate
+from .preparation import LEARNING_RATES, Run, computing_precision, held_out_frames, learning_rate, prepare
 from .strategies import apply_strategy, freeze_unused, qlora_quantization, trainable_parameters
 from .trainer import ActionTrainer, last_checkpoint
 
 
-# Learning rates of the paper: adapters, and everything else.
-LEARNING_RATES = {"lora": 5e-4, "qlora": 5e-4}
-FULL_LEARNING_RATE = 2e-5
 FINISHED = "dataset_statistics.json"  # written last
-
-
-@dataclass
-class Run:
-    """Data and configuration of a run: what is known before any weights are read."""
-
-    options: FinetuneOptions
-    sources: list[Source]
-    config: OpenVLAConfig
-    processor: OpenVLAProcessor
-    processes: int = 1
-
-    @property
-    def statistics(self) -> dict[str, Any]:
-        return {source.name: source.statistics for source in self.sources}
-
-    @cached_property
-    def mixture(self) -> tuple[np.ndarray, int]:
-        """How likely each dataset is drawn, and the frames of an epoch."""
-        sizes = [source.num_transitions for source in self.sources]
-        return mixture_probabilities([source.weight for source in self.sources], sizes)
-
-    @property
-    def global_batch(self) -> int:
-        return self.options.batch_size * self.options.gradient_accumulation * self.processes
-
-    @property
-    def learning_rate(self) -> float:
-        return self.options.learning_rate or LEARNING_RATES.get(self.options.strategy, FULL_LEARNING_RATE)
-
-    @cached_property
-    def warnings(self) -> list[str]:
-        """Where quality may be lost."""
-        found = [warning for source in self.sources for warning in check_data(source)]
-        for source in self.sources:
-            before = (self.config.norm_stats or {}).get(source.name)
-            if before:
-                found += check_statistics(source.name, before["action"], source.statistics["action"])
-        return found + check_images(self.processor, self.config)
-
-    def describe(self) -> str:
-        """What is trained on, in a few lines."""
-        options, (probabilities, epoch) = self.options, self.mixture
-        lines = []
-        for source, share in zip(self.sources, probabilities):
-            report = source.report().replace("\n", f"\n{' ' * 10}")
-            lines.append(f"data      {report}; drawn {share:.1%}" if len(self.sources) > 1 else f"data      {report}")
-        seen = options.steps * self.global_batch
-        lines += [
-            f"samples   {options.steps} steps x {self.global_batch} ({options.batch_size} per device, "
-            f"{options.gradient_accumulation} accumulated, {self.processes} processes) = {seen}, "
-            f"{seen / epoch:.2f} epochs",
-            f"learning  {options.strategy}, AdamW {self.learning_rate:g} {options.schedule}, "
-            f"warmup {options.warmup_steps}, image augmentation {'on' if options.image_aug else 'off'}",
-        ]
-        return "\n".join(lines + [f"warning   {warning}" for warning in self.warnings])
-
-
-def prepare(options: FinetuneOptions, processes: int = 1, data: Any = None) -> Run:
-    """Open the data, compute or look up its statistics, read configuration and processor.
-
-    Args:
-        data: Demonstrations as a Python object (see `data.PythonDataset`) instead of `options.dataset`.
-
-    Raises:
-        ValueError: If there is nothing to train on, or the datasets do not fit together.
-        FileNotFoundError: If the model or a dataset is not there.
-    """
-    config = OpenVLAConfig.from_pretrained(options.model)
-    processor = OpenVLAProcessor.from_pretrained(options.model)
-    sources = open_sources(
-        options.dataset if data is None else data,
-        data_root=options.data_root,
-        format=options.format,
-        split=options.split,
-        held_out=options.held_out,
-        filters=options.filters,
-        camera=options.camera,
-        name=options.name,
-        gripper=options.gripper,
-        standardize=options.standardize,
-        statistics=options.statistics,
-        on_error=options.on_error,
-        progress=True,
-    )
-    run = Run(options, sources, config, processor, processes)
-    check_same_action_dim(run.statistics, list(run.statistics))
-    return run
-
-
-def plan_run(options: FinetuneOptions, processes: int = 1) -> str:
-    """What `finetune` would do with these options on so many processes, without reading weights: data, samples,
-    warnings, parameters that learn, and memory in the precision that this machine resolves to."""
-    run = prepare(options, processes)
-    adapter = {"rank": options.rank, "alpha": options.alpha, "dropout": options.dropout}
-    weights = {"auto": computing_precision(options), "float32": "float32"}
-    plan = estimate(
-        run.config,
-        options.strategy,
-        batch_size=options.batch_size,
-        world_size=processes,
-        sharded=options.fsdp,
-        gradient_checkpointing=options.gradient_checkpointing,
-        precision=weights.get(options.dtype, "pure-bf16"),
-        text_tokens=text_tokens(run),
-        **(adapter if options.strategy in LEARNING_RATES else {}),
-    )
-    return f"{run.describe()}\n{plan.describe()}"
-
-
-def text_tokens(run: Run, episodes: int = 8) -> int:
-    """Tokens of the longest prompt with its answer among a few episodes of each dataset, spread evenly."""
-    collator = ActionCollator(run.processor)
-    longest = 0
-    for source in run.sources:
-        dataset = source.everything[0]  # without images
-        picked = np.unique(np.linspace(0, len(dataset) - 1, episodes).astype(int))
-        still = np.zeros(len(source.statistics["action"]["q01"]))
-        for episode in dataset.read(picked):
-            longest = max(longest, len(collator.tokens(episode.instruction, still)[0]))
-    return longest or TEXT_TOKENS
-
-
-def held_out_frames(run: Run) -> list[Episode]:
-    """Frames to evaluate on, spread evenly over the held-out episodes, images still encoded."""
-    picked: list[Episode] = []
-    for source, share in zip(run.sources, run.mixture[0]):
-        wanted = math.ceil(run.options.eval_samples * share)
-        if source.held_out is None or wanted == 0:
-            continue
-        episodes = np.unique(np.linspace(0, len(source.held_out) - 1, wanted).astype(int))
-        each = math.ceil(wanted / len(episodes))
-        found: list[Episode] = []
-        for episode in source.held_out.read(episodes):
-            frames = list(source.frames(episode))
-            steps = np.linspace(0, len(frames) - 1, each).astype(int)
-            found += [frames[step] for step in np.unique(steps) if frames]
-        picked += found[:wanted]
-    return picked
 
 
 def load_model(run: Run, autocast: bool) -> Any:
@@ -221,13 +72,6 @@ def sharding(config: OpenVLAConfig) -> dict[str, Any]:
     }
 
 
-def computing_precision(options: FinetuneOptions) -> str:
-    """`"bf16"` (autocast) or `"float32"`: what is asked for, or else what this machine can do."""
-    if options.precision != "auto":
-        return options.precision
-    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
-
-
 def training_arguments(options: FinetuneOptions, config: OpenVLAConfig) -> TrainingArguments:
     """Of the library's Trainer. Raises ValueError where one process sees several GPUs."""
     on_gpu = torch.cuda.is_available()
@@ -238,7 +82,7 @@ def training_arguments(options: FinetuneOptions, config: OpenVLAConfig) -> Train
         per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=options.batch_size,
         gradient_accumulation_steps=options.gradient_accumulation,
-        learning_rate=options.learning_rate or LEARNING_RATES.get(options.strategy, FULL_LEARNING_RATE),
+        learning_rate=learning_rate(options),
         lr_scheduler_type="constant_with_warmup" if options.schedule == "constant" else options.schedule,
         warmup_steps=options.warmup_steps,
         weight_decay=options.weight_decay,
@@ -297,7 +141,7 @@ def finetune(options: FinetuneOptions, resume: bool = False, data: Any = None) -
     held_out = held_out_frames(run)
     if not held_out:
         arguments.eval_strategy = IntervalStrategy.NO
-    made = {**asdict(options), "learning_rate": run.learning_rate, "global_batch": run.global_batch}
+    made = {**asdict(options), "learning_rate": learning_rate(options), "global_batch": run.global_batch}
     if begun.exists():
         changed = differences(json.loads(begun.read_text(encoding="utf-8")), made)
         if changed:

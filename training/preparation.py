@@ -1,0 +1,172 @@
+"""What is known of a run before any weights are read: its data, its length, what it will learn, what it will take."""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..action_tokenizer import check_same_action_dim
+from ..configuration_openvla import OpenVLAConfig
+from ..data import Episode
+from ..data.collate import ActionCollator
+from ..data.mixture import mixture_probabilities
+from ..data.sources import Source, open_sources
+from ..processing_openvla import OpenVLAProcessor
+from .checks import check_data, check_images, check_statistics
+from .options import FinetuneOptions
+from .plan import TEXT_TOKENS, estimate
+
+
+# Learning rates of the paper: adapters, and everything else.
+LEARNING_RATES = {"lora": 5e-4, "qlora": 5e-4}
+FULL_LEARNING_RATE = 2e-5
+
+
+def learning_rate(options: FinetuneOptions) -> float:
+    """The one asked for, or that of the paper for the strategy."""
+    return options.learning_rate or LEARNING_RATES.get(options.strategy, FULL_LEARNING_RATE)
+
+
+@dataclass
+class Run:
+    """Data and configuration of a run: what is known before any weights are read."""
+
+    options: FinetuneOptions
+    sources: list[Source]
+    config: OpenVLAConfig
+    processor: OpenVLAProcessor
+    processes: int = 1
+
+    @property
+    def statistics(self) -> dict[str, Any]:
+        return {source.name: source.statistics for source in self.sources}
+
+    @cached_property
+    def mixture(self) -> tuple[np.ndarray, int]:
+        """How likely each dataset is drawn, and the frames of an epoch."""
+        sizes = [source.num_transitions for source in self.sources]
+        return mixture_probabilities([source.weight for source in self.sources], sizes)
+
+    @property
+    def global_batch(self) -> int:
+        return self.options.batch_size * self.options.gradient_accumulation * self.processes
+
+    @cached_property
+    def warnings(self) -> list[str]:
+        """Where quality may be lost."""
+        found = [warning for source in self.sources for warning in check_data(source)]
+        for source in self.sources:
+            before = (self.config.norm_stats or {}).get(source.name)
+            if before:
+                found += check_statistics(source.name, before["action"], source.statistics["action"])
+        return found + check_images(self.processor, self.config)
+
+    def describe(self) -> str:
+        """What is trained on, in a few lines."""
+        options, (probabilities, epoch) = self.options, self.mixture
+        lines = []
+        for source, share in zip(self.sources, probabilities):
+            report = source.report().replace("\n", f"\n{' ' * 10}")
+            lines.append(f"data      {report}; drawn {share:.1%}" if len(self.sources) > 1 else f"data      {report}")
+        seen = options.steps * self.global_batch
+        lines += [
+            f"samples   {options.steps} steps x {self.global_batch} ({options.batch_size} per device, "
+            f"{options.gradient_accumulation} accumulated, {self.processes} processes) = {seen}, "
+            f"{seen / epoch:.2f} epochs",
+            f"learning  {options.strategy}, AdamW {learning_rate(options):g} {options.schedule}, "
+            f"warmup {options.warmup_steps}, image augmentation {'on' if options.image_aug else 'off'}",
+        ]
+        return "\n".join(lines + [f"warning   {warning}" for warning in self.warnings])
+
+
+def prepare(options: FinetuneOptions, processes: int = 1, data: Any = None) -> Run:
+    """Open the data, compute or look up its statistics, read configuration and processor.
+
+    Args:
+        data: Demonstrations as a Python object (see `data.PythonDataset`) instead of `options.dataset`.
+
+    Raises:
+        ValueError: If there is nothing to train on, or the datasets do not fit together.
+        FileNotFoundError: If the model or a dataset is not there.
+    """
+    config = OpenVLAConfig.from_pretrained(options.model)
+    processor = OpenVLAProcessor.from_pretrained(options.model)
+    sources = open_sources(
+        options.dataset if data is None else data,
+        data_root=options.data_root,
+        format=options.format,
+        split=options.split,
+        held_out=options.held_out,
+        filters=options.filters,
+        camera=options.camera,
+        name=options.name,
+        gripper=options.gripper,
+        standardize=options.standardize,
+        statistics=options.statistics,
+        on_error=options.on_error,
+        progress=True,
+    )
+    run = Run(options, sources, config, processor, processes)
+    check_same_action_dim(run.statistics, list(run.statistics))
+    return run
+
+
+def plan_run(options: FinetuneOptions, processes: int = 1) -> str:
+    """What `finetune` would do with these options on so many processes, without reading weights: data, samples,
+    warnings, parameters that learn, and memory in the precision that this machine resolves to."""
+    run = prepare(options, processes)
+    adapter = {"rank": options.rank, "alpha": options.alpha, "dropout": options.dropout}
+    weights = {"auto": computing_precision(options), "float32": "float32"}
+    plan = estimate(
+        run.config,
+        options.strategy,
+        batch_size=options.batch_size,
+        world_size=processes,
+        sharded=options.fsdp,
+        gradient_checkpointing=options.gradient_checkpointing,
+        precision=weights.get(options.dtype, "pure-bf16"),
+        text_tokens=text_tokens(run),
+        **(adapter if options.strategy in LEARNING_RATES else {}),
+    )
+    return f"{run.describe()}\n{plan.describe()}"
+
+
+def text_tokens(run: Run, episodes: int = 8) -> int:
+    """Tokens of the longest prompt with its answer among a few episodes of each dataset, spread evenly."""
+    collator = ActionCollator(run.processor)
+    longest = 0
+    for source in run.sources:
+        dataset = source.everything[0]  # without images
+        picked = np.unique(np.linspace(0, len(dataset) - 1, episodes).astype(int))
+        still = np.zeros(len(source.statistics["action"]["q01"]))
+        for episode in dataset.read(picked):
+            longest = max(longest, len(collator.tokens(episode.instruction, still)[0]))
+    return longest or TEXT_TOKENS
+
+
+def held_out_frames(run: Run) -> list[Episode]:
+    """Frames to evaluate on, spread evenly over the held-out episodes, images still encoded."""
+    picked: list[Episode] = []
+    for source, share in zip(run.sources, run.mixture[0]):
+        wanted = math.ceil(run.options.eval_samples * share)
+        if source.held_out is None or wanted == 0:
+            continue
+        episodes = np.unique(np.linspace(0, len(source.held_out) - 1, wanted).astype(int))
+        each = math.ceil(wanted / len(episodes))
+        found: list[Episode] = []
+        for episode in source.held_out.read(episodes):
+            frames = list(source.frames(episode))
+            steps = np.linspace(0, len(frames) - 1, each).astype(int)
+            found += [frames[step] for step in np.unique(steps) if frames]
+        picked += found[:wanted]
+    return picked
+
+
+def computing_precision(options: FinetuneOptions) -> str:
+    """`"bf16"` (autocast) or `"float32"`: what is asked for, or else what this machine can do."""
+    if options.precision != "auto":
+        return options.precision
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
