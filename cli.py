@@ -326,6 +326,9 @@ def evaluate(
         float | None, typer.Option(help="Seconds a prediction takes (realtime).", show_default="measured")
     ] = None,
     axis: Annotated[str, typer.Option(help="Variations of the environment, joined by commas.")] = "",
+    camera: Annotated[
+        str | None, typer.Option(help="Of the environment: the one the demonstrations had.", show_default="its own")
+    ] = None,
     max_steps: Annotated[int | None, typer.Option(show_default="that of the environment")] = None,
     unnorm_key: Annotated[str | None, typer.Option(show_default="the model's, if it has one")] = None,
     center_crop: Annotated[
@@ -349,6 +352,7 @@ def evaluate(
     """
     from .evaluation.evaluate import evaluate as run
 
+    of_environment: dict[str, Any] = {"camera": camera} if camera else {}
     variations = [name.strip() for name in axis.split(",") if name.strip()] or [""]
     summary = run(
         model=model,
@@ -369,6 +373,7 @@ def evaluate(
         dtype=dtype.value,
         workers=workers,
         videos=videos,
+        **of_environment,
     )
     rate = summary["mean_success"]
     typer.echo(f"wrote {output}; mean success {'unknown' if rate is None else f'{rate:.1%}'}")
