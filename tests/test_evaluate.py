@@ -1,10 +1,13 @@
 """Evaluations in Meta-World from beginning to end, without pictures: experts, references, modes, resume."""
 
 import json
+import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from openvla import OpenVLAForActionPrediction
 from openvla.evaluation.evaluate import evaluate, trained_with_crops
 
 
@@ -60,6 +63,18 @@ def test_errors(tmp_path):
         run(tmp_path, tasks="drawer-opn-v3")
     with pytest.raises(ValueError, match="episodes=0"):
         run(tmp_path, episodes=0)
+
+
+def test_a_fresh_policy_has_short_prompts_and_can_be_asked(tmp_path, monkeypatch):
+    """Where the training of the embedded policy begins."""
+    sizes = ["--patch", "56", "--width", "32", "--depth", "2", "--hidden", "32", "--layers", "1"]
+    monkeypatch.setattr("sys.argv", ["fresh_policy.py", str(tmp_path / "fresh"), *sizes])
+    runpy.run_path(str(ROOT / "examples" / "fresh_policy.py"), run_name="__main__")
+    model = OpenVLAForActionPrediction.from_pretrained(tmp_path / "fresh")
+    model.norm_stats = {"mine": {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7}}}
+    prompt = model.processor.format_prompt("pick up the puck and bring it to the goal")
+    assert len(model.processor.tokenizer(prompt).input_ids) <= 20
+    assert model.predict_action(np.zeros((64, 64, 3), np.uint8), "open the drawer").shape == (7,)
 
 
 def test_models_trained_with_crops_are_shown_crops(tmp_path):
