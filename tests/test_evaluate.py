@@ -73,7 +73,7 @@ def test_a_fresh_policy_has_short_prompts_and_can_be_asked(tmp_path, monkeypatch
     model = OpenVLAForActionPrediction.from_pretrained(tmp_path / "fresh")
     model.norm_stats = {"mine": {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7}}}
     prompt = model.processor.format_prompt("pick up the puck and bring it to the goal")
-    assert len(model.processor.tokenizer(prompt).input_ids) <= 20
+    assert len(model.processor.tokenizer(prompt).input_ids) <= 24  # a word, a token
     assert model.predict_action(np.zeros((64, 64, 3), np.uint8), "open the drawer").shape == (7,)
 
 
