@@ -22,14 +22,16 @@ from openvla.evaluation.metaworld import CATALOGUE
 ACTION_BINS = 256
 
 
-def make_tokenizer(instructions: list[str]) -> PreTrainedTokenizerFast:
+def make_tokenizer(instructions: list[str], pieces_learned: int = 1500) -> PreTrainedTokenizerFast:
     """A byte-pair tokenizer of Llama's form that knows the words of `instructions` as one piece each: bytes as
     fallback, words marked by ▁, the last ids are action tokens."""
     prompts = [openvla.PROMPT_TEMPLATES["openvla"].format(instruction=text) for text in instructions]
     normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     learner = Tokenizer(models.BPE())
     learner.normalizer, learner.pre_tokenizer = normalizer, pre_tokenizers.Split("▁", "merged_with_next")
-    learner.train_from_iterator(prompts, trainers.BpeTrainer(vocab_size=1500, min_frequency=1, show_progress=False))
+    learner.train_from_iterator(
+        prompts, trainers.BpeTrainer(vocab_size=pieces_learned, min_frequency=1, show_progress=False)
+    )
     learned = json.loads(learner.to_str())["model"]
 
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "\n"]

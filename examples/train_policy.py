@@ -15,8 +15,8 @@ import av
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+from fresh_policy import make_tokenizer
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
@@ -32,33 +32,6 @@ drawer door window button lever handle faucet dial knob coffee mug cup plate bow
 nut hammer nail stick basket hoop soccer table towel spoon pot cloth red green blue yellow black white silver orange
 What action should the robot take to open the drawer?
 """  # noqa: E501
-
-
-def make_tokenizer(n_action_bins: int = 256) -> PreTrainedTokenizerFast:
-    """A byte-pair tokenizer of Llama's form: bytes as fallback, words marked by ▁, the last ids are action tokens."""
-    prompts = [openvla.PROMPT_TEMPLATES["openvla"].format(instruction=line) for line in CORPUS.strip().splitlines()]
-    normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    learner = Tokenizer(models.BPE())
-    learner.normalizer, learner.pre_tokenizer = normalizer, pre_tokenizers.Split("▁", "merged_with_next")
-    learner.train_from_iterator(prompts, trainers.BpeTrainer(vocab_size=600, min_frequency=1, show_progress=False))
-    learned = json.loads(learner.to_str())["model"]
-
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "\n"]
-    pieces += [piece for piece in sorted(learned["vocab"], key=learned["vocab"].get) if piece not in pieces]
-    pieces += [chr(0x2800 + index) for index in range(n_action_bins)]  # Braille patterns: no instruction holds them
-    vocabulary = {piece: index for index, piece in enumerate(pieces)}
-    merges = [tuple(merge) for merge in learned["merges"]]
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizers.Split("▁", "merged_with_next")
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", model_max_length=2048
-    )
-    wrapped.add_special_tokens({"pad_token": "<PAD>"})  # like the original: the id after the vocabulary
-    return wrapped
 
 
 def make_config(tokenizer: PreTrainedTokenizerFast, norm_stats: dict) -> openvla.OpenVLAConfig:
@@ -153,7 +126,7 @@ def main() -> None:
     stats = statistics(actions[~held_out], episodes[~held_out])
     targets = openvla.normalize_actions(actions, stats["action"])  # (N, 7) in [-1, 1]
 
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(CORPUS.strip().splitlines(), pieces_learned=600)
     image_processor = openvla.OpenVLAImageProcessor(
         use_fused_vision_backbone=True, image_resize_strategy="resize-naive", input_sizes=[[3, 224, 224]] * 2,
         means=[[0.485, 0.456, 0.406], [0.5] * 3], stds=[[0.229, 0.224, 0.225], [0.5] * 3],
