@@ -134,7 +134,8 @@ def run_episodes(
                 assert slot.job is not None
                 slot.observation, slot.instruction = observation, observation.instruction
                 if slot.job.episode < videos:
-                    name = "_".join(filter(None, (slot.job.task, slot.job.variation, f"{slot.job.episode:03d}")))
+                    parts = (slot.job.task, slot.job.variation.replace(":", "-"), f"{slot.job.episode:03d}")
+                    name = "_".join(filter(None, parts))
                     slot.video = EpisodeVideo(folder / "videos" / f"{name}.mp4", observation)
 
             running = [slot for slot in slots if slot.observation is not None]
