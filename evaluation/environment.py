@@ -49,11 +49,18 @@ class Environment(Protocol):
         """Ways to ask for a task, the usual one first; `held_out`: wordings that recording never uses."""
         ...
 
+    def variations(self, task: str) -> tuple[str, ...]:
+        """What episodes of a task can differ in, "axis:kind" each; none in most environments."""
+        ...
+
     def reset(self, seed: int, task: str, variation: str = "") -> Observation:
         """Begin an episode. The same arguments give the same episode, whatever came before.
 
+        Args:
+            variation: One of those of the task, an axis alone for one of its kinds drawn by the seed, or "" for none.
+
         Raises:
-            ValueError: If the task or the variation is unknown.
+            ValueError: If the task or the variation is unknown, or the task does not have that variation.
         """
         ...
 

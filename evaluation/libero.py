@@ -89,6 +89,11 @@ class Libero:
         check_choice("task", task, self.tasks)
         return () if held_out else (self._instructions[task],)
 
+    def variations(self, task: str) -> tuple[str, ...]:
+        """See `Environment`. None here."""
+        check_choice("task", task, self.tasks)
+        return ()
+
     def reset(self, seed: int, task: str, variation: str = "") -> Observation:
         """See `Environment`."""
         check_choice("task", task, self.tasks)

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..configuration_openvla import check_choice
 from .environment import Observation, check_action
+from .metaworld_variations import VARIED, VARIED_HEADLIGHT, Variation, choose_kind, kinds_of, reword
 from .rendering import Renderer
 
 
@@ -66,6 +67,7 @@ class MetaWorld:
         self.cameras = {"image": camera} | ({"wrist_image": WRIST_CAMERA} if wrist else {})
         self._loaded: OrderedDict[str, Simulator] = OrderedDict()
         self._current: Simulator | None = None
+        self._instruction = ""
 
     def instructions(self, task: str, *, held_out: bool = False) -> tuple[str, ...]:
         """See `Environment`. The usual one and three more; two that are held out."""
@@ -74,12 +76,22 @@ class MetaWorld:
         return tuple(texts["held_out"] if held_out else [texts["instruction"], *texts["seen"]])
 
     def reset(self, seed: int, task: str, variation: str = "") -> Observation:
+        """See `Environment`. Variations: `metaworld_variations`; an axis alone draws one of its kinds by the seed.
+
+        Raises:
+            ValueError: Also if the task does not have the variation; names those that do.
+        """
+        check_choice("task", task, self.tasks)
+        kind = choose_kind(variation, seed, task, CATALOGUE["tasks"])
+        self._current = self._load(task)
+        self._current.reset(seed, kind)
+        self._instruction = reword(kind, seed, task, CATALOGUE["tasks"])
+        return self._observe()
+
+    def variations(self, task: str) -> tuple[str, ...]:
         """See `Environment`."""
         check_choice("task", task, self.tasks)
-        check_choice("variation", variation, ("",))
-        self._current = self._load(task)
-        self._current.reset(seed)
-        return self._observe()
+        return kinds_of(task, CATALOGUE["tasks"])
 
     def step(self, action: np.ndarray) -> tuple[Observation, bool]:
         """See `Environment`."""
@@ -115,7 +127,7 @@ class MetaWorld:
         return Observation(
             images={name: simulator.picture(camera) for name, camera in cameras.items()},
             state=to_state(simulator.seen),
-            instruction=self.instructions(simulator.task)[0],
+            instruction=self._instruction,
         )
 
 
@@ -134,25 +146,39 @@ class Simulator:
         self.world._partially_observable = False
         del self.world.sawyer_observation_space  # computed for a goal that is hidden
         self.world.max_path_length = sys.maxsize  # how long an episode is decides who runs it
-        self._placed = {name: getattr(self.world.model, name).copy() for name in PLACED}
         self._renderer = Renderer(self.world.model, size) if size else None
+        model = self.world.model
+        fields = [getattr(model, name) for name in (*PLACED, *VARIED)]
+        fields += [getattr(model.vis.headlight, name) for name in VARIED_HEADLIGHT]
+        self._original = [(field, field.copy()) for field in fields]
+        self._variation, self._failed = Variation("", 0, task, self.world), False
         self.seen: np.ndarray = np.zeros(39)
 
-    def reset(self, seed: int) -> None:
+    def reset(self, seed: int, kind: str = "") -> None:
+        """Begin an episode, varied by `kind`, "axis:kind" or ""."""
         import mujoco
 
         # The simulator builds a new episode on what the last one left: everything goes back to the file's state.
-        for name, values in self._placed.items():
-            getattr(self.world.model, name)[:] = values
+        for field, values in self._original:
+            field[:] = values
+        self.world.__dict__.pop("_get_state_rand_vec", None)
         mujoco.mj_resetData(self.world.model, self.world.data)
         mujoco.mj_forward(self.world.model, self.world.data)
         self.world.seed(int(seed))
+        self._variation, self._failed = Variation(kind, seed, self.task, self.world), False
+        self._variation.before()
         self.seen, _ = self.world.reset()
+        self._variation.after()
         mujoco.mj_forward(self.world.model, self.world.data)  # the goal's marker is placed last, without being drawn
+        if kind:
+            self.seen = self.world._get_obs()
+            self.world._prev_obs = self.seen[:18].copy()
+            self.seen[18:36] = self.world._prev_obs
 
     def step(self, action: np.ndarray) -> bool:
         self.seen, _, _, _, info = self.world.step(action)
-        return bool(info["success"])
+        self._failed |= self._variation.failed()
+        return bool(info["success"]) and not self._failed
 
     def expert_action(self) -> np.ndarray:
         with warnings.catch_warnings():
@@ -161,7 +187,9 @@ class Simulator:
 
     def picture(self, camera: str) -> np.ndarray:
         assert self._renderer is not None
-        return self._renderer.render(self.world.data, camera, upside_down=camera in UPSIDE_DOWN)
+        return self._renderer.render(
+            self.world.data, camera, upside_down=camera in UPSIDE_DOWN, decorations=self._variation.decorations
+        )
 
     def close(self) -> None:
         if self._renderer is not None:

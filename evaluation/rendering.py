@@ -8,7 +8,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -46,6 +46,15 @@ def opengl_backend() -> str:
     raise FileNotFoundError(f"No OpenGL to render with ({'; '.join(trouble)}). {REMEDY}")
 
 
+class Decoration(NamedTuple):
+    """A shape that is in pictures only, never in the world. Lengths in metres."""
+
+    shape: int  # mujoco.mjtGeom
+    size: np.ndarray  # (3,): half of each edge, or radius, radius and half of the height
+    position: np.ndarray  # (3,)
+    rgba: np.ndarray  # (4,) from 0 to 1
+
+
 class Renderer:
     """Square pictures of a model, `size` pixels wide. Hold one per model: making it uploads all meshes and textures.
 
@@ -79,15 +88,21 @@ class Renderer:
             atexit.register(_close_all)
         _open.add(self)
 
-    def render(self, data: Any, camera: str, *, upside_down: bool = False) -> np.ndarray:
+    def render(
+        self, data: Any, camera: str, *, upside_down: bool = False, decorations: Sequence[Decoration] = ()
+    ) -> np.ndarray:
         """(size, size, 3) uint8 of what a camera of the model sees. `upside_down`: the camera hangs that way, turn the
-        picture by 180 degrees."""
+        picture by 180 degrees. `decorations` are added to this picture."""
         import mujoco
 
         self._context.make_current()  # several models may be open
         self._camera.fixedcamid = self._model.camera(camera).id
         everything = mujoco.mjtCatBit.mjCAT_ALL
         mujoco.mjv_updateScene(self._model, data, self._options, None, self._camera, everything, self._scene)
+        for shape, size, position, rgba in decorations:
+            added = self._scene.geoms[self._scene.ngeom]
+            mujoco.mjv_initGeom(added, shape, size, position, np.eye(3).ravel(), rgba.astype(np.float32))
+            self._scene.ngeom += 1
         mujoco.mjr_render(self._view, self._scene, self._target)
         mujoco.mjr_readPixels(self._pixels, None, self._view, self._target)
         # OpenGL's first row is the lowest

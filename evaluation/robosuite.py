@@ -75,6 +75,11 @@ class Robosuite:
         check_choice("task", task, self.tasks)
         return TASKS[task][held_out]
 
+    def variations(self, task: str) -> tuple[str, ...]:
+        """See `Environment`. None here."""
+        check_choice("task", task, self.tasks)
+        return ()
+
     def reset(self, seed: int, task: str, variation: str = "") -> Observation:
         """See `Environment`."""
         check_choice("task", task, self.tasks)
