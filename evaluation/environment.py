@@ -116,6 +116,18 @@ def choose_tasks(environment: Environment, tasks: str) -> tuple[str, ...]:
     return tuple(chosen)
 
 
+def tasks_with(environment: Environment, tasks: Sequence[str], variation: str) -> tuple[str, ...]:
+    """Those of `tasks` that have a variation, or a kind of it where it is an axis alone; all have "".
+
+    Raises:
+        ValueError: If none has it; the nearest that one of them has is given.
+    """
+    kinds = {task: environment.variations(task) if variation else () for task in tasks}
+    having = {task: {"", *of_task, *(kind.partition(":")[0] for kind in of_task)} for task, of_task in kinds.items()}
+    check_choice("variation", variation, sorted(set().union(*having.values())))
+    return tuple(task for task in tasks if variation in having[task])
+
+
 def check_action(action: Sequence[float] | np.ndarray) -> np.ndarray:
     """`action` as seven finite float64 numbers."""
     checked = np.asarray(action, dtype=np.float64)

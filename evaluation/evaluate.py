@@ -14,7 +14,7 @@ from ..action_tokenizer import get_action_stats
 from ..configuration_openvla import check_choice
 from ..modeling_openvla import OpenVLAForActionPrediction
 from .control import BlockingControl, RealtimeControl
-from .environment import EVALUATION_SEEDS, Observation, choose_tasks, make_environment
+from .environment import EVALUATION_SEEDS, Observation, choose_tasks, make_environment, tasks_with
 from .loop import Job, run_episodes
 from .policies import ConstantPolicy, OpenVLAPolicy, Policy, RandomPolicy
 from .report import write_report
@@ -57,7 +57,7 @@ def evaluate(
         policy: "model", or to compare with: "expert" (scripted), "random" (between q01 and q99), "mean" action.
         control: "blocking" or "realtime", see `control`; `hz` and `latency` (seconds; default: the median of ten single
             predictions here) are of the latter.
-        variations: Of the environment, "" for none.
+        variations: Of the environment, "" for none. Each is run for those of the tasks that have it.
         center_crop: Default: whether the model was fine-tuned with image augmentation.
         quantization: "int8" or "int4".
         workers: Environments side by side. Default: one for each core, at most 8.
@@ -76,6 +76,7 @@ def evaluate(
     make = partial(make_environment, env, **options)
     here = make_environment(env, **{**options, "render": False})
     chosen = choose_tasks(here, tasks)
+    varied = [(variation, task) for variation in variations for task in tasks_with(here, chosen, variation)]
     max_steps = max_steps or here.max_steps
     here.close()
     actor: Policy | None = None
@@ -117,8 +118,7 @@ def evaluate(
 
     jobs = [
         Job(task, episode, EVALUATION_SEEDS[episode], variation)
-        for variation in variations
-        for task in chosen
+        for variation, task in varied
         for episode in range(episodes)
     ]
     records = run_episodes(

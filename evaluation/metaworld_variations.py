@@ -48,10 +48,11 @@ RESIZABLE = (
     *("push-back-v3", "push-v3", "push-wall-v3", "shelf-place-v3", "sweep-into-v3"),
 )
 SIZES = {"smaller": 0.85, "larger": 1.15}
+TOO_SMALL = ("peg-insert-side-v3", "pick-out-of-hole-v3")  # the expert cannot grasp them any smaller: 0 and 2 of 5
 BEYOND = 0.25  # of the width of the recorded box, on each side
 NARROW = 0.01  # metres: a box is not widened along a side that short
 SCENERY = ("world", "tablelink", "RetainingWall", "mocap", "base")  # roots of the bodies that no task is about
-APART = 0.1  # metres from the middle of a distractor to anything of the task
+APART = 0.13  # metres from the middle of a distractor to anything of the task
 WIDEST = 0.15  # metres, radius: long parts count as that wide
 
 
@@ -79,7 +80,8 @@ OPPOSITES = {
 def kinds_of(task: str, texts: dict[str, dict[str, Any]]) -> tuple[str, ...]:
     """Variations that a task has, "axis:kind" each. `texts`: of all tasks, {"instruction", "seen", "held_out"}."""
     available = [f"visual:{kind}" for kind in KINDS["visual"]] + ["motion:positions"]
-    available += [f"physical:{kind}" for kind in SIZES] if task in RESIZABLE else []
+    sizes = SIZES if task not in TOO_SMALL else ("larger",)
+    available += [f"physical:{kind}" for kind in sizes] if task in RESIZABLE else []
     available += ["semantic:paraphrase"] + (["semantic:unseen"] if unseen_wordings(task, texts) else [])
     available += ["language:opposite"] if task in OPPOSITES else []
     return tuple(available)
@@ -181,12 +183,12 @@ class Variation:
         model.geom_rgba[table & (model.geom_group == 1)] = [*self.rng.uniform(0.25, 0.95, 3), 1]
 
     def _light(self) -> None:
-        """Each lamp from anywhere above (at least 30 degrees high), all tinted, and dimmed or brighter."""
+        """Each lamp from anywhere above (at least 30 degrees high), all tinted, at a quarter to three quarters of the
+        brightness. (Brighter than usual is hardly seen: what has a texture is as bright as it gets.)"""
         turn, height = self.rng.uniform(0, 2 * np.pi, self.model.nlight), self.rng.uniform(0.5, 1, self.model.nlight)
         across = np.sqrt(1 - height**2)
         self.model.light_dir[:] = np.stack([across * np.cos(turn), across * np.sin(turn), -height], axis=-1)
-        brightness = self.rng.choice([self.rng.uniform(0.4, 0.7), self.rng.uniform(1.2, 1.6)])
-        tinted = brightness * self.rng.uniform(0.7, 1, 3)
+        tinted = self.rng.uniform(0.35, 0.75) * self.rng.uniform(0.7, 1, 3)
         self.model.light_diffuse[:] *= tinted
         for name in VARIED_HEADLIGHT:
             getattr(self.model.vis.headlight, name)[:] *= tinted

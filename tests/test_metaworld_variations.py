@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from openvla.evaluation import make_environment
+from openvla.evaluation.environment import tasks_with
 from openvla.evaluation.metaworld import CATALOGUE, MetaWorld
 from openvla.evaluation.metaworld_variations import BEYOND, KINDS, OPPOSITES, RESIZABLE, names, outside
 
@@ -44,6 +45,18 @@ def test_every_task_has_its_variations(blind):
     assert all(set(blind.variations(task)) <= set(names()) for task in blind.tasks)
     with pytest.raises(ValueError, match="Did you mean"):
         blind.variations("push")
+
+
+def test_an_axis_is_run_for_the_tasks_that_have_it(blind):
+    mt10 = MetaWorld.task_sets["mt10"]
+    assert tasks_with(blind, mt10, "") == tasks_with(blind, mt10, "visual") == tasks_with(blind, mt10, "motion") == mt10
+    assert tasks_with(blind, mt10, "physical") == ("push-v3", "pick-place-v3", "peg-insert-side-v3")
+    assert tasks_with(blind, mt10, "physical:smaller") == ("push-v3", "pick-place-v3")
+    assert tasks_with(blind, mt10, "language") == tuple(task for task in mt10 if task in OPPOSITES)
+    with pytest.raises(ValueError, match="Did you mean 'visual:light'"):
+        tasks_with(blind, mt10, "visual:lights")
+    with pytest.raises(ValueError, match="variation='language' is unknown"):
+        tasks_with(blind, ["push-v3"], "language")
 
 
 def test_unknown_and_unavailable_variations_are_refused(blind):
