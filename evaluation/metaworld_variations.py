@@ -49,6 +49,7 @@ RESIZABLE = (
 )
 SIZES = {"smaller": 0.85, "larger": 1.15}
 TOO_SMALL = ("peg-insert-side-v3", "pick-out-of-hole-v3")  # the expert cannot grasp them any smaller: 0 and 2 of 5
+WALLED = ("bin-picking-v3",)  # the bin is around the box: the expert gets no object from outside it, 0 of 5
 BEYOND = 0.25  # of the width of the recorded box, on each side
 NARROW = 0.01  # metres: a box is not widened along a side that short
 SCENERY = ("world", "tablelink", "RetainingWall", "mocap", "base")  # roots of the bodies that no task is about
@@ -79,7 +80,8 @@ OPPOSITES = {
 
 def kinds_of(task: str, texts: dict[str, dict[str, Any]]) -> tuple[str, ...]:
     """Variations that a task has, "axis:kind" each. `texts`: of all tasks, {"instruction", "seen", "held_out"}."""
-    available = [f"visual:{kind}" for kind in KINDS["visual"]] + ["motion:positions"]
+    available = [f"visual:{kind}" for kind in KINDS["visual"]]
+    available += ["motion:positions"] if task not in WALLED else []
     sizes = SIZES if task not in TOO_SMALL else ("larger",)
     available += [f"physical:{kind}" for kind in sizes] if task in RESIZABLE else []
     available += ["semantic:paraphrase"] + (["semantic:unseen"] if unseen_wordings(task, texts) else [])

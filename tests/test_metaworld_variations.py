@@ -43,6 +43,7 @@ def test_every_task_has_its_variations(blind):
     assert "language:opposite" in blind.variations("drawer-open-v3")
     assert not any(name.startswith("physical") for name in blind.variations("drawer-open-v3"))
     assert all(set(blind.variations(task)) <= set(names()) for task in blind.tasks)
+    assert [task for task in blind.tasks if "motion:positions" not in blind.variations(task)] == ["bin-picking-v3"]
     with pytest.raises(ValueError, match="Did you mean"):
         blind.variations("push")
 
