@@ -207,30 +207,33 @@ class OpenVLAImageProcessor(BaseImageProcessor):
         fill = [int(channel * 255) for channel in self.means[-1]]
         return TVF.pad(image, [left, top, left, top], fill=fill, padding_mode="constant")
 
-    def _pixel_values(self, image: Image.Image, options: dict[str, Any]) -> np.ndarray:
-        """(3 * towers, height, width) float32 of one RGB image."""
+    def _planes(self, image: Image.Image, options: dict[str, Any]) -> list[np.ndarray]:
+        """The 3 * towers channels of one RGB image, (height, width) float32 each."""
         if options["do_resize"] and options["image_resize_strategy"] == "letterbox":
             image = self._pad_to_square(image)
         resized: dict[tuple, np.ndarray] = {}  # towers of one size and interpolation share the work
-        planes = []
+        planes: list[np.ndarray] = []
         for tower, size in enumerate(self.input_sizes):
             key = (tuple(size), self.interpolations[tower])
             if key not in resized:
                 picture = image
                 if options["do_resize"]:
                     picture = self._resize(image, tower, options["image_resize_strategy"])
-                pixels = np.asarray(picture, dtype=np.float32).transpose(2, 0, 1)
-                if options["do_rescale"]:
-                    # Divided by 255, not multiplied by 1/255: float32 rounds the two differently.
-                    pixels = pixels / np.float32(1 / options["rescale_factor"])
-                resized[key] = pixels
-            pixels = resized[key]
-            if options["do_normalize"]:
-                mean = np.asarray(self.means[tower], dtype=np.float32)[:, None, None]
-                std = np.asarray(self.stds[tower], dtype=np.float32)[:, None, None]
-                pixels = (pixels - mean) / std
-            planes.append(pixels)
-        return np.concatenate(planes)
+                resized[key] = np.asarray(picture).transpose(2, 0, 1)
+            planes += [np.take(levels, channel) for levels, channel in zip(self._levels(tower, options), resized[key])]
+        return planes
+
+    def _levels(self, tower: int, options: dict[str, Any]) -> np.ndarray:
+        """(3, 256) float32 that the levels of each channel become: computed once, then looked up for every pixel."""
+        levels = np.arange(256, dtype=np.float32)
+        if options["do_rescale"]:
+            # Divided by 255, not multiplied by 1/255: float32 rounds the two differently.
+            levels = levels / np.float32(1 / options["rescale_factor"])
+        if not options["do_normalize"]:
+            return np.stack([levels] * 3)
+        mean = np.asarray(self.means[tower], dtype=np.float32)[:, None]
+        std = np.asarray(self.stds[tower], dtype=np.float32)[:, None]
+        return (levels - mean) / std
 
     def preprocess(self, images: Any, return_tensors: str | None = None, **kwargs) -> BatchFeature:
         """Model inputs of images.
@@ -252,7 +255,8 @@ class OpenVLAImageProcessor(BaseImageProcessor):
         singles = as_image_list(images)
         if not singles:
             raise ValueError("No image given: the list is empty.")
-        pixel_values = np.stack([self._pixel_values(load_image(image), options) for image in singles])
+        planes = np.stack([plane for image in singles for plane in self._planes(load_image(image), options)])
+        pixel_values = planes.reshape(len(singles), -1, *planes.shape[1:])
         return BatchFeature(data={"pixel_values": pixel_values}, tensor_type=return_tensors)
 
 
@@ -304,8 +308,8 @@ class OpenVLAProcessor(ProcessorMixin):
     @property
     def empty_token_id(self) -> int | None:
         """Id of the lone word-boundary token that ends a prompt before the first action token; None without one."""
-        vocabulary = self.tokenizer.get_vocab()
-        return next((vocabulary[token] for token in WORD_BOUNDARY_TOKENS if token in vocabulary), None)
+        ids = map(self.tokenizer.backend_tokenizer.token_to_id, WORD_BOUNDARY_TOKENS)
+        return next((token_id for token_id in ids if token_id is not None), None)
 
     def format_prompt(self, instruction):
         """The prompt of an instruction (or the prompts of a list), in the form the checkpoint was trained with.

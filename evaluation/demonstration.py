@@ -16,6 +16,7 @@ def record_episode(
     task: str,
     seed: int,
     *,
+    variation: str = "",
     noise: float = 0.0,
     paraphrases: bool = False,
     after_success: int = 5,
@@ -23,15 +24,17 @@ def record_episode(
 ) -> Episode | None:
     """One episode of the expert; None where it does not succeed within the environment's `max_steps`.
 
-    The observation of a step is what was seen before its action. Noise and wording follow from `seed` and `task`.
+    The observation of a step is what was seen before its action. Noise and wording follow from `seed` and `task`; each
+    episode draws its own standard deviation between 0 and `noise`.
     """
     generator = np.random.default_rng([seed, zlib.crc32(task.encode())])
-    observation = environment.reset(seed, task)
+    observation = environment.reset(seed, task, variation)
     texts = environment.instructions(task) if paraphrases else (observation.instruction,)
     instruction = texts[generator.integers(len(texts))]
     images: dict[str, list[bytes]] = {camera: [] for camera in observation.images}
     states: list[np.ndarray] = []
     actions: list[np.ndarray] = []
+    strength = noise * generator.random()
     left: int | None = None  # steps to go, once the task is done
     while left != 0:
         if left is None and len(actions) == environment.max_steps:
@@ -42,7 +45,7 @@ def record_episode(
         states.append(observation.state)
         actions.append(action)
         executed = action.copy()
-        executed[:3] += noise * generator.standard_normal(3)
+        executed[:3] += strength * generator.standard_normal(3)
         observation, success = environment.step(executed)
         if left is not None:
             left -= 1

@@ -19,13 +19,15 @@ CATALOGUE = json.loads(Path(__file__).with_name("metaworld_tasks.json").read_tex
 CAMERAS = ("corner4", "corner2", "corner3", "corner", "topview", "behindGripper", "gripperPOV")
 UPSIDE_DOWN = ("corner", "corner2", "corner3", "corner4")  # as the simulator's own files hang them
 WRIST_CAMERA = "gripperPOV"
+STEPS_PER_SECOND, LONGEST = 80, 500  # of the simulator, and how many of them its benchmark gives to an episode
 PLACED = ("body_pos", "body_quat", "site_pos")  # what a reset moves in the model, beside the state
 
 
 class MetaWorld:
     """The fifty tasks of Meta-World 3 (https://github.com/Farama-Foundation/Metaworld), goals visible.
 
-    Translations are in centimetres: 1, the most, moves the target of the gripper by 1 cm. Rotation does nothing, the
+    An action lasts four of the simulator's steps, so that there are twenty in a second, as in robosuite and LIBERO. A
+    translation of 1, the most, moves the target of the gripper by 4 cm, 1 cm with each step. Rotation does nothing, the
     gripper always points down. The state is the gripper's position in metres, four zeros, and its opening from 0 to 1,
     (8,). Images are "image", and "wrist_image" with `wrist`.
 
@@ -35,17 +37,16 @@ class MetaWorld:
         wrist: Add the camera on the gripper.
         render: False leaves images out, for state alone; needs no OpenGL.
         simulators: How many tasks stay loaded, 150 MB each; loading one anew takes about a second.
+        frequency: Actions in a second; 80, one for each of the simulator's steps, is Meta-World's own.
 
     Raises:
-        ValueError: If the camera or the size is impossible.
+        ValueError: If the camera, the size or the frequency is impossible.
         ModuleNotFoundError: If Meta-World is not installed.
         FileNotFoundError: At the first reset, if there is no OpenGL to render with.
     """
 
     tasks: tuple[str, ...] = tuple(CATALOGUE["tasks"])
     task_sets: dict[str, tuple[str, ...]] = {name: tuple(tasks) for name, tasks in CATALOGUE["sets"].items()}
-    max_steps = 500
-    frequency = 80.0
     robot = "sawyer"
     state_names: tuple[str, ...] = ("x", "y", "z", "pad0", "pad1", "pad2", "pad3", "gripper_opening")
 
@@ -57,13 +58,18 @@ class MetaWorld:
         wrist: bool = False,
         render: bool = True,
         simulators: int = 4,
+        frequency: float = 20.0,
     ):
         check_choice("camera", camera, CAMERAS)
         if size < 1 or simulators < 1:
             raise ValueError(f"size={size}, simulators={simulators}: expected at least 1.")
+        if frequency <= 0 or STEPS_PER_SECOND % frequency:
+            raise ValueError(f"frequency={frequency}: expected a divisor of the simulator's {STEPS_PER_SECOND}.")
         if importlib.util.find_spec("metaworld") is None:
             raise ModuleNotFoundError("No module named 'metaworld'", name="metaworld")
         self.size, self.render, self.simulators = size, render, simulators
+        self.frequency, self.repeats = float(frequency), round(STEPS_PER_SECOND / frequency)
+        self.max_steps = LONGEST // self.repeats
         self.cameras = {"image": camera} | ({"wrist_image": WRIST_CAMERA} if wrist else {})
         self._loaded: OrderedDict[str, Simulator] = OrderedDict()
         self._current: Simulator | None = None
@@ -95,7 +101,8 @@ class MetaWorld:
 
     def step(self, action: np.ndarray) -> tuple[Observation, bool]:
         """See `Environment`."""
-        success = self._simulator().step(to_metaworld(check_action(action)))
+        simulator, effort = self._simulator(), to_metaworld(check_action(action))
+        success = any([simulator.step(effort) for _ in range(self.repeats)])  # all of them, also after success
         return self._observe(), success
 
     def expert_action(self) -> np.ndarray:

@@ -29,10 +29,15 @@ class RecordOptions:
     wrist: bool = option(False, "Record the camera on the gripper as well.")
     images: Literal["jpeg", "png"] = option("jpeg", "How LeRobot images are stored; jpeg: quality 95.")
     paraphrases: bool = option(False, "Draw the instruction from the usual one and three paraphrases.")
+    axis: str = option(
+        "none",
+        "Variations, joined by commas, each of which is recorded for the tasks that have it: none,language records the "
+        "usual scenes, and those in which a task and its opposite are possible.",
+    )
     noise: float = option(
         0.0,
-        "Standard deviation of noise on the executed translation, in units of the action. The action that is recorded "
-        "stays the expert's clean answer to what was seen: the data shows how to recover.",
+        "Greatest standard deviation of noise on the executed translation, in units of the action; each episode draws "
+        "its own below. The recorded action stays the expert's clean answer to what was seen: how to recover.",
     )
     seed: int = option(0, "Number of the first episode; other numbers begin elsewhere. Evaluation has its own seeds.")
     after_success: int = option(5, "Steps to go on after the first success.")
@@ -53,6 +58,12 @@ class RecordOptions:
 
         camera = {"camera": self.camera} if self.camera else {}
         return make_environment(self.env, size=self.size, wrist=self.wrist, **camera, **more)
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Variations as an environment takes them, "" for none; each once."""
+        names = [name.strip() for name in self.axis.split(",") if name.strip()] or ["none"]
+        return tuple(dict.fromkeys("" if name == "none" else name for name in names))
 
     def content(self) -> dict[str, Any]:
         """The options that decide what is recorded."""

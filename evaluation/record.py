@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ..data.episode import Episode
 from ..data.hdf5_writer import write_hdf5
 from ..data.lerobot_writer import write_lerobot
 from .demonstration import load_episode, record_episode, save_episode
-from .environment import RECORDING_SEEDS, choose_tasks
+from .environment import RECORDING_SEEDS, Environment, choose_tasks, tasks_with
 from .options import MOST_EPISODES, RecordOptions
 from .rendering import opengl_backend
 from .workers import EnvironmentProcess
@@ -47,7 +48,9 @@ def record(options: RecordOptions, *, progress: bool = True) -> dict[str, Any]:
     if output.exists() and any(output.iterdir()):
         raise FileExistsError(f"{output} is not empty: give a new folder.")
     environment = options.environment(render=False)
-    tasks = choose_tasks(environment, options.tasks)
+    chosen = choose_tasks(environment, options.tasks)
+    varied = [(task, axis) for axis in options.axes for task in tasks_with(environment, chosen, axis)]
+    tasks = dict.fromkeys(task for task, _ in varied)
     opengl_backend()
     part = output.with_name(output.name + ".partial")
     plan = part / "options.json"
@@ -57,8 +60,10 @@ def record(options: RecordOptions, *, progress: bool = True) -> dict[str, Any]:
     plan.write_text(json.dumps(options.content(), indent=1))
 
     numbers = range(options.seed, options.seed + options.episodes)
-    jobs = [(task, number) for task in tasks for number in numbers]
-    files = {job: part / "episodes" / f"{job[0]}_{job[1]:05d}.npz" for job in jobs}
+    jobs = [(task, axis, number) for task, axis in varied for number in numbers]
+    files = {
+        job: part / "episodes" / f"{'_'.join(filter(None, job[:2])).replace(':', '-')}_{job[2]:05d}.npz" for job in jobs
+    }
     missing = [(job, files[job]) for job in jobs if not files[job].exists()]
     with tqdm(total=len(jobs), initial=len(jobs) - len(missing), unit="episode", disable=not progress) as bar:
         _run(partial(Recorder, options), missing, options.workers, bar.update)
@@ -69,7 +74,7 @@ def record(options: RecordOptions, *, progress: bool = True) -> dict[str, Any]:
     if options.format == "lerobot":
         write_lerobot(
             # Tasks take turns: whatever part of the episodes is held out has all of them
-            (load_episode(files[task, number], options.env) for number in numbers for task in tasks),
+            (load_episode(files[*case, number], options.env) for number in numbers for case in varied),
             whole,
             fps=round(environment.frequency),
             robot_type=environment.robot,
@@ -79,7 +84,7 @@ def record(options: RecordOptions, *, progress: bool = True) -> dict[str, Any]:
     else:
         for task in tasks:
             write_hdf5(
-                (load_episode(files[task, number], options.env) for number in numbers),
+                (load_episode(files[job], options.env) for job in jobs if job[0] == task),
                 whole / f"{environment.instructions(task)[0].replace(' ', '_')}_demo.hdf5",
                 env_name=task,
                 frequency=environment.frequency,
@@ -104,13 +109,13 @@ def _check_same(options: RecordOptions, found: dict[str, Any], folder: Path) -> 
 
 
 def _run(
-    make: Callable[[], Any], jobs: Sequence[tuple[tuple[str, int], Path]], workers: int, done: Callable[[], Any]
+    make: Callable[[], Any], jobs: Sequence[tuple[tuple[str, str, int], Path]], workers: int, done: Callable[[], Any]
 ) -> None:
     """Record all jobs, in this process or in others; the first failure ends it."""
     if workers == 1 or len(jobs) < 2:
         recorder = make()
-        for (task, number), file in jobs:
-            recorder.record(task, number, file)
+        for job, file in jobs:
+            recorder.record(*job, file)
             done()
         recorder.close()
         return
@@ -123,8 +128,8 @@ def _run(
         process = EnvironmentProcess(make, timeout=SLOWEST_EPISODE)
         try:
             while not failures:
-                (task, number), file = waiting.get_nowait()
-                process.ask("record", task, number, file)
+                job, file = waiting.get_nowait()
+                process.ask("record", *job, file)
                 process.answer()
                 done()
         except queue.Empty:
@@ -153,33 +158,42 @@ class Recorder:
 
     def __init__(self, options: RecordOptions):
         self.options, self.environment = options, options.environment()
+        # With noise the expert fails more often; pictures take nearly all of the time, so a first try goes without.
+        self.blind = options.environment(render=False) if options.noise else None
 
-    def record(self, task: str, number: int, file: Path) -> None:
+    def record(self, task: str, axis: str, number: int, file: Path) -> None:
         """Try seeds until the expert succeeds; the file appears when it is whole."""
-        options = self.options
         for attempt in range(ATTEMPTS):
             seed = RECORDING_SEEDS[attempt * MOST_EPISODES + number]
-            episode = record_episode(
-                self.environment,
-                task,
-                seed,
-                noise=options.noise,
-                paraphrases=options.paraphrases,
-                after_success=options.after_success,
-                image_format="png" if options.format == "hdf5" else options.images,
-            )
+            if self.blind is not None and self._try(self.blind, task, axis, seed) is None:
+                continue
+            episode = self._try(self.environment, task, axis, seed)
             if episode is not None:
                 save_episode(episode, file, seed=seed, failed=attempt)
                 return
         raise ValueError(f"The expert failed {ATTEMPTS} times at '{task}', episode {number}: less noise may help.")
 
+    def _try(self, environment: Environment, task: str, axis: str, seed: int) -> Episode | None:
+        options = self.options
+        return record_episode(
+            environment,
+            task,
+            seed,
+            variation=axis,
+            noise=options.noise,
+            paraphrases=options.paraphrases,
+            after_success=options.after_success,
+            image_format="png" if options.format == "hdf5" else options.images,
+        )
+
     def close(self) -> None:
-        self.environment.close()
+        for environment in filter(None, (self.environment, self.blind)):
+            environment.close()
 
 
-def _summary(files: dict[tuple[str, int], Path], task: str) -> dict[str, Any]:
+def _summary(files: dict[tuple[str, str, int], Path], task: str) -> dict[str, Any]:
     def read() -> Iterator[tuple[int, int]]:
-        for (name, _), file in files.items():
+        for (name, *_), file in files.items():
             if name == task:
                 with np.load(file) as arrays:
                     yield int(arrays["failed"]), len(arrays["actions"])

@@ -3,14 +3,16 @@
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
 from ..data import Episode
@@ -24,6 +26,11 @@ from .metrics import ActionMetrics
 
 UNFINISHED = ".unfinished"
 SHOWN = {"loss": "loss", "action_accuracy": "accuracy", "action_l1": "L1"}
+
+
+def attention_kernel(arguments: TrainingArguments) -> AbstractContextManager:
+    """Plain matrix products where a CPU computes in bfloat16: backwards, its fused attention is ten times slower."""
+    return sdpa_kernel(SDPBackend.MATH) if arguments.use_cpu and arguments.bf16 else nullcontext()
 
 
 class ProgressBar(ProgressCallback):
@@ -117,7 +124,8 @@ class ActionTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)
         scale = inputs.pop("action_scale")
-        loss, logits, labels = action_loss(model, inputs)
+        with attention_kernel(self.args):
+            loss, logits, labels = action_loss(model, inputs)
         metrics = self.train_metrics if model.training else self.eval_metrics
         metrics.update(loss, logits.detach(), labels, scale)
         return (loss, {"logits": logits}) if return_outputs else loss
