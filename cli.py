@@ -325,7 +325,14 @@ def evaluate(
     latency: Annotated[
         float | None, typer.Option(help="Seconds a prediction takes (realtime).", show_default="measured")
     ] = None,
-    axis: Annotated[str, typer.Option(help="Variations of the environment, joined by commas.")] = "",
+    axis: Annotated[
+        str,
+        typer.Option(
+            help="What differs from the recorded episodes, joined by commas: visual, motion, physical, semantic, "
+            "language (each episode draws one kind), one kind such as visual:light, all for the five of them, none for "
+            "nothing. Each is run for the tasks that have it, and has a row in the report."
+        ),
+    ] = "none",
     camera: Annotated[
         str | None, typer.Option(help="Of the environment: the one the demonstrations had.", show_default="its own")
     ] = None,
@@ -349,11 +356,12 @@ def evaluate(
     openvla evaluate --tasks mt10 --episodes 50 --output runs/blocking
     openvla evaluate --tasks mt10 --episodes 50 --output runs/late --control realtime --hz 5 --latency 0.8
     openvla evaluate --tasks mt10 --episodes 50 --output runs/expert --policy expert
+    openvla evaluate --tasks mt10 --episodes 20 --output runs/axes --axis none,all
     """
     from .evaluation.evaluate import evaluate as run
 
     of_environment: dict[str, Any] = {"camera": camera} if camera else {}
-    variations = [name.strip() for name in axis.split(",") if name.strip()] or [""]
+    variations = [name.strip() for name in axis.split(",") if name.strip()] or ["none"]
     summary = run(
         model=model,
         output=output,
