@@ -48,8 +48,8 @@ def wilson_interval(successes: int, episodes: int, confidence: float = 0.95) -> 
 def summarize(records: Iterable[Record]) -> dict[str, Any]:
     """`{"rows": [of each task and variation], "axes": [of each axis], "mean_success", "episodes", "errors"}`.
 
-    Rates are in [0, 1]. `mean_success` is the mean over rows, so that every task counts alike; the row of an axis pools all episodes of its
-    kinds and tasks ("none": those without variation).
+    Rates are in [0, 1]. `mean_success` is the mean over rows, so that every task counts alike; the row of an axis pools
+    all episodes of its kinds and tasks ("none": those without variation).
     """
     groups: dict[tuple[str, str], list[Record]] = {}
     axes: dict[str, list[Record]] = {}
