@@ -43,7 +43,8 @@ def opengl_backend() -> str:
     candidates = (chosen,) if chosen else OFFSCREEN.get(sys.platform, ("glfw",))
     trouble = []
     for backend in candidates:
-        command = [sys.executable, "-c", PROBE.format(backend=backend)]
+        # GLFW without a display only warns
+        command = [sys.executable, "-W", "error::UserWarning", "-c", PROBE.format(backend=backend)]
         probe = subprocess.run(command, env={**os.environ, "MUJOCO_GL": backend}, capture_output=True, text=True)
         if probe.returncode == 0:
             os.environ["MUJOCO_GL"] = backend
