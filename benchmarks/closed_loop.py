@@ -376,7 +376,8 @@ def write(arguments: argparse.Namespace) -> str:
     device = torch.cuda.get_device_name() if arguments.device == "cuda" else f"{platform.machine()} CPU"
     about = (
         f"`python {shlex.join(sys.argv)}`\n\n{asked['episodes']} episodes of each task (`{asked['tasks']}`), "
-        f"at most {asked['max_steps']} steps, seeds that recording never uses. Intervals are 95% (Wilson), over all episodes. {device}, "
+        f"at most {asked['max_steps']} steps, seeds that recording never uses. "
+        f"Intervals are 95% (Wilson), over all episodes. {device}, "
         f"{torch.get_num_threads()} torch threads, torch {torch.__version__.partition('+')[0]}."
     )
     (out / "report.json").write_text(json.dumps(studies, indent=1, default=str) + "\n", encoding="utf-8")
