@@ -9,7 +9,7 @@ JOBS ?= 2
 .PHONY: help demo test test-floor check format bench constraints clean
 
 help:
-	@echo "make demo        predict on example frames with the embedded policy, pictures in $(OUTPUTS)/"
+	@echo "make demo        the embedded policy: predictions on example frames, films of it in simulation, in $(OUTPUTS)/"
 	@echo "make test        the whole test-suite (offline, CPU)"
 	@echo "make test-floor  the same with the oldest supported libraries"
 	@echo "make check       ruff (format and lint) and mypy"
@@ -24,6 +24,7 @@ $(VENV)-uv/bin/uv:
 	$(PYTHON) -m pip install --quiet --target $(VENV)-uv uv
 
 # $(call environment,FOLDER,CONSTRAINTS,EXTRA): an editable installation pinned by a constraints file
+comma := ,
 define environment
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or later is needed, $(PYTHON) is " + sys.version)'
 	test -x $(1)/bin/python || $(UV) venv --quiet --python $(PYTHON) $(1)
@@ -32,7 +33,7 @@ define environment
 endef
 
 $(VENV)/demo.stamp: pyproject.toml constraints.txt | $(UV)
-	$(call environment,$(VENV),constraints.txt,demo)
+	$(call environment,$(VENV),constraints.txt,demo$(comma)sim)
 
 $(VENV)/dev.stamp: pyproject.toml constraints.txt | $(UV)
 	$(call environment,$(VENV),constraints.txt,dev)
@@ -40,8 +41,12 @@ $(VENV)/dev.stamp: pyproject.toml constraints.txt | $(UV)
 $(VENV)-floor/dev.stamp: pyproject.toml constraints-floor.txt | $(UV)
 	$(call environment,$(VENV)-floor,constraints-floor.txt,dev)
 
+# Where there is no OpenGL to render with (exit code 3) the prediction is the demo.
 demo: $(VENV)/demo.stamp
 	$(BIN)/python examples/demo.py --output $(OUTPUTS)
+	@echo && echo "In closed loop, one episode of each task (minutes on a CPU):"
+	@$(BIN)/openvla demo --output $(OUTPUTS)/demo || { test $$? -eq 3 && \
+		echo "No films: the simulator has nothing to render with, see above. All of the demo that needs none has run."; }
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)

@@ -18,6 +18,7 @@ from .training.options import FinetuneOptions
 
 USER_ERRORS = (ValueError, KeyError, OSError)  # FileNotFoundError and a model that is not there are OSErrors
 EMBEDDED_POLICY = str(Path(__file__).parent)
+NO_OPENGL = 3  # exit code, for scripts that can do without pictures
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
 
@@ -325,7 +326,14 @@ def evaluate(
     latency: Annotated[
         float | None, typer.Option(help="Seconds a prediction takes (realtime).", show_default="measured")
     ] = None,
-    axis: Annotated[str, typer.Option(help="Variations of the environment, joined by commas.")] = "",
+    axis: Annotated[
+        str,
+        typer.Option(
+            help="What differs from the recorded episodes, joined by commas: visual, motion, physical, semantic, "
+            "language (each episode draws one kind), one kind such as visual:light, all for the five of them, none for "
+            "nothing. Each is run for the tasks that have it, and has a row in the report."
+        ),
+    ] = "none",
     camera: Annotated[
         str | None, typer.Option(help="Of the environment: the one the demonstrations had.", show_default="its own")
     ] = None,
@@ -349,11 +357,12 @@ def evaluate(
     openvla evaluate --tasks mt10 --episodes 50 --output runs/blocking
     openvla evaluate --tasks mt10 --episodes 50 --output runs/late --control realtime --hz 5 --latency 0.8
     openvla evaluate --tasks mt10 --episodes 50 --output runs/expert --policy expert
+    openvla evaluate --tasks mt10 --episodes 20 --output runs/axes --axis none,all
     """
     from .evaluation.evaluate import evaluate as run
 
     of_environment: dict[str, Any] = {"camera": camera} if camera else {}
-    variations = [name.strip() for name in axis.split(",") if name.strip()] or [""]
+    variations = [name.strip() for name in axis.split(",") if name.strip()] or ["none"]
     summary = run(
         model=model,
         output=output,
@@ -377,6 +386,58 @@ def evaluate(
     )
     rate = summary["mean_success"]
     typer.echo(f"wrote {output}; mean success {'unknown' if rate is None else f'{rate:.1%}'}")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for the films.")] = Path("outputs/demo"),
+    model: Annotated[
+        str, typer.Option(help="Folder or Hub id.", show_default="the policy that comes with the package")
+    ] = EMBEDDED_POLICY,
+    env: Annotated[str, typer.Option(help="Environment.")] = "metaworld",
+    tasks: Annotated[str, typer.Option(help="Tasks and sets of them, joined by commas.")] = "mt10",
+    camera: Annotated[
+        str | None, typer.Option(help="Of the environment: the one the demonstrations had.", show_default="its own")
+    ] = None,
+    max_steps: Annotated[int | None, typer.Option(show_default="that of the environment")] = None,
+    unnorm_key: Annotated[str | None, typer.Option(show_default="the model's, if it has one")] = None,
+    device: Annotated[Device, typer.Option(help="auto: cuda where there is a GPU.")] = Device.auto,
+    workers: Annotated[int | None, typer.Option(help="Environments side by side.", show_default="cores")] = None,
+) -> None:
+    """Watch the policy at work.
+
+    Runs one episode of each task in the simulator, without a screen, and writes a film of each, and demo.gif, which
+    shows all of them. One episode says little: evaluate measures. Exits with 3 where there is no OpenGL to render with.
+
+    \b
+    openvla demo
+    openvla demo --tasks drawer-open-v3,push-v3 --model runs/my_policy --output outputs/my_policy
+    """
+    from .evaluation.demo import GIF
+    from .evaluation.demo import demo as run
+    from .evaluation.rendering import NoOpenGL
+
+    of_environment: dict[str, Any] = {"camera": camera} if camera else {}
+    try:
+        records = run(
+            model=model,
+            output=output,
+            env=env,
+            tasks=tasks,
+            max_steps=max_steps,
+            unnorm_key=unnorm_key,
+            device=torch_device(device),
+            workers=workers,
+            **of_environment,
+        )
+    except NoOpenGL as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(NO_OPENGL) from error
+    for record in records:
+        outcome = f"broke: {record.error}" if record.error else "success" if record.success else "failure"
+        typer.echo(f"{record.task}: {outcome}, {record.steps} steps ({record.instruction})")
+    succeeded = sum(record.success for record in records)
+    typer.echo(f"{succeeded} of {len(records)} succeeded; wrote {output / GIF} and a film of each task")
 
 
 @app.command()

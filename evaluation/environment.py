@@ -17,6 +17,7 @@ ENVIRONMENTS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "robosuite": ("robosuite", "Robosuite", "openvla[robosuite]", {}),
     **{suite: ("libero", "Libero", "hf-libero", {"suite": suite}) for suite in SUITES},
 }
+AXES = ("visual", "motion", "physical", "semantic", "language")  # of generalization, in the paper's order
 # A seed decides where everything in an episode begins. Demonstrations and evaluation share none.
 RECORDING_SEEDS = range(0, 1_000_000)
 EVALUATION_SEEDS = range(1_000_000, 2_000_000)
@@ -50,7 +51,7 @@ class Environment(Protocol):
         ...
 
     def variations(self, task: str) -> tuple[str, ...]:
-        """What episodes of a task can differ in, "axis:kind" each; none in most environments."""
+        """What episodes of a task can differ in, "axis:kind" each, of `AXES`; none in most environments."""
         ...
 
     def reset(self, seed: int, task: str, variation: str = "") -> Observation:
@@ -113,6 +114,22 @@ def choose_tasks(environment: Environment, tasks: str) -> tuple[str, ...]:
         chosen |= dict.fromkeys(environment.task_sets.get(name, (name,)))
     if not chosen:
         raise ValueError(f"tasks={tasks!r} names no task. Sets of tasks: {', '.join(environment.task_sets)}.")
+    return tuple(chosen)
+
+
+def choose_variations(environment: Environment, tasks: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
+    """What names of variations stand for, each once: "all" for every axis that one of `tasks` has, "none" for "".
+
+    Raises:
+        ValueError: If "all" is asked for and the tasks have none.
+    """
+    available = {kind.partition(":")[0] for task in tasks for kind in environment.variations(task)}
+    axes = dict.fromkeys(axis for axis in AXES if axis in available)
+    chosen: dict[str, None] = {}
+    for name in names:
+        if name == "all" and not axes:
+            raise ValueError(f"variation='all': {', '.join(tasks)} have no variations.")
+        chosen |= axes if name == "all" else {"" if name == "none" else name: None}
     return tuple(chosen)
 
 

@@ -14,7 +14,7 @@ from ..action_tokenizer import get_action_stats
 from ..configuration_openvla import check_choice
 from ..modeling_openvla import OpenVLAForActionPrediction
 from .control import BlockingControl, RealtimeControl
-from .environment import EVALUATION_SEEDS, Observation, choose_tasks, make_environment, tasks_with
+from .environment import EVALUATION_SEEDS, Observation, choose_tasks, choose_variations, make_environment, tasks_with
 from .loop import Job, run_episodes
 from .policies import ConstantPolicy, OpenVLAPolicy, Policy, RandomPolicy
 from .report import write_report
@@ -36,7 +36,7 @@ def evaluate(
     control: str = "blocking",
     hz: float = 5.0,
     latency: float | None = None,
-    variations: Sequence[str] = ("",),
+    variations: Sequence[str] = ("none",),
     max_steps: int | None = None,
     unnorm_key: str | None = None,
     center_crop: bool | None = None,
@@ -57,7 +57,8 @@ def evaluate(
         policy: "model", or to compare with: "expert" (scripted), "random" (between q01 and q99), "mean" action.
         control: "blocking" or "realtime", see `control`; `hz` and `latency` (seconds; default: the median of ten single
             predictions here) are of the latter.
-        variations: Of the environment, "" for none. Each is run for those of the tasks that have it.
+        variations: Of the environment; "all" for each axis, "none" or "" for episodes as recorded. Each is run for
+            those of the tasks that have it.
         center_crop: Default: whether the model was fine-tuned with image augmentation.
         quantization: "int8" or "int4".
         workers: Environments side by side. Default: one for each core, at most 8.
@@ -76,6 +77,7 @@ def evaluate(
     make = partial(make_environment, env, **options)
     here = make_environment(env, **{**options, "render": False})
     chosen = choose_tasks(here, tasks)
+    variations = choose_variations(here, chosen, variations)
     varied = [(variation, task) for variation in variations for task in tasks_with(here, chosen, variation)]
     max_steps = max_steps or here.max_steps
     here.close()
@@ -95,7 +97,8 @@ def evaluate(
 
     folder = Path(output)
     about = {"env": env, "tasks": tasks, "episodes": episodes, "policy": policy, "model": model, "control": control}
-    about |= {"variations": ", ".join(filter(None, variations)), "quantization": quantization, "max_steps": max_steps}
+    named = "" if variations == ("",) else ", ".join(name or "none" for name in variations)
+    about |= {"variations": named, "quantization": quantization, "max_steps": max_steps}
     about |= options
     if control == "realtime":
         about |= {"hz": hz, "latency": round(float(latency or 0.0), 4)}

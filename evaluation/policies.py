@@ -52,11 +52,13 @@ class OpenVLAPolicy:
         cls, folder: str, *, device: str = "cpu", dtype: str = "auto", quantization: str | None = None, **options: Any
     ) -> "OpenVLAPolicy":
         """From a folder or Hub id, quantized to "int8" or "int4" (bitsandbytes) or not; `options` of the class."""
-        loading: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
-        if quantization is not None:
-            check_choice("quantization", quantization, QUANTIZATIONS)
-            loading["quantization_config"] = BitsAndBytesConfig(**QUANTIZATIONS[quantization])
-        return cls(OpenVLAForActionPrediction.from_pretrained(folder, **loading).eval(), **options)
+        if quantization is None:
+            # Not by `device_map`, which needs accelerate.
+            return cls(OpenVLAForActionPrediction.from_pretrained(folder, dtype=dtype).to(device).eval(), **options)
+        check_choice("quantization", quantization, QUANTIZATIONS)
+        loading = {"dtype": dtype, "quantization_config": BitsAndBytesConfig(**QUANTIZATIONS[quantization])}
+        model = OpenVLAForActionPrediction.from_pretrained(folder, device_map={"": device}, **loading)
+        return cls(model.eval(), **options)
 
     def _image(self, observation: Observation) -> np.ndarray:
         images = observation.images

@@ -19,6 +19,12 @@ REMEDY = (
     "Install one of them, for example apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri (EGL: uses a GPU where "
     "there is one, else the CPU) or apt-get install libosmesa6 (OSMesa: CPU). MUJOCO_GL=egl, osmesa or glfw chooses."
 )
+
+
+class NoOpenGL(FileNotFoundError):
+    """There is nothing to render with; the message says what to install."""
+
+
 _open: "weakref.WeakSet[Renderer]" = weakref.WeakSet()
 
 
@@ -31,19 +37,20 @@ def opengl_backend() -> str:
     library that it loads, and broken drivers do not raise, they crash.
 
     Raises:
-        FileNotFoundError: If none works; says what to install.
+        NoOpenGL: If none works; says what to install.
     """
     chosen = os.environ.get("MUJOCO_GL", "").strip().lower()
     candidates = (chosen,) if chosen else OFFSCREEN.get(sys.platform, ("glfw",))
     trouble = []
     for backend in candidates:
-        command = [sys.executable, "-c", PROBE.format(backend=backend)]
+        # GLFW without a display only warns
+        command = [sys.executable, "-W", "error::UserWarning", "-c", PROBE.format(backend=backend)]
         probe = subprocess.run(command, env={**os.environ, "MUJOCO_GL": backend}, capture_output=True, text=True)
         if probe.returncode == 0:
             os.environ["MUJOCO_GL"] = backend
             return backend
         trouble.append(f"{backend}: {(probe.stderr.strip().splitlines() or ['it crashed'])[-1]}")
-    raise FileNotFoundError(f"No OpenGL to render with ({'; '.join(trouble)}). {REMEDY}")
+    raise NoOpenGL(f"No OpenGL to render with ({'; '.join(trouble)}). {REMEDY}")
 
 
 class Decoration(NamedTuple):

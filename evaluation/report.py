@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from .environment import AXES
+
 
 @dataclass(frozen=True)
 class Record:
@@ -44,37 +46,50 @@ def wilson_interval(successes: int, episodes: int, confidence: float = 0.95) -> 
 
 
 def summarize(records: Iterable[Record]) -> dict[str, Any]:
-    """`{"rows": [one for each task and variation], "mean_success", "episodes", "errors"}`, rates in [0, 1].
+    """`{"rows": [of each task and variation], "axes": [of each axis], "mean_success", "episodes", "errors"}`.
 
-    `mean_success` is the mean over rows, so that every task counts alike.
+    Rates are in [0, 1]. `mean_success` is the mean over rows, so that every task counts alike; the row of an axis pools
+    all episodes of its kinds and tasks ("none": those without variation).
     """
     groups: dict[tuple[str, str], list[Record]] = {}
+    axes: dict[str, list[Record]] = {}
     for record in records:
         groups.setdefault((record.variation, record.task), []).append(record)
-    rows = []
-    for (variation, task), group in sorted(groups.items()):
-        whole = [record for record in group if record.error is None]
-        row: dict[str, Any] = {"task": task, "variation": variation, "episodes": len(whole)}
-        row |= {"errors": len(group) - len(whole)}
-        if whole:
-            successes = sum(record.success for record in whole)
-            low, high = wilson_interval(successes, len(whole))
-            lengths = [record.steps for record in whole if record.success]
-            row |= {"successes": successes, "success": successes / len(whole), "low": low, "high": high}
-            row |= {"steps_of_successes": float(np.mean(lengths)) if lengths else None}
-            row |= {"latency": float(np.mean([record.latency for record in whole]))}
-        rows.append(row)
+        axes.setdefault(record.variation.partition(":")[0], []).append(record)
+    rows = [
+        {"task": task, "variation": variation} | _counts(group) for (variation, task), group in sorted(groups.items())
+    ]
+    order = sorted(axes, key=lambda axis: (axis != "", AXES.index(axis) if axis in AXES else len(AXES), axis))
+    pooled = [
+        {"axis": axis or "none", "tasks": len({record.task for record in axes[axis]})} | _counts(axes[axis])
+        for axis in order
+    ]
     rates = [row["success"] for row in rows if "success" in row]
     return {
         "rows": rows,
+        "axes": pooled,
         "mean_success": float(np.mean(rates)) if rates else None,
         "episodes": sum(row["episodes"] for row in rows),
         "errors": sum(row["errors"] for row in rows),
     }
 
 
+def _counts(group: Sequence[Record]) -> dict[str, Any]:
+    """What a row says of its episodes; no rates where all of them broke."""
+    whole = [record for record in group if record.error is None]
+    counts: dict[str, Any] = {"episodes": len(whole), "errors": len(group) - len(whole)}
+    if whole:
+        successes = sum(record.success for record in whole)
+        low, high = wilson_interval(successes, len(whole))
+        lengths = [record.steps for record in whole if record.success]
+        counts |= {"successes": successes, "success": successes / len(whole), "low": low, "high": high}
+        counts |= {"steps_of_successes": float(np.mean(lengths)) if lengths else None}
+        counts |= {"latency": float(np.mean([record.latency for record in whole]))}
+    return counts
+
+
 def markdown(summary: Mapping[str, Any], about: Mapping[str, Any]) -> str:
-    """The report as text: what was run, a line for each task."""
+    """The report as text: what was run, a line for each axis where there are variations, a line for each task."""
     varied = any(row["variation"] for row in summary["rows"])
     header = ["task", *(["variation"] if varied else []), "success", "95% interval", "episodes", "steps", "latency"]
     lines = [f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
@@ -92,27 +107,56 @@ def markdown(summary: Mapping[str, Any], about: Mapping[str, Any]) -> str:
     head = "\n".join(f"- {name}: `{value}`" for name, value in about.items())
     return (
         f"# Evaluation\n\n{head}\n\nMean success over rows: **{mean}** ({summary['episodes']} episodes{broken}). "
-        f"Steps are those of successes; latency is that of one batched prediction.\n\n" + "\n".join(lines) + "\n"
+        "Steps are those of successes; latency is that of one batched prediction.\n\n"
+        + (axes_table(summary["axes"]) + "\n\n" if varied else "")
+        + "\n".join(lines)
+        + "\n"
     )
 
 
+def axes_table(axes: Sequence[Mapping[str, Any]]) -> str:
+    """A line for each axis, all of its episodes together."""
+    lines = ["| axis | success | 95% interval | successes | episodes | tasks |", f"|{' --- |' * 6}"]
+    for row in axes:
+        rate = ["", "", ""]
+        if "success" in row:
+            rate = [f"{row['success']:.0%}", f"{row['low']:.0%} to {row['high']:.0%}", f"{row['successes']}"]
+        lines.append(f"| {' | '.join([row['axis'], *rate, str(row['episodes']), str(row['tasks'])])} |")
+    text = "All episodes of an axis together, tasks that have it only:\n\n" + "\n".join(lines)
+    if any(row["axis"] == "language" for row in axes):
+        text += "\n\nA success along `language` is the task that was asked, not the other one that the scene allows."
+    return text
+
+
 def plot_success(summary: Mapping[str, Any], path: Path) -> bool:
-    """A bar for each row with its interval. Returns False where matplotlib is not installed."""
+    """A bar for each row with its interval, and above them one for each axis where there are variations. Returns False
+    where matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return False
     rows = [row for row in summary["rows"] if "success" in row]
-    figure = Figure(figsize=(8, 0.35 * len(rows) + 1.2), layout="constrained")
-    axes = figure.subplots()
-    names = [" ".join(filter(None, (row["task"], row["variation"]))) for row in rows]
-    rates = np.array([row["success"] for row in rows])
-    bounds = np.array([(row["low"], row["high"]) for row in rows]).reshape(-1, 2)
-    axes.barh(names, rates, xerr=abs(bounds - rates[:, None]).T, color="tab:blue", ecolor="gray", capsize=2)
-    axes.set(xlim=(0, 1), xlabel="success")
-    axes.invert_yaxis()
+    varied = any(row["variation"] for row in rows)
+    pooled = [row for row in summary["axes"] if "success" in row] if varied else []
+    # The longer the list, the closer its lines.
+    heights = [0.35 * len(pooled) + 0.9] * varied + [(0.35 if len(rows) <= 20 else 0.22) * len(rows) + 0.9]
+    figure = Figure(figsize=(8, sum(heights) + 0.3), layout="constrained")
+    panels = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+    if varied:
+        _bars(panels[0], [row["axis"] for row in pooled], pooled, "tab:orange")
+        panels[0].set(title="by axis, all episodes together", xlabel="")
+    _bars(panels[-1], [" ".join(filter(None, (row["task"], row["variation"]))) for row in rows], rows, "tab:blue")
     figure.savefig(path, dpi=100)
     return True
+
+
+def _bars(panel: Any, names: Sequence[str], rows: Sequence[Mapping[str, Any]], color: str) -> None:
+    rates = np.array([row["success"] for row in rows])
+    bounds = np.array([(row["low"], row["high"]) for row in rows]).reshape(-1, 2)
+    panel.barh(names, rates, xerr=abs(bounds - rates[:, None]).T, color=color, ecolor="gray", capsize=2)
+    panel.set(xlim=(0, 1), ylim=(len(names) - 0.4, -0.6), xlabel="success")
+    if len(names) > 20:
+        panel.tick_params(axis="y", labelsize=7)
 
 
 def write_report(folder: Path, records: Sequence[Record], about: Mapping[str, Any]) -> dict[str, Any]:

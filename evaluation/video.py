@@ -1,5 +1,7 @@
 """Episodes as films: what the policy saw, what it was told, what it did, whether it succeeded."""
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,18 @@ from .environment import Observation
 
 
 WIDTH, LINE, FPS = 448, 22, 20
+CAPTION, GIF_FRAMES, COLORS = 27, 60, 64  # of a GIF: height of two lines of text, how many frames, how many colours
+OUTCOME = 2000  # milliseconds that a GIF stays on its last picture
 GREEN, RED, GRAY = (60, 170, 80), (200, 60, 50), (150, 150, 150)
+
+
+@dataclass(frozen=True)
+class Film:
+    """An episode for `save_tiles`."""
+
+    pictures: Sequence[Image.Image]
+    instruction: str
+    success: bool
 
 
 class EpisodeVideo:
@@ -49,6 +62,85 @@ class EpisodeVideo:
                 container.mux(stream.encode(av.VideoFrame.from_image(picture)))
             container.mux(stream.encode())
         part.replace(self.path)
+
+
+def read_film(path: Path) -> list[Image.Image]:
+    """What the camera saw in a film of `EpisodeVideo`, WIDTH pixels wide, without the outcome at its end."""
+    import av
+
+    with av.open(str(path)) as container:
+        pictures = [frame.to_image() for frame in container.decode(video=0)][:-FPS]
+    return [picture.crop((0, LINE, WIDTH, picture.height - 3 * LINE)) for picture in pictures]
+
+
+def save_tiles(films: Sequence[Film], path: Path, *, columns: int = 5, size: int = 112) -> None:
+    """A GIF that shows episodes side by side, each with its instruction, and its outcome once it has ended.
+
+    Args:
+        columns: At most; further ones are below.
+        size: Width of a picture in pixels.
+    """
+    stride = -(-max(len(film.pictures) for film in films) // GIF_FRAMES)  # of the frames only so many are shown
+    small = [
+        [picture.resize((size, size), Image.Resampling.BOX) for picture in film.pictures[::stride]] for film in films
+    ]
+    columns = min(columns, len(films))
+    rows, height = -(-len(films) // columns), size + CAPTION
+    steps = range(max(map(len, small)) + 1)
+    sheets = []
+    for step in steps:
+        sheet = Image.new("RGB", (columns * (size + 2), rows * (height + 2)), "white")
+        for index, (film, pictures) in enumerate(zip(films, small)):
+            done = film.success if step >= len(pictures) else None
+            tile = draw_tile(pictures[min(step, len(pictures) - 1)], film.instruction, done)
+            sheet.paste(tile, (index % columns * (size + 2) + 1, index // columns * (height + 2) + 1))
+        sheets.append(sheet)
+    # One palette, no dithering: pixels that stay the same cost nothing.
+    palette = palette_of([sheets[0], sheets[len(sheets) // 2], sheets[-1]])
+    indexed = [sheet.quantize(palette=palette, dither=Image.Dither.NONE) for sheet in sheets]
+    durations = [1000 * stride // FPS] * (len(indexed) - 1) + [OUTCOME]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    indexed[0].save(path, save_all=True, append_images=indexed[1:], duration=durations, loop=0, optimize=False)
+
+
+def palette_of(pictures: Sequence[Image.Image]) -> Image.Image:
+    """One palette of `COLORS` for several pictures of a size, with the colours of outcomes as they are."""
+    joined = Image.new("RGB", (pictures[0].width, sum(picture.height for picture in pictures) + 40))
+    top = 0
+    for picture in pictures:
+        joined.paste(picture, (0, top))
+        top += picture.height
+    for offset, color in ((0, GREEN), (20, RED)):
+        joined.paste(color, (0, top + offset, joined.width, top + offset + 20))
+    return joined.quantize(COLORS, method=Image.Quantize.MEDIANCUT)
+
+
+def draw_tile(picture: Image.Image, instruction: str, success: bool | None) -> Image.Image:
+    """A small square picture above its caption; a border and a word once the outcome is known."""
+    size = picture.width
+    tile = Image.new("RGB", (size, size + CAPTION), "white")
+    tile.paste(picture)
+    pen, font = ImageDraw.Draw(tile), ImageFont.load_default(10)
+    for index, line in enumerate(wrap(instruction, lambda text: pen.textlength(text, font=font) <= size - 4)[:2]):
+        pen.text((2, size + 1 + 12 * index), line, fill="black", font=font)
+    if success is not None:
+        color, text = (GREEN, "success") if success else (RED, "failure")
+        pen.rectangle((0, 0, size - 1, size - 1), outline=color, width=3)
+        width = pen.textlength(text, font=font)
+        pen.rectangle((size - width - 8, 0, size - 1, 15), fill=color)
+        pen.text((size - width - 4, 2), text, fill="white", font=font)
+    return tile
+
+
+def wrap(text: str, fits: Callable[[str], bool]) -> list[str]:
+    """Lines of whole words."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and fits(f"{lines[-1]} {word}"):
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines
 
 
 def draw(frame: np.ndarray, instruction: str, action: np.ndarray, success: bool | None) -> Image.Image:

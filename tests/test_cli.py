@@ -20,7 +20,7 @@ from openvla import OpenVLAForActionPrediction, cli
 from openvla.training import STRATEGIES, FinetuneOptions
 
 
-VERBS = ["predict", "stats", "finetune", "merge", "convert", "export", "package"]
+VERBS = ["predict", "stats", "finetune", "merge", "record", "evaluate", "demo", "convert", "export", "package"]
 
 
 def run(*arguments, code: int = 0):

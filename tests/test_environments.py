@@ -104,6 +104,33 @@ def test_seeds_move_objects_and_goals(blind, task):
         assert np.abs(worlds[a] - worlds[b])[4:].max() > 0.005  # metres
 
 
+def test_an_action_lasts_four_steps_of_the_simulator(blind):
+    fast = make_environment("metaworld", render=False, frequency=80)
+    assert (blind.frequency, blind.max_steps, fast.frequency, fast.max_steps) == (20, 125, 80, 500)
+    action = np.array([0.5, 1, -0.3, 0, 0, 0, 0.0])
+    for environment, repeats in ((blind, 1), (fast, 4)):
+        environment.reset(2, "push-v3")
+        for _ in range(10 * repeats):
+            environment.step(action)
+    np.testing.assert_array_equal(fast._simulator().seen, blind._simulator().seen)
+    np.testing.assert_array_equal(fast._simulator().world.data.qpos, blind._simulator().world.data.qpos)
+    fast.close()
+
+
+def test_a_success_between_two_observations_counts(blind, monkeypatch):
+    blind.reset(0, "reach-v3")
+    answers = iter([False, True, False, False])
+    monkeypatch.setattr(blind._simulator(), "step", lambda effort: next(answers))
+    assert blind.step(np.array([0, 0, 0, 0, 0, 0, 1.0]))[1]
+    assert next(answers, None) is None  # all four, so that the world's rate stays what it is
+
+
+@pytest.mark.parametrize("frequency", [0, -20, 30, 160, 0.3])
+def test_actions_last_whole_steps_of_the_simulator(frequency):
+    with pytest.raises(ValueError, match="expected a divisor of the simulator's 80"):
+        make_environment("metaworld", render=False, frequency=frequency)
+
+
 @pytest.mark.parametrize("task", ["button-press-topdown-v3", "drawer-close-v3", "pick-place-v3"])
 def test_the_expert_succeeds(blind, task):
     states, success = expert_episode(blind, EVALUATION_SEEDS[3], task, 150)

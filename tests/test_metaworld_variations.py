@@ -1,10 +1,12 @@
 """Variations of Meta-World: what changes, what does not, and that nothing of one episode is left in the next."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from openvla.evaluation import make_environment
-from openvla.evaluation.environment import tasks_with
+from openvla.evaluation.environment import choose_variations, tasks_with
 from openvla.evaluation.metaworld import CATALOGUE, MetaWorld
 from openvla.evaluation.metaworld_variations import BEYOND, KINDS, OPPOSITES, RESIZABLE, names, outside
 
@@ -58,6 +60,16 @@ def test_an_axis_is_run_for_the_tasks_that_have_it(blind):
         tasks_with(blind, mt10, "visual:lights")
     with pytest.raises(ValueError, match="variation='language' is unknown"):
         tasks_with(blind, ["push-v3"], "language")
+
+
+def test_all_axes_by_one_name(blind):
+    mt10 = MetaWorld.task_sets["mt10"]
+    assert choose_variations(blind, mt10, ["none", "all"]) == ("", *KINDS)
+    assert choose_variations(blind, ["reach-v3"], ["all"]) == ("visual", "motion", "semantic")
+    assert choose_variations(blind, mt10, ["visual:light", "", "visual:light"]) == ("visual:light", "")
+    blind_to_all = SimpleNamespace(variations=lambda task: ())
+    with pytest.raises(ValueError, match="no variations"):
+        choose_variations(blind_to_all, ["lift"], ["all"])
 
 
 def test_unknown_and_unavailable_variations_are_refused(blind):

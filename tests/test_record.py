@@ -70,10 +70,60 @@ def test_noise_is_executed_and_the_clean_answer_is_recorded():
     episode = record_episode(point, "go", 10_000, noise=0.05)
     executed = np.stack(point.executed)
     difference = executed - episode.actions
-    assert 0.03 < difference[:, :3].std() < 0.07 and not difference[:, 3:].any()
+    assert difference[:, :3].any(axis=1).all() and not difference[:, 3:].any()
     np.testing.assert_allclose(episode.actions[:, 0], -np.clip(episode.state[:, 0], -0.1, 0.1), rtol=1e-5)
     again = record_episode(Point(), "go", 10_000, noise=0.05)
     np.testing.assert_array_equal(again.state, episode.state)
+
+
+def test_each_episode_draws_its_own_noise_up_to_the_strongest():
+    """Standard deviations of y and z, which nothing else moves: uniform between 0 and `noise`."""
+    strengths = []
+    for seed in range(10_000, 10_200):
+        point = Point()
+        if record_episode(point, "go", seed, noise=0.02, after_success=200) is not None:
+            strengths.append(np.stack(point.executed)[:, 1:3].std())
+    assert len(strengths) > 150 and max(strengths) < 0.02 * 1.15  # 400 samples: within 15%
+    np.testing.assert_allclose(np.quantile(strengths, [0.25, 0.5, 0.75]), [0.005, 0.01, 0.015], atol=0.002)
+
+
+def test_trying_without_pictures_first_changes_nothing_in_what_is_recorded(tmp_path, monkeypatch):
+    """With noise the expert fails for some seeds: the same seed is found, and the same episode of it."""
+    tried = []
+
+    class Seeing(Point):
+        def __init__(self, render=True):
+            self.render = render
+
+        def reset(self, seed, task, variation=""):
+            tried.append((self.render, seed))
+            return super().reset(seed, task, variation)
+
+        def _observe(self):
+            seen = super()._observe()
+            return seen if self.render else replace(seen, images={})
+
+    monkeypatch.setattr(RecordOptions, "environment", lambda self, **more: Seeing(**more))
+    blind_first = Recorder(options(tmp_path, noise=0.05))
+    blind_first.record("go", 3, tmp_path / "blind_first.npz")
+    assert tried == [(False, 3), (False, RECORDING_SEEDS[10_003]), (True, RECORDING_SEEDS[10_003])]
+    seeing = Recorder(options(tmp_path, noise=0.05))
+    seeing.blind = None
+    seeing.record("go", 3, tmp_path / "seeing.npz")
+    assert (tmp_path / "blind_first.npz").read_bytes() == (tmp_path / "seeing.npz").read_bytes()
+
+
+def test_a_simulator_without_pictures_goes_the_same_way(opengl):
+    """What the blind first try stands on, in Meta-World with noise."""
+    episodes = []
+    for render in (True, False):
+        environment = make_environment("metaworld", size=32, render=render)
+        episodes.append(record_episode(environment, "drawer-open-v3", 4, noise=0.3, paraphrases=True))
+        environment.close()
+    seeing, blind = episodes
+    np.testing.assert_array_equal(seeing.actions, blind.actions)
+    np.testing.assert_array_equal(seeing.state, blind.state)
+    assert seeing.instruction == blind.instruction and list(seeing.images) == ["image"] and not blind.images
 
 
 def test_paraphrases_are_drawn_by_the_seed():
@@ -109,7 +159,7 @@ def test_a_recording_is_a_data_set_whose_actions_solve_the_task(tmp_path, opengl
     assert not (tmp_path / "out.partial").exists()
     dataset = open_dataset(tmp_path / "out")
     assert [episode.instruction for episode in dataset] == ["reach the goal", "close the drawer"] * 2
-    assert dataset.info["fps"] == 80 and dataset.info["robot_type"] == "sawyer"
+    assert dataset.info["fps"] == 20 and dataset.info["robot_type"] == "sawyer"
     episode = dataset[3]
     assert episode.images["image"][0].shape == (32, 32, 3)
     environment = make_environment("metaworld", render=False)

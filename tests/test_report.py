@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from openvla.evaluation.report import Record, append_record, read_records, summarize, wilson_interval, write_report
@@ -36,6 +37,49 @@ def test_every_task_counts_alike_and_broken_episodes_do_not():
     close, opened = summary["rows"]
     assert (close["task"], close["episodes"], close["errors"], close["steps_of_successes"]) == ("close", 2, 1, None)
     assert opened["steps_of_successes"] == pytest.approx(13.5)
+
+
+def varied_records() -> list[Record]:
+    """Per axis: successes and episodes of two tasks, one of which does not have the axis "language"."""
+    counts = {
+        "": ((9, 10), (7, 10)),
+        "language": ((3, 8), (0, 0)),
+        "motion": ((1, 6), (2, 3)),
+        "visual:light": ((4, 5), (0, 2)),
+        "visual:camera": ((1, 5), (2, 2)),
+    }
+    return [
+        record(task=task, episode=index, success=index < successes, variation=variation)
+        for variation, tasks in counts.items()
+        for task, (successes, episodes) in zip(("open", "close"), tasks)
+        for index in range(episodes)
+    ]
+
+
+def test_an_axis_pools_all_of_its_episodes():
+    records = [*varied_records(), record(task="close", episode=9, success=False, variation="motion", error="broken")]
+    axes = {row["axis"]: row for row in summarize(records)["axes"]}
+    assert list(axes) == ["none", "visual", "motion", "language"]  # the paper's order, whatever came first
+    expected = {"none": (16, 20, 2), "visual": (7, 14, 2), "motion": (3, 9, 2), "language": (3, 8, 1)}
+    for axis, (successes, episodes, tasks) in expected.items():
+        row = axes[axis]
+        assert (row["successes"], row["episodes"], row["tasks"]) == (successes, episodes, tasks)
+        assert row["success"] == pytest.approx(successes / episodes)
+        # Wilson by its other form: the roots of (p - rate)^2 = z^2 p (1 - p) / n
+        z2 = 1.959964**2
+        roots = sorted(np.roots([1 + z2 / episodes, -2 * row["success"] - z2 / episodes, row["success"] ** 2]))
+        assert [row["low"], row["high"]] == pytest.approx(roots, abs=1e-6)
+    assert axes["motion"]["errors"] == 1
+
+
+def test_axes_are_shown_where_there_are_variations(tmp_path):
+    write_report(tmp_path, varied_records(), {})
+    text = (tmp_path / "report.md").read_text()
+    assert "| visual | 50% | 27% to 73% | 7 | 14 | 2 |" in text and "the task that was asked, not the other" in text
+    assert text.index("| axis |") < text.index("| task |")
+    assert json.loads((tmp_path / "report.json").read_text())["axes"][0]["axis"] == "none"
+    write_report(tmp_path, [entry for entry in varied_records() if not entry.variation], {})
+    assert "| axis |" not in (tmp_path / "report.md").read_text()
 
 
 def test_files_of_a_report(tmp_path):

@@ -1,0 +1,56 @@
+"""A look at a policy in the loop: one episode of each task, as films and as one GIF."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .evaluate import evaluate
+from .rendering import opengl_backend
+from .report import Record, read_records
+from .video import Film, read_film, save_tiles
+
+
+GIF = "demo.gif"
+
+
+def demo(*, model: str, output: str | Path, tasks: str = "mt10", **options: Any) -> list[Record]:
+    """Run one episode of each task, without a screen, and write `TASK.mp4` and `demo.gif`, all tasks side by side.
+
+    The episodes are the first of an evaluation: their seeds are not those of demonstrations. Nothing is kept but the
+    films, so that the next call runs them anew.
+
+    Args:
+        model: Folder or Hub id.
+        options: Of `evaluate`.
+
+    Returns:
+        What became of each episode, by the name of its task.
+
+    Raises:
+        ValueError: If a task is unknown, or the simulator is not installed.
+        NoOpenGL: If there is nothing to render with; says what to install.
+        OSError: If no episode could be run to its end.
+    """
+    opengl_backend()  # before the model is loaded
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix="episodes.") as work:
+        evaluate(model=model, output=Path(work), tasks=tasks, episodes=1, videos=1, **options)
+        records = sorted(read_records(Path(work) / "episodes.jsonl"), key=lambda record: record.task)
+        films = list(_films(records, Path(work) / "videos", folder))
+    if not films:
+        raise OSError(f"No episode could be run: {'; '.join(sorted({record.error or '' for record in records}))}.")
+    save_tiles(films, folder / GIF)
+    return records
+
+
+def _films(records: list[Record], videos: Path, folder: Path) -> Iterator[Film]:
+    """Move the film of each episode to `folder`; one that broke has none worth watching."""
+    for record in records:
+        made = videos / f"{record.task}_{record.episode:03d}.mp4"
+        if record.error is None and made.exists():
+            film = folder / f"{record.task}.mp4"
+            shutil.move(made, film)
+            yield Film(read_film(film), record.instruction, record.success)

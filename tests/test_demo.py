@@ -1,0 +1,90 @@
+"""The demo: films of episodes, all of them in one GIF, and what it says where nothing can be rendered."""
+
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from openvla.cli import app
+from openvla.evaluation import demo as demo_module
+from openvla.evaluation.demo import demo
+from openvla.evaluation.rendering import NoOpenGL
+from openvla.evaluation.video import GREEN, RED, Film, draw_tile, save_tiles, wrap
+
+
+def film(length: int, success: bool) -> Film:
+    """A white bar wanders over gray: a GIF joins frames that are the same."""
+    pictures = [Image.new("RGB", (48, 48), "gray") for _ in range(length)]
+    for step, picture in enumerate(pictures):
+        picture.paste("white", (step * 6 % 48, 12, step * 6 % 48 + 6, 36))
+    return Film(pictures, "push the puck to the goal", success)
+
+
+def test_all_episodes_are_side_by_side_until_the_longest_has_ended(tmp_path):
+    save_tiles([film(4, True), film(12, False), film(8, True)], tmp_path / "demo.gif", columns=2, size=40)
+    with Image.open(tmp_path / "demo.gif") as gif:
+        assert gif.size == (2 * 42, 2 * (40 + 27 + 2)) and gif.n_frames == 12 + 1
+        shown = []
+        for index in range(gif.n_frames):
+            gif.seek(index)
+            shown.append(np.asarray(gif.convert("RGB")).astype(int))
+        assert gif.info["duration"] == 2000 and gif.info["loop"] == 0
+    corners = {"short": (2, 2), "failed": (2, 44), "below": (71, 2)}  # in the border of each tile
+    for name, (last, color) in {"short": (3, GREEN), "failed": (11, RED), "below": (7, GREEN)}.items():
+        for index, picture in enumerate(shown):
+            framed = np.abs(picture[corners[name]] - color).max() < 12
+            assert framed == (index > last), (name, index)
+
+
+def test_long_episodes_are_thinned_not_cut(tmp_path):
+    save_tiles([film(150, True)], tmp_path / "demo.gif", size=40)
+    with Image.open(tmp_path / "demo.gif") as gif:
+        assert gif.n_frames == 50 + 1 and gif.info["duration"] == 150  # every third, three times as long
+
+
+def test_captions_are_lines_of_whole_words():
+    assert wrap("push the puck to the goal", lambda text: len(text) <= 8) == ["push the", "puck to", "the goal"]
+    assert wrap("unbreakable", lambda text: False) == ["unbreakable"] and wrap("", len) == []
+    picture = Image.new("RGB", (112, 112), "white")
+    long = draw_tile(picture, "press the button from above, then press it again", None)
+    rows = np.flatnonzero((np.asarray(long) < 128).any(axis=(1, 2)))
+    assert rows.min() > 112 and rows.max() > 125  # two lines, below the picture
+
+
+def test_one_episode_of_each_task_as_films(tmp_path, opengl):
+    pytest.importorskip("metaworld", reason="Meta-World needs the [sim] extra")
+    options = {"policy": "expert", "size": 64, "progress": False, "workers": 1}
+    records = demo(model="nothing", output=tmp_path, tasks="reach-v3,drawer-close-v3", **options)
+    assert [(record.task, record.success) for record in records] == [("drawer-close-v3", True), ("reach-v3", True)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.gif", "drawer-close-v3.mp4", "reach-v3.mp4"]
+    with Image.open(tmp_path / "demo.gif") as gif:
+        assert gif.n_frames == max(record.steps for record in records) + 1
+
+
+def test_the_verb(tmp_path, opengl):
+    pytest.importorskip("metaworld", reason="Meta-World needs the [sim] extra")
+    arguments = ["demo", "--tasks", "reach-v3", "--max-steps", "2", "--workers", "1", "--output", str(tmp_path)]
+    found = CliRunner().invoke(app, arguments)
+    assert found.exit_code == 0, found.output
+    assert "reach-v3: failure, 2 steps (reach the goal)" in found.stdout and "0 of 1 succeeded" in found.stdout
+
+
+def test_without_opengl_it_says_what_to_install(tmp_path, monkeypatch):
+    def nothing():
+        raise NoOpenGL("No OpenGL to render with. Install one of them, for example apt-get install libegl1")
+
+    monkeypatch.setattr(demo_module, "opengl_backend", nothing)
+    found = CliRunner().invoke(app, ["demo", "--output", str(tmp_path)])
+    assert found.exit_code == 3  # `make demo` goes on
+    assert re.search(r"^error: No OpenGL.*apt-get install", found.stderr) and not list(tmp_path.iterdir())
+
+
+def test_episodes_that_all_broke_are_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo_module, "opengl_backend", lambda: "none")
+    line = '{"task": "a", "episode": 0, "seed": 1, "instruction": "", "success": false, "steps": 0, "predictions": 0, '
+    line += '"latency": 0.0, "error": "the arm fell off", "variation": ""}\n'
+    monkeypatch.setattr(demo_module, "evaluate", lambda output, **options: (output / "episodes.jsonl").write_text(line))
+    with pytest.raises(OSError, match="No episode could be run: the arm fell off"):
+        demo(model="nothing", output=tmp_path)
