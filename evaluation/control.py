@@ -14,19 +14,23 @@ EPSILON = 1e-9  # times are sums of floats
 
 
 class BlockingControl:
-    """Every observation gets its action, whatever it takes."""
+    """Every observation gets its action, whatever it takes. Of a policy that gives several actions, all are executed
+    before it looks again: a receding horizon."""
+
+    def __init__(self) -> None:
+        self._begin, self._actions = 0, np.zeros((0, 0))
 
     def wants_action(self, step: int) -> bool:
         """Whether the model looks at the observation of `step` (0, 1, ...)."""
-        return True
+        return step >= self._begin + len(self._actions)
 
     def give(self, step: int, action: np.ndarray, latency: float) -> None:
-        """The model's answer to the observation of `step`, (A,)."""
-        self._action = action
+        """The model's answer to the observation of `step`: (A,), or (K, A) for K steps."""
+        self._begin, self._actions = step, np.atleast_2d(action)
 
     def action(self, step: int) -> np.ndarray:
         """(A,) what is executed at `step`."""
-        return self._action
+        return self._actions[step - self._begin]
 
 
 class RealtimeControl:
@@ -55,6 +59,8 @@ class RealtimeControl:
     def give(self, step: int, action: np.ndarray, latency: float) -> None:
         if latency < 0:
             raise ValueError(f"latency={latency}: expected seconds, 0 or more.")
+        if np.ndim(action) != 1:
+            raise ValueError("Real-time control takes one action for an observation: let the policy give no chunks.")
         self._ready = max(self._ready, step * self.period) + latency
         self._coming.append((self._ready, np.asarray(action)))
 

@@ -32,7 +32,7 @@ def evaluate(
     env: str = "metaworld",
     tasks: str = "mt10",
     episodes: int = 50,
-    policy: str = "model",
+    policy: str | Policy = "model",
     control: str = "blocking",
     hz: float = 5.0,
     latency: float | None = None,
@@ -54,7 +54,8 @@ def evaluate(
 
     Args:
         model: Folder or Hub id; also of whose statistics "random" and "mean" are.
-        policy: "model", or to compare with: "expert" (scripted), "random" (between q01 and q99), "mean" action.
+        policy: "model", or to compare with: "expert" (scripted), "random" (between q01 and q99), "mean" action, or a
+            policy of another kind, whose repr goes into the report; `model` is only written down then.
         control: "blocking" or "realtime", see `control`; `hz` and `latency` (seconds; default: the median of ten single
             predictions here) are of the latter.
         variations: Of the environment; "all" for each axis, "none" or "" for episodes as recorded. Each is run for
@@ -70,7 +71,8 @@ def evaluate(
     Raises:
         ValueError: If an option is impossible, or the folder holds an evaluation with other ones.
     """
-    check_choice("policy", policy, POLICIES)
+    if isinstance(policy, str):
+        check_choice("policy", policy, POLICIES)
     check_choice("control", control, ("blocking", "realtime"))
     if episodes < 1 or videos < 0:
         raise ValueError(f"episodes={episodes}, videos={videos}: expected at least one episode, and 0 videos or more.")
@@ -82,7 +84,9 @@ def evaluate(
     max_steps = max_steps or here.max_steps
     here.close()
     actor: Policy | None = None
-    if policy in ("random", "mean"):
+    if not isinstance(policy, str):
+        actor, policy = policy, repr(policy)
+    elif policy in ("random", "mean"):
         config = OpenVLAForActionPrediction.config_class.from_pretrained(model)
         actor = reference_policy(policy, get_action_stats(read_statistics(model, config), unnorm_key))
     elif policy == "model":

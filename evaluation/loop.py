@@ -173,11 +173,11 @@ def run_episodes(
 
 
 def checked(actions: np.ndarray, count: int) -> np.ndarray:
-    """Actions (N, A) of a policy, refused where they are not finite numbers of the right count."""
+    """Actions (N, A) or chunks (N, K, A) of a policy, refused where they are not finite numbers of the right count."""
     actions = np.asarray(actions)
-    if actions.ndim != 2 or len(actions) != count or not np.isfinite(actions).all():
+    if actions.ndim not in (2, 3) or not actions.size or len(actions) != count or not np.isfinite(actions).all():
         raise ValueError(
-            f"The policy gave {actions.tolist()} for {count} observations: expected finite (N, A) numbers."
+            f"The policy gave {actions.tolist()} for {count} observations: expected finite (N, A) or (N, K, A) numbers."
         )
     return actions
 

@@ -24,7 +24,7 @@ class Policy(Protocol):
     """Observations in, actions out; for several environments at once."""
 
     def act(self, observations: Sequence[Observation]) -> np.ndarray:
-        """(N, A) actions in the units of the environment."""
+        """(N, A) actions in the units of the environment; or (N, K, A), K for each to be executed one after another."""
         ...
 
 

@@ -34,8 +34,20 @@ def test_delays(hz, latency, delays):
     assert effective_delays(hz, latency, len(delays)) == delays
 
 
+def test_a_chunk_is_executed_before_the_next_observation_counts():
+    control, asked = BlockingControl(), []
+    for step in range(7):
+        if control.wants_action(step):
+            asked.append(step)
+            control.give(step, np.array([[step, 0], [step, 1], [step, 2]]), 0.1)
+        assert control.action(step).tolist() == [step - step % 3, step % 3]
+    assert asked == [0, 3, 6]
+
+
 def test_errors():
     with pytest.raises(ValueError, match="hz=0"):
         RealtimeControl(0, np.zeros(7))
     with pytest.raises(ValueError, match="latency=-1"):
         RealtimeControl(5, np.zeros(7)).give(0, np.zeros(7), -1)
+    with pytest.raises(ValueError, match="one action"):
+        RealtimeControl(5, np.zeros(7)).give(0, np.zeros((3, 7)), 0.1)

@@ -56,6 +56,19 @@ def test_modes_and_resume(tmp_path):
         run(folder, **{**late, "hz": 10.0})
 
 
+def test_a_policy_of_another_kind(tmp_path):
+    class Up:
+        def act(self, observations):
+            return np.tile([0.0, 0, 1, 0, 0, 0, 1], (len(observations), 2, 1))  # two steps each
+
+        def __repr__(self):
+            return "up and away"
+
+    assert run(tmp_path, policy=Up(), max_steps=5, episodes=1)["mean_success"] == 0.0
+    assert [entry["predictions"] for entry in episodes(tmp_path)] == [3, 3]
+    assert "policy: `up and away`" in (tmp_path / "report.md").read_text()
+
+
 def test_errors(tmp_path):
     with pytest.raises(ValueError, match="Did you mean 'expert'"):
         run(tmp_path, policy="experts")
