@@ -322,7 +322,10 @@ def evaluate(
     control: Annotated[Control, typer.Option(help="blocking: the world waits. realtime: it goes on.")] = (
         Control.blocking
     ),
-    hz: Annotated[float, typer.Option(help="Steps of the world in a second (realtime).")] = 5.0,
+    hz: Annotated[
+        float | None,
+        typer.Option(help="Steps of the world in a second (realtime).", show_default="the environment's"),
+    ] = None,
     latency: Annotated[
         float | None, typer.Option(help="Seconds a prediction takes (realtime).", show_default="measured")
     ] = None,

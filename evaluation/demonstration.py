@@ -1,14 +1,19 @@
 """One episode of a scripted expert, and the file it waits in until all are there."""
 
 import zlib
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..data.episode import EncodedFrames, Episode
 from ..data.images import ImageFormat, encode_image
-from .environment import Environment
+from .environment import Environment, check_action
+
+
+if TYPE_CHECKING:
+    from .policies import Policy
 
 
 def record_episode(
@@ -18,6 +23,7 @@ def record_episode(
     *,
     variation: str = "",
     noise: float = 0.0,
+    student: "Policy | None" = None,
     paraphrases: bool = False,
     after_success: int = 5,
     image_format: ImageFormat = "jpeg",
@@ -26,6 +32,13 @@ def record_episode(
 
     The observation of a step is what was seen before its action. Noise and wording follow from `seed` and `task`; each
     episode draws its own standard deviation between 0 and `noise`.
+
+    Args:
+        student: Acts in the first steps, of which each episode draws the number up to half of `max_steps`. The actions
+            of the episode are the expert's nevertheless (DAgger, arXiv 1011.0686).
+
+    Raises:
+        ValueError: If the student gives something that is no action.
     """
     generator = np.random.default_rng([seed, zlib.crc32(task.encode())])
     observation = environment.reset(seed, task, variation)
@@ -35,6 +48,7 @@ def record_episode(
     states: list[np.ndarray] = []
     actions: list[np.ndarray] = []
     strength = noise * generator.random()
+    driven = generator.integers(environment.max_steps // 2 + 1) if student is not None else 0
     left: int | None = None  # steps to go, once the task is done
     while left != 0:
         if left is None and len(actions) == environment.max_steps:
@@ -44,8 +58,11 @@ def record_episode(
         action = environment.expert_action().astype(np.float32)
         states.append(observation.state)
         actions.append(action)
-        executed = action.copy()
-        executed[:3] += strength * generator.standard_normal(3)
+        if student is not None and len(actions) <= driven:
+            executed = check_action(np.asarray(student.act([replace(observation, instruction=instruction)]))[0])
+        else:
+            executed = action.copy()
+            executed[:3] += strength * generator.standard_normal(3)
         observation, success = environment.step(executed)
         if left is not None:
             left -= 1

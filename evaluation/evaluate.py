@@ -34,7 +34,7 @@ def evaluate(
     episodes: int = 50,
     policy: str | Policy = "model",
     control: str = "blocking",
-    hz: float = 5.0,
+    hz: float | None = None,
     latency: float | None = None,
     variations: Sequence[str] = ("none",),
     max_steps: int | None = None,
@@ -81,7 +81,7 @@ def evaluate(
     chosen = choose_tasks(here, tasks)
     variations = choose_variations(here, chosen, variations)
     varied = [(variation, task) for variation in variations for task in tasks_with(here, chosen, variation)]
-    max_steps = max_steps or here.max_steps
+    max_steps, hz = max_steps or here.max_steps, here.frequency if hz is None else hz
     here.close()
     actor: Policy | None = None
     if not isinstance(policy, str):
@@ -90,8 +90,7 @@ def evaluate(
         config = OpenVLAForActionPrediction.config_class.from_pretrained(model)
         actor = reference_policy(policy, get_action_stats(read_statistics(model, config), unnorm_key))
     elif policy == "model":
-        crop = trained_with_crops(model) if center_crop is None else center_crop
-        loading: dict[str, Any] = {"quantization": quantization, "unnorm_key": unnorm_key, "crop": crop}
+        loading: dict[str, Any] = {"quantization": quantization, "unnorm_key": unnorm_key, "crop": center_crop}
         actor = OpenVLAPolicy.load(model, device=device, dtype=dtype, **loading)
     make_control: Any = BlockingControl
     if control == "realtime":
@@ -154,12 +153,6 @@ def reference_policy(name: str, stats: dict[str, Any]) -> Policy:
     if name == "random":
         return RandomPolicy(np.asarray(stats["q01"]), np.asarray(stats["q99"]))
     return ConstantPolicy(np.asarray(stats["mean"]))
-
-
-def trained_with_crops(model: str) -> bool:
-    """Whether `openvla finetune` made the model with image augmentation; False where nothing is known."""
-    made = Path(model) / "finetune.json"
-    return made.is_file() and bool(json.loads(made.read_text(encoding="utf-8")).get("image_aug"))
 
 
 def single_latency(policy: Policy, instruction: str, size: int) -> float:

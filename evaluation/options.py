@@ -39,6 +39,11 @@ class RecordOptions:
         "Greatest standard deviation of noise on the executed translation, in units of the action; each episode draws "
         "its own below. The recorded action stays the expert's clean answer to what was seen: how to recover.",
     )
+    student: str | None = option(
+        None,
+        "Model that acts first, for a number of steps that each episode draws, up to half of the longest; then the "
+        "expert ends it. Recorded is the expert's answer throughout: what the model should have done (DAgger).",
+    )
     seed: int = option(0, "Number of the first episode; other numbers begin elsewhere. Evaluation has its own seeds.")
     after_success: int = option(5, "Steps to go on after the first success.")
     workers: int = option(1, "Processes, each with its own simulator.")

@@ -1,6 +1,8 @@
 """What can be in control: an OpenVLA model, and what it is measured against."""
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -34,6 +36,7 @@ class OpenVLAPolicy:
 
     Args:
         camera: Which image of the observation it sees. Default: the first.
+        crop: Show it the center of the image.
     """
 
     def __init__(
@@ -49,9 +52,22 @@ class OpenVLAPolicy:
 
     @classmethod
     def load(
-        cls, folder: str, *, device: str = "cpu", dtype: str = "auto", quantization: str | None = None, **options: Any
+        cls,
+        folder: str,
+        *,
+        device: str = "cpu",
+        dtype: str = "auto",
+        quantization: str | None = None,
+        crop: bool | None = None,
+        **options: Any,
     ) -> "OpenVLAPolicy":
-        """From a folder or Hub id, quantized to "int8" or "int4" (bitsandbytes) or not; `options` of the class."""
+        """From a folder or Hub id; `options` of the class.
+
+        Args:
+            quantization: "int8" or "int4" (bitsandbytes).
+            crop: Default: as it was fine-tuned.
+        """
+        options["crop"] = trained_with_crops(folder) if crop is None else crop
         if quantization is None:
             # Not by `device_map`, which needs accelerate.
             return cls(OpenVLAForActionPrediction.from_pretrained(folder, dtype=dtype).to(device).eval(), **options)
@@ -72,6 +88,12 @@ class OpenVLAPolicy:
         instructions = [observation.instruction for observation in observations]
         with torch.inference_mode():
             return np.asarray(self.model.predict_action(images, instructions, unnorm_key=self.unnorm_key))
+
+
+def trained_with_crops(model: str) -> bool:
+    """Whether `openvla finetune` made the model with image augmentation; False where nothing is known."""
+    made = Path(model) / "finetune.json"
+    return made.is_file() and bool(json.loads(made.read_text(encoding="utf-8")).get("image_aug"))
 
 
 class RandomPolicy:

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
@@ -20,6 +20,10 @@ from .environment import RECORDING_SEEDS, Environment, choose_tasks, tasks_with
 from .options import MOST_EPISODES, RecordOptions
 from .rendering import opengl_backend
 from .workers import EnvironmentProcess
+
+
+if TYPE_CHECKING:
+    from .policies import Policy
 
 
 ACTION_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
@@ -158,8 +162,15 @@ class Recorder:
 
     def __init__(self, options: RecordOptions):
         self.options, self.environment = options, options.environment()
-        # With noise the expert fails more often; pictures take nearly all of the time, so a first try goes without.
-        self.blind = options.environment(render=False) if options.noise else None
+        self.student: Policy | None = None
+        self.blind: Environment | None = None
+        if options.student is not None:
+            from .policies import OpenVLAPolicy  # loads torch, which nothing else here needs
+
+            self.student = OpenVLAPolicy.load(options.student)
+        elif options.noise:
+            # The expert fails more often then; pictures take nearly all of the time, so a first try goes without.
+            self.blind = options.environment(render=False)
 
     def record(self, task: str, axis: str, number: int, file: Path) -> None:
         """Try seeds until the expert succeeds; the file appears when it is whole."""
@@ -181,6 +192,7 @@ class Recorder:
             seed,
             variation=axis,
             noise=options.noise,
+            student=self.student,
             paraphrases=options.paraphrases,
             after_success=options.after_success,
             image_format="png" if options.format == "hdf5" else options.images,

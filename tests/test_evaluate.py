@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from openvla import OpenVLAForActionPrediction
-from openvla.evaluation.evaluate import evaluate, trained_with_crops
+from openvla.evaluation.evaluate import evaluate
+from openvla.evaluation.policies import trained_with_crops
 
 
 pytest.importorskip("metaworld", reason="Meta-World needs the [sim] extra")

@@ -13,6 +13,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import timm.optim
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModel
@@ -23,6 +24,7 @@ from openvla.data.collate import ActionCollator
 from openvla.training import STRATEGIES, FinetuneOptions, finetune, merge_adapter, plan_run
 from openvla.training import trainer as trainer_module
 from openvla.training.plan import estimate
+from openvla.training.run import make_muon
 
 
 pytest.importorskip("accelerate", reason="training needs the [train] extra")
@@ -199,6 +201,11 @@ finetune(options, resume=bool(int(sys.argv[2])))
 """
 
 
+def needs_muon() -> None:
+    if "nmuon" not in timm.optim.list_optimizers():
+        pytest.skip(f"timm {timm.__version__} has no Muon")
+
+
 def process(run: FinetuneOptions, *, resume: bool = False, processes: int = 1, folder: Path) -> list[str]:
     """A command that runs `finetune` in processes of its own."""
     script = folder / "run.py"
@@ -208,11 +215,14 @@ def process(run: FinetuneOptions, *, resume: bool = False, processes: int = 1, f
     return [sys.executable, *(launch if processes > 1 else []), *rest]
 
 
-@pytest.mark.parametrize("strategy", ["lora", "last_layer"])
-def test_killed_and_resumed_as_if_nothing_had_happened(strategy, tmp_path):
+@pytest.mark.parametrize("strategy, optimizer", [("lora", "adamw"), ("last_layer", "muon")])
+def test_killed_and_resumed_as_if_nothing_had_happened(strategy, optimizer, tmp_path):
     """kill -9 between checkpoints; optimizer, schedule, data position and dropout go on as they were."""
     same = {"steps": 8, "save_every": 2, "log_every": 1, "strategy": strategy, "dtype": "float32"}
     same |= {"learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 2, "dropout": 0.3, "keep": 9}
+    same |= {"optimizer": optimizer}
+    if optimizer == "muon":
+        needs_muon()
     finetune(options(tmp_path / "whole", **same))
     run = options(tmp_path / "killed", **same)
     running = subprocess.Popen(process(run, folder=tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -333,6 +343,31 @@ def test_the_plan(tmp_path):
 def test_what_is_not_learned_is_said(tmp_path, capsys):
     finetune(options(tmp_path / "run", strategy="last_layer", steps=1))
     assert "the training actions are not learned yet" in capsys.readouterr().out
+
+
+def test_muon_orthogonalizes_matrices_and_leaves_the_rest_to_adamw(monkeypatch):
+    """Embeddings, the output layer, vectors and tokens are AdamW's; patches, attention and MLPs are Muon's."""
+    needs_muon()
+    model = OpenVLAForActionPrediction.from_pretrained(ROOT, dtype=torch.float32)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    optimizer = make_muon(model, options(Path("unused"), strategy="full", optimizer="muon", learning_rate=0.01))
+    matrices = {name for name, parameter in model.named_parameters() if parameter.ndim in (2, 4)}
+    matrices -= {"language_model.model.embed_tokens.weight", "language_model.lm_head.weight"}
+    muons = {names[id(p)] for group in optimizer.param_groups if not group.get("use_fallback") for p in group["params"]}
+    assert {name for name in muons if dict(model.named_parameters())[name].ndim > 1} == matrices
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
+
+    weight = model.projector.fc2.weight
+    before = weight.detach().clone()
+    weight.grad = torch.randn_like(weight) * torch.linspace(1, 0.05, len(weight))[:, None]
+    optimizer.step()
+    stretch, steep = torch.linalg.svdvals(before - weight.detach()), torch.linalg.svdvals(weight.grad)
+    assert stretch.max() < 3 * stretch.min() and steep.max() > 10 * steep.min()
+    monkeypatch.setattr(timm.optim, "list_optimizers", lambda: ["adamw"])
+    with pytest.raises(ValueError, match="not in timm"):
+        make_muon(model, options(Path("unused"), optimizer="muon"))
+    with pytest.raises(ValueError, match="fsdp"):
+        options(Path("unused"), optimizer="muon", fsdp=True)
 
 
 def test_errors(tmp_path):

@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import openvla
 from openvla import OpenVLAConfig, OpenVLAForActionPrediction
 from openvla.configuration_openvla import TRANSFORMERS
+from openvla.modeling_openvla import PatchProjection
 
 
 INSTRUCTIONS = ["open the drawer", "push the puck to the goal", "pick up the cup"]
@@ -109,6 +110,19 @@ def test_padding_changes_nothing(tiny_model, tiny_processor):
                 torch.testing.assert_close(
                     output.logits[row][expanded[row].bool()][-5:], alone.logits[0][-5:], rtol=0, atol=2e-3
                 )
+
+
+@pytest.mark.parametrize("size", [56, (60, 45)], ids=str)
+def test_patches_are_embedded_as_by_the_convolution(size):
+    """Also where pixels at the right and below fill no patch, as at 384 pixels."""
+    pixels = torch.randn(2, 3, *(size if isinstance(size, tuple) else (size, size)), requires_grad=True)
+    product = PatchProjection(3, 16, kernel_size=14, stride=14)
+    convolution = torch.nn.Conv2d(3, 16, kernel_size=14, stride=14)
+    convolution.load_state_dict(product.state_dict())
+    torch.testing.assert_close(product(pixels), convolution(pixels), atol=1e-5, rtol=1e-5)
+    for module in (product, convolution):
+        module(pixels).square().sum().backward()
+    torch.testing.assert_close(product.weight.grad, convolution.weight.grad, atol=1e-3, rtol=1e-4)
 
 
 def test_inputs_embeds_and_tuple_output(small_model):

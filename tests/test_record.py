@@ -87,6 +87,38 @@ def test_each_episode_draws_its_own_noise_up_to_the_strongest():
     np.testing.assert_allclose(np.quantile(strengths, [0.25, 0.5, 0.75]), [0.005, 0.01, 0.015], atol=0.002)
 
 
+def test_a_student_acts_and_the_expert_answers():
+    """The student walks away from 0, for as many steps as were drawn; the expert brings it back, and is recorded."""
+
+    class Student:
+        told: list[str] = []
+
+        def act(self, observations):
+            self.told += [observation.instruction for observation in observations]
+            return np.tile([0.1, 0, 0, 0, 0, 0, 1.0], (len(observations), 1))
+
+    driven = set()
+    for seed in range(10_000, 10_020):
+        point, student = Point(), Student()
+        student.told = []
+        episode = record_episode(point, "go", seed, student=student, paraphrases=True)
+        if episode is None:  # walked too far to be back in time
+            continue
+        steps = len(student.told)
+        assert set(student.told) == {episode.instruction}
+        np.testing.assert_allclose(np.stack(point.executed)[:steps, 0], 0.1)
+        assert (episode.actions[:steps, 0] < 0).all() and episode.state[steps, 0] == pytest.approx(1 + 0.1 * steps)
+        driven.add(steps)
+    assert len(driven) > 4 and max(driven) <= Point.max_steps // 2 + 1
+
+    class Broken:
+        def act(self, observations):
+            return np.full((1, 7), np.nan)
+
+    with pytest.raises(ValueError, match="seven finite numbers"):
+        record_episode(Point(), "go", 10_000, student=Broken())
+
+
 def test_trying_without_pictures_first_changes_nothing_in_what_is_recorded(tmp_path, monkeypatch):
     """With noise the expert fails for some seeds: the same seed is found, and the same episode of it."""
     tried = []
@@ -105,11 +137,11 @@ def test_trying_without_pictures_first_changes_nothing_in_what_is_recorded(tmp_p
 
     monkeypatch.setattr(RecordOptions, "environment", lambda self, **more: Seeing(**more))
     blind_first = Recorder(options(tmp_path, noise=0.05))
-    blind_first.record("go", 3, tmp_path / "blind_first.npz")
+    blind_first.record("go", "", 3, tmp_path / "blind_first.npz")
     assert tried == [(False, 3), (False, RECORDING_SEEDS[10_003]), (True, RECORDING_SEEDS[10_003])]
     seeing = Recorder(options(tmp_path, noise=0.05))
     seeing.blind = None
-    seeing.record("go", 3, tmp_path / "seeing.npz")
+    seeing.record("go", "", 3, tmp_path / "seeing.npz")
     assert (tmp_path / "blind_first.npz").read_bytes() == (tmp_path / "seeing.npz").read_bytes()
 
 
@@ -134,12 +166,12 @@ def test_paraphrases_are_drawn_by_the_seed():
 def test_a_failed_attempt_is_counted_and_the_next_seed_tried(tmp_path, monkeypatch):
     assert record_episode(Point(), "go", 3) is None
     monkeypatch.setattr(RecordOptions, "environment", lambda self, **more: Point())
-    Recorder(options(tmp_path)).record("go", 3, tmp_path / "file.npz")
+    Recorder(options(tmp_path)).record("go", "", 3, tmp_path / "file.npz")
     with np.load(tmp_path / "file.npz") as file:
         assert (int(file["failed"]), int(file["seed"])) == (1, RECORDING_SEEDS[10_003])
     monkeypatch.setattr(record_module, "ATTEMPTS", 1)
     with pytest.raises(ValueError, match="failed 1 times at 'go'"):
-        Recorder(options(tmp_path)).record("go", 3, tmp_path / "other.npz")
+        Recorder(options(tmp_path)).record("go", "", 3, tmp_path / "other.npz")
     assert [path.name for path in tmp_path.iterdir()] == ["file.npz"]
 
 

@@ -27,7 +27,10 @@ class FinetuneOptions:
     learning_rate: float | None = option(None, "Default: 5e-4 for lora and qlora, else 2e-5.")
     schedule: Literal["constant", "linear", "cosine"] = option("constant", "Of the learning rate after the warmup.")
     warmup_steps: int = option(0, "Steps in which the learning rate rises from 0.")
-    weight_decay: float = option(0.0, "Of AdamW.")
+    weight_decay: float = option(0.0, "Of the optimizer.")
+    optimizer: Literal["adamw", "muon"] = option(
+        "adamw", "muon: for training from scratch; matrices are orthogonalized updates, the rest is AdamW's."
+    )
     max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.")
     rank: int = option(32, "Inner dimension of an adapter (lora, qlora).")
     alpha: int | None = option(None, "Scale of an adapter is alpha / rank. Default: min(rank, 16).")
@@ -82,6 +85,8 @@ class FinetuneOptions:
                 raise ValueError(f"{name}={getattr(self, name)}: it must be at least {least}.")
         if not 0 <= self.held_out < 1:
             raise ValueError(f"held_out={self.held_out}: expected a part of the episodes, from 0 to below 1.")
+        if self.optimizer == "muon" and self.fsdp:
+            raise ValueError("optimizer='muon' takes whole matrices, and fsdp=True shards them: leave one of them out.")
         if self.logging != "none" and importlib.util.find_spec(self.logging) is None:
             raise ValueError(f"logging={self.logging!r} needs {self.logging}: pip install {self.logging}, or 'none'.")
 

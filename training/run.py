@@ -5,6 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import timm
+import timm.optim
 import torch
 from timm.models.vision_transformer import Block
 from tqdm import tqdm
@@ -113,6 +115,24 @@ def training_arguments(options: FinetuneOptions, config: OpenVLAConfig) -> Train
     return arguments
 
 
+NO_MATRICES = ("*embed_tokens*", "*lm_head*", "*pos_embed*", "*cls_token*", "*reg_token*")  # one row for each entry
+
+
+def make_muon(model: torch.nn.Module, options: FinetuneOptions) -> torch.optim.Optimizer:
+    """Muon (https://kellerjordan.github.io/posts/muon), its updates as large as AdamW's (arXiv 2502.16982), so that
+    learning rates mean the same; AdamW for vectors, embeddings and the output layer.
+
+    Raises:
+        ValueError: If the installed timm has no Muon.
+    """
+    if "nmuon" not in timm.optim.list_optimizers():
+        raise ValueError(f"optimizer='muon' is not in timm {timm.__version__}: pip install --upgrade timm.")
+    decay = options.weight_decay
+    return timm.optim.create_optimizer_v2(
+        model, "nmuon", lr=learning_rate(options), weight_decay=decay, fallback_list=NO_MATRICES
+    )
+
+
 def finetune(options: FinetuneOptions, resume: bool = False, data: Any = None) -> Path:
     """Train, and write a checkpoint that `OpenVLAForActionPrediction.from_pretrained` loads.
 
@@ -182,6 +202,7 @@ def finetune(options: FinetuneOptions, resume: bool = False, data: Any = None) -
         metrics=(ActionMetrics(tokenizer, action_dim), ActionMetrics(tokenizer, action_dim)),
         frames=run.mixture[1],
         card=card(run),
+        optimizers=(make_muon(model, options) if options.optimizer == "muon" else None, None),
     )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_result(output, run.config.dtype if options.dtype == "auto" else None)
