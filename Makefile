@@ -6,10 +6,11 @@ BIN := $(VENV)/bin
 OUTPUTS := outputs
 JOBS ?= 2
 
-.PHONY: help demo test test-floor check format bench constraints clean
+.PHONY: help demo policy test test-floor check format bench constraints clean
 
 help:
 	@echo "make demo        the embedded policy: predictions on example frames, films of it in simulation, in $(OUTPUTS)/"
+	@echo "make policy      record, train and evaluate the policy of this folder anew: hours"
 	@echo "make test        the whole test-suite (offline, CPU)"
 	@echo "make test-floor  the same with the oldest supported libraries"
 	@echo "make check       ruff (format and lint) and mypy"
@@ -47,6 +48,9 @@ demo: $(VENV)/demo.stamp
 	@echo && echo "In closed loop, one episode of each task (minutes on a CPU):"
 	@$(BIN)/openvla demo --output $(OUTPUTS)/demo || { test $$? -eq 3 && \
 		echo "No films: the simulator has nothing to render with, see above. All of the demo that needs none has run."; }
+
+policy: $(VENV)/dev.stamp
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/policy.sh $(OUTPUTS)/policy
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)

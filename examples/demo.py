@@ -24,8 +24,8 @@ import matplotlib.pyplot as plt  # noqa: E402 - after the backend is chosen
 ROOT = Path(__file__).resolve().parents[1]
 FRAMES = Path(__file__).resolve().parent / "frames"
 PREDICTED, EXPERT = "tab:blue", "tab:gray"
-# Of this dataset: 1 shifts the target of the gripper by 1 cm per step; rotations stay 0.
-UNITS = ["cm"] * 3 + ["rad"] * 3 + ["1 open, 0 closed"]
+# Of this dataset: 1 moves the target of the gripper by 4 cm in a twentieth of a second; rotations stay 0.
+UNITS = ["x 4 cm"] * 3 + ["rad"] * 3 + ["1 open, 0 closed"]
 
 
 def draw(rows: list[dict], path: Path) -> None:
@@ -44,7 +44,7 @@ def draw(rows: list[dict], path: Path) -> None:
             motion.annotate("", (x, y), (0, 0), arrowprops={"arrowstyle": "-|>", "color": color, "lw": 2.5})
             motion.annotate("", (1.35, z), (1.35, 0), arrowprops={"arrowstyle": "-|>", "color": color, "lw": 2.5})
             motion.plot([], [], color=color, lw=2.5, label=f"{label}, gripper {describe_gripper(values[6])}")
-        motion.set(xlim=(-1.2, 1.6), ylim=(-1.75, 1.2), xlabel="x (cm)", ylabel="y and z (cm)")
+        motion.set(xlim=(-1.2, 1.6), ylim=(-1.75, 1.2), xlabel="x (1 is 4 cm)", ylabel="y and z")
         motion.text(1.35, 1.05, "z", ha="center")
         motion.text(-1.1, 1.02, "x, y")
         motion.axvline(1.1, color="lightgray", lw=1)
@@ -90,7 +90,7 @@ def main() -> None:
     error = np.mean([np.abs(row["action"] - row["expert"]) for row in rows])
     picture = arguments.output / "demo.png"
     draw(rows, picture)
-    print(f"\nmean |predicted - expert| {error:.3f} (x, y, z in cm per step; gripper 0 to 1); picture: {picture}")
+    print(f"\nmean |predicted - expert| {error:.3f} (x, y, z: 1 is 4 cm; gripper 0 to 1); picture: {picture}")
 
 
 if __name__ == "__main__":

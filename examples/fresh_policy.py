@@ -1,7 +1,6 @@
 """A small OpenVLA with random weights: where the embedded policy begins.
 
-    python examples/fresh_policy.py outputs/fresh
-    openvla finetune --model outputs/fresh --strategy full --dataset DEMOS --output outputs/policy ...
+    python examples/fresh_policy.py outputs/fresh          # examples/policy.sh goes on from there
 
 Both towers, the fused projector, Llama and a tokenizer of its own, whose words are those of the tasks, so that prompts
 are short and a CPU can train it.
@@ -80,9 +79,9 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="folder for the checkpoint")
     parser.add_argument("--patch", type=int, default=32, help="pixels of a patch: 32 makes 49 of them")
     parser.add_argument("--width", type=int, default=192, help="of the towers")
-    parser.add_argument("--depth", type=int, default=5, help="blocks of the towers, of which the last is not run")
+    parser.add_argument("--depth", type=int, default=3, help="blocks of the towers, of which the last is not run")
     parser.add_argument("--hidden", type=int, default=256, help="of the language model")
-    parser.add_argument("--layers", type=int, default=5, help="of the language model")
+    parser.add_argument("--layers", type=int, default=3, help="of the language model")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
@@ -94,7 +93,7 @@ def main() -> None:
         means=[[0.485, 0.456, 0.406], [0.5] * 3], stds=[[0.229, 0.224, 0.225], [0.5] * 3],
     )  # fmt: skip
     model = openvla.OpenVLAForActionPrediction(make_config(tokenizer, arguments))
-    model.save_pretrained(arguments.output)
+    model.to(torch.bfloat16).save_pretrained(arguments.output)  # what learns is float32, what is kept is not
     openvla.OpenVLAProcessor(image_processor, tokenizer).save_pretrained(arguments.output)
     prompt = openvla.PROMPT_TEMPLATES["openvla"].format(instruction="open the drawer")
     length = len(tokenizer(prompt).input_ids)

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from openvla import OpenVLAForActionPrediction, OpenVLAProcessor, normalize_actions
+from openvla.evaluation.evaluate import evaluate
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,6 +53,13 @@ def test_it_does_what_the_expert_did(policy):
     mean = normalize_actions(np.array(stats["mean"]), stats)
     error = np.abs(prediction.normalized_actions - expert).mean()
     assert error < 0.1 and error < 0.5 * np.abs(mean - expert).mean()
+
+
+def test_it_solves_tasks_in_closed_loop(opengl, tmp_path):
+    """The first seeds of the evaluation, which recording never uses."""
+    pytest.importorskip("metaworld", reason="Meta-World needs the [sim] extra")
+    options = {"tasks": "door-open-v3,drawer-open-v3", "episodes": 2, "videos": 0, "workers": 2, "progress": False}
+    assert evaluate(model=str(ROOT), output=tmp_path, **options)["mean_success"] == 1.0
 
 
 def test_instruction_and_image_matter(policy):

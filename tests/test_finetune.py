@@ -112,6 +112,7 @@ def test_weights_that_learn_are_float32_and_saved_as_they_were(tmp_path):
     assert {tensor.dtype for tensor in kept.values()} == {torch.float32}
     assert {t.dtype for t in load_file(tmp_path / "run" / "model.safetensors").values()} == {torch.bfloat16}
     assert AutoModel.from_pretrained(str(tmp_path / "run"), dtype="auto").dtype == torch.bfloat16
+    assert "use_cache" not in json.loads((tmp_path / "run" / "config.json").read_text())  # the library's, for training
 
 
 # Data

@@ -79,7 +79,12 @@ class ActionTrainer(Trainer):
         card: str,
         **kwargs: Any,
     ):
+        config = kwargs["model"].config
+        before = {name: value for name, value in vars(config).items() if name == "use_cache"}
         super().__init__(train_dataset=samples, eval_dataset=list(held_out) or None, **kwargs)
+        # The library writes its own choice for training there, and checkpoints would keep it.
+        vars(config).pop("use_cache", None)
+        vars(config).update(before)
         self.stream, self.eval_samples, self.collator, self.held_out = stream, eval_samples, collator, list(held_out)
         self.statistics, self.frames, self.card = statistics, frames, card
         self.train_metrics, self.eval_metrics = metrics
