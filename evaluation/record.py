@@ -118,8 +118,8 @@ def _run(
     """Record all jobs, in this process or in others; the first failure ends it."""
     if workers == 1 or len(jobs) < 2:
         recorder = make()
-        for job, file in jobs:
-            recorder.record(*job, file)
+        for episode, file in jobs:
+            recorder.record(*episode, file)
             done()
         recorder.close()
         return
@@ -132,8 +132,8 @@ def _run(
         process = EnvironmentProcess(make, timeout=SLOWEST_EPISODE)
         try:
             while not failures:
-                job, file = waiting.get_nowait()
-                process.ask("record", *job, file)
+                episode, file = waiting.get_nowait()
+                process.ask("record", *episode, file)
                 process.answer()
                 done()
         except queue.Empty:
