@@ -335,7 +335,7 @@ def test_the_plan(tmp_path):
     config = OpenVLAConfig.from_pretrained(ROOT)
     longest = len(ActionCollator(OpenVLAProcessor.from_pretrained(ROOT)).tokens("open the drawer", np.zeros(7))[0])
     expected = estimate(config, "lora", batch_size=4, precision="float32", text_tokens=longest, rank=4)
-    assert text.endswith(expected.describe()) and "trains    0.2M of 5.7M parameters" in text
+    assert text.endswith(expected.describe()) and "trains    0.2M of 7.8M parameters" in text
     shared = plan_run(replace(made, strategy="full", fsdp=True, dtype="bfloat16"), processes=8)
     assert "memory" in shared and "of one device in pure-bf16: " in shared and ", communication " in shared
     assert not (tmp_path / "run").exists()

@@ -211,10 +211,10 @@ def test_interrupted_recordings_go_on_and_end_the_same(tmp_path, opengl, monkeyp
     stopped = replace(whole, output=str(tmp_path / "stopped"))
     once = Recorder.record
 
-    def interrupted(self, task, number, file):
+    def interrupted(self, task, axis, number, file):
         if number == 1:
             raise KeyboardInterrupt
-        once(self, task, number, file)
+        once(self, task, axis, number, file)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Recorder, "record", interrupted)
@@ -225,7 +225,7 @@ def test_interrupted_recordings_go_on_and_end_the_same(tmp_path, opengl, monkeyp
         record(replace(stopped, noise=0.2), progress=False)
     numbers = []
     with monkeypatch.context() as patch:
-        patch.setattr(Recorder, "record", lambda self, *job: (numbers.append(job[1]), once(self, *job)))
+        patch.setattr(Recorder, "record", lambda self, *job: (numbers.append(job[2]), once(self, *job)))
         record(stopped, progress=False)
     assert numbers == [1]
     assert contents(tmp_path / "whole") == contents(tmp_path / "stopped")
