@@ -8,7 +8,7 @@ set -euo pipefail
 output=${1:-outputs/policy}
 tasks=${TASKS:-reach-v3,push-v3,pick-place-v3,door-open-v3,drawer-open-v3,drawer-close-v3,button-press-topdown-v3,window-open-v3,window-close-v3}
 
-# A step of noise moves the arm by up to 2.4 cm: the expert shows the way back. Ambiguous scenes make words count.
+# Noise of up to 2.4 cm (standard deviation) in a step: the expert shows the way back. Ambiguous scenes make words count.
 openvla record --tasks "$tasks" --axis none,language --episodes 300 --noise 0.6 --after-success 2 --paraphrases \
     --workers 2 --output "$output/demos"
 [ -f "$output/fresh/config.json" ] || python examples/fresh_policy.py "$output/fresh"

@@ -59,7 +59,7 @@ def test_it_solves_tasks_in_closed_loop(opengl, tmp_path):
     """The first seeds of the evaluation, which recording never uses. One of three may fail: other processors and
     drivers round otherwise. (Random actions: 0 of 6.)"""
     pytest.importorskip("metaworld", reason="Meta-World needs the [sim] extra")
-    tasks = "drawer-close-v3,button-press-topdown-v3"
+    tasks = "drawer-open-v3,button-press-topdown-v3"
     options = {"tasks": tasks, "episodes": 3, "videos": 0, "workers": 2, "progress": False}
     rows = evaluate(model=str(ROOT), output=tmp_path, **options)["rows"]
     assert len(rows) == 2 and all(row["successes"] >= 2 for row in rows)
