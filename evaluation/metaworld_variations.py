@@ -4,6 +4,7 @@
 | --- | --- | --- |
 | visual | texture, light, colors, distractors, camera | only how it looks |
 | motion | positions | objects and goals begin outside the box that recording draws them from |
+| | orientations | what the task is about is turned about the vertical by 5 to 10 degrees; recorded is one orientation |
 | physical | smaller, larger | the size of the object that is handled: 0.85 or 1.15 times |
 | semantic | paraphrase, unseen | wordings that recording never uses; `unseen`: with words that no recorded one has |
 | language | opposite | the scene allows a task and its opposite; doing the opposite first is a failure |
@@ -21,7 +22,7 @@ from .rendering import Decoration
 
 KINDS = {
     "visual": ("texture", "light", "colors", "distractors", "camera"),
-    "motion": ("positions",),
+    "motion": ("positions", "orientations"),
     "physical": ("smaller", "larger"),
     "semantic": ("paraphrase", "unseen"),
     "language": ("opposite",),
@@ -50,6 +51,8 @@ RESIZABLE = (
 SIZES = {"smaller": 0.85, "larger": 1.15}
 TOO_SMALL = ("peg-insert-side-v3", "pick-out-of-hole-v3")  # the expert cannot grasp them any smaller: 0 and 2 of 5
 WALLED = ("bin-picking-v3",)  # the bin is around the box: the expert gets no object from outside it, 0 of 5
+ROUND = ("reach-v3", "push-v3", "pick-place-v3")  # a puck and no more: turned, it looks as before
+TURN = (5.0, 10.0)  # degrees: with 8 to 15 the experts open drawers and windows 2 of 5 times and slide no plate
 BEYOND = 0.25  # of the width of the recorded box, on each side
 NARROW = 0.01  # metres: a box is not widened along a side that short
 SCENERY = ("world", "tablelink", "RetainingWall", "mocap", "base")  # roots of the bodies that no task is about
@@ -82,6 +85,7 @@ def kinds_of(task: str, texts: dict[str, dict[str, Any]]) -> tuple[str, ...]:
     """Variations that a task has, "axis:kind" each. `texts`: of all tasks, {"instruction", "seen", "held_out"}."""
     available = [f"visual:{kind}" for kind in KINDS["visual"]]
     available += ["motion:positions"] if task not in WALLED else []
+    available += ["motion:orientations"] if task not in ROUND else []
     sizes = SIZES if task not in TOO_SMALL else ("larger",)
     available += [f"physical:{kind}" for kind in sizes] if task in RESIZABLE else []
     available += ["semantic:paraphrase"] + (["semantic:unseen"] if unseen_wordings(task, texts) else [])
@@ -141,7 +145,7 @@ class Variation:
         self.decorations: tuple[Decoration, ...] = ()
 
     def before(self) -> None:
-        if self.axis == "motion":
+        if self.kind == "positions":
             space = self.world._random_reset_space
             limits = self.world.mocap_low, self.world.mocap_high
             self.world._get_state_rand_vec = outside(space.low, space.high, *limits, self.world.np_random)
@@ -154,6 +158,8 @@ class Variation:
     def after(self) -> None:
         if self.axis == "visual":
             getattr(self, f"_{self.kind}")()
+        elif self.kind == "orientations":
+            self._turn()
         elif self.axis == "language":
             joint = self.world.data.joint(OPPOSITES[self.task].joint)
             joint.qpos, joint.qvel = OPPOSITES[self.task].start, 0.0
@@ -168,10 +174,33 @@ class Variation:
 
     def _objects(self) -> list[int]:
         """Shapes that are seen and belong neither to the robot nor to table and room."""
-        model, roots = self.model, {self.model.body(name).id for name in SCENERY}
-        shapes = range(model.ngeom)
-        mine = [g for g in shapes if model.body_rootid[model.geom_bodyid[g]] not in roots]
+        model = self.model
+        roots = model.body_rootid[model.geom_bodyid]
+        mine = [g for g in range(model.ngeom) if model.body(roots[g]).name not in SCENERY]
         return [g for g in mine if model.geom_group[g] <= 2 and model.geom_rgba[g, 3] > 0]
+
+    def _turn(self) -> None:
+        """Each thing turns where it is; the goal turns with what stands nearest to it of the things that are fixed."""
+        import mujoco
+
+        model, data, world = self.model, self.world.data, self.world
+        angle = np.deg2rad(self.rng.uniform(*TURN)) * self.rng.choice([-1, 1])
+        turn, turned = np.array([np.cos(angle / 2), 0, 0, np.sin(angle / 2)]), np.zeros(4)
+        things = sorted({int(model.body_rootid[model.geom_bodyid[g]]) for g in self._objects()})
+        free = {int(model.jnt_bodyid[j]): model.jnt_qposadr[j] for j in np.flatnonzero(model.jnt_type == 0)}
+        for body in things:
+            pose = data.qpos[free[body] + 3 :][:4] if body in free else model.body_quat[body]
+            mujoco.mju_mulQuat(turned, turn, pose)
+            pose[:] = turned
+        goal = np.array(world._target_pos, dtype=np.float64)
+        fixed = [model.body_pos[body][:2] for body in things if body not in free]
+        if fixed:
+            centre = min(fixed, key=lambda place: np.linalg.norm(goal[:2] - place))
+            aside, forward = goal[:2] - centre
+            cos, sin = np.cos(angle), np.sin(angle)
+            new = np.array([*(centre + [cos * aside - sin * forward, sin * aside + cos * forward]), goal[2]])
+            markers = (model.site_bodyid == 0) & np.isclose(model.site_pos, goal).all(axis=1)
+            model.site_pos[markers] = world._target_pos = new
 
     def _texture(self) -> None:
         """The table gets another material of the model, or none, in a colour of its own."""

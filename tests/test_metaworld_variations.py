@@ -8,7 +8,7 @@ import pytest
 from openvla.evaluation import make_environment
 from openvla.evaluation.environment import choose_variations, tasks_with
 from openvla.evaluation.metaworld import CATALOGUE, MetaWorld
-from openvla.evaluation.metaworld_variations import BEYOND, KINDS, OPPOSITES, RESIZABLE, names, outside
+from openvla.evaluation.metaworld_variations import BEYOND, KINDS, OPPOSITES, RESIZABLE, TURN, names, outside
 
 
 TEXTS = CATALOGUE["tasks"]
@@ -39,9 +39,8 @@ def follow_expert(environment, seed, task, variation="", steps=40):
 
 
 def test_every_task_has_its_variations(blind):
-    assert blind.variations("push-v3") == tuple(
-        name for name in names() if ":" in name and not name.startswith("language")
-    )
+    assert set(names()) - set(blind.variations("push-v3")) == {*KINDS, "language:opposite", "motion:orientations"}
+    assert "motion:orientations" in blind.variations("drawer-open-v3")
     assert "language:opposite" in blind.variations("drawer-open-v3")
     assert not any(name.startswith("physical") for name in blind.variations("drawer-open-v3"))
     assert all(set(blind.variations(task)) <= set(names()) for task in blind.tasks)
@@ -138,6 +137,42 @@ def test_motion_moves_object_and_goal_out_of_their_boxes(blind):
             box = world._random_reset_space
             for place, part in ((world.obj_init_pos, slice(0, 2)), (world._target_pos, slice(3, 5))):
                 assert ((place[:2] < box.low[part]) | (place[:2] > box.high[part])).any()
+
+
+def test_orientations_turn_things_where_they_are(blind):
+    angles = []
+    for seed in range(6):
+        blind.reset(seed, "door-open-v3")
+        world = blind._simulator().world
+        place, goal = world.model.body("door").pos.copy(), world._target_pos.copy()
+        blind.reset(seed, "door-open-v3", "motion:orientations")
+        np.testing.assert_array_equal(world.model.body("door").pos, place)
+        w, x, y, z = world.model.body("door").quat
+        assert x == y == 0
+        angles.append(2 * np.arctan2(z, w))
+        before, after = (complex(*(each - place)[:2]) for each in (goal, world._target_pos))
+        np.testing.assert_allclose(after, before * np.exp(1j * angles[-1]))  # the goal turns with the door
+    assert all(np.deg2rad(TURN[0]) <= abs(angle) <= np.deg2rad(TURN[1]) for angle in angles)
+    assert min(angles) < 0 < max(angles)
+
+    blind.reset(0, "peg-insert-side-v3")
+    model, data = blind._simulator().world.model, blind._simulator().world.data
+    lying = data.body("peg").xmat.copy()
+    blind.reset(0, "peg-insert-side-v3", "motion:orientations")
+    cosine = (np.trace(lying.reshape(3, 3).T @ data.body("peg").xmat.reshape(3, 3)) - 1) / 2
+    assert np.cos(np.deg2rad(TURN[1])) <= cosine <= np.cos(np.deg2rad(TURN[0]))  # what lies free turns as well
+    assert model.body("box").quat[3] != 0
+
+
+@pytest.mark.parametrize("task", ["door-open-v3", "drawer-open-v3", "window-close-v3", "peg-insert-side-v3"])
+def test_experts_solve_turned_tasks(blind, task):
+    assert follow_expert(blind, 1_000_000, task, "motion:orientations", steps=125)[1]
+
+
+@pytest.mark.parametrize("kind", KINDS["visual"])
+@pytest.mark.parametrize("task", ["hand-insert-v3", "sweep-into-v3"])
+def test_scenes_without_walls_have_variations_of_looks_as_well(blind, task, kind):
+    blind.reset(0, task, f"visual:{kind}")  # their models lack parts of the scenery that the others have
 
 
 @pytest.mark.parametrize("kind, scale", [("smaller", 0.85), ("larger", 1.15)])
