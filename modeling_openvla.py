@@ -345,6 +345,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model._hub_kwargs = hub
+        _keep_split_blocks_from_packing(model)
         if pretrained_model_name_or_path is not None:
             file = cached_file(
                 pretrained_model_name_or_path,
@@ -870,6 +871,15 @@ def _turn_block_scales_back(model: nn.Module) -> None:
         packed = state is not None and getattr(state, "packing_format_for_cpu", False)
         if packed and not state.original_nested and state.absmax.ndim == 2:
             state.absmax = state.absmax.T.flatten().float()
+
+
+def _keep_split_blocks_from_packing(model: nn.Module) -> None:
+    """bitsandbytes 0.50 packs 4-bit weights for CPUs with AVX512-BF16 and fails where a row ends inside a block, or rows
+    are no multiple of 32."""
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            whole = module.in_features % module.weight.blocksize == 0 and module.out_features % 32 == 0
+            module.support_avx512bf16_for_cpu = whole
 
 
 def _keep_out_of_quantization(quantization_config):

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny import TINY, golden_image
 from transformers import BitsAndBytesConfig
 
@@ -55,6 +56,18 @@ def test_load_save_reload(name, tiny_checkpoint, tmp_path):
     for other in (again, model):
         reloaded = other.predict_action(image, "open the drawer", **arguments)
         assert reloaded.token_ids.tolist() == prediction.token_ids.tolist()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_embedded_policy_is_quantized_too(name, dtype):
+    """Its language model has rows of 672, which are no whole blocks of 64."""
+    picture = np.asarray(Image.open(next((ROOT / "examples" / "frames").glob("*.png"))).convert("RGB"))
+    words = ("open the drawer", "push the puck to the goal")
+    plain = OpenVLAForActionPrediction.from_pretrained(ROOT, dtype=dtype).predict_action([picture] * 2, words)
+    model = OpenVLAForActionPrediction.from_pretrained(ROOT, dtype=dtype, quantization_config=CONFIGS[name])
+    actions = model.predict_action([picture] * 2, words)
+    assert np.abs(actions - plain).mean() < np.abs(plain[0] - plain[1]).mean()  # words still matter more
 
 
 @pytest.mark.parametrize("name", CONFIGS)
