@@ -6,7 +6,7 @@
 # Hours on a CPU. Every command goes on where it was stopped, and so does the whole.
 set -euo pipefail
 output=${1:-outputs/policy}
-tasks=${TASKS:-reach-v3,push-v3,pick-place-v3,door-open-v3,drawer-open-v3,drawer-close-v3,button-press-topdown-v3,window-open-v3,window-close-v3}
+tasks=${TASKS:-mt10}
 
 # Noise of up to 2.4 cm (standard deviation) in a step: the expert shows the way back. Ambiguous scenes make words count.
 openvla record --tasks "$tasks" --axis none,language --episodes 300 --noise 0.6 --after-success 2 --paraphrases \
@@ -14,12 +14,12 @@ openvla record --tasks "$tasks" --axis none,language --episodes 300 --noise 0.6 
 [ -f "$output/fresh/config.json" ] || python examples/fresh_policy.py "$output/fresh"
 
 # Without augmentation: camera, light and table are always the same.
-learning=(--strategy full --dataset "$output/demos" --name metaworld --held-out 0.03 --no-image-aug --batch-size 32
+learning=(--strategy full --dataset "$output/demos" --name metaworld --held-out 0.03 --no-image-aug --batch-size 64
     --precision bf16 --optimizer muon --weight-decay 0.05 --shuffle-buffer 20000 --workers 1 --save-every 500 --eval-every 1000)
 openvla finetune --model "$output/fresh" "${learning[@]}" --learning-rate 2e-3 --warmup-steps 150 \
-    --steps "${STEPS:-20000}" --output "$output/learned" --resume
+    --steps "${STEPS:-7000}" --output "$output/learned" --resume
 openvla finetune --model "$output/learned" "${learning[@]}" --learning-rate 2e-3 --schedule linear --warmup-steps 20 \
-    --steps "${COOLING:-3000}" --output "$output/cooled" --resume
+    --steps "${COOLING:-1700}" --output "$output/cooled" --resume
 
 openvla evaluate --model "$output/cooled" --tasks "$tasks" --episodes 50 --output "$output/loop"
 openvla evaluate --model "$output/cooled" --tasks "$tasks" --episodes 20 --axis all --output "$output/axes"

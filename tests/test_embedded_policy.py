@@ -45,30 +45,38 @@ def test_the_last_256_ids_of_its_own_tokenizer_are_the_actions(policy):
 
 
 def test_it_does_what_the_expert_did(policy):
-    """Frames of training episodes: close to the expert, and far closer than the mean action."""
+    """Frames of episodes that it never saw: close to the expert, and far closer than the mean action."""
     stats = policy.get_action_stats()
     frames = [Image.open(ROOT / "examples/frames" / frame["file"]) for frame in FRAMES]
     prediction = policy.predict_action(frames, [frame["instruction"] for frame in FRAMES], return_dict=True)
     expert = normalize_actions(np.array([frame["action"] for frame in FRAMES]), stats)
     mean = normalize_actions(np.array(stats["mean"]), stats)
     error = np.abs(prediction.normalized_actions - expert).mean()
-    assert error < 0.1 and error < 0.5 * np.abs(mean - expert).mean()
+    assert error < 0.05 and error < 0.2 * np.abs(mean - expert).mean()
 
 
 def test_it_solves_tasks_in_closed_loop(opengl, tmp_path):
     """The first seeds of the evaluation, which recording never uses. One of three may fail: other processors and
     drivers round otherwise. (Random actions: 0 of 6.)"""
     pytest.importorskip("metaworld", reason="Meta-World needs the [sim] extra")
-    tasks = "drawer-open-v3,button-press-topdown-v3"
+    tasks = "push-v3,button-press-topdown-v3"
     options = {"tasks": tasks, "episodes": 3, "videos": 0, "workers": 2, "progress": False}
     rows = evaluate(model=str(ROOT), output=tmp_path, **options)["rows"]
     assert len(rows) == 2 and all(row["successes"] >= 2 for row in rows)
 
 
+def test_it_does_the_asked_one_of_two_possible_tasks(opengl, tmp_path):
+    """Drawers half open, the same picture for both tasks. (The same actions for both words would solve half at most.)"""
+    pytest.importorskip("metaworld", reason="Meta-World needs the [sim] extra")
+    options = {"tasks": "drawer-open-v3,drawer-close-v3", "variations": ["language"], "episodes": 2, "videos": 0}
+    rows = evaluate(model=str(ROOT), output=tmp_path, workers=2, progress=False, **options)["rows"]
+    assert len(rows) == 2 and sum(row["successes"] for row in rows) >= 3
+
+
 def test_instruction_and_image_matter(policy):
     frame = Image.open(ROOT / "examples/frames" / FRAMES[0]["file"])
     actions = {text: policy.predict_action(frame, text).tolist() for text in {row["instruction"] for row in FRAMES}}
-    assert len({tuple(action) for action in actions.values()}) == 3
+    assert len({tuple(action) for action in actions.values()}) == len(actions) == 6
     black, white = (policy.predict_action(np.full((8, 8, 3), level, np.uint8), "open the drawer") for level in (0, 255))
     assert black.tolist() != white.tolist()
 
