@@ -76,7 +76,7 @@ class Run:
             f"samples   {options.steps} steps x {self.global_batch} ({options.batch_size} per device, "
             f"{options.gradient_accumulation} accumulated, {self.processes} processes) = {seen}, "
             f"{seen / epoch:.2f} epochs",
-            f"learning  {options.strategy}, AdamW {learning_rate(options):g} {options.schedule}, "
+            f"learning  {options.strategy}, {options.optimizer} {learning_rate(options):g} {options.schedule}, "
             f"warmup {options.warmup_steps}, image augmentation {'on' if options.image_aug else 'off'}",
         ]
         return "\n".join(lines + [f"warning   {warning}" for warning in self.warnings])
