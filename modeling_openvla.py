@@ -874,8 +874,8 @@ def _turn_block_scales_back(model: nn.Module) -> None:
 
 
 def _keep_split_blocks_from_packing(model: nn.Module) -> None:
-    """bitsandbytes 0.50 packs 4-bit weights for CPUs with AVX512-BF16 and fails where a row ends inside a block, or rows
-    are no multiple of 32."""
+    """bitsandbytes 0.50 packs 4-bit weights for CPUs with AVX512-BF16, and fails where a row ends inside a block or the
+    rows are no multiple of 32."""
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):
             whole = module.in_features % module.weight.blocksize == 0 and module.out_features % 32 == 0
