@@ -876,10 +876,11 @@ def _turn_block_scales_back(model: nn.Module) -> None:
 def _keep_split_blocks_from_packing(model: nn.Module) -> None:
     """bitsandbytes 0.50 packs 4-bit weights for CPUs with AVX512-BF16, and fails where a row ends inside a block or the
     rows are no multiple of 32."""
-    for module in model.modules():
-        if getattr(module, "support_avx512bf16_for_cpu", False):
-            whole = module.in_features % module.weight.blocksize == 0 and module.out_features % 32 == 0
-            module.support_avx512bf16_for_cpu = whole
+    layer: Any
+    for layer in model.modules():
+        if getattr(layer, "support_avx512bf16_for_cpu", False):
+            whole = layer.in_features % layer.weight.blocksize == 0 and layer.out_features % 32 == 0
+            layer.support_avx512bf16_for_cpu = whole
 
 
 def _keep_out_of_quantization(quantization_config):
