@@ -129,25 +129,50 @@ def axes_table(axes: Sequence[Mapping[str, Any]]) -> str:
 
 
 def plot_success(summary: Mapping[str, Any], path: Path) -> bool:
-    """A bar for each row with its interval, and above them one for each axis where there are variations. Returns False
-    where matplotlib is not installed."""
+    """A bar for each task with its interval; where there are variations one for each axis, and below them a field for
+    each task and variation. Returns False where matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return False
     rows = [row for row in summary["rows"] if "success" in row]
-    varied = any(row["variation"] for row in rows)
-    pooled = [row for row in summary["axes"] if "success" in row] if varied else []
-    # The longer the list, the closer its lines.
-    heights = [0.35 * len(pooled) + 0.9] * varied + [(0.35 if len(rows) <= 20 else 0.22) * len(rows) + 0.9]
-    figure = Figure(figsize=(8, sum(heights) + 0.3), layout="constrained")
-    panels = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
-    if varied:
-        _bars(panels[0], [row["axis"] for row in pooled], pooled, "tab:orange")
-        panels[0].set(title="by axis, all episodes together", xlabel="")
-    _bars(panels[-1], [" ".join(filter(None, (row["task"], row["variation"]))) for row in rows], rows, "tab:blue")
+    if not any(row["variation"] for row in rows):
+        figure = Figure(figsize=(8, _height(rows)), layout="constrained")
+        _bars(figure.subplots(), [row["task"] for row in rows], rows, "tab:blue")
+    else:
+        axes = [row for row in summary["axes"] if "success" in row]
+        tasks = list({row["task"]: None for row in rows})
+        order = [row["axis"] for row in axes]
+        variations = sorted(
+            {row["variation"] for row in rows}, key=lambda name: (order.index(name.partition(":")[0] or "none"), name)
+        )
+        heights = [_height(axes), 0.3 * len(tasks) + 1.9]
+        figure = Figure(figsize=(max(8, 0.65 * len(variations) + 3), sum(heights)), layout="constrained")
+        above, below = figure.subplots(2, 1, height_ratios=heights)
+        _bars(above, [row["axis"] for row in axes], axes, "tab:orange")
+        above.set(title="by axis, all episodes together", xlabel="")
+        _fields(below, tasks, variations, rows)
     figure.savefig(path, dpi=100)
     return True
+
+
+def _height(rows: Sequence[Any]) -> float:
+    """Inches: the longer the list, the closer its lines."""
+    return (0.35 if len(rows) <= 20 else 0.22) * len(rows) + 0.9
+
+
+def _fields(panel: Any, tasks: list[str], variations: list[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Success of each task (down) with each variation (across); empty where a task does not have it."""
+    rates = np.full((len(tasks), len(variations)), np.nan)
+    for row in rows:
+        place = tasks.index(row["task"]), variations.index(row["variation"])
+        rates[place] = row["success"]
+        panel.text(*place[::-1], f"{row['success']:.0%}", ha="center", va="center", fontsize=8)
+    panel.imshow(rates, cmap="Blues", vmin=0, vmax=1, alpha=0.7, aspect="auto")
+    panel.set_xticks(range(len(variations)), [name.replace(":", "\n") or "none" for name in variations], fontsize=8)
+    panel.set_yticks(range(len(tasks)), tasks)
+    panel.set(title="success by task and variation")
+    panel.tick_params(length=0)
 
 
 def _bars(panel: Any, names: Sequence[str], rows: Sequence[Mapping[str, Any]], color: str) -> None:
