@@ -201,7 +201,14 @@ def test_semantic_wordings_are_never_recorded(blind):
     assert blind.reset(0, "push-v3", "visual:light").instruction == blind.instructions("push-v3")[0]
 
 
-@pytest.mark.parametrize("asked, other", [("drawer-open-v3", "drawer-close-v3"), ("window-close-v3", "window-open-v3")])
+@pytest.mark.parametrize(
+    "asked, other",
+    [
+        ("drawer-open-v3", "drawer-close-v3"),
+        ("window-close-v3", "window-open-v3"),
+        ("faucet-open-v3", "faucet-close-v3"),
+    ],
+)
 def test_language_wants_the_asked_one_of_two_possible_tasks(blind, asked, other):
     ours = blind.reset(4, asked, "language").state
     start = blind._simulator().world.data.qpos.copy()
@@ -211,7 +218,7 @@ def test_language_wants_the_asked_one_of_two_possible_tasks(blind, asked, other)
     # The joint passes where the opposite is done, and comes back to where the asked one is: too late.
     blind.reset(4, asked, "language")
     simulator = blind._simulator()
-    joint = simulator.world.data.joint(OPPOSITES[asked].joint)
+    joint = simulator.world.data.joint(9)  # after seven of the arm and two of the gripper
     still = np.array([0, 0, 0, 0, 0, 0, 1.0])
     done = OPPOSITES[asked].done
     wrong, right = (q for q in sorted(simulator.world.model.joint(joint.id).range, key=lambda q: not done(q)))
@@ -222,6 +229,22 @@ def test_language_wants_the_asked_one_of_two_possible_tasks(blind, asked, other)
     assert not blind.step(still)[1]
     joint.qpos = right
     assert not blind.step(still)[1]
+
+
+@pytest.mark.parametrize("asked, other", [*zip(list(OPPOSITES)[::2], list(OPPOSITES)[1::2])])
+def test_the_opposite_is_done_where_the_simulator_says_so(blind, asked, other):
+    import mujoco
+
+    for mine, theirs in ((asked, other), (other, asked)):
+        blind.reset(2, theirs, "language")
+        world = blind._simulator().world
+        places = np.linspace(*world.model.jnt_range[-1], 150)
+        said = []
+        for place in places:
+            world.data.qpos[-1] = place
+            mujoco.mj_forward(world.model, world.data)
+            said.append(bool(world.evaluate_state(world._get_obs(), np.zeros(4, dtype=np.float32))[1]["success"]))
+        assert said == [OPPOSITES[mine].done(place) for place in places] and 0 < sum(said) < len(said)
 
 
 def test_sizes_are_offered_where_the_free_object_has_plain_shapes(blind):
@@ -245,6 +268,6 @@ def test_visual_changes_pictures_and_is_undone(seeing, kind):
 
 
 def test_pictures_of_two_opposite_tasks_are_the_same(seeing):
-    for asked, other in (("drawer-open-v3", "drawer-close-v3"), ("window-open-v3", "window-close-v3")):
+    for asked, other in zip(list(OPPOSITES)[::2], list(OPPOSITES)[1::2]):
         pictures = [seeing.reset(2, task, "language").images["image"] for task in (asked, other)]
         np.testing.assert_array_equal(*pictures)
