@@ -82,7 +82,7 @@ def test_gradient_checkpointing_keeps_what_a_real_run_keeps(config):
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     block = run_step(build(config, "full", "float32"), config, BATCH, TOKENS).largest_block
     assert plan.activations == real_saved_bytes(model, config, autocast=False) + block
-    assert plan.activations < 0.7 * whole.activations
+    assert plan.activations < 0.8 * whole.activations
     assert plan.flops_per_sample == whole.flops_per_sample
 
 

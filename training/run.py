@@ -125,7 +125,7 @@ def make_muon(model: torch.nn.Module, options: FinetuneOptions) -> torch.optim.O
     Raises:
         ValueError: If the installed timm has no Muon.
     """
-    if "nmuon" not in timm.optim.list_optimizers():
+    if "nmuon" not in getattr(timm.optim, "list_optimizers", list)():  # timm 1.0.3 has neither
         raise ValueError(f"optimizer='muon' is not in timm {timm.__version__}: pip install --upgrade timm.")
     decay = options.weight_decay
     return timm.optim.create_optimizer_v2(
