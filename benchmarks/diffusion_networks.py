@@ -40,8 +40,9 @@ class DiffusionConfig:
     dims: tuple[int, ...]  # of the actions: those that ever change; the others keep their one value
     vocab_size: int
     pad_token_id: int
-    image_size: int = 112  # a picture is resized to this
-    crop_size: int = 104  # the part that is seen: random in training, the center afterwards
+    image_size: int = 224  # a picture is resized to this
+    crop_size: int = 208  # the part that is seen: random in training, the center afterwards
+    patch_size: int = 4  # pixels on a side that the first convolution takes as one
     horizon: int = 8  # actions of a chunk
     encoder_widths: tuple[int, ...] = (32, 64, 128, 192)
     unet_widths: tuple[int, ...] = (128, 256, 384)
@@ -57,6 +58,8 @@ class DiffusionConfig:
             raise ValueError(f"horizon={self.horizon}: the U-Net takes multiples of {halvings}.")
         if not 0 < self.crop_size <= self.image_size:
             raise ValueError(f"crop_size={self.crop_size}: expected a part of the {self.image_size} pixels.")
+        if self.patch_size < 1 or self.crop_size % self.patch_size:
+            raise ValueError(f"patch_size={self.patch_size}: expected a divisor of the {self.crop_size} pixels.")
         check_choice("prediction", self.prediction, ("epsilon", "sample"))
 
     def scheduler(self) -> dict[str, Any]:
@@ -93,11 +96,14 @@ class ImageBlock(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """A narrow ResNet at an eighth of the resolution, then where in the image each channel is."""
+    """A narrow ResNet on patches (P pixels on a side: all of the picture at the cost of a small one), in the end at a
+    quarter of their resolution, then where in the image each channel is."""
 
-    def __init__(self, widths: Sequence[int], text_width: int):
+    def __init__(self, widths: Sequence[int], text_width: int, patch_size: int):
         super().__init__()
-        self.stem, self.norm = nn.Conv2d(3, widths[0], 7, 2, 3, bias=False), nn.GroupNorm(widths[0] // 16, widths[0])
+        self.patches = nn.PixelUnshuffle(patch_size)
+        self.stem = nn.Conv2d(3 * patch_size**2, widths[0], 3, 1, 1, bias=False)
+        self.norm = nn.GroupNorm(widths[0] // 16, widths[0])
         self.pool = nn.MaxPool2d(3, 2, 1)
         blocks, before = [], widths[0]
         for stage, width in enumerate(widths):
@@ -109,9 +115,10 @@ class ImageEncoder(nn.Module):
 
     def forward(self, images: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) in [-1, 1] and (B, text_width) -> (B, width)."""
-        x = self.pool(relu(self.norm(self.stem(images))))  # (B, widths[0], H/4, W/4)
+        x = self.patches(images).contiguous(memory_format=torch.channels_last)
+        x = self.pool(relu(self.norm(self.stem(x))))  # (B, widths[0], H/2P, W/2P)
         for block in self.blocks:
-            x = block(x, text)  # (B, width, H/8, W/8) at the end
+            x = block(x, text)  # (B, width, H/4P, W/4P) at the end
         return spatial_softmax(x)
 
 
@@ -195,7 +202,7 @@ class DiffusionNetwork(nn.Module):
         width = config.text_width
         layers = [nn.LayerNorm(width), nn.Linear(width, width), nn.Mish(), nn.Linear(width, width), nn.LayerNorm(width)]
         self.text = nn.Sequential(*layers)
-        self.encoder = ImageEncoder(config.encoder_widths, config.text_width)
+        self.encoder = ImageEncoder(config.encoder_widths, config.text_width, config.patch_size)
         condition = self.encoder.width + config.text_width
         self.unet = ActionUNet(len(config.dims), config.unet_widths, condition)
 

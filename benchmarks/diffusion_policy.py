@@ -10,6 +10,7 @@ Training goes on from its last checkpoint when the same command is given again. 
 
 import argparse
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -32,7 +33,7 @@ from openvla.evaluation.evaluate import evaluate
 
 ROOT = Path(__file__).resolve().parents[1]
 ACTION_DIM = 7
-CHECKPOINT = "checkpoint.pt"
+CHECKPOINT, FRAMES = "checkpoint.pt", "frames"
 FREE_ON_RESUME = ("output", "save_every", "threads")
 HELD_OUT_FRAMES = 256
 
@@ -42,7 +43,7 @@ HELD_OUT_FRAMES = 256
 
 @dataclass
 class Frames:
-    """All frames of some episodes, decoded and small: 85,000 of 112 pixels are 3.2 GB."""
+    """All frames of some episodes, decoded."""
 
     images: np.ndarray  # (N, size, size, 3) uint8
     chunks: torch.Tensor  # (N, T, D) float32 in [-1, 1]
@@ -53,23 +54,35 @@ class Frames:
 
 
 def read_frames(
-    source: Source, tokenizer: PreTrainedTokenizerFast, config: DiffusionConfig, held_out: bool = False
+    source: Source, tokenizer: PreTrainedTokenizerFast, config: DiffusionConfig, folder: Path, held_out: bool = False
 ) -> Frames:
-    """Of the episodes to train on, or of those held out."""
-    size = (config.image_size, config.image_size)
-    images = np.empty((source.num_frames, *size, 3), np.uint8)  # more than comes: memory is taken as it is filled
-    chunks, instructions = [], []
-    samples = FrameSamples(size)
-    for episode in tqdm(source.held_out or () if held_out else source.dataset, desc="reading", unit="episode"):
-        for frame in source.frames(episode, config.horizon):
-            # `samples` takes one action of a frame, its first: the chunk is taken here
-            images[len(chunks)] = samples[0, frame]["image"]
-            chunks.append(frame.actions[:, list(config.dims)])
-            instructions.append(frame.instruction)
-    different = sorted(set(instructions))
-    rows = torch.tensor([different.index(text) for text in instructions], dtype=torch.long)
-    words = token_ids(tokenizer, different)[rows] if different else torch.zeros(0, 1, dtype=torch.long)
-    return Frames(images[: len(chunks)], torch.from_numpy(np.array(chunks, dtype=np.float32)), words)
+    """Of the episodes to train on, or of those held out. They stay in `folder` until the run is done: 90,000 of 224
+    pixels are 14 GB, more than many machines have as memory."""
+    kind = "held_out" if held_out else "train"
+    file, rest = folder / f"{kind}.npy", folder / f"{kind}.pt"
+    if not rest.exists():
+        size = (config.image_size, config.image_size)
+        folder.mkdir(parents=True, exist_ok=True)
+        # More than comes: the file takes as much of the disk as is written.
+        images = np.lib.format.open_memmap(file, "w+", np.uint8, (source.num_frames, *size, 3))
+        chunks, instructions = [], []
+        samples = FrameSamples(size)
+        for episode in tqdm(source.held_out or () if held_out else source.dataset, desc="reading", unit="episode"):
+            for frame in source.frames(episode, config.horizon):
+                # `samples` takes one action of a frame, its first: the chunk is taken here
+                images[len(chunks)] = samples[0, frame]["image"]
+                chunks.append(frame.actions[:, list(config.dims)])
+                instructions.append(frame.instruction)
+        images.flush()
+        different = sorted(set(instructions))
+        rows = torch.tensor([different.index(text) for text in instructions], dtype=torch.long)
+        words = token_ids(tokenizer, different)[rows] if different else torch.zeros(0, 1, dtype=torch.long)
+        shape = (len(chunks), config.horizon, len(config.dims))
+        found = {"chunks": torch.from_numpy(np.array(chunks, dtype=np.float32).reshape(shape)), "words": words}
+        torch.save(found, rest.with_suffix(".part"))
+        rest.with_suffix(".part").replace(rest)
+    found = torch.load(rest, weights_only=True)
+    return Frames(np.load(file, mmap_mode="r")[: len(found["chunks"])], **found)
 
 
 def order(count: int, batch_size: int, start: int, seed: int) -> Iterator[np.ndarray]:
@@ -109,7 +122,7 @@ def train(arguments: argparse.Namespace) -> DiffusionPolicy:
     stats = source.statistics["action"]
     dims = tuple(i for i, (low, high) in enumerate(zip(stats["min"], stats["max"])) if low != high)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(arguments.tokenizer)
-    sizes = {"image_size": arguments.image_size, "crop_size": arguments.crop_size, "horizon": arguments.horizon}
+    sizes = {name: getattr(arguments, name) for name in ("image_size", "crop_size", "patch_size", "horizon")}
     config = DiffusionConfig(dims, len(tokenizer), tokenizer.pad_token_id, prediction=arguments.prediction, **sizes)
     network = DiffusionNetwork(config).to(memory_format=torch.channels_last)
     print(f"{sum(parameter.numel() for parameter in network.parameters()) / 1e6:.2f}M parameters; {source.report()}")
@@ -127,9 +140,10 @@ def train(arguments: argparse.Namespace) -> DiffusionPolicy:
     begun = load_checkpoint(folder / CHECKPOINT, learning, options)
     if begun == arguments.steps:
         return DiffusionPolicy.load(folder)
-
-    frames = read_frames(source, tokenizer, config)
-    others = read_frames(source, tokenizer, config, held_out=True)
+    if not begun:  # before the first frame is read: they are those of these options
+        save_checkpoint(folder / CHECKPOINT, learning, options, 0)
+    frames = read_frames(source, tokenizer, config, folder / FRAMES)
+    others = read_frames(source, tokenizer, config, folder / FRAMES, held_out=True)
     scheduler = network.training_scheduler()
     batches = order(len(frames), arguments.batch_size, begun, arguments.seed)
     network.train()
@@ -174,6 +188,7 @@ def train(arguments: argparse.Namespace) -> DiffusionPolicy:
             with (folder / "log.jsonl").open("a") as log:
                 log.write(json.dumps(entry) + "\n")
             bar.write(", ".join(f"{name} {value:.4g}" for name, value in entry.items()))
+    shutil.rmtree(folder / FRAMES)
     return DiffusionPolicy.load(folder)
 
 
@@ -248,8 +263,9 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     training.add_argument("--steps", type=int, default=2500)
     training.add_argument("--batch-size", type=int, default=64)
     training.add_argument("--noises", type=int, default=2, help="noisy chunks of each image of a batch")
-    training.add_argument("--image-size", type=int, default=112, help="to which pictures are resized")
-    training.add_argument("--crop-size", type=int, default=104, help="of the part that is seen")
+    training.add_argument("--image-size", type=int, default=224, help="to which pictures are resized")
+    training.add_argument("--crop-size", type=int, default=208, help="of the part that is seen")
+    training.add_argument("--patch-size", type=int, default=4, help="pixels that the first convolution takes as one")
     training.add_argument("--horizon", type=int, default=8, help="actions of a chunk")
     training.add_argument("--prediction", choices=["epsilon", "sample"], default="sample", help="of the U-Net")
     training.add_argument("--learning-rate", type=float, default=5e-4, help="cosine, after a short warmup")

@@ -71,7 +71,18 @@ def demonstrations(tmp_path_factory) -> Path:
 
 def train(demonstrations: Path, output: Path, steps: int, *more: str) -> DiffusionPolicy:
     words = ["train", str(demonstrations), "--output", str(output), "--steps", str(steps), "--batch-size", "8"]
-    small = ["--image-size", "32", "--crop-size", "32", "--precision", "float32", "--held-out", "0"]
+    small = [
+        "--image-size",
+        "32",
+        "--crop-size",
+        "32",
+        "--patch-size",
+        "2",
+        "--precision",
+        "float32",
+        "--held-out",
+        "0",
+    ]
     return diffusion_policy.train(diffusion_policy.parse([*words, *small, *more]))
 
 
