@@ -354,7 +354,7 @@ def evaluate(
     """Measure success in the closed loop.
 
     Runs every task from seeds that recording never uses, and writes report.md, report.json, a plot and films. A run
-    that was stopped goes on when the same command is given again.
+    that was stopped goes on when the same command is given again; episodes that broke are then tried anew.
 
     \b
     openvla evaluate --tasks mt10 --episodes 50 --output runs/blocking

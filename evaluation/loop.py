@@ -58,7 +58,7 @@ def run_episodes(
     videos: int = 1,
     progress: bool = True,
 ) -> list[Record]:
-    """Run the episodes that `folder/episodes.jsonl` does not hold yet, and add them to it one by one.
+    """Run the episodes that `folder/episodes.jsonl` does not hold yet, or holds as broken, and add them one by one.
 
     Args:
         policy: In control; None: the environment's scripted expert, which sees the state and shows what is possible.
@@ -77,7 +77,8 @@ def run_episodes(
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "episodes.jsonl"
-    records = {(record.variation, record.task, record.episode): record for record in read_records(file)}
+    before = [record for record in read_records(file) if record.error is None]
+    records = {(record.variation, record.task, record.episode): record for record in before}
     rewrite(file, list(records.values()))
     waiting = [job for job in jobs if job.key not in records]
     slots = [Slot(EnvironmentProcess(make)) for _ in range(min(workers, len(waiting)))]

@@ -103,7 +103,7 @@ def markdown(summary: Mapping[str, Any], about: Mapping[str, Any]) -> str:
             cells += ["", "", "0", "", ""]
         lines.append(f"| {' | '.join(cells)} |")
     mean = "no episode was finished" if summary["mean_success"] is None else f"{summary['mean_success']:.1%}"
-    broken = f", {summary['errors']} more broke" if summary["errors"] else ""
+    broken = f", {summary['errors']} more broke: given again, the command tries them anew" if summary["errors"] else ""
     head = "\n".join(f"- {name}: `{value}`" for name, value in about.items())
     return (
         f"# Evaluation\n\n{head}\n\nMean success over rows: **{mean}** ({summary['episodes']} episodes{broken}). "

@@ -1,6 +1,7 @@
 """The closed loop on a world whose outcome is known: modes, failures, resume, films, reports."""
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -9,7 +10,7 @@ from toy import FromPixels, make_line
 
 from openvla.evaluation.control import RealtimeControl
 from openvla.evaluation.loop import Job, run_episodes
-from openvla.evaluation.report import summarize
+from openvla.evaluation.report import append_record, read_records, summarize
 
 
 START = np.array([0, 0, 0, 0, 0, 0, 1.0])
@@ -78,6 +79,16 @@ def test_a_killed_run_goes_on_and_reports_the_same(tmp_path):
     assert [(r.task, r.episode, r.success, r.steps) for r in resumed] == same
     assert sum(policy.batches) == sum(record.predictions for record in resumed[3:])  # only what was missing was run
     assert len([json.loads(line) for line in file.read_text().splitlines()]) == len(JOBS)
+
+
+def test_what_broke_gets_another_try(tmp_path):
+    (whole, other) = run(tmp_path, JOBS[:2])
+    append_record(tmp_path / "episodes.jsonl", replace(whole, episode=2, success=False, error="the arm fell off"))
+    policy = FromPixels()
+    records = run(tmp_path, JOBS[:3], policy=policy)
+    assert records[:2] == [whole, other] and records[2].success and records[2].error is None
+    assert sum(policy.batches) == records[2].predictions
+    assert read_records(tmp_path / "episodes.jsonl") == records
 
 
 @pytest.mark.parametrize("answer", [np.full((1, 7), np.nan), np.zeros(7), np.zeros((2, 7))])
