@@ -139,7 +139,7 @@ def train(arguments: argparse.Namespace) -> DiffusionPolicy:
     learning = {"network": network, "optimizer": optimizer, "schedule": schedule, "average": average}
     begun = load_checkpoint(folder / CHECKPOINT, learning, options)
     if begun == arguments.steps:
-        return DiffusionPolicy.load(folder)
+        return finished(folder)
     if not begun:  # before the first frame is read: they are those of these options
         save_checkpoint(folder / CHECKPOINT, learning, options, 0)
     frames = read_frames(source, tokenizer, config, folder / FRAMES)
@@ -188,7 +188,12 @@ def train(arguments: argparse.Namespace) -> DiffusionPolicy:
             with (folder / "log.jsonl").open("a") as log:
                 log.write(json.dumps(entry) + "\n")
             bar.write(", ".join(f"{name} {value:.4g}" for name, value in entry.items()))
-    shutil.rmtree(folder / FRAMES)
+    return finished(folder)
+
+
+def finished(folder: Path) -> DiffusionPolicy:
+    """The policy of a run that is done; its frames go."""
+    shutil.rmtree(folder / FRAMES, ignore_errors=True)
     return DiffusionPolicy.load(folder)
 
 

@@ -71,18 +71,7 @@ def demonstrations(tmp_path_factory) -> Path:
 
 def train(demonstrations: Path, output: Path, steps: int, *more: str) -> DiffusionPolicy:
     words = ["train", str(demonstrations), "--output", str(output), "--steps", str(steps), "--batch-size", "8"]
-    small = [
-        "--image-size",
-        "32",
-        "--crop-size",
-        "32",
-        "--patch-size",
-        "2",
-        "--precision",
-        "float32",
-        "--held-out",
-        "0",
-    ]
+    small = "--image-size 32 --crop-size 32 --patch-size 2 --precision float32 --held-out 0".split()
     return diffusion_policy.train(diffusion_policy.parse([*words, *small, *more]))
 
 
@@ -96,6 +85,7 @@ def test_it_learns_what_words_and_pictures_say_and_comes_back_from_disk(demonstr
     low, high = (np.array(policy.stats[name]) for name in ("q01", "q99"))
     assert ((actions >= low) & (actions <= high)).all()
 
+    assert not (tmp_path / "run" / "frames").exists()
     again = DiffusionPolicy.load(tmp_path / "run")
     np.testing.assert_array_equal(again.act(seen), actions)
     np.testing.assert_allclose(again.act(seen[1:2]), actions[1:2], atol=1e-5)  # whatever else is in the batch
