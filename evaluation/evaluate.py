@@ -102,6 +102,7 @@ def evaluate(
     about = {"env": env, "tasks": tasks, "episodes": episodes, "policy": policy, "model": model, "control": control}
     named = "" if variations == ("",) else ", ".join(name or "none" for name in variations)
     about |= {"variations": named, "quantization": quantization, "max_steps": max_steps}
+    about |= {"dtype": None if dtype == "auto" else dtype, "unnorm_key": unnorm_key, "center_crop": center_crop}
     about |= options
     if control == "realtime":
         about |= {"hz": hz, "latency": round(float(latency or 0.0), 4)}

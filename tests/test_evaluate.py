@@ -55,6 +55,8 @@ def test_modes_and_resume(tmp_path):
     assert outcome(folder) == before
     with pytest.raises(ValueError, match="hz was 5.0, is 10.0"):
         run(folder, **{**late, "hz": 10.0})
+    with pytest.raises(ValueError, match="dtype was None, is 'bfloat16'"):
+        run(folder, **late, dtype="bfloat16")
 
 
 def test_a_policy_of_another_kind(tmp_path):
