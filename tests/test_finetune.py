@@ -23,8 +23,8 @@ from openvla.data import open_dataset
 from openvla.data.collate import ActionCollator
 from openvla.training import STRATEGIES, FinetuneOptions, finetune, merge_adapter, plan_run
 from openvla.training import trainer as trainer_module
+from openvla.training.muon import make_muon
 from openvla.training.plan import estimate
-from openvla.training.run import make_muon
 
 
 pytest.importorskip("accelerate", reason="training needs the [train] extra")
@@ -351,7 +351,7 @@ def test_muon_orthogonalizes_matrices_and_leaves_the_rest_to_adamw():
     needs_muon()
     model = OpenVLAForActionPrediction.from_pretrained(ROOT, dtype=torch.float32)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    optimizer = make_muon(model, options(Path("unused"), strategy="full", optimizer="muon", learning_rate=0.01))
+    optimizer = make_muon(model, learning_rate=0.01, weight_decay=0.0)
     matrices = {name for name, parameter in model.named_parameters() if parameter.ndim in (2, 4)}
     matrices -= {"language_model.model.embed_tokens.weight", "language_model.lm_head.weight"}
     muons = {names[id(p)] for group in optimizer.param_groups if not group.get("use_fallback") for p in group["params"]}
@@ -369,7 +369,7 @@ def test_muon_orthogonalizes_matrices_and_leaves_the_rest_to_adamw():
 def test_muon_is_refused_where_it_cannot_run(monkeypatch):
     monkeypatch.setattr(timm.optim, "list_optimizers", lambda: ["adamw"], raising=False)
     with pytest.raises(ValueError, match="not in timm"):
-        make_muon(torch.nn.Linear(2, 2), options(Path("unused"), optimizer="muon"))
+        make_muon(torch.nn.Linear(2, 2), learning_rate=0.01, weight_decay=0.0)
     with pytest.raises(ValueError, match="fsdp"):
         options(Path("unused"), optimizer="muon", fsdp=True)
 

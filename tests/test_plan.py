@@ -3,12 +3,15 @@
 from pathlib import Path
 
 import pytest
+import timm
+import timm.optim
 import torch
 
 from openvla import OpenVLAConfig, OpenVLAForActionPrediction
 from openvla.presets import load_preset_config
 from openvla.training import apply_strategy, qlora_quantization, trainable_parameters
 from openvla.training.loss import action_loss, with_logits_to_keep
+from openvla.training.muon import make_muon
 from openvla.training.plan import build, config_parameters, estimate, main
 from openvla.training.step import ANSWER_TOKENS, SavedBytes, run_step, training_inputs
 
@@ -72,6 +75,23 @@ def test_a_step_without_values_keeps_what_a_real_one_keeps(config, strategy, pre
     optimizer.step()
     states = [state[name].nbytes for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
     assert plan.optimizer == sum(states)
+
+
+@pytest.mark.parametrize(("strategy", "adapter"), [("full", {}), ("lora", {"rank": 2}), ("lora", {"rank": 8})])
+def test_muon_keeps_one_number_for_a_weight_of_a_matrix(config, strategy, adapter):
+    """Adapters of rank 2 are too thin for it and go to AdamW."""
+    if "nmuon" not in getattr(timm.optim, "list_optimizers", list)():
+        pytest.skip(f"timm {timm.__version__} has no Muon")
+    arguments = {"batch_size": BATCH, "text_tokens": TOKENS, "precision": "float32", **adapter}
+    plan = estimate(config, strategy, optimizer="muon", **arguments)
+    model = real_model(strategy, "float32", **adapter)
+    real_saved_bytes(model, config, autocast=False)
+    optimizer = make_muon(model, learning_rate=0.01, weight_decay=0.1)
+    optimizer.step()
+    states = [(weight, state) for weight, kept in optimizer.state.items() for state in kept.values()]
+    real = sum(state.nbytes for weight, state in states if torch.is_tensor(state) and state.shape == weight.shape)
+    assert plan.optimizer == real
+    assert (plan.optimizer < estimate(config, strategy, **arguments).optimizer) == (adapter != {"rank": 2})
 
 
 def test_gradient_checkpointing_keeps_what_a_real_run_keeps(config):

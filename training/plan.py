@@ -20,11 +20,13 @@ from torch import nn
 from ..configuration_openvla import OpenVLAConfig, check_choice
 from ..modeling_openvla import NOT_QUANTIZED, OpenVLAForActionPrediction
 from ..presets import load_preset_config, preset_names
+from .muon import is_orthogonalized
 from .step import ANSWER_TOKENS, run_step
 from .strategies import STRATEGIES, apply_strategy, trainable_parameters
 
 
 PRECISIONS = ("bf16", "pure-bf16", "float32")
+OPTIMIZERS = ("adamw", "muon")
 # nf4 with double quantization: 4 bits, one 8-bit scale for 64 weights, one float32 scale for 256 of those.
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 TEXT_TOKENS = 30  # prompt and answer of a usual instruction
@@ -35,7 +37,8 @@ PARTS = ("weights", "gradients", "optimizer", "activations", "communication")
 class MemoryEstimate:
     """Bytes on one device (rank) at the end of the forward pass, with all gradients there already.
 
-    weights, gradients, optimizer: Of this rank; AdamW keeps two numbers for each weight that gets a gradient.
+    weights, gradients, optimizer: Of this rank; AdamW keeps two numbers for each weight that gets a gradient,
+        Muon one for those in matrices.
     activations: Kept for the backward pass, copies of weights that autocast makes included.
     communication: DDP's gradient buckets, or the blocks FSDP has gathered at one time.
     parameters, trainable: Of the whole model; `trainable` counts as the paper does, unused last tower blocks included.
@@ -81,6 +84,7 @@ def estimate(
     gradient_checkpointing: bool = False,
     precision: str = "bf16",
     text_tokens: int = TEXT_TOKENS,
+    optimizer: str = "adamw",
     **options: Any,
 ) -> MemoryEstimate:
     """Plan a run of `strategy`; needs no weights and no more memory than the shapes.
@@ -93,14 +97,16 @@ def estimate(
             for qlora 4 bits). `"pure-bf16"`: everything bfloat16, optimizer states included. `"float32"`: everything
             float32.
         text_tokens: Prompt and answer; image patches come on top.
+        optimizer: `"adamw"` or `"muon"`.
         options: Of the strategy, such as `rank`.
 
     Raises:
-        ValueError: If the strategy or precision is unknown, a number is not positive, or the text is no longer than
-            the answer.
+        ValueError: If the strategy, precision or optimizer is unknown, a number is not positive, or the text is no
+            longer than the answer.
     """
     check_choice("strategy", strategy, STRATEGIES)
     check_choice("precision", precision, PRECISIONS)
+    check_choice("optimizer", optimizer, OPTIMIZERS)
     for name, value, least in (
         ("batch_size", batch_size, 1),
         ("world_size", world_size, 1),
@@ -113,6 +119,9 @@ def estimate(
     autocast = precision == "bf16" and not sharded
     compute = torch.bfloat16 if precision == "pure-bf16" or (precision == "bf16" and sharded) else None
     model = build(config, strategy, precision, **options)
+    matrices = [
+        optimizer == "muon" and is_orthogonalized(name, parameter.shape) for name, parameter in model.named_parameters()
+    ]
     numbers = [_stored(name, parameter, strategy, precision) for name, parameter in model.named_parameters()]
     trainable = trainable_parameters(model)
     step = run_step(model, config, batch_size, text_tokens, autocast=autocast, dtype=compute)
@@ -127,11 +136,9 @@ def estimate(
 
     ranks = world_size if sharded else 1
     weights = sum(size / (ranks if can_shard else 1) for size, can_shard in numbers)
-    learning = [
-        numel * (2 if precision == "pure-bf16" else 4)
-        for numel, gradient in zip(step.numels, step.gradients)
-        if gradient
-    ]
+    size = 2 if precision == "pure-bf16" else 4
+    learning = [size * numel * gradient for numel, gradient in zip(step.numels, step.gradients)]
+    states = [gradient * (1 if matrix else 2) for gradient, matrix in zip(learning, matrices)]
     communication = 0.0
     if sharded:
         # Two units at a time (the next is fetched ahead) in the type of the computation, one's whole gradient.
@@ -147,7 +154,7 @@ def estimate(
         precision=precision,
         weights=weights,
         gradients=sum(learning) / ranks,
-        optimizer=2 * sum(learning) / ranks,
+        optimizer=sum(states) / ranks,
         activations=activations,
         communication=communication,
         parameters=config_parameters(model),
@@ -226,6 +233,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--sharded", action="store_true", help="FSDP instead of DDP")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--precision", default="bf16", choices=PRECISIONS)
+    parser.add_argument("--optimizer", default="adamw", choices=OPTIMIZERS)
     parser.add_argument("--text-tokens", type=int, default=TEXT_TOKENS)
     parser.add_argument("--rank", type=int, default=32, help="of adapters")
     given = vars(parser.parse_args(argv))

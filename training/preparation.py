@@ -129,6 +129,7 @@ def plan_run(options: FinetuneOptions, processes: int = 1) -> str:
         gradient_checkpointing=options.gradient_checkpointing,
         precision=weights.get(options.dtype, "pure-bf16"),
         text_tokens=text_tokens(run),
+        optimizer=options.optimizer,
         **(adapter if options.strategy in LEARNING_RATES else {}),
     )
     return f"{run.describe()}\n{plan.describe()}"

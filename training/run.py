@@ -5,8 +5,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import timm
-import timm.optim
 import torch
 from timm.models.vision_transformer import Block
 from tqdm import tqdm
@@ -26,6 +24,7 @@ from .checkpoints import ADAPTER_NOTE, STARTED, write_json
 from .checks import check_result
 from .curves import plot_curves
 from .metrics import ActionMetrics
+from .muon import make_muon
 from .options import FinetuneOptions, differences
 from .preparation import LEARNING_RATES, Run, computing_precision, held_out_frames, learning_rate, prepare
 from .strategies import apply_strategy, freeze_unused, qlora_quantization, trainable_parameters
@@ -115,24 +114,6 @@ def training_arguments(options: FinetuneOptions, config: OpenVLAConfig) -> Train
     return arguments
 
 
-NO_MATRICES = ("*embed_tokens*", "*lm_head*", "*pos_embed*", "*cls_token*", "*reg_token*")  # one row for each entry
-
-
-def make_muon(model: torch.nn.Module, options: FinetuneOptions) -> torch.optim.Optimizer:
-    """Muon (https://kellerjordan.github.io/posts/muon), its updates as large as AdamW's (arXiv 2502.16982), so that
-    learning rates mean the same; AdamW for vectors, embeddings and the output layer.
-
-    Raises:
-        ValueError: If the installed timm has no Muon.
-    """
-    if "nmuon" not in getattr(timm.optim, "list_optimizers", list)():  # timm 1.0.3 has neither
-        raise ValueError(f"optimizer='muon' is not in timm {timm.__version__}: pip install --upgrade timm.")
-    decay = options.weight_decay
-    return timm.optim.create_optimizer_v2(
-        model, "nmuon", lr=learning_rate(options), weight_decay=decay, fallback_list=NO_MATRICES
-    )
-
-
 def finetune(options: FinetuneOptions, resume: bool = False, data: Any = None) -> Path:
     """Train, and write a checkpoint that `OpenVLAForActionPrediction.from_pretrained` loads.
 
@@ -179,6 +160,7 @@ def finetune(options: FinetuneOptions, resume: bool = False, data: Any = None) -
     if main:
         tqdm.write(f"{run.describe()}\ntrains    {trainable_parameters(model) / 1e6:.1f}M parameters")
     freeze_unused(model)
+    muon = make_muon(model, learning_rate(options), options.weight_decay) if options.optimizer == "muon" else None
     tokenizer = ActionTokenizer(run.processor.tokenizer, model.action_tokenizer.n_bins)
     action_dim = len(run.sources[0].statistics["action"]["q01"])
     size = model.vision_backbone.image_size
@@ -202,7 +184,7 @@ def finetune(options: FinetuneOptions, resume: bool = False, data: Any = None) -
         metrics=(ActionMetrics(tokenizer, action_dim), ActionMetrics(tokenizer, action_dim)),
         frames=run.mixture[1],
         card=card(run),
-        optimizers=(make_muon(model, options) if options.optimizer == "muon" else None, None),
+        optimizers=(muon, None),
     )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_result(output, run.config.dtype if options.dtype == "auto" else None)
