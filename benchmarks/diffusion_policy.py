@@ -1,7 +1,7 @@
 """What OpenVLA is compared with: a Diffusion Policy of its size, trained on the same demonstrations, in the same loop.
 
     pip install -e '.[diffusion,sim,train]'
-    python benchmarks/diffusion_policy.py train data/mt10 --output outputs/diffusion --steps 2500
+    python benchmarks/diffusion_policy.py train data/mt10 --output outputs/diffusion --steps 8550
     python benchmarks/diffusion_policy.py evaluate outputs/diffusion --output runs/diffusion --episodes 50
 
 Training goes on from its last checkpoint when the same command is given again. Evaluation writes the report of
@@ -265,7 +265,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     training.set_defaults(run=train)
     training.add_argument("dataset", help="demonstrations, for example what `openvla record` wrote")
     training.add_argument("--output", required=True)
-    training.add_argument("--steps", type=int, default=2500)
+    training.add_argument("--steps", type=int, default=8550, help="of the optimizer")
     training.add_argument("--batch-size", type=int, default=64)
     training.add_argument("--noises", type=int, default=2, help="noisy chunks of each image of a batch")
     training.add_argument("--image-size", type=int, default=224, help="to which pictures are resized")
