@@ -22,6 +22,7 @@ from .report import write_report
 
 POLICIES = ("model", "expert", "random", "mean")
 SETTINGS = "evaluation.json"
+PACKAGE = Path(__file__).resolve().parents[1]  # whose root is a model, too
 STANDSTILL = np.array([0.0, 0, 0, 0, 0, 0, 1.0])  # until the first action is there: the gripper stays open
 
 
@@ -99,7 +100,9 @@ def evaluate(
             latency = single_latency(actor, chosen[0], options.get("size", 224)) if actor is not None else 0.0
 
     folder = Path(output)
-    about = {"env": env, "tasks": tasks, "episodes": episodes, "policy": policy, "model": model, "control": control}
+    # Reports are published: they do not say where on this machine the package lies.
+    shown = "embedded policy" if Path(model).resolve() == PACKAGE else model
+    about = {"env": env, "tasks": tasks, "episodes": episodes, "policy": policy, "model": shown, "control": control}
     named = "" if variations == ("",) else ", ".join(name or "none" for name in variations)
     about |= {"variations": named, "quantization": quantization, "max_steps": max_steps}
     about |= {"dtype": None if dtype == "auto" else dtype, "unnorm_key": unnorm_key, "center_crop": center_crop}
