@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402 - after the environment is set
+import timm.optim  # noqa: E402
 import torch  # noqa: E402
 from tiny import TINY, TinyCheckpoint  # noqa: E402
 
@@ -49,3 +50,10 @@ def opengl() -> str:
         return opengl_backend()
     except FileNotFoundError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def muon() -> None:
+    """Skips where the installed timm does not have it."""
+    if "nmuon" not in getattr(timm.optim, "list_optimizers", list)():
+        pytest.skip(f"timm {timm.__version__} has no Muon")

@@ -202,11 +202,6 @@ finetune(options, resume=bool(int(sys.argv[2])))
 """
 
 
-def needs_muon() -> None:
-    if "nmuon" not in getattr(timm.optim, "list_optimizers", list)():
-        pytest.skip(f"timm {timm.__version__} has no Muon")
-
-
 def process(run: FinetuneOptions, *, resume: bool = False, processes: int = 1, folder: Path) -> list[str]:
     """A command that runs `finetune` in processes of its own."""
     script = folder / "run.py"
@@ -217,13 +212,13 @@ def process(run: FinetuneOptions, *, resume: bool = False, processes: int = 1, f
 
 
 @pytest.mark.parametrize("strategy, optimizer", [("lora", "adamw"), ("last_layer", "muon")])
-def test_killed_and_resumed_as_if_nothing_had_happened(strategy, optimizer, tmp_path):
+def test_killed_and_resumed_as_if_nothing_had_happened(strategy, optimizer, tmp_path, request):
     """kill -9 between checkpoints; optimizer, schedule, data position and dropout go on as they were."""
     same = {"steps": 8, "save_every": 2, "log_every": 1, "strategy": strategy, "dtype": "float32"}
     same |= {"learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 2, "dropout": 0.3, "keep": 9}
     same |= {"optimizer": optimizer}
     if optimizer == "muon":
-        needs_muon()
+        request.getfixturevalue("muon")
     finetune(options(tmp_path / "whole", **same))
     run = options(tmp_path / "killed", **same)
     running = subprocess.Popen(process(run, folder=tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -346,9 +341,8 @@ def test_what_is_not_learned_is_said(tmp_path, capsys):
     assert "the training actions are not learned yet" in capsys.readouterr().out
 
 
-def test_muon_orthogonalizes_matrices_and_leaves_the_rest_to_adamw():
+def test_muon_orthogonalizes_matrices_and_leaves_the_rest_to_adamw(muon):
     """Embeddings, the output layer, vectors and tokens are AdamW's; patches, attention and MLPs are Muon's."""
-    needs_muon()
     model = OpenVLAForActionPrediction.from_pretrained(ROOT, dtype=torch.float32)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     optimizer = make_muon(model, learning_rate=0.01, weight_decay=0.0)

@@ -3,8 +3,6 @@
 from pathlib import Path
 
 import pytest
-import timm
-import timm.optim
 import torch
 
 from openvla import OpenVLAConfig, OpenVLAForActionPrediction
@@ -78,10 +76,8 @@ def test_a_step_without_values_keeps_what_a_real_one_keeps(config, strategy, pre
 
 
 @pytest.mark.parametrize(("strategy", "adapter"), [("full", {}), ("lora", {"rank": 2}), ("lora", {"rank": 8})])
-def test_muon_keeps_one_number_for_a_weight_of_a_matrix(config, strategy, adapter):
+def test_muon_keeps_one_number_for_a_weight_of_a_matrix(config, muon, strategy, adapter):
     """Adapters of rank 2 are too thin for it and go to AdamW."""
-    if "nmuon" not in getattr(timm.optim, "list_optimizers", list)():
-        pytest.skip(f"timm {timm.__version__} has no Muon")
     arguments = {"batch_size": BATCH, "text_tokens": TOKENS, "precision": "float32", **adapter}
     plan = estimate(config, strategy, optimizer="muon", **arguments)
     model = real_model(strategy, "float32", **adapter)
