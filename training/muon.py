@@ -18,7 +18,7 @@ def make_muon(model: nn.Module, learning_rate: float, weight_decay: float) -> to
     Raises:
         ValueError: If the installed timm has no Muon.
     """
-    if "nmuon" not in getattr(timm.optim, "list_optimizers", list)():  # timm 1.0.3 has neither
+    if "nmuon" not in getattr(timm.optim, "list_optimizers", list)():  # timm 1.0.9 has neither
         raise ValueError(f"optimizer='muon' is not in timm {timm.__version__}: pip install --upgrade timm.")
     return timm.optim.create_optimizer_v2(
         model, "nmuon", lr=learning_rate, weight_decay=weight_decay, fallback_list=NO_MATRICES
