@@ -5,12 +5,15 @@ Formulas: OpenVLA paper (arXiv 2406.09246) section 3.2 and the published `modeli
 vectorized; arrays stay numpy, tensors stay on their device.
 """
 
-import difflib
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+
+from .configuration_openvla import closest
+from .files_openvla import read_json
 
 
 class ActionTokenizer:
@@ -109,11 +112,112 @@ class ActionTokenizer:
 # Dataset statistics ---------------------------------------------------------------------------------------------------
 
 
+LARGEST = 1e6  # above it a statistic is no unit of a robot, but a wrong file; published ones stay below 1e4
+
+
+def read_statistics(file: str | os.PathLike) -> dict[str, Any]:
+    """Content of a `dataset_statistics.json`, checked.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is damaged, or `check_statistics` refuses what it holds.
+    """
+    return check_statistics(read_json(file), f"'{os.fspath(file)}'")
+
+
+def check_statistics(norm_stats: Any, where: str = "norm_stats") -> dict[str, Any]:
+    """The statistics of datasets, `{dataset: {"action": {"q01": [...], "q99": [...], ...}}}`, if they can be acted on.
+
+    Args:
+        where: The file they come from, for the message.
+
+    Raises:
+        ValueError: If they are nested in another way, or would move an arm wrongly: values that are no finite numbers
+            or above 1e6, lengths that differ, q01 above q99, min above max, a negative std, a mask that is not of
+            booleans. The message names dataset and dimension.
+    """
+    example = "{'my_robot': {'action': {'q01': [...], 'q99': [...]}}}"
+    if not isinstance(norm_stats, Mapping):
+        raise ValueError(f"{where}: statistics are {example}, got {type(norm_stats).__name__}.")
+    if "q01" in norm_stats or "action" in norm_stats:
+        raise ValueError(
+            f"{where}: these are the statistics of one dataset, whose name is missing: put them under it, {example}."
+        )
+    for dataset, entry in norm_stats.items():
+        _check_dataset(entry, f"{where}, dataset '{dataset}'")
+    return dict(norm_stats)
+
+
+def _check_dataset(entry: Any, where: str) -> None:
+    """Raise a `ValueError` if the entry of one dataset cannot be acted on."""
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("action"), Mapping):
+        raise ValueError(
+            f"{where}: expected {{'action': {{'q01': [...], 'q99': [...]}}}}, got {_shorten(entry)}: recompute the "
+            "statistics (`openvla stats DATASET --output dataset_statistics.json`)."
+        )
+    for part in ("action", "proprio"):
+        if isinstance(entry.get(part), Mapping):
+            _check_lists(entry[part], f"{where}, {part}", required=("q01", "q99") if part == "action" else ())
+
+
+def _check_lists(stats: Mapping[str, Any], where: str, required: tuple[str, ...]) -> None:
+    """Raise a `ValueError` if the lists of one space do not fit together."""
+    remedy = "Recompute the statistics (`openvla stats`), or take the dataset_statistics.json of the training."
+    missing = [name for name in required if name not in stats]
+    if missing:
+        raise ValueError(f"{where}: {' and '.join(missing)} missing, so actions would have no units. {remedy}")
+    values = {}
+    for name in ("q01", "q99", "min", "max", "mean", "std"):
+        if name in stats:
+            values[name] = _numbers(stats[name], f"{where}, {name}", remedy)
+    mask = stats.get("mask")
+    if mask is not None:
+        entries = mask.tolist() if isinstance(mask, np.ndarray) else mask
+        if not isinstance(entries, (list, tuple)) or not all(isinstance(entry, (bool, np.bool_)) for entry in entries):
+            raise ValueError(f"{where}: mask has to be a list of true and false, got {_shorten(mask)}. {remedy}")
+    lengths = {name: len(array) for name, array in values.items()} | ({} if mask is None else {"mask": len(mask)})
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"{where}: one value for each dimension is needed, the lengths are {lengths}. {remedy}")
+    if required and not lengths["q01"]:
+        raise ValueError(f"{where}: no dimensions, q01 is empty. {remedy}")
+    for low, high in (("q01", "q99"), ("min", "max")):
+        if low in values and high in values:
+            for dim in np.flatnonzero(values[low] > values[high])[:1]:
+                raise ValueError(
+                    f"{where}, dimension {dim}: {low} ({values[low][dim]:g}) is above {high} ({values[high][dim]:g}), "
+                    f"which would mirror the motion. {remedy}"
+                )
+    if "std" in values and (values["std"] < 0).any():
+        raise ValueError(f"{where}, dimension {int(np.argmax(values['std'] < 0))}: std is negative. {remedy}")
+
+
+def _numbers(entries: Any, where: str, remedy: str) -> np.ndarray:
+    """A list of finite numbers of sensible size as (dimensions,) float64; no text, no booleans, no null."""
+    if isinstance(entries, np.ndarray):
+        entries = entries.tolist()
+    if not isinstance(entries, (list, tuple)):
+        raise ValueError(
+            f"{where}: expected a list with one number for each dimension, got {_shorten(entries)}. {remedy}"
+        )
+    for dim, entry in enumerate(entries):
+        number = isinstance(entry, (int, float, np.integer, np.floating)) and not isinstance(entry, bool)
+        if not number or not abs(entry) <= LARGEST:  # NaN is not either
+            raise ValueError(
+                f"{where}, dimension {dim}: {_shorten(entry)} is not a finite number of at most {LARGEST:g}. {remedy}"
+            )
+    return np.asarray(entries, dtype=np.float64)
+
+
+def _shorten(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def resolve_unnorm_key(norm_stats: Mapping[str, Any] | None, unnorm_key: str | None) -> str:
     """The dataset whose statistics un-normalize an action.
 
     `None` is enough where there is one dataset. Raises a `ValueError` that lists the datasets where a choice has to be
-    made, and a `KeyError` that names the nearest where the key is unknown.
+    made, and a `KeyError` that names the nearest, if one is near, where the key is unknown.
     """
     if not norm_stats:
         raise ValueError(
@@ -127,31 +231,22 @@ def resolve_unnorm_key(norm_stats: Mapping[str, Any] | None, unnorm_key: str | N
                 f"shall have: {', '.join(sorted(norm_stats))}."
             )
         return next(iter(norm_stats))
-    if unnorm_key not in norm_stats:
-        near = difflib.get_close_matches(str(unnorm_key), list(norm_stats), n=1, cutoff=0.0)
+    if not isinstance(unnorm_key, str) or unnorm_key not in norm_stats:
         raise KeyError(
-            f"unnorm_key='{unnorm_key}' is not among the model's statistics. Did you mean '{near[0]}'? "
+            f"unnorm_key={unnorm_key!r} is not among the model's statistics.{closest(unnorm_key, norm_stats)} "
             f"Known: {', '.join(sorted(norm_stats))}."
         )
     return unnorm_key
 
 
 def get_action_stats(norm_stats: Mapping[str, Any] | None, unnorm_key: str | None) -> dict[str, Any]:
-    """The `"action"` entry of a dataset's statistics, checked: q01, q99 and mask of one length, finite."""
+    """The `"action"` entry of a dataset's statistics, checked again: statistics may have been set by hand."""
+    if norm_stats is not None and not isinstance(norm_stats, Mapping):
+        check_statistics(norm_stats)
     key = resolve_unnorm_key(norm_stats, unnorm_key)
-    stats = (norm_stats or {})[key].get("action")
-    if not isinstance(stats, Mapping) or "q01" not in stats or "q99" not in stats:
-        raise ValueError(f"The statistics of '{key}' lack action/q01 or action/q99: recompute them for this dataset.")
-    q01, q99 = np.asarray(stats["q01"], dtype=np.float64), np.asarray(stats["q99"], dtype=np.float64)
-    mask = stats.get("mask")
-    if q01.ndim != 1 or q01.shape != q99.shape or (mask is not None and len(mask) != len(q01)):
-        raise ValueError(
-            f"The action statistics of '{key}' do not fit together: q01 {q01.shape}, q99 {q99.shape}, "
-            f"mask {None if mask is None else len(mask)}; each needs one value per action dimension."
-        )
-    if not (np.isfinite(q01).all() and np.isfinite(q99).all()):
-        raise ValueError(f"The action statistics of '{key}' are not finite: recompute them.")
-    return dict(stats)
+    entry = (norm_stats or {})[key]
+    _check_dataset(entry, f"norm_stats, dataset '{key}'")
+    return dict(entry["action"])
 
 
 def _mask(stats: Mapping[str, Any], dims: int) -> np.ndarray:
@@ -220,8 +315,10 @@ def check_same_action_dim(norm_stats: Mapping[str, Any] | None, unnorm_keys: Seq
 __all__ = [
     "ActionTokenizer",
     "check_same_action_dim",
+    "check_statistics",
     "get_action_stats",
     "normalize_actions",
+    "read_statistics",
     "resolve_unnorm_key",
     "unnormalize_actions",
 ]

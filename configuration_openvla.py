@@ -62,9 +62,11 @@ IMAGE_RESIZE_STRATEGIES = ("resize-naive", "resize-crop", "letterbox")
 
 
 def closest(name: Any, known) -> str:
-    """The entry of `known` nearest to `name` as a ready-made hint (' Did you mean ...?'), or an empty string."""
-    matches = difflib.get_close_matches(str(name), [str(entry) for entry in known], n=1, cutoff=0.4)
-    return f" Did you mean '{matches[0]}'?" if matches else ""
+    """The entry of `known` nearest to `name`, whatever the case, as a ready-made hint (' Did you mean ...?'); an empty
+    string where none is near."""
+    folded = {str(entry).casefold(): str(entry) for entry in known}
+    matches = difflib.get_close_matches(str(name).casefold(), folded, n=1, cutoff=0.6)
+    return f" Did you mean '{folded[matches[0]]}'?" if matches else ""
 
 
 def check_choice(field: str, value: Any, known) -> None:

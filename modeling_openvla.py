@@ -10,7 +10,7 @@ published code are listed in the README.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -24,10 +24,17 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 from transformers.utils import cached_file, is_peft_available, torch_compilable_check
 
-from .action_tokenizer import ActionTokenizer, check_same_action_dim, get_action_stats, unnormalize_actions
+from .action_tokenizer import (
+    ActionTokenizer,
+    check_same_action_dim,
+    check_statistics,
+    get_action_stats,
+    read_statistics,
+    unnormalize_actions,
+)
 from .configuration_openvla import TRANSFORMERS, OpenVLAConfig
 from .processing_openvla import HUB_KWARGS, OpenVLAProcessor, as_image_list, load_image
 
@@ -241,22 +248,37 @@ class PatchLayout:
 # The model ------------------------------------------------------------------------------------------------------------
 
 
+# transformers 5.24 calls the key/value cache `cache` in every output and forward, `past_key_values` before; from 5.40
+# on it does not know the old name. Here both names work on every version, and the library is given the one it knows.
+CACHE_NAMES = ("cache", "past_key_values")
+CACHE = next(name for name in CACHE_NAMES if name in {field.name for field in fields(CausalLMOutputWithPast)})
+
+
+def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """The cache that was given, under either name."""
+    if cache is not None and past_key_values is not None and cache is not past_key_values:
+        raise ValueError("cache and past_key_values are two names of one thing: give one of them.")
+    return past_key_values if cache is None else cache
+
+
 @dataclass
-class OpenVLAOutput(ModelOutput):
+class OpenVLAOutput(CausalLMOutputWithPast):
     """Output of `OpenVLAForActionPrediction.forward`.
 
     loss: Mean cross entropy over labels that are not -100, if labels were given.
     logits: (batch, num_patches + length, vocab_size), or the last `logits_to_keep` positions of it.
-    past_key_values, hidden_states, attentions: As in every causal language model of the library.
+    cache (also called past_key_values), hidden_states, attentions: As in every causal language model of the library.
     projector_features: (batch, num_patches, hidden), if an image was given.
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
     projector_features: torch.Tensor | None = None
+
+    def __getitem__(self, key):
+        return super().__getitem__(CACHE if key in CACHE_NAMES else key)
+
+
+for _name in set(CACHE_NAMES) - {CACHE}:
+    setattr(OpenVLAOutput, _name, property(lambda output: getattr(output, CACHE)))
 
 
 @dataclass
@@ -285,7 +307,7 @@ class OpenVLAPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["OpenVLAVisionBackbone", "OpenVLAProjector"]  # those of the language model add themselves
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -355,8 +377,9 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
                 **hub,
             )
             if file is not None:
-                with open(file, encoding="utf-8") as stream:
-                    model.norm_stats = json.load(stream)
+                model.norm_stats = read_statistics(file)
+            elif model.norm_stats:
+                model.norm_stats = check_statistics(model.norm_stats, f"norm_stats of '{model.config.name_or_path}'")
         return loaded
 
     def save_pretrained(self, save_directory, **kwargs):
@@ -500,6 +523,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -547,20 +571,20 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
             labels=labels,
             logits_to_keep=logits_to_keep,
             return_dict=True,
+            **{CACHE: one_cache(cache, past_key_values)},
             **kwargs,
         )
         output = OpenVLAOutput(
             loss=outputs.loss,
             logits=outputs.logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             projector_features=features,
+            **{CACHE: outputs[CACHE] if CACHE in outputs else None},
         )
         if not return_dict:
             if not output_projector_features:
@@ -573,6 +597,9 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
     def generate(self, inputs: torch.Tensor | None = None, **kwargs):
         """As `generate` of every model of the library. Plain prompts come back plain: the patches that are inserted for
         `pixel_values` appear neither in the sequences nor in `max_length`."""
+        cache = one_cache(*(kwargs.pop(name, None) for name in CACHE_NAMES))
+        if cache is not None:
+            kwargs[CACHE] = cache
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         pixel_values, attention_mask = kwargs.get("pixel_values"), kwargs.get("attention_mask")
         if pixel_values is not None and kwargs.get("inputs_embeds") is not None:
@@ -610,29 +637,32 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             return False
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
             return False  # only the tokens that follow those in the cache
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(CACHE)
         # A cache holds less than the whole sequence, unless it holds patches.
         return pixel_values is not None or (cache is not None and cache.get_seq_length() >= input_ids.shape[1])
 
     def prepare_inputs_for_generation(
-        self, input_ids, past_key_values=None, inputs_embeds=None, pixel_values=None, is_first_iteration=False, **kwargs
+        self,
+        input_ids,
+        past_key_values=None,
+        cache=None,
+        inputs_embeds=None,
+        pixel_values=None,
+        is_first_iteration=False,
+        **kwargs,
     ):
         # transformers 5.4 does not drop images after the prefill by itself. An image that is already in the cache
-        # (generation continued from past_key_values) must not enter a second time.
+        # (generation continued from a cache) must not enter a second time.
+        cache = one_cache(cache, past_key_values)
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,  # named in the signature: generate refuses inputs_embeds without it
             is_first_iteration=is_first_iteration,
+            **({} if cache is None else {CACHE: cache}),
             **kwargs,
         )
         prefill = is_first_iteration or not kwargs.get("use_cache", True)
-        if (
-            prefill
-            and pixel_values is not None
-            and past_key_values is not None
-            and past_key_values.get_seq_length() > 0
-        ):
+        if prefill and pixel_values is not None and cache is not None and cache.get_seq_length() > 0:
             prefill = self._placeholders(model_inputs.get("input_ids"), model_inputs.get("inputs_embeds")) is not None
         model_inputs["pixel_values"] = pixel_values if prefill else None
         return model_inputs
@@ -844,7 +874,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
                 **step_inputs,
                 attention_mask=None if attention_mask is None else attention_mask[:, :stop],
                 position_ids=None if position_ids is None else position_ids[:, begin:stop],
-                past_key_values=cache,
+                **{CACHE: cache},
                 use_cache=True,
                 logits_to_keep=1,
             ).logits[:, -1, first:end].float()  # fmt: skip

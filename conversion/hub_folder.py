@@ -2,12 +2,9 @@
 processor, statistics and model card, and its weights are those the configuration calls for.
 """
 
-import json
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,14 +15,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import GenerationConfig
 
+from ..action_tokenizer import check_statistics, read_statistics
 from ..configuration_openvla import OpenVLAConfig
+from ..files_openvla import check_file, read_json
+from ..folders import write_json
 from ..model_card import model_card
 from ..modeling_openvla import OpenVLAForActionPrediction
 from ..processing_openvla import OpenVLAProcessor
 
 
 # The flat files of the package: they import only each other and the HF stack, so they work from any Hub repository.
-CODE_FILES = ("configuration_openvla.py", "action_tokenizer.py", "processing_openvla.py", "modeling_openvla.py")
+CODE_FILES = (
+    "files_openvla.py",
+    "configuration_openvla.py",
+    "action_tokenizer.py",
+    "processing_openvla.py",
+    "modeling_openvla.py",
+)
 _MODEL = "modeling_openvla.OpenVLAForActionPrediction"
 CONFIG_AUTO_MAP = {
     "AutoConfig": "configuration_openvla.OpenVLAConfig",
@@ -49,55 +55,6 @@ class LazyTensor(NamedTuple):
     def of(cls, tensor: torch.Tensor) -> "LazyTensor":
         """A tensor that is there already, or mapped from disk."""
         return cls(tuple(tensor.shape), lambda: tensor)
-
-
-@contextmanager
-def new_folder(output: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
-    """A working folder beside `output` that becomes `output` at the end, and vanishes if anything fails before.
-
-    An existing `output` keeps its other files (a git repository, videos); files of the same name and older weights are
-    replaced.
-
-    Raises:
-        ValueError: If `output` is a file, or a folder with something in it while `overwrite` is False.
-    """
-    output = Path(output).resolve()
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"'{output}' is a file: give a folder.")
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise ValueError(
-            f"'{output}' is not empty: give a new folder, or allow overwriting (--overwrite), which replaces the model "
-            "files in it and keeps all others."
-        )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    try:
-        yield work
-        if output.is_dir():
-            for stale in [*output.glob("model*.safetensors"), *output.glob(WEIGHTS_INDEX)]:
-                if not (work / stale.name).exists():
-                    stale.unlink()
-            for file in [path for path in work.rglob("*") if path.is_file()]:
-                target = output / file.relative_to(work)
-                target.parent.mkdir(exist_ok=True)
-                os.replace(file, target)
-        else:
-            work.chmod(0o755)  # mkdtemp leaves it to the owner alone
-            os.replace(work, output)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def read_json(path: Path) -> Any:
-    """Content of a JSON file; a `ValueError` names the file that is broken."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"'{path}' is not valid JSON: {error}.") from error
-
-
-def write_json(path: Path, data: Any) -> None:
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def source_folder(weights: str | os.PathLike, revision: str | None = None) -> Path:
@@ -146,9 +103,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_weights(folder: Path) -> dict[str, LazyTensor]:
-    """Every tensor of a Hub folder, not yet read; a `ValueError` names a file that is damaged."""
+    """Every tensor of a Hub folder, not yet read; a `ValueError` names a file that is damaged or a Git LFS pointer."""
     tensors = {}
     for file in weight_files(folder):
+        check_file(file, "weights file")
         try:
             handle = safe_open(file, framework="pt")
         except SafetensorError as error:
@@ -159,16 +117,17 @@ def read_weights(folder: Path) -> dict[str, LazyTensor]:
     return tensors
 
 
-def read_statistics(folder: Path, config: OpenVLAConfig) -> dict[str, Any]:
+def statistics_of(folder: Path, config: OpenVLAConfig) -> dict[str, Any]:
     """Action statistics of a Hub folder: dataset_statistics.json, else those of its config; a `ValueError` without."""
     file = folder / "dataset_statistics.json"
-    statistics = read_json(file) if file.is_file() else config.norm_stats
-    if not statistics:
+    if file.is_file():
+        return read_statistics(file)
+    if not config.norm_stats:
         raise ValueError(
             f"'{folder}' has no action statistics, so its actions would have no units: put the dataset_statistics.json "
             "of its training there."
         )
-    return statistics
+    return check_statistics(config.norm_stats, f"'{folder / 'config.json'}' (norm_stats)")
 
 
 def expected_shapes(config: OpenVLAConfig) -> dict[str, tuple[int, ...]]:

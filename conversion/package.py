@@ -5,16 +5,16 @@ import shutil
 from pathlib import Path
 
 from ..configuration_openvla import OpenVLAConfig
+from ..files_openvla import read_json
+from ..folders import new_folder
 from ..processing_openvla import OpenVLAProcessor
 from .hub_folder import (
     WEIGHTS_FILE,
     WEIGHTS_INDEX,
     check_weights,
-    new_folder,
-    read_json,
-    read_statistics,
     read_weights,
     source_folder,
+    statistics_of,
     weight_files,
     write_companions,
 )
@@ -54,7 +54,7 @@ def package_checkpoint(
             f"'{source}' holds weights but no config.json: nothing says which model they belong to."
         )
     config = OpenVLAConfig.from_pretrained(source)
-    statistics = read_statistics(source, config)
+    statistics = statistics_of(source, config)
     processor = load_processor(source)
     files = weight_files(source)
     if getattr(config, "quantization_config", None) is None:  # packed weights have other names and shapes

@@ -11,19 +11,19 @@ import torch
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
+from ..action_tokenizer import read_statistics
 from ..configuration_openvla import LLM_BACKBONES, VISION_BACKBONES, OpenVLAConfig, check_choice, closest
+from ..files_openvla import read_json
+from ..folders import new_folder, write_json
 from ..presets import load_base_vlms
 from ..processing_openvla import OpenVLAImageProcessor, OpenVLAProcessor, prompt_template_of
 from .hub_folder import (
     LazyTensor,
     check_weights,
-    new_folder,
-    read_json,
-    read_statistics,
     read_weights,
     source_folder,
+    statistics_of,
     write_companions,
-    write_json,
     write_weights,
 )
 from .training_run import LATEST, PARTS, find_checkpoint, lazy, name_table, read_checkpoint, rename, run_ids
@@ -117,7 +117,7 @@ def convert_prismatic_checkpoint(
     output = Path(output)
     with new_folder(output, overwrite) as folder:
         write_weights(folder, tensors, DTYPES[dtype], max_shard_size)
-        write_companions(folder, config, processor, read_json(stats_file), name=output.resolve().name)
+        write_companions(folder, config, processor, read_statistics(stats_file), name=output.resolve().name)
     return output
 
 
@@ -255,7 +255,7 @@ def export_prismatic_checkpoint(
         field: getattr(config, field) for field in ("vision_backbone_id", "llm_backbone_id", "image_resize_strategy")
     }
     same = sorted((name for name, known in load_base_vlms().items() if known == ids), key=len)
-    statistics = read_statistics(source, config)
+    statistics = statistics_of(source, config)
 
     parts: dict[str, OrderedDict[str, torch.Tensor]] = {part: OrderedDict() for part in PARTS}
     for name, tensor in tensors.items():

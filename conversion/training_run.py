@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 from ..configuration_openvla import OpenVLAConfig
+from ..files_openvla import read_json
 from ..presets import load_base_vlms
-from .hub_folder import LazyTensor, read_json
+from .hub_folder import LazyTensor
 
 
 PARTS = ("vision_backbone", "projector", "llm_backbone")

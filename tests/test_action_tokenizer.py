@@ -8,7 +8,14 @@ import torch
 from tiny import FIXTURES, GOLDENS, TINY
 
 from openvla import ActionTokenizer, normalize_actions, unnormalize_actions
-from openvla.action_tokenizer import check_same_action_dim, get_action_stats, resolve_unnorm_key
+from openvla.action_tokenizer import (
+    check_same_action_dim,
+    check_statistics,
+    get_action_stats,
+    read_statistics,
+    resolve_unnorm_key,
+)
+from openvla.presets import load_preset_statistics
 
 
 VOCABULARY = 32000
@@ -130,12 +137,65 @@ def test_unnorm_keys():
 @pytest.mark.parametrize(
     ("stats", "message"),
     [
-        ({"mean": [0.0]}, "lack action/q01"),
-        ({"q01": [0.0], "q99": [1.0, 2.0]}, "do not fit together"),
-        ({"q01": [0.0], "q99": [1.0], "mask": [True, True]}, "do not fit together"),
-        ({"q01": [0.0], "q99": [float("inf")]}, "not finite"),
+        ({"mean": [0.0]}, "'robot'.*q01 and q99 missing"),
+        ({"q01": [0.0], "q99": [1.0, 2.0]}, "the lengths are"),
+        ({"q01": [0.0], "q99": [1.0], "mask": [True, True]}, "the lengths are"),
+        ({"q01": [0.0], "q99": [float("inf")]}, "dimension 0: inf is not a finite number"),
+        ({"q01": [0.0, 1.0], "q99": [1.0, 0.5]}, "dimension 1: q01 .* is above q99"),
+        ({"q01": [-1e308], "q99": [1e308]}, "at most 1e"),
+        ({"q01": [10**400], "q99": [10**400]}, "at most 1e"),
+        ({"q01": [0.0], "q99": [1.0], "min": [1.0], "max": [0.0]}, "min .* is above max"),
+        ({"q01": [0.0], "q99": [1.0], "std": [-1.0]}, "std is negative"),
+        ({"q01": [0.0], "q99": [1.0], "mean": ["0"]}, "'0' is not a finite number"),
+        ({"q01": [True], "q99": [True]}, "True is not a finite number"),
+        ({"q01": [0.0], "q99": [1.0], "mask": ["false"]}, "list of true and false"),
+        ({"q01": [0.0], "q99": [1.0], "mask": [None]}, "list of true and false"),
+        ({"q01": [0.0], "q99": [1.0], "mask": "T"}, "list of true and false"),
+        ({"q01": [], "q99": []}, "no dimensions"),
+        ({"q01": 0.0, "q99": 1.0}, "expected a list"),
     ],
 )
 def test_broken_statistics(stats, message):
     with pytest.raises(ValueError, match=message):
         get_action_stats({"robot": {"action": stats}}, "robot")
+
+
+@pytest.mark.parametrize("content", [[1], None, "x", {"robot": None}, {"robot": [1]}, {"robot": {"action": []}}])
+def test_statistics_of_another_nesting(content):
+    with pytest.raises(ValueError, match="q01"):
+        check_statistics(content, "file.json")
+
+
+def test_statistics_without_the_name_of_their_dataset():
+    with pytest.raises(ValueError, match="file.json.*whose name is missing"):
+        check_statistics(load_preset_statistics("openvla-7b")["bridge_orig"], "file.json")
+
+
+def test_published_statistics_pass():
+    for name in ("openvla-7b", "libero"):
+        assert check_statistics(load_preset_statistics(name))
+
+
+def test_a_statistics_file_is_named(tmp_path):
+    file = tmp_path / "dataset_statistics.json"
+    for text, message in {
+        "{": "not valid JSON",
+        "": "empty",
+        "[]": "expected an object",
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n": "Git LFS pointer",
+        '{"robot": {"action": {"q01": [NaN], "q99": [1.0]}}}': "dataset 'robot', action, q01, dimension 0",
+    }.items():
+        file.write_text(text)
+        with pytest.raises(ValueError, match=f"dataset_statistics.json.*{message}"):
+            read_statistics(file)
+    file.write_text('\ufeff{"robot": {"action": {"q01": [0.0], "q99": [1.0]}}}', encoding="utf-8")
+    assert read_statistics(file)["robot"]["action"]["q99"] == [1.0]
+
+
+def test_the_hint_is_of_a_near_key_alone():
+    norm_stats = load_preset_statistics("openvla-7b")
+    with pytest.raises(KeyError, match="Did you mean 'bridge_orig'"):
+        get_action_stats(norm_stats, "BRIDGE_ORIG")
+    with pytest.raises(KeyError) as error:
+        get_action_stats(norm_stats, "zzz")
+    assert "Did you mean" not in str(error.value)

@@ -7,12 +7,13 @@ import pytest
 
 
 ROOT = Path(__file__).resolve().parents[1]
-FLAT_FILES = ["configuration_openvla", "action_tokenizer", "processing_openvla", "modeling_openvla"]
+FLAT_FILES = ["files_openvla", "configuration_openvla", "action_tokenizer", "processing_openvla", "modeling_openvla"]
 # Name -> floor. What stands on one floor does not import its neighbours; the flat files may import earlier ones.
 FLOORS = {
     **{name: 1 for name in FLAT_FILES},
     "action_text": 1,
     "options": 1,
+    "folders": 1,
     "model_card": 2,
     "presets": 2,
     "data": 2,

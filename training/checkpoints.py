@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..folders import write_json
 from ..model_card import model_card
 from ..modeling_openvla import OpenVLAForActionPrediction
 from ..processing_openvla import OpenVLAProcessor
@@ -50,13 +51,6 @@ def write_checkpoint(
     processor.save_pretrained(folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
     write_json(folder / "dataset_statistics.json", statistics)
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Appears whole or not at all."""
-    temporary = path.with_name(f"{path.name}.part")
-    temporary.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def merge_adapter(folder: str | Path, output: str | Path, dtype: str = "auto") -> float:

@@ -18,9 +18,10 @@ from ..data.augment import ImageAugmentation
 from ..data.collate import ActionCollator
 from ..data.samples import FrameSamples
 from ..data.stream import MixtureStream
+from ..folders import write_json
 from ..model_card import model_card
 from ..modeling_openvla import OpenVLAForActionPrediction
-from .checkpoints import ADAPTER_NOTE, STARTED, write_json
+from .checkpoints import ADAPTER_NOTE, STARTED
 from .checks import check_result
 from .curves import plot_curves
 from .metrics import ActionMetrics

@@ -1,0 +1,63 @@
+"""Files that may be missing, cut off or only a Git LFS pointer, read so that the error names the file and the way out.
+
+The standard library alone: model, data, training and clients read their JSON here.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # first bytes of every pointer (git-lfs docs/spec.md)
+
+
+def check_file(path: str | os.PathLike, what: str = "file") -> Path:
+    """`path`, if there is a file with content.
+
+    Args:
+        what: What the file should be, for the message: "weights file", "video", ...
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is empty, or a Git LFS pointer instead of the content.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"No {what} at '{path}'.")
+    with path.open("rb") as stream:
+        head = stream.read(len(LFS_POINTER))
+    if not head:
+        raise ValueError(f"'{path}' is empty (0 bytes), expected a {what}: copy or download it again.")
+    if head == LFS_POINTER:
+        raise ValueError(
+            f"'{path}' is a Git LFS pointer and not the {what} itself: it was cloned without Git LFS. Run "
+            "`git lfs install && git lfs pull` in that repository, or download the file from the Hub."
+        )
+    return path
+
+
+def read_json(path: str | os.PathLike, kind: type = dict) -> Any:
+    """Content of a JSON file, with or without a byte order mark.
+
+    Args:
+        kind: `dict` or `list`: what the file has to hold.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is empty, a Git LFS pointer, no JSON, or holds something else than `kind`.
+    """
+    path = check_file(path, "JSON file")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"'{path}' is not valid JSON ({error}): it was damaged or cut off, copy or download it again."
+        ) from error
+    if not isinstance(content, kind):
+        expected = "an object {...}" if kind is dict else "a list [...]"
+        raise ValueError(f"'{path}' holds {json.dumps(content)[:60]}, expected {expected}.")
+    return content
+
+
+__all__ = ["check_file", "read_json"]

@@ -1,0 +1,94 @@
+"""Output folders: one process at a time, and results that appear complete or not at all."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+
+@contextmanager
+def locked(folder: str | os.PathLike) -> Iterator[None]:
+    """Keep other processes out of `folder`, which need not exist yet.
+
+    The operating system drops the lock when its process ends, however it ends. The empty file `.NAME.lock` beside the
+    folder goes with it; a killed process leaves the file, which then locks nothing.
+
+    Raises:
+        BlockingIOError: If another process works on the folder.
+    """
+    folder = Path(folder).expanduser().absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    file = folder.parent / f".{folder.name}.lock"
+    lock = FileLock(file, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise BlockingIOError(
+            f"Another process is writing to '{folder}' (it holds '{file}'): wait for it or stop it, or choose another "
+            "output folder."
+        ) from None
+    try:
+        yield
+    finally:
+        # While the lock is held: a process that opened the file meanwhile sees that it is gone, and makes a new one.
+        file.unlink(missing_ok=True)
+        lock.release()
+
+
+@contextmanager
+def new_folder(output: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
+    """A working folder beside `output` that becomes `output` at the end, and vanishes if anything fails before.
+
+    What a killed process left of its working folder is removed. An existing `output` keeps its other files (a git
+    repository, videos); files of the same name and older weights are replaced, config.json last: until then the folder
+    does not load.
+
+    Raises:
+        ValueError: If `output` is a file, or a folder with something in it while `overwrite` is False.
+        BlockingIOError: If another process is writing the same folder.
+    """
+    output = Path(output).expanduser().resolve()
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"'{output}' is a file: give a folder.")
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise ValueError(
+            f"'{output}' is not empty: give a new folder, or allow overwriting (--overwrite), which replaces the model "
+            "files in it and keeps all others."
+        )
+    with locked(output):
+        work = output.with_name(f".{output.name}.unfinished")
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        try:
+            yield work
+            if output.is_dir():
+                _move_into(work, output)
+            else:
+                os.replace(work, output)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _move_into(work: Path, output: Path) -> None:
+    files = [path for path in work.rglob("*") if path.is_file()]
+    files.sort(key=lambda path: path == work / "config.json")
+    (output / "config.json").unlink(missing_ok=True)
+    for stale in [*output.glob("model*.safetensors"), *output.glob("model.safetensors.index.json")]:
+        if not (work / stale.name).exists():
+            stale.unlink()
+    for file in files:
+        target = output / file.relative_to(work)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(file, target)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write a JSON file that appears complete or not at all."""
+    temporary = path.with_name(f"{path.name}.part")
+    temporary.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

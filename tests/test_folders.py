@@ -1,0 +1,74 @@
+"""Output folders: one process at a time, complete or not at all."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from openvla.folders import locked, new_folder, write_json
+
+
+HOLD = """
+import sys, time
+from openvla.folders import locked
+with locked(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A process that holds the lock of `tmp_path / 'out'`."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "out")], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_second_process_is_refused(tmp_path, holder):
+    with pytest.raises(BlockingIOError, match="Another process is writing"), locked(tmp_path / "out"):
+        pass
+
+
+def test_a_killed_process_locks_nothing(tmp_path, holder):
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    with locked(tmp_path / "out"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_appears_complete_or_not_at_all(tmp_path):
+    with pytest.raises(KeyError), new_folder(tmp_path / "out") as folder:
+        (folder / "file").touch()
+        raise KeyError
+    assert not list(tmp_path.iterdir())
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "file").touch()
+    assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["file"]
+
+
+def test_leftovers_of_a_killed_run_are_removed(tmp_path):
+    (tmp_path / ".out.unfinished").mkdir()
+    (tmp_path / ".out.unfinished" / "half").touch()
+    with new_folder(tmp_path / "out") as folder:
+        assert not list(folder.iterdir())
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_overwriting_keeps_other_files_and_drops_older_weights(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("config.json", "model-00001-of-00002.safetensors", "video.mp4"):
+        (out / name).write_text("old")
+    with pytest.raises(ValueError, match="not empty"), new_folder(out):
+        pass
+    with new_folder(out, overwrite=True) as folder:
+        write_json(folder / "config.json", {"new": True})
+        (folder / "model.safetensors").write_text("new")
+    assert sorted(os.listdir(out)) == ["config.json", "model.safetensors", "video.mp4"]
+    assert "new" in (out / "config.json").read_text()
