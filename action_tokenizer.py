@@ -155,14 +155,16 @@ def _check_dataset(entry: Any, where: str) -> None:
             f"{where}: expected {{'action': {{'q01': [...], 'q99': [...]}}}}, got {_shorten(entry)}: recompute the "
             "statistics (`openvla stats DATASET --output dataset_statistics.json`)."
         )
-    for part in ("action", "proprio"):
-        if isinstance(entry.get(part), Mapping):
-            _check_lists(entry[part], f"{where}, {part}", required=("q01", "q99") if part == "action" else ())
+    _check_lists(entry["action"], f"{where}, action", required=("q01", "q99"))
+    if entry.get("proprio") is not None:
+        _check_lists(entry["proprio"], f"{where}, proprio")
 
 
-def _check_lists(stats: Mapping[str, Any], where: str, required: tuple[str, ...]) -> None:
+def _check_lists(stats: Any, where: str, required: tuple[str, ...] = ()) -> None:
     """Raise a `ValueError` if the lists of one space do not fit together."""
     remedy = "Recompute the statistics (`openvla stats`), or take the dataset_statistics.json of the training."
+    if not isinstance(stats, Mapping):
+        raise ValueError(f"{where}: expected {{'q01': [...], 'q99': [...]}}, got {_shorten(stats)}. {remedy}")
     missing = [name for name in required if name not in stats]
     if missing:
         raise ValueError(f"{where}: {' and '.join(missing)} missing, so actions would have no units. {remedy}")
