@@ -1,13 +1,15 @@
-"""Output folders: one process at a time, complete or not at all."""
+"""Folders: one process at a time, complete or not at all; weights told apart by their content."""
 
+import hashlib
 import os
 import signal
 import subprocess
 import sys
 
+import huggingface_hub
 import pytest
 
-from openvla.folders import locked, new_folder, write_json
+from openvla.folders import locked, new_folder, weights_digest, write_json
 
 
 HOLD = """
@@ -72,3 +74,36 @@ def test_overwriting_keeps_other_files_and_drops_older_weights(tmp_path):
         (folder / "model.safetensors").write_text("new")
     assert sorted(os.listdir(out)) == ["config.json", "model.safetensors", "video.mp4"]
     assert "new" in (out / "config.json").read_text()
+
+
+def test_weights_are_told_apart_by_their_content(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(bytes(1000))
+    before = weights_digest(tmp_path)
+    assert len(before) == 32 and weights_digest(str(tmp_path)) == before
+    (tmp_path / "config.json").write_text("{}")
+    os.utime(file)
+    assert weights_digest(tmp_path) == before  # neither other files nor time stamps
+    file.write_bytes(bytes(999) + b"\1")
+    assert weights_digest(tmp_path) != before
+    with pytest.raises(FileNotFoundError, match="no weights"):
+        weights_digest(tmp_path.parent)
+
+
+def test_weights_of_a_hub_id_are_those_in_the_cache(tmp_path, monkeypatch):
+    """There the file of a large weight is called by its digest, so nothing is read; equal to that of a folder."""
+    content = bytes(1000)
+    cache = tmp_path / "models--me--my-robot"
+    blob = cache / "blobs" / hashlib.sha256(content).hexdigest()
+    snapshot = cache / "snapshots" / ("0" * 40)
+    for folder in (blob.parent, snapshot, cache / "refs", tmp_path / "local"):
+        folder.mkdir(parents=True)
+    blob.touch()
+    (cache / "refs" / "main").write_text("0" * 40)
+    (snapshot / "model.safetensors").symlink_to(blob)
+    (tmp_path / "local" / "model.safetensors").write_bytes(content)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert weights_digest("me/my-robot") == weights_digest(tmp_path / "local")
+    for missing in ("me/other", "not/a/repository", str(tmp_path / "nowhere")):
+        with pytest.raises(FileNotFoundError, match="no folder, and no Hub repository"):
+            weights_digest(missing)
