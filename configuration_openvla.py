@@ -6,9 +6,13 @@ fine-tuned from them, and names three things those files leave implicit: the siz
 """
 
 import difflib
+import os
+from pathlib import Path
 from typing import Any, ClassVar
 
 import transformers
+
+from .files_openvla import local_folder, read_json
 
 
 MINIMUM_TRANSFORMERS = (5, 4)
@@ -61,6 +65,46 @@ LLM_BACKBONES: dict[str, tuple[str, str]] = {
 IMAGE_RESIZE_STRATEGIES = ("resize-naive", "resize-crop", "letterbox")
 
 
+# Files that OpenVLA-OFT saves beside its weights (`vla-scripts/finetune.py` of moojink/openvla-oft).
+OFT_FILES = (
+    "action_head--*.pt",
+    "noisy_action_projector--*.pt",
+    "proprio_projector--*.pt",
+    "vision_backbone--*.pt",
+    "lora_adapter/adapter_config.json",
+)
+
+
+def refuse_oft(folder: Path) -> None:
+    """Raise a `ValueError` if `folder` is a checkpoint of OpenVLA-OFT, whose weights give wrong actions here.
+
+    Its discrete variant without an adapter beside it has nothing that tells it apart.
+    """
+    found = [file.relative_to(folder).as_posix() for pattern in OFT_FILES for file in sorted(folder.glob(pattern))]
+    if found:
+        raise ValueError(
+            f"'{folder}' is a checkpoint of OpenVLA-OFT ({', '.join(found)}): it predicts chunks of actions in "
+            "parallel, which is not supported yet, and taken for an OpenVLA model it would move the arm wrongly. Use "
+            "an OpenVLA checkpoint, or the code of OpenVLA-OFT."
+        )
+
+
+def check_model_type(content: dict[str, Any], where: str, expected: str) -> None:
+    """Raise a `ValueError` if the config.json at `where` is not of the model type `expected`."""
+    model_type = content.get("model_type")
+    if model_type == expected:
+        return
+    if model_type is None and "vla" in content:
+        raise ValueError(
+            f"'{where}' is of a training run of the original's code: turn it into a Hub folder first, "
+            "`openvla convert RUN OUT`."
+        )
+    found = "has no model_type" if model_type is None else f"describes a model of type {model_type!r}"
+    raise ValueError(
+        f"'{where}' {found}, expected '{expected}': give the folder of an OpenVLA model, with its own config.json."
+    )
+
+
 def closest(name: Any, known) -> str:
     """The entry of `known` nearest to `name`, whatever the case, as a ready-made hint (' Did you mean ...?'); an empty
     string where none is near."""
@@ -69,18 +113,27 @@ def closest(name: Any, known) -> str:
     return f" Did you mean '{folded[matches[0]]}'?" if matches else ""
 
 
-def check_choice(field: str, value: Any, known) -> None:
-    """Raise a `ValueError` that names `field`, the value given, the values known and the nearest of them."""
+def check_choice(field: str, value: Any, known, otherwise: str = "") -> None:
+    """Raise a `ValueError` that names `field`, the value given, the values known and the nearest of them.
+
+    Args:
+        otherwise: What to do instead of choosing a known value, for the message.
+    """
     if value not in known:
-        raise ValueError(f"{field}={value!r} is unknown.{closest(value, known)} Known: {', '.join(map(str, known))}.")
+        raise ValueError(
+            f"{field}={value!r} is unknown.{closest(value, known)} Known: {', '.join(map(str, known))}."
+            + (f" {otherwise}" if otherwise else "")
+        )
 
 
 class OpenVLAConfig(PreTrainedConfig):
     """Everything needed to build an `OpenVLAForActionPrediction` except the weights.
 
     Args:
-        vision_backbone_id: One of `VISION_BACKBONES`; decides towers, image sizes and activations.
-        llm_backbone_id: One of `LLM_BACKBONES`; decides the class of `text_config` and the prompt form.
+        vision_backbone_id: One of `VISION_BACKBONES`, which decides towers, image sizes and activations; or any name,
+            if `timm_model_ids` and `image_sizes` describe the towers.
+        llm_backbone_id: One of `LLM_BACKBONES`, which decides the class of `text_config` and the prompt form; or any
+            name, if `text_config` describes the language model, `model_type` included.
         arch_specifier: Published field, kept as it is; the projector follows `use_fused_vision_backbone`.
         use_fused_vision_backbone: Two towers with concatenated features. Default: what `vision_backbone_id` implies.
         image_resize_strategy: `"resize-naive"`, `"resize-crop"` or `"letterbox"`.
@@ -96,6 +149,9 @@ class OpenVLAConfig(PreTrainedConfig):
         image_token_id: Placeholder that stands for one image patch inside the model. Default: the last row of the
             embedding table, which no tokenizer of a published checkpoint uses.
         empty_token_id: Id of the lone word-boundary token `▁` that ends a prompt. Default: asked of the tokenizer.
+
+    Raises:
+        ValueError: If an id is unknown and what it would decide is not described, or the fields contradict each other.
     """
 
     model_type = "openvla"
@@ -124,11 +180,28 @@ class OpenVLAConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
-        check_choice("vision_backbone_id", self.vision_backbone_id, VISION_BACKBONES)
-        check_choice("llm_backbone_id", self.llm_backbone_id, LLM_BACKBONES)
-        check_choice("image_resize_strategy", self.image_resize_strategy, IMAGE_RESIZE_STRATEGIES)
+        self._complete_towers()
+        self._complete_language_model()
+        if self.pad_token_id is None:
+            self.pad_token_id = self.text_config.pad_token_id
+        if self.image_token_id is None:
+            self.image_token_id = self.text_config.vocab_size - 1
+        self.check_fields()
+        super().__post_init__(**kwargs)
 
-        model_ids, sizes, activations = map(list, zip(*VISION_BACKBONES[self.vision_backbone_id]))
+    def _complete_towers(self) -> None:
+        """Fill in what `vision_backbone_id` decides and was not given."""
+        if self.timm_model_ids is None or self.image_sizes is None:
+            check_choice(
+                "vision_backbone_id",
+                self.vision_backbone_id,
+                VISION_BACKBONES,
+                "Towers of another name are described by timm_model_ids and image_sizes, one entry for each tower.",
+            )
+        if self.vision_backbone_id in VISION_BACKBONES:
+            model_ids, sizes, activations = map(list, zip(*VISION_BACKBONES[self.vision_backbone_id]))
+        else:
+            model_ids, sizes, activations = self.timm_model_ids, self.image_sizes, [None] * len(self.timm_model_ids)
         if self.use_fused_vision_backbone is None:
             self.use_fused_vision_backbone = len(model_ids) > 1
         self.timm_model_ids = model_ids if self.timm_model_ids is None else self.timm_model_ids
@@ -138,15 +211,19 @@ class OpenVLAConfig(PreTrainedConfig):
         self.image_sizes = sizes if self.image_sizes is None else self.image_sizes
         if self.timm_model_kwargs is None:
             self.timm_model_kwargs = [{} for _ in self.timm_model_ids]
-        towers = 2 if self.use_fused_vision_backbone else 1
-        for field in ("timm_model_ids", "timm_override_act_layers", "image_sizes", "timm_model_kwargs"):
-            if len(getattr(self, field)) != towers:
-                raise ValueError(
-                    f"{field} has {len(getattr(self, field))} entries for {towers} vision tower(s): give one per tower "
-                    f"or leave it out to take what vision_backbone_id='{self.vision_backbone_id}' means."
-                )
 
-        llm_on_hub, text_model_type = LLM_BACKBONES[self.llm_backbone_id]
+    def _complete_language_model(self) -> None:
+        """Make `text_config` a configuration, with what `llm_backbone_id` decides."""
+        fields = self.text_config if isinstance(self.text_config, dict) else {}
+        described = isinstance(self.text_config, PreTrainedConfig) or "model_type" in fields
+        if not described:
+            check_choice(
+                "llm_backbone_id",
+                self.llm_backbone_id,
+                LLM_BACKBONES,
+                "A language model of another name is described by text_config, its model_type included.",
+            )
+        llm_on_hub, text_model_type = LLM_BACKBONES.get(self.llm_backbone_id, (None, None))
         self.hf_llm_id = llm_on_hub if self.hf_llm_id is None else self.hf_llm_id
         if self.text_config is None:
             # As the published training code had it: one padding token after the model's own vocabulary, the embedding
@@ -155,23 +232,105 @@ class OpenVLAConfig(PreTrainedConfig):
             self.text_config = {"vocab_size": vocabulary + self.pad_to_multiple_of, "pad_token_id": vocabulary}
         if isinstance(self.text_config, dict):
             fields = dict(self.text_config)
-            self.text_config = CONFIG_MAPPING[fields.pop("model_type", text_model_type)](**fields)
+            model_type = fields.pop("model_type", text_model_type)
+            if model_type not in CONFIG_MAPPING:
+                raise ValueError(f"text_config: transformers knows no model_type {model_type!r}.")
+            self.text_config = CONFIG_MAPPING[model_type](**fields)
 
-        if self.pad_token_id is None:
-            self.pad_token_id = self.text_config.pad_token_id
-        if self.image_token_id is None:
-            self.image_token_id = self.text_config.vocab_size - 1
+    def check_fields(self) -> None:
+        """Raise a `ValueError` if fields contradict each other."""
+        check_choice("image_resize_strategy", self.image_resize_strategy, IMAGE_RESIZE_STRATEGIES)
+        towers = 2 if self.use_fused_vision_backbone else 1
+        for field in ("timm_model_ids", "timm_override_act_layers", "image_sizes", "timm_model_kwargs"):
+            value = getattr(self, field)
+            if not isinstance(value, (list, tuple)) or len(value) != towers:
+                found = f"has {len(value)} entries" if isinstance(value, (list, tuple)) else f"is {value!r}, no list,"
+                raise ValueError(
+                    f"{field} {found} for {towers} vision tower(s): give one entry per tower, or leave it out to take "
+                    f"what vision_backbone_id='{self.vision_backbone_id}' means."
+                )
+        if not all(_is_count(size) for size in self.image_sizes):
+            raise ValueError(
+                f"image_sizes={self.image_sizes!r}: expected the side of a square in pixels, one per tower."
+            )
+        for field in ("n_action_bins", "llm_max_length", "pad_to_multiple_of"):
+            value = getattr(self, field)
+            if not (_is_count(value) or (field == "pad_to_multiple_of" and value == 0)):
+                raise ValueError(f"{field}={value!r}: expected a positive integer.")
         if not 2 <= self.n_action_bins <= self.action_vocab_size:
             raise ValueError(
                 f"n_action_bins={self.n_action_bins} does not fit a vocabulary of {self.action_vocab_size} tokens "
                 f"(text_config.vocab_size={self.text_config.vocab_size}, pad_to_multiple_of={self.pad_to_multiple_of})."
             )
-        super().__post_init__(**kwargs)
+        for field in ("image_token_id", "empty_token_id"):
+            value = getattr(self, field)
+            if value is not None and not (isinstance(value, int) and 0 <= value < self.text_config.vocab_size):
+                raise ValueError(
+                    f"{field}={value!r} is no id of a vocabulary of {self.text_config.vocab_size} tokens "
+                    "(text_config.vocab_size)."
+                )
+
+    # Reading ----------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> tuple[dict, dict]:
+        """Content of the config.json of a folder or Hub id (or of that file itself), and unused arguments.
+
+        Raises:
+            FileNotFoundError: If there is neither folder nor repository, or no config.json in it.
+            ValueError: If config.json is damaged, a Git LFS pointer or of another kind of model, or the folder is of
+                OpenVLA-OFT.
+        """
+        name, subfolder = os.fspath(pretrained_model_name_or_path), kwargs.get("subfolder") or ""
+        file = Path(name)
+        if file.suffix != ".json" or not file.is_file():
+            folder = local_folder(name)
+            if folder is not None:
+                refuse_oft(folder / subfolder)
+            file = Path(folder or name, subfolder, "config.json")
+            if folder is not None and not file.is_file():
+                raise FileNotFoundError(no_config(file.parent))
+        if file.is_file():
+            read_json(file)  # says what is wrong with it
+        try:
+            content, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        except OSError as error:
+            if file.is_file():
+                raise
+            raise FileNotFoundError(
+                f"'{name}' is neither a folder here nor a Hub repository that can be reached: {error}"
+            ) from error
+        if not set(content) - {"_commit_hash"} and not file.is_file():
+            raise FileNotFoundError(no_config(name))
+        check_model_type(content, str(file), cls.model_type)
+        return content, unused
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """As in every configuration of the library; fields given by name are checked as well."""
+        loaded = super().from_dict(config_dict, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        config.check_fields()
+        return loaded
 
     @property
     def action_vocab_size(self) -> int:
         """End of the tokenizer's own vocabulary; the last `n_action_bins` ids before it are the action tokens."""
         return self.text_config.vocab_size - self.pad_to_multiple_of
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def no_config(folder: str | os.PathLike) -> str:
+    """What to say where config.json is missing, by what is there instead."""
+    message = f"There is no config.json in '{os.fspath(folder)}', so nothing says which model it is"
+    if (Path(folder) / "adapter_config.json").is_file():
+        return f"{message}: it holds a LoRA adapter. Give its base, or merge the two first (`openvla merge RUN OUT`)."
+    if any(Path(folder).glob("checkpoints/*.pt")):
+        return f"{message}: it is a training run of the original's code, see `openvla convert`."
+    return f"{message}: was it copied or downloaded in full?"
 
 
 __all__ = ["OpenVLAConfig"]

@@ -60,4 +60,20 @@ def read_json(path: str | os.PathLike, kind: type = dict) -> Any:
     return content
 
 
-__all__ = ["check_file", "read_json"]
+def local_folder(name: str | os.PathLike) -> Path | None:
+    """The folder `name` stands for; None where it can only be the id of a Hub repository (`owner/name`).
+
+    Raises:
+        FileNotFoundError: If it is neither.
+    """
+    path, text = Path(name), os.fspath(name)
+    if text and path.is_dir():
+        return path
+    if text and path.exists():
+        raise FileNotFoundError(f"'{text}' is a file, a model is a folder: give '{path.parent}'.")
+    if text.startswith((".", "/", "~")) or text.count("/") != 1 or not all(text.split("/")):
+        raise FileNotFoundError(f"No folder at '{text}'. Give a folder, or a Hub id such as 'openvla/openvla-7b'.")
+    return None
+
+
+__all__ = ["check_file", "local_folder", "read_json"]

@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 
 from ..action_tokenizer import check_statistics, read_statistics
 from ..configuration_openvla import OpenVLAConfig
-from ..files_openvla import check_file, read_json
+from ..files_openvla import check_file, local_folder, read_json
 from ..folders import write_json
 from ..model_card import model_card
 from ..modeling_openvla import OpenVLAForActionPrediction
@@ -59,10 +59,9 @@ class LazyTensor(NamedTuple):
 
 def source_folder(weights: str | os.PathLike, revision: str | None = None) -> Path:
     """A local folder as it is, or the downloaded snapshot of a Hub id."""
-    if Path(weights).is_dir():
-        return Path(weights)
-    if Path(weights).exists() or str(weights).startswith((".", "/", "~")) or str(weights).count("/") != 1:
-        raise FileNotFoundError(f"No folder at '{weights}'. Give a folder, or a Hub id such as 'openvla/openvla-7b'.")
+    folder = local_folder(weights)
+    if folder is not None:
+        return folder
     patterns = ["*.json", "*.safetensors", "tokenizer.model", "README.md"]
     try:
         return Path(snapshot_download(str(weights), revision=revision, allow_patterns=patterns))
