@@ -11,6 +11,7 @@ published code are listed in the README.
 
 import json
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,14 +34,15 @@ from .action_tokenizer import (
     check_statistics,
     get_action_stats,
     read_statistics,
+    resolve_unnorm_key,
     unnormalize_actions,
 )
 from .configuration_openvla import TRANSFORMERS, OpenVLAConfig
 from .processing_openvla import HUB_KWARGS, OpenVLAProcessor, as_image_list, load_image
+from .quantization_openvla import keep_split_blocks_from_packing, take_quantization, turn_block_scales_back
 
 
 IGNORE_INDEX = -100  # label that the loss skips
-NOT_QUANTIZED = ["vision_backbone", "projector", "lm_head"]
 
 
 # Vision ---------------------------------------------------------------------------------------------------------------
@@ -112,6 +114,14 @@ def create_vision_tower(model_id: str, image_size: int, act_layer: str | None, m
             if isinstance(layer_scale, TimmLayerScale):
                 init_values = model_kwargs.get("init_values") or DEFAULT_LAYER_SCALE
                 setattr(block, name, LayerScale(layer_scale.gamma.shape[0], init_values))
+    # As `forward` and not under its own name: hooks that bring offloaded weights run where a module is called.
+    tower.forward = partial(
+        tower.forward_intermediates,
+        indices=[len(tower.blocks) - 2],
+        stop_early=True,
+        intermediates_only=True,
+        output_fmt="NLC",
+    )
     return tower
 
 
@@ -132,6 +142,7 @@ class OpenVLAVisionBackbone(nn.Module):
         self.featurizer = towers[0]
         if config.use_fused_vision_backbone:
             self.fused_featurizer = towers[1]
+        self.use_fused_vision_backbone: bool = config.use_fused_vision_backbone  # published name
         self.embed_dim = sum(tower.embed_dim for tower in towers)
         self.num_patches: int = towers[0].patch_embed.num_patches
         self.image_size: tuple[int, int] = towers[0].patch_embed.img_size
@@ -163,13 +174,7 @@ class OpenVLAVisionBackbone(nn.Module):
         """
         features = []
         for tower, pixels in zip(self.towers, pixel_values.split(3, dim=1)):
-            features += tower.forward_intermediates(
-                pixels,
-                indices=[len(tower.blocks) - 2],
-                stop_early=True,
-                intermediates_only=True,
-                output_fmt="NLC",
-            )
+            features += tower(pixels)
         return torch.cat(features, dim=2)
 
 
@@ -349,6 +354,12 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         # One dtype for the whole model, also where the config names another for its language model.
         self.language_model = AutoModelForCausalLM.from_config(config.text_config, dtype=torch.get_default_dtype())
         self.action_tokenizer = ActionTokenizer(config.action_vocab_size, config.n_action_bins)
+        # Published names, which clients of the original read
+        self.vocab_size: int = config.action_vocab_size  # end of the action tokens
+        self.bins: np.ndarray = self.action_tokenizer.bins
+        self.bin_centers: np.ndarray = self.action_tokenizer.bin_centers
+        self.pad_token_id: int | None = config.pad_token_id
+        self.llm_dim: int = config.text_config.hidden_size
         self._processor: OpenVLAProcessor | None = None
         self._hub_kwargs: dict[str, Any] = {}
         self.post_init()
@@ -362,12 +373,11 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         With a `quantization_config` that names no exceptions, vision towers, projector and lm_head stay unquantized.
         """
         hub = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
-        if kwargs.get("quantization_config") is not None:
-            kwargs["quantization_config"] = _keep_out_of_quantization(kwargs["quantization_config"])
+        take_quantization(kwargs)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model._hub_kwargs = hub
-        _keep_split_blocks_from_packing(model)
+        keep_split_blocks_from_packing(model)
         if pretrained_model_name_or_path is not None:
             file = cached_file(
                 pretrained_model_name_or_path,
@@ -384,7 +394,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
 
     def save_pretrained(self, save_directory, **kwargs):
         """Save weights under the published names, with the statistics beside them."""
-        _turn_block_scales_back(self)
+        turn_block_scales_back(self)
         super().save_pretrained(save_directory, **kwargs)
         if self.norm_stats and kwargs.get("is_main_process", True):
             with open(f"{save_directory}/dataset_statistics.json", "w", encoding="utf-8") as stream:
@@ -446,6 +456,16 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             "and leave out .to()."
         )
 
+    @property
+    def device(self) -> torch.device:
+        """Where inputs belong: where the model computes, also if its weights are offloaded and lie on "meta"."""
+        device = next(parameter.device for parameter in self.parameters())
+        if device.type == "meta":
+            hooks = (getattr(module, "_hf_hook", None) for module in self.modules())  # of accelerate
+            execution = (getattr(hook, "execution_device", None) for hook in hooks)
+            return torch.device(next((where for where in execution if where is not None), device))
+        return device
+
     # Embeddings -------------------------------------------------------------------------------------------------------
 
     def get_input_embeddings(self) -> nn.Module:
@@ -467,8 +487,11 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
 
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(batch, 3 * towers, height, width) -> (batch, num_patches, hidden), in type and on device of the model."""
-        weight = self.projector.fc1.weight
-        return self.projector(self.vision_backbone(pixel_values.to(weight.device, weight.dtype)))
+        # Position embeddings are not packed where towers are quantized, and keep their type where they are offloaded.
+        dtype = self.vision_backbone.featurizer.pos_embed.dtype
+        features = self.vision_backbone(pixel_values.to(self.device, dtype))
+        projector = next((p.dtype for p in self.projector.parameters() if p.is_floating_point()), dtype)
+        return self.projector(features.to(projector))
 
     def _placeholders(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor | None:
         """(batch, length) mask of the placeholders an expanded prompt holds, None for a plain prompt."""
@@ -668,6 +691,8 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         return model_inputs
 
     # Actions ----------------------------------------------------------------------------------------------------------
+
+    _check_unnorm_key = staticmethod(resolve_unnorm_key)  # published name
 
     def get_action_dim(self, unnorm_key: str | None = None) -> int:
         """Numbers in one action of a dataset."""
@@ -891,35 +916,6 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             step_inputs = {"input_ids": token_ids[-1]}
             begin = stop
         return torch.cat(token_ids, dim=1), torch.cat(probabilities, dim=1), torch.cat(entropies, dim=1)
-
-
-def _turn_block_scales_back(model: nn.Module) -> None:
-    """bitsandbytes 0.50 packs 4-bit weights when they first run on a CPU and, without double quantization, forgets to
-    turn the scales of their blocks back when it unpacks them for saving."""
-    for parameter in model.parameters():
-        state: Any = getattr(parameter, "quant_state", None)
-        packed = state is not None and getattr(state, "packing_format_for_cpu", False)
-        if packed and not state.original_nested and state.absmax.ndim == 2:
-            state.absmax = state.absmax.T.flatten().float()
-
-
-def _keep_split_blocks_from_packing(model: nn.Module) -> None:
-    """bitsandbytes 0.50 packs 4-bit weights for CPUs with AVX512-BF16, and fails where a row ends inside a block or the
-    rows are no multiple of 32."""
-    layer: Any
-    for layer in model.modules():
-        if getattr(layer, "support_avx512bf16_for_cpu", False):
-            whole = layer.in_features % layer.weight.blocksize == 0 and layer.out_features % 32 == 0
-            layer.support_avx512bf16_for_cpu = whole
-
-
-def _keep_out_of_quantization(quantization_config):
-    """The same config with towers, projector and lm_head excepted, unless it names exceptions itself."""
-    for name in ("llm_int8_skip_modules", "modules_to_not_convert"):
-        if hasattr(quantization_config, name) and getattr(quantization_config, name) is None:
-            quantization_config = type(quantization_config).from_dict(quantization_config.to_dict())
-            setattr(quantization_config, name, list(NOT_QUANTIZED))
-    return quantization_config
 
 
 __all__ = ["ActionPrediction", "OpenVLAForActionPrediction", "OpenVLAOutput", "OpenVLAPreTrainedModel"]

@@ -259,6 +259,10 @@ class OpenVLAImageProcessor(BaseImageProcessor):
         pixel_values = planes.reshape(len(singles), -1, *planes.shape[1:])
         return BatchFeature(data={"pixel_values": pixel_values}, tensor_type=return_tensors)
 
+    def apply_transform(self, img: Image.Image) -> torch.Tensor:
+        """Published name: (3 * towers, height, width) float32 of one image."""
+        return self.preprocess(img, return_tensors="pt")["pixel_values"][0]
+
 
 # Prompts --------------------------------------------------------------------------------------------------------------
 

@@ -30,6 +30,7 @@ CODE_FILES = (
     "configuration_openvla.py",
     "action_tokenizer.py",
     "processing_openvla.py",
+    "quantization_openvla.py",
     "modeling_openvla.py",
 )
 _MODEL = "modeling_openvla.OpenVLAForActionPrediction"

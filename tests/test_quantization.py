@@ -85,6 +85,59 @@ def test_own_exceptions_are_respected():
     assert "language_model.lm_head" in layers
 
 
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+@pytest.mark.parametrize(
+    "excepted", [["lm_head"], ["lm_head", "vision_backbone"], ["lm_head", "projector"], []], ids=str
+)
+def test_towers_and_projector_may_be_quantized(bits, excepted, tmp_path):
+    """As in the original: a config that names its own exceptions quantizes all the rest; the folder loads again."""
+    config = BitsAndBytesConfig(**{bits: True}, llm_int8_skip_modules=excepted)
+    model = OpenVLAForActionPrediction.from_pretrained(ROOT, quantization_config=config)
+    layers = quantized_layers(model)
+    for part in ("vision_backbone", "projector"):
+        assert any(layer.startswith(part) for layer in layers) == (part not in excepted)
+    picture = next((ROOT / "examples" / "frames").glob("drawer*.png"))
+    plain = OpenVLAForActionPrediction.from_pretrained(ROOT).predict_action(picture, "open the drawer")
+    action = model.predict_action(picture, "open the drawer")
+    assert np.abs(action - plain).max() < 0.2
+    model.save_pretrained(tmp_path)
+    model.processor.save_pretrained(tmp_path)
+    again = OpenVLAForActionPrediction.from_pretrained(tmp_path)
+    assert quantized_layers(again) == layers
+    assert again.predict_action(picture, "open the drawer").tolist() == pytest.approx(action.tolist(), abs=0.02)
+
+
+def test_keywords_of_the_original():
+    """transformers 5 knows `load_in_8bit` and `load_in_4bit` no more."""
+    expected = quantized_layers(TINY[1].load(quantization_config=CONFIGS["nf4"]))
+    model = TINY[1].load(load_in_4bit=True, load_in_8bit=False, bnb_4bit_quant_type="nf4")
+    assert quantized_layers(model) == expected
+    assert model.config.quantization_config.bnb_4bit_quant_type == "nf4"
+    assert quantized_layers(TINY[1].load(load_in_8bit=True)) == expected
+    assert quantized_layers(TINY[1].load(quantization_config={"load_in_4bit": True})) == expected
+    assert not quantized_layers(TINY[1].load(load_in_8bit=False, load_in_4bit=False))
+    for both in ({"load_in_8bit": True}, {"quantization_config": CONFIGS["int8"]}):
+        with pytest.raises(ValueError, match="one of them"):
+            TINY[1].load(load_in_4bit=True, **both)
+
+
+@pytest.mark.parametrize(
+    "offloaded", ["", "vision_backbone", "vision_backbone.featurizer", "projector", "language_model"]
+)
+def test_parts_offloaded_to_disk(offloaded, tmp_path):
+    """Weights on disk have no device; the same action nevertheless."""
+    picture = next((ROOT / "examples" / "frames").glob("drawer*.png"))
+    expected = OpenVLAForActionPrediction.from_pretrained(ROOT).predict_action(picture, "open the drawer")
+    parts = ["vision_backbone.featurizer", "vision_backbone.fused_featurizer", "projector", "language_model"]
+    device_map = {"": "disk"} if not offloaded else {
+        part: "disk" if part.startswith(offloaded) else "cpu" for part in parts
+    }  # fmt: skip
+    model = OpenVLAForActionPrediction.from_pretrained(ROOT, device_map=device_map, offload_folder=tmp_path)
+    assert any(parameter.device.type == "meta" for parameter in model.parameters())
+    assert model.device.type == "cpu"
+    assert model.predict_action(picture, "open the drawer").tolist() == expected.tolist()
+
+
 def lora() -> "peft.LoraConfig":
     return peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
 

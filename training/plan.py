@@ -18,8 +18,9 @@ import torch
 from torch import nn
 
 from ..configuration_openvla import OpenVLAConfig, check_choice
-from ..modeling_openvla import NOT_QUANTIZED, OpenVLAForActionPrediction
+from ..modeling_openvla import OpenVLAForActionPrediction
 from ..presets import load_preset_config, preset_names
+from ..quantization_openvla import NOT_QUANTIZED
 from .muon import is_orthogonalized
 from .step import ANSWER_TOKENS, run_step
 from .strategies import STRATEGIES, apply_strategy, trainable_parameters

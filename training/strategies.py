@@ -13,7 +13,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from ..configuration_openvla import check_choice
-from ..modeling_openvla import NOT_QUANTIZED
+from ..quantization_openvla import NOT_QUANTIZED
 
 
 STRATEGIES: dict[str, Callable[..., nn.Module]] = {}
