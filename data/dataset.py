@@ -10,8 +10,9 @@ from .episode import DamagedDataError, Episode, make_episode
 
 
 OnError = Literal["raise", "skip"]
-Cameras = Sequence[str] | Mapping[str, str] | None  # keys in the file, or {name in the episode: key in the file}
-Keys = str | Sequence[str | None] | None  # one key, or several that are concatenated; None within them is a zero column
+Cameras = str | Sequence[str] | Mapping[str, str] | None  # keys in the file, or {name in the episode: key in the file}
+# One key, or several that are concatenated ("a,b" or ["a", "b"]); None or "none" within them is a column of zeros
+Keys = str | Sequence[str | None] | None
 
 
 class EpisodeDataset:
@@ -110,13 +111,20 @@ class PythonDataset(EpisodeDataset):
         super().__init__(name or getattr(source, "name", None) or type(source).__name__, on_error)
         self.source = source
         self._action_dim: int | None = None
+        self._state_dim: int | None = None
 
     def __len__(self) -> int:
         return len(self.source)
 
     def _load(self, index: int) -> Episode:
-        found = self.source[index]
         where = f"{self.name}, episode {index}"
+        try:
+            found = self.source[index]
+        except (KeyError, IndexError) as error:
+            raise DamagedDataError(
+                f"{where}: {type(self.source).__name__}[{index}] raises {error!r}; expected the episodes 0 to "
+                f"{len(self) - 1} there"
+            ) from error
         if isinstance(found, Episode):
             fields: Mapping = {name: getattr(found, name) for name in ("actions", "instruction", "images", "state")}
             fields = {**fields, "instruction": found.step_instructions or found.instruction}
@@ -124,28 +132,35 @@ class PythonDataset(EpisodeDataset):
             fields = found
             unknown = set(fields) - {"actions", "instruction", "images", "state"}
             if "actions" not in fields or unknown:
-                raise DamagedDataError(f"{where}: expected actions, instruction, images, state; found {sorted(fields)}")
+                there = sorted(map(str, fields))
+                raise DamagedDataError(f"{where}: expected actions, instruction, images, state; found {there}")
         else:
             raise DamagedDataError(f"{where}: expected an Episode or a mapping, found {type(found).__name__}")
-        instruction = fields.get("instruction")
+        instruction, images = fields.get("instruction"), fields.get("images")
+        images = {} if images is None else images
+        if not isinstance(images, Mapping) or not all(isinstance(camera, str) for camera in images):
+            raise DamagedDataError(f"{where}: images are {type(images).__name__}, expected {{camera: images}}")
         episode = make_episode(
             actions=fields["actions"],
-            images=fields.get("images") or {},
+            images=images,
             state=fields.get("state"),
             instructions="" if instruction is None else instruction,
             dataset_name=self.name,
             index=index,
             source=where,
             action_dim=self._action_dim,
+            state_dim=self._state_dim,
         )
         self._action_dim = self._action_dim or episode.actions.shape[1]
+        if episode.state is not None:
+            self._state_dim = self._state_dim or episode.state.shape[1]
         return episode
 
 
-def name_cameras(cameras: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
+def name_cameras(cameras: str | Sequence[str] | Mapping[str, str]) -> dict[str, str]:
     """{name in the episode: key in the file}; a key of its own is named by its last part."""
     if isinstance(cameras, str):
-        cameras = [cameras]
+        cameras = [key.strip() for key in cameras.split(",") if key.strip()]
     if isinstance(cameras, Mapping):
         return dict(cameras)
     short = [key.replace(".", "/").rsplit("/", 1)[-1] for key in cameras]
@@ -153,4 +168,14 @@ def name_cameras(cameras: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
 
 
 def key_list(keys: Keys) -> list[str | None]:
-    return [keys] if isinstance(keys, str) or keys is None else list(keys)
+    """The keys one by one; a text may join several with commas, as on the command line."""
+    parts = [key.strip() for key in keys.split(",")] if isinstance(keys, str) else [keys] if keys is None else keys
+    return [None if key is None or key.lower() in ("none", "") else key for key in parts]
+
+
+def action_keys(keys: Keys, default: str) -> list[str | None]:
+    """The keys of the action; a ValueError where there is none among them."""
+    found = key_list(default if keys is None else keys)
+    if not any(found):
+        raise ValueError(f"action_key={keys!r} names nothing: an action needs at least one key.")
+    return found

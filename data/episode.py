@@ -3,17 +3,31 @@
 Shapes: T steps, A action dimensions, S state dimensions.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 
+from ..files_openvla import check_file
 from .images import decode_image
+
+
+COPY_AGAIN = "it was damaged or cut off, copy or download it again"
 
 
 class DamagedDataError(ValueError):
     """A record that cannot be read as an episode; the message names the file and the record."""
+
+
+def check_data_file(path: str | os.PathLike, what: str) -> Path:
+    """`path`, if it is a file with content and no Git LFS pointer; a DamagedDataError that says so if not."""
+    try:
+        return check_file(path, what)
+    except (OSError, ValueError) as error:
+        raise DamagedDataError(str(error)) from error
 
 
 class Frames(Sequence):
@@ -89,11 +103,7 @@ class OtherFrames(Frames):
         return OtherFrames(self.frames, self.source, self.steps[steps])
 
     def _decode(self, step: int) -> np.ndarray:
-        image = np.asarray(self.frames[self.steps[step]])
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
-            found = f"{image.dtype} {image.shape}"
-            raise DamagedDataError(f"{self.source}, step {step}: expected (H, W, 3) uint8, found {found}")
-        return image
+        return _pixels(self.frames[self.steps[step]], f"{self.source}, step {self.steps[step]}")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -141,32 +151,42 @@ def make_episode(
     actions: Any,
     images: Mapping[str, Any],
     state: Any,
-    instructions: str | Sequence[str | bytes],
+    instructions: Any,
     dataset_name: str,
     index: int,
     source: str,
     action_dim: int | None = None,
+    state_dim: int | None = None,
 ) -> Episode:
     """Check what a reader found and make the episode of it.
 
     `images` may hold `Frames`, pixels (T, H, W, 3) uint8, or T encoded images; `instructions` is one text or one per
-    step. Raises DamagedDataError for no steps, lengths that differ, values that are not finite and dimensions that are
-    wrong.
+    step (see `as_text`). Raises DamagedDataError for no steps, lengths that differ, values that are not finite and
+    dimensions that are wrong.
     """
     actions = matrix(actions, "action", source)
     length = len(actions)
     if length == 0:
         raise DamagedDataError(f"{source}: the episode has no steps")
+    if actions.shape[1] == 0:
+        raise DamagedDataError(f"{source}: its actions have no dimensions")
     if action_dim is not None and actions.shape[1] != action_dim:
         raise DamagedDataError(
             f"{source}: actions have {actions.shape[1]} dimensions, those of the dataset {action_dim}"
         )
     if state is not None:
         state = matrix(state, "state", source)
+        if state_dim is not None and len(state) and state.shape[1] != state_dim:
+            raise DamagedDataError(
+                f"{source}: states have {state.shape[1]} dimensions, those of the dataset {state_dim}"
+            )
     frames = {camera: _as_frames(value, f"{source}, camera {camera!r}") for camera, value in images.items()}
-    texts = [instructions] if isinstance(instructions, str) else [_text(text, source) for text in instructions]
+    if not isinstance(instructions, str | bytes | Sequence | np.ndarray):
+        raise DamagedDataError(f"{source}: the instruction is {instructions!r}, expected a text, or one for each step")
+    single = isinstance(instructions, str | bytes) or (isinstance(instructions, np.ndarray) and not instructions.ndim)
+    texts = [as_text(text, source) for text in ([instructions] if single else instructions)]
     lengths = {"state": length if state is None else len(state)} | {camera: len(f) for camera, f in frames.items()}
-    if not isinstance(instructions, str):
+    if not single:
         lengths["instruction"] = len(texts)
     for what, found in lengths.items():
         if found != length:
@@ -185,12 +205,17 @@ def make_episode(
 
 def matrix(values: Any, what: str, source: str) -> np.ndarray:
     """`values` as a finite (T, D) float32 array of its own; one number per step counts as D = 1."""
+    if values is None:
+        raise DamagedDataError(f"{source}: there is no {what}, expected (steps, dimensions) numbers")
     try:
-        array = np.array(values, dtype=np.float32)
+        if np.asarray(values).dtype.kind in "USmMV":
+            raise TypeError(f"it holds {np.asarray(values).dtype}")
+        with np.errstate(over="ignore"):  # what float32 cannot hold is not finite, see below
+            array = np.array(values, dtype=np.float32)
     except (TypeError, ValueError) as error:
         raise DamagedDataError(f"{source}: {what} is not an array of numbers: {error}") from error
     array = array[:, None] if array.ndim == 1 and array.size else array
-    if array.ndim != 2 and array.size:
+    if array.ndim != 2 and (array.size or array.ndim == 0):
         raise DamagedDataError(f"{source}: {what} has shape {array.shape}, expected (steps, dimensions)")
     if not np.isfinite(array).all():
         step = int(np.argwhere(~np.isfinite(array))[0][0])
@@ -198,11 +223,44 @@ def matrix(values: Any, what: str, source: str) -> np.ndarray:
     return array
 
 
-def _text(text: str | bytes, source: str) -> str:
-    try:
-        return text.decode() if isinstance(text, bytes) else str(text)
-    except UnicodeDecodeError as error:
-        raise DamagedDataError(f"{source}: the instruction {text!r} is not UTF-8") from error
+def as_text(value: Any, source: str) -> str:
+    """One instruction: text, bytes in UTF-8, or an array or list of these; None is "".
+
+    Of several texts the first with words counts; single characters are one text (some LIBERO files hold such a list).
+    Raises DamagedDataError for anything else.
+    """
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError as error:
+            raise DamagedDataError(f"{source}: the instruction {value!r} is not UTF-8") from error
+    if isinstance(value, np.ndarray | list | tuple):
+        parts = [as_text(part, source) for part in (value.ravel().tolist() if isinstance(value, np.ndarray) else value)]
+        if len(parts) > 1 and all(len(part) == 1 for part in parts):
+            return "".join(parts)
+        return next((part for part in parts if part.strip()), "")
+    raise DamagedDataError(f"{source}: the instruction is {value!r} ({type(value).__name__}), expected text")
+
+
+def _pixels(image: Any, source: str) -> np.ndarray:
+    """(H, W, 3) uint8, or a DamagedDataError."""
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+        raise _no_colours(f"{source}: expected (H, W, 3) uint8", image)
+    return image
+
+
+def _no_colours(expected: str, found: np.ndarray) -> DamagedDataError:
+    hint = ""
+    if found.dtype.kind == "f":
+        hint = "; colours from 0 to 1 become (255 * image).round().astype(np.uint8)"
+    elif found.dtype == np.uint8 and found.ndim > 2 and found.shape[-3] == 3:
+        hint = "; move the colours to the end: np.moveaxis(image, -3, -1)"
+    return DamagedDataError(f"{expected}, found {found.dtype} {found.shape}{hint}")
 
 
 def _as_frames(value: Any, source: str) -> Frames:
@@ -212,10 +270,19 @@ def _as_frames(value: Any, source: str) -> Frames:
         return ArrayFrames(value)
     if isinstance(value, Sequence | np.ndarray) and len(value) and all(isinstance(item, bytes) for item in value):
         return EncodedFrames(list(value), source)
+    if isinstance(value, list | tuple):  # in memory already: what is wrong is said now and not in training
+        for step, image in enumerate(value):
+            _pixels(image, f"{source}, step {step}")
     if isinstance(value, Sequence) and not isinstance(value, bytes | str):
         return OtherFrames(value, source)
-    kind = f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
-    raise DamagedDataError(f"{source}: expected (T, H, W, 3) uint8 or T encoded images, found {kind}")
+    if isinstance(value, np.ndarray):
+        raise _no_colours(f"{source}: expected (T, H, W, 3) uint8 or T encoded images", value)
+    raise DamagedDataError(f"{source}: expected (T, H, W, 3) uint8 or T encoded images, found {type(value).__name__}")
+
+
+def names_depth(key: str) -> bool:
+    """Whether the name of a camera says that its pixels are distances."""
+    return any(word in key.lower() for word in ("depth", "disparity"))
 
 
 def order_cameras(cameras: Sequence[str]) -> list[str]:

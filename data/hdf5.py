@@ -5,12 +5,23 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 
-from .dataset import Cameras, EpisodeDataset, Keys, OnError, key_list, name_cameras
-from .episode import DamagedDataError, Episode, Frames, make_episode, order_cameras
+from .dataset import Cameras, EpisodeDataset, Keys, OnError, action_keys, key_list, name_cameras
+from .episode import (
+    COPY_AGAIN,
+    DamagedDataError,
+    Episode,
+    Frames,
+    as_text,
+    check_data_file,
+    make_episode,
+    names_depth,
+    order_cameras,
+)
 from .handles import kept_open
 
 
@@ -24,6 +35,15 @@ STATE_NAMES = (
 # are kept, so many bytes for each of so many cameras; where one frame's chunks do not fit, reading is 25 times slower.
 CHUNK_CACHE = 8 * 2**20
 OPEN_CAMERAS = 32
+DAMAGED = (
+    OSError,
+    RuntimeError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+)  # what h5py raises for damaged parts
+LANGUAGE_NAMES = ("language_instruction", "natural_language_instruction", "instruction", "lang")
 LIBERO_SCENE = re.compile(r"^[A-Z_]+SCENE\d+_")
 
 
@@ -37,10 +57,13 @@ class HDF5Dataset(EpisodeDataset):
     """Episodes of a file, or of all files in a folder, in the order of their names and numbers. Access is random.
 
     `split` names a group of demonstrations under `mask/` (robomimic); files without masks belong to "train" as a whole,
-    and "all" takes everything. The instruction is that of the `problem_info` attribute, else the name of a file
-    `<words>_demo`. `rotate_images` turns images by 180 degrees: files that LIBERO published are upside down. `cameras`,
-    `action_key` and `state_key` are paths within a demonstration ("agentview_rgb" finds "obs/agentview_rgb");
-    `language_key` names an attribute of `data` or of the demonstration.
+    and "all" takes everything. The instruction is that of the `problem_info` attribute (LIBERO), else of `ep_meta`
+    (RoboCasa) or an attribute or data set "language_instruction" of the demonstration or of `data`, else the name of a
+    file `<words>_demo`. `rotate_images` turns images by 180 degrees; None does so for files that say they are upside
+    down, see `upside_down`. `cameras`, `action_key` and `state_key` are paths within a demonstration ("agentview_rgb"
+    finds "obs/agentview_rgb"); None in a list of keys stands for a column of zeros. `language_key` names an attribute
+    or data set of the demonstration or of `data`: one text, or one for each step. Cameras are (T, H, W, 3) uint8; what
+    is called depth is one only where it is named.
     """
 
     def __init__(
@@ -52,7 +75,7 @@ class HDF5Dataset(EpisodeDataset):
         action_key: Keys = None,
         state_key: Keys = None,
         language_key: str | None = None,
-        rotate_images: bool = False,
+        rotate_images: bool | None = None,
         name: str | None = None,
         on_error: OnError = "raise",
     ):
@@ -91,21 +114,23 @@ class HDF5Dataset(EpisodeDataset):
             state_key = self.state_key
             if state_key is None:
                 state_key = next((names for names in STATE_NAMES if all(n in group for n in names)), [])
+            turned = self.rotate_images if self.rotate_images is not None else bool(cameras) and upside_down(file)
             return make_episode(
-                actions=_columns(group, self.action_key or "actions", source),
+                actions=_columns(group, action_keys(self.action_key, "actions"), source),
                 images={
-                    name: HDF5Frames(file, _find(group, key, source).name, self.rotate_images)
-                    for name, key in cameras.items()
+                    name: HDF5Frames(file, _find(group, key, source).name, turned) for name, key in cameras.items()
                 },
                 state=_columns(group, state_key, source),
-                instructions=self._instruction(file, group, source),
+                instructions=self._instructions(file, group, source),
                 dataset_name=self.name,
                 index=index,
                 source=source,
                 action_dim=self._expected_dim(),
             )
-        except (OSError, RuntimeError, KeyError) as error:  # what h5py raises for damaged parts of a file
-            raise DamagedDataError(f"{source}: cannot be read: {error}") from error
+        except DamagedDataError:
+            raise
+        except DAMAGED as error:
+            raise DamagedDataError(f"{source}: cannot be read ({error}): {COPY_AGAIN}") from error
 
     def content_files(self) -> dict[str, Path]:
         return self.files
@@ -133,26 +158,72 @@ class HDF5Dataset(EpisodeDataset):
         if self._action_dim is None:
             file, demo = self.demos[0]
             try:
-                actions = _columns(open_file(file)["data"][demo], self.action_key or "actions", "")
+                actions = _columns(open_file(file)["data"][demo], action_keys(self.action_key, "actions"), "")
                 self._action_dim = 0 if actions is None else actions.shape[1]
-            except (OSError, RuntimeError, KeyError, IndexError, DamagedDataError):
+            except DAMAGED:
                 self._action_dim = 0  # the first is damaged and says so itself: nothing to compare with
         return self._action_dim or None
 
-    def _instruction(self, file: Path, group: h5py.Group, source: str) -> str:
-        attributes = {**group.parent.attrs, **group.attrs}
+    def _instructions(self, file: Path, group: h5py.Group, source: str) -> str | list[str]:
         if self.language_key:
-            if self.language_key not in attributes:
-                raise DamagedDataError(f"{source}: no attribute {self.language_key!r}; there are {sorted(attributes)}")
-            return str(attributes[self.language_key])
-        try:
-            text = json.loads(attributes.get("problem_info", "{}")).get("language_instruction", "")
-        except (ValueError, AttributeError) as error:
-            raise DamagedDataError(f"{source}: the attribute problem_info is not a JSON object: {error}") from error
-        text = "".join(text) if isinstance(text, list) else text  # some files hold a list of characters
+            found = _words(group, self.language_key, source)
+            if found is None:
+                there = sorted({*group, *group.attrs, *group.parent.attrs})
+                raise DamagedDataError(f"{source}: no attribute or data set {self.language_key!r}; there are {there}")
+            return found
+        text = ""
+        for attribute, key in (("problem_info", "language_instruction"), ("ep_meta", "lang")):
+            text = text or _words_within(group, attribute, key, source)
+        for key in LANGUAGE_NAMES:
+            if not text and (found := _words(group, key, source)):
+                return found
         if not text and file.stem.endswith("_demo"):
             text = LIBERO_SCENE.sub("", file.stem).removesuffix("_demo").replace("_", " ")
         return text.strip().strip('"')
+
+
+def _words(group: h5py.Group, key: str, source: str) -> str | list[str] | None:
+    """The text, or one for each step, under a name: an attribute or a data set, of the demonstration before of `data`
+    and of the file; None where there is none."""
+    for place in (group, group.get("obs"), group.parent, group.file):
+        if place is None:
+            continue
+        found: Any = place.attrs.get(key)
+        if found is None and isinstance(place.get(key), h5py.Dataset):
+            found = place[key][()]
+        if found is None or isinstance(found, h5py.Empty):
+            continue
+        if isinstance(found, np.ndarray) and found.ndim and len(found) == len(group.get("actions", ())) > 1:
+            return [as_text(text, source) for text in found]
+        return as_text(found, source)
+    return None
+
+
+def _words_within(group: h5py.Group, attribute: str, key: str, source: str) -> str:
+    """The text under a key of an attribute that holds a JSON object, "" where there is none."""
+    found = group.attrs.get(attribute, group.parent.attrs.get(attribute))
+    if found is None or isinstance(found, h5py.Empty):
+        return ""
+    try:
+        return as_text(json.loads(as_text(found, source) or "{}").get(key), source)
+    except (ValueError, AttributeError) as error:
+        raise DamagedDataError(f"{source}: the attribute {attribute} is not a JSON object: {error}") from error
+
+
+def upside_down(file: Path) -> bool:
+    """Whether a file says that its images are stored as OpenGL renders them, the lowest row first.
+
+    LIBERO's do: `macros_image_convention` is "opengl"; older ones are known by the task's BDDL file. robomimic turns
+    images before it stores them, other recorders (ours too) store them upright or do not say.
+    """
+    attributes = open_file(file)["data"].attrs
+    source = f"{file}, data"
+    convention = attributes.get("macros_image_convention")
+    if convention is not None:
+        return as_text(convention, source).strip().lower() == "opengl"
+    if str(attributes.get("tag", "")).startswith("libero"):
+        return True
+    return as_text(attributes.get("bddl_file_name"), source).strip().endswith(".bddl")
 
 
 class HDF5Frames(Frames):
@@ -174,14 +245,16 @@ class HDF5Frames(Frames):
     def _decode(self, step: int) -> np.ndarray:
         try:
             image = open_images(self.file, self.key)[self.steps[step]]
-        except (OSError, RuntimeError) as error:
-            raise DamagedDataError(f"{self.file}, {self.key}, step {self.steps[step]}: {error}") from error
+        except DAMAGED as error:
+            raise DamagedDataError(
+                f"{self.file}, {self.key}, step {self.steps[step]}: cannot be read ({error}): {COPY_AGAIN}"
+            ) from error
         return np.ascontiguousarray(image[::-1, ::-1]) if self.rotate else image
 
 
 @kept_open()
 def open_file(path: Path) -> h5py.File:
-    return h5py.File(path, "r", rdcc_nbytes=CHUNK_CACHE)
+    return h5py.File(check_data_file(path, "HDF5 file"), "r", rdcc_nbytes=CHUNK_CACHE)
 
 
 @kept_open(maxsize=OPEN_CAMERAS)
@@ -193,23 +266,39 @@ def open_images(path: Path, key: str) -> h5py.Dataset:
 def _demos(file: Path, split: str, masks: set[str]) -> list[str]:
     try:
         content = open_file(file)
-        demos = list(content["data"]) if "data" in content else []
+        there = list(content)
         groups = content["mask"] if "mask" in content else {}
+        known = list(content["data"]) if isinstance(content.get("data"), h5py.Group) else None
         masks |= set(groups)
+        demos = known or []
         if split in groups:
             demos = [name.decode() if isinstance(name, bytes) else str(name) for name in groups[split][:]]
         elif split != "all" and (groups or split != "train"):
             demos = []
-    except (OSError, RuntimeError) as error:
-        raise DamagedDataError(f"{file}: not a readable HDF5 file: {error}") from error
-    if "data" not in content:
-        raise DamagedDataError(f"{file}: no group 'data'; there are {sorted(content)}")
-    return sorted(demos, key=lambda name: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", name)])
+    except DamagedDataError:
+        raise
+    except DAMAGED as error:
+        raise DamagedDataError(f"{file}: not a readable HDF5 file ({error}): {COPY_AGAIN}") from error
+    if known is None:
+        raise DamagedDataError(
+            f"{file}: no group 'data', in which LIBERO and robomimic keep demonstrations; there are {sorted(there)}"
+        )
+    if missing := sorted(set(demos) - set(known)):
+        raise DamagedDataError(f"{file}: mask/{split} names {missing[:8]}, which data lacks")
+    return sorted(demos, key=lambda name: [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", name)])
 
 
 def _cameras(group: h5py.Group) -> list[str]:
-    found = group["obs"].items() if "obs" in group else []
-    keys = [f"obs/{k}" for k, v in found if getattr(v, "ndim", 0) == 4 and v.dtype == np.uint8 and v.shape[-1] == 3]
+    found = group["obs"].items() if isinstance(group.get("obs"), h5py.Group) else []
+    keys = [
+        f"obs/{key}"
+        for key, value in found
+        if isinstance(value, h5py.Dataset)
+        and not names_depth(key)
+        and value.ndim == 4
+        and value.dtype == np.uint8
+        and value.shape[-1] == 3
+    ]
     return order_cameras(keys)
 
 
@@ -224,9 +313,12 @@ def _find(group: h5py.Group, key: str, source: str) -> h5py.Dataset:
 def _columns(group: h5py.Group, keys: Keys, source: str) -> np.ndarray | None:
     """The values of one key, or of several side by side (T, D); None without keys."""
     names = key_list(keys)
-    arrays = {key: _find(group, key, source)[()] for key in names if key is not None}
+    arrays = {key: np.asarray(_find(group, key, source)[()]) for key in names if key is not None}
     if not arrays:
         return None
+    for key, array in arrays.items():
+        if array.dtype.kind not in "biuf" or not array.ndim:
+            raise DamagedDataError(f"{source}: {key!r} is not numbers for each step but {array.dtype} {array.shape}")
     length = len(next(iter(arrays.values())))
     if any(len(array) != length for array in arrays.values()):
         raise DamagedDataError(f"{source}: lengths differ: { {key: len(array) for key, array in arrays.items()} }")

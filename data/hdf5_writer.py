@@ -47,6 +47,7 @@ def write_hdf5(
         arguments = {"env_name": env_name, "type": 1, "env_kwargs": {"control_freq": frequency}}
         data.attrs["env_args"] = json.dumps(arguments)
         data.attrs["env_name"], data.attrs["bddl_file_name"] = env_name, ""
+        data.attrs["macros_image_convention"] = "opencv"  # the highest row first; LIBERO's own are "opengl"
         data.attrs["num_demos"], data.attrs["total"] = str(count), str(total)
     if not count:
         part.unlink()

@@ -7,6 +7,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
+from ..files_openvla import LFS_POINTER
+
 
 JPEG_START = b"\xff\xd8\xff"
 ImageFormat = Literal["jpeg", "png"]
@@ -21,6 +23,8 @@ def decode_image(data: bytes) -> np.ndarray:
     bytes that are no image, that are cut off, or that hold something other than 8-bit colours (depth, for instance).
     """
     try:
+        if data.startswith(LFS_POINTER):
+            raise ValueError("it is a Git LFS pointer and not the image: run `git lfs pull` in its repository")
         if data.startswith(JPEG_START):
             _, _, colours, *_ = simplejpeg.decode_jpeg_header(data)
             if colours not in ("CMYK", "YCCK"):
@@ -33,6 +37,19 @@ def decode_image(data: bytes) -> np.ndarray:
         raise ValueError(
             f"cannot decode an image of {len(data)} bytes that start with {data[:8]!r}: {error}"
         ) from error
+
+
+def is_colour_image(data: bytes) -> bool:
+    """Whether an encoded image has three 8-bit colours, as far as its header tells (of PNG and JPEG): not gray, which
+    may be depth or a mask."""
+    if data.startswith(b"\x89PNG") and len(data) > 25:
+        return data[24] <= 8 and data[25] in (2, 3, 6)  # bit depth, colour type: RGB, palette, RGBA
+    if data.startswith(JPEG_START):
+        try:
+            return simplejpeg.decode_jpeg_header(data)[2].lower() != "gray"
+        except ValueError:
+            return True  # damaged: said where it is decoded
+    return True
 
 
 def encode_image(pixels: np.ndarray, format: ImageFormat = "png") -> bytes:

@@ -1,7 +1,6 @@
 """LeRobot data sets, v3.0 and v2.x: parquet tables with videos or images beside or inside them."""
 
 import difflib
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,13 +8,21 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from .dataset import Cameras, EpisodeDataset, Keys, OnError, key_list, name_cameras
-from .episode import DamagedDataError, EncodedFrames, Episode, Frames, make_episode, order_cameras
-from .handles import kept_open
-from .video import open_video
+from .dataset import Cameras, EpisodeDataset, Keys, OnError, action_keys, key_list, name_cameras
+from .episode import (
+    DamagedDataError,
+    EncodedFrames,
+    Episode,
+    Frames,
+    as_text,
+    check_data_file,
+    make_episode,
+    order_cameras,
+)
+from .lerobot_meta import fill_path, is_colour, is_depth, read_episodes, read_info, read_tasks, split_episodes
+from .lerobot_rows import column_names, read_rows, time_stamps
+from .video import TOLERANCE, VideoFrames, open_video
 
 
 ACTION_NAMES = ("action", "actions")
@@ -26,8 +33,12 @@ class LeRobotDataset(EpisodeDataset):
     """Episodes of a LeRobot folder. Access is random, to single frames of videos as well.
 
     `split` is one of `meta/info.json` ("train"), or "all". The instruction comes from the tasks table; `language_key`
-    names a text column instead. Keys are columns ("image" finds "observation.images.image"); a list of keys is
-    concatenated.
+    names a column instead: of texts, of numbers in the tasks table, or of the episodes table. Keys are columns ("image"
+    finds "observation.images.image"); a list of keys is concatenated; None within it stands for a column of zeros.
+
+    Rows are those of increasing frame_index. With videos, a row shows the frame of its time stamp, and both must lie
+    within `tolerance_s` (seconds) of frame_index / fps, as in LeRobot: anything else is a DamagedDataError that names
+    episode and row. Depth maps are never taken for cameras; gray cameras only where they are named.
     """
 
     def __init__(
@@ -39,6 +50,7 @@ class LeRobotDataset(EpisodeDataset):
         action_key: Keys = None,
         state_key: Keys = None,
         language_key: str | None = None,
+        tolerance_s: float = TOLERANCE,
         name: str | None = None,
         on_error: OnError = "raise",
     ):
@@ -47,36 +59,64 @@ class LeRobotDataset(EpisodeDataset):
         if not info_file.exists():
             raise FileNotFoundError(f"no LeRobot data set in {path}: expected meta/info.json there")
         super().__init__(name or self.folder.resolve().name, on_error)
-        self.info: dict[str, Any] = json.loads(info_file.read_text())
-        version = str(self.info.get("codebase_version"))
-        if not version.startswith(("v2.", "v3.")):
-            raise ValueError(f"{info_file}: codebase_version {version!r} is not read, only v2.x and v3.x")
+        self.info: dict[str, Any] = read_info(info_file)
+        version = str(self.info["codebase_version"])
+        self.of_v3 = version.startswith("v3.")
         self.features: dict[str, dict] = self.info["features"]
         self.splits = sorted(self.info.get("splits") or ["train"])
-        if version.startswith("v3."):
-            self._episodes, self._tasks = _read_tables(self.folder)
-        else:
-            self._episodes, self._tasks = _read_json_lines(self.folder)
-        self._rows = _split_rows(self._episodes, self.info.get("splits", {}), split, info_file)
-        of_images = [key for key, feature in self.features.items() if _is_colour(feature)]
+        self._episodes, self._tasks = read_episodes(self.folder, version), read_tasks(self.folder, version)
+        numbers = self._episodes["episode_index"].to_numpy()
+        self._rows, missing = split_episodes(self.info, split, numbers, info_file)
+        if missing:
+            problem = (
+                f"{self.folder}: meta/episodes lacks {len(missing)} of the episodes of meta/info.json, the first is "
+                f"{missing[0]}: copy meta/ again, correct total_episodes and splits, or skip them (on_error: skip)"
+            )
+            if on_error == "raise":
+                raise ValueError(problem)
+            self._count(DamagedDataError(problem))
+        of_images = [key for key, feature in self.features.items() if is_colour(key, feature)]
         self.cameras = {
-            name: self._key(key)
+            name: self._camera(key)
             for name, key in name_cameras(order_cameras(of_images) if cameras is None else cameras).items()
         }
+        # Cameras that are not asked for count as well: statistics, which look at no image, find a wrong clock.
+        seen = {*of_images, *self.cameras.values()}
+        self._of_video = any(self.features[key]["dtype"] == "video" for key in seen)
+        self.tolerance_s = tolerance_s
+        if self._of_video and not 0 < tolerance_s < 0.5 / self.info["fps"]:
+            raise ValueError(
+                f"tolerance_s={tolerance_s}: expected seconds above 0 and below half a frame, which is "
+                f"{0.5 / self.info['fps']:.3g} s at the {self.info['fps']} frames a second of {info_file}"
+            )
         default_action = next((key for key in ACTION_NAMES if key in self.features), ACTION_NAMES[0])
         default_state = next((key for key in STATE_NAMES if key in self.features), None)
-        self.action_keys = [self._key(key) for key in key_list(action_key or default_action)]
+        self.action_keys = [key and self._key(key) for key in action_keys(action_key, default_action)]
         state_keys = key_list(state_key if state_key is not None else default_state)
-        self.state_keys = [] if state_keys == [None] else [key and self._key(key) for key in state_keys]
-        self.language_key = language_key and self._key(language_key)
+        self.state_keys = [key and self._key(key) for key in state_keys] if any(state_keys) else []
+        self.language_key = language_key
+        if language_key and language_key not in self._episodes.column_names:
+            self.language_key = self._key(language_key, undeclared=True)
 
-    def _key(self, key: str | None) -> str:
+    def _key(self, key: str, undeclared: bool = False) -> str:
         for candidate in (key, f"observation.{key}", f"observation.images.{key}"):
             if candidate in self.features:
-                return str(candidate)
+                return candidate
+        if undeclared and len(self) and key in column_names(self._data_path(self._row(0))):
+            return key
         near = difflib.get_close_matches(str(key), self.features, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise KeyError(f"{self.folder} has no feature {key!r}; {hint}there are {sorted(self.features)}")
+
+    def _camera(self, key: str) -> str:
+        """A camera that is to be read: not one that is marked as depth."""
+        key = self._key(key)
+        feature = self.features[key]
+        if feature["dtype"] not in ("image", "video") or is_depth(feature):
+            found = "a depth map" if feature["dtype"] in ("image", "video") else feature["dtype"]
+            there = [name for name, other in self.features.items() if is_colour(name, other)]
+            raise ValueError(f"{self.folder}: {key!r} is {found} and no colour camera; there are {there}")
+        return key
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -87,53 +127,98 @@ class LeRobotDataset(EpisodeDataset):
         found = [path for path in tables if path.suffix in kinds and path.name != "episodes_stats.jsonl"]
         return {path.relative_to(self.folder).as_posix(): path for path in [self.folder / "meta/info.json", *found]}
 
-    def _load(self, index: int) -> Episode:
-        row = self._episodes.slice(self._rows[index], 1).to_pylist()[0]
+    def _row(self, index: int) -> dict[str, Any]:
+        return self._episodes.slice(self._rows[index], 1).to_pylist()[0]
+
+    def _data_path(self, row: dict[str, Any]) -> Path:
+        return self._path(row, "data", "data", self.info["data_path"])
+
+    def _path(self, row: dict[str, Any], what: str, prefix: str, template: str, **more: str) -> Path:
         number = row["episode_index"]
-        path = self.folder / self.info["data_path"].format(
+        return self.folder / fill_path(
+            template,
+            what,
+            f"{self.folder}, episode {number}",
             episode_chunk=number // self.info.get("chunks_size", 1000),
             episode_index=number,
-            chunk_index=row.get("data/chunk_index"),
-            file_index=row.get("data/file_index"),
+            chunk_index=row.get(f"{prefix}/chunk_index"),
+            file_index=row.get(f"{prefix}/file_index"),
+            **more,
         )
+
+    def _load(self, index: int) -> Episode:
+        row = self._row(index)
+        number, path = row["episode_index"], self._data_path(row)
         source = f"{path}, episode {number}"
         of_images = [key for key in self.cameras.values() if self.features[key]["dtype"] == "image"]
-        wanted = {*self.action_keys, *filter(None, self.state_keys), *of_images, "timestamp", "episode_index"}
-        wanted.add(self.language_key or "task_index")
-        table = _read_episode(path, number, sorted(wanted), source)
+        wanted = {*filter(None, self.action_keys), *filter(None, self.state_keys), *of_images, "episode_index"}
+        optional = {"frame_index"}
+        if self._of_video:
+            wanted.add("timestamp")
+        if self.language_key is None:
+            (optional if len(row.get("tasks") or []) == 1 else wanted).add("task_index")
+        elif self.language_key not in row:
+            wanted.add(self.language_key)
+        table = read_rows(path, number, wanted, optional, source)
         if table.num_rows != row.get("length", table.num_rows):
             raise DamagedDataError(f"{source}: {table.num_rows} rows, meta/episodes says {row['length']}")
+        times = time_stamps(table, self.info["fps"], self.tolerance_s, source) if self._of_video else np.empty(0)
         images: dict[str, Frames] = {}
         for name, key in self.cameras.items():
             if key in of_images:
                 images[name] = EncodedFrames(self._encoded(table[key], f"{source}, {key}"), f"{source}, {key}")
             else:
-                start = row.get(f"videos/{key}/from_timestamp") or 0.0
-                times = start + table["timestamp"].to_numpy().astype(np.float64)
-                images[name] = VideoFrames(self._video_path(row, key), times)
+                images[name] = self._video(row, key, times, source)
         return make_episode(
             actions=self._columns(table, self.action_keys, source),
             images=images,
             state=self._columns(table, self.state_keys, source) if self.state_keys else None,
-            instructions=self._instructions(table, source),
+            instructions=self._instructions(row, table, source),
             dataset_name=self.name,
             index=index,
             source=source,
             action_dim=self._declared_dim(self.action_keys),
         )
 
-    def _video_path(self, row: dict[str, Any], key: str) -> Path:
-        number = row["episode_index"]
-        return self.folder / self.info["video_path"].format(
-            video_key=key,
-            episode_chunk=number // self.info.get("chunks_size", 1000),
-            episode_index=number,
-            chunk_index=row.get(f"videos/{key}/chunk_index"),
-            file_index=row.get(f"videos/{key}/file_index"),
-        )
+    def _video(self, row: dict[str, Any], key: str, times: np.ndarray, source: str) -> VideoFrames:
+        path = self._path(row, "video", f"videos/{key}", self.info["video_path"], video_key=key)
+        source = f"{source}, {key}"
+        start = row.get(f"videos/{key}/from_timestamp")
+        if self.of_v3 and not (isinstance(start, int | float) and start >= 0):
+            raise DamagedDataError(
+                f"{source}: meta/episodes has no videos/{key}/from_timestamp ({start!r}), the second of {path} at "
+                "which the episode begins"
+            )
+        times = (start or 0.0) + times
+        half = 0.5 / self.info["fps"]
+        ends = {f"meta/episodes (videos/{key}/to_timestamp)": row.get(f"videos/{key}/to_timestamp")}
+        if not path.exists():
+            raise DamagedDataError(f"{path}: the video is missing")
+        video = open_video(path)
+        last, last_row = times[-1] if len(times) else 0.0, len(times) - 1
+        if abs(video.rate / self.info["fps"] - 1) > 0.01:  # then nothing says where in it an episode begins
+            last = max(last, self._recorded_end(row, key) - 2 * half)
+        ends[f"{path}, with {video.rate:.4g} frames a second,"] = video.end
+        for what, end in ends.items():
+            if isinstance(end, int | float) and last > end - half:
+                raise DamagedDataError(
+                    f"{source}, row {last_row}: the images recorded go to {last:.3f} s, but {what} ends at {end:.3f} "
+                    f"s: they do not belong together (fps in meta/info.json is {self.info['fps']})"
+                )
+        return VideoFrames(path, times, source, self.tolerance_s)
 
-    def _declared_dim(self, keys: list[str]) -> int:
-        return sum(int(np.prod(self.features[key]["shape"])) for key in keys)
+    def _recorded_end(self, row: dict[str, Any], key: str) -> float:
+        """Seconds at which the last episode of a video ends, by the lengths in meta/episodes."""
+        place = [f"videos/{key}/{part}_index" for part in ("chunk", "file")]
+        start = f"videos/{key}/from_timestamp"
+        if not self.of_v3 or not {*place, start, "length"} <= set(self._episodes.column_names):
+            return 0.0
+        table = self._episodes.select([*place, start, "length"]).to_pylist()
+        beside = [other for other in table if all(other[part] == row[part] for part in place)]
+        return max((other[start] or 0.0) + other["length"] / self.info["fps"] for other in beside)
+
+    def _declared_dim(self, keys: Sequence[str | None]) -> int:
+        return sum(int(np.prod(self.features[key]["shape"])) if key else 1 for key in keys)
 
     def _columns(self, table: pa.Table, keys: Sequence[str | None], source: str) -> np.ndarray:
         parts = []
@@ -144,105 +229,38 @@ class LeRobotDataset(EpisodeDataset):
                 raise DamagedDataError(
                     f"{source}: {key!r} is not numbers of one length in every row: {error}"
                 ) from error
-            parts.append(values.reshape(table.num_rows, -1))
+            parts.append(values.reshape(table.num_rows, -1) if table.num_rows else np.empty((0, 1), np.float32))
         return np.concatenate(parts, axis=1)
 
-    def _instructions(self, table: pa.Table, source: str) -> list[str]:
-        if self.language_key:
-            return [text or "" for text in table[self.language_key].to_pylist()]
-        tasks = table["task_index"].to_pylist()
-        if missing := set(tasks) - self._tasks.keys():
-            raise DamagedDataError(f"{source}: task_index {sorted(missing)} is not in the tasks table")
-        return [self._tasks[task] for task in tasks]
+    def _instructions(self, row: dict[str, Any], table: pa.Table, source: str) -> str | list[str]:
+        key = self.language_key
+        if key and key not in table.column_names:
+            return as_text(row[key], source)
+        if key is None and ("task_index" not in table.column_names or self._tasks is None):
+            if len(row.get("tasks") or []) == 1:
+                return as_text(row["tasks"], source)
+            file = "tasks.parquet" if self.of_v3 else "tasks.jsonl"
+            raise DamagedDataError(
+                f"{source}: no meta/{file}, which has the texts of its tasks; copy it again, or name a column with "
+                "language_key"
+            )
+        values = table[key or "task_index"].to_pylist()
+        if key and not pa.types.is_integer(table[key].type):
+            return [as_text(value, source) for value in values]
+        tasks = self._tasks or {}
+        if missing := set(values) - tasks.keys():
+            listed = sorted(missing, key=str)
+            raise DamagedDataError(f"{source}: {key or 'task_index'} {listed} is not in the tasks table")
+        return [tasks[task] for task in values]
 
     def _encoded(self, column: pa.ChunkedArray, source: str) -> list[bytes]:
         images = []
         for step, cell in enumerate(column.to_pylist()):
+            cell = {"path": cell} if isinstance(cell, str) else cell
             data, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
             if data is None and path and (self.folder / path).exists():
-                data = (self.folder / path).read_bytes()
-            if not data:
+                data = check_data_file(self.folder / path, "image").read_bytes()
+            if not data or not isinstance(data, bytes):
                 raise DamagedDataError(f"{source}: no image at step {step}" + (f" ({path} is missing)" if path else ""))
             images.append(data)
         return images
-
-
-class VideoFrames(Frames):
-    """Frames of a video file at the given times (T,), in seconds. Holds no pixels."""
-
-    def __init__(self, path: Path, times: np.ndarray):
-        self.path, self.times = path, times
-        if not path.exists():
-            raise DamagedDataError(f"{path}: the video is missing")
-
-    def __len__(self) -> int:
-        return len(self.times)
-
-    def _select(self, steps: slice) -> "VideoFrames":
-        return VideoFrames(self.path, self.times[steps].copy())
-
-    def _decode(self, step: int) -> np.ndarray:
-        return open_video(self.path).frame_at(float(self.times[step]))
-
-
-def _is_colour(feature: dict[str, Any]) -> bool:
-    depth = (feature.get("info") or {}).get("video.is_depth_map") or 1 in (feature["shape"][0], feature["shape"][-1])
-    return feature["dtype"] in ("image", "video") and not depth
-
-
-def _read_tables(folder: Path) -> tuple[pa.Table, dict[int, str]]:
-    """The episodes table and the tasks {index: text} of v3."""
-    files = sorted((folder / "meta" / "episodes").rglob("*.parquet"))
-    if not files:
-        raise FileNotFoundError(f"{folder}: no parquet file in meta/episodes")
-    tables = []
-    for file in files:
-        columns = [name for name in pq.read_schema(file).names if not name.startswith("stats/")]
-        tables.append(pq.read_table(file, columns=columns, partitioning=None))
-    tasks = pq.read_table(folder / "meta" / "tasks.parquet").to_pylist()
-    texts = {row["task_index"]: next(v for k, v in row.items() if k != "task_index") for row in tasks}
-    return pa.concat_tables(tables, promote_options="default").sort_by("episode_index").combine_chunks(), texts
-
-
-def _read_json_lines(folder: Path) -> tuple[pa.Table, dict[int, str]]:
-    """The same of v2."""
-
-    def rows(name: str) -> list[dict]:
-        lines = (folder / "meta" / name).read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines if line.strip()]
-
-    episodes = [{key: row[key] for key in ("episode_index", "length")} for row in rows("episodes.jsonl")]
-    return pa.Table.from_pylist(episodes), {row["task_index"]: row["task"] for row in rows("tasks.jsonl")}
-
-
-def _split_rows(episodes: pa.Table, splits: dict[str, str], split: str, info_file: Path) -> range:
-    if split == "all" or (split == "train" and not splits):
-        return range(episodes.num_rows)
-    if split not in splits:
-        raise ValueError(f"{info_file} has no split {split!r}; there are {sorted(splits)} and 'all'")
-    start, stop = (int(part) for part in splits[split].split(":"))
-    return range(start, min(stop, episodes.num_rows))
-
-
-def _read_episode(path: Path, number: int, columns: list[str], source: str) -> pa.Table:
-    """The rows of one episode: only row groups that may hold it are read."""
-    try:
-        file = _open_parquet(path)
-        if missing := set(columns) - set(file.schema_arrow.names):
-            raise DamagedDataError(f"{source}: no column {sorted(missing)}; there are {file.schema_arrow.names}")
-        leaves = [file.metadata.schema.column(i).path for i in range(file.metadata.num_columns)]
-        place = leaves.index("episode_index")
-        groups = []
-        for group in range(file.num_row_groups):
-            statistics = file.metadata.row_group(group).column(place).statistics
-            if not (statistics and statistics.has_min_max) or statistics.min <= number <= statistics.max:
-                groups.append(group)
-        table = file.read_row_groups(groups, columns=columns, use_threads=False)
-    except (OSError, pa.ArrowException) as error:
-        raise DamagedDataError(f"{source}: cannot be read: {error}") from error
-    return table.filter(pc.equal(table["episode_index"], number))
-
-
-@kept_open()
-def _open_parquet(path: Path) -> pq.ParquetFile:
-    return pq.ParquetFile(path)

@@ -125,7 +125,7 @@ class LeRobotWriter:
             path = self.folder / DATA_PATH.format(**self._place())
             path.parent.mkdir(parents=True, exist_ok=True)
             table = table.replace_schema_metadata({"huggingface": json.dumps(self._huggingface())})
-            self._parquet = pq.ParquetWriter(path, table.schema)
+            self._parquet = pq.ParquetWriter(path, table.schema, write_page_checksum=True)
         self._parquet.write_table(table.replace_schema_metadata(self._parquet.schema.metadata))
         self._bytes += size
         return tuple(self._place().values())  # type: ignore[return-value]

@@ -19,7 +19,8 @@ from .oxe_recipes import Recipe
 from .prepare import PreparedDataset
 
 
-READER_OPTIONS = ("action_key", "state_key", "language_key", "cameras", "rotate_images")
+READER_OPTIONS = ("action_key", "state_key", "language_key", "cameras", "rotate_images", "tolerance_s")
+OF_ONE_FORMAT = {"rotate_images": ("hdf5", "HDF5 files"), "tolerance_s": ("lerobot", "LeRobot folders")}
 VALIDATION_SPLITS = ("val", "valid", "validation")
 ENOUGH_EPISODES = 5  # to hold one out
 
@@ -85,9 +86,10 @@ def open_recording(
         if not path.exists():
             raise FileNotFoundError(f"{path.absolute()} does not exist: expected a folder or file of demonstrations.")
         format = format or recognise(path)
-        if "rotate_images" in reader and format != "hdf5":
-            raise ValueError(f"rotate_images is an option of HDF5 files; {path} is {format}.")
-        plain = open_dataset(path, format, split, on_error=on_error)
+        for key, (known, kind) in OF_ONE_FORMAT.items():
+            if key in reader and format != known:
+                raise ValueError(f"{key} is an option of {kind}; {path} is {format}.")
+        plain = open_dataset(path, format, split, on_error=on_error, **reader)
         standard = _standardization(_folder_name(path), plain.name, format, standardize)
         name = name or (standard.name if standard and standardize == "auto" else plain.name)
         options = {"on_error": on_error, **reader}
@@ -119,7 +121,7 @@ def open_recording(
     validation = next((known for known in VALIDATION_SPLITS if known in plain.splits), None)
     if not held_out or split.partition("[")[0] != "train" or "+" in split:
         validation = None  # not asked for, or what was asked for may hold these episodes itself
-    train, kept_back = opened(split) if standard or reader else plain, None
+    train, kept_back = opened(split) if standard else plain, None
     if validation:
         kept_back = opened(validation)
     elif boundary := split_boundary(len(train), held_out):

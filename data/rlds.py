@@ -13,15 +13,21 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from google.protobuf.json_format import Error as ProtobufError
 from google.protobuf.message import DecodeError
 
-from .dataset import Cameras, EpisodeDataset, Keys, OnError, key_list, name_cameras
-from .episode import DamagedDataError, Episode, make_episode, order_cameras
+from ..files_openvla import read_json
+from .dataset import Cameras, EpisodeDataset, Keys, OnError, action_keys, key_list, name_cameras
+from .episode import DamagedDataError, Episode, as_text, make_episode, names_depth, order_cameras
+from .images import is_colour_image
 from .tfrecord import read_record, record_checksums, scan
 
 
 LANGUAGE_NAMES = ("language_instruction", "natural_language_instruction", "instruction")
 STATE_NAMES = ("observation/state", "observation/proprio", "state", "proprio")
+METADATA = "traj_metadata"  # what belongs to the episode as a whole, in a trajectory
+# What tensorflow_datasets raises for a damaged description or record: it has no error of its own
+DAMAGED = (DecodeError, ProtobufError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, AssertionError)
 IMAGE_STARTS = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", b"GIF8")
 
 Trajectory = dict[str, Any]
@@ -42,7 +48,9 @@ class RLDSDataset(EpisodeDataset):
     the raw trajectory (see `trajectory`) to one with `action` and `language_instruction`, as `data.oxe.STANDARDIZE`
     does; keys and cameras are then looked for in its result. `cameras`, `action_key`, `state_key`, `language_key`:
     paths such as "observation/image" ("image" finds it too). A list of keys is concatenated; None within it stands for
-    a column of zeros; `state_key=[]` leaves the state out.
+    a column of zeros; `state_key=[]` leaves the state out. Words are looked for in the steps, then in what belongs to
+    the episode as a whole ("episode_metadata/language_instruction"). Cameras are colour images; depth is none, and a
+    gray camera only where it is named.
     """
 
     def __init__(
@@ -63,17 +71,20 @@ class RLDSDataset(EpisodeDataset):
             raise FileNotFoundError(
                 f"no TFDS data set in {path}: expected features.json there or in a version's folder"
             )
-        builder = tfds.builder_from_directory(folder)
+        builder = _builder(folder)
         super().__init__(name or builder.info.name, on_error)
         self.folder, self.features = folder, builder.info.features
         if getattr(builder.info.file_format, "value", "tfrecord") != "tfrecord":
             raise ValueError(f"{folder} holds {builder.info.file_format.value} files, expected tfrecord")
         if "steps" not in self.features:
             raise ValueError(f"{folder} is no RLDS data set: its features are {sorted(self.features)}, without 'steps'")
+        steps = getattr(self.features["steps"], "feature", None)
+        if not isinstance(steps, tfds.features.FeaturesDict):
+            raise ValueError(f"{folder / 'features.json'}: 'steps' is no data set of steps with features")
         self.splits = known = sorted(builder.info.splits)
         try:
             parts = builder.info.splits[split].file_instructions
-        except (KeyError, ValueError, AssertionError) as error:
+        except (LookupError, ValueError, AssertionError, AttributeError, TypeError) as error:
             raise ValueError(
                 f"{folder} has no split {split!r}, only {known}, slices and sums of them: {error}"
             ) from error
@@ -85,7 +96,6 @@ class RLDSDataset(EpisodeDataset):
         self.ends = np.cumsum([count for _, _, count in self.parts]).tolist()
         self.standardize = standardize
         self.cameras, self.action_key, self.state_key, self.language_key = cameras, action_key, state_key, language_key
-        steps = self.features["steps"].feature
         self._decoders: dict[str, dict] = {"steps": {}}
         self._is_colour: dict[str, bool] = {}
         _skip_images(steps, self._decoders["steps"], self._is_colour)
@@ -126,6 +136,8 @@ class RLDSDataset(EpisodeDataset):
                 offsets, problem = scan(path)
             except FileNotFoundError as error:
                 raise DamagedDataError(f"{path}, record {record}: the file is missing") from error
+            except (OSError, ValueError) as error:
+                raise DamagedDataError(f"{path}, record {record}: {error}") from error
             expected = self.records_in_file[path]
             if problem is None and len(offsets) != expected:
                 problem = f"the file has {len(offsets)} records, dataset_info.json says {expected}"
@@ -144,7 +156,7 @@ class RLDSDataset(EpisodeDataset):
         try:
             example = self.features.deserialize_example_np(data, decoders=self._decoders)
             steps = list(example.pop("steps"))
-        except (DecodeError, ValueError, KeyError, IndexError, AttributeError, TypeError, RuntimeError) as error:
+        except DAMAGED as error:
             # Names of features are plain text in a record; what tfds says about an absent one does not name it.
             absent = [
                 f"steps/{key}" for key in _keys(self.features["steps"].feature) if f"steps/{key}".encode() not in data
@@ -153,7 +165,7 @@ class RLDSDataset(EpisodeDataset):
             raise DamagedDataError(f"{path}, record {record}: it does not fit features.json: {problem}") from error
         if not steps:
             raise DamagedDataError(f"{path}, record {record}: the episode has no steps")
-        return {**_stack(steps), "traj_metadata": _stack([example] * len(steps))}
+        return {**_stack(steps), METADATA: _stack([example] * len(steps))}
 
     def _load(self, index: int) -> Episode:
         path, record = self._locate(index)
@@ -165,26 +177,64 @@ class RLDSDataset(EpisodeDataset):
             except Exception as error:
                 error.add_note(f"while standardizing {source}")
                 raise
-        flat = dict(_flatten({k: v for k, v in trajectory.items() if k != "traj_metadata"}))
+        flat = dict(_flatten({k: v for k, v in trajectory.items() if k != METADATA}))
         if self.cameras is None:
-            keys = [key for key, value in flat.items() if self._is_colour.get(key, _is_image(value))]
+            colours = [key for key, value in flat.items() if self._is_colour.get(key, _is_image(value))]
+            keys = [key for key in colours if not names_depth(key)]
             cameras = name_cameras(order_cameras(keys))
         else:
             cameras = name_cameras(self.cameras)
-        texts = [key for key, value in flat.items() if value.ndim == 1 and value.dtype.kind in "OSU"]
-        language = self.language_key or next((n for key in LANGUAGE_NAMES for n in texts if _last(n) == key), None)
         state_key = self.state_key
         if state_key is None:
             state_key = next((n for n in STATE_NAMES if n in flat and flat[n].ndim == 2), [])
         return make_episode(
-            actions=_columns(flat, self.action_key or "action", source),
+            actions=_columns(flat, action_keys(self.action_key, "action"), source),
             images={name: flat[_find(flat, key, source)] for name, key in cameras.items()},
             state=_columns(flat, state_key, source),
-            instructions=flat[_find(flat, language, source)].tolist() if language else "",
+            instructions=self._instructions(flat, dict(_flatten(trajectory.get(METADATA, {}))), source),
             dataset_name=self.name,
             index=index,
             source=source,
         )
+
+    def _instructions(self, flat: dict[str, np.ndarray], of_episode: dict[str, np.ndarray], source: str) -> Any:
+        """One text, or one for each step; "" where there is none."""
+        key = self.language_key
+        if key is None:
+            for values, end in ((flat, slice(None)), (of_episode, slice(1))):
+                texts = [name for name, value in values.items() if value.dtype.kind in "OSU" and _is_text(value)]
+                if found := next((name for known in LANGUAGE_NAMES for name in texts if _last(name) == known), None):
+                    return list(values[found]) if end == slice(None) else as_text(values[found][0], source)
+            return ""
+        inner = key.removeprefix(f"{METADATA}/")
+        if inner == key and (key in flat or f"observation/{key}" in flat):
+            return list(flat[_find(flat, key, source)])
+        found = next((name for name in of_episode if name == inner), None)
+        found = found or next((name for name in of_episode if name.endswith(f"/{inner}")), None)
+        if found is None:
+            _find(flat | {f"{METADATA}/{name}": value for name, value in of_episode.items()}, key, source)
+        return as_text(of_episode[str(found)][0], source)
+
+
+def _builder(folder: Path) -> Any:
+    """What tensorflow_datasets makes of the two files that describe a data set.
+
+    Raises:
+        FileNotFoundError: If one is missing.
+        ValueError: If one is damaged, or does not describe a data set.
+    """
+    for name in ("dataset_info.json", "features.json"):
+        read_json(folder / name)
+    try:
+        builder = tfds.builder_from_directory(folder)
+        if builder.info.features is None:
+            raise ValueError("there are no features")
+        return builder
+    except (*DAMAGED, ImportError, OSError) as error:
+        raise ValueError(
+            f"{folder}: dataset_info.json and features.json do not describe a data set of tensorflow_datasets "
+            f"({type(error).__name__}: {error}): copy them again from where the data set was made"
+        ) from error
 
 
 def _skip_images(feature: Any, decoders: dict, is_colour: dict[str, bool], prefix: str = "") -> None:
@@ -230,9 +280,18 @@ def _last(key: str) -> str:
     return key.rsplit("/", 1)[-1]
 
 
+def _is_text(value: np.ndarray) -> bool:
+    """Whether strings, or lists and arrays of them, are the values of a feature."""
+    first = value.ravel()[0] if value.size else None
+    while isinstance(first, np.ndarray | list) and len(first):
+        first = first[0]
+    return isinstance(first, str | bytes)
+
+
 def _is_image(value: np.ndarray) -> bool:
     if value.dtype == object:
-        return value.ndim == 1 and isinstance(value[0], bytes) and value[0].startswith(IMAGE_STARTS)
+        first = value[0] if value.ndim == 1 and len(value) else None
+        return isinstance(first, bytes) and first.startswith(IMAGE_STARTS) and is_colour_image(first)
     return value.dtype == np.uint8 and value.ndim == 4 and value.shape[-1] == 3
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from .augment import ImageAugmentation, center_crop, resize_image
-from .episode import Episode
+from .episode import Episode, names_depth
 
 
 def main_camera(episode: Episode, camera: str | None = None) -> str:
@@ -24,7 +24,10 @@ def main_camera(episode: Episode, camera: str | None = None) -> str:
         return camera
     if not names:
         raise ValueError(f"{episode.source or episode}: no camera image, and OpenVLA acts on what it sees.")
-    return next((name for name in names if "wrist" not in name and "hand" not in name), names[0])
+    colours = [name for name in names if not names_depth(name)]
+    if not colours:
+        raise ValueError(f"{episode.source or episode}: {', '.join(names)} is depth by name; give camera to use it.")
+    return next((name for name in colours if "wrist" not in name and "hand" not in name), colours[0])
 
 
 class FrameSamples(Dataset):

@@ -26,7 +26,7 @@ from .prepare import PreparedDataset
 from .statistics import collect, compute_statistics
 
 
-VERSION = 1  # of what is stored: to be raised with every change that makes other numbers of the same files
+VERSION = 2  # of what is stored: to be raised with every change that makes other numbers of the same files
 CLOCK_GRAIN = 2.0  # seconds; within them a file may change again without a new time stamp
 
 

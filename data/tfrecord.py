@@ -11,6 +11,7 @@ from pathlib import Path
 
 import google_crc32c
 
+from ..files_openvla import check_file
 from .episode import DamagedDataError
 
 
@@ -24,9 +25,12 @@ def masked_crc(data: bytes) -> int:
 
 
 def scan(path: Path) -> tuple[list[int], str | None]:
-    """Where each record starts, and why the file cannot be followed to its end (None if it can). Reads headers only."""
+    """Where each record starts, and why the file cannot be followed to its end (None if it can). Reads headers only.
+
+    Raises FileNotFoundError, or ValueError for an empty file and a Git LFS pointer.
+    """
     offsets: list[int] = []
-    with open(path, "rb") as file:
+    with open(check_file(path, "TFRecord file"), "rb") as file:
         end = os.fstat(file.fileno()).st_size
         position = 0
         while position < end:

@@ -8,60 +8,70 @@ from pathlib import Path
 import av
 import numpy as np
 
-from .episode import DamagedDataError
+from .episode import COPY_AGAIN, DamagedDataError, Frames, check_data_file
 from .handles import kept_open
 
 
+TOLERANCE = 1e-4  # seconds that a frame may lie from the time asked for, as in LeRobot (`tolerance_s`)
 LOOK_AHEAD = 30  # frames: up to here decoding on is cheaper than seeking, whatever the distance of key frames
 KEPT_FRAMES = 4  # decoded pictures kept per video
 
 
 class Video:
-    """An open video; `frame_at(seconds)` gives the one frame shown at that time, (H, W, 3) uint8."""
+    """An open video; `frame_at(seconds)` gives the frame whose time that is, (H, W, 3) uint8.
+
+    `rate`: frames a second, on average; `end`: seconds at which the last frame ends, None where the file does not say.
+    """
 
     def __init__(self, path: Path):
         self.path = path
         try:
-            self._container = av.open(str(path))
+            self._container = av.open(str(check_data_file(path, "video")))
             self._stream = self._container.streams.video[0]
         except (av.FFmpegError, OSError, IndexError) as error:
-            raise DamagedDataError(f"{path}: not a readable video: {error}") from error
+            raise DamagedDataError(f"{path}: not a readable video ({error}): {COPY_AGAIN}") from error
+        pixels = str(self._stream.codec_context.pix_fmt)
+        if pixels.startswith(("gray1", "grayf")):  # gray10 to gray16: more levels than a picture has
+            raise DamagedDataError(f"{path}: its pixels are {pixels}, which is depth; leave it out of cameras")
         # One thread: no frames of delay after each seek, and workers do not compete for cores
         self._stream.codec_context.thread_count = 1
         time_base, rate = self._stream.time_base, self._stream.average_rate
         if not time_base or not rate:
-            raise DamagedDataError(f"{path}: the video has no frame rate")
-        self._time_base = float(time_base)
-        self._ticks_per_frame = 1 / (float(rate) * self._time_base)
+            raise DamagedDataError(f"{path}: the video has no frames, or no frame rate: {COPY_AGAIN}")
+        self._time_base, self.rate = float(time_base), float(rate)
+        self._ticks_per_frame = 1 / (self.rate * self._time_base)
         self._start = self._stream.start_time or 0
+        duration = self._stream.duration
+        self.end = (self._start + duration) * self._time_base if duration else None
         self._frames: Iterator[av.VideoFrame] | None = None
         self._fresh = True  # nothing was decoded since the last seek
         self._position = 0  # presentation time of the last decoded frame, in ticks of the time base
         self._kept: OrderedDict[int, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
 
-    def frame_at(self, seconds: float) -> np.ndarray:
-        """Raises DamagedDataError where no frame lies within half a frame of `seconds`, or it cannot be decoded."""
-        target = round(seconds / self._time_base)
+    def frame_at(self, seconds: float, tolerance: float = TOLERANCE) -> np.ndarray:
+        """Raises DamagedDataError where no frame lies within `tolerance` of `seconds`, or it cannot be decoded."""
+        target = seconds / self._time_base
         with self._lock:
-            if target not in self._kept:
+            key = round(target)
+            if key not in self._kept:
                 try:
-                    pixels = self._decode(target)
-                except (av.FFmpegError, OSError) as error:
+                    # Times in the file are multiples of its time base: half of one is their rounding.
+                    pixels = self._decode(target, tolerance / self._time_base + 0.5)
+                except (av.FFmpegError, OSError, ValueError) as error:
                     self._frames = None
                     raise DamagedDataError(f"{self.path}, {seconds:.3f} s: cannot decode: {error}") from error
                 if pixels is None:
                     raise DamagedDataError(f"{self.path}: no frame at {seconds:.3f} s")
-                self._kept[target] = pixels
+                self._kept[key] = pixels
                 if len(self._kept) > KEPT_FRAMES:
                     self._kept.popitem(last=False)
-            return self._kept[target].copy()
+            return self._kept[key].copy()
 
-    def _decode(self, target: int) -> np.ndarray | None:
-        half = self._ticks_per_frame / 2
+    def _decode(self, target: float, tolerance: float) -> np.ndarray | None:
         ahead = target - self._position
-        if self._frames is None or not half < ahead < LOOK_AHEAD * self._ticks_per_frame:
-            self._seek(target)
+        if self._frames is None or not tolerance < ahead < LOOK_AHEAD * self._ticks_per_frame:
+            self._seek(int(target))
         back = 0
         while True:
             first = self._fresh
@@ -73,15 +83,15 @@ class Video:
             if frame.pts is None:
                 continue
             self._position = frame.pts
-            if frame.pts < target - half:
+            if frame.pts < target - tolerance:
                 continue
-            if frame.pts <= target + half:
+            if frame.pts <= target + tolerance:
                 return frame.to_ndarray(format="rgb24")
             if not first or target - back <= self._start:
                 return None
             # Key frames are found by decoding time, which may lie before the time of presentation: go further back.
             back = 2 * back + round(LOOK_AHEAD * self._ticks_per_frame)
-            self._seek(target - back)
+            self._seek(int(target) - back)
 
     def _seek(self, ticks: int) -> None:
         self._container.seek(max(ticks, self._start), stream=self._stream, backward=True)
@@ -92,3 +102,26 @@ class Video:
 @kept_open()
 def open_video(path: Path) -> Video:
     return Video(path)
+
+
+class VideoFrames(Frames):
+    """Frames of a video file at the given times (T,), in seconds. Holds no pixels.
+
+    `source` names the episode in errors; `rows`: which of its rows these are.
+    """
+
+    def __init__(self, path: Path, times: np.ndarray, source: str, tolerance: float, rows: range | None = None):
+        self.path, self.times, self.source, self.tolerance = path, times, source, tolerance
+        self.rows = range(len(times)) if rows is None else rows
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+    def _select(self, steps: slice) -> "VideoFrames":
+        return VideoFrames(self.path, self.times[steps].copy(), self.source, self.tolerance, self.rows[steps])
+
+    def _decode(self, step: int) -> np.ndarray:
+        try:
+            return open_video(self.path).frame_at(float(self.times[step]), self.tolerance)
+        except (DamagedDataError, FileNotFoundError) as error:
+            raise DamagedDataError(f"{self.source}, row {self.rows[step]}: {error}") from error

@@ -1,0 +1,258 @@
+"""What the folder `meta` of a LeRobot data set says, v3.0 and v2.x: checked when read, columns found by name."""
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from string import Formatter
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..files_openvla import check_file, read_json
+from .episode import COPY_AGAIN, DamagedDataError, as_text, names_depth
+from .lerobot_rows import DAMAGED_PARQUET
+
+
+TASK_NAMES = ("task", "tasks", "__index_level_0__")  # columns with the text of a task; pandas' index comes second
+
+
+def read_info(file: Path) -> dict[str, Any]:
+    """meta/info.json, with everything in it that the reader looks at.
+
+    Raises:
+        ValueError: If it is damaged, of another version, or something is missing or of the wrong type.
+    """
+    info = read_json(file)
+    version = str(info.get("codebase_version"))
+    if not version.startswith(("v2.", "v3.")):
+        raise ValueError(f"{file}: codebase_version {version!r} is not read, only v2.x and v3.x")
+    features = info.get("features")
+    if not isinstance(features, dict) or not features:
+        raise ValueError(f"{file}: 'features' is {features!r}, expected {{column: {{'dtype': ..., 'shape': [...]}}}}")
+    for key, feature in features.items():
+        shape = feature.get("shape") if isinstance(feature, dict) else None
+        sizes = isinstance(shape, list) and all(isinstance(size, int) for size in shape)
+        if not sizes or not isinstance(feature.get("dtype"), str):
+            raise ValueError(
+                f"{file}: feature {key!r} is {json.dumps(feature)[:100]}, expected a 'dtype' and a 'shape' of numbers"
+            )
+    of_video = [key for key, feature in features.items() if feature["dtype"] == "video"]
+    expected: dict[str, tuple[type, ...]] = {"data_path": (str,)}
+    if of_video:
+        expected |= {"video_path": (str,), "fps": (int, float)}
+    if "chunks_size" in info:
+        expected["chunks_size"] = (int,)
+    for key, kinds in expected.items():
+        value = info.get(key)
+        if not isinstance(value, kinds) or isinstance(value, bool) or (not isinstance(value, str) and not 0 < value):
+            kind = "a path" if kinds == (str,) else "a number above 0"
+            raise ValueError(f"{file}: {key!r} is {value!r}, expected {kind}")
+    if not isinstance(info.get("splits") or {}, dict):
+        raise ValueError(f"{file}: 'splits' is {info['splits']!r}, expected {{name: 'first:end'}}")
+    return info
+
+
+def is_depth(feature: dict[str, Any]) -> bool:
+    """Whether a feature is marked as a depth map, or has pixels that can be nothing else; see `is_colour`."""
+    notes = [
+        feature,
+        *(part for part in feature.values() if isinstance(part, dict)),
+    ]  # "info", in old ones "video_info"
+    for note in notes:
+        for key, value in note.items():
+            if "is_depth" in key and str(value).lower() not in ("false", "0", "none"):
+                return True
+            if key.endswith("pix_fmt") and str(value).startswith(("gray1", "grayf", "depth")):  # gray10 to gray16
+                return True
+    return False
+
+
+def is_colour(key: str, feature: dict[str, Any]) -> bool:
+    """Whether a feature is a colour camera: not depth by its mark, name, format or number of channels.
+
+    A gray camera is not found by itself (one channel is depth or a mask more often), but read when it is named.
+    """
+    if feature["dtype"] not in ("image", "video") or is_depth(feature) or names_depth(key):
+        return False
+    notes = [part for part in feature.values() if isinstance(part, dict)]
+    single = any(
+        (name.endswith("channels") and value == 1) or (name.endswith("pix_fmt") and str(value).startswith("gray"))
+        for note in notes
+        for name, value in note.items()
+    )
+    shape = feature["shape"]
+    return not single and len(shape) == 3 and 1 not in (shape[0], shape[-1])
+
+
+def read_episodes(folder: Path, version: str) -> pa.Table:
+    """One row for each episode, by episode_index, which is int64, as `length` is where there is one."""
+    if version.startswith("v3."):
+        files = sorted((folder / "meta" / "episodes").rglob("*.parquet"))
+        if not files:
+            raise FileNotFoundError(f"{folder}: no parquet file in meta/episodes")
+        where = str(folder / "meta" / "episodes")
+        table = _concatenated([_read_table(file, "stats/") for file in files], where)
+    else:
+        file = folder / "meta" / "episodes.jsonl"
+        where, rows = str(file), _read_lines(file, "episode_index", "length")
+        table = pa.table(
+            {
+                "episode_index": [_integer(row["episode_index"], "episode_index", where) for row in rows],
+                "length": [_integer(row["length"], "length", where) for row in rows],
+                "tasks": [
+                    [str(text) for text in row["tasks"]] if isinstance(row.get("tasks"), list) else None for row in rows
+                ],
+            }
+        )
+    for column in ("episode_index", "length"):
+        if column not in table.column_names:
+            if column == "length":
+                continue
+            raise ValueError(f"{where}: no column {column!r}; there are {table.column_names}")
+        numbers = table[column]
+        try:
+            if numbers.null_count:
+                raise ValueError("some are missing")
+            numbers = numbers.cast(pa.int64())
+        except (pa.ArrowException, ValueError) as error:
+            raise ValueError(f"{where}: {column!r} are not integers: {error}") from error
+        table = table.set_column(table.column_names.index(column), column, numbers)
+    numbers, counts = np.unique(table["episode_index"].to_numpy(), return_counts=True)
+    if len(twice := numbers[counts > 1]):
+        raise ValueError(f"{where}: episodes {twice[:8].tolist()} stand there more than once")
+    return table.sort_by("episode_index").combine_chunks()
+
+
+def read_tasks(folder: Path, version: str) -> dict[int, str] | None:
+    """{task_index: text}; None where there is no such file.
+
+    Raises:
+        ValueError: If it is damaged, the texts are in no column known by name, or one index has two texts.
+    """
+    file = folder / "meta" / ("tasks.parquet" if version.startswith("v3.") else "tasks.jsonl")
+    if not file.exists():
+        return None
+    pairs: Iterable[tuple[Any, Any]]
+    if version.startswith("v3."):
+        table = _read_table(file)
+        text = _text_column(table)
+        if "task_index" not in table.column_names or text is None:
+            raise ValueError(
+                f"{file}: expected the columns task_index and task (or the text as pandas' index), found "
+                f"{table.column_names}"
+            )
+        pairs = zip(table["task_index"].to_pylist(), table[text].to_pylist())
+    else:
+        pairs = [(row["task_index"], row["task"]) for row in _read_lines(file, "task_index", "task")]
+    texts: dict[int, str] = {}
+    for given, task in pairs:
+        index = _integer(given, "task_index", str(file))
+        if not isinstance(task, str | bytes):
+            raise ValueError(f"{file}: the text of task {index} is {task!r}")
+        if texts.setdefault(index, as_text(task, str(file))) != as_text(task, str(file)):
+            raise ValueError(f"{file}: task_index {index} has two texts, {texts[index]!r} and {task!r}")
+    return texts
+
+
+def _text_column(table: pa.Table) -> str | None:
+    about = table.schema.metadata or {}
+    try:
+        indices = json.loads(about.get(b"pandas", b"{}")).get("index_columns", [])
+    except (ValueError, AttributeError):
+        indices = []
+    for name in (TASK_NAMES[0], *(name for name in indices if isinstance(name, str)), *TASK_NAMES[1:]):
+        if name in table.column_names and name != "task_index":
+            return name
+    return None
+
+
+def split_episodes(info: dict[str, Any], split: str, numbers: np.ndarray, file: Path) -> tuple[list[int], list[int]]:
+    """Places in `numbers` (the episodes recorded, ascending) of those in a split, and the episodes that are missing.
+
+    A split is "first:end", or several such parts joined by commas.
+    """
+    splits = info.get("splits") or {}
+    total = info.get("total_episodes")
+    total = total if isinstance(total, int) and not isinstance(total, bool) else int(numbers.max(initial=-1)) + 1
+    if split == "all" or (split == "train" and not splits):
+        return list(range(len(numbers))), sorted(set(range(total)) - set(numbers.tolist()))
+    if split not in splits:
+        raise ValueError(f"{file} has no split {split!r}; there are {sorted(splits)} and 'all'")
+    chosen = np.zeros(len(numbers), dtype=bool)
+    wanted: set[int] = set()
+    for part in str(splits[split]).split(","):
+        first, colon, end = (text.strip() for text in part.partition(":"))
+        if not colon or not first.isdecimal() or not end.isdecimal() or int(first) > int(end):
+            raise ValueError(
+                f"{file}: split {split!r} is {splits[split]!r}, expected episodes as 'first:end', such as '0:{total}', "
+                "several parts joined by commas"
+            )
+        chosen |= (numbers >= int(first)) & (numbers < int(end))
+        wanted |= set(range(int(first), min(int(end), total)))
+    return np.flatnonzero(chosen).tolist(), sorted(wanted - set(numbers.tolist()))
+
+
+def fill_path(template: str, what: str, source: str, **values: Any) -> str:
+    """A path of info.json with what an episode says filled in; a DamagedDataError names what the episode lacks."""
+    try:
+        names = [name for _, name, _, _ in Formatter().parse(template) if name]
+        if unknown := [name for name in names if name not in values]:
+            raise KeyError(f"it asks for {unknown}")
+        for name in names:
+            value = values[name]
+            if value is None or (isinstance(value, float) and not value.is_integer()):
+                raise DamagedDataError(f"{source}: meta/episodes has no {name} of the {what} ({value!r})")
+            values[name] = int(value) if isinstance(value, float) else value
+        return template.format(**values)
+    except DamagedDataError:
+        raise
+    except (KeyError, ValueError, IndexError, AttributeError) as error:
+        raise DamagedDataError(f"{source}: the {what}_path of meta/info.json, {template!r}: {error}") from error
+
+
+def _read_table(file: Path, without: str = "\0") -> pa.Table:
+    """A table of meta/, but for columns whose names start with `without`."""
+    check_file(file, "parquet file")
+    try:
+        columns = [name for name in pq.read_schema(file).names if not name.startswith(without)]
+        return pq.read_table(file, columns=columns, partitioning=None)
+    except DAMAGED_PARQUET as error:
+        raise ValueError(f"{file} is no readable parquet file ({error}): {COPY_AGAIN}") from error
+
+
+def _concatenated(tables: list[pa.Table], where: str) -> pa.Table:
+    try:
+        return pa.concat_tables(tables, promote_options="default")
+    except pa.ArrowException as error:
+        raise ValueError(f"{where}: the files do not have the same columns: {error}") from error
+
+
+def _read_lines(file: Path, *keys: str) -> list[dict[str, Any]]:
+    """The rows of a JSON Lines file, each an object with `keys`."""
+    check_file(file, "JSON Lines file")
+    rows = []
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except ValueError as error:
+        raise ValueError(f"{file} is no text in UTF-8 ({error}): {COPY_AGAIN}") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{file}, line {number} is no JSON ({error}): {COPY_AGAIN}") from error
+        if not isinstance(row, dict) or not set(keys) <= row.keys():
+            raise ValueError(f"{file}, line {number}: expected an object with {', '.join(keys)}, found {line[:80]}")
+        rows.append(row)
+    return rows
+
+
+def _integer(value: Any, what: str, where: str) -> int:
+    whole = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value) and value == int(value))
+    if not whole or isinstance(value, bool) or not -(2**63) <= value < 2**63:
+        raise ValueError(f"{where}: {what} is {value!r}, expected an integer")
+    return int(value)
