@@ -9,8 +9,8 @@ The published weights (`openvla/openvla-7b`, `openvla/openvla-v01-7b`) keep thei
 published code are listed in the README.
 """
 
+import copy
 import json
-from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -22,11 +22,9 @@ from timm.models.vision_transformer import LayerScale as TimmLayerScale
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
-from transformers.utils import cached_file, is_peft_available, torch_compilable_check
+from transformers.utils import cached_file, is_peft_available
 
 from .action_tokenizer import (
     ActionTokenizer,
@@ -38,6 +36,7 @@ from .action_tokenizer import (
     unnormalize_actions,
 )
 from .configuration_openvla import TRANSFORMERS, OpenVLAConfig
+from .outputs_openvla import CACHE, CACHE_NAMES, ActionPrediction, OpenVLAOutput, one_cache, with_both_names
 from .processing_openvla import HUB_KWARGS, OpenVLAProcessor, as_image_list, load_image
 from .quantization_openvla import keep_split_blocks_from_packing, take_quantization, turn_block_scales_back
 
@@ -253,57 +252,6 @@ class PatchLayout:
 # The model ------------------------------------------------------------------------------------------------------------
 
 
-# transformers 5.24 calls the key/value cache `cache` in every output and forward, `past_key_values` before; from 5.40
-# on it does not know the old name. Here both names work on every version, and the library is given the one it knows.
-CACHE_NAMES = ("cache", "past_key_values")
-CACHE = next(name for name in CACHE_NAMES if name in {field.name for field in fields(CausalLMOutputWithPast)})
-
-
-def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
-    """The cache that was given, under either name."""
-    if cache is not None and past_key_values is not None and cache is not past_key_values:
-        raise ValueError("cache and past_key_values are two names of one thing: give one of them.")
-    return past_key_values if cache is None else cache
-
-
-@dataclass
-class OpenVLAOutput(CausalLMOutputWithPast):
-    """Output of `OpenVLAForActionPrediction.forward`.
-
-    loss: Mean cross entropy over labels that are not -100, if labels were given.
-    logits: (batch, num_patches + length, vocab_size), or the last `logits_to_keep` positions of it.
-    cache (also called past_key_values), hidden_states, attentions: As in every causal language model of the library.
-    projector_features: (batch, num_patches, hidden), if an image was given.
-    """
-
-    projector_features: torch.Tensor | None = None
-
-    def __getitem__(self, key):
-        return super().__getitem__(CACHE if key in CACHE_NAMES else key)
-
-
-for _name in set(CACHE_NAMES) - {CACHE}:
-    setattr(OpenVLAOutput, _name, property(lambda output: getattr(output, CACHE)))
-
-
-@dataclass
-class ActionPrediction(ModelOutput):
-    """Output of `predict_action(..., return_dict=True)`; all arrays are (action_dim,) or (batch, action_dim).
-
-    actions: float64, in the units of the dataset (un-normalized where its mask is True).
-    normalized_actions: float64 in [-1, 1].
-    token_ids: int64 ids of the chosen tokens.
-    token_probabilities: float32 probability of each chosen token among those that could have been chosen.
-    token_entropies: float32 entropy of that distribution in nats; log(256) = 5.5 means no idea.
-    """
-
-    actions: np.ndarray | None = None
-    normalized_actions: np.ndarray | None = None
-    token_ids: np.ndarray | None = None
-    token_probabilities: np.ndarray | None = None
-    token_entropies: np.ndarray | None = None
-
-
 class OpenVLAPreTrainedModel(PreTrainedModel):
     config: OpenVLAConfig
     config_class = OpenVLAConfig
@@ -505,14 +453,17 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             token_id = torch.tensor(self.config.image_token_id, device=prompt.device)
             is_image = (inputs_embeds == self.get_input_embeddings()(token_id)).all(-1)
         has_patches = is_image.sum(dim=1) >= num_patches
-        # While a graph is captured values cannot be looked at: a prompt this long is taken as expanded, and the graph
-        # fails on a plain one.
-        if not torch.compiler.is_compiling() and not bool(has_patches.any()):
-            return None
-        torch_compilable_check(
-            has_patches,
-            f"Some rows hold {num_patches} image placeholders, others do not: give every row the placeholders, or none",
+        mixed = (
+            f"Some rows hold {num_patches} image placeholders, others do not: give every row the placeholders, or none"
         )
+        if torch.compiler.is_compiling():
+            # While a graph is captured values cannot be looked at: a prompt this long is taken as expanded, and the
+            # graph fails on a plain one. torch has no public assertion on values inside a graph (2.6 to 2.15).
+            torch._assert_async(has_patches.all(), mixed)
+        elif not bool(has_patches.any()):
+            return None
+        elif not bool(has_patches.all()):
+            raise ValueError(f"{mixed}.")
         # An unused id may still turn up in generated text; only the first ones stand for patches.
         return is_image & (is_image.cumsum(dim=1) <= num_patches)
 
@@ -546,7 +497,6 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        cache: Cache | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -554,6 +504,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         position_ids: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: Cache | None = None,
         **kwargs,
     ) -> OpenVLAOutput | tuple:
         """Logits (and loss) of prompts, with or without an image.
@@ -566,6 +517,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             inputs_embeds: (batch, length, hidden) instead of `input_ids`.
             output_projector_features: With `return_dict=False`, append the projected patches to the tuple.
             logits_to_keep: Compute logits of the last so many positions only (0: of all).
+            cache: Another name of `past_key_values`.
 
         Returns:
             `OpenVLAOutput`, or a tuple if `return_dict` is False.
@@ -606,20 +558,17 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             logits=outputs.logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            projector_features=features,
-            **{CACHE: outputs[CACHE] if CACHE in outputs else None},
+            projector_features=features if return_dict or output_projector_features else None,
+            **{CACHE: outputs.get(CACHE)},
         )
-        if not return_dict:
-            if not output_projector_features:
-                output.projector_features = None
-            return output.to_tuple()
-        return output
+        return output if return_dict else output.to_tuple()
 
     # Generation -------------------------------------------------------------------------------------------------------
 
-    def generate(self, inputs: torch.Tensor | None = None, **kwargs):
+    def generate(self, inputs: torch.Tensor | None = None, generation_config=None, **kwargs):
         """As `generate` of every model of the library. Plain prompts come back plain: the patches that are inserted for
         `pixel_values` appear neither in the sequences nor in `max_length`."""
+        kwargs["generation_config"] = generation_config
         cache = one_cache(*(kwargs.pop(name, None) for name in CACHE_NAMES))
         if cache is not None:
             kwargs[CACHE] = cache
@@ -632,9 +581,9 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             if layout is not None:
                 kwargs["attention_mask"] = layout.insert(attention_mask, 1)
                 kwargs["position_ids"] = layout.insert_positions(kwargs.get("position_ids"))
-            return super().generate(inputs, **kwargs)
+            return with_both_names(super().generate(inputs, **kwargs))
         if input_ids is None or not self._needs_patches(input_ids, attention_mask, pixel_values, kwargs):
-            return super().generate(inputs, **kwargs)
+            return with_both_names(super().generate(inputs, **kwargs))
 
         num_patches = self.vision_backbone.num_patches
         if attention_mask is None:
@@ -643,12 +592,19 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         kwargs["input_ids"] = layout.insert(input_ids, self.config.image_token_id)
         kwargs["attention_mask"] = layout.insert(attention_mask, 1)
         kwargs["position_ids"] = layout.insert_positions(kwargs.get("position_ids"))
-        generation_config = kwargs.get("generation_config") or self.generation_config
+        if generation_config is not None:
+            kwargs["generation_config"] = generation_config = copy.deepcopy(generation_config)
         for name in ("max_length", "min_length"):
-            length = kwargs.get(name) if kwargs.get(name) is not None else getattr(generation_config, name)
+            length = kwargs.get(name)
             if length is not None:
                 kwargs[name] = length + num_patches
-        generated = super().generate(**kwargs)
+            elif (length := getattr(generation_config or self.generation_config, name)) is None:
+                continue
+            elif generation_config is None:
+                kwargs[name] = length + num_patches
+            else:  # not beside the config: transformers warns where both speak
+                setattr(generation_config, name, length + num_patches)
+        generated = with_both_names(super().generate(**kwargs))
         if isinstance(generated, torch.Tensor):
             return layout.remove(generated)
         generated.sequences = layout.remove(generated.sequences)

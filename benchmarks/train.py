@@ -33,6 +33,7 @@ from openvla.training import STRATEGIES, apply_strategy, qlora_quantization, tra
 from openvla.training.loss import action_loss, with_logits_to_keep
 from openvla.training.plan import TEXT_TOKENS, estimate
 from openvla.training.step import training_inputs
+from openvla.training.strategies import checkpoint_activations
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,7 +104,7 @@ def measure(arguments, strategy: str) -> dict:
         torch.cuda.reset_peak_memory_stats()
     model = load(arguments, strategy).train()
     if arguments.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(model)
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=1e-6, weight_decay=0.0)
     inputs = training_inputs(model.config, arguments.batch, arguments.text_tokens)

@@ -31,6 +31,7 @@ CODE_FILES = (
     "action_tokenizer.py",
     "processing_openvla.py",
     "quantization_openvla.py",
+    "outputs_openvla.py",
     "modeling_openvla.py",
 )
 _MODEL = "modeling_openvla.OpenVLAForActionPrediction"

@@ -13,6 +13,7 @@ FLAT_FILES = [
     "action_tokenizer",
     "processing_openvla",
     "quantization_openvla",
+    "outputs_openvla",
     "modeling_openvla",
 ]
 # Name -> floor. What stands on one floor does not import its neighbours; the flat files may import earlier ones.

@@ -12,6 +12,7 @@ from openvla.training.loss import action_loss, with_logits_to_keep
 from openvla.training.muon import make_muon
 from openvla.training.plan import build, config_parameters, estimate, main
 from openvla.training.step import ANSWER_TOKENS, SavedBytes, run_step, training_inputs
+from openvla.training.strategies import checkpoint_activations
 
 
 pytest.importorskip("peft", reason="adapters need the [train] extra")
@@ -95,7 +96,7 @@ def test_gradient_checkpointing_keeps_what_a_real_run_keeps(config):
     whole = estimate(config, "full", **arguments)
     plan = estimate(config, "full", gradient_checkpointing=True, **arguments)
     model = real_model("full", "float32")
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpoint_activations(model)
     block = run_step(build(config, "full", "float32"), config, BATCH, TOKENS).largest_block
     assert plan.activations == real_saved_bytes(model, config, autocast=False) + block
     assert plan.activations < 0.8 * whole.activations

@@ -23,7 +23,7 @@ from ..presets import load_preset_config, preset_names
 from ..quantization_openvla import NOT_QUANTIZED
 from .muon import is_orthogonalized
 from .step import ANSWER_TOKENS, run_step
-from .strategies import STRATEGIES, apply_strategy, trainable_parameters
+from .strategies import STRATEGIES, apply_strategy, checkpoint_activations, trainable_parameters
 
 
 PRECISIONS = ("bf16", "pure-bf16", "float32")
@@ -129,7 +129,7 @@ def estimate(
     activations = step.saved
     if gradient_checkpointing:
         again = build(config, strategy, precision, **options)
-        again.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(again)
         again.train()
         # Blocks are computed again one at a time: the largest has its activations back.
         kept = run_step(again, config, batch_size, text_tokens, autocast=autocast, dtype=compute, backward=False)

@@ -28,7 +28,7 @@ from .metrics import ActionMetrics
 from .muon import make_muon
 from .options import FinetuneOptions, differences
 from .preparation import LEARNING_RATES, Run, computing_precision, held_out_frames, learning_rate, prepare
-from .strategies import apply_strategy, freeze_unused, qlora_quantization, trainable_parameters
+from .strategies import apply_strategy, checkpoint_activations, freeze_unused, qlora_quantization, trainable_parameters
 from .trainer import ActionTrainer, last_checkpoint
 
 
@@ -58,7 +58,7 @@ def load_model(run: Run, autocast: bool) -> Any:
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
     if options.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(model)
     return model
 
 

@@ -48,6 +48,13 @@ def trainable_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
+def checkpoint_activations(model: Any) -> None:
+    """Compute activations again in the backward pass instead of keeping them: less memory, slower."""
+    # The newer name came with transformers 5.23; from 6 on it is the only one.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def freeze_unused(model: Any) -> None:
     """Freeze what no forward pass reads, so that every parameter that learns has a gradient: of each vision tower the
     last block, the final norm and the pooling, which the published files hold nevertheless. Sharded optimizers and DDP
