@@ -16,6 +16,9 @@ from .configuration_openvla import closest
 from .files_openvla import read_json
 
 
+NOT_FINITE = "actions are not finite (NaN or infinity), which no action token stands for: repair or drop the step."
+
+
 class ActionTokenizer:
     """Discretizes normalized actions and maps the bins to the last ids of a vocabulary.
 
@@ -62,19 +65,20 @@ class ActionTokenizer:
             (...) int64 ids in `token_range`, a tensor for a tensor, else an array.
 
         Raises:
-            ValueError: If a value is NaN, which has no bin.
+            ValueError: If a value is NaN or infinite, which has no bin.
         """
         if isinstance(actions, torch.Tensor):
             # float64 as in numpy, whose digitize promotes float32 values before it compares them with the edges.
-            values = actions.detach().to(torch.float64).clamp(self.min_action, self.max_action)
-            if bool(values.isnan().any()):
-                raise ValueError("actions contain NaN, which no action token stands for: repair or drop the step.")
+            values = actions.detach().to(torch.float64)
+            if not bool(values.isfinite().all()):
+                raise ValueError(NOT_FINITE)
+            values = values.clamp(self.min_action, self.max_action)
             edges = torch.from_numpy(self.bins).to(values.device)
             return self.vocabulary_end - torch.bucketize(values, edges, right=True)
-        array = np.clip(np.asarray(actions, dtype=np.float64), self.min_action, self.max_action)
-        if np.isnan(array).any():
-            raise ValueError("actions contain NaN, which no action token stands for: repair or drop the step.")
-        return self.vocabulary_end - np.digitize(array, self.bins)
+        array = np.asarray(actions, dtype=np.float64)
+        if not np.isfinite(array).all():
+            raise ValueError(NOT_FINITE)
+        return self.vocabulary_end - np.digitize(np.clip(array, self.min_action, self.max_action), self.bins)
 
     def decode(self, token_ids):
         """Normalized actions (bin centers) of token ids, the inverse of `encode` up to half a bin.
@@ -86,11 +90,19 @@ class ActionTokenizer:
 
         Returns:
             (...) float64 values in [-1, 1], a tensor for a tensor, else an array.
+
+        Raises:
+            ValueError: If the ids are no integers.
         """
         if isinstance(token_ids, torch.Tensor):
+            if token_ids.dtype == torch.bool or token_ids.is_floating_point() or token_ids.is_complex():
+                raise ValueError(f"token_ids must be integers, got {token_ids.dtype}.")
             centers = torch.from_numpy(self.bin_centers).to(token_ids.device)
             return centers[(self.vocabulary_end - token_ids - 1).clamp(0, len(centers) - 1)]
-        indices = self.vocabulary_end - np.asarray(token_ids) - 1
+        array = np.asarray(token_ids)
+        if array.dtype.kind not in "iu" and array.size:
+            raise ValueError(f"token_ids must be integers, got {array.dtype}.")
+        indices = self.vocabulary_end - array.astype(np.int64) - 1
         return self.bin_centers[np.clip(indices, 0, len(self.bin_centers) - 1)]
 
     # Published names -------------------------------------------------------------------------------------------------
@@ -269,8 +281,13 @@ def unnormalize_actions(actions: np.ndarray, stats: Mapping[str, Any]) -> np.nda
 
     Returns:
         (..., A) float64.
+
+    Raises:
+        ValueError: If an action is not finite, or has another number of dimensions than the statistics.
     """
     actions = np.asarray(actions, dtype=np.float64)
+    if not np.isfinite(actions).all():
+        raise ValueError("Normalized actions are not finite (NaN or infinity): there is no motion for them.")
     mask = _mask(stats, actions.shape[-1])
     low, high = np.asarray(stats["q01"], dtype=np.float64), np.asarray(stats["q99"], dtype=np.float64)
     return np.where(mask, 0.5 * (actions + 1) * (high - low) + low, actions)

@@ -11,7 +11,9 @@ published code are listed in the README.
 
 import copy
 import json
+from collections.abc import Mapping
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -36,8 +38,18 @@ from .action_tokenizer import (
     unnormalize_actions,
 )
 from .configuration_openvla import TRANSFORMERS, OpenVLAConfig
+from .decoding_openvla import (
+    Sampling,
+    as_tensor,
+    check_finite,
+    check_pixel_values,
+    choose_token,
+    evaluation_mode,
+    prompt_rows,
+    read_sampling,
+)
 from .outputs_openvla import CACHE, CACHE_NAMES, ActionPrediction, OpenVLAOutput, one_cache, with_both_names
-from .processing_openvla import HUB_KWARGS, OpenVLAProcessor, as_image_list, load_image
+from .processing_openvla import HUB_KWARGS, OpenVLAProcessor, as_image_list, is_image_list, load_image
 from .quantization_openvla import keep_split_blocks_from_packing, take_quantization, turn_block_scales_back
 
 
@@ -669,10 +681,13 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         constrained: bool = True,
-        do_sample: bool = False,
-        temperature: float = 1.0,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
         generator: torch.Generator | None = None,
         return_dict: bool = False,
+        **options,
     ) -> np.ndarray | ActionPrediction:
         """Predict one action, or a batch of them.
 
@@ -680,32 +695,34 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         published `predict_action(**processor(prompt, image))`.
 
         Args:
-            image: Anything `load_image` reads, or a list of such. A 2-D integer tensor is taken as `input_ids`, the
-                first argument of the published form.
-            instruction: What to do, for example "open the drawer"; one string for each image.
+            image: Anything `load_image` reads, or a list of such. A 2-D integer tensor, or whatever comes with
+                `pixel_values`, is taken as `input_ids`, the first argument of the published form.
+            instruction: What to do, for example "open the drawer"; one string for each image. See `format_prompt`.
             unnorm_key: Dataset whose statistics give the action its units; one, or one per sample. May be left out
                 where the model knows only one dataset.
-            input_ids, attention_mask, pixel_values: The published form.
+            input_ids, attention_mask, pixel_values: The published form, as tensors, arrays or lists.
             constrained: Choose among action tokens only. False: among the whole vocabulary, as the published code;
                 text tokens are then clipped to the nearest bin.
-            do_sample, temperature, generator: Sample instead of taking the most probable token.
+            do_sample, temperature, top_k, top_p, generator: Sample instead of taking the most probable token.
             return_dict: Return an `ActionPrediction` with tokens, probabilities and entropies.
+            options: Of `generate`, as scripts written against the original pass them (`use_cache`, `max_new_tokens`,
+                `generation_config`, ...): taken where they ask for what is done here anyway, else refused.
 
         Returns:
-            float64 array (action_dim,), or (batch, action_dim) for a list of images or more than one prompt.
+            float64 array (action_dim,), or (batch, action_dim) for a list of images or more than one prompt. The same
+            in train mode, which is left for the time of the prediction, and from several threads at once.
 
         Raises:
-            ValueError: Before any compute, if an input is missing, empty, not finite, too long or of a wrong count.
+            ValueError: Before any compute, if an input is missing, empty, not finite, too long or of a wrong count, or
+                an option is unknown; after it, if the model computed something that is not finite.
             KeyError: If `unnorm_key` is unknown.
+            FileNotFoundError: If an image is a path that does not exist.
         """
-        if isinstance(image, torch.Tensor) and image.ndim == 2 and image.dtype == torch.long and input_ids is None:
+        is_ids = isinstance(image, torch.Tensor) and image.ndim == 2 and image.dtype == torch.long
+        if input_ids is None and image is not None and (is_ids or pixel_values is not None):
             image, input_ids = None, image
             if isinstance(instruction, str) and unnorm_key is None:
                 instruction, unnorm_key = None, instruction
-        if do_sample and not temperature > 0:
-            raise ValueError(
-                f"temperature={temperature} must be above 0; for the most probable action use do_sample=False."
-            )
 
         if input_ids is None:
             if pixel_values is not None:
@@ -717,20 +734,26 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         else:
             if image is not None or instruction is not None:
                 raise ValueError("Give either a raw image and an instruction, or input_ids and pixel_values, not both.")
-            single = len(input_ids) == 1
-        keys = list(unnorm_key) if isinstance(unnorm_key, (list, tuple)) else [unnorm_key] * len(input_ids)
-        if len(keys) != len(input_ids):
-            raise ValueError(f"{len(keys)} unnorm_keys for {len(input_ids)} sample(s): give one, or one for each.")
+            input_ids = as_tensor("input_ids", input_ids)
+            single = input_ids.ndim == 2 and len(input_ids) == 1
+        prompts, pixel_values = self._check_model_inputs(input_ids, attention_mask, pixel_values)
+        keys = list(unnorm_key) if isinstance(unnorm_key, (list, tuple)) else [unnorm_key] * len(prompts)
+        if len(keys) != len(prompts):
+            raise ValueError(f"{len(keys)} unnorm_keys for {len(prompts)} sample(s): give one, or one for each.")
         action_dim = check_same_action_dim(self.norm_stats, keys)
-        self._check_model_inputs(input_ids, attention_mask, pixel_values, action_dim)
-
-        input_ids, attention_mask = self._end_prompt(input_ids, attention_mask)
-        token_ids, probabilities, entropies = self._decode_action_tokens(
-            input_ids, attention_mask, pixel_values, action_dim,
-            constrained=constrained, temperature=temperature if do_sample else None, generator=generator,
+        sampling = read_sampling(
+            action_dim, signature(self.predict_action).parameters, self.device, do_sample=do_sample,
+            temperature=temperature, top_k=top_k, top_p=top_p, generator=generator, **options,
         )  # fmt: skip
 
-        chosen = token_ids.cpu().numpy()
+        input_ids, attention_mask = self._end_prompt(prompts, action_dim)
+        with evaluation_mode(self):
+            token_ids, probabilities, entropies = self._decode_action_tokens(
+                input_ids, attention_mask, pixel_values, action_dim, constrained=constrained, sampling=sampling
+            )
+
+        chosen, chosen_probabilities = token_ids.cpu().numpy(), probabilities.cpu().numpy()
+        check_finite(chosen_probabilities, self.dtype)
         normalized = self.action_tokenizer.decode(chosen)
         actions = np.stack(
             [unnormalize_actions(row, get_action_stats(self.norm_stats, key)) for row, key in zip(normalized, keys)]
@@ -739,8 +762,8 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             actions=actions,
             normalized_actions=normalized,
             token_ids=chosen,
-            token_probabilities=probabilities.float().cpu().numpy(),
-            token_entropies=entropies.float().cpu().numpy(),
+            token_probabilities=chosen_probabilities,
+            token_entropies=entropies.cpu().numpy(),
         )
         if single:
             prediction = ActionPrediction(**{name: value[0] for name, value in prediction.items()})
@@ -748,6 +771,11 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
 
     def _process_raw(self, image, instruction) -> tuple[bool, Any]:
         """Whether it was a single sample, and its model inputs."""
+        if isinstance(image, Mapping):
+            raise ValueError(
+                f"predict_action got a mapping of {', '.join(map(str, image))}: model inputs are given as "
+                "predict_action(**inputs), of several cameras the one that the model was trained on."
+            )
         if image is None:
             raise ValueError("No image given: OpenVLA acts on what it sees. Give predict_action(image, instruction).")
         if instruction is None:
@@ -757,50 +785,40 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         if not isinstance(instructions, (list, tuple)) or not instructions:
             raise ValueError(f"instruction must be a string or a list of strings, got {instruction!r}.")
         images = as_image_list(image)
-        if single and isinstance(image, (list, tuple)):
-            single = False
+        single = single and not is_image_list(image)
         if len(images) != len(instructions):
             raise ValueError(f"{len(images)} image(s) for {len(instructions)} instruction(s): give one for each.")
         prompts = self.processor.format_prompt(list(instructions))
         return single, self.processor(prompts, [load_image(entry) for entry in images], return_tensors="pt")
 
-    def _check_model_inputs(self, input_ids, attention_mask, pixel_values, action_dim: int) -> None:
-        """Everything that can be wrong with model inputs, before the robot waits for an answer."""
+    def _check_model_inputs(self, input_ids, attention_mask, pixel_values) -> tuple[list[list[int]], torch.Tensor]:
+        """Token ids of each prompt without padding, and pixel values; everything that can be wrong with them is said
+        before the robot waits for an answer."""
         if pixel_values is None:
             raise ValueError("No image given (pixel_values is None): OpenVLA acts on what it sees.")
-        if input_ids.ndim != 2 or input_ids.shape[1] == 0:
+        config = self.config
+        pad = None if config.pad_token_id == config.text_config.bos_token_id else config.pad_token_id
+        if attention_mask is not None:
+            attention_mask = as_tensor("attention_mask", attention_mask)
+        prompts = prompt_rows(input_ids, attention_mask, pad)
+        ids, vocabulary = [token for prompt in prompts for token in prompt], config.text_config.vocab_size
+        if min(ids) < 0 or max(ids) >= vocabulary:
             raise ValueError(
-                f"input_ids must be (batch, length) with at least one token, got {tuple(input_ids.shape)}."
+                f"input_ids range from {min(ids)} to {max(ids)}, the model knows 0 to {vocabulary - 1}: was the prompt "
+                "made with another model's processor?"
             )
-        vocabulary = self.config.text_config.vocab_size
-        if bool((input_ids < 0).any()) or bool((input_ids >= vocabulary).any()):
+        placeholders = {prompt.count(config.image_token_id) for prompt in prompts}
+        if placeholders not in ({0}, {self.vision_backbone.num_patches}):
             raise ValueError(
-                f"input_ids range from {int(input_ids.min())} to {int(input_ids.max())}, the model knows 0 to "
-                f"{vocabulary - 1}: was the prompt made with another model's processor?"
+                f"Prompts hold {sorted(placeholders)} image placeholders (id {config.image_token_id}): give each none, "
+                f"or {self.vision_backbone.num_patches}."
             )
-        if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"attention_mask {tuple(attention_mask.shape)} does not fit input_ids {tuple(input_ids.shape)}."
-            )
-        if attention_mask is not None and not bool(attention_mask.any(dim=1).all()):
-            raise ValueError("A prompt of the batch is empty: its attention_mask is all zero.")
-        expected = (len(input_ids), 3 * len(self.config.image_sizes), *self.vision_backbone.image_size)
-        if tuple(pixel_values.shape) != expected:
-            raise ValueError(f"pixel_values have shape {tuple(pixel_values.shape)}, expected {expected}.")
-        if not bool(torch.isfinite(pixel_values).all()):
-            raise ValueError(
-                "pixel_values contain NaN or infinite values: the camera frame is broken, do not act on it."
-            )
-        limit = self.config.llm_max_length
-        positions = getattr(self.config.text_config, "max_position_embeddings", None)
-        if positions is not None:
-            limit = min(limit, positions - self.vision_backbone.num_patches - action_dim)
-        if input_ids.shape[1] + 1 > limit:
-            raise ValueError(
-                f"The prompt has {input_ids.shape[1]} tokens, the model takes {limit - 1}: shorten the instruction."
-            )
+        pixel_values = as_tensor("pixel_values", pixel_values)
+        channels = 3 * len(config.image_sizes)
+        check_pixel_values(pixel_values, (len(prompts), channels, *self.vision_backbone.image_size))
+        return prompts, pixel_values
 
-    def _end_prompt(self, input_ids, attention_mask) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _end_prompt(self, prompts, action_dim: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Every row ends in the empty token `▁`, as in training; rows of unequal length are padded on the left.
 
         Returns the mask as None where no row is padded, which is also the fastest attention.
@@ -808,13 +826,16 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         empty_token_id = self.config.empty_token_id
         if empty_token_id is None:
             empty_token_id = self.config.empty_token_id = self.processor.empty_token_id
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        rows = []
-        for ids, mask in zip(input_ids.tolist(), attention_mask.tolist()):
-            row = [token for token, real in zip(ids, mask) if real]
-            ends = empty_token_id is None or row[-1] == empty_token_id
-            rows.append(row if ends else [*row, empty_token_id])
+        limit = self.config.llm_max_length
+        positions = getattr(self.config.text_config, "max_position_embeddings", None)
+        if positions is not None:
+            limit = min(limit, positions - self.vision_backbone.num_patches - action_dim)
+        if any(set(prompt) <= {self.config.text_config.bos_token_id, empty_token_id} for prompt in prompts):
+            raise ValueError("No instruction given: a prompt holds no token but the start of the sequence.")
+        longest = max(map(len, prompts))
+        if longest + 1 > limit:
+            raise ValueError(f"The prompt has {longest} tokens, the model takes {limit - 1}: shorten the instruction.")
+        rows = [row if empty_token_id in (None, row[-1]) else [*row, empty_token_id] for row in prompts]
         length = max(map(len, rows))
         pad = self.config.pad_token_id or 0
         padded = torch.tensor([[pad] * (length - len(row)) + row for row in rows], device=self.device)
@@ -824,19 +845,22 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         return padded, mask
 
     def _decode_action_tokens(
-        self, input_ids, attention_mask, pixel_values, num_tokens: int, *, constrained: bool, temperature, generator
+        self, input_ids, attention_mask, pixel_values, num_tokens: int, *, constrained: bool, sampling: Sampling | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Autoregressive decoding of exactly `num_tokens` tokens; nothing leaves the device inside the loop.
 
         Args:
             input_ids: (batch, length) prompts, padded on the left.
             attention_mask: (batch, length), or None without padding.
-            temperature: None for the most probable token, else that of the sampling.
+            sampling: None for the most probable token.
 
         Returns:
             Token ids, their probabilities and the entropies (nats) of their distributions, each (batch, num_tokens).
+            All probabilities of a sample are NaN if a feature or a logit of it is not finite: `check_finite` reads
+            them on the host, where they go anyway.
         """
         features = self.encode_images(pixel_values.to(self.device))
+        finite = features.isfinite().all(dim=(1, 2)).to(self.device)[:, None]  # (batch, 1)
         inputs_embeds, layout = self._merge(input_ids, None, attention_mask, features)
         position_ids = None
         if attention_mask is not None:
@@ -858,20 +882,17 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
                 **{CACHE: cache},
                 use_cache=True,
                 logits_to_keep=1,
-            ).logits[:, -1, first:end].float()  # fmt: skip
-            log_probabilities = (logits if temperature is None else logits / temperature).log_softmax(dim=-1)
-            distribution = log_probabilities.exp()
-            if temperature is None:
-                chosen = logits.argmax(dim=-1, keepdim=True)
-            else:
-                chosen = torch.multinomial(distribution, num_samples=1, generator=generator)
-            probabilities.append(distribution.gather(1, chosen))
-            # 0 * -inf is 0 here: a token that cannot come adds nothing to the entropy.
-            entropies.append(-(distribution * log_probabilities.clamp(min=-1e4)).sum(dim=-1, keepdim=True))
+            ).logits[:, -1].float()  # fmt: skip
+            finite = finite.to(logits.device) & logits.isfinite().all(dim=-1, keepdim=True)
+            # Zeros instead of NaN, for which sampling on a GPU aborts the process.
+            chosen, probability, entropy = choose_token(logits[:, first:end].masked_fill(~finite, 0.0), sampling)
+            probabilities.append(probability)
+            entropies.append(entropy)
             token_ids.append(chosen + first)
             step_inputs = {"input_ids": token_ids[-1]}
             begin = stop
-        return torch.cat(token_ids, dim=1), torch.cat(probabilities, dim=1), torch.cat(entropies, dim=1)
+        marked = torch.cat(probabilities, dim=1).masked_fill(~finite, torch.nan)
+        return torch.cat(token_ids, dim=1), marked, torch.cat(entropies, dim=1)
 
 
 __all__ = ["ActionPrediction", "OpenVLAForActionPrediction", "OpenVLAOutput", "OpenVLAPreTrainedModel"]

@@ -6,8 +6,12 @@ delivers, `OpenVLAImageProcessor` resizes and normalizes it for each vision towe
 Pixel values and token ids equal those of the published `processing_prismatic.py` (transformers 4.40.1, timm 0.9.10).
 """
 
+import io
 import math
 import os
+import struct
+import threading
+import zlib
 from typing import Any
 
 import numpy as np
@@ -31,11 +35,24 @@ PROMPT_TEMPLATES = {
         "USER: What action should the robot take to {instruction}? ASSISTANT:"
     ),
 }
+# The question in all of these, by itself as well a prompt that may be handed over as the instruction.
+QUESTION = "What action should the robot take to {instruction}?"
+N_ACTION_TOKENS = 256  # the last ids of a tokenizer's own vocabulary
 # The lone word-boundary token of SentencePiece vocabularies (Llama, Mistral) and of byte-level BPE (Phi).
 WORD_BOUNDARY_TOKENS = ("▁", "Ġ")
 
 
 # Images ---------------------------------------------------------------------------------------------------------------
+
+
+# What Pillow raises, according to the damage, while it reads a file, also one that was opened earlier or closed since.
+UNREADABLE = (
+    OSError, ValueError, SyntaxError, EOFError, AttributeError, IndexError, KeyError, TypeError, OverflowError,
+    NotImplementedError, struct.error, zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
+# Pillow reads the pixels of an opened file when they are first looked at, and not from two threads at once.
+_READING = threading.Lock()
+LONGEST_SIDE = 64  # times the shorter one; a longer strip is no camera frame, and padding it would fill the memory
 
 
 def _array_to_uint8(array: np.ndarray) -> np.ndarray:
@@ -45,23 +62,41 @@ def _array_to_uint8(array: np.ndarray) -> np.ndarray:
     if array.dtype == bool:
         return array.astype(np.uint8) * 255
     if np.issubdtype(array.dtype, np.floating):
-        low, high = (float(array.min()), float(array.max())) if array.size else (0.0, 0.0)
-        if not (math.isfinite(low) and math.isfinite(high)):
-            raise ValueError("The image contains NaN or infinite pixels: the camera frame is broken, do not act on it.")
-        if low < 0 or high > 255:
-            raise ValueError(
-                f"Float pixels range from {low:g} to {high:g}; expected [0, 1] or [0, 255]. Already normalized images "
-                "must be brought back to [0, 1] first: the processor normalizes by itself."
-            )
-        return np.rint(array * (255.0 if high <= 1 else 1.0)).astype(np.uint8)
-    if array.dtype == np.uint16:
-        return np.rint(array / 257.0).astype(np.uint8)
+        return _floats_to_uint8(array)
     if np.issubdtype(array.dtype, np.integer):
-        if array.size and (array.min() < 0 or array.max() > 65535):
-            raise ValueError(f"Integer pixels range from {array.min()} to {array.max()}; expected 0 to 255.")
-        wide = array.size and array.max() > 255
-        return np.rint(array / 257.0).astype(np.uint8) if wide else array.astype(np.uint8)
+        low, high = int(array.min()), int(array.max())
+        if low < 0 or high > 65535:
+            raise ValueError(f"Integer pixels range from {low} to {high}; expected 0 to 255.")
+        if array.dtype.itemsize == 2 and array.dtype.kind == "u":
+            if 0 < high <= 255:
+                raise ValueError(
+                    f"uint16 pixels reach {high} of 65535: a nearly black frame, or levels of 8 bits? "
+                    "Give these as uint8."
+                )
+            return np.rint(array / 257.0).astype(np.uint8)
+        return (np.rint(array / 257.0) if high > 255 else array).astype(np.uint8)
     raise ValueError(f"Cannot read pixels of dtype {array.dtype}; give uint8, uint16 or floats.")
+
+
+def _floats_to_uint8(array: np.ndarray) -> np.ndarray:
+    """Float pixels as uint8, if their values tell whether they are in [0, 1] or in [0, 255]."""
+    low, high = float(array.min()), float(array.max())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError("The image contains NaN or infinite pixels: the camera frame is broken, do not act on it.")
+    if low < 0 or high > 255:
+        raise ValueError(
+            f"Float pixels range from {low:g} to {high:g}; expected [0, 1] or [0, 255]. Already normalized images "
+            "must be brought back to [0, 1] first: the processor normalizes by itself."
+        )
+    whole = bool((array == np.rint(array)).all())
+    # In [0, 255] a frame this dark is all but black, in [0, 1] it may be anything: the difference is a motion.
+    if (high == 1 and whole) or (1 < high <= 2 and not whole):
+        raise ValueError(
+            f"Float pixels reach {high:g} and do not tell whether they are in [0, 1] or in [0, 255]"
+            + (": they are all 0 or 1" if whole else ", e.g. after a resize that overshoots: clip them to [0, 1]")
+            + ". Give uint8 levels instead."
+        )
+    return np.rint(array * (255.0 if high <= 1 else 1.0)).astype(np.uint8)
 
 
 def _array_to_image(array: np.ndarray, channels_first: bool) -> Image.Image:
@@ -81,53 +116,111 @@ def _array_to_image(array: np.ndarray, channels_first: bool) -> Image.Image:
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
+def _tensor_to_image(tensor: torch.Tensor) -> Image.Image:
+    """The same of a tensor, channels first in doubt."""
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_complex():
+        raise ValueError(f"Cannot read an image from a {tensor.layout} tensor of {tensor.dtype} on {tensor.device}.")
+    tensor = tensor.detach().cpu()
+    return _array_to_image((tensor.float() if tensor.is_floating_point() else tensor).numpy(), channels_first=True)
+
+
+def _open_image(file: Any, name: str) -> Image.Image:
+    """The image in a file or stream, its pixels read."""
+    try:
+        with Image.open(file) as image:
+            image.load()
+            return image
+    except UNREADABLE as error:
+        raise ValueError(f"Cannot read {name} as an image: {error}.") from error
+
+
 def load_image(image: Any) -> Image.Image:
-    """One RGB picture of a PIL image, numpy array, torch tensor or file path.
+    """One RGB picture of a PIL image, numpy array, torch tensor, nested list, file path or the bytes of such a file.
 
     Arrays and tensors may be (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels, uint8, uint16, bool or float. EXIF
-    rotation is applied, transparency is composited over white, 16-bit color is scaled to 8 bits.
+    rotation is applied, transparency is composited over white, 16-bit color is scaled to 8 bits. Floats that are all 0
+    or 1, or reach a little above 1, and uint16 that reaches 255 at the most are refused: they may be bright or black.
 
     Raises:
         FileNotFoundError: If a path does not exist.
-        ValueError: If the pixels cannot be read (damaged file, NaN, no channel axis, out of range, unknown type).
+        ValueError: If the pixels cannot be read (damaged or closed file, NaN, no channel axis, out of range, ambiguous,
+            unknown type) or the image is 64 times as long as wide.
     """
     if isinstance(image, (str, os.PathLike)):
         path = os.fspath(image)
+        shown = ascii(path) if len(path) <= 200 else f"{ascii(path[:200])}..."
         if not os.path.isfile(path):
-            raise FileNotFoundError(f"No image file at '{path}'. Give a local file (URLs are not fetched).")
-        try:
-            with Image.open(path) as file:
-                file.load()
-                image = file
-        except (OSError, Image.DecompressionBombError) as error:
-            raise ValueError(f"Cannot read '{path}' as an image: {error}.") from error
-    if isinstance(image, torch.Tensor):
-        tensor = image.detach().cpu()
-        image = _array_to_image((tensor.float() if tensor.is_floating_point() else tensor).numpy(), channels_first=True)
+            raise FileNotFoundError(f"No image file at {shown}. Give a local file (URLs and base64 are not read).")
+        image = _open_image(path, shown)
+    elif isinstance(image, (bytes, bytearray, memoryview)):
+        image = _open_image(io.BytesIO(image), f"{len(image)} bytes that start with {bytes(image[:8])!r}")
+    elif isinstance(image, torch.Tensor):
+        image = _tensor_to_image(image)
     elif isinstance(image, np.ndarray):
         image = _array_to_image(image, channels_first=False)
+    elif isinstance(image, (list, tuple)) and _is_pixel_list(image):
+        image = _array_to_image(_pixel_array(image), channels_first=False)
     if not isinstance(image, Image.Image):
         raise ValueError(
             f"Cannot read an image from {type(image).__name__}; give a PIL image, an array, a tensor or a file path."
         )
-    if 0 in image.size:
-        raise ValueError(f"The image is empty: {image.size[0]}x{image.size[1]} pixels.")
-    image = ImageOps.exif_transpose(image)
+    try:
+        with _READING:
+            image.load()
+            if 0 in image.size:
+                raise ValueError(f"it is empty, {image.size[0]}x{image.size[1]} pixels")
+            image = ImageOps.exif_transpose(image)
+    except UNREADABLE as error:
+        raise ValueError(f"Cannot read the image: {error}.") from error
+    if max(image.size) > LONGEST_SIDE * min(image.size):
+        raise ValueError(f"An image of {image.size[0]}x{image.size[1]} pixels is a strip and no camera frame.")
     if image.mode.startswith(("I", "F")):
         image = Image.fromarray(_array_to_uint8(np.asarray(image)))
+    try:
+        return _to_rgb(image)
+    except UNREADABLE as error:
+        raise ValueError(f"Cannot make RGB of an image of mode {image.mode}: {error}.") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode as RGB, what is transparent over white."""
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
+        image = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def as_image_list(images: Any) -> list:
+def _is_pixel_list(value: Any) -> bool:
+    """Whether nested lists hold numbers, as an array that came as JSON does, and not images."""
+    for _ in range(4):  # (N, H, W, C)
+        if isinstance(value, (list, tuple)) and value:
+            value = value[0]
+    return isinstance(value, (bool, int, float, np.number))
+
+
+def _pixel_array(rows: list | tuple) -> np.ndarray:
+    try:
+        return np.asarray(rows)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"An image as nested lists must have rows of one length: {error}.") from error
+
+
+def as_image_list(images: Any, depth: int = 0) -> list:
     """A flat list of single images, of one image, a list, or a batched (N, ., ., .) array or tensor."""
+    if isinstance(images, (list, tuple)):
+        if not _is_pixel_list(images):
+            if depth == 3:
+                raise ValueError("Images are nested more than three lists deep: give a list of images.")
+            return [single for entry in images for single in as_image_list(entry, depth + 1)]
+        images = _pixel_array(images)
     if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
         return list(images)
-    if isinstance(images, (list, tuple)):
-        return [single for entry in images for single in as_image_list(entry)]
     return [images]
+
+
+def is_image_list(image: Any) -> bool:
+    """Whether several images were given, or a list of one."""
+    return isinstance(image, (list, tuple)) and not _is_pixel_list(image)
 
 
 class OpenVLAImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
@@ -267,6 +360,62 @@ class OpenVLAImageProcessor(BaseImageProcessor):
 # Prompts --------------------------------------------------------------------------------------------------------------
 
 
+# A fast tokenizer keeps padding, truncation and how it reads special tokens as state, and fails ("Already borrowed")
+# where a second thread changes it.
+_TOKENIZING = threading.Lock()
+
+
+def read_instruction(instruction: Any, prompt_template: str | None = None) -> str:
+    """What to do, as a model is told in training and prediction alike: in lower case, words separated by one blank.
+
+    Of a complete prompt (one of `PROMPT_TEMPLATES`, or `prompt_template`, in any case and with any blanks) the
+    instruction in it.
+
+    Raises:
+        ValueError: If it is no string, empty, not valid Unicode, or holds an incomplete prompt.
+    """
+    if not isinstance(instruction, str):
+        raise ValueError(f"An instruction is a string, got {type(instruction).__name__}: {instruction!r:.200}.")
+    _check_unicode(instruction)
+    # Zeros fill up strings of fixed width, which some recordings hold.
+    text = " ".join(instruction.replace("\0", " ").split()).lower()
+    marker = "action should the robot take to"
+    if marker in text:
+        text = " ".join(text.replace("\\n", " ").split())  # a shell hands over the prompt's line break as two letters
+    templates = {*PROMPT_TEMPLATES.values(), QUESTION}
+    if prompt_template is not None and len(prompt_template) > 40:  # a short one may begin as an instruction does
+        templates.add(prompt_template)
+    found: str | None = text
+    while found is not None:
+        text = found
+        found = next(filter(None.__ne__, (_inside(text, template) for template in templates)), None)
+    if marker in text:
+        raise ValueError(
+            f"The instruction holds a part of a prompt: {instruction!r:.200}. Give the instruction alone, for example "
+            "'open the drawer', or the complete prompt."
+        )
+    if not text:
+        raise ValueError("The instruction is empty: say what the robot shall do, for example 'open the drawer'.")
+    return text
+
+
+def _inside(text: str, template: str) -> str | None:
+    """What stands in the place of `{instruction}`, None if `text` is no such prompt."""
+    before, _, after = (" ".join(part.split()).lower() for part in template.partition("{instruction}"))
+    if len(text) < len(before) + len(after) or not (text.startswith(before) and text.endswith(after)):
+        return None
+    return text[len(before) : len(text) - len(after)].strip()
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"The text {ascii(text):.200} is not valid Unicode: it was decoded wrongly (errors='surrogateescape'?)."
+        ) from error
+
+
 class OpenVLAProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
     _defaults = {"common_kwargs": {"return_tensors": "pt"}}
 
@@ -318,21 +467,102 @@ class OpenVLAProcessor(ProcessorMixin):
     def format_prompt(self, instruction):
         """The prompt of an instruction (or the prompts of a list), in the form the checkpoint was trained with.
 
-        The instruction is lower-cased, as all training instructions were.
+        See `read_instruction` for what becomes of upper case, blanks and complete prompts.
         """
         if isinstance(instruction, (list, tuple)):
             return [self.format_prompt(single) for single in instruction]
-        if not isinstance(instruction, str):
-            raise ValueError(f"An instruction is a string, got {type(instruction).__name__}: {instruction!r}.")
-        if not instruction.strip():
-            raise ValueError("The instruction is empty: say what the robot shall do, for example 'open the drawer'.")
-        return (self.prompt_template or PROMPT_TEMPLATES["openvla"]).replace("{instruction}", instruction.lower())
+        template = self.prompt_template or PROMPT_TEMPLATES["openvla"]
+        text = read_instruction(instruction, template)
+        if any(token in text for token in self._special_tokens_of_template):
+            raise ValueError(
+                f"The instruction {text!r:.200} holds a special token, and so does the prompt form: leave it out."
+            )
+        return template.replace("{instruction}", text)
+
+    @property
+    def _special_tokens_of_template(self) -> list[str]:
+        """All special tokens, if the prompt form is made with some: its prompts cannot be read as text alone."""
+        tokens = [token.content for token in self.tokenizer.added_tokens_decoder.values()]
+        template = self.prompt_template or ""
+        return tokens if any(token in template for token in tokens) else []
+
+    def prompt_ids(self, instruction: str) -> list[int]:
+        """Token ids of the prompt of one instruction, the end that `predict_action` adds included: what training and
+        prediction see."""
+        ids = self._tokenize(self.format_prompt(instruction))["input_ids"]
+        empty = self.empty_token_id
+        return ids if empty is None or ids[-1] == empty else [*ids, empty]
+
+    def _tokenize(self, text: str | list[str], **options):
+        """What the tokenizer makes of prompts, from any thread: text throughout, in which neither the name of a special
+        token nor a character of an action token stands for that token.
+
+        A text that ends in action tokens and the end of sequence is a training text of the original and read as such.
+        `split_special_tokens` leaves the choice to the caller.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        for entry in texts:
+            _check_unicode(entry)
+        with _TOKENIZING:
+            if "split_special_tokens" in options:
+                return self.tokenizer(text, **options)
+            is_training_text = [self._is_training_text(entry) for entry in texts]
+            split = not self._special_tokens_of_template
+            if len(set(is_training_text)) == 1:
+                encoded = self.tokenizer(text, split_special_tokens=split and not is_training_text[0], **options)
+                if is_training_text[0] or not any(map(self._has_action_tokens, (row.ids for row in encoded.encodings))):
+                    return encoded
+            rows = []
+            for entry, training in zip(texts, is_training_text):
+                chosen = {"add_special_tokens": options.get("add_special_tokens", True), "verbose": False}
+                ids = self.tokenizer(entry, split_special_tokens=split and not training, **chosen)["input_ids"]
+                rows.append(ids if training else self._spell_action_tokens(ids))
+            if options.get("truncation") not in (None, False, "do_not_truncate"):
+                rows = [row[: options.get("max_length") or self.tokenizer.model_max_length] for row in rows]
+            single = isinstance(text, str) and options.get("return_tensors") is None
+            names = ("max_length", "pad_to_multiple_of", "padding_side", "return_tensors", "return_attention_mask")
+            return self.tokenizer.pad(
+                {"input_ids": rows[0] if single else rows},
+                padding=options.get("padding") or False,
+                verbose=False,
+                **{name: options[name] for name in names if name in options},
+            )
+
+    def _is_training_text(self, text: str) -> bool:
+        if self.tokenizer.eos_token is None or not text.endswith(self.tokenizer.eos_token):
+            return False
+        return self._has_action_tokens(self.tokenizer(text, split_special_tokens=False)["input_ids"][-2:-1])
+
+    def _has_action_tokens(self, ids: list[int]) -> bool:
+        end = self.tokenizer.vocab_size
+        return any(end - N_ACTION_TOKENS <= token_id < end for token_id in ids)
+
+    def _spell_action_tokens(self, ids: list[int]) -> list[int]:
+        """Action tokens, which text may hold as ordinary characters, spelled in the tokens of their bytes."""
+        spelled: list[int] = []
+        for token_id in ids:
+            if not self._has_action_tokens([token_id]):
+                spelled.append(token_id)
+                continue
+            token = self.tokenizer.backend_tokenizer.id_to_token(token_id)
+            for pieces in (
+                [f"<0x{byte:02X}>" for byte in token.encode()],
+                list(token),
+            ):  # SentencePiece, byte-level BPE
+                piece_ids = [self.tokenizer.backend_tokenizer.token_to_id(piece) for piece in pieces]
+                if None not in piece_ids and not self._has_action_tokens(piece_ids):
+                    spelled += piece_ids
+                    break
+            else:
+                raise ValueError(f"The text holds {token!r}, which stands for a motion: say it in other words.")
+        return spelled
 
     def __call__(self, text=None, images=None, **kwargs) -> BatchFeature:
         """Token ids of prompts and pixel values of images.
 
         Args:
-            text: A prompt or a list of prompts (see `format_prompt`).
+            text: A prompt or a list of prompts (see `format_prompt`). Names of special tokens in it and characters that
+                stand for actions are text; `split_special_tokens=False` reads them as tokens.
             images: As many images as prompts, in any form `load_image` reads.
             kwargs: Options of the tokenizer (`padding`, `truncation`, `max_length`, ...) and of the image processor.
                 Prompts of a batch are padded to the longest unless `padding` says otherwise.
@@ -344,6 +574,7 @@ class OpenVLAProcessor(ProcessorMixin):
             raise ValueError("Nothing to process: give text, images or both.")
         if _is_text(images) and not _is_text(text):
             text, images = images, text  # the library's own processors take (images, text)
+        chosen = kwargs.pop("split_special_tokens", None)
         merged = self._merge_kwargs(
             OpenVLAProcessorKwargs, tokenizer_init_kwargs=getattr(self.tokenizer, "init_kwargs", {}), **kwargs
         )
@@ -351,10 +582,15 @@ class OpenVLAProcessor(ProcessorMixin):
         return_tensors = merged["text_kwargs"].get("return_tensors")
         if text is not None:
             if not _is_text(text):
-                raise ValueError(f"A prompt is a string or a list of strings, got {type(text).__name__}.")
+                raise ValueError(
+                    f"A prompt is a string or a list of strings, got {type(text).__name__}: {text!r:.200}."
+                )
             if not isinstance(text, str) and len(text) > 1 and return_tensors is not None:
                 merged["text_kwargs"].setdefault("padding", True)
-            data.update(self.tokenizer(text, **merged["text_kwargs"]))
+            merged["text_kwargs"].pop("split_special_tokens", None)  # of the tokenizer's files
+            if chosen is not None:
+                merged["text_kwargs"]["split_special_tokens"] = chosen
+            data.update(self._tokenize(text, **merged["text_kwargs"]))
         if images is not None:
             data["pixel_values"] = self.image_processor(images, **merged["images_kwargs"])["pixel_values"]
             prompts = None if text is None else 1 if isinstance(text, str) else len(text)
@@ -381,4 +617,4 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(entry, str) for entry in value)
 
 
-__all__ = ["OpenVLAImageProcessor", "OpenVLAProcessor", "load_image"]
+__all__ = ["OpenVLAImageProcessor", "OpenVLAProcessor", "load_image", "read_instruction"]

@@ -32,6 +32,7 @@ CODE_FILES = (
     "processing_openvla.py",
     "quantization_openvla.py",
     "outputs_openvla.py",
+    "decoding_openvla.py",
     "modeling_openvla.py",
 )
 _MODEL = "modeling_openvla.OpenVLAForActionPrediction"

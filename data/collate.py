@@ -38,10 +38,7 @@ class ActionCollator:
             instruction: What to do.
             actions: (A,) or (chunk, A) normalized to [-1, 1].
         """
-        prompt = self.tokenizer(self.processor.format_prompt(instruction))["input_ids"]
-        empty = self.processor.empty_token_id
-        if empty is not None and prompt[-1] != empty:
-            prompt = [*prompt, empty]
+        prompt = self.processor.prompt_ids(instruction)
         answer = [*self.action_tokenizer.encode(np.asarray(actions)).reshape(-1).tolist(), self.tokenizer.eos_token_id]
         return prompt + answer, [IGNORE_INDEX] * len(prompt) + answer
 

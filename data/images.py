@@ -5,22 +5,25 @@ from typing import Literal
 
 import numpy as np
 import simplejpeg
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image
 
 from ..files_openvla import LFS_POINTER
+from ..processing_openvla import UNREADABLE, load_image
 
 
 JPEG_START = b"\xff\xd8\xff"
+EXIF_START, EXIF_WITHIN = b"Exif\0\0", 4096  # among the first segments of a JPEG file
 ImageFormat = Literal["jpeg", "png"]
 JPEG_QUALITY = 95
 
 
 def decode_image(data: bytes) -> np.ndarray:
-    """Pixels of an encoded image: (H, W, 3) uint8, RGB.
+    """Pixels of an encoded image: (H, W, 3) uint8, RGB, turned by its EXIF data, what is transparent over white.
 
     JPEG decodes as TensorFlow does by default (fast integer DCT, smooth chroma upsampling), because the published
-    weights were trained on such pixels; Pillow's accurate DCT differs from it by up to 12 levels. Raises ValueError for
-    bytes that are no image, that are cut off, or that hold something other than 8-bit colours (depth, for instance).
+    weights were trained on such pixels; Pillow's accurate DCT differs from it by up to 12 levels. Everything else is
+    what `load_image` makes of it in prediction. Raises ValueError for bytes that are no image, that are cut off, or
+    that hold something other than 8-bit colours (depth, for instance).
     """
     try:
         if data.startswith(LFS_POINTER):
@@ -28,12 +31,13 @@ def decode_image(data: bytes) -> np.ndarray:
         if data.startswith(JPEG_START):
             _, _, colours, *_ = simplejpeg.decode_jpeg_header(data)
             if colours not in ("CMYK", "YCCK"):
-                return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=True, fastupsample=False)
+                pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=True, fastupsample=False)
+                return _turn_by_exif(pixels, data) if EXIF_START in data[:EXIF_WITHIN] else pixels
         with Image.open(io.BytesIO(data)) as image:
             if image.mode.startswith(("I", "F")):
                 raise ValueError(f"its pixels are {image.mode!r} (depth?), not 8-bit colours")
-            return np.array(image.convert("RGB"))
-    except (ValueError, OSError, SyntaxError, UnidentifiedImageError) as error:
+            return np.array(load_image(image))
+    except UNREADABLE as error:
         raise ValueError(
             f"cannot decode an image of {len(data)} bytes that start with {data[:8]!r}: {error}"
         ) from error
@@ -50,6 +54,14 @@ def is_colour_image(data: bytes) -> bool:
         except ValueError:
             return True  # damaged: said where it is decoded
     return True
+
+
+def _turn_by_exif(pixels: np.ndarray, data: bytes) -> np.ndarray:
+    """Pixels of a JPEG file the way up that its EXIF data say."""
+    picture = Image.fromarray(pixels)
+    with Image.open(io.BytesIO(data)) as image:
+        picture.getexif()[ExifTags.Base.Orientation] = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return np.array(load_image(picture))
 
 
 def encode_image(pixels: np.ndarray, format: ImageFormat = "png") -> bytes:

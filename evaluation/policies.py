@@ -13,6 +13,7 @@ from ..action_tokenizer import resolve_unnorm_key
 from ..configuration_openvla import check_choice
 from ..data.augment import center_crop, resize_image
 from ..modeling_openvla import OpenVLAForActionPrediction
+from ..processing_openvla import load_image
 from .environment import Observation
 
 
@@ -80,7 +81,9 @@ class OpenVLAPolicy:
         images = observation.images
         if self.camera is not None and self.camera not in images:
             raise ValueError(f"No camera '{self.camera}' in the observation; there are {', '.join(images)}.")
-        image = resize_image(images[self.camera or next(iter(images))], self.size)
+        if not images:
+            raise ValueError("The observation holds no image: OpenVLA acts on what it sees.")
+        image = resize_image(np.asarray(load_image(images[self.camera or next(iter(images))])), self.size)
         return center_crop(image, size=self.size) if self.crop else image
 
     def act(self, observations: Sequence[Observation]) -> np.ndarray:

@@ -14,6 +14,7 @@ FLAT_FILES = [
     "processing_openvla",
     "quantization_openvla",
     "outputs_openvla",
+    "decoding_openvla",
     "modeling_openvla",
 ]
 # Name -> floor. What stands on one floor does not import its neighbours; the flat files may import earlier ones.
