@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import signal
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from enum import StrEnum
@@ -13,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from .evaluation.options import RecordOptions
-from .training.options import FinetuneOptions
+from .training.options import DivergedError, FinetuneOptions
 
 
 USER_ERRORS = (ValueError, KeyError, OSError)  # FileNotFoundError and a model that is not there are OSErrors
@@ -23,7 +24,7 @@ KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
 
 class Group(TyperGroup):
-    """Verbs whose user errors are one line on stderr and exit code 2."""
+    """Verbs whose user errors are one line on stderr and exit code 2; 1 where a run diverged."""
 
     def invoke(self, ctx):
         try:
@@ -35,7 +36,7 @@ class Group(TyperGroup):
                 raise
             message = error.args[0] if isinstance(error, KeyError) and error.args else error
             typer.echo(f"error: {' '.join(str(message).split())}", err=True)
-            raise typer.Exit(2) from error
+            raise typer.Exit(1 if isinstance(error, DivergedError) else 2) from error
 
 
 app = typer.Typer(cls=Group, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
@@ -209,7 +210,12 @@ def finetune(
     options: FinetuneOptions,
     *,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint in OUTPUT, or begin where there is none.")
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on from the last checkpoint in OUTPUT, or begin where there is none. Options, data and weights "
+            "have to be the same. Of a finished run only the result is written.",
+        ),
     ] = False,
     merge: Annotated[
         Path | None, typer.Option(help="At the end add the adapter to its base (lora, qlora): folder to write.")
@@ -222,6 +228,9 @@ def finetune(
 
     Writes weights (an adapter for lora and qlora, see merge), processor, statistics and model card to OUTPUT, and
     checkpoints to OUTPUT/checkpoints. On several GPUs: torchrun --nproc-per-node 8 -m openvla.cli finetune ...
+
+    Exits with 2 where options, data or folders are wrong, with 1 where the loss or the gradient is not finite: the last
+    good checkpoint stays. A run that was stopped, also by Ctrl-C or SIGTERM, goes on with --resume.
 
     \b
     openvla finetune --model openvla/openvla-7b --dataset my_robot/ --output runs/my_robot --dry-run
@@ -239,6 +248,7 @@ def finetune(
         if first:
             typer.echo(plan_run(options, processes=int(os.environ.get("WORLD_SIZE", "1"))))
         return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the run says how it goes on
     output = run(options, resume=resume)
     if first:
         typer.echo(f"wrote {output}")

@@ -14,6 +14,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 
+# What makes a folder load, and what says that it is complete: gone while files are replaced, and written last.
+MARKS = ("config.json", "adapter_config.json", "dataset_statistics.json")
 WEIGHTS = ("*.safetensors", "*model*.bin", "*_checkpoint.pt")  # ours and the Hub's, older ones, parts of OFT
 
 
@@ -51,8 +53,7 @@ def new_folder(output: str | os.PathLike, overwrite: bool = False) -> Iterator[P
     """A working folder beside `output` that becomes `output` at the end, and vanishes if anything fails before.
 
     What a killed process left of its working folder is removed. An existing `output` keeps its other files (a git
-    repository, videos); files of the same name and older weights are replaced, config.json last: until then the folder
-    does not load.
+    repository, videos); see `move_into`.
 
     Raises:
         ValueError: If `output` is a file, or a folder with something in it while `overwrite` is False.
@@ -73,21 +74,25 @@ def new_folder(output: str | os.PathLike, overwrite: bool = False) -> Iterator[P
         try:
             yield work
             if output.is_dir():
-                _move_into(work, output)
+                move_into(work, output)
             else:
                 os.replace(work, output)
         finally:
             shutil.rmtree(work, ignore_errors=True)
 
 
-def _move_into(work: Path, output: Path) -> None:
+def move_into(work: Path, output: Path) -> None:
+    """Move the files of a model folder into another on the same disk. Those of the same name and older weights are
+    replaced, all others stay. `MARKS` are removed first and come last: until then the folder does not load."""
     files = [path for path in work.rglob("*") if path.is_file()]
-    files.sort(key=lambda path: path == work / "config.json")
-    (output / "config.json").unlink(missing_ok=True)
-    for stale in [*output.glob("model*.safetensors"), *output.glob("model.safetensors.index.json")]:
-        if not (work / stale.name).exists():
-            stale.unlink()
-    for file in files:
+    marks = [work / name for name in MARKS if work / name in files]
+    for name in MARKS:
+        (output / name).unlink(missing_ok=True)
+    for pattern in ("model*.safetensors", "model.safetensors.index.json", "adapter_model*.safetensors"):
+        for stale in output.glob(pattern):
+            if not (work / stale.name).exists():
+                stale.unlink()
+    for file in [path for path in files if path not in marks] + marks:
         target = output / file.relative_to(work)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(file, target)

@@ -209,13 +209,13 @@ def _power_of_two(limit: int) -> int:
 
 
 class Batches:
-    """Lists of `batch_size` items of an endless stream: a batch sampler whose "indices" are the frames themselves, so
-    that one process reads and DataLoader workers decode."""
+    """`count` lists of `batch_size` items of an endless stream: a batch sampler whose "indices" are the frames
+    themselves, so that one process reads and DataLoader workers decode."""
 
-    def __init__(self, stream: Iterable[Any], batch_size: int):
-        self.stream, self.batch_size = stream, batch_size
+    def __init__(self, stream: Iterable[Any], batch_size: int, count: int):
+        self.stream, self.batch_size, self.count = stream, batch_size, count
 
     def __iter__(self) -> Iterator[list[Any]]:
         items = iter(self.stream)
-        while True:
+        for _ in range(self.count):
             yield [next(items) for _ in range(self.batch_size)]

@@ -5,11 +5,12 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import huggingface_hub
 import pytest
 
-from openvla.folders import locked, new_folder, weights_digest, write_json
+from openvla.folders import locked, move_into, new_folder, weights_digest, write_json
 
 
 HOLD = """
@@ -74,6 +75,39 @@ def test_overwriting_keeps_other_files_and_drops_older_weights(tmp_path):
         (folder / "model.safetensors").write_text("new")
     assert sorted(os.listdir(out)) == ["config.json", "model.safetensors", "video.mp4"]
     assert "new" in (out / "config.json").read_text()
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_stopped_while_files_are_replaced_a_folder_neither_loads_nor_is_finished(adapter, tmp_path, monkeypatch):
+    """After each single file: `MARKS` are there when all the rest is."""
+    names = ["README.md", "weights", "dataset_statistics.json", "adapter_config.json" if adapter else "config.json"]
+    (tmp_path / "work").mkdir()
+    (tmp_path / "out").mkdir()
+    for name in [*names, "adapter_model.safetensors"]:
+        (tmp_path / "out" / name).write_text("old")
+    replace, left = os.replace, [0]
+
+    def stopped(*paths):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", stopped)
+    for count in range(len(names) + 1):
+        for name in names:
+            (tmp_path / "work" / name).write_text("new")
+        left[0] = count
+        with pytest.raises(KeyboardInterrupt) if count < len(names) else nullcontext():
+            move_into(tmp_path / "work", tmp_path / "out")
+        if count == len(names):
+            break
+        there = {path.name for path in (tmp_path / "out").iterdir()}
+        assert "dataset_statistics.json" not in there and "adapter_model.safetensors" not in there
+        if names[3] in there:
+            assert all((tmp_path / "out" / name).read_text() == "new" for name in names if name in there)
+            assert there == set(names) - {"dataset_statistics.json"}
+    assert all((tmp_path / "out" / name).read_text() == "new" for name in names)
 
 
 def test_weights_are_told_apart_by_their_content(tmp_path):

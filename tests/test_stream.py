@@ -107,9 +107,8 @@ def test_filters_may_take_whole_parts_but_not_everything():
 
 
 def test_batches_and_errors():
-    batches = iter(Batches(MixtureStream([Numbered(4)], [1.0], buffer_size=0), 3))
-    assert [position for position, _ in next(batches)] == [0, 1, 2]
-    assert [position for position, _ in next(batches)] == [3, 4, 5]
+    batches = Batches(MixtureStream([Numbered(4)], [1.0], buffer_size=0), 3, count=2)
+    assert [[position for position, _ in batch] for batch in batches] == [[0, 1, 2], [3, 4, 5]]
     with pytest.raises(ValueError, match="rank=2"):
         MixtureStream([Numbered(4)], [1.0], buffer_size=0, rank=2, world_size=2)
     with pytest.raises(ValueError, match="2 probabilities for 1"):

@@ -7,6 +7,10 @@ from typing import Any, Literal
 from ..options import option, required
 
 
+class DivergedError(ValueError):
+    """The loss, the gradient or the weights of a run are not finite: it has stopped."""
+
+
 @dataclass
 class FinetuneOptions:
     """A run; the defaults are those of the original's LoRA fine-tuning (batch 16, 5e-4 constant, rank 32)."""

@@ -1,6 +1,6 @@
 """Fine-tuning on one's own demonstrations: a run from options to a checkpoint, on one page."""
 
-import json
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from ..data.augment import ImageAugmentation
 from ..data.collate import ActionCollator
 from ..data.samples import FrameSamples
 from ..data.stream import MixtureStream
-from ..folders import write_json
+from ..folders import locked, weights_digest, write_json
 from ..model_card import model_card
 from ..modeling_openvla import OpenVLAForActionPrediction
 from .checkpoints import ADAPTER_NOTE, STARTED
@@ -26,13 +26,22 @@ from .checks import check_result
 from .curves import plot_curves
 from .metrics import ActionMetrics
 from .muon import make_muon
-from .options import FinetuneOptions, differences
+from .options import FinetuneOptions
 from .preparation import LEARNING_RATES, Run, computing_precision, held_out_frames, learning_rate, prepare
+from .resume import (
+    CHECKPOINTS,
+    check_begun,
+    check_model,
+    check_output,
+    check_space,
+    checkpoint_to_resume,
+    data_digests,
+    last_checkpoint,
+    remove_leftovers,
+    step_of,
+)
 from .strategies import apply_strategy, checkpoint_activations, freeze_unused, qlora_quantization, trainable_parameters
-from .trainer import ActionTrainer, last_checkpoint
-
-
-FINISHED = "dataset_statistics.json"  # written last
+from .trainer import ActionTrainer
 
 
 def load_model(run: Run, autocast: bool) -> Any:
@@ -79,7 +88,7 @@ def training_arguments(options: FinetuneOptions, config: OpenVLAConfig) -> Train
     on_gpu = torch.cuda.is_available()
     eval_every = options.save_every if options.eval_every is None else options.eval_every
     arguments = TrainingArguments(
-        output_dir=str(Path(options.output) / "checkpoints"),
+        output_dir=str(Path(options.output) / CHECKPOINTS),
         max_steps=options.steps,
         per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=options.batch_size,
@@ -91,6 +100,7 @@ def training_arguments(options: FinetuneOptions, config: OpenVLAConfig) -> Train
         max_grad_norm=options.max_grad_norm,
         bf16=computing_precision(options) == "bf16",
         torch_compile=options.compile,
+        logging_nan_inf_filter=False,  # the ActionTrainer stops there
         logging_steps=max(1, min(options.log_every, options.steps // 10)),
         eval_strategy="steps" if eval_every else "no",
         eval_steps=eval_every or None,
@@ -119,47 +129,74 @@ def finetune(options: FinetuneOptions, resume: bool = False, data: Any = None) -
     """Train, and write a checkpoint that `OpenVLAForActionPrediction.from_pretrained` loads.
 
     Args:
-        resume: Go on from the last checkpoint of `options.output`, or begin where there is none.
+        resume: Go on from the last checkpoint of `options.output`, or begin where there is none. Of a run that has made
+            all its steps only the result is written.
         data: Demonstrations as a Python object (see `data.PythonDataset`); `options.dataset` is then only a name.
 
     For lora and qlora the output folder holds the adapter with the statistics and the processor beside it; see
     `merge_adapter`. Checkpoints of the run lie in `output/checkpoints`; `curves.png` is drawn where matplotlib is
-    installed.
+    installed. A run that was stopped, however, goes on with `resume`; its result appears complete or not at all.
 
     Raises:
-        ValueError: If the dataset holds nothing to train on, or the options do not fit together.
+        ValueError: If the dataset holds nothing to train on, the options do not fit together, or options, data or
+            weights are not those that the run was begun with.
+        DivergedError: If the loss, the gradient or the weights are not finite; the last good checkpoint stays.
         FileExistsError: If the output folder holds a finished run, or one that was begun and `resume` is False.
-        OSError: If a checkpoint cannot be written; the last good one stays.
+        BlockingIOError: If another process works on the output folder.
+        OSError: If the output cannot be written; the last good checkpoint stays.
     """
     output = Path(options.output)
-    begun = output / STARTED
-    if begun.exists() and not resume:
-        state = "finished" if (output / FINISHED).exists() else "unfinished"
-        raise FileExistsError(f"'{output}' holds a {state} run: go on with --resume, or choose another folder.")
+    check_output(options, resume, dataset=data is None)
     arguments = training_arguments(options, OpenVLAConfig.from_pretrained(options.model))
-    main = arguments.process_index == 0
+    with locked(output) if arguments.process_index == 0 else nullcontext():
+        try:
+            train(options, arguments, resume, data)
+        except KeyboardInterrupt:
+            if arguments.process_index == 0:
+                last = last_checkpoint(output / CHECKPOINTS)
+                tqdm.write(
+                    f"stopped   --resume goes on from {last}" if last else "stopped   before the first checkpoint"
+                )
+            raise
+    return output
+
+
+def train(options: FinetuneOptions, arguments: TrainingArguments, resume: bool, data: Any) -> None:
+    """A run in an output folder that is its own."""
+    output, main = Path(options.output), arguments.process_index == 0
+    if main:
+        remove_leftovers(output)
+    checkpoint = checkpoint_to_resume(output, options.steps) if resume else None
+    done = step_of(checkpoint) if checkpoint else 0
     with arguments.main_process_first():  # the others find the statistics in the cache
         run = prepare(options, arguments.world_size, data)
     held_out = held_out_frames(run)
     if not held_out:
         arguments.eval_strategy = IntervalStrategy.NO
-    made = {**asdict(options), "learning_rate": learning_rate(options), "global_batch": run.global_batch}
-    if begun.exists():
-        changed = differences(json.loads(begun.read_text(encoding="utf-8")), made)
-        if changed:
-            raise ValueError(f"'{output}' was begun with other options: {'; '.join(changed)}.")
-    elif main:
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(begun, made)
-    checkpoint = last_checkpoint(output / "checkpoints") if resume else None
-    done = int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
     # What the model can do before it has learned anything
     arguments.eval_on_start = arguments.eval_strategy is not IntervalStrategy.NO and checkpoint is None
 
+    made = {**asdict(options), "learning_rate": learning_rate(options), "global_batch": run.global_batch}
+    begun = main and (output / STARTED).exists()
+    if main:
+        made["data_digests"] = data_digests(run.sources)
+    if begun:
+        check_begun(output, made, run.statistics, checkpoint)
     set_seed(options.seed)  # adapters are made before the Trainer sets it
     model = load_model(run, arguments.bf16)
     if main:
+        made["model_digest"] = weights_digest(options.model)  # a Hub id's weights are there only now
+        if begun:
+            check_model(output, made)
+        output.mkdir(parents=True, exist_ok=True)
+        scarce = check_space(output, model, options)
+        if not begun:
+            write_json(output / STARTED, made)
         tqdm.write(f"{run.describe()}\ntrains    {trainable_parameters(model) / 1e6:.1f}M parameters")
+        if scarce:
+            tqdm.write(f"warning   {scarce}")
+        if done == options.steps:
+            tqdm.write(f"finished  at step {done}: only the result of '{checkpoint}' is written")
     freeze_unused(model)
     muon = make_muon(model, learning_rate(options), options.weight_decay) if options.optimizer == "muon" else None
     tokenizer = ActionTokenizer(run.processor.tokenizer, model.action_tokenizer.n_bins)
@@ -184,6 +221,7 @@ def finetune(options: FinetuneOptions, resume: bool = False, data: Any = None) -
         statistics=run.statistics,
         metrics=(ActionMetrics(tokenizer, action_dim), ActionMetrics(tokenizer, action_dim)),
         frames=run.mixture[1],
+        done=done,
         card=card(run),
         optimizers=(muon, None),
     )
@@ -194,7 +232,6 @@ def finetune(options: FinetuneOptions, resume: bool = False, data: Any = None) -
         for warning in check_result(trainer.last_metrics, action_names(action_dim)):
             tqdm.write(f"warning   {warning}")
     trainer.accelerator.wait_for_everyone()
-    return output
 
 
 def card(run: Run) -> str:

@@ -1,30 +1,35 @@
 """The library's Trainer for actions: one stream on all ranks, metrics of actions, checkpoints that appear whole."""
 
+import math
 import os
 import shutil
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
+from transformers.utils import logging
 
 from ..data import Episode
 from ..data.collate import ActionCollator
 from ..data.samples import FrameSamples
 from ..data.stream import Batches, MixtureStream
+from ..folders import move_into
 from .checkpoints import write_checkpoint
 from .loss import action_loss, with_logits_to_keep
 from .metrics import ActionMetrics
+from .options import DivergedError
+from .resume import UNFINISHED, checkpoints, last_checkpoint
 
 
-UNFINISHED = ".unfinished"
 SHOWN = {"loss": "loss", "action_accuracy": "accuracy", "action_l1": "L1"}
 
 
@@ -62,6 +67,7 @@ class ActionTrainer(Trainer):
         statistics: `{dataset: statistics}`, written beside every checkpoint; the scale of the L1 in units.
         metrics: Of actions, one for training and one for evaluation.
         frames: Training frames, which make an epoch.
+        done: Steps that a resumed run has made before; where they are all, `train` makes none.
         card: Text of the model card beside every checkpoint.
     """
 
@@ -76,6 +82,7 @@ class ActionTrainer(Trainer):
         statistics: dict[str, Any],
         metrics: tuple[ActionMetrics, ActionMetrics],
         frames: int,
+        done: int,
         card: str,
         **kwargs: Any,
     ):
@@ -86,7 +93,8 @@ class ActionTrainer(Trainer):
         vars(config).pop("use_cache", None)
         vars(config).update(before)
         self.stream, self.eval_samples, self.collator, self.held_out = stream, eval_samples, collator, list(held_out)
-        self.statistics, self.frames, self.card = statistics, frames, card
+        self.statistics, self.frames, self.done, self.card = statistics, frames, done, card
+        self._last_batch: dict[str, Any] = {}
         self.train_metrics, self.eval_metrics = metrics
         self.last_metrics: dict[str, float] = {}
         # The loss is the mean of its own batch: accumulated batches are averaged by the Trainer, not by the model.
@@ -107,9 +115,10 @@ class ActionTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Not handed to accelerate: the stream knows its rank and where a resumed run goes on."""
+        left = (self.args.max_steps - self.done) * self.args.gradient_accumulation_steps
         return DataLoader(
             self.train_dataset,
-            batch_sampler=Batches(self.stream, self.args.per_device_train_batch_size),
+            batch_sampler=Batches(self.stream, self.args.per_device_train_batch_size, left),
             collate_fn=self._collate,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=not self.args.use_cpu,
@@ -131,6 +140,8 @@ class ActionTrainer(Trainer):
         scale = inputs.pop("action_scale")
         with attention_kernel(self.args):
             loss, logits, labels = action_loss(model, inputs)
+        if model.training:
+            self._last_batch = inputs
         metrics = self.train_metrics if model.training else self.eval_metrics
         metrics.update(loss, logits.detach(), labels, scale)
         return (loss, {"logits": logits}) if return_outputs else loss
@@ -143,7 +154,10 @@ class ActionTrainer(Trainer):
             with torch.no_grad(), self.compute_loss_context_manager():
                 self.compute_loss(model, self._prepare_inputs(batch))
         model.train()
-        found = {f"{metric_key_prefix}_{name}": value for name, value in self.eval_metrics.compute().items()}
+        computed = self.eval_metrics.compute()
+        if not math.isfinite(loss := computed.get("loss", 0.0)):
+            raise self._diverged(f"the loss on held-out frames is {loss}")
+        found = {f"{metric_key_prefix}_{name}": value for name, value in computed.items()}
         self.log(found)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         return found
@@ -156,6 +170,59 @@ class ActionTrainer(Trainer):
             self.last_metrics = self.train_metrics.compute()
             logs = {**self.last_metrics, **logs}
         super().log(logs, *args, **kwargs)
+
+    def train(self, *args, **kwargs):
+        verbosity = logging.get_verbosity()
+        if self.done == self.args.max_steps:
+            logging.set_verbosity_error()  # the library warns of a run without a step
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            logging.set_verbosity(verbosity)
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, ProgressBar) and callback.training_bar is not None:
+                    callback.training_bar.close()  # an error gets a line of its own
+
+    # Divergence -------------------------------------------------------------------------------------------------------
+
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, **kwargs):
+        """After every step. One wait for the device, in place of the library's two for each batch, with which
+        `logging_nan_inf_filter` leaves out losses that are not finite."""
+        loss, norm = float(tr_loss), 0.0 if grad_norm is None else float(grad_norm)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise self._diverged(f"the loss is {loss}, the norm of the gradient {norm}")
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+
+    def _check_weights(self) -> None:
+        """Before they are saved: what learns and the states of the optimizer are finite, and so is the loss that the
+        weights give the last batch; the step after would find that out too late."""
+        model = self.model_wrapped
+        learns = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        states = [value for state in self.optimizer.state.values() for value in state.values()]
+        tensors = [*learns, *(value for value in states if isinstance(value, torch.Tensor) and value.ndim > 0)]
+        local = [value.to_local() if isinstance(value, DTensor) else value for value in tensors]
+        model.eval()
+        with torch.no_grad(), self.compute_loss_context_manager(), attention_kernel(self.args):
+            loss, _, _ = action_loss(model, self._last_batch)
+            good = torch.stack([*(torch.isfinite(value).all() for value in local), torch.isfinite(loss)]).all()
+        model.train()
+        if not self.accelerator.gather(good.int().reshape(1)).all():
+            raise self._diverged("after its update the weights or the loss that they give are not finite")
+
+    def _diverged(self, what: str) -> DivergedError:
+        step, last = self.state.global_step, last_checkpoint(Path(self.args.output_dir))
+        if step == 0:
+            return DivergedError(f"Before the first step {what}: the weights of the model or the data are not finite.")
+        kept = (
+            f"The last good checkpoint is '{last}' (--model takes it)" if last else "There is no checkpoint before it"
+        )
+        clip = self.args.max_grad_norm
+        norm = f"a smaller max_grad_norm ({clip:g})" if clip else "max_grad_norm=1 (0: gradients are not clipped)"
+        return DivergedError(
+            f"The run diverged at step {step}: {what}. {kept}. In another output folder try a lower learning_rate "
+            f"({self.args.learning_rate:g}), {norm} or warmup_steps, and look for outliers in the data, of which "
+            "--dry-run warns."
+        )
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
@@ -172,7 +239,8 @@ class ActionTrainer(Trainer):
             )
 
     def save_result(self, folder: Path, dtype: torch.dtype | None) -> None:
-        """The trained model in `folder`, gathered from all ranks; weights of a whole model in `dtype` unless None."""
+        """The trained model in `folder`, gathered from all ranks; weights of a whole model in `dtype` unless None. It
+        is written beside its place and moved there when it is complete."""
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         state = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
         if not self.args.should_save:
@@ -181,29 +249,42 @@ class ActionTrainer(Trainer):
             dtype = None  # adapters are small, and stay exact
         if dtype is not None:
             state = {name: value.to("cpu", dtype) for name, value in (state or model.state_dict()).items()}
-        write_checkpoint(model, folder, self.collator.processor, self.statistics, self.card, state, dtype)
+            large = [name for name, value in state.items() if not torch.isfinite(value).all()]
+            if large:
+                raise self._diverged(f"{len(large)} weights are too large for {dtype}, first of them {large[0]}")
+        with self._explained("The result", folder / UNFINISHED):
+            write_checkpoint(
+                model, folder / UNFINISHED, self.collator.processor, self.statistics, self.card, state, dtype
+            )
+        move_into(folder / UNFINISHED, folder)
+        shutil.rmtree(folder / UNFINISHED)
+
+    @contextmanager
+    def _explained(self, what: str, work: Path) -> Iterator[None]:
+        """What is written in `work` goes where that fails, and the error says how to go on."""
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk speaks through all three
+            shutil.rmtree(work, ignore_errors=True)
+            last = last_checkpoint(Path(self.args.output_dir))
+            remedy = (
+                f"The last good one is '{last}': make room, then go on with --resume." if last else "There is none."
+            )
+            raise OSError(f"{what} could not be written: {error}. {remedy}") from error
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(Path(self.args.output_dir) / UNFINISHED)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """A checkpoint is written under another name and renamed when it is whole; only then older ones go."""
+        self._check_weights()
         folder = Path(self.args.output_dir)
         finished = folder / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        try:
+        with self._explained(f"The checkpoint of step {self.state.global_step}", folder / UNFINISHED):
             super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk speaks through all three
-            shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
-            last = last_checkpoint(folder)
-            remedy = (
-                f"The last good one is '{last}': make room, then go on with --resume." if last else "There is none."
-            )
-            raise OSError(
-                f"The checkpoint of step {self.state.global_step} could not be written: {error}. {remedy}"
-            ) from error
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             shutil.rmtree(finished, ignore_errors=True)  # of a run that was stopped and repeats this step
@@ -218,14 +299,3 @@ def action_scale(stats: dict[str, Any]) -> torch.Tensor:
     """(A,) float64: units of the dataset in one unit of normalized action."""
     half = (torch.tensor(stats["q99"], dtype=torch.float64) - torch.tensor(stats["q01"], dtype=torch.float64)) / 2
     return torch.where(torch.tensor(stats.get("mask", [True] * len(half))), half, 1.0)
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints of a run, oldest step first."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    found = checkpoints(folder)
-    return found[-1] if found else None

@@ -1,0 +1,344 @@
+"""Runs that end otherwise than planned: diverged, killed, changed in between, finished twice, damaged, without room."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from openvla import OpenVLAForActionPrediction, cli
+from openvla.folders import locked
+from openvla.training import FinetuneOptions, finetune, resume
+from openvla.training import trainer as trainer_module
+from openvla.training.options import DivergedError
+
+
+pytest.importorskip("accelerate", reason="training needs the [train] extra")
+pytest.importorskip("peft", reason="training needs the [train] extra")
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "processor_config.json")
+
+
+def demos(file: Path, scale: float = 1.0, episodes: int = 3) -> Path:
+    rng = np.random.default_rng(0)
+    file.unlink(missing_ok=True)  # it may be open
+    with h5py.File(file, "w") as content:
+        for number in range(episodes):
+            group = content.create_group(f"data/demo_{number}")
+            group["actions"] = np.column_stack([scale * rng.uniform(-1, 1, (9, 6)), np.arange(9) < 5])
+            group["obs/agentview_rgb"] = rng.integers(0, 256, (9, 32, 32, 3), dtype=np.uint8)
+    return file
+
+
+@pytest.fixture
+def dataset(tmp_path) -> Path:
+    (tmp_path / "data").mkdir()
+    return demos(tmp_path / "data" / "push_the_cup_demo.hdf5")
+
+
+def options(output: Path, dataset: Path, **changes) -> FinetuneOptions:
+    settings = {"steps": 2, "batch_size": 1, "shuffle_buffer": 4, "name": "mine", "logging": "none", "save_every": 1}
+    settings |= {"model": str(ROOT), "strategy": "last_layer", "dtype": "float32", "held_out": 0.0, "keep": 9}
+    return FinetuneOptions(output=str(output), dataset=str(dataset), **{**settings, **changes})
+
+
+def names(output: Path) -> list[str]:
+    return [path.name for path in resume.checkpoints(output / "checkpoints")]
+
+
+def digest(output: Path) -> str:
+    return hashlib.sha256((output / "model.safetensors").read_bytes()).hexdigest()
+
+
+def losses_that_are_nan_from(batch: int, monkeypatch) -> None:
+    real, count = trainer_module.action_loss, [0]
+
+    def loss(model, inputs):
+        result, logits, labels = real(model, inputs)
+        count[0] += model.training
+        return result * (float("nan") if count[0] >= batch else 1), logits, labels
+
+    monkeypatch.setattr(trainer_module, "action_loss", loss)
+
+
+# Diverged
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"strategy": "full", "max_grad_norm": 0.0},
+        {"strategy": "full", "precision": "bf16"},
+        {"strategy": "lora", "rank": 4, "gradient_accumulation": 2},
+        {"optimizer": "muon"},
+    ],
+    ids=lambda changes: "-".join(f"{value}" for value in changes.values()),
+)
+def test_weights_that_are_too_large_are_not_saved(changes, dataset, tmp_path, request):
+    """The step that makes them has a finite loss and a finite gradient: the next would find out too late."""
+    if changes.get("optimizer") == "muon":
+        request.getfixturevalue("muon")
+    with pytest.raises(DivergedError, match=r"diverged at step 1: .*no checkpoint.*lower learning_rate \(1e\+30\)"):
+        finetune(options(tmp_path / "run", dataset, learning_rate=1e30, **changes))
+    assert {path.name for path in (tmp_path / "run").rglob("*")} == {"finetune.json", "checkpoints"}
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_a_diverged_run_keeps_its_last_good_checkpoint(accumulated, dataset, tmp_path, monkeypatch):
+    losses_that_are_nan_from(2 * accumulated + 1, monkeypatch)
+    made = options(tmp_path / "run", dataset, steps=4, log_every=9, gradient_accumulation=accumulated)
+    with pytest.raises(DivergedError, match=r"at step 3: the loss is nan.*checkpoint-2' .*max_grad_norm.*--dry-run"):
+        finetune(made)
+    assert names(tmp_path / "run") == ["checkpoint-1", "checkpoint-2"]
+    kept = load_file(tmp_path / "run" / "checkpoints" / "checkpoint-2" / "model.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in kept.values())
+    assert not (tmp_path / "run" / "dataset_statistics.json").exists()
+    monkeypatch.undo()
+    finetune(made, resume=True)  # here the reason has gone
+    assert names(tmp_path / "run")[-1] == "checkpoint-4"
+
+
+def test_a_model_that_is_not_finite_does_not_learn(dataset, tmp_path, monkeypatch):
+    losses_that_are_nan_from(0, monkeypatch)
+    with pytest.raises(DivergedError, match="Before the first step the loss on held-out frames is nan"):
+        finetune(options(tmp_path / "run", dataset, held_out=0.4))
+
+
+def test_a_result_that_does_not_fit_its_type_is_not_written(dataset, tmp_path):
+    base = OpenVLAForActionPrediction.from_pretrained(ROOT)
+    base.half().save_pretrained(tmp_path / "base")
+    for file in MODEL_FILES[2:]:
+        shutil.copy(ROOT / file, tmp_path / "base")
+    made = options(tmp_path / "run", dataset, steps=1, model=str(tmp_path / "base"), dtype="auto", learning_rate=1e6)
+    with pytest.raises(DivergedError, match=r"weights are too large for torch.float16, first of them \w+"):
+        finetune(made)
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_diverged_run_is_one_line_and_exit_code_1(dataset, tmp_path):
+    given = f"finetune --model {ROOT} --dataset {dataset} --output {tmp_path / 'run'} --strategy last_layer --steps 2"
+    given += " --batch-size 1 --shuffle-buffer 4 --logging none --learning-rate 1e30 --held-out 0 --dtype float32"
+    result = CliRunner().invoke(cli.app, given.split())
+    assert result.exit_code == 1 and result.stderr.splitlines()[-1].startswith("error: The run diverged at step 2")
+
+
+TWO = """
+import json, sys
+import torch
+from openvla.training import FinetuneOptions, finetune, trainer
+
+torch.set_num_threads(1)
+loss = trainer.action_loss
+
+def of_one_rank(model, inputs):
+    result, logits, labels = loss(model, inputs)
+    return result * (float("nan") if torch.distributed.get_rank() == 1 else 1), logits, labels
+
+trainer.action_loss = of_one_rank
+finetune(FinetuneOptions(**json.loads(sys.argv[1])))
+"""
+
+
+def test_one_rank_that_diverges_stops_all(dataset, tmp_path):
+    (tmp_path / "script.py").write_text(TWO)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    made = json.dumps(vars(options(tmp_path / "run", dataset)))
+    ran = subprocess.run(
+        [*launch, str(tmp_path / "script.py"), made], capture_output=True, text=True, cwd=tmp_path, timeout=500
+    )
+    assert ran.returncode != 0 and "DivergedError: The run diverged at step 1: the loss is" in ran.stderr
+    assert {path.name for path in (tmp_path / "run").rglob("*")} == {"finetune.json", "checkpoints"}
+    assert not list(tmp_path.rglob("*.lock"))
+
+
+# Finished, and resumed
+
+
+def test_a_finished_run_is_not_trained_further(dataset, tmp_path, capsys):
+    made = options(tmp_path / "run", dataset)
+    finetune(made)
+    before = digest(tmp_path / "run")
+    finetune(made, resume=True)
+    assert digest(tmp_path / "run") == before and names(tmp_path / "run") == ["checkpoint-1", "checkpoint-2"]
+    assert "finished  at step 2" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "checkpoint-1")
+    with pytest.raises(ValueError, match=r"checkpoint-2' is beyond steps=1: give --steps 2"):
+        finetune(options(tmp_path / "run", dataset, steps=1), resume=True)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(FileExistsError, match="finished run without checkpoints"):
+        finetune(made, resume=True)
+    assert digest(tmp_path / "run") == before
+
+
+def test_what_a_run_was_begun_with_has_to_be_the_same(dataset, tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    for file in MODEL_FILES:
+        shutil.copyfile(ROOT / file, base / file)
+    longer = options(tmp_path / "run", dataset, steps=2, model=str(base))
+    finetune(options(tmp_path / "run", dataset, steps=1, model=str(base)))
+    weights = bytearray((base / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (base / "model.safetensors").write_bytes(weights)
+    with pytest.raises(ValueError, match=r"begun with other weights than '.*base' has now"):
+        finetune(longer, resume=True)
+    weights[-1] ^= 1
+    (base / "model.safetensors").write_bytes(weights)
+
+    demos(dataset, scale=5.0)
+    statistics = r"statistics of the dataset 'mine' are others \(action, proprio|action\)"
+    with pytest.raises(ValueError, match=f"files of the dataset 'mine' are others; the {statistics}"):
+        finetune(longer, resume=True)
+    begun = tmp_path / "run" / "finetune.json"
+    content = json.loads(begun.read_text())
+    old = {name: value for name, value in content.items() if not name.endswith(("digest", "digests"))}
+    begun.write_text(json.dumps(old))  # as before digests were kept
+    with pytest.raises(ValueError, match=statistics):
+        finetune(longer, resume=True)
+    demos(dataset)
+    finetune(longer, resume=True)
+    assert names(tmp_path / "run") == ["checkpoint-1", "checkpoint-2"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    finetune(options(folder / "run", demos(folder / "push_the_cup_demo.hdf5"), strategy="lora", rank=2, steps=3))
+    return folder / "run"
+
+
+@pytest.mark.parametrize(
+    "file, damage, said",
+    [
+        ("adapter_model.safetensors", lambda path: os.truncate(path, path.stat().st_size // 2), "cut off or damaged"),
+        ("optimizer.pt", lambda path: os.truncate(path, path.stat().st_size // 2), "cut off or damaged"),
+        ("scheduler.pt", lambda path: path.write_bytes(b""), "empty"),
+        ("trainer_state.json", lambda path: path.write_text('{"epoch": '), "not valid JSON"),
+        ("trainer_state.json", lambda path: path.write_text('{"global_step": 2}'), "is of step 2"),
+        ("rng_state.pth", Path.unlink, "has no rng_state"),
+        ("adapter_config.json", Path.unlink, "has no config.json"),
+        ("dataset_statistics.json", Path.unlink, "has no dataset_statistics.json"),
+        (
+            "adapter_model.safetensors",
+            lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
+            "Git LFS pointer",
+        ),
+    ],
+)
+def test_a_damaged_checkpoint_names_the_older_good_one(file, damage, said, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    damage(tmp_path / "run" / "checkpoints" / "checkpoint-3" / file)
+    good = r"checkpoint-2' is the newest good one: remove '.*checkpoint-3', and --resume"
+    with pytest.raises(ValueError, match=f"newest checkpoint is damaged: .*{said}.*{good}"):
+        resume.checkpoint_to_resume(tmp_path / "run", steps=3)
+    for older in ("checkpoint-1", "checkpoint-2"):
+        (tmp_path / "run" / "checkpoints" / older / "optimizer.pt").unlink()
+    with pytest.raises(ValueError, match=r"No older one is good: remove '.*-3' and '.*-2' and '.*-1'"):
+        resume.checkpoint_to_resume(tmp_path / "run", steps=3)
+
+
+# Killed
+
+
+KILLED = """
+import json, os, signal, sys
+import torch
+from openvla import folders
+from openvla.training import FinetuneOptions, checkpoints, finetune, trainer
+
+torch.set_num_threads(1)
+write, calls = checkpoints.write_checkpoint, []
+
+def killed(model, folder, *rest):
+    write(model, folder, *rest)
+    calls.append(folder)
+    if len(calls) == int(sys.argv[2]):
+        weights = folder / "model.safetensors"
+        os.truncate(weights, weights.stat().st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+trainer.write_checkpoint = killed
+finetune(FinetuneOptions(**json.loads(sys.argv[1])), resume=True)
+"""
+
+
+@pytest.mark.parametrize("call, kept", [(1, ["checkpoint-1"]), (2, ["checkpoint-1", "checkpoint-2"])])
+def test_killed_while_a_finished_run_is_continued(call, kept, dataset, tmp_path):
+    """In the middle of its checkpoint or its result: the older result stays, and --resume makes the new one."""
+    finetune(options(tmp_path / "run", dataset, steps=1))
+    before, longer = digest(tmp_path / "run"), options(tmp_path / "run", dataset, steps=2)
+    ran = subprocess.run([sys.executable, "-c", KILLED, json.dumps(vars(longer)), str(call)], capture_output=True)
+    assert ran.returncode == -signal.SIGKILL, ran.stderr
+    assert names(tmp_path / "run") == kept and digest(tmp_path / "run") == before
+    assert list((tmp_path / "run").rglob(".unfinished"))
+    finetune(longer, resume=True)
+    assert digest(tmp_path / "run") != before and (tmp_path / "run" / "dataset_statistics.json").exists()
+    assert not list(tmp_path.rglob(".*"))
+    finetune(options(tmp_path / "other", dataset, steps=2))
+    assert digest(tmp_path / "other") == digest(tmp_path / "run")
+
+
+def test_an_interrupted_run_says_how_it_goes_on(dataset, tmp_path, capsys, monkeypatch):
+    def interrupted(self):
+        if self.state.global_step == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer_module.ActionTrainer, "_check_weights", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(options(tmp_path / "run", dataset))
+    assert f"stopped   --resume goes on from {tmp_path / 'run/checkpoints/checkpoint-1'}" in capsys.readouterr().out
+
+
+# The output folder
+
+
+def test_the_output_folder_is_looked_at_first(dataset, tmp_path, monkeypatch):
+    """Before anything is read or made."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    shutil.copytree(ROOT / "presets" / "openvla-7b", tmp_path / "model")
+    for output, said in [
+        ("file", "is a file: give a folder"),
+        ("file/run", r"cannot be written \(Not a directory\)"),
+        ("/proc/run", "cannot be written"),
+        ("model", "holds a model but no finetune.json"),
+        (ROOT, "lies where the run would overwrite it"),
+        ("data/run", "lies inside the dataset"),
+    ]:
+        with pytest.raises((ValueError, OSError), match=said):
+            finetune(options(Path(output), dataset.parent))
+    given = options(Path("run"), dataset, model="run/checkpoints/checkpoint-1")
+    (tmp_path / "run" / "checkpoints" / "checkpoint-1").mkdir(parents=True)
+    with pytest.raises(ValueError, match="would overwrite it"):
+        finetune(given)
+    with pytest.raises(ValueError, match=r"holds a model but no finetune.json.*checkpoint-1"):
+        finetune(options(Path("run"), dataset))
+
+
+def test_one_process_in_an_output_folder(dataset, tmp_path):
+    with locked(tmp_path / "run"), pytest.raises(BlockingIOError, match="Another process is writing"):
+        finetune(options(tmp_path / "run", dataset))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_disk_without_room(dataset, tmp_path, monkeypatch, capsys):
+    free = [10**6]
+    monkeypatch.setattr(resume.shutil, "disk_usage", lambda path: SimpleNamespace(free=free[0]))
+    with pytest.raises(OSError, match=r"a checkpoint takes about 0.0\d+ GB.*0.001 GB are free.*make room"):
+        finetune(options(tmp_path / "run", dataset))
+    assert not (tmp_path / "run" / "finetune.json").exists()
+    free[0] = 10**8
+    finetune(options(tmp_path / "run", dataset, steps=1))
+    assert "with keep=9 the 0.1 GB that are free will not do" in capsys.readouterr().out

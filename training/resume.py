@@ -1,0 +1,257 @@
+"""What an output folder holds of a run: whether one may begin there, may go on, and from which checkpoint."""
+
+import json
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from ..data.sources import Source
+from ..data.survey import content_key
+from ..files_openvla import check_file, read_json
+from ..folders import MARKS
+from .checkpoints import STARTED
+from .options import FinetuneOptions, differences
+
+
+FINISHED = "dataset_statistics.json"  # of a result: comes last, see `folders.move_into`
+CHECKPOINTS = "checkpoints"
+UNFINISHED = ".unfinished"  # what is being written
+TENSORS = (".pt", ".pth", ".bin")  # torch.save writes zip archives
+
+
+# The output folder ----------------------------------------------------------------------------------------------------
+
+
+def check_output(options: FinetuneOptions, resume: bool, dataset: bool = True) -> None:
+    """Whether a run may begin in its output folder, or go on there; nothing is made.
+
+    Args:
+        dataset: Whether `options.dataset` may be a path.
+
+    Raises:
+        ValueError: If the output is a file, is or belongs to the model or the dataset, or holds something else.
+        FileExistsError: If it holds a run, and `resume` is False or nothing is left to go on from.
+        OSError: If it cannot be written.
+    """
+    output = Path(options.output).resolve()
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output='{output}' is a file: give a folder.")
+    model = Path(options.model)
+    if model.is_dir() and (model.resolve() == output or output / CHECKPOINTS in model.resolve().parents):
+        raise ValueError(
+            f"The model '{model}' lies where the run would overwrite it (output='{output}'): give another."
+        )
+    for root in ("", options.data_root or "") if dataset else ():
+        path = os.path.join(root, options.dataset)
+        data = Path(path).resolve() if os.path.isdir(path) else None  # a mixture may be too long for a name
+        if data is not None and (data == output or data in output.parents):
+            raise ValueError(f"output='{output}' lies inside the dataset '{data}': give a folder outside of it.")
+    begun, finished = (output / STARTED).exists(), (output / FINISHED).exists()
+    if begun and not resume:
+        state = "finished" if finished else "unfinished"
+        raise FileExistsError(f"'{output}' holds a {state} run: go on with --resume, or choose another folder.")
+    if begun and finished and not checkpoints(output / CHECKPOINTS):
+        raise FileExistsError(
+            f"'{output}' holds a finished run without checkpoints to go on from: give another folder."
+        )
+    if not begun and output.is_dir():
+        foreign = [
+            *(output / name for name in MARKS),
+            *output.glob("*.safetensors"),
+            *checkpoints(output / CHECKPOINTS),
+        ]
+        if there := [path for path in foreign if path.exists()]:
+            raise ValueError(
+                f"'{output}' holds a model but no {STARTED}, so it is not the output of a run: give another folder, "
+                f"so that '{there[0]}' stays."
+            )
+    existing = next(path for path in (output, *output.parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise OSError(f"output='{output}' cannot be written ({error.strerror}): give another folder.") from error
+
+
+def check_space(output: Path, model: Any, options: FinetuneOptions) -> str | None:
+    """A warning where the checkpoints to keep do not fit on the disk; an OSError where not even one does."""
+    learns = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    saved = sum(p.numel() * p.element_size() for p in (learns if hasattr(model, "peft_config") else model.parameters()))
+    # Two float32 numbers of AdamW for each that learns; Muon has one for most.
+    checkpoint = saved + sum(p.numel() for p in learns) * 4 * (1 if options.optimizer == "muon" else 2)
+    more = max(1, options.keep + 1 - len(checkpoints(output / CHECKPOINTS)))
+    free = shutil.disk_usage(output).free
+    sizes = f"a checkpoint takes about {checkpoint / 1e9:.2g} GB, the result {saved / 1e9:.2g} GB"
+    if free < checkpoint + saved:
+        raise OSError(f"'{output}': {sizes}, and {free / 1e9:.2g} GB are free on that disk: make room.")
+    if free < more * checkpoint + saved:
+        return f"{sizes}; with keep={options.keep} the {free / 1e9:.2g} GB that are free will not do."
+    return None
+
+
+def remove_leftovers(output: Path) -> None:
+    """What a killed run was writing."""
+    for folder in (output, output / CHECKPOINTS):
+        shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+        for part in folder.glob("*.part"):
+            part.unlink()
+
+
+# Checkpoints ----------------------------------------------------------------------------------------------------------
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints of a run, oldest step first."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=step_of)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    found = checkpoints(folder)
+    return found[-1] if found else None
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Whether every file that a run goes on from is there and complete. Weights are not read.
+
+    Raises:
+        FileNotFoundError, ValueError: For the first file that is missing, cut off, or a Git LFS pointer.
+    """
+    for needed in ("*model*.safetensors", "optimizer.*", "scheduler.pt", "rng_state*.pth", FINISHED):
+        if not any(folder.glob(needed)):
+            raise FileNotFoundError(f"'{folder}' has no {needed}")
+    if not any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
+        raise FileNotFoundError(f"'{folder}' has no config.json")
+    if (step := read_json(folder / "trainer_state.json").get("global_step")) != step_of(folder):
+        raise ValueError(f"'{folder / 'trainer_state.json'}' is of step {step}")
+    for file in sorted(folder.iterdir()):
+        if file.suffix == ".json":
+            content = read_json(file)
+            for shard in set(content.get("weight_map", {}).values()):
+                check_file(folder / shard, "weights file")
+        elif file.suffix == ".safetensors":
+            check_file(file, "weights file")
+            try:
+                safe_open(file, framework="pt")
+            except SafetensorError as error:
+                raise ValueError(f"'{file}' is cut off or damaged ({error})") from error
+        elif file.suffix in TENSORS and not zipfile.is_zipfile(check_file(file, "file")):
+            raise ValueError(f"'{file}' is cut off or damaged")
+
+
+def checkpoint_to_resume(output: Path, steps: int) -> Path | None:
+    """The newest checkpoint; None where a run has not come to its first.
+
+    Raises:
+        ValueError: If it is damaged (names the newest that is not), or beyond `steps`.
+    """
+    found = checkpoints(output / CHECKPOINTS)
+    if not found:
+        return None
+    newest = found[-1]
+    try:
+        check_checkpoint(newest)
+    except (OSError, ValueError) as error:
+        damaged = [newest]
+        while (good := found[-1 - len(damaged)] if len(damaged) < len(found) else None) and not _is_good(good):
+            damaged.append(good)
+        names = " and ".join(f"'{path}'" for path in damaged)
+        remedy = (
+            f"'{good}' is the newest good one: remove {names}, and --resume goes on from there"
+            if good
+            else f"No older one is good: remove {names}, and --resume begins again at step 0"
+        )
+        raise ValueError(f"The newest checkpoint is damaged: {str(error).rstrip('.')}. {remedy}.") from error
+    if step_of(newest) > steps:
+        raise ValueError(
+            f"'{newest}' is beyond steps={steps}: give --steps {step_of(newest)} for its result, more to go on, or "
+            "another folder for a shorter run."
+        )
+    return newest
+
+
+def _is_good(checkpoint: Path) -> bool:
+    try:
+        check_checkpoint(checkpoint)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+# What a run was begun with --------------------------------------------------------------------------------------------
+
+
+def data_digests(sources: Sequence[Source]) -> dict[str, str | None]:
+    """Of the files of each dataset; None where they are not known."""
+    return {source.name: content_key(source.everything, {}) for source in sources}
+
+
+def check_begun(output: Path, now: Mapping[str, Any], statistics: Mapping[str, Any], checkpoint: Path | None) -> None:
+    """Whether a run goes on with the options and data that it was begun with.
+
+    Args:
+        now: Its options, with `global_batch` and `data_digests`.
+        statistics: Of its datasets.
+
+    Raises:
+        ValueError: Names the options, datasets and statistics that have changed.
+    """
+    before = read_json(output / STARTED)
+    changed = differences(before, dict(now))
+    files: Mapping[str, Any] = now["data_digests"]
+    known: Mapping[str, Any] = before.get("data_digests", files)  # runs of older versions have none
+    stored = known if checkpoint is None else read_json(checkpoint / FINISHED)
+    if stored.keys() != files.keys():
+        changed.append(f"the datasets were {', '.join(sorted(stored))}, are {', '.join(sorted(files))}")
+    for name in sorted(known.keys() & files.keys()):
+        if known[name] != files[name]:
+            changed.append(f"the files of the dataset '{name}' are others")
+    if checkpoint is not None:
+        changed += changed_statistics(stored, json.loads(json.dumps(statistics)))
+    if changed:
+        raise ValueError(
+            f"'{output}' was begun with other options or data: {'; '.join(changed)}. Take those that it was begun "
+            "with, or another output folder."
+        )
+
+
+def check_model(output: Path, now: Mapping[str, Any]) -> None:
+    """Whether a run goes on from the base that it was begun with: a ValueError where `model_digest` is another."""
+    if read_json(output / STARTED).get("model_digest") not in (None, now["model_digest"]):
+        raise ValueError(
+            f"'{output}' was begun with other weights than '{now['model']}' has now: take those that it was begun "
+            "with, or another output folder."
+        )
+
+
+def changed_statistics(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Which statistics of which datasets differ by more than rounding; both as read from JSON."""
+    found = []
+    for name in sorted(before.keys() & now.keys()):
+        other = [key for key in sorted({**before[name], **now[name]}) if not _same(before[name], now[name], key)]
+        if other:
+            found.append(f"the statistics of the dataset '{name}' are others ({', '.join(other)})")
+    return found
+
+
+def _same(before: Any, now: Any, key: str) -> bool:
+    one, other = before.get(key), now.get(key)
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_same(one, other, part) for part in one)
+    if one == other or key == "mask":
+        return bool(one == other)
+    numbers = [np.asarray(values) for values in (one, other)]
+    if any(values.dtype.kind not in "if" for values in numbers) or numbers[0].shape != numbers[1].shape:
+        return False
+    return bool(np.allclose(*numbers, rtol=1e-6, atol=1e-9))
