@@ -5,8 +5,10 @@ fine-tuned from them, and names three things those files leave implicit: the siz
 (`timm_model_kwargs`), the id of the image placeholder and the id of the empty token that ends a prompt.
 """
 
+import copy
 import difflib
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -82,11 +84,15 @@ def refuse_oft(folder: Path) -> None:
     """
     found = [file.relative_to(folder).as_posix() for pattern in OFT_FILES for file in sorted(folder.glob(pattern))]
     if found:
-        raise ValueError(
-            f"'{folder}' is a checkpoint of OpenVLA-OFT ({', '.join(found)}): it predicts chunks of actions in "
-            "parallel, which is not supported yet, and taken for an OpenVLA model it would move the arm wrongly. Use "
-            "an OpenVLA checkpoint, or the code of OpenVLA-OFT."
-        )
+        raise ValueError(oft_message(folder, found))
+
+
+def oft_message(where: str | os.PathLike, found: Sequence[str]) -> str:
+    return (
+        f"'{os.fspath(where)}' is a checkpoint of OpenVLA-OFT ({', '.join(found)}): it predicts chunks of actions in "
+        "parallel, which is not supported yet, and taken for an OpenVLA model it would move the arm wrongly. Use an "
+        "OpenVLA checkpoint, or the code of OpenVLA-OFT."
+    )
 
 
 def check_model_type(content: dict[str, Any], where: str, expected: str) -> None:
@@ -305,6 +311,15 @@ class OpenVLAConfig(PreTrainedConfig):
         check_model_type(content, str(file), cls.model_type)
         return content, unused
 
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """As in every configuration of the library; `auto_map` names only code that is in the folder."""
+        config = copy.copy(self)
+        config.__dict__.pop("auto_map", None)
+        found = code_in(save_directory, getattr(self, "auto_map", None) or {})
+        if found:
+            config.auto_map = found
+        super(OpenVLAConfig, config).save_pretrained(save_directory, **kwargs)
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """As in every configuration of the library; fields given by name are checked as well."""
@@ -317,6 +332,12 @@ class OpenVLAConfig(PreTrainedConfig):
     def action_vocab_size(self) -> int:
         """End of the tokenizer's own vocabulary; the last `n_action_bins` ids before it are the action tokens."""
         return self.text_config.vocab_size - self.pad_to_multiple_of
+
+
+def code_in(folder: str | os.PathLike, auto_map: Mapping[str, Any]) -> dict[str, str]:
+    """Those entries of an `auto_map` whose module lies in `folder`, without the repository they may name."""
+    local = {name: str(target).rpartition("--")[2] for name, target in auto_map.items()}
+    return {name: target for name, target in local.items() if (Path(folder) / f"{target.split('.')[0]}.py").is_file()}
 
 
 def _is_count(value: Any) -> bool:

@@ -48,6 +48,7 @@ from .decoding_openvla import (
     prompt_rows,
     read_sampling,
 )
+from .loading_openvla import QUIET, adapter_of, check_folder, check_loaded
 from .outputs_openvla import CACHE, CACHE_NAMES, ActionPrediction, OpenVLAOutput, one_cache, with_both_names
 from .processing_openvla import HUB_KWARGS, OpenVLAProcessor, as_image_list, is_image_list, load_image
 from .quantization_openvla import keep_split_blocks_from_packing, take_quantization, turn_block_scales_back
@@ -331,26 +332,60 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         """Load a folder or Hub id, published layout or ours; `dataset_statistics.json` wins over `config.norm_stats`.
 
         With a `quantization_config` that names no exceptions, vision towers, projector and lm_head stay unquantized.
+        A folder that holds a PEFT adapter is loaded together with the base it names.
+
+        Args:
+            ignore_mismatched_sizes: Let tensors of another shape than the stored ones begin at random.
+            output_loading_info: Return the model, and a dict of the names that are missing, unexpected or of another
+                shape, instead of raising an error for them.
+
+        Raises:
+            FileNotFoundError: If there is no such folder or Hub id, no config.json, or a weight file is missing.
+            ValueError: If a file is damaged or a Git LFS pointer, or the weights lack tensors of the model, hold others
+                or of another shape: nothing stays random.
         """
         hub = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
         take_quantization(kwargs)
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        loaded = cls._load(pretrained_model_name_or_path, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model._hub_kwargs = hub
         keep_split_blocks_from_packing(model)
         if pretrained_model_name_or_path is not None:
-            file = cached_file(
-                pretrained_model_name_or_path,
-                "dataset_statistics.json",
-                _raise_exceptions_for_missing_entries=False,
-                _raise_exceptions_for_connection_errors=False,
-                **hub,
-            )
+            file = cached_file(pretrained_model_name_or_path, "dataset_statistics.json", **QUIET, **hub)
             if file is not None:
                 model.norm_stats = read_statistics(file)
             elif model.norm_stats:
                 model.norm_stats = check_statistics(model.norm_stats, f"norm_stats of '{model.config.name_or_path}'")
         return loaded
+
+    @classmethod
+    def _load(cls, name, *model_args, ignore_mismatched_sizes=False, output_loading_info=False, **kwargs):
+        """`from_pretrained` of the library, after which every tensor of the model is known to come from the weights."""
+        hub = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
+        if name is not None:
+            check_folder(name, kwargs)
+            adapter = adapter_of(name, hub)
+            if adapter is not None:
+                # In two steps: what the library tells of its one step (loading info) leaves out the base.
+                options = {"adapter_name": kwargs.pop("adapter_name", None)}
+                options["adapter_kwargs"] = {**hub, **(kwargs.pop("adapter_kwargs", None) or {})}
+                for key in ("revision", "subfolder"):  # of the adapter
+                    kwargs.pop(key, None)
+                kwargs |= {
+                    "ignore_mismatched_sizes": ignore_mismatched_sizes,
+                    "output_loading_info": output_loading_info,
+                }
+                loaded = cls.from_pretrained(adapter["base_model_name_or_path"], *model_args, **kwargs)
+                (loaded[0] if output_loading_info else loaded).load_adapter(name, **options)
+                return loaded
+        model, info = super().from_pretrained(
+            name, *model_args, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
+        )
+        if output_loading_info:
+            return model, info
+        if name is not None or kwargs.get("state_dict"):  # an empty state_dict: all random on purpose
+            check_loaded(name, info, ignore_mismatched_sizes)
+        return model
 
     def save_pretrained(self, save_directory, **kwargs):
         """Save weights under the published names, with the statistics beside them."""
@@ -395,11 +430,12 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
                     "The model was made from a config and knows no processor: set model.processor = "
                     "OpenVLAProcessor.from_pretrained(folder)."
                 )
-            self._processor = OpenVLAProcessor.from_pretrained(self.config.name_or_path, **self._hub_kwargs)
+            self.processor = OpenVLAProcessor.from_pretrained(self.config.name_or_path, **self._hub_kwargs)
         return self._processor
 
     @processor.setter
     def processor(self, value: OpenVLAProcessor) -> None:
+        value.check_fits(self.config)
         self._processor = value
 
     def to(self, *args, **kwargs):

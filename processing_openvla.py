@@ -12,6 +12,7 @@ import os
 import struct
 import threading
 import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,12 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TVF
-from transformers import BatchFeature, PreTrainedConfig, PreTrainedTokenizerFast, ProcessorMixin
+from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ImagesKwargs, ProcessingKwargs
 
-from .configuration_openvla import IMAGE_RESIZE_STRATEGIES, check_choice
+from .configuration_openvla import IMAGE_RESIZE_STRATEGIES, OpenVLAConfig, check_choice
+from .files_openvla import local_folder, read_json
 
 
 # What the published checkpoints were trained with. v01 is built on Vicuna and kept its chat form.
@@ -265,21 +267,24 @@ class OpenVLAImageProcessor(BaseImageProcessor):
         do_normalize: bool = True,
         **kwargs,
     ):
-        kwargs = {key: value for key, value in kwargs.items() if not key.startswith("tvf_")}
+        # The code that `auto_map` names is that of the folder it came from, not of the one this will be saved to.
+        kwargs = {key: value for key, value in kwargs.items() if not key.startswith("tvf_") and key != "auto_map"}
         super().__init__(**kwargs)
         check_choice("image_resize_strategy", image_resize_strategy, IMAGE_RESIZE_STRATEGIES)
         self.use_fused_vision_backbone = use_fused_vision_backbone
         self.image_resize_strategy = image_resize_strategy
-        self.input_sizes = [list(size) for size in input_sizes] if input_sizes else [[3, 224, 224]]
+        self.input_sizes = _triples("input_sizes", input_sizes) if input_sizes else [[3, 224, 224]]
         towers = len(self.input_sizes)
         self.interpolations = list(interpolations) if interpolations else ["bicubic"] * towers
-        self.means = [list(mean) for mean in means] if means else [[0.5, 0.5, 0.5]] * towers
-        self.stds = [list(std) for std in stds] if stds else [[0.5, 0.5, 0.5]] * towers
+        self.means = _triples("means", means) if means else [[0.5, 0.5, 0.5]] * towers
+        self.stds = _triples("stds", stds) if stds else [[0.5, 0.5, 0.5]] * towers
         for field in ("interpolations", "means", "stds"):
             if len(getattr(self, field)) != towers:
                 raise ValueError(
                     f"{field} has {len(getattr(self, field))} entries, input_sizes {towers}: one per tower."
                 )
+        if min(map(min, self.stds + self.input_sizes)) <= 0:
+            raise ValueError(f"stds={self.stds}, input_sizes={self.input_sizes}: expected numbers above 0.")
         for interpolation in self.interpolations:
             check_choice("interpolation", interpolation, [mode.value for mode in InterpolationMode])
         self.do_resize, self.do_rescale, self.do_normalize = do_resize, do_rescale, do_normalize
@@ -355,6 +360,14 @@ class OpenVLAImageProcessor(BaseImageProcessor):
     def apply_transform(self, img: Image.Image) -> torch.Tensor:
         """Published name: (3 * towers, height, width) float32 of one image."""
         return self.preprocess(img, return_tensors="pt")["pixel_values"][0]
+
+
+def _triples(field: str, rows: Any) -> list[list]:
+    """One list of three finite numbers for each tower."""
+    if isinstance(rows, (list, tuple)) and all(isinstance(row, (list, tuple)) and len(row) == 3 for row in rows):
+        if all(isinstance(number, (int, float)) and math.isfinite(number) for row in rows for number in row):
+            return [list(row) for row in rows]
+    raise ValueError(f"{field}={rows!r}: expected three numbers for each tower, [[., ., .], ...].")
 
 
 # Prompts --------------------------------------------------------------------------------------------------------------
@@ -439,13 +452,43 @@ class OpenVLAProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """Load image processor, tokenizer and prompt form of a folder or Hub id, published layout or today's."""
-        processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        if processor.prompt_template is None:
-            hub = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
-            config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub)
-            processor.prompt_template = prompt_template_of(config)
+        """Load image processor, tokenizer and prompt form of a folder or Hub id, published layout or today's.
+
+        Raises:
+            FileNotFoundError: If there is no such folder or Hub id, or a file of the processor is missing.
+            ValueError: If a file is damaged, or the processor does not fit the config.json beside it.
+        """
+        name, hub = pretrained_model_name_or_path, {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
+        folder = local_folder(name)
+        has_config = False
+        if folder is not None:
+            folder /= kwargs.get("subfolder") or ""
+            has_config = (folder / "config.json").is_file()
+            _check_processor_files(folder)
+        processor = super().from_pretrained(name, **kwargs)
+        if processor.prompt_template is None or has_config:
+            config, _ = OpenVLAConfig.get_config_dict(name, **hub)
+            if processor.prompt_template is None:
+                processor.prompt_template = prompt_template_of(config)
+            processor.check_fits(OpenVLAConfig.from_dict(config))
         return processor
+
+    def check_fits(self, config: OpenVLAConfig) -> None:
+        """Raise a `ValueError` if a model of this configuration takes other images or other tokens."""
+        sizes = [kwargs.get("img_size", size) for size, kwargs in zip(config.image_sizes, config.timm_model_kwargs)]
+        expected = [[3, size, size] if isinstance(size, int) else [3, *size] for size in sizes]
+        if self.image_processor.input_sizes != expected:
+            raise ValueError(
+                f"The processor makes images of {self.image_processor.input_sizes} (input_sizes), the model takes "
+                f"{expected} (image_sizes): it is the processor of another model, take that of the weights."
+            )
+        if self.tokenizer.vocab_size != config.action_vocab_size:
+            raise ValueError(
+                f"The tokenizer has {self.tokenizer.vocab_size} tokens of its own, the model expects "
+                f"{config.action_vocab_size} (text_config.vocab_size - pad_to_multiple_of), the last of which stand "
+                "for actions: it is the tokenizer of another model, or the embedding table was resized without "
+                "adapting pad_to_multiple_of."
+            )
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
@@ -453,10 +496,9 @@ class OpenVLAProcessor(ProcessorMixin):
         # transformers 5 rebuilds the pre-tokenizer of a `LlamaTokenizer`, which then differs from 4.40.1 on spaces.
         # The fast tokenizer takes tokenizer.json as it is and gives the ids the weights were trained with.
         kwargs.pop("trust_remote_code", None)
-        return [
-            OpenVLAImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs),
-            PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, **kwargs),
-        ]
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        tokenizer.init_kwargs.pop("auto_map", None)  # code of that folder, not of the one it will be saved to
+        return [OpenVLAImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs), tokenizer]
 
     @property
     def empty_token_id(self) -> int | None:
@@ -601,7 +643,30 @@ class OpenVLAProcessor(ProcessorMixin):
         return BatchFeature(data=data, tensor_type=return_tensors)
 
 
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+
+
+def _check_processor_files(folder: Path) -> None:
+    """Raise an error that names the file, if one of the processor is missing, damaged or a Git LFS pointer."""
+    if not (folder / "tokenizer.json").is_file():
+        raise FileNotFoundError(
+            f"'{folder}' has no tokenizer.json: copy the tokenizer of the model beside its weights."
+        )
+    if not isinstance(read_json(folder / "tokenizer.json").get("model"), dict):
+        raise ValueError(f"'{folder / 'tokenizer.json'}' holds no tokenizer ('model'): copy or download it again.")
+    contents = {
+        name: read_json(folder / name)
+        for name in (*PROCESSOR_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+        if (folder / name).is_file()
+    }
+    # Today's layout keeps the image processor inside processor_config.json, the published one in a file of its own.
+    if "preprocessor_config.json" not in contents and "image_processor" not in contents.get(
+        "processor_config.json", {}
+    ):
+        raise FileNotFoundError(
+            f"'{folder}' has no preprocessor_config.json: copy the image processor of the model beside its weights."
+        )
 
 
 def prompt_template_of(config: dict[str, Any]) -> str:

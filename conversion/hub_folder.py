@@ -17,8 +17,9 @@ from transformers import GenerationConfig
 
 from ..action_tokenizer import check_statistics, read_statistics
 from ..configuration_openvla import OpenVLAConfig
-from ..files_openvla import check_file, local_folder, read_json
+from ..files_openvla import local_folder, read_json
 from ..folders import write_json
+from ..loading_openvla import check_tensors, check_weight_file, find_weight_files
 from ..model_card import model_card
 from ..modeling_openvla import OpenVLAForActionPrediction
 from ..processing_openvla import OpenVLAProcessor
@@ -33,6 +34,7 @@ CODE_FILES = (
     "quantization_openvla.py",
     "outputs_openvla.py",
     "decoding_openvla.py",
+    "loading_openvla.py",
     "modeling_openvla.py",
 )
 _MODEL = "modeling_openvla.OpenVLAForActionPrediction"
@@ -83,13 +85,8 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         FileNotFoundError: If there are none (says what the folder holds instead), or a shard of the index is missing.
     """
-    if (folder / WEIGHTS_FILE).is_file():
-        return [folder / WEIGHTS_FILE]
-    if (folder / WEIGHTS_INDEX).is_file():
-        files = [folder / name for name in sorted(set(read_json(folder / WEIGHTS_INDEX)["weight_map"].values()))]
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise FileNotFoundError(f"'{folder}' lacks {', '.join(missing)}, which its {WEIGHTS_INDEX} names.")
+    files = find_weight_files(folder, [WEIGHTS_FILE])
+    if files:
         return files
     if (folder / "adapter_config.json").is_file():
         raise FileNotFoundError(
@@ -108,11 +105,8 @@ def read_weights(folder: Path) -> dict[str, LazyTensor]:
     """Every tensor of a Hub folder, not yet read; a `ValueError` names a file that is damaged or a Git LFS pointer."""
     tensors = {}
     for file in weight_files(folder):
-        check_file(file, "weights file")
-        try:
-            handle = safe_open(file, framework="pt")
-        except SafetensorError as error:
-            raise ValueError(f"'{file}' is damaged, was it copied or downloaded in full? {error}") from error
+        check_weight_file(file)
+        handle = safe_open(file, framework="pt")
         for name in handle.keys():  # noqa: SIM118 - not a dict
             shape = tuple(handle.get_slice(name).get_shape())
             tensors[name] = LazyTensor(shape, partial(handle.get_tensor, name))
@@ -143,26 +137,16 @@ def check_weights(config: OpenVLAConfig, shapes: Mapping[str, tuple[int, ...]], 
     """Raise a `ValueError` that lists tensors missing from `shapes`, unexpected in it, or of another shape."""
     expected = expected_shapes(config)
     tied = {"language_model.lm_head.weight"} if config.text_config.tie_word_embeddings else set()
-    problems = {
-        "missing": [name for name in expected if name not in shapes and name not in tied],
-        "unexpected": [name for name in shapes if name not in expected],
-        "of another shape": [
-            f"{name} {list(shapes[name])} instead of {list(shape)}"
+    check_tensors(
+        what,
+        missing=[name for name in expected if name not in shapes and name not in tied],
+        unexpected=[name for name in shapes if name not in expected],
+        mismatched={
+            name: (shapes[name], shape)
             for name, shape in expected.items()
             if name in shapes and tuple(shapes[name]) != shape
-        ],
-    }
-    lines = [
-        f"{len(names)} {problem}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
-        for problem, names in problems.items()
-        if names
-    ]
-    if lines:
-        raise ValueError(
-            f"{what} does not fit the configuration (vision_backbone_id='{config.vision_backbone_id}', "
-            f"llm_backbone_id='{config.llm_backbone_id}', {len(expected)} tensors). Tensors "
-            f"{'; '.join(lines)}. Check the backbone ids and the sizes in text_config and timm_model_kwargs."
-        )
+        },
+    )
 
 
 def write_weights(

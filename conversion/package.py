@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 
 from ..configuration_openvla import OpenVLAConfig
-from ..files_openvla import read_json
 from ..folders import new_folder
 from ..processing_openvla import OpenVLAProcessor
 from .hub_folder import (
@@ -48,14 +47,9 @@ def package_checkpoint(
         ValueError: If `output` is not empty, or the weights do not fit the configuration.
     """
     source = source_folder(weights, revision)
-    if not (source / "config.json").is_file():
-        weight_files(source)  # says what the folder holds instead, an adapter for example
-        raise FileNotFoundError(
-            f"'{source}' holds weights but no config.json: nothing says which model they belong to."
-        )
     config = OpenVLAConfig.from_pretrained(source)
     statistics = statistics_of(source, config)
-    processor = load_processor(source)
+    processor = OpenVLAProcessor.from_pretrained(source)
     files = weight_files(source)
     if getattr(config, "quantization_config", None) is None:  # packed weights have other names and shapes
         check_weights(config, {key: tensor.shape for key, tensor in read_weights(source).items()}, f"'{source}'")
@@ -76,20 +70,3 @@ def package_checkpoint(
             source_folder=source,
         )
     return output
-
-
-def load_processor(source: Path) -> OpenVLAProcessor:
-    """Processor of a folder; a `FileNotFoundError` says which of its files is missing."""
-    if not (source / "tokenizer.json").is_file():
-        raise FileNotFoundError(
-            f"'{source}' has no tokenizer.json: copy the tokenizer of the model beside its weights."
-        )
-    # Today's layout keeps the image processor inside processor_config.json, the published one in a file of its own.
-    today = source / "processor_config.json"
-    if not (source / "preprocessor_config.json").is_file() and not (
-        today.is_file() and "image_processor" in read_json(today)
-    ):
-        raise FileNotFoundError(
-            f"'{source}' has no preprocessor_config.json: copy the image processor of the model beside its weights."
-        )
-    return OpenVLAProcessor.from_pretrained(source)

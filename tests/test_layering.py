@@ -15,6 +15,7 @@ FLAT_FILES = [
     "quantization_openvla",
     "outputs_openvla",
     "decoding_openvla",
+    "loading_openvla",
     "modeling_openvla",
 ]
 # Name -> floor. What stands on one floor does not import its neighbours; the flat files may import earlier ones.

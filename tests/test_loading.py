@@ -1,0 +1,367 @@
+"""What a folder may hold when it is loaded: everything that is missing, damaged or of another model is an error."""
+
+import json
+import os
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import TINY, golden_image
+from transformers import AutoModel, AutoProcessor
+
+from openvla import OpenVLAConfig, OpenVLAForActionPrediction, OpenVLAProcessor
+from openvla.conversion import package_checkpoint
+from openvla.training.options import FinetuneOptions
+from openvla.training.preparation import prepare
+
+
+LFS_POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 12345678\n"
+
+
+@pytest.fixture(scope="session")
+def tensors() -> dict[str, torch.Tensor]:
+    return load_file(TINY[1].folder / "model.safetensors")
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A complete model folder in the published layout, which a test may damage."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in TINY[1].folder.iterdir():
+        (shutil.copyfile if file.suffix == ".json" else os.symlink)(file, folder / file.name)
+    config = json.loads((folder / "config.json").read_text())
+    config["timm_model_kwargs"] = TINY[1].timm_model_kwargs
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def replace_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    (folder / "model.safetensors").unlink()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def load(folder, **kwargs) -> OpenVLAForActionPrediction:
+    return OpenVLAForActionPrediction.from_pretrained(folder, **kwargs)
+
+
+def prefixed(prefix: str):
+    return lambda tensors: {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def without(name: str):
+    return lambda tensors: {key: tensor for key, tensor in tensors.items() if key != name}
+
+
+# Weights --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without("projector.fc2.weight"), r"1 missing: projector\.fc2\.weight\. Likely cause: .*incomplete"),
+        (lambda t: {k: v for k, v in t.items() if k.startswith("language")}, r"missing: .*, \.\.\.\. .*incomplete"),
+        (prefixed("module."), r"missing: .*unexpected: module\..*DistributedDataParallel.*remove 'module\.'"),
+        (prefixed("_orig_mod."), r"torch\.compile.*remove '_orig_mod\.'"),
+        (prefixed("base_model.model."), r"PEFT model.*merge_and_unload"),
+        (prefixed("policy."), r"begin with 'policy\.'"),
+        (
+            lambda t: {**t, "language_model.lm_head.lora_A.weight": torch.zeros(2, 64)},
+            r"1 unexpected.*merge_and_unload",
+        ),
+        (lambda t: {k.replace("lm_head", "lm_head.base_layer"): v for k, v in t.items()}, "merge_and_unload"),
+        (lambda t: {k.replace("fc1", "fc0"): v for k, v in t.items()}, r"2 missing: .*2 unexpected: .*another model"),
+        (lambda t: {**t, "proprio_projector.fc1.weight": torch.zeros(2)}, "parts of OpenVLA-OFT"),
+        (lambda t: {**t, "projector.fc2.bias": torch.zeros(3)}, r"1 of another shape: projector\.fc2\.bias \[3\]"),
+    ],
+    ids=lambda value: None if callable(value) else value[:30],
+)
+def test_tensors_that_do_not_fit(folder, tensors, change, message):
+    replace_weights(folder, change(tensors))
+    with pytest.raises(ValueError, match=message):
+        load(folder)
+
+
+def test_names_of_timm(tmp_path, tensors):
+    """timm calls LayerScale's parameter gamma; the tiny DINOv2 tower has it."""
+    source = TINY[0].folder
+    shutil.copyfile(source / "config.json", tmp_path / "config.json")
+    renamed = {k.replace("scale_factor", "gamma"): v for k, v in load_file(source / "model.safetensors").items()}
+    save_file(renamed, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"rename '\.gamma' to '\.scale_factor'"):
+        load(tmp_path, timm_model_kwargs=TINY[0].timm_model_kwargs)
+
+
+@pytest.mark.parametrize("auto", [AutoModel, OpenVLAForActionPrediction])
+def test_ways_around(folder, tensors, auto):
+    """Random parts only for those who say so."""
+    replace_weights(folder, {**without("projector.fc1.bias")(tensors), "projector.fc2.bias": torch.zeros(3)})
+    with pytest.raises(ValueError, match=r"1 missing: projector\.fc1\.bias; 1 of another shape"):
+        auto.from_pretrained(str(folder))
+    with pytest.raises(ValueError, match=r"1 missing: projector\.fc1\.bias\. "):
+        auto.from_pretrained(str(folder), ignore_mismatched_sizes=True)
+    model, info = auto.from_pretrained(str(folder), output_loading_info=True)
+    assert info["missing_keys"] == {"projector.fc1.bias"} and isinstance(model, OpenVLAForActionPrediction)
+    assert [name for name, *_ in info["mismatched_keys"]] == ["projector.fc2.bias"]
+    replace_weights(folder, {**tensors, "projector.fc2.bias": torch.zeros(3)})
+    assert auto.from_pretrained(str(folder), ignore_mismatched_sizes=True).projector.fc2.bias.shape == (64,)
+
+
+def test_state_dicts(folder, tensors):
+    config = OpenVLAConfig.from_pretrained(folder)
+    model = OpenVLAForActionPrediction.from_pretrained(None, config=config, state_dict=dict(tensors))
+    assert torch.equal(model.projector.fc1.weight, tensors["projector.fc1.weight"])
+    OpenVLAForActionPrediction.from_pretrained(None, config=config, state_dict={})  # all random on purpose
+    with pytest.raises(ValueError, match=r"given state_dict .*1 missing: projector\.fc1\.weight"):
+        OpenVLAForActionPrediction.from_pretrained(
+            None, config=config, state_dict=without("projector.fc1.weight")(tensors)
+        )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_embeddings(tied, tmp_path):
+    text = {"model_type": "llama", "vocab_size": 400, "hidden_size": 16, "intermediate_size": 16,
+            "num_hidden_layers": 1, "num_attention_heads": 2, "tie_word_embeddings": tied}  # fmt: skip
+    config = OpenVLAConfig(
+        text_config=text, tie_word_embeddings=tied, timm_model_kwargs=[{"embed_dim": 16, "depth": 2, "num_heads": 2}]
+    )
+    OpenVLAForActionPrediction(config).save_pretrained(tmp_path)
+    assert ("language_model.lm_head.weight" in load_file(tmp_path / "model.safetensors")) is not tied
+    head, embeddings = (load(tmp_path).get_submodule(f"language_model.{name}") for name in ("lm_head", "model"))
+    assert torch.equal(head.weight, embeddings.embed_tokens.weight) is tied
+
+
+def test_shards_and_older_files(folder, tensors, tmp_path):
+    model = load(folder)
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="1MB")
+    shards = sorted((tmp_path / "sharded").glob("*.safetensors"))
+    assert len(shards) > 1 and load(tmp_path / "sharded").num_parameters() == model.num_parameters()
+    content = shards[1].read_bytes()
+    shards[1].write_text(LFS_POINTER)
+    with pytest.raises(ValueError, match=f"{shards[1].name}' is a Git LFS pointer"):
+        load(tmp_path / "sharded")
+    shards[1].write_bytes(content[:-8])
+    with pytest.raises(ValueError, match=f"{shards[1].name}' is damaged or cut off"):
+        load(tmp_path / "sharded")
+    shards[1].unlink()
+    with pytest.raises(FileNotFoundError, match=f"lacks {shards[1].name}"):
+        load(tmp_path / "sharded")
+
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        load(folder)
+    torch.save(tensors, folder / "pytorch_model.bin")
+    assert torch.equal(load(folder).projector.fc1.weight, model.projector.fc1.weight)
+    content = (folder / "pytorch_model.bin").read_bytes()
+    for damaged, message in ((content[:-100], "damaged or cut off"), (LFS_POINTER.encode(), "Git LFS"), (b"", "empty")):
+        (folder / "pytorch_model.bin").write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf"pytorch_model\.bin' is .*{message}"):
+            load(folder)
+
+
+def test_the_base_of_an_adapter_is_checked(folder, tensors, tmp_path):
+    peft = pytest.importorskip("peft", reason="adapters need peft")
+    adapted = peft.get_peft_model(load(folder), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    model, info = load(tmp_path / "adapter", output_loading_info=True)
+    assert any("lora_A" in name for name, _ in model.named_parameters()) and not info["missing_keys"]
+    replace_weights(folder, without("projector.fc2.weight")(tensors))
+    with pytest.raises(ValueError, match=r"1 missing: projector\.fc2\.weight"):
+        load(tmp_path / "adapter")
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+def doors(folder: Path, tmp_path: Path):
+    """Every way into a model folder."""
+    options = {"dataset": str(tmp_path), "output": str(tmp_path / "run")}
+    return [
+        lambda: OpenVLAConfig.from_pretrained(folder),
+        lambda: load(folder),
+        lambda: package_checkpoint(folder, tmp_path / "out"),
+        lambda: prepare(FinetuneOptions(model=str(folder), **options)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no config.json in"),
+        ("", "config.json' is empty"),
+        ("{}", "has no model_type"),
+        ("{", "config.json' is not valid JSON"),
+        ("[]", "expected an object"),
+        ("null", "expected an object"),
+        (LFS_POINTER, "config.json' is a Git LFS pointer"),
+        ('{"model_type": "llama"}', "describes a model of type 'llama', expected 'openvla'"),
+        ('{"model": {}, "vla": {}}', "openvla convert"),
+    ],
+)
+def test_config_that_is_none(folder, tmp_path, content, message):
+    """Such a folder was taken for a random 7B model."""
+    (folder / "config.json").unlink()
+    if content is not None:
+        (folder / "config.json").write_text(content)
+    for door in [*doors(folder, tmp_path), lambda: OpenVLAProcessor.from_pretrained(folder)]:
+        with pytest.raises((FileNotFoundError, ValueError), match=message):
+            door()
+
+
+@pytest.mark.parametrize("where", ["/nowhere/at/all", "./nowhere", "nowhere", "", "a/b/c"])
+def test_no_folder(where):
+    ways = (
+        load,
+        OpenVLAConfig.from_pretrained,
+        OpenVLAProcessor.from_pretrained,
+        partial(package_checkpoint, output="x"),
+    )
+    for way in ways:
+        with pytest.raises(FileNotFoundError, match="No folder at"):
+            way(where)
+
+
+def test_no_repository():
+    with pytest.raises(FileNotFoundError, match="neither a folder here nor a Hub repository"):
+        load("openvla/not-in-the-cache")
+
+
+def test_a_file_is_no_folder(folder):
+    for door in (load, OpenVLAConfig.from_pretrained, OpenVLAProcessor.from_pretrained):
+        with pytest.raises(FileNotFoundError, match="is a file, a model is a folder: give"):
+            door(folder / "model.safetensors")
+    assert OpenVLAConfig.from_pretrained(folder / "config.json").model_type == "openvla"
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "preprocessor_config.json", "processor_config.json",
+                                  "tokenizer_config.json", "special_tokens_map.json"])  # fmt: skip
+@pytest.mark.parametrize("content", [LFS_POINTER, "{", "[]", ""])
+def test_damaged_processor(folder, name, content):
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=f"{name}' (is|holds)"):
+        OpenVLAProcessor.from_pretrained(folder)
+
+
+def test_missing_processor(folder, tmp_path):
+    for name in ("tokenizer.json", "preprocessor_config.json"):
+        (folder / name).rename(tmp_path / name)
+        with pytest.raises(FileNotFoundError, match=f"has no {name}"):
+            load(folder).processor  # noqa: B018 - loads it
+        (tmp_path / name).rename(folder / name)
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds no tokenizer"):
+        OpenVLAProcessor.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("content", [LFS_POINTER, "{", "[]", ""])
+def test_damaged_generation_config(folder, content):
+    (folder / "generation_config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"generation_config\.json'"):
+        load(folder)
+    (folder / "generation_config.json").unlink()
+    assert load(folder).generation_config.pad_token_id == 32000  # from config.json
+
+
+@pytest.mark.parametrize(
+    "part",
+    ["action_head--150000_checkpoint.pt", "proprio_projector--1_checkpoint.pt", "vision_backbone--1_checkpoint.pt",
+     "noisy_action_projector--250000_checkpoint.pt", "lora_adapter/adapter_config.json"],
+)  # fmt: skip
+@pytest.mark.parametrize("has_config", [True, False])
+def test_oft_folders_are_refused(folder, tmp_path, part, has_config):
+    (folder / part).parent.mkdir(exist_ok=True)
+    (folder / part).touch()
+    if not has_config:  # an unmerged one
+        (folder / "config.json").unlink()
+    for door in doors(folder, tmp_path):
+        with pytest.raises(ValueError, match=rf"is a checkpoint of OpenVLA-OFT \({part}\)"):
+            door()
+
+
+def test_no_statistics(folder):
+    (folder / "dataset_statistics.json").unlink()
+    config = json.loads((folder / "config.json").read_text()) | {"norm_stats": None}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="no action statistics.*put a dataset_statistics.json beside"):
+        load(folder).predict_action(golden_image(0), "open the drawer")
+
+
+# Parts that contradict each other -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"n_action_bins": 50000}, "n_action_bins=50000 does not fit a vocabulary of 32000"),
+        ({"n_action_bins": "256"}, "n_action_bins='256': expected a positive integer"),
+        ({"image_sizes": [224, 224]}, "2 entries for 1 vision tower"),
+        ({"image_sizes": [0]}, r"image_sizes=\[0\]"),
+        ({"image_token_id": 40000}, "image_token_id=40000 is no id of a vocabulary of 32064"),
+        ({"llm_max_length": 0}, "llm_max_length=0"),
+    ],
+)
+def test_config_that_contradicts_itself(folder, fields, message):
+    """In the file as well as by name."""
+    with pytest.raises(ValueError, match=message):
+        load(folder, **fields)
+    config = json.loads((folder / "config.json").read_text()) | fields
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        load(folder)
+
+
+def test_processor_of_another_model(folder):
+    model = load(folder)
+    fused = TINY[0].processor()
+    with pytest.raises(ValueError, match="processor of another model"):
+        model.processor = fused
+    shutil.copyfile(Path(__file__).parents[1] / "tokenizer.json", folder / "tokenizer.json")
+    with pytest.raises(ValueError, match="944 tokens of its own, the model expects 32000.*tokenizer of another model"):
+        OpenVLAProcessor.from_pretrained(folder)
+    with pytest.raises(ValueError, match="tokenizer of another model"):
+        model.processor  # noqa: B018 - loads it
+
+
+@pytest.mark.parametrize("field", ["input_sizes", "means", "stds"])
+@pytest.mark.parametrize("value", [5, [5], [[1, 2]], [["a", "b", "c"]], [[float("nan")] * 3]])
+def test_damaged_image_processor(folder, field, value):
+    fields = json.loads((folder / "preprocessor_config.json").read_text()) | {field: value}
+    (folder / "preprocessor_config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=f"{field}=.*three numbers for each tower"):
+        OpenVLAProcessor.from_pretrained(folder)
+
+
+# Saving ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("remote", [True, False])
+@pytest.mark.parametrize("of_the_hub", [True, False])
+def test_saved_folders_name_no_code_that_is_not_there(folder, tmp_path, remote, of_the_hub):
+    if of_the_hub:
+        for file in folder.glob("*.json"):
+            if file.name != "tokenizer.json":
+                text = file.read_text()
+                for module in ("configuration", "modeling", "processing"):
+                    text = text.replace(f'"{module}_prismatic.', f'"openvla/openvla-7b--{module}_prismatic.')
+                file.write_text(text)
+    saved = tmp_path / "saved"
+    load(folder).save_pretrained(saved)
+    OpenVLAProcessor.from_pretrained(folder).save_pretrained(saved)
+    for file in saved.glob("*.json"):
+        assert "_prismatic" not in file.read_text() and "auto_map" not in file.read_text(), file.name
+    model = AutoModel.from_pretrained(str(saved), trust_remote_code=remote)
+    assert isinstance(model, OpenVLAForActionPrediction)
+    assert isinstance(AutoProcessor.from_pretrained(str(saved), trust_remote_code=remote), OpenVLAProcessor)
+
+
+def test_saved_folders_keep_the_names_of_code_that_is_there(folder, tmp_path):
+    (tmp_path / "configuration_mine.py").touch()
+    config = OpenVLAConfig.from_pretrained(folder)
+    config.auto_map = {"AutoConfig": "me/robot--configuration_mine.OpenVLAConfig", "AutoModel": "modeling_mine.Model"}
+    config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["auto_map"] == {"AutoConfig": "configuration_mine.OpenVLAConfig"}
+    assert set(config.auto_map) == {"AutoConfig", "AutoModel"}
