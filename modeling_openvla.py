@@ -430,7 +430,9 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
                     "The model was made from a config and knows no processor: set model.processor = "
                     "OpenVLAProcessor.from_pretrained(folder)."
                 )
-            self.processor = OpenVLAProcessor.from_pretrained(self.config.name_or_path, **self._hub_kwargs)
+            processor = OpenVLAProcessor.from_pretrained(self.config.name_or_path, **self._hub_kwargs)
+            processor.check_fits(self.config)
+            self._processor = processor
         return self._processor
 
     @processor.setter
