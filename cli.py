@@ -163,6 +163,13 @@ def stats(
     split: Annotated[str, typer.Option(help="train: the whole dataset, as in training; or one split.")] = "train",
     name: Annotated[str | None, typer.Option(help="unnorm_key.", show_default="the dataset's")] = None,
     gripper: Annotated[str, typer.Option(help="What the recorded gripper means (see finetune).")] = "open-is-1",
+    gripper_dims: Annotated[
+        str | None, typer.Option(help="Dimensions that are grippers: 6, or 6,13, or none.", show_default="recognised")
+    ] = None,
+    mask: Annotated[
+        str | None,
+        typer.Option(help="Which dimensions are scaled: 1,1,1,1,1,1,0.", show_default="all but grippers in [0, 1]"),
+    ] = None,
     standardize: Annotated[str, typer.Option(help="auto, none, or the name of an Open-X dataset.")] = "auto",
     filters: Annotated[str, typer.Option(help="Steps to leave out: no-ops, zero-actions.")] = "",
     output: Annotated[Path | None, typer.Option(help="dataset_statistics.json to write.")] = None,
@@ -177,7 +184,7 @@ def stats(
     openvla stats path/to/my_dataset --plot actions.png
     openvla stats path/to/my_dataset --output dataset_statistics.json --name my_robot
     """
-    from .action_text import action_names
+    from .data.checks import check_data
     from .data.sources import open_sources
     from .data.statistics import plot_statistics, statistics_table
 
@@ -187,17 +194,20 @@ def stats(
         split=split,
         name=name,
         gripper=gripper,
+        gripper_dims=gripper_dims,
+        mask=mask,
         standardize=standardize,
         filters=filters,
         keep_unlabeled=True,
         progress=True,
     )
     for source in sources:
-        names = action_names(len(source.statistics["action"]["mean"]))
-        typer.echo(f"{source.report()}\n{statistics_table(source.statistics, names)}")
+        typer.echo(f"{source.report()}\n{statistics_table(source.statistics, source.names)}")
+        for warning in check_data(source):
+            typer.echo(f"warning   {warning}")
         if plot is not None:
             path = plot if len(sources) == 1 else plot.with_stem(f"{plot.stem}_{source.name}")
-            plot_statistics(source.actions(), source.statistics, path, names)
+            plot_statistics(source.actions(), source.statistics, path, source.names)
             typer.echo(f"wrote {path}")
     if output is not None:
         output.write_text(json.dumps({source.name: source.statistics for source in sources}, indent=2) + "\n")

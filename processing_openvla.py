@@ -528,10 +528,18 @@ class OpenVLAProcessor(ProcessorMixin):
         template = self.prompt_template or ""
         return tokens if any(token in template for token in tokens) else []
 
-    def prompt_ids(self, instruction: str) -> list[int]:
+    def prompt_ids(self, instruction: str, allow_empty: bool = False) -> list[int]:
         """Token ids of the prompt of one instruction, the end that `predict_action` adds included: what training and
-        prediction see."""
-        ids = self._tokenize(self.format_prompt(instruction))["input_ids"]
+        prediction see.
+
+        Args:
+            allow_empty: Take "" as well, for training on steps without words; nothing may act on it.
+        """
+        if allow_empty and not instruction.strip():
+            text = (self.prompt_template or PROMPT_TEMPLATES["openvla"]).replace("{instruction}", "")
+        else:
+            text = self.format_prompt(instruction)
+        ids = self._tokenize(text)["input_ids"]
         empty = self.empty_token_id
         return ids if empty is None or ids[-1] == empty else [*ids, empty]
 

@@ -35,10 +35,11 @@ class ActionCollator:
         """Token ids and labels of one sample.
 
         Args:
-            instruction: What to do.
+            instruction: What to do; "" of a step without words, which is trained on where it was asked for
+                (`keep_unlabeled`), as in the original.
             actions: (A,) or (chunk, A) normalized to [-1, 1].
         """
-        prompt = self.processor.prompt_ids(instruction)
+        prompt = self.processor.prompt_ids(instruction, allow_empty=True)
         answer = [*self.action_tokenizer.encode(np.asarray(actions)).reshape(-1).tolist(), self.tokenizer.eos_token_id]
         return prompt + answer, [IGNORE_INDEX] * len(prompt) + answer
 

@@ -9,41 +9,54 @@ import numpy as np
 from .episode import Episode, Frames
 
 
-# A filter gives (steps, A) -> mask of steps to keep for an episode; none kept drops the episode.
-StepFilter = Callable[[Episode], np.ndarray]
+# A filter gives the mask of steps to keep, (T,), for an episode, given which dimensions are grippers; none kept drops
+# the episode.
+StepFilter = Callable[[Episode, Sequence[int]], np.ndarray]
+LAST = (-1,)
 
 
-def keep_labeled(episode: Episode) -> np.ndarray:
-    """Nothing of an episode without any instruction, else all of it."""
-    texts = episode.step_instructions or (episode.instruction,)
-    return np.full(len(episode), any(text.strip() for text in texts))
+def keep_labeled(episode: Episode, grippers: Sequence[int] = LAST) -> np.ndarray:
+    """The steps that have an instruction."""
+    if episode.step_instructions:
+        return np.array([bool(text.strip()) for text in episode.step_instructions])
+    return np.full(len(episode), bool(episode.instruction.strip()))
 
 
-def keep_moving(episode: Episode) -> np.ndarray:
+def keep_moving(episode: Episode, grippers: Sequence[int] = LAST) -> np.ndarray:
     """Without LIBERO-style no-ops: steps of which all but the gripper is smaller than 1e-4 (L2 norm) and whose gripper
     is that of the last step kept. The first step is judged by its norm alone."""
-    still = np.linalg.norm(episode.actions[:, :-1].astype(np.float64), axis=1) < 1e-4
-    keep, gripper = np.zeros(len(episode), dtype=bool), None
-    for step, action in enumerate(episode.actions):
-        if still[step] and (gripper is None or action[-1] == gripper):
+    gripper = episode.actions[:, list(grippers)]
+    still = np.linalg.norm(_arm(episode, grippers).astype(np.float64), axis=1) < 1e-4
+    keep, last = np.zeros(len(episode), dtype=bool), None
+    for step, now in enumerate(gripper):
+        if still[step] and (last is None or (now == last).all()):
             continue
-        keep[step], gripper = True, action[-1]
+        keep[step], last = True, now
     return keep
 
 
-def keep_nonzero(episode: Episode) -> np.ndarray:
+def keep_nonzero(episode: Episode, grippers: Sequence[int] = LAST) -> np.ndarray:
     """Without steps whose action is zero in every dimension but the gripper (Bridge)."""
-    return (episode.actions[:, :-1] != 0).any(axis=1)
+    return (_arm(episode, grippers) != 0).any(axis=1)
+
+
+def _arm(episode: Episode, grippers: Sequence[int]) -> np.ndarray:
+    return np.delete(episode.actions, list(grippers), axis=1)
 
 
 # The filters that act on actions as recorded, before statistics, by the names that a user types.
 RAW_FILTERS: dict[str, StepFilter] = {"no-ops": keep_moving, "zero-actions": keep_nonzero}
 
 
-def apply_filters(episode: Episode, filters: Mapping[str, StepFilter], removed: Mapping[str, Counter]) -> Episode:
+def apply_filters(
+    episode: Episode,
+    filters: Mapping[str, StepFilter],
+    removed: Mapping[str, Counter],
+    grippers: Sequence[int] = LAST,
+) -> Episode:
     """What the filters, one after the other, leave of an episode, perhaps no step; `removed` counts the rest."""
     for name, keep_steps in filters.items():
-        keep = keep_steps(episode)
+        keep = keep_steps(episode, grippers)
         removed[name]["steps"] += int((~keep).sum())
         if not keep.all():
             episode = select_steps(episode, np.flatnonzero(keep))

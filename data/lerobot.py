@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from .dataset import Cameras, EpisodeDataset, Keys, OnError, action_keys, key_list, name_cameras
+from .dimensions import dimension_names
 from .episode import (
     DamagedDataError,
     EncodedFrames,
@@ -97,6 +98,8 @@ class LeRobotDataset(EpisodeDataset):
         self.language_key = language_key
         if language_key and language_key not in self._episodes.column_names:
             self.language_key = self._key(language_key, undeclared=True)
+        self.action_names = dimension_names(self.features, self.action_keys)
+        self.state_names = dimension_names(self.features, self.state_keys)
 
     def _key(self, key: str, undeclared: bool = False) -> str:
         for candidate in (key, f"observation.{key}", f"observation.images.{key}"):

@@ -48,19 +48,22 @@ def load_entries(specification: str | Path) -> dict[str, dict[str, Any]]:
     mixture: dict[str, dict[str, Any]] = {}
     for name, entry in pairs:
         options = {str(key): value for key, value in entry.items()} if isinstance(entry, dict) else {"weight": entry}
-        weight = options.get("weight", 1)
-        try:
-            number = float(weight)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"The weight of '{name}' is {weight!r}: expected a number.") from error
-        if not number > 0 or not np.isfinite(number):
-            raise ValueError(
-                f"The weight of '{name}' is {number}: it must be above 0; leave out what shall not be drawn."
-            )
+        number = check_weight(options.get("weight", 1), f"The weight of '{name}' is {options.get('weight', 1)!r}")
         if name in mixture:
             raise ValueError(f"'{name}' stands in the mixture twice.")
         mixture[name] = {**options, "weight": number}
     return mixture
+
+
+def check_weight(weight: Any, what: str) -> float:
+    """A finite number above 0. Raises a `ValueError` that begins with `what` for anything else."""
+    try:
+        number = float("nan" if isinstance(weight, bool) else weight)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{what}: expected a number.") from error
+    if not 0 < number < float("inf"):
+        raise ValueError(f"{what}: it must be a number above 0; leave out what shall not be drawn.")
+    return number
 
 
 def is_mixture_file(specification: str | Path) -> bool:
@@ -88,8 +91,8 @@ def mixture_probabilities(
     weights_array = np.ones_like(sizes_array) if weights is None else np.asarray(weights, dtype=np.float64)
     if sizes_array.shape != weights_array.shape or sizes_array.ndim != 1 or len(sizes_array) == 0:
         raise ValueError(f"{weights_array.size} weights for {sizes_array.size} datasets: give one for each.")
-    if (weights_array <= 0).any() or (sizes_array <= 0).any():
-        raise ValueError(f"Weights {weights_array.tolist()} and sizes {sizes_array.tolist()} must be above 0.")
+    if not all(((0 < array) & (array < np.inf)).all() for array in (weights_array, sizes_array)):
+        raise ValueError(f"Weights {weights_array.tolist()} and sizes {sizes_array.tolist()} must be numbers above 0.")
     shares = weights_array * sizes_array if balance else weights_array
     probabilities = shares / shares.sum()
     primary = weights_array == (1.0 if (weights_array == 1.0).any() else weights_array.max())

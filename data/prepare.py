@@ -9,6 +9,7 @@ import numpy as np
 
 from ..configuration_openvla import check_choice
 from .dataset import EpisodeDataset
+from .dimensions import check_grippers, default_grippers
 from .episode import Episode
 from .filters import RAW_FILTERS, apply_filters
 
@@ -27,7 +28,7 @@ def open_is_1(gripper: np.ndarray, convention: str, source: str) -> np.ndarray:
     """Gripper values in the model's convention, 1 = open and 0 = closed.
 
     Args:
-        gripper: (T,) in `convention`, one of `GRIPPERS`. "open-is-1" leaves them as they are.
+        gripper: (T, ...) in `convention`, one of `GRIPPERS`. "open-is-1" leaves them as they are.
 
     Raises:
         ValueError: If values lie outside the range of the convention, so that it cannot be the right one.
@@ -45,19 +46,31 @@ def open_is_1(gripper: np.ndarray, convention: str, source: str) -> np.ndarray:
 
 
 class PreparedDataset(EpisodeDataset):
-    """Episodes of another dataset under a name, the gripper in the model's convention, raw filters applied.
+    """Episodes of another dataset under a name, the grippers in the model's convention, raw filters applied.
 
-    An episode of which the filters leave nothing has no steps; iteration leaves it out. `removed` counts what was read.
+    `gripper_dims` are the dimensions of grippers (default: `default_grippers` of `names`); `remark` goes with errors
+    about fields of the recording. An episode of which the filters leave nothing has no steps; iteration leaves it out.
+    `removed` counts what was read.
     """
 
     def __init__(
-        self, dataset: EpisodeDataset, name: str, gripper: str = "open-is-1", filters: Sequence[str] = ()
+        self,
+        dataset: EpisodeDataset,
+        name: str,
+        gripper: str = "open-is-1",
+        filters: Sequence[str] = (),
+        gripper_dims: Sequence[int] | None = None,
+        names: Sequence[str] | None = None,
+        remark: str = "",
     ) -> None:
         check_choice("gripper", gripper, GRIPPERS)
         for given in filters:
             check_choice("filter", given, RAW_FILTERS)
         super().__init__(name, dataset.on_error)
-        self.dataset, self.gripper = dataset, gripper
+        if gripper != "open-is-1" and gripper_dims is not None and not gripper_dims:
+            raise ValueError(f"{name}: gripper='{gripper}', but gripper_dims says that there is none: leave one out.")
+        self.dataset, self.gripper, self.gripper_dims, self.names = dataset, gripper, gripper_dims, names
+        self.remark = remark
         self.filters = {given: RAW_FILTERS[given] for given in filters}
         self.removed: dict[str, Counter] = {given: Counter() for given in filters}
 
@@ -74,11 +87,20 @@ class PreparedDataset(EpisodeDataset):
         return self.dataset.content_digest(path)
 
     def _load(self, index: int) -> Episode:
-        episode = self.dataset._load(index)
-        actions = episode.actions.copy()
-        actions[:, -1] = open_is_1(actions[:, -1], self.gripper, episode.source or f"{self.name}, episode {index}")
+        try:
+            episode = self.dataset._load(index)
+        except KeyError as error:
+            if not self.remark or self.remark in str(error):
+                raise
+            raise KeyError(f"{error.args[0]} ({self.name}: {self.remark})") from error
+        source, actions = episode.source or f"{self.name}, episode {index}", episode.actions.copy()
+        dims = actions.shape[1]
+        grippers = default_grippers(dims, self.names) if self.gripper_dims is None else self.gripper_dims
+        grippers = check_grippers(grippers, dims, source)
+        if grippers:
+            actions[:, grippers] = open_is_1(actions[:, grippers], self.gripper, source)
         episode = replace(episode, actions=actions, dataset_name=self.name)
-        return apply_filters(episode, self.filters, self.removed)
+        return apply_filters(episode, self.filters, self.removed, grippers)
 
     def read(self, indices: Iterable[int]) -> Iterator[Episode]:
         return (episode for episode in super().read(indices) if len(episode))

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..configuration_openvla import check_choice
 from .dataset import EpisodeDataset, OnError, PartOfDataset, name_cameras
+from .episode import DamagedDataError
 from .open import open_dataset, recognise
 from .oxe import STANDARDIZE
 from .oxe_catalog import OXEDataset, load_oxe_datasets
@@ -38,11 +39,25 @@ class Standardization:
     layout: OXEDataset | None
     absolute: np.ndarray | None = field(repr=False)  # (A,) bool: dimensions that are not scaled
 
+    @property
+    def remark(self) -> str:
+        return f"standardized as '{self.name}'; standardize='none' (--standardize none) reads as recorded"
+
     def __call__(self, trajectory: Trajectory) -> Trajectory:
+        try:
+            return self._standard(trajectory)
+        except DamagedDataError:
+            raise
+        except (LookupError, ValueError, TypeError, AttributeError, zlib.error) as error:
+            said = error.args[0] if isinstance(error, KeyError) and error.args else error
+            kind = KeyError if isinstance(error, KeyError) else ValueError
+            raise kind(f"{self.remark}. As it is recorded, it does not fit that name: {said}") from error
+
+    def _standard(self, trajectory: Trajectory) -> Trajectory:
         standard = self.recipe(trajectory)
         if self.recipe.swapped_views is None:
             return standard
-        # Whether an episode's two views change places hangs on its actions: the same in every pass and process.
+        # Whether an episode's two views change places depends on its actions: the same in every pass and process.
         seed = zlib.crc32(np.ascontiguousarray(standard["action"]).tobytes())
         return self.recipe(trajectory, np.random.default_rng(seed))
 
@@ -58,6 +73,9 @@ class Recording:
     camera: str | None
     standardize: str | None
     absolute: list[bool] | None
+    gripper_dims: tuple[int, ...] | None  # that are grippers for certain
+    action_names: list[str] | None  # as recorded
+    state_names: list[str] | None
     options: dict[str, Any]  # everything that decides actions, states and instructions beside the files
 
 
@@ -71,6 +89,7 @@ def open_recording(
     camera: str | None,
     name: str | None,
     gripper: str,
+    gripper_dims: tuple[int, ...] | None,
     standardize: str | None,
     on_error: OnError,
     reader: Mapping[str, Any],
@@ -109,14 +128,17 @@ def open_recording(
         def opened(split: str, **more: Any) -> EpisodeDataset:
             return plain
 
-    if standard and gripper != "open-is-1":
-        raise ValueError(
-            f"'{name}' is standardized as '{standard.name}', after which its gripper is 1 = open already: leave "
-            f"gripper='{gripper}' out, or give standardize='none'."
-        )
+    for option, given in (("gripper", None if gripper == "open-is-1" else gripper), ("gripper_dims", gripper_dims)):
+        if standard and given is not None:
+            raise ValueError(
+                f"'{name}' is standardized as '{standard.name}', after which its gripper is 1 = open already: leave "
+                f"{option}={given!r} out, or give standardize='none'."
+            )
+
+    names, remark = (None, standard.remark) if standard else (plain.action_names, "")
 
     def prepared(dataset: EpisodeDataset) -> PreparedDataset:
-        return PreparedDataset(dataset, str(name), gripper, filters)
+        return PreparedDataset(dataset, str(name), gripper, filters, gripper_dims, names, remark)
 
     validation = next((known for known in VALIDATION_SPLITS if known in plain.splits), None)
     if not held_out or split.partition("[")[0] != "train" or "+" in split:
@@ -138,11 +160,15 @@ def open_recording(
         camera=camera,
         standardize=standard.name if standard else None,
         absolute=standard.absolute.tolist() if standard and standard.absolute is not None else None,
+        gripper_dims=gripper_dims,
+        action_names=names,
+        state_names=None if standard else plain.state_names,
         options={
             **{key: value for key, value in reader.items() if key not in ("cameras", "rotate_images")},
             "split": [split, validation],
             "standardize": standard.name if standard else None,
             "gripper": gripper,
+            "gripper_dims": gripper_dims,
             "filters": filters,
             "on_error": on_error,
         },

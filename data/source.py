@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from ..action_text import action_names
 from ..action_tokenizer import normalize_actions
 from .dataset import EpisodeDataset
+from .dimensions import check_grippers, default_grippers
 from .episode import Episode
 from .filters import keep_labeled, removal_report
 from .oxe_conversions import droid_moves_raw
@@ -34,6 +36,26 @@ class Source:
     keep_unlabeled: bool = False
     max_action: float | None = None
     max_proprio: float | None = None
+    gripper_dims: tuple[int, ...] | None = None  # that are grippers for certain
+    recorded_names: list[str] | None = None  # of the dimensions of an action
+    state_names: list[str] | None = None
+
+    @property
+    def action_dim(self) -> int:
+        return len(self.survey.statistics["action"]["q01"])
+
+    @property
+    def names(self) -> list[str]:
+        """Of the dimensions of an action: as recorded, else the usual ones."""
+        names = self.recorded_names
+        return list(names) if names and len(names) == self.action_dim else action_names(self.action_dim)
+
+    @property
+    def grippers(self) -> tuple[int, ...]:
+        """Dimensions of an action that are taken for grippers."""
+        if self.gripper_dims is None:
+            return default_grippers(self.action_dim, self.recorded_names)
+        return check_grippers(self.gripper_dims, self.action_dim, self.name)
 
     @property
     def num_episodes(self) -> int:
@@ -57,8 +79,9 @@ class Source:
         survey, counts = self.survey, dict(self.survey.removed)
         steps, left = np.array(survey.steps), np.ones(len(survey.steps), dtype=bool)
         filters: dict[str, Any] = {}
+        labeled = np.array(survey.labeled)
         if not self.keep_unlabeled:
-            filters["unlabeled"] = ~np.array(survey.labeled)
+            filters["unlabeled"] = labeled == 0
         if self.max_action is not None:
             filters["max_action"] = np.array(survey.largest_action) > self.max_action
         if self.max_proprio is not None:
@@ -67,22 +90,27 @@ class Source:
             gone = drops & left
             counts[name] = {"steps": int(steps[gone].sum()), "episodes": int(gone.sum())}
             left &= ~gone
+            if name == "unlabeled":  # also single steps of episodes that stay
+                counts[name]["steps"] += int((steps - labeled)[left].sum())
+                steps = labeled
         if self.standardize == "droid":
-            moving = np.array(survey.moving)[left]
+            moving = np.array(survey.moving if self.keep_unlabeled else survey.moving_labeled)[left]
             counts["standstill"] = {"steps": int((steps[left] - moving).sum()), "episodes": int((moving == 0).sum())}
         return counts
 
     def report(self) -> str:
-        """How many episodes there are, and what each filter took away."""
+        """How many episodes there are, how they were read, and what each filter took away."""
         kept_back = len(self.held_out) if self.held_out is not None else 0
         head = (
             f"{self.name}: {self.num_episodes} episodes, {self.num_transitions} steps; "
             f"{len(self.dataset)} episodes to train on, {kept_back} held out"
         )
+        if self.standardize:
+            head += f"; standardized as '{self.standardize}' (--standardize none reads as recorded)"
         return "\n  ".join([head, *removal_report(self.removed).splitlines()])
 
     def actions(self) -> np.ndarray:
-        """(num_transitions, A) of all splits, in units of the dataset: read anew, images left alone."""
+        """(num_transitions, A) of all splits, in units of the dataset: read again, images left alone."""
         return np.concatenate(collect(chain.from_iterable(self.everything))[0])
 
     def frames(self, episode: Episode, action_chunk: int = 1) -> Iterator[Episode]:
@@ -90,7 +118,7 @@ class Source:
 
         Each has one image, still encoded, of the camera that the model looks through, `actions` (action_chunk, A)
         normalized to [-1, 1], and `state` (1, S) normalized where its statistics are known (None elsewhere). Past the
-        end of the episode absolute dimensions (the gripper) repeat, relative ones stand for no motion.
+        end of the episode absolute dimensions (grippers) repeat, relative ones stand for no motion.
 
         Raises:
             ValueError: If `action_chunk` is below 1, or the episode lacks the camera.
@@ -100,7 +128,7 @@ class Source:
             return
         camera = main_camera(episode, self.camera)
         absolute = ~np.array(stats.get("mask") or [True] * episode.actions.shape[1])
-        absolute[-1] |= len(absolute) > 1
+        absolute[list(self.grippers)] = True
         trajectory = {"action": episode.actions, "observation": {}, "absolute_action_mask": absolute}
         chunks = chunk_act_obs(trajectory, 1, action_chunk - 1)["action"]
         chunks = normalize_actions(chunks, stats).astype(np.float32)
@@ -108,9 +136,11 @@ class Source:
         state = None
         if proprio is not None and episode.state is not None:
             state = normalize_actions(episode.state, proprio).astype(np.float32)
-        moves = droid_moves_raw(episode.actions) if self.standardize == "droid" else np.ones(len(episode), dtype=bool)
+        kept = np.ones(len(episode), dtype=bool) if self.keep_unlabeled else keep_labeled(episode)
+        if self.standardize == "droid":
+            kept &= droid_moves_raw(episode.actions)
         seen = replace(episode, images={camera: episode.images[camera]}, state=state)
-        for step in np.flatnonzero(moves):
+        for step in np.flatnonzero(kept):
             yield replace(seen[step : step + 1], actions=chunks[step].copy())
 
     def _drops(self, episode: Episode) -> bool:
@@ -123,4 +153,5 @@ class Source:
         proprio = proprio_statistics(self.statistics, episode.state) if self.max_proprio is not None else None
         if proprio is None or episode.state is None:
             return False
-        return largest_normalized(episode.state, proprio) > (self.max_proprio or 0.0)
+        assert self.max_proprio is not None  # there are no statistics without
+        return largest_normalized(episode.state, proprio) > self.max_proprio

@@ -5,17 +5,18 @@ of episodes, chunks of actions, filters of frames. docs/data.md says where they 
 """
 
 import inspect
-import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..action_tokenizer import get_action_stats
-from ..configuration_openvla import closest
+from ..action_tokenizer import check_statistics, read_statistics
+from ..configuration_openvla import check_choice, closest
+from .checks import check_clipped, odd_grippers
 from .dataset import OnError
-from .mixture import is_mixture_file, load_entries
+from .dimensions import parse_grippers, parse_mask
+from .mixture import check_weight, is_mixture_file, load_entries
 from .oxe_catalog import load_oxe_datasets, load_oxe_mixtures
 from .recording import READER_OPTIONS, Recording, UntrainableError, open_recording
 from .samples import main_camera
@@ -39,7 +40,8 @@ def open_source(
     gripper: str = "open-is-1",
     standardize: str | None = "auto",
     statistics: str | os.PathLike | Mapping[str, Any] | None = None,
-    mask: Sequence[bool] | None = None,
+    mask: str | Sequence[bool] | None = None,
+    gripper_dims: str | int | Sequence[int] | None = None,
     keep_unlabeled: bool = False,
     max_action: float | None = None,
     max_proprio: float | None = None,
@@ -62,8 +64,10 @@ def open_source(
         gripper: Convention of the data, one of `GRIPPERS`.
         standardize: "auto" (RLDS datasets whose name is in `STANDARDIZE`), None or "none", or a name in it.
         statistics: A dataset_statistics.json or its content, or the statistics of this dataset, instead of its own.
-        mask: (A,) which dimensions are scaled.
-        keep_unlabeled: Keep episodes without an instruction.
+        mask: (A,) which dimensions are scaled, also as text ("1,1,1,1,1,1,0"). Default: all but grippers in [0, 1].
+        gripper_dims: Which dimensions are grippers, counted from 0, also as text ("6,13"; "none": there is none).
+            Default: those that the recording names so; else the last, and of 14 the seventh, where they look like one.
+        keep_unlabeled: Keep steps without an instruction: they are trained on with an empty one.
         max_action, max_proprio: Drop episodes in which a normalized value, before it is clipped, exceeds this.
         on_error: What a damaged episode does: "raise", or "skip" with a warning.
         cache: Keep statistics for the next start, and use those kept.
@@ -74,24 +78,32 @@ def open_source(
         ValueError: If options do not fit the data, or nothing is left to train on.
         KeyError: If `statistics` or `standardize` lack the name.
     """
-    raw_filters = [part.strip() for part in filters.split(",") if part.strip()] if isinstance(filters, str) else filters
+    for option, value in (("max_action", max_action), ("max_proprio", max_proprio)):
+        if value is not None and not value > 0:
+            raise ValueError(
+                f"{option}={value}: expected a magnitude above 0, of a value that is normalized to [-1, 1]."
+            )
+    check_weight(weight, f"weight={weight!r}")
+    check_choice("on_error", on_error, ("raise", "skip"))
+    scaled = parse_mask(mask)
     recording = open_recording(
         location,
         format=format,
         split=split,
         held_out=held_out,
-        filters=list(raw_filters),
+        filters=_filter_names(filters),
         camera=camera,
         name=name,
         gripper=gripper,
+        gripper_dims=parse_grippers(gripper_dims),
         standardize=standardize,
         on_error=on_error,
         reader=reader,
     )
     given = None if statistics is None else given_statistics(statistics, recording.name)
-    if given is not None and mask is not None:
+    if given is not None and scaled is not None:
         raise ValueError(f"{recording.name}: the statistics given have a mask of their own; leave mask out.")
-    survey = _survey(recording, mask, given, cache, progress)
+    survey = _survey(recording, scaled, given, cache, progress)
     source = Source(
         name=recording.name,
         dataset=recording.train,
@@ -105,13 +117,21 @@ def open_source(
         keep_unlabeled=keep_unlabeled,
         max_action=max_action,
         max_proprio=max_proprio,
+        gripper_dims=recording.gripper_dims,
+        recorded_names=recording.action_names,
+        state_names=recording.state_names,
     )
     if not source.num_frames:
         raise ValueError(
             f"Nothing is left to train on. {source.report()}\nRelax a filter; where the instructions were not found, "
-            "name them with language_key, or keep_unlabeled=True trains without."
+            "name them with language_key (--language-key). keep_unlabeled=True (--keep-unlabeled) trains without."
         )
+    if scaled is not None:
+        _check_mask(source, scaled)
     _check_gripper(source, gripper)
+    if given is not None:
+        for message in check_clipped(source):
+            warnings.warn(message, UserWarning, stacklevel=2)
     if camera is not None:
         first = next(iter(source.dataset), None)
         if first is not None:
@@ -119,34 +139,51 @@ def open_source(
     return source
 
 
+def _filter_names(filters: str | Sequence[str] | None) -> list[str]:
+    """Each once, in their order."""
+    parts = filters.split(",") if isinstance(filters, str) else filters or ()
+    return list(dict.fromkeys(part.strip() for part in parts if part.strip()))
+
+
 def _survey(
     recording: Recording, mask: Sequence[bool] | None, given: dict | None, cache: bool, progress: bool
 ) -> Survey:
     """The statistics and counts of all episodes, from the cache where they are known."""
     units = {part: given[part] for part in ("action", "proprio") if part in given} if given else None
-    options = {**recording.options, "mask": None if mask is None else [bool(scaled) for scaled in mask], "units": units}
+    options = {**recording.options, "mask": mask, "units": units}
     key = content_key(recording.everything, options) if cache else None
     survey = load_survey(key) if key else None
     if survey is None:
-        survey = take_survey(
-            recording.everything, mask, recording.absolute, units, recording.standardize == "droid", progress
-        )
+        survey = take_survey(recording, mask, units, progress)
         if key:
             store_survey(key, survey)
     return survey
 
 
+def _check_mask(source: Source, mask: Sequence[bool]) -> None:
+    """Raise a `ValueError` where the mask leaves values unscaled that tokens, which cover [-1, 1], would clip."""
+    stats, clipped = source.survey.statistics["action"], source.survey.action["clipped"]
+    for dim, name in enumerate(source.names):
+        if not mask[dim] and clipped[dim]:
+            raise ValueError(
+                f"{source.name}: mask leaves {name} as recorded, from {stats['min'][dim]:.3g} to "
+                f"{stats['max'][dim]:.3g}, but only -1 to 1 can be learned unscaled: give it 1 (true)."
+            )
+
+
 def _check_gripper(source: Source, gripper: str) -> None:
-    stats = source.survey.statistics["action"]
-    low, high = stats["min"][-1], stats["max"][-1]
-    if len(stats["min"]) == 7 and gripper == "open-is-1" and source.standardize is None and low <= -0.9 and high >= 0.9:
-        warnings.warn(
-            f"{source.name}: the last dimension goes from {low:.3g} to {high:.3g}. If that is a gripper, say what open "
-            "means: gripper='open-is-minus-1' (LIBERO and robomimic as recorded) or 'open-is-plus-1'; the published "
-            "models expect 1 = open, 0 = closed.",
-            UserWarning,
-            stacklevel=3,
-        )
+    if gripper != "open-is-1" or source.standardize is not None:
+        return
+    for dim, low, high in odd_grippers(source):
+        if -1.5 <= low <= -0.9 and 0.9 <= high <= 1.5:
+            last = "the last dimension" if dim == source.action_dim - 1 else f"action[{dim}]"
+            warnings.warn(
+                f"{source.name}: {last} goes from {low:.3g} to {high:.3g}. If that is a gripper, say what open means: "
+                "gripper='open-is-minus-1' (LIBERO and robomimic as recorded) or 'open-is-plus-1'; the published "
+                "models expect 1 = open, 0 = closed. If it is none: gripper_dims='none'.",
+                UserWarning,
+                stacklevel=3,
+            )
 
 
 def given_statistics(statistics: str | os.PathLike | Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -156,24 +193,18 @@ def given_statistics(statistics: str | os.PathLike | Mapping[str, Any], name: st
         statistics: A file, or the content of one: `{dataset: {"action": {"q01", "q99", ...}}}`, or the statistics of
             one dataset alone.
     """
-    content: Any = statistics
     if isinstance(statistics, str | os.PathLike):
-        if not Path(statistics).is_file():
-            raise FileNotFoundError(f"No statistics at '{statistics}': expected a dataset_statistics.json.")
-        try:
-            content = json.loads(Path(statistics).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"'{statistics}' is no JSON file: {error}") from error
-    if not isinstance(content, Mapping):
-        raise ValueError(f"statistics: expected {{dataset: statistics}}, got {type(content).__name__}.")
-    if "action" not in content:
-        if name not in content:
-            raise KeyError(
-                f"The statistics are of {', '.join(sorted(content)) or 'nothing'}, not of '{name}'."
-                f"{closest(name, content)} Say name=... to choose one."
-            )
-        content = content[name]
-    return {**content, "action": get_action_stats({name: content}, name)}
+        known = read_statistics(Path(statistics).expanduser())
+    elif isinstance(statistics, Mapping) and "action" in statistics:
+        known = check_statistics({name: statistics}, "statistics")
+    else:
+        known = check_statistics(statistics, "statistics")
+    if name not in known:
+        raise KeyError(
+            f"The statistics are of {', '.join(sorted(known)) or 'nothing'}, not of '{name}'.{closest(name, known)} "
+            "Say name=... (--name) to choose one."
+        )
+    return dict(known[name])
 
 
 # What a user may write ----------------------------------------------------------------------------------------------

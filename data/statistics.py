@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from .dimensions import default_mask, loses_rare_values
 from .episode import Episode
 
 
@@ -31,17 +32,6 @@ def quantile(values: np.ndarray, q: float) -> np.ndarray:
     ordered = np.partition(values, (below, above), axis=0)
     low, step = ordered[below], (ordered[above] - ordered[below]).astype(np.float64)
     return ordered[above] - step * (1 - weight) if weight >= 0.5 else low + step * weight
-
-
-def default_mask(actions: np.ndarray) -> list[bool]:
-    """Which dimensions are scaled: all, but for a gripper at the end whose values already lie in [0, 1].
-
-    A gripper that never moves is scaled: constant dimensions are 0 in training, and only scaling brings their value
-    back (unscaled, a gripper that was always open would close).
-    """
-    last = actions[:, -1]
-    gripper = actions.shape[1] > 1 and bool(((last >= 0) & (last <= 1)).all()) and last.min() != last.max()
-    return [True] * (actions.shape[1] - 1) + [not gripper]
 
 
 def collect(episodes: Iterable[Episode], progress: bool = False) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
@@ -69,27 +59,50 @@ def collect(episodes: Iterable[Episode], progress: bool = False) -> tuple[list[n
 
 
 def compute_statistics(
-    actions: Sequence[np.ndarray], states: Sequence[np.ndarray] | None = None, mask: Sequence[bool] | None = None
+    actions: Sequence[np.ndarray],
+    states: Sequence[np.ndarray] | None = None,
+    mask: Sequence[bool] | None = None,
+    *,
+    grippers: Sequence[int] | None = None,
+    names: Sequence[str] | None = None,
+    published: bool = False,
 ) -> dict[str, Any]:
     """`{"action": {"mean", ..., "q99", "mask"}, "proprio": {...}, "num_transitions", "num_trajectories"}`.
+
+    A scaled dimension whose rare values q01 and q99 would lose (see `loses_rare_values`) gets its min and max for q01
+    and q99, so that the original's formulas keep them.
 
     Args:
         actions: (T, A) of each episode of the dataset (see `collect`), standardized, of all splits and also of those
             without an instruction, as in the original.
         states: (T, S) of each. Without them the original writes zeros of the shape of an action.
-        mask: (A,) which dimensions are scaled. Default: `default_mask`.
+        mask: (A,) which dimensions are scaled. Default: `default_mask` of `grippers` and `names`.
+        published: Quantiles as the original has them also where they lose rare values.
+
+    Raises:
+        ValueError: If the mask has another length.
     """
     all_actions = np.concatenate(actions)
     if mask is None:
-        mask = default_mask(all_actions)
+        mask = default_mask(all_actions, grippers, names)
     elif len(mask) != all_actions.shape[1]:
         raise ValueError(f"mask has {len(mask)} entries, actions have {all_actions.shape[1]} dimensions.")
+    all_states = np.zeros_like(all_actions) if states is None else np.concatenate(states)
+    action, proprio = describe(all_actions), describe(all_states)
+    if not published:
+        _keep_rare_values(action, all_actions, mask)
+        _keep_rare_values(proprio, all_states, [True] * all_states.shape[1])
     return {
-        "action": {**describe(all_actions), "mask": [bool(scaled) for scaled in mask]},
-        "proprio": describe(np.zeros_like(all_actions) if states is None else np.concatenate(states)),
+        "action": {**action, "mask": [bool(scaled) for scaled in mask]},
+        "proprio": proprio,
         "num_transitions": len(all_actions),
         "num_trajectories": len(actions),
     }
+
+
+def _keep_rare_values(stats: dict[str, list[float]], values: np.ndarray, mask: Sequence[bool]) -> None:
+    for dim in np.flatnonzero(loses_rare_values(values, stats["q01"], stats["q99"]) & np.asarray(mask, dtype=bool)):
+        stats["q01"][dim], stats["q99"][dim] = stats["min"][dim], stats["max"][dim]
 
 
 def statistics_table(stats: dict[str, Any], names: Sequence[str] | None = None) -> str:

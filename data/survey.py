@@ -19,15 +19,17 @@ from typing import Any
 import numpy as np
 
 from .dataset import EpisodeDataset
+from .dimensions import shares
 from .episode import Episode
 from .filters import keep_labeled
 from .oxe_conversions import droid_moves_raw
-from .prepare import PreparedDataset
+from .recording import Recording
 from .statistics import collect, compute_statistics
 
 
 VERSION = 2  # of what is stored: to be raised with every change that makes other numbers of the same files
 CLOCK_GRAIN = 2.0  # seconds; within them a file may change again without a new time stamp
+ABANDONED = 3600.0  # seconds after which nobody is writing an unfinished entry any more
 
 
 @dataclass(frozen=True)
@@ -37,33 +39,39 @@ class Survey:
     statistics: dict[str, Any]
     removed: dict[str, dict[str, int]]  # {raw filter: {"steps", "episodes"}}
     steps: list[int]
-    labeled: list[bool]  # has an instruction at some step
+    labeled: list[int]  # steps that have an instruction
     largest_action: list[float]  # magnitude after normalization, before it is clipped
     largest_proprio: list[float]
     moving: list[int]  # steps that the frame filter of DROID keeps; without it all
+    moving_labeled: list[int]  # of these, the ones that have an instruction
+    action: dict[str, list[float]]  # {what: (A,) share of the steps}, see `dimensions.shares`
+    proprio: dict[str, list[float]]  # the same of states; empty without them
+    longest_instruction: str  # in UTF-8
 
 
 def take_survey(
-    datasets: Sequence[PreparedDataset],
+    recording: Recording,
     mask: Sequence[bool] | None = None,
-    absolute: Sequence[bool] | None = None,
     given: Mapping[str, Any] | None = None,
-    droid: bool = False,
     progress: bool = False,
 ) -> Survey:
-    """Read every episode of `datasets`, which together are one.
+    """Read every episode of a recording.
 
     Args:
-        mask: (A,) which dimensions are scaled. Default: all but those that `absolute` names, where it does, or but a
-            gripper in [0, 1]; dimensions that never change are scaled in any case.
+        mask: (A,) which dimensions are scaled. Default: all but those that the layout of a standardized dataset names,
+            or but grippers in [0, 1]; dimensions that never change are scaled in any case.
         given: Statistics to normalize with instead of the dataset's own.
-        droid: Whether the frame filter of DROID applies.
     """
-    labeled: list[bool] = []
+    datasets, droid = recording.everything, recording.standardize == "droid"
+    labeled: list[np.ndarray] = []
+    longest = ""
 
     def noted(episodes: Iterable[Episode]) -> Iterator[Episode]:
+        nonlocal longest
         for episode in episodes:
-            labeled.append(bool(keep_labeled(episode).any()))
+            labeled.append(keep_labeled(episode))
+            texts = episode.step_instructions or (episode.instruction,)
+            longest = max(longest, *texts, key=lambda text: len(text.encode(errors="replace")))
             yield episode
 
     try:
@@ -73,10 +81,17 @@ def take_survey(
         if not labeled and taken:
             raise ValueError(f"{datasets[0].name}: no step is left after the filters {sorted(taken)}.") from error
         raise
-    if mask is None and absolute is not None:
+    if mask is None and recording.absolute is not None:
         low, high = (bound([bound(part, axis=0) for part in actions], axis=0) for bound in (np.min, np.max))
-        mask = [not kept or bool(low[dim] == high[dim]) for dim, kept in enumerate(absolute)]
-    statistics = compute_statistics(actions, states, mask)
+        mask = [not kept or bool(low[dim] == high[dim]) for dim, kept in enumerate(recording.absolute)]
+    statistics = compute_statistics(
+        actions,
+        states,
+        mask,
+        grippers=recording.gripper_dims,
+        names=recording.action_names,
+        published=recording.standardize is not None,
+    )
     units, dims = given or statistics, actions[0].shape[1]
     if len(units["action"]["q01"]) != dims:
         known = len(units["action"]["q01"])
@@ -87,17 +102,27 @@ def take_survey(
         for name, counts in dataset.removed.items():
             before = removed.get(name, {})
             removed[name] = {what: before.get(what, 0) + counts[what] for what in ("steps", "episodes")}
+    moving = [droid_moves_raw(part) if droid else np.ones(len(part), dtype=bool) for part in actions]
     return Survey(
         statistics=statistics,
         removed=removed,
         steps=[len(part) for part in actions],
-        labeled=labeled,
+        labeled=[int(words.sum()) for words in labeled],
         largest_action=[largest_normalized(part, units["action"]) for part in actions],
         largest_proprio=[largest_normalized(part, proprio) for part in states or ()]
         if proprio
         else [0.0] * len(actions),
-        moving=[int(droid_moves_raw(part).sum()) if droid else len(part) for part in actions],
+        moving=[int(moves.sum()) for moves in moving],
+        moving_labeled=[int((moves & words).sum()) for moves, words in zip(moving, labeled)],
+        action=_shares(actions, units["action"]),
+        proprio=_shares(states, proprio) if states and proprio else {},
+        longest_instruction=longest,
     )
+
+
+def _shares(values: Sequence[np.ndarray], stats: Mapping[str, Any]) -> dict[str, list[float]]:
+    mask = stats.get("mask") or [True] * len(stats["q01"])
+    return shares(np.concatenate(values), stats["q01"], stats["q99"], mask)
 
 
 def proprio_statistics(statistics: Mapping[str, Any], state: np.ndarray | None) -> Mapping[str, Any] | None:
@@ -131,7 +156,7 @@ def cache_folder() -> Path:
 
 def content_key(datasets: Sequence[EpisodeDataset], options: Mapping[str, Any]) -> str | None:
     """Digest of the files that decide actions, states and instructions, and of `options`; None where the files are
-    not known or cannot be read. Digests of single files are kept, and hold while size and time stamp stay."""
+    not known or cannot be read. Digests of single files are kept, and hold while size and time stamps stay."""
     files: dict[str, tuple[Path, EpisodeDataset]] = {}
     for dataset in datasets:
         found = dataset.content_files()
@@ -145,7 +170,8 @@ def content_key(datasets: Sequence[EpisodeDataset], options: Mapping[str, Any]) 
     try:
         for name, (path, dataset) in sorted(files.items()):
             status = path.stat()
-            stamp = [status.st_size, status.st_mtime_ns, VERSION]
+            # ctime and inode differ where a file was replaced by another of the same size and time stamp
+            stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, VERSION]
             remembered = known.get(name)
             if isinstance(remembered, list) and remembered[:-1] == stamp:
                 digests[name] = remembered[-1]
@@ -179,18 +205,21 @@ def _read(path: Path) -> dict[str, Any] | None:
     """The content of a file that `_write` wrote and nothing changed since."""
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        return stored["content"] if stored["digest"] == _digest(stored["content"]) else None
-    except (OSError, ValueError, KeyError, TypeError):
+        return stored["content"] if stored["digest"] == _digest([path.name, stored["content"]]) else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all, also beside other processes that write the same."""
+    """Whole or not at all, also beside other processes that write the same; what a killed one left is removed."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob("*.part"):
+            if time.time() - left.stat().st_mtime > ABANDONED:
+                left.unlink(missing_ok=True)
         with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=".part", delete=False) as file:
             try:
-                json.dump({"digest": _digest(content), "content": content}, file)
+                json.dump({"digest": _digest([path.name, content]), "content": content}, file)
                 file.close()
                 os.replace(file.name, path)
             except OSError:

@@ -1,6 +1,7 @@
 """What a policy acts in: one protocol for all simulators, and the names they go by."""
 
 import importlib
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -90,12 +91,16 @@ def make_environment(name: str, **options: Any) -> Environment:
     """The environment of that name; `options` are those of its class.
 
     Raises:
-        ValueError: If there is no such environment, or its simulator is not installed.
+        ValueError: If there is no such environment, it lacks one of the options, or its simulator is not installed.
     """
     check_choice("environment", name, ENVIRONMENTS)
     module, cls, package, implied = ENVIRONMENTS[name]
     try:
-        return getattr(importlib.import_module(f".{module}", __package__), cls)(**implied, **options)
+        make = getattr(importlib.import_module(f".{module}", __package__), cls)
+        known = [option for option in inspect.signature(make).parameters if option not in implied]
+        for option in options:
+            check_choice(f"option of {name}", option, known)
+        return make(**implied, **options)
     except ModuleNotFoundError as error:
         raise ValueError(
             f"The environment '{name}' needs {error.name}, which is not installed: pip install '{package}'."

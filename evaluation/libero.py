@@ -37,6 +37,9 @@ ASSETS = (
 ASSETS_VARIABLE = "LIBERO_ASSETS"
 
 
+CAMERAS = ("agentview", "robot0_eye_in_hand")  # those of the published data; every scene has them
+
+
 class Libero:
     """One suite of ten tasks. Episode k begins at initial state k, of which each task has 50: a seed counts modulo 50,
     and the evaluation's seeds begin at 0 there.
@@ -48,11 +51,12 @@ class Libero:
         suite: libero_spatial, libero_object, libero_goal or libero_10 (the long one).
         assets: Folder of the meshes. Default: the environment variable LIBERO_ASSETS, else that of the package.
         size: Width and height of the images; the published 256.
+        camera: What `image` shows: agentview, as published, or robot0_eye_in_hand (on the gripper).
         wrist: Add the camera on the gripper.
         render: False leaves images out.
 
     Raises:
-        ValueError: If the suite is unknown.
+        ValueError: If the suite or the camera is unknown.
         ModuleNotFoundError: If hf-libero is not installed.
         FileNotFoundError: At the first reset, if meshes or OpenGL are missing; says which.
     """
@@ -67,14 +71,18 @@ class Libero:
         suite: str,
         assets: str | os.PathLike | None = None,
         size: int = 256,
+        camera: str = "agentview",
         wrist: bool = False,
         render: bool = True,
     ):
         check_choice("suite", suite, SUITES)
+        check_choice("camera", camera, CAMERAS)
+        if size < 1:
+            raise ValueError(f"size={size}: expected at least 1.")
         self.package = find_package()
         self.suite, self.size, self.render = suite, size, render
         self.assets = Path(assets or os.environ.get(ASSETS_VARIABLE) or self.package / "assets")
-        self.cameras = {"image": "agentview"} | ({"wrist_image": "robot0_eye_in_hand"} if wrist else {})
+        self.cameras = {"image": camera} | ({"wrist_image": "robot0_eye_in_hand"} if wrist else {})
         files = sorted((self.package / "bddl_files" / suite).glob("*.bddl"))
         self._instructions = {file.stem: instruction_of(file.stem) for file in files}
         self.tasks = tuple(self._instructions)

@@ -51,7 +51,7 @@ class RecordOptions:
     def __post_init__(self) -> None:
         lowest = {"episodes": 1, "size": 1, "noise": 0, "seed": 0, "after_success": 0, "workers": 1}
         for name, least in lowest.items():
-            if getattr(self, name) < least:
+            if not least <= getattr(self, name) < float("inf"):  # NaN neither
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least {least}.")
         if self.seed + self.episodes > MOST_EPISODES:
             raise ValueError(

@@ -446,8 +446,11 @@ def test_episodes_with_some_instructions_stay():
                 "", episode.actions, episode.images, None, "made", index, step_instructions=("", "go", "go", "")
             )
 
-    frames = frames_of(open_source(Changing(moves(1))))
-    assert [frame.instruction for frame in frames] == ["", "go", "go", ""]
+    source = open_source(Changing(moves(1)))
+    assert [frame.instruction for frame in frames_of(source)] == ["go", "go"]
+    assert source.removed == {"unlabeled": {"steps": 2, "episodes": 0}} and source.num_frames == 2
+    kept = open_source(Changing(moves(1)), keep_unlabeled=True)
+    assert [frame.instruction for frame in frames_of(kept)] == ["", "go", "go", ""] and kept.num_frames == 4
 
 
 def test_nothing_labeled_is_an_error():
@@ -662,7 +665,7 @@ def test_given_statistics(tmp_path):
     for form, error, message in (
         (tmp_path / "missing.json", FileNotFoundError, "missing.json"),
         ({"maid": given}, KeyError, "of maid, not of 'made'. Did you mean 'maid'"),
-        ({"made": {"action": {"q01": [0.0]}}}, ValueError, "lack action/q01 or action/q99"),
+        ({"made": {"action": {"q01": [0.0]}}}, ValueError, "q99 missing"),
         (
             {"made": {"action": {"q01": [0.0], "q99": [1.0]}}},
             ValueError,

@@ -9,52 +9,13 @@ import timm
 
 from ..action_text import action_names
 from ..configuration_openvla import OpenVLAConfig
-from ..data import EpisodeDataset
-from ..data.sources import Source
+from ..data.checks import check_data
 from ..processing_openvla import OpenVLAProcessor
 
 
 GOOD_L1 = 0.01  # normalized; half a bin is 0.004
-LOOKED_AT = 50  # episodes whose gripper is looked at
 
-
-def check_data(source: Source) -> list[str]:
-    """What looks wrong with the actions and words of a dataset."""
-    action, name = source.statistics["action"], source.name
-    names = action_names(len(action["min"]))
-    found = []
-    still = [label for label, low, high in zip(names, action["min"], action["max"]) if low == high]
-    if still:
-        found.append(
-            f"{name}: {', '.join(still)} never change{'s' if len(still) == 1 else ''}; the model will always give the "
-            "one value it has seen."
-        )
-    low, high = action["min"][-1], action["max"][-1]
-    if len(names) == 7 and low != high and (low < -0.01 or high > 1.01 or high < 0.5):
-        found.append(
-            f"{name}: the gripper lies in {low:.3g} to {high:.3g}, OpenVLA's convention is 1 open, 0 closed: say what "
-            "the recording means with --gripper."
-        )
-    elif len(names) == 7 and low != high and begins_closed(source.dataset, (low + high) / 2):
-        found.append(
-            f"{name}: the gripper is near {low:.3g} (closed) when episodes begin, and arms mostly begin open: is the "
-            "convention inverted? OpenVLA's is 1 open, 0 closed; --gripper open-is-0 inverts."
-        )
-    wide = [
-        f"{label} ({max(abs(least), abs(most)) / max(abs(q01), abs(q99), 1e-9):.0f} times q01 or q99)"
-        for label, least, most, q01, q99 in zip(names, action["min"], action["max"], action["q01"], action["q99"])
-        if max(abs(least), abs(most)) > 20 * max(abs(q01), abs(q99), 1e-6)
-    ]
-    if wide:
-        found.append(f"{name}: outliers in {', '.join(wide)}; they are clipped in training. Are they real?")
-    return found
-
-
-def begins_closed(dataset: EpisodeDataset, middle: float) -> bool:
-    """Whether the gripper is below `middle` in the first tenth of four episodes in five."""
-    picked = np.unique(np.linspace(0, len(dataset) - 1, LOOKED_AT).astype(int))
-    starts = [float(np.median(episode.actions[: max(1, len(episode) // 10), -1])) for episode in dataset.read(picked)]
-    return bool(np.mean(np.asarray(starts) < middle) > 0.8)
+__all__ = ["check_data", "check_images", "check_result", "check_statistics"]
 
 
 def check_statistics(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -28,14 +28,14 @@ class FinetuneOptions:
     batch_size: int = option(16, "Samples of one update on one device.")
     gradient_accumulation: int = option(1, "Batches of one update.")
     # Learning
-    learning_rate: float | None = option(None, "Default: 5e-4 for lora and qlora, else 2e-5.")
+    learning_rate: float | None = option(None, "Default: 5e-4 for lora and qlora, else 2e-5; 0: nothing learns.")
     schedule: Literal["constant", "linear", "cosine"] = option("constant", "Of the learning rate after the warmup.")
     warmup_steps: int = option(0, "Steps in which the learning rate rises from 0.")
     weight_decay: float = option(0.0, "Of the optimizer.")
     optimizer: Literal["adamw", "muon"] = option(
         "adamw", "muon: for training from scratch; matrices are orthogonalized updates, the rest is AdamW's."
     )
-    max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.")
+    max_grad_norm: float = option(1.0, "Gradients are clipped to this norm; 0: they are not.")
     rank: int = option(32, "Inner dimension of an adapter (lora, qlora).")
     alpha: int | None = option(None, "Scale of an adapter is alpha / rank. Default: min(rank, 16).")
     dropout: float = option(0.0, "On the input of an adapter (lora, qlora).")
@@ -52,10 +52,23 @@ class FinetuneOptions:
         "open-is-1",
         "What the recorded gripper means (LIBERO's HDF5: open-is-minus-1); the model's convention is 1 open.",
     )
+    gripper_dims: str | None = option(
+        None,
+        "Dimensions that are grippers, counted from 0: 6, or 6,13 of two arms, or none. Default: those with such a "
+        "name, else the last where it looks like one.",
+    )
+    mask: str | None = option(
+        None,
+        "Which dimensions of an action are scaled by q01 and q99, 1 or 0 for each: 1,1,1,1,1,1,0. Default: all but "
+        "grippers in [0, 1].",
+    )
     standardize: str = option(
         "auto", "auto: RLDS datasets of Open-X, Bridge, DROID and LIBERO by their names; none; or such a name."
     )
     statistics: str | None = option(None, "A dataset_statistics.json to use instead of the data's own.")
+    keep_unlabeled: bool = option(
+        False, "Train also on steps without an instruction, with an empty one; else they are left out."
+    )
     filters: str = option("", "Steps to leave out, joined by commas: no-ops, zero-actions.")
     on_error: Literal["raise", "skip"] = option("raise", "What to do with a damaged record; skip warns and counts.")
     image_aug: bool = option(True, "Random crop and colors.")
@@ -83,10 +96,14 @@ class FinetuneOptions:
     def __post_init__(self) -> None:
         """Raises ValueError for numbers that make no run, and for a log that nothing here can write."""
         limits = {"steps": 1, "batch_size": 1, "gradient_accumulation": 1, "save_every": 1, "keep": 1, "log_every": 1}
-        limits |= {"warmup_steps": 0, "shuffle_buffer": 0, "workers": 0, "eval_samples": 0, "rank": 1}
+        limits |= {"warmup_steps": 0, "shuffle_buffer": 0, "workers": 0, "eval_samples": 0, "rank": 1, "seed": 0}
+        limits |= {"learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "alpha": 1, "eval_every": 0}
         for name, least in limits.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)}: it must be at least {least}.")
+            value = getattr(self, name)
+            if value is not None and not least <= value < float("inf"):  # NaN neither
+                raise ValueError(f"{name}={value}: it must be at least {least}, and finite.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout}: expected a part of the inputs, from 0 to below 1.")
         if not 0 <= self.held_out < 1:
             raise ValueError(f"held_out={self.held_out}: expected a part of the episodes, from 0 to below 1.")
         if self.optimizer == "muon" and self.fsdp:

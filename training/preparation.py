@@ -1,6 +1,7 @@
 """What is known of a run before any weights are read: its data, its length, what it will learn, what it will take."""
 
 import math
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,6 +14,7 @@ from ..configuration_openvla import OpenVLAConfig
 from ..data import Episode
 from ..data.collate import ActionCollator
 from ..data.mixture import mixture_probabilities
+from ..data.samples import main_camera
 from ..data.sources import Source, open_sources
 from ..processing_openvla import OpenVLAProcessor
 from .checks import check_data, check_images, check_statistics
@@ -27,7 +29,9 @@ FULL_LEARNING_RATE = 2e-5
 
 def learning_rate(options: FinetuneOptions) -> float:
     """The one asked for, or that of the paper for the strategy."""
-    return options.learning_rate or LEARNING_RATES.get(options.strategy, FULL_LEARNING_RATE)
+    if options.learning_rate is not None:
+        return options.learning_rate
+    return LEARNING_RATES.get(options.strategy, FULL_LEARNING_RATE)
 
 
 @dataclass
@@ -89,7 +93,8 @@ def prepare(options: FinetuneOptions, processes: int = 1, data: Any = None) -> R
         data: Demonstrations as a Python object (see `data.PythonDataset`) instead of `options.dataset`.
 
     Raises:
-        ValueError: If there is nothing to train on, or the datasets do not fit together.
+        ValueError: If there is nothing to train on, the datasets do not fit together, one of a few episodes of each
+            dataset has no image that can be decoded, or a prompt exceeds the model's context.
         FileNotFoundError: If the model or a dataset is not there.
     """
     config = OpenVLAConfig.from_pretrained(options.model)
@@ -106,12 +111,55 @@ def prepare(options: FinetuneOptions, processes: int = 1, data: Any = None) -> R
         gripper=options.gripper,
         standardize=options.standardize,
         statistics=options.statistics,
+        mask=options.mask,
+        gripper_dims=options.gripper_dims,
+        keep_unlabeled=options.keep_unlabeled,
         on_error=options.on_error,
         progress=True,
     )
     run = Run(options, sources, config, processor, processes)
     check_same_action_dim(run.statistics, list(run.statistics))
+    for source in sources:
+        check_samples(source)
+    check_context(run)
     return run
+
+
+def check_samples(source: Source, episodes: int = 8) -> None:
+    """Decode one image of a few episodes of both splits, spread evenly, so that a run does not stop for it later.
+
+    Raises:
+        ValueError: If an episode has no image of the camera, or one that cannot be decoded.
+    """
+    for dataset in filter(None, (source.dataset, source.held_out)):
+        picked = np.unique(np.linspace(0, len(dataset) - 1, episodes).astype(int))
+        for episode in dataset.read(picked):
+            frame = next(source.frames(episode), None)
+            if frame is not None:
+                frame.images[main_camera(frame)][0]
+
+
+def check_context(run: Run) -> None:
+    """Raise a `ValueError` if the longest prompt, its images and its answer do not fit into the model's context."""
+    limit = getattr(run.config.text_config, "max_position_embeddings", None)
+    collator = ActionCollator(run.processor)
+    for source in run.sources:
+        still = np.zeros(source.action_dim)
+        longest = source.survey.longest_instruction
+        tokens = len(collator.tokens(longest, still)[0]) + num_patches(run.config)
+        if limit is not None and tokens > limit:
+            raise ValueError(
+                f"{source.name}: its longest instruction makes a sequence of {tokens} tokens, the model reads {limit}: "
+                f"shorten it ('{longest[:60]}...')."
+            )
+
+
+def num_patches(config: OpenVLAConfig) -> int:
+    """Image patches of a sample, from the name of the first tower (`..._patch14_...`); 0 where it does not say."""
+    given = (config.timm_model_kwargs or [{}])[0].get("patch_size")
+    named = re.search(r"_patch(\d+)", config.timm_model_ids[0])
+    size = given or (int(named[1]) if named else 0)
+    return (config.image_sizes[0] // size) ** 2 if size else 0
 
 
 def plan_run(options: FinetuneOptions, processes: int = 1) -> str:
@@ -142,9 +190,10 @@ def text_tokens(run: Run, episodes: int = 8) -> int:
     for source in run.sources:
         dataset = source.everything[0]  # without images
         picked = np.unique(np.linspace(0, len(dataset) - 1, episodes).astype(int))
-        still = np.zeros(len(source.statistics["action"]["q01"]))
+        still = np.zeros(source.action_dim)
         for episode in dataset.read(picked):
-            longest = max(longest, len(collator.tokens(episode.instruction, still)[0]))
+            for text in set(episode.step_instructions or [episode.instruction]):
+                longest = max(longest, len(collator.tokens(text, still)[0]))
     return longest or TEXT_TOKENS
 
 

@@ -1,0 +1,153 @@
+"""Warnings about the actions of a dataset, where quality is usually lost."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .dataset import EpisodeDataset
+from .dimensions import RARE
+
+
+if TYPE_CHECKING:
+    from .source import Source
+
+
+LOOKED_AT = 50  # episodes whose gripper is looked at
+CLIPPED = 0.1  # share of the steps; the data's own quantiles clip 0.02
+NARROW = 0.05  # part of the range of the statistics that the data takes at least
+GRIPPER_DIMS = "--gripper-dims"
+
+
+def check_data(source: "Source") -> list[str]:
+    """What looks wrong with the actions of a dataset."""
+    action, name, names = source.statistics["action"], source.name, source.names
+    own = source.survey.statistics["action"]
+    found = []
+    still = [label for label, low, high in zip(names, own["min"], own["max"]) if low == high]
+    if still:
+        found.append(
+            f"{name}: {', '.join(still)} never change{'s' if len(still) == 1 else ''}; the model will always give the "
+            "one value it has seen."
+        )
+    found += check_rare(source) + check_grippers(source) + check_clipped(source)
+    wide = [
+        f"{label} ({max(abs(least), abs(most)) / max(abs(q01), abs(q99), 1e-9):.0f} times q01 or q99)"
+        for label, least, most, q01, q99 in zip(names, own["min"], own["max"], action["q01"], action["q99"])
+        if max(abs(least), abs(most)) > 20 * max(abs(q01), abs(q99), 1e-6) and q01 < q99
+    ]
+    if wide:
+        found.append(f"{name}: outliers in {', '.join(wide)}; they are clipped in training. Are they real?")
+    return found
+
+
+def check_rare(source: "Source") -> list[str]:
+    """Dimensions that nearly always have one value, with what becomes of the others."""
+    action, own = source.statistics["action"], source.survey.statistics["action"]
+    mask = action.get("mask") or [True] * source.action_dim
+    kept, lost = [], []
+    for dim, name in enumerate(source.names):
+        low, high, share = own["min"][dim], own["max"][dim], source.survey.action["changed"][dim]
+        if low == high or share > 2 * RARE:
+            continue
+        text = f"{name} ({share:.2%} of the steps, {low:.3g} to {high:.3g})"
+        if mask[dim] and action["q01"][dim] == action["q99"][dim]:
+            lost.append(text)
+        elif not mask[dim] or (action["q01"][dim] <= low and high <= action["q99"][dim]):
+            kept.append(text)
+    found = []
+    if kept:
+        found.append(
+            f"{source.name}: hardly ever changes: {', '.join(kept)}. The rare values are kept, but there is little to "
+            "learn them from: is the recording complete?"
+        )
+    if lost:
+        way_out = "--standardize none scales by" if source.standardize else "leave --statistics out to scale by"
+        found.append(
+            f"{source.name}: hardly ever changes: {', '.join(lost)}. q01 equals q99 there, so the model will always "
+            f"give that one value; {way_out} the range of the data."
+        )
+    return found
+
+
+def sure_grippers(source: "Source") -> list[int]:
+    """Dimensions that are grippers: called so, the last of seven, or mostly in one of two states."""
+    named = any("grip" in name.lower() for name in source.recorded_names or ())
+    certain = source.gripper_dims is not None or named or source.action_dim == 7
+    return [dim for dim in source.grippers if certain or source.survey.action["at_ends"][dim] >= 0.5]
+
+
+def odd_grippers(source: "Source") -> list[tuple[int, float, float]]:
+    """(dimension, min, max) of grippers whose values are not those of OpenVLA: 1 open, 0 closed."""
+    own = source.survey.statistics["action"]
+    ranges = [(dim, own["min"][dim], own["max"][dim]) for dim in sure_grippers(source)]
+    return [(dim, low, high) for dim, low, high in ranges if low != high and (low < -0.01 or high > 1.01 or high < 0.5)]
+
+
+def check_grippers(source: "Source") -> list[str]:
+    """Grippers of another range than OpenVLA's, or that begin closed."""
+    own, found = source.survey.statistics["action"], []
+    odd = odd_grippers(source)
+    for dim, low, high in odd:
+        if low < -0.01 and high <= 1.5:
+            advice = "say what the recording means with --gripper"
+        else:
+            advice = "it is scaled like the other dimensions, and the model will give it as recorded"
+        found.append(
+            f"{source.name}: {_gripper(source, dim)} lies in {low:.3g} to {high:.3g}, OpenVLA's convention is 1 open, "
+            f"0 closed: {advice}. If it is no gripper: {GRIPPER_DIMS} none."
+        )
+    rest = [dim for dim in sure_grippers(source) if dim not in {dim for dim, _, _ in odd}]
+    for dim in rest:
+        low, high = own["min"][dim], own["max"][dim]
+        if low != high and begins_closed(source.dataset, (low + high) / 2, dim):
+            found.append(
+                f"{source.name}: {_gripper(source, dim)} is near {low:.3g} (closed) when episodes begin, and arms "
+                "mostly begin open: is the convention inverted? OpenVLA's is 1 open, 0 closed; --gripper open-is-0 "
+                f"inverts. If it is no gripper: {GRIPPER_DIMS} none."
+            )
+    return found
+
+
+def _gripper(source: "Source", dim: int) -> str:
+    return "the gripper" if source.names[dim] == "gripper" else f"the gripper ({source.names[dim]})"
+
+
+def begins_closed(dataset: EpisodeDataset, middle: float, dim: int = -1) -> bool:
+    """Whether the gripper is below `middle` in the first tenth of four episodes in five."""
+    picked = np.unique(np.linspace(0, len(dataset) - 1, LOOKED_AT).astype(int))
+    starts = [float(np.median(episode.actions[: max(1, len(episode) // 10), dim])) for episode in dataset.read(picked)]
+    return bool(starts and np.mean(np.asarray(starts) < middle) > 0.8)
+
+
+def check_clipped(source: "Source") -> list[str]:
+    """Statistics, given or of a standardization, that are not those of the data: values beyond them in more than a
+    tenth of the steps, or within a small part of them."""
+    found = []
+    for part, names in (("action", source.names), ("proprio", source.state_names)):
+        stats, own = source.statistics.get(part), source.survey.statistics[part]
+        clipped = getattr(source.survey, part).get("clipped", [])
+        names = names if names and len(names) == len(clipped) else [f"state[{dim}]" for dim in range(len(clipped))]
+        far = [f"{name} ({share:.0%} of the steps)" for name, share in zip(names, clipped) if share > CLIPPED]
+        if far:
+            found.append(
+                f"{source.name}: the {part} statistics do not fit the data: {', '.join(far)} beyond what they cover, "
+                "and clipped. Are they of another dataset, controller or unit?"
+            )
+        elif clipped and stats and stats["q01"] != own["q01"]:
+            narrow = [name for name, used in zip(names, _used(stats, own)) if used < NARROW]
+            if narrow:
+                found.append(
+                    f"{source.name}: the data takes less than {NARROW:.0%} of the range of the {part} statistics in "
+                    f"{', '.join(narrow)}: few values can be told apart. Are they of another dataset or unit?"
+                )
+    return found
+
+
+def _used(stats: dict[str, Sequence[float]], own: dict[str, Sequence[float]]) -> list[float]:
+    """What part of [q01, q99] the data takes; 1 where nothing is scaled or nothing moves."""
+    mask = stats.get("mask") or [True] * len(stats["q01"])
+    return [
+        (high - low) / (q99 - q01) if scaled and q99 > q01 and high > low else 1.0
+        for q01, q99, low, high, scaled in zip(stats["q01"], stats["q99"], own["min"], own["max"], mask)
+    ]
