@@ -1,12 +1,33 @@
 """Fields of dataclasses that the command line shows: a default and a help text, written once."""
 
-from dataclasses import field
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import field, fields
+from numbers import Real
+from typing import Any, Literal, get_args, get_origin
 
 
 def option(default: Any, text: str) -> Any:
     """A field with its help text."""
     return field(default=default, metadata={"help": text})
+
+
+def check_options(options: Any, least: Mapping[str, float]) -> None:
+    """Raise a `ValueError` for a value of a dataclass that none of its choices is, or no number where one is expected.
+
+    Args:
+        least: Smallest value of numbers, by field; NaN and infinity are refused as well.
+    """
+    for item in fields(options):
+        value = getattr(options, item.name)
+        if get_origin(item.type) is Literal and value not in get_args(item.type):
+            raise ValueError(f"{item.name}={value!r} is unknown. Known: {', '.join(get_args(item.type))}.")
+        if item.name not in least or value is None and type(None) in get_args(item.type):
+            continue
+        whole = item.type is int or int in get_args(item.type)
+        number = isinstance(value, Real) and not isinstance(value, bool) and (not whole or float(value).is_integer())
+        if not number or not least[item.name] <= value < float("inf"):
+            kind = "a whole number" if whole else "a number"
+            raise ValueError(f"{item.name}={value!r}: it must be {kind} of at least {least[item.name]}.")
 
 
 def required(text: str) -> Any:

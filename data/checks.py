@@ -97,10 +97,16 @@ def check_grippers(source: "Source") -> list[str]:
             f"{source.name}: {_gripper(source, dim)} lies in {low:.3g} to {high:.3g}, OpenVLA's convention is 1 open, "
             f"0 closed: {advice}. If it is no gripper: {GRIPPER_DIMS} none."
         )
-    rest = [dim for dim in sure_grippers(source) if dim not in {dim for dim, _, _ in odd}]
-    for dim in rest:
+    mask = source.statistics["action"].get("mask") or [True] * source.action_dim
+    sure, known = sure_grippers(source), source.gripper_dims is not None or source.standardize is not None
+    for dim in set(source.grippers) - {dim for dim, _, _ in odd}:
         low, high = own["min"][dim], own["max"][dim]
-        if low != high and begins_closed(source.dataset, (low + high) / 2, dim):
+        if low != high and mask[dim] and not known:
+            found.append(
+                f"{source.name}: {source.names[dim]} ({low:.3g} to {high:.3g}) is scaled like the other dimensions, as "
+                f"it does not look like a gripper of 1 open, 0 closed. Is it one? {GRIPPER_DIMS} {dim}, or none."
+            )
+        elif low != high and dim in sure and begins_closed(source.dataset, (low + high) / 2, dim):
             found.append(
                 f"{source.name}: {_gripper(source, dim)} is near {low:.3g} (closed) when episodes begin, and arms "
                 "mostly begin open: is the convention inverted? OpenVLA's is 1 open, 0 closed; --gripper open-is-0 "
@@ -127,6 +133,10 @@ def check_clipped(source: "Source") -> list[str]:
     for part, names in (("action", source.names), ("proprio", source.state_names)):
         stats, own = source.statistics.get(part), source.survey.statistics[part]
         clipped = getattr(source.survey, part).get("clipped", [])
+        others = bool(stats) and (stats["q01"], stats["q99"]) != (own["q01"], own["q99"])
+        if not others:  # its own quantiles are exceeded by a few steps, many of a short dataset
+            mask = (stats or {}).get("mask") or [True] * len(clipped)
+            clipped = [0.0 if scaled else share for scaled, share in zip(mask, clipped)]
         names = names if names and len(names) == len(clipped) else [f"state[{dim}]" for dim in range(len(clipped))]
         far = [f"{name} ({share:.0%} of the steps)" for name, share in zip(names, clipped) if share > CLIPPED]
         if far:
@@ -134,7 +144,7 @@ def check_clipped(source: "Source") -> list[str]:
                 f"{source.name}: the {part} statistics do not fit the data: {', '.join(far)} beyond what they cover, "
                 "and clipped. Are they of another dataset, controller or unit?"
             )
-        elif clipped and stats and stats["q01"] != own["q01"]:
+        elif clipped and others:
             narrow = [name for name, used in zip(names, _used(stats, own)) if used < NARROW]
             if narrow:
                 found.append(

@@ -31,7 +31,8 @@ class Field:
             known = list(value) if isinstance(value, Mapping) else []
             if key not in known:
                 where = "/".join(self.path[:depth]) or "the trajectory"
-                raise KeyError(f"'{key}' is missing in {where}.{closest(key, known)} Present: {', '.join(known)}.")
+                there = f"Present: {', '.join(known)}." if isinstance(value, Mapping) else "It is an array."
+                raise KeyError(f"'{key}' is missing in {where}.{closest(key, known)} {there}")
             value = value[key]
         if self.columns is not None:
             value = as_columns(value)[..., self.columns]

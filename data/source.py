@@ -107,7 +107,11 @@ class Source:
         )
         if self.standardize:
             head += f"; standardized as '{self.standardize}' (--standardize none reads as recorded)"
-        return "\n  ".join([head, *removal_report(self.removed).splitlines()])
+        lines = removal_report(self.removed).splitlines()
+        unlabeled = self.num_transitions - sum(self.survey.labeled)
+        if unlabeled and self.keep_unlabeled:
+            lines.append(f"without an instruction: {unlabeled} steps, kept with an empty one")
+        return "\n  ".join([head, *lines])
 
     def actions(self) -> np.ndarray:
         """(num_transitions, A) of all splits, in units of the dataset: read again, images left alone."""

@@ -8,6 +8,7 @@ import inspect
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +79,13 @@ def open_source(
         ValueError: If options do not fit the data, or nothing is left to train on.
         KeyError: If `statistics` or `standardize` lack the name.
     """
+    _check_kinds(bool, keep_unlabeled=keep_unlabeled, cache=cache, progress=progress)
+    _check_kinds(str, format=format, split=split, camera=camera, name=name, gripper=gripper, standardize=standardize)
+    _check_kinds(Real, held_out=held_out, max_action=max_action, max_proprio=max_proprio)
     for option, value in (("max_action", max_action), ("max_proprio", max_proprio)):
         if value is not None and not value > 0:
-            raise ValueError(
-                f"{option}={value}: expected a magnitude above 0, of a value that is normalized to [-1, 1]."
-            )
-    check_weight(weight, f"weight={weight!r}")
+            raise ValueError(f"{option}={value}: expected a number above 0; values are normalized to [-1, 1].")
+    weight = check_weight(weight, f"weight={weight!r}")
     check_choice("on_error", on_error, ("raise", "skip"))
     scaled = parse_mask(mask)
     recording = open_recording(
@@ -139,9 +141,19 @@ def open_source(
     return source
 
 
+def _check_kinds(kind: type, **options: Any) -> None:
+    """Raise a `ValueError` for an option of another kind, as a YAML file may hold it."""
+    expected = {bool: "true or false", str: "text", Real: "a number"}[kind]
+    for option, value in options.items():
+        if value is not None and (not isinstance(value, kind) or (kind is not bool and isinstance(value, bool))):
+            raise ValueError(f"{option}={value!r}: expected {expected}.")
+
+
 def _filter_names(filters: str | Sequence[str] | None) -> list[str]:
     """Each once, in their order."""
     parts = filters.split(",") if isinstance(filters, str) else filters or ()
+    if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
+        raise ValueError(f"filters={filters!r}: expected names joined by commas, or a list of them.")
     return list(dict.fromkeys(part.strip() for part in parts if part.strip()))
 
 

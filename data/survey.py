@@ -4,6 +4,7 @@ The result is stored by content: under a digest of the files that matter and of 
 copy of the dataset elsewhere finds it, a dataset with one other action does not.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -215,8 +216,9 @@ def _write(path: Path, content: dict[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for left in path.parent.glob("*.part"):
-            if time.time() - left.stat().st_mtime > ABANDONED:
-                left.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # another process finished or removed it meanwhile
+                if time.time() - left.stat().st_mtime > ABANDONED:
+                    left.unlink()
         with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=".part", delete=False) as file:
             try:
                 json.dump({"digest": _digest([path.name, content]), "content": content}, file)

@@ -77,12 +77,18 @@ def evaluate(
     check_choice("control", control, ("blocking", "realtime"))
     if episodes < 1 or videos < 0:
         raise ValueError(f"episodes={episodes}, videos={videos}: expected at least one episode, and 0 videos or more.")
+    for option, value, least in (("max_steps", max_steps, 1), ("workers", workers, 1), ("latency", latency, 0)):
+        if value is not None and not least <= value < float("inf"):
+            raise ValueError(f"{option}={value}: expected at least {least}.")
+    if hz is not None and not 0 < hz < float("inf"):
+        raise ValueError(f"hz={hz}: the world needs a rate above 0.")
     make = partial(make_environment, env, **options)
     here = make_environment(env, **{**options, "render": False})
     chosen = choose_tasks(here, tasks)
     variations = choose_variations(here, chosen, variations)
     varied = [(variation, task) for variation in variations for task in tasks_with(here, chosen, variation)]
-    max_steps, hz = max_steps or here.max_steps, here.frequency if hz is None else hz
+    max_steps = here.max_steps if max_steps is None else max_steps
+    hz = here.frequency if hz is None else hz
     here.close()
     actor: Policy | None = None
     if not isinstance(policy, str):
@@ -139,7 +145,7 @@ def evaluate(
         control=make_control,
         latency=latency if control == "realtime" else None,
         max_steps=max_steps,
-        workers=workers or min(8, os.cpu_count() or 1),
+        workers=min(8, os.cpu_count() or 1) if workers is None else workers,
         videos=videos,
         progress=progress,
     )

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..options import option, required
+from ..options import check_options, option, required
 
 
 if TYPE_CHECKING:
@@ -50,9 +50,7 @@ class RecordOptions:
 
     def __post_init__(self) -> None:
         lowest = {"episodes": 1, "size": 1, "noise": 0, "seed": 0, "after_success": 0, "workers": 1}
-        for name, least in lowest.items():
-            if not least <= getattr(self, name) < float("inf"):  # NaN neither
-                raise ValueError(f"{name}={getattr(self, name)}: expected at least {least}.")
+        check_options(self, lowest)
         if self.seed + self.episodes > MOST_EPISODES:
             raise ValueError(
                 f"seed={self.seed}, episodes={self.episodes}: episodes are numbered up to {MOST_EPISODES}."

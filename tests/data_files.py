@@ -67,6 +67,23 @@ def write_rlds(folder: Path, steps: dict[str, Any], episodes: Sequence[list], sh
     return folder
 
 
+def own_rlds(folder: Path, **observation) -> Path:
+    """Own recordings with a gripper of 1 = open, in a folder of any name."""
+    image = tfds.features.Image(shape=(8, 8, 3), encoding_format="jpeg")
+    state = tfds.features.Tensor(shape=(8,), dtype=np.float32)
+    steps = {
+        "observation": observation or {"image": image, "wrist_image": image, "state": state},
+        "action": tfds.features.Tensor(shape=(7,), dtype=np.float32),
+        "language_instruction": tfds.features.Text(),
+    }
+    one = {
+        "observation": {key: np.zeros(8, np.float32) if key == "state" else jpeg(1) for key in steps["observation"]},
+        "language_instruction": "open it",
+    }
+    episode = [{**one, "action": np.float32([0.1 * step] * 6 + [step < 3])} for step in range(6)]
+    return write_rlds(folder / "1.0.0", steps, [episode] * 3, shards=(3,))
+
+
 def _serialize(steps: dict[str, Any], episode: list) -> bytes:
     """tensorflow_datasets reads lists of texts within steps without TensorFlow, but writes them with it only: these
     (`hints` of an observation) are put into the finished record here, in its ragged form."""

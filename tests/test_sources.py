@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tensorflow_datasets as tfds
-from data_files import jpeg, write_rlds
+from data_files import jpeg, own_rlds, write_rlds
 from tiny import FIXTURES
 
 from openvla import ActionTokenizer, normalize_actions
@@ -268,6 +268,24 @@ def test_standardized_by_folder_or_recorded_name(tmp_path):
     assert named.statistics == standard.statistics
     (tmp_path / "mine").rename(tmp_path / "bridge_orig")
     assert open_source(tmp_path / "bridge_orig").name == "bridge_orig"
+
+
+def test_own_data_under_a_known_name(tmp_path):
+    """It is standardized, which inverts the gripper: reports and errors say so, and how to read as recorded."""
+    standard = open_source(own_rlds(tmp_path / "libero_spatial_no_noops"))
+    assert standard.dataset[0].actions[0, -1] == 0  # as LIBERO's
+    assert "standardized as 'libero_spatial_no_noops' (--standardize none reads" in standard.report().splitlines()[0]
+    plain = open_source(tmp_path / "libero_spatial_no_noops", standardize="none")
+    assert plain.dataset[0].actions[0, -1] == 1 and "standardized" not in plain.report()
+    way_out = "standardized as '{}'; standardize='none' .--standardize none. reads as recorded"
+    for name, message in (("viola", "'world_vector' is missing in action. It is an array"), ("bc_z", "is missing")):
+        with pytest.raises(KeyError, match=f"{way_out.format(name)}.*{message}"):
+            open_source(own_rlds(tmp_path / name))
+        assert open_source(tmp_path / name, standardize="none").num_episodes == 3
+    image = tfds.features.Image(shape=(8, 8, 3), encoding_format="jpeg")
+    other = own_rlds(tmp_path / "utokyo_xarm_pick_and_place_converted_externally_to_rlds", front=image)
+    with pytest.raises(KeyError, match="--standardize none"):  # the action fits, camera or states do not
+        frames_of(open_source(other))
 
 
 def test_standardization_errors():
@@ -632,6 +650,56 @@ def test_a_damaged_cache_is_written_anew(passes, cache):
         assert len(passes) == number + 2
     assert not list(cache.glob("*.part"))
     assert open_source(DEMOS / "hdf5").survey == good and len(passes) == 4
+
+
+def test_an_entry_of_something_else_is_not_used(tmp_path, passes, cache):
+    """One that was copied under another name, of another form, or of an older version."""
+    open_source(DEMOS / "hdf5")
+    (entry,) = cache.glob("survey-*.json")
+    stored = entry.read_text()
+    other = open_source(DEMOS / "hdf5", filters="no-ops").survey
+    (second,) = set(cache.glob("survey-*.json")) - {entry}
+    second.write_text(stored)
+    assert open_source(DEMOS / "hdf5", filters="no-ops").survey == other and len(passes) == 3
+    for damaged in ("[]", "null", '{"digest": 1}', "[" * 100_000, '{"digest": "x", "content": {}}'):
+        entry.write_text(damaged)
+        open_source(DEMOS / "hdf5")
+    assert len(passes) == 8
+
+
+def test_another_file_of_the_same_size_and_time(tmp_path, passes):
+    """As a copy that keeps time stamps makes it."""
+    import os
+
+    shutil.copytree(DEMOS / "hdf5", tmp_path / "set")
+    age(tmp_path / "set")
+    before = open_source(tmp_path / "set").statistics
+    (file,) = (tmp_path / "set").glob("*.hdf5")
+    size = file.stat().st_size
+    rewrite_hdf5(tmp_path / "set")
+    os.utime(file, (1e9, 1e9))
+    assert file.stat().st_size == size
+    assert open_source(tmp_path / "set").statistics != before and passes == [1, 1]
+
+
+def test_two_processes_write_one_cache(cache, tmp_path):
+    """Threads here: each entry is complete when it is read, nothing unfinished stays but of a writer at work."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from openvla.data.survey import load_survey, store_survey
+
+    survey = open_source(DEMOS / "hdf5").survey
+    (cache / "abandoned.part").write_text("x")
+    age(cache)
+    (cache / "at_work.part").write_text("x")
+
+    def work(number):
+        store_survey("shared", survey)
+        return load_survey("shared") == survey
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(200)))
+    assert [path.name for path in cache.glob("*.part")] == ["at_work.part"]
 
 
 def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch):

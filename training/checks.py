@@ -18,11 +18,14 @@ GOOD_L1 = 0.01  # normalized; half a bin is 0.004
 __all__ = ["check_data", "check_images", "check_result", "check_statistics"]
 
 
-def check_statistics(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def check_statistics(
+    name: str, before: Mapping[str, Any], now: Mapping[str, Any], names: Sequence[str] | None = None
+) -> list[str]:
     """Whether statistics that a model brings for a dataset are those of the data.
 
     Args:
         before, now: `"action"` entries. Both q01 and q99 may differ by a tenth of their distance.
+        names: Of the dimensions.
     """
     if len(before["q01"]) != len(now["q01"]):
         return [f"{name}: the model's statistics have {len(before['q01'])} dimensions, the data {len(now['q01'])}."]
@@ -31,7 +34,7 @@ def check_statistics(name: str, before: Mapping[str, Any], now: Mapping[str, Any
     moved = np.maximum(abs(np.asarray(before["q01"]) - low), abs(np.asarray(before["q99"]) - high)) > 0.1 * span
     if not moved.any():
         return []
-    names = [label for label, far in zip(action_names(len(low)), moved) if far]
+    names = [label for label, far in zip(names or action_names(len(low)), moved) if far]
     return [
         f"{name}: the statistics of the model and those of the data differ in {', '.join(names)}. The run uses the "
         "data's; if the model learned this dataset before, was it another version, controller or unit?"

@@ -4,7 +4,7 @@ import importlib.util
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from ..options import option, required
+from ..options import check_options, option, required
 
 
 class DivergedError(ValueError):
@@ -98,10 +98,7 @@ class FinetuneOptions:
         limits = {"steps": 1, "batch_size": 1, "gradient_accumulation": 1, "save_every": 1, "keep": 1, "log_every": 1}
         limits |= {"warmup_steps": 0, "shuffle_buffer": 0, "workers": 0, "eval_samples": 0, "rank": 1, "seed": 0}
         limits |= {"learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "alpha": 1, "eval_every": 0}
-        for name, least in limits.items():
-            value = getattr(self, name)
-            if value is not None and not least <= value < float("inf"):  # NaN neither
-                raise ValueError(f"{name}={value}: it must be at least {least}, and finite.")
+        check_options(self, limits | {"held_out": 0, "dropout": 0})
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}: expected a part of the inputs, from 0 to below 1.")
         if not 0 <= self.held_out < 1:

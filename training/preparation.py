@@ -65,7 +65,7 @@ class Run:
         for source in self.sources:
             before = (self.config.norm_stats or {}).get(source.name)
             if before:
-                found += check_statistics(source.name, before["action"], source.statistics["action"])
+                found += check_statistics(source.name, before["action"], source.statistics["action"], source.names)
         return found + check_images(self.processor, self.config)
 
     def describe(self) -> str:

@@ -1,0 +1,133 @@
+"""Options are taken as they are given, or refused: never read as something else."""
+
+import math
+
+import numpy as np
+import pytest
+
+from openvla.data import PythonDataset
+from openvla.data.mixture import mixture_probabilities
+from openvla.data.sources import open_source, open_sources
+from openvla.evaluation.environment import make_environment
+from openvla.evaluation.evaluate import evaluate
+from openvla.evaluation.options import RecordOptions
+from openvla.training.options import FinetuneOptions
+from openvla.training.preparation import learning_rate
+
+
+def finetune_options(**changes) -> FinetuneOptions:
+    return FinetuneOptions(**{"dataset": "d", "output": "o", "model": "m", "logging": "none", **changes})
+
+
+def test_learning_rates():
+    assert learning_rate(finetune_options()) == 5e-4
+    assert learning_rate(finetune_options(strategy="full")) == 2e-5
+    assert learning_rate(finetune_options(learning_rate=0.0)) == 0.0
+    assert learning_rate(finetune_options(learning_rate=np.float64(1e-3))) == 1e-3
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "weight_decay", "max_grad_norm", "dropout", "held_out"])
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf, "0.1", True])
+def test_numbers_that_are_none(name, value):
+    with pytest.raises(ValueError, match=f"{name}="):
+        finetune_options(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"steps": 2.5},
+        {"steps": "10"},
+        {"eval_every": -1},
+        {"alpha": 0},
+        {"seed": -1},
+        {"rank": None},
+        {"batch_size": math.nan},
+        {"dropout": 1.0},
+        {"strategy": "lora "},
+        {"optimizer": "adam"},
+        {"schedule": "cosin"},
+        {"dtype": "bf16"},
+        {"logging": "tensorbord"},
+    ],
+    ids=str,
+)
+def test_finetune_options_that_are_refused(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):
+        finetune_options(**wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"noise": math.nan}, {"noise": math.inf}, {"size": 2.5}, {"format": "rlds"}], ids=str
+)
+def test_record_options_that_are_refused(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):
+        RecordOptions(output="o", **wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"max_steps": 0}, {"workers": 0}, {"latency": math.nan}, {"hz": 0.0}, {"hz": math.nan}], ids=str
+)
+def test_evaluation_options_that_are_refused(wrong, tmp_path):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):
+        evaluate(model="none", output=tmp_path, policy="random", **wrong)
+
+
+def test_an_environment_says_which_options_it_has():
+    with pytest.raises(ValueError, match="camera='frontal' is unknown. .*agentview"):
+        make_environment("libero_spatial", camera="frontal")
+    with pytest.raises(ValueError, match="option of libero_spatial='cameras' is unknown. Did you mean 'camera'"):
+        make_environment("libero_spatial", cameras="agentview")
+
+
+# Of datasets ----------------------------------------------------------------------------------------------------------
+
+
+def episodes() -> PythonDataset:
+    actions = np.random.default_rng(0).uniform(-1, 1, (40, 7))
+    actions[:, -1] = np.arange(40) < 20
+    return PythonDataset([{"actions": actions, "instruction": "go"}] * 3, "mine")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"weight": 0},
+        {"weight": -1.0},
+        {"weight": math.nan},
+        {"weight": math.inf},
+        {"weight": True},
+        {"held_out": 1},
+        {"held_out": -0.1},
+        {"held_out": math.nan},
+        {"held_out": "0.1"},
+        {"held_out": True},
+        {"max_action": 0},
+        {"max_action": -1.0},
+        {"max_proprio": math.nan},
+        {"keep_unlabeled": "no"},
+        {"on_error": "ignore"},
+        {"camera": 1},
+        {"filters": 7},
+    ],
+    ids=str,
+)
+def test_options_of_a_dataset_that_are_refused(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):
+        open_source(episodes(), **wrong)
+
+
+def test_options_that_say_nothing():
+    for filters in ("", " , ", [], [""], None):
+        assert open_source(episodes(), filters=filters).removed == {"unlabeled": {"steps": 0, "episodes": 0}}
+    assert list(open_source(episodes(), filters="no-ops, no-ops").removed) == ["no-ops", "unlabeled"]
+    assert open_source(episodes(), weight="0.5").weight == 0.5
+
+
+def test_weights_of_a_mixture():
+    for weight in (0.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="numbers above 0"):
+            mixture_probabilities([1.0, weight], [10, 10])
+    for text in ("a:0,b:1", "a:-1", "a:nan", "a:inf"):
+        with pytest.raises(ValueError, match="The weight of 'a' is"):
+            open_sources(text)

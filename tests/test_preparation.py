@@ -1,0 +1,126 @@
+"""What is known of a run before weights are read: whatever it would stop for is said by the dry run."""
+
+import json
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from data_files import jpeg, own_rlds
+
+from openvla.data import PythonDataset
+from openvla.training import FinetuneOptions, plan_run
+from openvla.training.preparation import num_patches, prepare, text_tokens
+
+
+pytest.importorskip("accelerate", reason="training needs the [train] extra")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def options(tmp_path, **changes) -> FinetuneOptions:
+    given = {"dataset": "mine", "output": str(tmp_path / "out"), "model": str(ROOT), "logging": "none"}
+    return FinetuneOptions(**{**given, "strategy": "last_layer", **changes})
+
+
+def episode(instruction="open the drawer", images=None, steps: int = 10) -> dict:
+    actions = np.random.default_rng(0).uniform(-1, 1, (steps, 7))
+    actions[:, -1] = np.arange(steps) < steps // 2
+    images = {"front": [jpeg(level) for level in range(steps)]} if images is None else images
+    return {"actions": actions, "instruction": instruction, "images": images}
+
+
+def dataset(*episodes: dict) -> PythonDataset:
+    return PythonDataset(list(episodes), "mine")
+
+
+def test_steps_without_words_are_left_out_and_counted(tmp_path):
+    """A padding step, annotations of single steps, an episode without any."""
+    data = dataset(
+        episode(["open the drawer"] * 9 + [""]), episode(), episode(["", "open it"] + [" "] * 8), episode("")
+    )
+    run = prepare(options(tmp_path, held_out=0.0), data=data)
+    (source,) = run.sources
+    words = [frame.instruction for episode in source.dataset for frame in source.frames(episode)]
+    assert words == ["open the drawer"] * 19 + ["open it"]
+    assert source.num_frames == 20
+    assert "unlabeled: removed 20 steps, of these 1 whole episodes" in run.describe()
+    assert text_tokens(run) > 8
+    kept = prepare(options(tmp_path, held_out=0.0, keep_unlabeled=True), data=data)
+    assert kept.sources[0].num_frames == 40
+    assert "without an instruction: 20 steps, kept with an empty one" in kept.describe()
+
+
+def test_no_words_at_all(tmp_path):
+    with pytest.raises(ValueError, match=r"(?s)Nothing is left.*--language-key.*--keep-unlabeled"):
+        prepare(options(tmp_path), data=dataset(episode("")))
+    assert prepare(options(tmp_path, keep_unlabeled=True), data=dataset(episode(""))).sources[0].num_frames == 10
+
+
+def test_images_are_looked_at(tmp_path):
+    damaged = episode(images={"front": [jpeg(1)[:30]] + [jpeg(1)] * 9})
+    with pytest.raises(ValueError, match="episode 1.*image of step 0"):
+        prepare(options(tmp_path), data=dataset(episode(), damaged))
+    with pytest.raises(ValueError, match="no camera image"):
+        prepare(options(tmp_path), data=dataset(episode(), episode(images={})))
+    with pytest.raises(ValueError, match="no camera 'side'; there are front"):
+        prepare(options(tmp_path, camera="side"), data=dataset(episode()))
+    with pytest.raises(ValueError, match="image of step 0"):  # the last of five is held out
+        prepare(options(tmp_path), data=dataset(*[episode()] * 4, damaged))
+
+
+def test_a_prompt_that_does_not_fit_the_model(tmp_path):
+    with pytest.raises(ValueError, match="longest instruction makes a sequence of .* tokens, the model reads"):
+        prepare(options(tmp_path), data=dataset(episode(), episode("very " * 4000 + "long")))
+
+
+def test_patches_of_a_model(tmp_path):
+    run = prepare(options(tmp_path), data=dataset(episode()))
+    from openvla import OpenVLAForActionPrediction
+
+    model = OpenVLAForActionPrediction.from_pretrained(ROOT)
+    assert num_patches(run.config) == model.vision_backbone.num_patches
+
+
+def test_dimensions_from_the_options(tmp_path):
+    with h5py.File(tmp_path / "push_demo.hdf5", "w") as file:
+        for number in range(3):
+            file[f"data/demo_{number}/actions"] = episode(steps=40)["actions"]
+            file[f"data/demo_{number}/obs/agentview_rgb"] = np.zeros((40, 8, 8, 3), np.uint8)
+    chosen = {"dataset": str(tmp_path / "push_demo.hdf5"), "name": "mine"}
+    run = prepare(options(tmp_path, **chosen))
+    assert run.statistics["mine"]["action"]["mask"] == [True] * 6 + [False]
+    run = prepare(options(tmp_path, **chosen, gripper_dims="none"))
+    assert run.statistics["mine"]["action"]["mask"] == [True] * 7
+    run = prepare(options(tmp_path, **chosen, mask="1,1,1,1,1,0,1"))
+    assert run.statistics["mine"]["action"]["mask"] == [True] * 5 + [False, True]
+    with pytest.raises(ValueError, match="gripper_dims='six'"):
+        prepare(options(tmp_path, **chosen, gripper_dims="six"))
+    with pytest.raises(ValueError, match="mask has 2 entries"):
+        plan_run(options(tmp_path, **chosen, mask="1,0"))
+
+
+def test_the_plan_says_how_data_is_standardized(tmp_path):
+    own_rlds(tmp_path / "libero_spatial_no_noops")
+    plan = plan_run(options(tmp_path, dataset=str(tmp_path / "libero_spatial_no_noops")))
+    assert "standardized as 'libero_spatial_no_noops' (--standardize none reads as recorded)" in plan
+
+
+def test_statistics_that_are_given(tmp_path):
+    file = tmp_path / "dataset_statistics.json"
+    stats = {"q01": [-1.0] * 7, "q99": [-0.9] * 7, "mask": [True] * 6 + [False]}
+    file.write_text(json.dumps({"mine": {"action": stats}}))
+    with pytest.warns(UserWarning, match="do not fit the data: x"):
+        run = prepare(options(tmp_path, statistics=str(file)), data=dataset(episode()))
+    assert any("do not fit the data" in warning for warning in run.warnings)
+    file.write_text(json.dumps({"other": {"action": stats}}))
+    with pytest.raises(KeyError, match="of other, not of 'mine'"):
+        prepare(options(tmp_path, statistics=str(file)), data=dataset(episode()))
+    for text, message in (
+        ("", "is empty"),
+        ("{", "not valid JSON"),
+        ('{"mine": {"action": {"q01": [0]}}}', "q99 missing"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            prepare(options(tmp_path, statistics=str(file)), data=dataset(episode()))
