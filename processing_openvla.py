@@ -535,7 +535,7 @@ class OpenVLAProcessor(ProcessorMixin):
         Args:
             allow_empty: Take "" as well, for training on steps without words; nothing may act on it.
         """
-        if allow_empty and not instruction.strip():
+        if allow_empty and not instruction.replace("\0", " ").strip():
             text = (self.prompt_template or PROMPT_TEMPLATES["openvla"]).replace("{instruction}", "")
         else:
             text = self.format_prompt(instruction)

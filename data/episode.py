@@ -22,6 +22,10 @@ class DamagedDataError(ValueError):
     """A record that cannot be read as an episode; the message names the file and the record."""
 
 
+class MissingKeyError(DamagedDataError):
+    """A record without a field that was asked for."""
+
+
 def check_data_file(path: str | os.PathLike, what: str) -> Path:
     """`path`, if it is a file with content and no Git LFS pointer; a DamagedDataError that says so if not."""
     try:

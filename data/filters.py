@@ -15,11 +15,16 @@ StepFilter = Callable[[Episode, Sequence[int]], np.ndarray]
 LAST = (-1,)
 
 
+def has_words(instruction: str) -> bool:
+    """Whether there is more than blanks, and zeros that fill up a string of fixed width."""
+    return bool(instruction.replace("\0", " ").strip())
+
+
 def keep_labeled(episode: Episode, grippers: Sequence[int] = LAST) -> np.ndarray:
     """The steps that have an instruction."""
     if episode.step_instructions:
-        return np.array([bool(text.strip()) for text in episode.step_instructions])
-    return np.full(len(episode), bool(episode.instruction.strip()))
+        return np.array([has_words(text) for text in episode.step_instructions])
+    return np.full(len(episode), has_words(episode.instruction))
 
 
 def keep_moving(episode: Episode, grippers: Sequence[int] = LAST) -> np.ndarray:

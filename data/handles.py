@@ -20,12 +20,14 @@ def kept_open(maxsize: int = 8) -> Callable[[Opener], Opener]:
 
     def decorate(open_file: Opener) -> Opener:
         @functools.lru_cache(maxsize=maxsize)
-        def cached(path: Path, process: int, changed: int, *rest):
+        def cached(path: Path, process: int, stamp: tuple[int, ...], *rest):
             return open_file(path, *rest)
 
         @functools.wraps(open_file)
         def handle(path: Path, *rest):
-            return cached(path, os.getpid(), os.stat(path).st_mtime_ns, *rest)
+            status = os.stat(path)  # ctime and inode differ also where a copy kept size and time
+            stamp = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+            return cached(path, os.getpid(), stamp, *rest)
 
         return handle
 

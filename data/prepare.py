@@ -10,7 +10,7 @@ import numpy as np
 from ..configuration_openvla import check_choice
 from .dataset import EpisodeDataset
 from .dimensions import check_grippers, default_grippers
-from .episode import Episode
+from .episode import Episode, MissingKeyError
 from .filters import RAW_FILTERS, apply_filters
 
 
@@ -89,10 +89,10 @@ class PreparedDataset(EpisodeDataset):
     def _load(self, index: int) -> Episode:
         try:
             episode = self.dataset._load(index)
-        except KeyError as error:
+        except (KeyError, MissingKeyError) as error:
             if not self.remark or self.remark in str(error):
                 raise
-            raise KeyError(f"{error.args[0]} ({self.name}: {self.remark})") from error
+            raise type(error)(f"{error.args[0]} ({self.name}: {self.remark})") from error
         source, actions = episode.source or f"{self.name}, episode {index}", episode.actions.copy()
         dims = actions.shape[1]
         grippers = default_grippers(dims, self.names) if self.gripper_dims is None else self.gripper_dims

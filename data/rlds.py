@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError
 
 from ..files_openvla import read_json
 from .dataset import Cameras, EpisodeDataset, Keys, OnError, action_keys, key_list, name_cameras
-from .episode import DamagedDataError, Episode, as_text, make_episode, names_depth, order_cameras
+from .episode import DamagedDataError, Episode, MissingKeyError, as_text, make_episode, names_depth, order_cameras
 from .images import is_colour_image
 from .tfrecord import read_record, record_checksums, scan
 
@@ -308,7 +308,7 @@ def _find(flat: dict[str, np.ndarray], key: str, source: str) -> str:
         if near
         else ""
     )
-    raise DamagedDataError(f"{source}: no key {key!r} ({hint}); there are {sorted(flat)}")
+    raise MissingKeyError(f"{source}: no key {key!r} ({hint}); there are {sorted(flat)}")
 
 
 def _columns(flat: dict[str, np.ndarray], keys: Keys, source: str) -> np.ndarray | None:

@@ -22,7 +22,7 @@ import numpy as np
 from .dataset import EpisodeDataset
 from .dimensions import shares
 from .episode import Episode
-from .filters import keep_labeled
+from .filters import has_words, keep_labeled
 from .oxe_conversions import droid_moves_raw
 from .recording import Recording
 from .statistics import collect, compute_statistics
@@ -47,7 +47,7 @@ class Survey:
     moving_labeled: list[int]  # of these, the ones that have an instruction
     action: dict[str, list[float]]  # {what: (A,) share of the steps}, see `dimensions.shares`
     proprio: dict[str, list[float]]  # the same of states; empty without them
-    longest_instruction: str  # in UTF-8
+    instructions: list[str]  # each once, "" left out
 
 
 def take_survey(
@@ -65,14 +65,12 @@ def take_survey(
     """
     datasets, droid = recording.everything, recording.standardize == "droid"
     labeled: list[np.ndarray] = []
-    longest = ""
+    instructions: set[str] = set()
 
     def noted(episodes: Iterable[Episode]) -> Iterator[Episode]:
-        nonlocal longest
         for episode in episodes:
             labeled.append(keep_labeled(episode))
-            texts = episode.step_instructions or (episode.instruction,)
-            longest = max(longest, *texts, key=lambda text: len(text.encode(errors="replace")))
+            instructions.update(episode.step_instructions or (episode.instruction,))
             yield episode
 
     try:
@@ -117,7 +115,7 @@ def take_survey(
         moving_labeled=[int((moves & words).sum()) for moves, words in zip(moving, labeled)],
         action=_shares(actions, units["action"]),
         proprio=_shares(states, proprio) if states and proprio else {},
-        longest_instruction=longest,
+        instructions=sorted(filter(has_words, instructions)),
     )
 
 

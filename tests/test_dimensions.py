@@ -7,9 +7,9 @@ from openvla import ActionTokenizer, normalize_actions
 from openvla.action_tokenizer import unnormalize_actions
 from openvla.data import PythonDataset
 from openvla.data.dimensions import (
-    column_names,
     default_grippers,
     default_mask,
+    dimension_names,
     loses_rare_values,
     parse_grippers,
     parse_mask,
@@ -151,11 +151,11 @@ def episodes(change=lambda actions: actions, dims: int = 14, count: int = 3) -> 
 
 def test_names_of_lerobot():
     def names(given, width=2):
-        return column_names({"action": {"shape": [width], "names": given}}, ["action"])
+        return dimension_names({"action": {"shape": [width], "names": given}}, ["action"])
 
     assert names(["x", "gripper"]) == names({"motors": ["x", "gripper"]}) == names({"x": 0, "gripper": 1})
     assert names(None) is names(["x"]) is names(["x", "x"]) is names({"a": ["x"], "b": ["y"]}) is None
-    assert column_names({"a": {"shape": [1], "names": ["x"]}}, ["a", None]) is None
+    assert dimension_names({"a": {"shape": [1], "names": ["x"]}}, ["a", None]) is None
     assert default_grippers(8, ["left_gripper", *"abcdef", "right_gripper"]) == (0, 7)
     assert default_grippers(8) == default_grippers(8, list("abcdefgh")) == (7,)
     assert default_grippers(14) == (6, 13) and default_grippers(1) == ()

@@ -37,7 +37,7 @@ def dataset(*episodes: dict) -> PythonDataset:
 def test_steps_without_words_are_left_out_and_counted(tmp_path):
     """A padding step, annotations of single steps, an episode without any."""
     data = dataset(
-        episode(["open the drawer"] * 9 + [""]), episode(), episode(["", "open it"] + [" "] * 8), episode("")
+        episode(["open the drawer"] * 9 + [""]), episode(), episode(["", "open it"] + [" ", "\0"] * 4), episode("")
     )
     run = prepare(options(tmp_path, held_out=0.0), data=data)
     (source,) = run.sources
@@ -70,8 +70,14 @@ def test_images_are_looked_at(tmp_path):
 
 
 def test_a_prompt_that_does_not_fit_the_model(tmp_path):
-    with pytest.raises(ValueError, match="longest instruction makes a sequence of .* tokens, the model reads"):
+    with pytest.raises(ValueError, match="longest instruction makes a sequence of .* tokens, and the model reads"):
         prepare(options(tmp_path), data=dataset(episode(), episode("very " * 4000 + "long")))
+
+
+def test_an_instruction_that_makes_no_prompt(tmp_path):
+    cut = "In: What action should the robot take to open the drawer"
+    with pytest.raises(ValueError, match="mine: the instruction .* makes no prompt"):
+        prepare(options(tmp_path), data=dataset(episode(), episode(["open the drawer"] * 9 + [cut])))
 
 
 def test_patches_of_a_model(tmp_path):

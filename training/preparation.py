@@ -121,7 +121,7 @@ def prepare(options: FinetuneOptions, processes: int = 1, data: Any = None) -> R
     check_same_action_dim(run.statistics, list(run.statistics))
     for source in sources:
         check_samples(source)
-    check_context(run)
+        check_instructions(source, config, processor)
     return run
 
 
@@ -139,19 +139,26 @@ def check_samples(source: Source, episodes: int = 8) -> None:
                 frame.images[main_camera(frame)][0]
 
 
-def check_context(run: Run) -> None:
-    """Raise a `ValueError` if the longest prompt, its images and its answer do not fit into the model's context."""
-    limit = getattr(run.config.text_config, "max_position_embeddings", None)
-    collator = ActionCollator(run.processor)
-    for source in run.sources:
-        still = np.zeros(source.action_dim)
-        longest = source.survey.longest_instruction
-        tokens = len(collator.tokens(longest, still)[0]) + num_patches(run.config)
-        if limit is not None and tokens > limit:
-            raise ValueError(
-                f"{source.name}: its longest instruction makes a sequence of {tokens} tokens, the model reads {limit}: "
-                f"shorten it ('{longest[:60]}...')."
-            )
+def check_instructions(source: Source, config: OpenVLAConfig, processor: OpenVLAProcessor) -> None:
+    """Raise a `ValueError` for an instruction that makes no prompt, or whose prompt, image and answer do not fit into the
+    model's context."""
+    texts = source.survey.instructions
+    for text in texts:
+        try:
+            processor.format_prompt(text)
+        except ValueError as error:
+            raise ValueError(f"{source.name}: the instruction {text!r:.60} makes no prompt: {error}") from error
+    limit = getattr(config.text_config, "max_position_embeddings", None)
+    if not texts or limit is None:
+        return
+    longest = max(texts, key=lambda text: len(text.encode()))
+    answer = np.zeros(source.action_dim)
+    tokens = len(ActionCollator(processor).tokens(longest, answer)[0]) + num_patches(config)
+    if tokens > limit:
+        raise ValueError(
+            f"{source.name}: its longest instruction makes a sequence of {tokens} tokens, and the model reads {limit}: "
+            f"shorten '{longest[:60]}...'."
+        )
 
 
 def num_patches(config: OpenVLAConfig) -> int:
