@@ -140,8 +140,8 @@ def check_samples(source: Source, episodes: int = 8) -> None:
 
 
 def check_instructions(source: Source, config: OpenVLAConfig, processor: OpenVLAProcessor) -> None:
-    """Raise a `ValueError` for an instruction that makes no prompt, or whose prompt, image and answer do not fit into the
-    model's context."""
+    """Raise a `ValueError` for an instruction that makes no prompt, or one that does not fit into the model's context
+    with image and answer."""
     texts = source.survey.instructions
     for text in texts:
         try:
