@@ -6,13 +6,14 @@ BIN := $(VENV)/bin
 OUTPUTS := outputs
 JOBS ?= 2
 
-.PHONY: help demo policy test test-floor check format bench constraints clean
+.PHONY: help demo policy test test-floor test-newest check format bench constraints clean
 
 help:
 	@echo "make demo        the embedded policy: predictions on example frames, films of it in simulation, in $(OUTPUTS)/"
 	@echo "make policy      record, train and evaluate the policy of this folder anew: hours"
 	@echo "make test        the whole test-suite (offline, CPU)"
 	@echo "make test-floor  the same with the oldest supported libraries"
+	@echo "make test-newest the same with the newest of everything, without constraints"
 	@echo "make check       ruff (format and lint) and mypy"
 	@echo "make format      let ruff format and fix"
 	@echo "make bench       time one prediction by stage, JSON in $(OUTPUTS)/"
@@ -58,6 +59,12 @@ test: $(VENV)/dev.stamp
 test-floor: $(VENV)-floor/dev.stamp
 	$(VENV)-floor/bin/python -m pytest -n $(JOBS) $(ARGS)
 
+# Resolved again each time: what an installation without constraints takes today.
+test-newest: | $(UV)
+	test -x $(VENV)-newest/bin/python || $(UV) venv --quiet --python $(PYTHON) $(VENV)-newest
+	$(UV) pip install --quiet --upgrade --python $(VENV)-newest/bin/python --editable '.[dev]'
+	$(VENV)-newest/bin/python -m pytest -n $(JOBS) $(ARGS)
+
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -79,4 +86,4 @@ constraints: | $(UV)
 		--no-header --no-annotate --no-emit-index-url --output-file constraints.txt pyproject.toml
 
 clean:
-	rm -rf $(VENV) $(VENV)-floor $(VENV)-uv $(OUTPUTS)
+	rm -rf $(VENV) $(VENV)-floor $(VENV)-newest $(VENV)-uv $(OUTPUTS)

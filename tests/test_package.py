@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from PIL import Image
 from safetensors.torch import load_file
 
 from openvla import OpenVLAForActionPrediction, OpenVLAProcessor
@@ -54,6 +55,7 @@ def test_weights_are_copied_byte_for_byte(published, packaged):
 CLEAN_PROCESS = """
 import json, sys
 import numpy as np
+import torch
 from PIL import Image
 from transformers import (
     AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
@@ -67,6 +69,10 @@ for folder, instruction in json.loads(sys.argv[1]):
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     model = AutoModel.from_pretrained(folder, trust_remote_code=True)
     same = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    with torch.inference_mode():
+        output = model(**inputs)
+    greedy = {"max_new_tokens": 7, "do_sample": False}
+    first = model.generate(**inputs, **greedy, return_dict_in_generate=True)
     results.append({
         "action": model.predict_action(**inputs, unnorm_key="bridge_orig").tolist(),
         "image_text": same.predict_action(**inputs, unnorm_key="bridge_orig").tolist(),
@@ -77,6 +83,9 @@ for folder, instruction in json.loads(sys.argv[1]):
             type(processor).__name__,
             type(AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)).__name__,
         ],
+        "logits": output.logits[0, -1].tolist(),
+        "one_cache": output.cache is output.past_key_values and first.cache is first.past_key_values is not None,
+        "generated": first.sequences.tolist(),
         "code": type(model).__module__.split(".")[0],
         "input_ids": inputs["input_ids"].tolist(),
         "tokenizer_ids": tokenizer(processor.format_prompt(instruction))["input_ids"],
@@ -85,12 +94,18 @@ print(json.dumps({"results": results, "openvla": "openvla" in sys.modules}))
 """
 
 
-def test_loads_without_the_package(published, packaged, tmp_path):
+# Further environments, which need not have this package: OPENVLA_PYTHONS=/a/bin/python:/b/bin/python make test ARGS=...
+PYTHONS = [sys.executable, *filter(None, os.environ.get("OPENVLA_PYTHONS", "").split(os.pathsep))]
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_loads_without_the_package(published, packaged, tmp_path, python):
+    """Prediction, generation and logits of a folder's own code, by the transformers of each environment."""
     np.save(tmp_path / "image.npy", IMAGE)
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(
-        [sys.executable, "-c", CLEAN_PROCESS, json.dumps([[str(packaged[name]), INSTRUCTION] for name in NAMES])],
+        [python, "-c", CLEAN_PROCESS, json.dumps([[str(packaged[name]), INSTRUCTION] for name in NAMES])],
         cwd=tmp_path,
         env=environment,
         stdin=subprocess.DEVNULL,  # nothing may ask whether to trust the code
@@ -99,6 +114,7 @@ def test_loads_without_the_package(published, packaged, tmp_path):
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert "[y/N]" not in ran.stdout
+    assert not any(word in ran.stderr for word in ("past_key_values", "FutureWarning")), ran.stderr
     clean = json.loads(ran.stdout.splitlines()[-1])
     assert not clean["openvla"], "the package itself was imported"
     for name, result in zip(NAMES, clean["results"], strict=True):
@@ -115,6 +131,12 @@ def test_loads_without_the_package(published, packaged, tmp_path):
         assert result["code"] == "transformers_modules"
         ids = processor(processor.format_prompt(INSTRUCTION))["input_ids"].tolist()
         assert result["input_ids"] == [result["tokenizer_ids"]] == ids
+        inputs = processor(processor.format_prompt(INSTRUCTION), Image.fromarray(IMAGE))
+        with torch.inference_mode():
+            logits = model(**inputs).logits[0, -1]
+        torch.testing.assert_close(torch.tensor(result["logits"]), logits, atol=2e-3, rtol=0)  # as in test_parity.py
+        assert result["generated"] == model.generate(**inputs, max_new_tokens=7, do_sample=False).tolist()
+        assert result["one_cache"]
 
 
 def test_auto_map_and_code(packaged):
