@@ -251,7 +251,7 @@ def _same(before: Any, now: Any, key: str) -> bool:
         return one.keys() == other.keys() and all(_same(one, other, part) for part in one)
     if one == other or key == "mask":
         return bool(one == other)
-    numbers = [np.asarray(values) for values in (one, other)]
-    if any(values.dtype.kind not in "if" for values in numbers) or numbers[0].shape != numbers[1].shape:
+    left, right = np.asarray(one), np.asarray(other)
+    if {left.dtype.kind, right.dtype.kind} - {"i", "f"} or left.shape != right.shape:
         return False
-    return bool(np.allclose(*numbers, rtol=1e-6, atol=1e-9))
+    return bool(np.allclose(left, right, rtol=1e-6, atol=1e-9))
