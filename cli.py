@@ -8,12 +8,13 @@ from collections.abc import Callable
 from dataclasses import MISSING, fields
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
 
 from .evaluation.options import RecordOptions
+from .options import READER_HELP
 from .training.options import DivergedError, FinetuneOptions
 
 
@@ -172,6 +173,15 @@ def stats(
     ] = None,
     standardize: Annotated[str, typer.Option(help="auto, none, or the name of an Open-X dataset.")] = "auto",
     filters: Annotated[str, typer.Option(help="Steps to leave out: no-ops, zero-actions.")] = "",
+    cameras: Annotated[str | None, typer.Option(help=READER_HELP["cameras"])] = None,
+    action_key: Annotated[str | None, typer.Option(help=READER_HELP["action_key"])] = None,
+    state_key: Annotated[str | None, typer.Option(help=READER_HELP["state_key"])] = None,
+    language_key: Annotated[str | None, typer.Option(help=READER_HELP["language_key"])] = None,
+    rotate_images: Annotated[bool | None, typer.Option(help=READER_HELP["rotate_images"])] = None,
+    tolerance_s: Annotated[float | None, typer.Option(help=READER_HELP["tolerance_s"])] = None,
+    on_error: Annotated[
+        Literal["raise", "skip"], typer.Option(help="What to do with a damaged record; skip warns and counts.")
+    ] = "raise",
     output: Annotated[Path | None, typer.Option(help="dataset_statistics.json to write.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Picture of the histograms to write.")] = None,
 ) -> None:
@@ -185,9 +195,18 @@ def stats(
     openvla stats path/to/my_dataset --output dataset_statistics.json --name my_robot
     """
     from .data.checks import check_data
+    from .data.recording import given_reader_options
     from .data.sources import open_sources
     from .data.statistics import plot_statistics, statistics_table
 
+    reader = {
+        "cameras": cameras,
+        "action_key": action_key,
+        "state_key": state_key,
+        "language_key": language_key,
+        "rotate_images": rotate_images,
+        "tolerance_s": tolerance_s,
+    }
     sources = open_sources(
         dataset,
         data_root=data_root,
@@ -199,7 +218,9 @@ def stats(
         standardize=standardize,
         filters=filters,
         keep_unlabeled=True,
+        on_error=on_error,
         progress=True,
+        **given_reader_options(reader),
     )
     for source in sources:
         typer.echo(f"{source.report()}\n{statistics_table(source.statistics, source.names)}")

@@ -33,3 +33,16 @@ def check_options(options: Any, least: Mapping[str, float]) -> None:
 def required(text: str) -> Any:
     """A field without a default."""
     return field(metadata={"help": text})
+
+
+# Options of the readers of demonstrations, which every verb that opens data has.
+READER_HELP = {
+    "cameras": "Images to read, joined by commas. Default: all in colour.",
+    "action_key": "What the action is, where it is not called action: a key, or several joined by commas that are put "
+    "side by side; none among them is a column of zeros.",
+    "state_key": "The same of the state; none alone: no state.",
+    "language_key": "Where the instruction stands: a column, a path such as episode_metadata/language_instruction, or "
+    "an attribute of an HDF5 file.",
+    "rotate_images": "Turn images of HDF5 files by 180 degrees. Default: those of LIBERO, by their attributes.",
+    "tolerance_s": "Seconds that time stamps of LeRobot may differ from frame_index / fps. Default: 0.0001.",
+}

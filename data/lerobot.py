@@ -193,20 +193,21 @@ class LeRobotDataset(EpisodeDataset):
                 "which the episode begins"
             )
         times = (start or 0.0) + times
-        half = 0.5 / self.info["fps"]
-        ends = {f"meta/episodes (videos/{key}/to_timestamp)": row.get(f"videos/{key}/to_timestamp")}
         if not path.exists():
             raise DamagedDataError(f"{path}: the video is missing")
-        video = open_video(path)
-        last, last_row = times[-1] if len(times) else 0.0, len(times) - 1
-        if abs(video.rate / self.info["fps"] - 1) > 0.01:  # then nothing says where in it an episode begins
-            last = max(last, self._recorded_end(row, key) - 2 * half)
-        ends[f"{path}, with {video.rate:.4g} frames a second,"] = video.end
-        for what, end in ends.items():
+        video, half = open_video(path), 0.5 / self.info["fps"]
+        recorded = times[-1] if len(times) else 0.0
+        part, within = f"videos/{key}/to_timestamp", recorded
+        if abs(video.rate / self.info["fps"] - 1) > 0.01:  # then a film that is too short is so for all its episodes
+            within = max(recorded, self._recorded_end(row, key) - 2 * half)
+        for last, what, end in (
+            (recorded, f"meta/episodes ({part})", row.get(part)),
+            (within, f"{path}, with {video.rate:.4g} frames a second,", video.end),
+        ):
             if isinstance(end, int | float) and last > end - half:
                 raise DamagedDataError(
-                    f"{source}, row {last_row}: the images recorded go to {last:.3f} s, but {what} ends at {end:.3f} "
-                    f"s: they do not belong together (fps in meta/info.json is {self.info['fps']})"
+                    f"{source}, row {len(times) - 1}: the images recorded go to {last:.3f} s, but {what} ends at "
+                    f"{end:.3f} s: they do not belong together (fps in meta/info.json is {self.info['fps']})"
                 )
         return VideoFrames(path, times, source, self.tolerance_s)
 

@@ -46,8 +46,8 @@ def read_info(file: Path) -> dict[str, Any]:
     if "chunks_size" in info:
         expected["chunks_size"] = (int,)
     for key, kinds in expected.items():
-        value = info.get(key)
-        if not isinstance(value, kinds) or isinstance(value, bool) or (not isinstance(value, str) and not 0 < value):
+        value: Any = info.get(key)
+        if not isinstance(value, kinds) or isinstance(value, bool) or (kinds != (str,) and not 0 < value < math.inf):
             kind = "a path" if kinds == (str,) else "a number above 0"
             raise ValueError(f"{file}: {key!r} is {value!r}, expected {kind}")
     if not isinstance(info.get("splits") or {}, dict):

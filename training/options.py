@@ -4,7 +4,7 @@ import importlib.util
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from ..options import check_options, option, required
+from ..options import READER_HELP, check_options, option, required
 
 
 class DivergedError(ValueError):
@@ -47,6 +47,12 @@ class FinetuneOptions:
         0.05, "Part of the episodes kept back for evaluation where there is no val split; 0: none."
     )
     camera: str | None = option(None, "Default: the first that is not on the wrist.")
+    cameras: str | None = option(None, READER_HELP["cameras"])
+    action_key: str | None = option(None, READER_HELP["action_key"])
+    state_key: str | None = option(None, READER_HELP["state_key"])
+    language_key: str | None = option(None, READER_HELP["language_key"])
+    rotate_images: bool | None = option(None, READER_HELP["rotate_images"])
+    tolerance_s: float | None = option(None, READER_HELP["tolerance_s"])
     name: str | None = option(None, "unnorm_key of the result. Default: the dataset's name.")
     gripper: Literal["open-is-1", "open-is-0", "open-is-plus-1", "open-is-minus-1"] = option(
         "open-is-1",

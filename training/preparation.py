@@ -14,6 +14,7 @@ from ..configuration_openvla import OpenVLAConfig
 from ..data import Episode
 from ..data.collate import ActionCollator
 from ..data.mixture import mixture_probabilities
+from ..data.recording import given_reader_options
 from ..data.samples import main_camera
 from ..data.sources import Source, open_sources
 from ..processing_openvla import OpenVLAProcessor
@@ -116,6 +117,7 @@ def prepare(options: FinetuneOptions, processes: int = 1, data: Any = None) -> R
         keep_unlabeled=options.keep_unlabeled,
         on_error=options.on_error,
         progress=True,
+        **given_reader_options(vars(options)),
     )
     run = Run(options, sources, config, processor, processes)
     check_same_action_dim(run.statistics, list(run.statistics))
