@@ -30,6 +30,8 @@ class Video:
             self._stream = self._container.streams.video[0]
         except (av.FFmpegError, OSError, IndexError) as error:
             raise DamagedDataError(f"{path}: not a readable video ({error}): {COPY_AGAIN}") from error
+        if self._stream.codec_context is None:
+            raise DamagedDataError(f"{path}: a video that nothing here can decode: {COPY_AGAIN}")
         pixels = str(self._stream.codec_context.pix_fmt)
         if pixels.startswith(("gray1", "grayf")):  # gray10 to gray16: more levels than a picture has
             raise DamagedDataError(f"{path}: its pixels are {pixels}, which is depth; leave it out of cameras")
