@@ -220,7 +220,7 @@ def test_instructions_of_a_column_and_of_the_episodes_table(recorded):
     assert episode.instruction == f"go {len(table) - 6}" and len(episode.step_instructions) == 6
     assert open_dataset(folder, language_key="hint")[1].instruction == "close it"  # numbers of the tasks table
     assert open_dataset(folder, language_key="tasks")[1].instruction == "close it"
-    assert open_source(folder, language_key="words", cache=False).survey.labeled == [True, True]
+    assert open_source(folder, language_key="words", cache=False).survey.labeled == [6, 6]
     with pytest.raises(KeyError, match="no feature 'wrods'"):
         open_dataset(folder, language_key="wrods")
     (folder / ("meta/tasks.parquet" if version == "v3.0" else "meta/tasks.jsonl")).unlink()

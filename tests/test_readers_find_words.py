@@ -75,7 +75,7 @@ def test_rlds_words_of_steps(tmp_path, case):
     folder = rlds(tmp_path, *STEPWISE[case])
     for options in ({}, {"language_key": "language_instruction"}):
         assert open_dataset(folder, **options)[1].instruction == "open it"
-    assert open_source(folder, cache=False).survey.labeled == [True, True]
+    assert open_source(folder, cache=False).survey.labeled == [6, 6]
 
 
 def test_rlds_words_of_episodes(tmp_path):
