@@ -25,7 +25,7 @@ def open_dataset(
 
     `path`: a TFDS folder (RLDS), a LeRobot folder, an HDF5 file or a folder of them, or any object with `__len__` and
     `__getitem__` (see `PythonDataset`). `options` of all formats: `cameras`, `action_key`, `state_key`, `language_key`,
-    `name`, `on_error="raise" | "skip"`; of RLDS: `standardize`; of HDF5: `rotate_images`.
+    `name`, `on_error="raise" | "skip"`; of RLDS: `standardize`; of HDF5: `rotate_images`; of LeRobot: `tolerance_s`.
     Raises FileNotFoundError where nothing is, ValueError for a format or split that is not known.
     """
     if not isinstance(path, str | os.PathLike):

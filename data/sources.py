@@ -72,7 +72,8 @@ def open_source(
         max_action, max_proprio: Drop episodes in which a normalized value, before it is clipped, exceeds this.
         on_error: What a damaged episode does: "raise", or "skip" with a warning.
         cache: Keep statistics for the next start, and use those kept.
-        reader: `action_key`, `state_key`, `language_key`, `cameras`, `rotate_images` of the readers.
+        reader: `action_key`, `state_key`, `language_key`, `cameras`, `rotate_images` (HDF5),
+            `tolerance_s` (LeRobot) of the readers.
 
     Raises:
         FileNotFoundError: If there is no dataset.
