@@ -131,11 +131,11 @@ def check_clipped(source: "Source") -> list[str]:
     tenth of the steps, or within a small part of them."""
     found = []
     for part, names in (("action", source.names), ("proprio", source.state_names)):
-        stats, own = source.statistics.get(part), source.survey.statistics[part]
+        stats, own = source.statistics.get(part) or {}, source.survey.statistics[part]
         clipped = getattr(source.survey, part).get("clipped", [])
-        others = bool(stats) and (stats["q01"], stats["q99"]) != (own["q01"], own["q99"])
+        others = bool(stats) and (stats.get("q01"), stats.get("q99")) != (own["q01"], own["q99"])
         if not others:  # its own quantiles are exceeded by a few steps, many of a short dataset
-            mask = (stats or {}).get("mask") or [True] * len(clipped)
+            mask = stats.get("mask") or [True] * len(clipped)
             clipped = [0.0 if scaled else share for scaled, share in zip(mask, clipped)]
         names = names if names and len(names) == len(clipped) else [f"state[{dim}]" for dim in range(len(clipped))]
         far = [f"{name} ({share:.0%} of the steps)" for name, share in zip(names, clipped) if share > CLIPPED]

@@ -128,13 +128,12 @@ def open_recording(
         def opened(split: str, **more: Any) -> EpisodeDataset:
             return plain
 
-    for option, given in (("gripper", None if gripper == "open-is-1" else gripper), ("gripper_dims", gripper_dims)):
-        if standard and given is not None:
-            raise ValueError(
-                f"'{name}' is standardized as '{standard.name}', after which its gripper is 1 = open already: leave "
-                f"{option}={given!r} out, or give standardize='none'."
-            )
-
+    said = f"gripper='{gripper}'" if gripper != "open-is-1" else f"gripper_dims={gripper_dims}"
+    if standard and (gripper != "open-is-1" or gripper_dims is not None):
+        raise ValueError(
+            f"'{name}' is standardized as '{standard.name}', after which its gripper is 1 = open already: leave {said} "
+            "out, or give standardize='none'."
+        )
     names, remark = (None, standard.remark) if standard else (plain.action_names, "")
 
     def prepared(dataset: EpisodeDataset) -> PreparedDataset:
