@@ -318,6 +318,9 @@ def merge(
     run: Annotated[Path, typer.Argument(help="Output of a lora or qlora run.")],
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
     dtype: Annotated[Dtype, typer.Option(help="auto: as the base is stored.")] = Dtype.auto,
+    base: Annotated[
+        str | None, typer.Option(help="Folder or Hub id of the base.", show_default="where it was in training")
+    ] = None,
 ) -> None:
     """Add an adapter to its base: one plain checkpoint.
 
@@ -325,10 +328,11 @@ def merge(
 
     \b
     openvla merge runs/my_robot my-openvla
+    openvla merge runs/my_robot my-openvla --base openvla/openvla-7b
     """
     from .training import merge_adapter
 
-    report_merge(merge_adapter(run, out, dtype=dtype.value), out)
+    report_merge(merge_adapter(run, out, dtype=dtype.value, base=base), out)
 
 
 class PolicyName(StrEnum):

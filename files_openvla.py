@@ -3,13 +3,17 @@
 The standard library alone: model, data, training and clients read their JSON here.
 """
 
+import hashlib
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # first bytes of every pointer (git-lfs docs/spec.md)
+WEIGHTS = ("*.safetensors", "*model*.bin", "*_checkpoint.pt")  # ours and the Hub's, older ones, parts of OFT
 
 
 def check_file(path: str | os.PathLike, what: str = "file") -> Path:
@@ -76,4 +80,51 @@ def local_folder(name: str | os.PathLike) -> Path | None:
     return None
 
 
-__all__ = ["check_file", "local_folder", "read_json"]
+def cache_folder() -> Path:
+    """`OPENVLA_CACHE`, or `openvla` in the user's cache folder."""
+    if folder := os.environ.get("OPENVLA_CACHE"):
+        return Path(folder).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "openvla"
+
+
+def weights_digest(model: str | os.PathLike, revision: str | None = None) -> str:
+    """32 hexadecimal digits of the weights files (names and content) of a folder, or of a Hub id's cached snapshot.
+
+    Files are read in full, at the speed of the disk; in the Hub's cache they are stored under their digest.
+
+    Raises:
+        FileNotFoundError: If there are no weights, or the Hub id is not in the cache.
+    """
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+        try:
+            folder = Path(snapshot_download(os.fspath(model), revision=revision, local_files_only=True))
+        except (HFValidationError, LocalEntryNotFoundError) as error:
+            raise FileNotFoundError(f"'{model}' is no folder, and no Hub repository in the cache here.") from error
+    files = sorted({path for pattern in WEIGHTS for path in folder.glob(pattern) if path.is_file()})
+    if not files:
+        raise FileNotFoundError(f"'{folder}' holds no weights ({', '.join(WEIGHTS)}).")
+    with ThreadPoolExecutor(min(len(files), os.cpu_count() or 1)) as pool:
+        digests = dict(zip([path.name for path in files], pool.map(_file_digest, files)))
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:32]
+
+
+def _file_digest(path: Path) -> str:
+    target = path.resolve()
+    if target.parent.name == "blobs" and len(target.name) == 64:  # the Hub's cache, where it is the name of the file
+        return target.name
+    status = target.stat()
+    return _content_digest(target, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _content_digest(path: Path, size: int, mtime_ns: int) -> str:
+    """SHA-256; `size` and `mtime_ns` tell when a file has changed since it was read last."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+__all__ = ["cache_folder", "check_file", "local_folder", "read_json", "weights_digest"]

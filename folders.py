@@ -1,22 +1,20 @@
 """Folders: one process writes at a time, results appear complete or not at all, weights are told apart by content."""
 
-import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from .files_openvla import weights_digest as weights_digest
+
 
 # What makes a folder load, and what says that it is complete: gone while files are replaced, and written last.
 MARKS = ("config.json", "adapter_config.json", "dataset_statistics.json")
-WEIGHTS = ("*.safetensors", "*model*.bin", "*_checkpoint.pt")  # ours and the Hub's, older ones, parts of OFT
 
 
 @contextmanager
@@ -103,43 +101,3 @@ def write_json(path: Path, data: Any) -> None:
     temporary = path.with_name(f"{path.name}.part")
     temporary.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
-
-
-def weights_digest(model: str | os.PathLike, revision: str | None = None) -> str:
-    """32 hexadecimal digits of the weights files (names and content) of a folder, or of a Hub id's cached snapshot.
-
-    Files are read in full, at the speed of the disk; in the Hub's cache they are stored under their digest.
-
-    Raises:
-        FileNotFoundError: If there are no weights, or the Hub id is not in the cache.
-    """
-    folder = Path(model).expanduser()
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-        try:
-            folder = Path(snapshot_download(os.fspath(model), revision=revision, local_files_only=True))
-        except (HFValidationError, LocalEntryNotFoundError) as error:
-            raise FileNotFoundError(f"'{model}' is no folder, and no Hub repository in the cache here.") from error
-    files = sorted({path for pattern in WEIGHTS for path in folder.glob(pattern) if path.is_file()})
-    if not files:
-        raise FileNotFoundError(f"'{folder}' holds no weights ({', '.join(WEIGHTS)}).")
-    with ThreadPoolExecutor(min(len(files), os.cpu_count() or 1)) as pool:
-        digests = dict(zip([path.name for path in files], pool.map(_file_digest, files)))
-    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:32]
-
-
-def _file_digest(path: Path) -> str:
-    target = path.resolve()
-    if target.parent.name == "blobs" and len(target.name) == 64:  # the Hub's cache, where it is the name of the file
-        return target.name
-    status = target.stat()
-    return _content_digest(target, status.st_size, status.st_mtime_ns)
-
-
-@lru_cache(maxsize=256)
-def _content_digest(path: Path, size: int, mtime_ns: int) -> str:
-    """SHA-256; `size` and `mtime_ns` tell when a file has changed since it was read last."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -9,10 +9,7 @@ from .action_tokenizer import get_action_stats
 from .configuration_openvla import OpenVLAConfig
 
 
-BODY = """
-# {name}
-
-OpenVLA: an image and an instruction go in, a robot action comes out. This folder carries its own code.
+WITH_CODE = """OpenVLA: an image and an instruction go in, a robot action comes out. This folder carries its own code.
 
 ```python
 from PIL import Image
@@ -27,7 +24,43 @@ action = model.predict_action(**inputs, unnorm_key="{unnorm_key}")  # ({action_d
 ```
 
 It needs `torch`, `torchvision`, `timm` and `transformers` >= 5.4.
+"""
 
+WITHOUT_CODE = """OpenVLA: an image and an instruction go in, a robot action comes out.
+
+```python
+from openvla import OpenVLAForActionPrediction  # the Python package, which this folder does not carry
+from PIL import Image
+
+model = OpenVLAForActionPrediction.from_pretrained("{name}", dtype="auto").eval()
+action = model.predict_action(Image.open("frame.png"), "pick up the cup", unnorm_key="{unnorm_key}")
+# ({action_dim},) float64, units of that dataset
+```
+
+`openvla package OUT --weights {name}` writes a folder that loads without the package.
+"""
+
+ADAPTER = """OpenVLA: an image and an instruction go in, a robot action comes out. This folder holds a LoRA adapter of
+{base}; the weights of that base are not in it.
+
+```python
+from openvla import OpenVLAForActionPrediction
+from PIL import Image
+
+model = OpenVLAForActionPrediction.from_pretrained("{name}", dtype="auto").eval()  # the base, and the adapter on it
+action = model.predict_action(Image.open("frame.png"), "pick up the cup", unnorm_key="{unnorm_key}")
+# ({action_dim},) float64, units of that dataset
+```
+
+On a base that is loaded already: `model.load_adapter("{name}")`. While the adapter is active, units, prompt form and
+pixels are its own. `openvla merge {name} OUT` (with `--base BASE`, where the base is not found) makes one model of the
+two.
+"""
+
+BODY = """
+# {name}
+
+{loading}
 ## Actions
 
 `unnorm_key` says whose units the action has.
@@ -55,6 +88,9 @@ def model_card(
     *,
     source: str | None = None,
     source_folder: Path | None = None,
+    carries_code: bool = False,
+    weights: str | None = None,
+    adapter_of: str | None = None,
 ) -> str:
     """Text of a model card with YAML front matter.
 
@@ -62,6 +98,9 @@ def model_card(
         name: Name of the model, also what the example loads.
         source: Hub id the weights come from.
         source_folder: Folder the weights come from; licence and base model are taken from its card if it has one.
+        carries_code: Whether the code of the model is in the folder.
+        weights: What the weights are, where `source` does not say it.
+        adapter_of: Name of the base, for a folder that holds an adapter.
     """
     found = {}
     if source_folder is not None and (source_folder / "README.md").is_file():
@@ -79,12 +118,19 @@ def model_card(
         counts = [f"{entry[count]:,}" if count in entry else "?" for count in ("num_trajectories", "num_transitions")]
         rows.append(f"| `{key}` | {len(get_action_stats(statistics, key)['q01'])} | {' | '.join(counts)} |")
     unnorm_key = "bridge_orig" if "bridge_orig" in statistics else next(iter(statistics))
-    body = BODY.format(
+    link = f"[{source}](https://huggingface.co/{source})" if source else None
+    how = ADAPTER if adapter_of else WITH_CODE if carries_code else WITHOUT_CODE
+    loading = how.format(
         name=name,
+        base=link or adapter_of,
         unnorm_key=unnorm_key,
         action_dim=len(get_action_stats(statistics, unnorm_key)["q01"]),
+    )
+    body = BODY.format(
+        name=name,
+        loading=loading,
         datasets="\n".join(rows),
-        source=f"[{source}](https://huggingface.co/{source})" if source else "this folder",
+        source=link or weights or "this folder",
         vision=", ".join(f"`{model_id}`" for model_id in config.timm_model_ids or []),
         vision_backbone_id=config.vision_backbone_id,
         image_resize_strategy=config.image_resize_strategy,

@@ -14,6 +14,7 @@ import json
 from collections.abc import Mapping
 from functools import partial
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,15 @@ from .action_tokenizer import (
     read_statistics,
     resolve_unnorm_key,
     unnormalize_actions,
+)
+from .adapters_openvla import (
+    AdapterBelongings,
+    adapter_folder,
+    belongings,
+    check_base,
+    find_base,
+    read_belongings,
+    with_belongings,
 )
 from .configuration_openvla import TRANSFORMERS, OpenVLAConfig
 from .decoding_openvla import (
@@ -298,7 +308,7 @@ class OpenVLAPreTrainedModel(PreTrainedModel):
             init.constant_(module.scale_factor, module.init_values)
 
 
-class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
+class OpenVLAForActionPrediction(AdapterBelongings, OpenVLAPreTrainedModel, GenerationMixin):
     """Vision towers, projector and language model, under the published tensor names.
 
     `forward` and `generate` take the plain prompts of `OpenVLAProcessor` and insert the image patches after the first
@@ -322,6 +332,8 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         self.pad_token_id: int | None = config.pad_token_id
         self.llm_dim: int = config.text_config.hidden_size
         self._processor: OpenVLAProcessor | None = None
+        self._processor_is_set = False
+        self._adapted_processor: tuple[dict | None, OpenVLAProcessor | None] = (None, None)
         self._hub_kwargs: dict[str, Any] = {}
         self.post_init()
 
@@ -344,6 +356,9 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             ValueError: If a file is damaged or a Git LFS pointer, or the weights lack tensors of the model, hold others
                 or of another shape: nothing stays random.
         """
+        adapter = adapter_folder(pretrained_model_name_or_path)
+        if adapter is not None:
+            return cls._from_adapter(adapter, *model_args, **kwargs)
         hub = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
         take_quantization(kwargs)
         loaded = cls._load(pretrained_model_name_or_path, *model_args, **kwargs)
@@ -351,11 +366,32 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         model._hub_kwargs = hub
         keep_split_blocks_from_packing(model)
         if pretrained_model_name_or_path is not None:
-            file = cached_file(pretrained_model_name_or_path, "dataset_statistics.json", **QUIET, **hub)
+            # An adapter from the Hub has brought its own; these are those of its base.
+            adapted = getattr(model, "_hf_peft_config_loaded", False)
+            where = model.config.name_or_path if adapted else pretrained_model_name_or_path
+            file = cached_file(where, "dataset_statistics.json", **QUIET, **hub)
             if file is not None:
-                model.norm_stats = read_statistics(file)
-            elif model.norm_stats:
-                model.norm_stats = check_statistics(model.norm_stats, f"norm_stats of '{model.config.name_or_path}'")
+                model.config.norm_stats = read_statistics(file)
+            elif model.config.norm_stats:
+                where = f"norm_stats of '{model.config.name_or_path}'"
+                model.config.norm_stats = check_statistics(model.config.norm_stats, where)
+        return loaded
+
+    @classmethod
+    def _from_adapter(cls, adapter: Path, *model_args, **kwargs):
+        """The base of an adapter in a local folder, and the adapter on it."""
+        for name in ("adapter_kwargs", "subfolder"):
+            kwargs.pop(name, None)
+        adapter_name = kwargs.pop("adapter_name", "default")
+        base = find_base(adapter)
+        loaded = cls.from_pretrained(base, *model_args, **kwargs)
+        problem = check_base(base, read_belongings(adapter).get("base_digest"))
+        if problem:
+            raise ValueError(
+                f"{problem}. Put its own base back, or add '{adapter}' to this one yourself: model = "
+                "OpenVLAForActionPrediction.from_pretrained(BASE), then model.load_adapter(RUN)."
+            )
+        (loaded[0] if isinstance(loaded, tuple) else loaded).load_adapter(str(adapter), adapter_name)
         return loaded
 
     @classmethod
@@ -395,8 +431,9 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             with open(f"{save_directory}/dataset_statistics.json", "w", encoding="utf-8") as stream:
                 json.dump(self.norm_stats, stream, indent=2)
 
-    def load_adapter(self, peft_model_id=None, *args, **kwargs):
-        """As in every model of the library: a PEFT adapter from a folder or Hub id."""
+    def load_adapter(self, peft_model_id=None, adapter_name=None, *args, **kwargs):
+        """As in every model of the library: a PEFT adapter from a folder or Hub id. It brings the statistics, prompt
+        form and pixels of its training, which count while it is active."""
         if (
             TRANSFORMERS < (5, 6)
             and peft_model_id is not None
@@ -410,20 +447,31 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             kwargs["adapter_state_dict"] = {
                 name.removeprefix("base_model.model."): weight for name, weight in weights.items()
             }
-        return super().load_adapter(peft_model_id, *args, **kwargs)
+        hub = {**kwargs, **(kwargs.get("adapter_kwargs") or {})}
+        brought = {} if peft_model_id is None else read_belongings(peft_model_id, **hub)
+        loaded = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
+        self._bring(adapter_name or "default", brought)
+        return loaded
 
     @property
     def norm_stats(self) -> dict | None:
-        """Statistics of the training datasets (published name); they are saved with the config."""
-        return self.config.norm_stats
+        """Statistics of the training datasets (published name): of the adapters that are active and brought some, else
+        of the base, where they are saved with the config."""
+        own = self._adapter_statistics()
+        return self.config.norm_stats if own is None else own
 
     @norm_stats.setter
     def norm_stats(self, value: dict | None) -> None:
-        self.config.norm_stats = value
+        active = [config for config in self._active_adapters() if "norm_stats" in belongings(config)]
+        for config in active:
+            config.auto_mapping["openvla"]["norm_stats"] = value
+        if not active:
+            self.config.norm_stats = value
 
     @property
     def processor(self) -> OpenVLAProcessor:
-        """The processor of the folder the model came from, loaded when first needed; may be set."""
+        """The processor of the folder the model came from, loaded when first needed, with the pixels and prompt form of
+        an active adapter; may be set."""
         if self._processor is None:
             if not self.config.name_or_path:
                 raise ValueError(
@@ -433,12 +481,19 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             processor = OpenVLAProcessor.from_pretrained(self.config.name_or_path, **self._hub_kwargs)
             processor.check_fits(self.config)
             self._processor = processor
-        return self._processor
+        if self._processor_is_set:
+            return self._processor
+        brought = self._adapter_processor()
+        if brought != self._adapted_processor[0]:
+            processor = with_belongings(self._processor, brought)
+            processor.check_fits(self.config)
+            self._adapted_processor = brought, processor
+        return self._adapted_processor[1] or self._processor
 
     @processor.setter
     def processor(self, value: OpenVLAProcessor) -> None:
         value.check_fits(self.config)
-        self._processor = value
+        self._processor, self._processor_is_set = value, True
 
     def to(self, *args, **kwargs):
         """As in every torch module; a quantized model stays where it was loaded."""

@@ -35,6 +35,7 @@ CODE_FILES = (
     "outputs_openvla.py",
     "decoding_openvla.py",
     "loading_openvla.py",
+    "adapters_openvla.py",
     "modeling_openvla.py",
 )
 _MODEL = "modeling_openvla.OpenVLAForActionPrediction"
@@ -90,8 +91,8 @@ def weight_files(folder: Path) -> list[Path]:
         return files
     if (folder / "adapter_config.json").is_file():
         raise FileNotFoundError(
-            f"'{folder}' holds a LoRA adapter, not a model: merge it first (peft: model.merge_and_unload(), then "
-            "save_pretrained) and give the merged folder."
+            f"'{folder}' holds a LoRA adapter, not a model: merge it first (`openvla merge RUN OUT`) and give the "
+            "merged folder."
         )
     if any(folder.glob("pytorch_model*.bin")):
         raise FileNotFoundError(
@@ -218,5 +219,6 @@ def write_companions(
     write_json(folder / "tokenizer_config.json", tokenizer)
 
     (folder / "README.md").write_text(
-        model_card(name, config, statistics, source=source, source_folder=source_folder), encoding="utf-8"
+        model_card(name, config, statistics, source=source, source_folder=source_folder, carries_code=True),
+        encoding="utf-8",
     )

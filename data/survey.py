@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from ..files_openvla import cache_folder as cache_folder
 from .dataset import EpisodeDataset
 from .dimensions import shares
 from .episode import Episode
@@ -144,13 +145,6 @@ def largest_normalized(values: np.ndarray, stats: Mapping[str, Any]) -> float:
 
 
 # The cache ------------------------------------------------------------------------------------------------------------
-
-
-def cache_folder() -> Path:
-    """`OPENVLA_CACHE`, or `openvla` in the user's cache folder."""
-    if folder := os.environ.get("OPENVLA_CACHE"):
-        return Path(folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "openvla"
 
 
 def content_key(datasets: Sequence[EpisodeDataset], options: Mapping[str, Any]) -> str | None:

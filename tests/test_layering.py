@@ -16,6 +16,7 @@ FLAT_FILES = [
     "outputs_openvla",
     "decoding_openvla",
     "loading_openvla",
+    "adapters_openvla",
     "modeling_openvla",
 ]
 # Name -> floor. What stands on one floor does not import its neighbours; the flat files may import earlier ones.

@@ -3,23 +3,32 @@
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..folders import write_json
+from ..adapters_openvla import (
+    ADAPTER,
+    KEY,
+    adapter_folder,
+    belongings,
+    check_base,
+    find_base,
+    of_processor,
+    read_belongings,
+    with_belongings,
+)
+from ..configuration_openvla import OpenVLAConfig
+from ..files_openvla import read_json
+from ..folders import new_folder, write_json
 from ..model_card import model_card
 from ..modeling_openvla import OpenVLAForActionPrediction
 from ..processing_openvla import OpenVLAProcessor
 
 
 STARTED = "finetune.json"  # the options of a run, written before it begins
-ADAPTER_NOTE = """
-This folder holds a LoRA adapter of [{base}](https://huggingface.co/{base}); `openvla merge` adds it to its base.
-"""
 
 
 def write_checkpoint(
@@ -42,8 +51,11 @@ def write_checkpoint(
     """
     folder.mkdir(parents=True, exist_ok=True)
     # Without this PEFT stores whole embeddings because the output layer has an adapter.
-    options = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
+    is_adapter = hasattr(model, "peft_config")
+    options = {"save_embedding_layers": False} if is_adapter else {}
     model.save_pretrained(folder, state_dict=state_dict, **options)
+    if is_adapter:
+        _complete_adapter(model, folder, processor, statistics)
     if dtype is not None:  # the library writes that of the model in memory
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config["dtype"] = str(dtype).removeprefix("torch.")
@@ -53,30 +65,78 @@ def write_checkpoint(
     write_json(folder / "dataset_statistics.json", statistics)
 
 
-def merge_adapter(folder: str | Path, output: str | Path, dtype: str = "auto") -> float:
+def _complete_adapter(model: Any, folder: Path, processor: OpenVLAProcessor, statistics: dict[str, Any]) -> None:
+    """Into adapter_config.json what belongs to the adapter, which PEFT overwrites when it saves; beside it the
+    configuration of the base, by which auto classes know what kind of model it is."""
+    content = read_json(folder / ADAPTER)
+    content["auto_mapping"] = {
+        "base_model_class": "OpenVLAForActionPrediction",
+        "parent_library": "openvla.modeling_openvla",
+        KEY: {
+            **belongings(model.peft_config["default"]),
+            "norm_stats": statistics,
+            "processor": of_processor(processor.to_dict()),
+        },
+    }
+    write_json(folder / ADAPTER, content)
+    OpenVLAConfig.from_pretrained(model.get_base_model().config.name_or_path).save_pretrained(folder)
+
+
+def starting_point(model: str | os.PathLike) -> tuple[str, Path | None]:
+    """Whole weights to begin with, a folder or Hub id, and the adapter to put on them, if `model` is one.
+
+    Raises:
+        FileNotFoundError: If the base of the adapter is not there.
+    """
+    adapter = adapter_folder(model)
+    return (os.fspath(model), None) if adapter is None else (find_base(adapter), adapter)
+
+
+def starting_processor(base: str | os.PathLike, adapter: Path | None) -> OpenVLAProcessor:
+    """The processor of `base`, with the pixels and the prompt form of the adapter."""
+    brought = None if adapter is None else read_belongings(adapter).get("processor")
+    return with_belongings(OpenVLAProcessor.from_pretrained(base), brought)
+
+
+def merge_adapter(
+    folder: str | Path, output: str | Path, dtype: str = "auto", base: str | os.PathLike | None = None
+) -> float:
     """Add the adapter of a finished lora or qlora run to its base, and write one plain checkpoint.
+
+    Args:
+        base: Folder or Hub id of the base, where it is not found by itself. Other weights than those the adapter was
+            trained on are then taken with a warning.
 
     Returns:
         The largest difference between logits with the adapter and merged, relative to the largest logit.
 
     Raises:
-        FileNotFoundError: If `folder` holds no adapter.
+        FileNotFoundError: If `folder` holds no adapter, its statistics are missing, or its base is not found.
         FileExistsError: If `output` is not empty.
+        ValueError: If the base has other weights than those the adapter was trained on.
+        BlockingIOError: If another process is writing `output`.
     """
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
     folder, output = Path(folder), Path(output)
-    if not (folder / "adapter_config.json").is_file():
+    if not (folder / ADAPTER).is_file():
         raise FileNotFoundError(f"'{folder}' holds no adapter (adapter_config.json): is it the output of a lora run?")
-    if output.exists() and any(output.iterdir()):
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"'{output}' is not empty: choose another folder.")
-    base = OpenVLAForActionPrediction.from_pretrained(
-        PeftConfig.from_pretrained(folder).base_model_name_or_path, dtype=dtype
-    )
-    base.norm_stats = json.loads((folder / "dataset_statistics.json").read_text(encoding="utf-8"))
-    processor = OpenVLAProcessor.from_pretrained(folder)
-    model = PeftModel.from_pretrained(base, folder).eval()
-    height, width = base.vision_backbone.image_size
+    brought = read_belongings(folder)
+    if "norm_stats" not in brought:
+        raise FileNotFoundError(
+            f"'{folder}' has no dataset_statistics.json, so the actions of the merged model would have no units: put "
+            "that of its training there."
+        )
+    source = os.fspath(base) if base is not None else find_base(folder)
+    model = OpenVLAForActionPrediction.from_pretrained(source, dtype=dtype)
+    problem = check_base(source, brought.get("base_digest"))
+    if problem and base is None:
+        raise ValueError(f"{problem}. Put its own base back, or say with --base which one to take nevertheless.")
+    model = PeftModel.from_pretrained(model, folder).eval()
+    processor = starting_processor(source, folder)
+    height, width = model.vision_backbone.image_size
     image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     inputs = processor(processor.format_prompt("pick up the cup"), image)
     with torch.inference_mode():
@@ -84,12 +144,10 @@ def merge_adapter(folder: str | Path, output: str | Path, dtype: str = "auto") -
         merged = model.merge_and_unload()
         after = merged(**inputs).logits
     difference = ((after - before).abs().max() / before.abs().max()).item()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as folder_in_work:
-        work = Path(folder_in_work) / "merged"
-        card = model_card(output.name, merged.config, base.norm_stats)
-        write_checkpoint(merged, work, processor, base.norm_stats, card)
+    statistics = merged.norm_stats = brought["norm_stats"]
+    with new_folder(output) as work:
+        card = model_card(output.resolve().name, merged.config, statistics)
+        write_checkpoint(merged, work, processor, statistics, card)
         if (folder / STARTED).is_file():
             shutil.copyfile(folder / STARTED, work / STARTED)  # how it was trained, image augmentation above all
-        os.replace(work, output)
     return difference

@@ -20,7 +20,10 @@ class FinetuneOptions:
         "'name:weight,name:weight', or a YAML file."
     )
     output: str = required("Folder for the result.")
-    model: str = required("Folder or Hub id to start from.")
+    model: str = required(
+        "Folder or Hub id to start from; or an earlier run: lora and qlora let its adapter go on learning (same rank), "
+        "the others add it to its base first."
+    )
     strategy: Literal["full", "last_layer", "frozen_vision", "sandwich", "lora", "qlora"] = option(
         "lora", "Which parameters learn (table 1 of the paper); qlora: lora on a 4-bit base."
     )

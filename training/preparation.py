@@ -18,6 +18,7 @@ from ..data.recording import given_reader_options
 from ..data.samples import main_camera
 from ..data.sources import Source, open_sources
 from ..processing_openvla import OpenVLAProcessor
+from .checkpoints import starting_point, starting_processor
 from .checks import check_data, check_images, check_statistics
 from .options import FinetuneOptions
 from .plan import TEXT_TOKENS, estimate
@@ -98,8 +99,9 @@ def prepare(options: FinetuneOptions, processes: int = 1, data: Any = None) -> R
             dataset has no image that can be decoded, or a prompt exceeds the model's context.
         FileNotFoundError: If the model or a dataset is not there.
     """
-    config = OpenVLAConfig.from_pretrained(options.model)
-    processor = OpenVLAProcessor.from_pretrained(options.model)
+    base, adapter = starting_point(options.model)
+    config = OpenVLAConfig.from_pretrained(base)
+    processor = starting_processor(base, adapter)
     sources = open_sources(
         options.dataset if data is None else data,
         data_root=options.data_root,

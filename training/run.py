@@ -13,15 +13,17 @@ from transformers.trainer_utils import IntervalStrategy
 
 from ..action_text import action_names
 from ..action_tokenizer import ActionTokenizer
+from ..adapters_openvla import KEY, name_base, portable_model, portable_path
 from ..configuration_openvla import OpenVLAConfig
 from ..data.augment import ImageAugmentation
 from ..data.collate import ActionCollator
 from ..data.samples import FrameSamples
 from ..data.stream import MixtureStream
+from ..files_openvla import local_folder
 from ..folders import locked, weights_digest, write_json
 from ..model_card import model_card
 from ..modeling_openvla import OpenVLAForActionPrediction
-from .checkpoints import ADAPTER_NOTE, STARTED
+from .checkpoints import STARTED, starting_point
 from .checks import check_result
 from .curves import plot_curves
 from .metrics import ActionMetrics
@@ -57,10 +59,21 @@ def load_model(run: Run, autocast: bool) -> Any:
         loading["dtype"] = "float32"  # the only type that goes with weights that learn, see below
     if options.strategy == "qlora":
         loading["quantization_config"] = qlora_quantization()
-    model: Any = OpenVLAForActionPrediction.from_pretrained(options.model, **loading)
-    model.norm_stats = run.statistics
-    adapter = {"rank": options.rank, "alpha": options.alpha, "dropout": options.dropout}
-    model = apply_strategy(model, options.strategy, **({} if learns_itself else adapter))
+    base, adapter = starting_point(options.model)
+    model: Any = OpenVLAForActionPrediction.from_pretrained(base, **loading)
+    if learns_itself:
+        if adapter is not None:  # of an earlier run: it becomes part of the weights
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        model.norm_stats = run.statistics
+        model = apply_strategy(model, options.strategy)
+    else:
+        made = {"rank": options.rank, "alpha": options.alpha, "dropout": options.dropout}
+        model = apply_strategy(model, options.strategy, adapter=adapter, **made)
+        config = model.peft_config["default"]
+        config.base_model_name_or_path, digest = name_base(base, options.output)
+        config.auto_mapping = {KEY: {"norm_stats": run.statistics, "base_digest": digest}}
     if options.dtype == "auto":
         # Updates of 2e-5 vanish in bfloat16: what learns is float32, and computed with in `precision`.
         for parameter in model.parameters():
@@ -147,7 +160,7 @@ def finetune(options: FinetuneOptions, resume: bool = False, data: Any = None) -
     """
     output = Path(options.output)
     check_output(options, resume, dataset=data is None)
-    arguments = training_arguments(options, OpenVLAConfig.from_pretrained(options.model))
+    arguments = training_arguments(options, OpenVLAConfig.from_pretrained(starting_point(options.model)[0]))
     with locked(output) if arguments.process_index == 0 else nullcontext():
         try:
             train(options, arguments, resume, data)
@@ -176,7 +189,7 @@ def train(options: FinetuneOptions, arguments: TrainingArguments, resume: bool, 
     # What the model can do before it has learned anything
     arguments.eval_on_start = arguments.eval_strategy is not IntervalStrategy.NO and checkpoint is None
 
-    made = {**asdict(options), "learning_rate": learning_rate(options), "global_batch": run.global_batch}
+    made = {**shared_options(options), "learning_rate": learning_rate(options), "global_batch": run.global_batch}
     begun = main and (output / STARTED).exists()
     if main:
         made["data_digests"] = data_digests(run.sources)
@@ -237,8 +250,34 @@ def train(options: FinetuneOptions, arguments: TrainingArguments, resume: bool, 
 def card(run: Run) -> str:
     """Model card: how to load it, and how it was made."""
     options = run.options
-    text = model_card(Path(options.output).name, run.config, run.statistics, source=options.model)
-    if options.strategy in LEARNING_RATES:
-        text += ADAPTER_NOTE.format(base=options.model)
-    rows = "\n".join(f"| {name} | {value} |" for name, value in asdict(options).items())
+    base, _ = starting_point(options.model)
+    on_hub = local_folder(base) is None
+    begun_with = portable_model(base, options.output)
+    text = model_card(
+        Path(options.output).resolve().name,
+        run.config,
+        run.statistics,
+        source=base if on_hub else None,
+        weights=f"fine-tuned from `{begun_with}`",
+        adapter_of=f"`{begun_with}`" if options.strategy in LEARNING_RATES else None,
+    )
+    rows = "\n".join(f"| {name} | {value} |" for name, value in shared_options(options).items())
     return f"{text}\n## Fine-tuned\n\nWith `openvla finetune`:\n\n| option | value |\n| --- | --- |\n{rows}\n"
+
+
+def shared_options(options: FinetuneOptions) -> dict[str, Any]:
+    """The options as others may read them: without paths of this machine (see `portable_path`)."""
+    made, output = asdict(options), options.output
+    parts = [part.partition(":") for part in options.dataset.split(",")]  # of a mixture: NAME:WEIGHT,NAME:WEIGHT
+    if Path(options.dataset).expanduser().exists():
+        parts = [(options.dataset, "", "")]
+    made["dataset"] = ",".join(_portable(name, output) + colon + weight for name, colon, weight in parts)
+    for name in ("data_root", "statistics"):
+        if made[name] is not None:
+            made[name] = _portable(made[name], output)
+    return {**made, "model": portable_model(options.model, output), "output": Path(output).resolve().name}
+
+
+def _portable(name: str, output: str) -> str:
+    path = Path(name).expanduser()
+    return portable_path(path, output) if path.is_absolute() or path.exists() else name

@@ -4,6 +4,7 @@ Each strategy is a function `(model, **options) -> model` that decides which par
 more with `@strategy`.
 """
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +32,7 @@ def apply_strategy(model: nn.Module, name: str, **options: Any) -> nn.Module:
     Args:
         model: An `OpenVLAForActionPrediction`.
         name: One of `STRATEGIES`: full, last_layer, frozen_vision, sandwich, lora, qlora.
-        options: Of the strategy: `rank`, `alpha`, `dropout`, `targets` for lora and qlora.
+        options: Of the strategy: `rank`, `alpha`, `dropout`, `targets`, `adapter` for lora and qlora.
 
     Returns:
         The model itself, or for lora and qlora the `PeftModel` around it.
@@ -114,7 +115,12 @@ def sandwich(model: Any) -> nn.Module:
 
 @strategy
 def lora(
-    model: Any, rank: int = 32, alpha: int | None = None, dropout: float = 0.0, targets: str | list[str] | None = None
+    model: Any,
+    rank: int = 32,
+    alpha: int | None = None,
+    dropout: float = 0.0,
+    targets: str | list[str] | None = None,
+    adapter: str | os.PathLike | None = None,
 ) -> nn.Module:
     """Low-rank adapters with the published defaults: on every linear layer, output layer and patch embedding included,
     gaussian initialization.
@@ -124,11 +130,26 @@ def lora(
         alpha: Numerator of its scale `alpha / rank`. Default: `min(rank, 16)`.
         dropout: On the input of an adapter.
         targets: Names of modules as PEFT takes them. Default: all linear layers and patch embeddings.
+        adapter: Folder of an adapter of this base that goes on learning, instead of a new one.
+
+    Raises:
+        ValueError: If `rank` is below 1, or `adapter` has another rank, alpha or dropout.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, PeftModel, get_peft_model
 
     if rank < 1:
         raise ValueError(f"rank={rank}: an adapter needs at least 1.")
+    if adapter is not None:
+        config = LoraConfig.from_pretrained(adapter)
+        has = {"rank": config.r, "alpha": config.lora_alpha, "dropout": config.lora_dropout}
+        asked = {"rank": rank, "alpha": min(rank, 16) if alpha is None else alpha, "dropout": dropout}
+        if has != asked:
+            given, kept = (", ".join(f"{name} {value}" for name, value in each.items()) for each in (asked, has))
+            raise ValueError(
+                f"The adapter in '{adapter}' goes on learning as it is ({kept}), which is not what was asked for "
+                f"({given}): give these, or merge it first (`openvla merge`) and begin a new one on the result."
+            )
+        return PeftModel.from_pretrained(model, adapter, is_trainable=True)
     if targets is None:
         # Not PEFT's "all-linear", which leaves out the output layer. The convolution of the patch embedding is among
         # them: the original chose modules by the last part of their names, and "proj" is that of both.

@@ -1,0 +1,279 @@
+"""What belongs to an adapter (units, prompt form, pixels, base) is its own by every way it gets onto a model."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
+
+import openvla
+from openvla import OpenVLAForActionPrediction, OpenVLAProcessor
+from openvla.training import FinetuneOptions, finetune, merge_adapter
+
+
+peft = pytest.importorskip("peft", reason="adapters need the [train] extra")
+pytest.importorskip("accelerate", reason="training needs the [train] extra")
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMOS = Path(__file__).parent / "fixtures" / "demos"
+IMAGE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "processor_config.json")
+
+
+def model_folder(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    for name in (*MODEL_FILES, "dataset_statistics.json"):
+        shutil.copyfile(ROOT / name, folder / name)
+    return folder
+
+
+def train(model: Path | str, output: Path | str, **changes) -> Path:
+    made = {"steps": 1, "batch_size": 2, "rank": 4, "shuffle_buffer": 8, "name": "mine", "logging": "none"}
+    made |= {"held_out": 0.0, "eval_every": 0, "save_every": 1}
+    dataset = str(DEMOS / "lerobot_image")
+    return finetune(FinetuneOptions(model=str(model), dataset=dataset, output=str(output), **{**made, **changes}))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A folder with a base and a run on it, which was started with relative paths."""
+    place = tmp_path_factory.mktemp("place")
+    model_folder(place / "base")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        train("base", "run")
+    return place
+
+
+@pytest.fixture
+def place(trained, tmp_path) -> Path:
+    """A copy of that folder that a test may change."""
+    return Path(shutil.copytree(trained, tmp_path / "place"))
+
+
+def other_run(run: Path, name: str = "other", **processor) -> Path:
+    """A copy of a run under other statistics, and other settings of the processor."""
+    folder = Path(shutil.copytree(run, run.parent / name))
+    entry = json.loads((run / "dataset_statistics.json").read_text())["mine"]
+    entry["action"]["q99"] = [2 * value + 1 for value in entry["action"]["q99"]]
+    entry["action"]["max"] = [2 * value + 1 for value in entry["action"]["max"]]
+    (folder / "dataset_statistics.json").write_text(json.dumps({name: entry}))
+    content = json.loads((folder / "processor_config.json").read_text()) | processor
+    (folder / "processor_config.json").write_text(json.dumps(content))
+    return folder
+
+
+def act(model) -> list[float]:
+    return model.eval().predict_action(IMAGE, "open the drawer").tolist()
+
+
+# Units, prompt form and pixels
+
+
+def test_every_way_gives_the_units_of_the_run(trained, tmp_path):
+    run, base = trained / "run", trained / "base"
+    expected = act(OpenVLAForActionPrediction.from_pretrained(run))
+    assert act(OpenVLAForActionPrediction.from_pretrained(base)) != expected
+    for auto_class in (AutoModel, openvla.AutoModelForVision2Seq):
+        model = auto_class.from_pretrained(run)
+        assert list(model.norm_stats) == ["mine"] and act(model) == expected
+    model = OpenVLAForActionPrediction.from_pretrained(base)
+    model.load_adapter(str(run))
+    assert act(model) == expected
+    model.save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved" / "dataset_statistics.json").unlink()  # it is in the adapter's configuration as well
+    for folder in (run, tmp_path / "saved"):
+        model = peft.PeftModel.from_pretrained(OpenVLAForActionPrediction.from_pretrained(base), folder)
+        assert act(model) == expected
+    merged = model.merge_and_unload()
+    assert list(merged.norm_stats) == ["mine"] and act(merged) == pytest.approx(expected, abs=1e-6)
+    merged.save_pretrained(tmp_path / "merged")
+    assert list(json.loads((tmp_path / "merged" / "dataset_statistics.json").read_text())) == ["mine"]
+
+
+def test_units_follow_the_active_adapter(place):
+    run, other = place / "run", other_run(place / "run")
+    model = OpenVLAForActionPrediction.from_pretrained(place / "base")
+    base = act(model)
+    model.load_adapter(str(run))
+    mine = act(model)
+    model.load_adapter(str(other), adapter_name="second")
+    model.set_adapter("second")
+    assert list(model.norm_stats) == ["other"] and act(model) != mine
+    model.set_adapter("default")
+    assert act(model) == mine
+    model.set_adapter(["default", "second"])
+    with pytest.raises(ValueError, match="2 datasets; pass unnorm_key"):
+        model.predict_action(IMAGE, "open the drawer")
+    model.set_adapter("default")
+    model.disable_adapters()
+    assert list(model.norm_stats) == ["metaworld"] and act(model) == base
+    model.enable_adapters()
+    assert act(model) == mine
+    model.delete_adapter("default")
+    model.set_adapter("second")
+    assert list(model.norm_stats) == ["other"]
+    model.delete_adapter("second")
+    assert list(model.norm_stats) == ["metaworld"]
+
+
+def test_units_follow_the_active_adapter_of_peft(place):
+    run, other = place / "run", other_run(place / "run")
+    content = json.loads((other / "adapter_config.json").read_text())
+    content["auto_mapping"]["openvla"]["norm_stats"] = json.loads((other / "dataset_statistics.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps(content))
+    model = peft.PeftModel.from_pretrained(OpenVLAForActionPrediction.from_pretrained(place / "base"), run)
+    model.load_adapter(other, "second")
+    assert list(model.norm_stats) == ["mine"]
+    model.set_adapter("second")
+    assert list(model.norm_stats) == ["other"]
+    with model.disable_adapter():
+        assert list(model.norm_stats) == ["metaworld"]
+    model.delete_adapter("second")
+    assert list(model.norm_stats) == ["mine"]
+    assert list(model.unload().norm_stats) == ["metaworld"]
+
+
+def test_prompt_form_and_pixels_are_those_of_the_adapter(place):
+    images = json.loads((place / "run" / "processor_config.json").read_text())["image_processor"]
+    images["image_resize_strategy"] = "letterbox"
+    other = other_run(place / "run", image_processor=images, prompt_template="Do {instruction}. Out:")
+    model = OpenVLAForActionPrediction.from_pretrained(other)
+    assert model.processor.format_prompt("stop") == "Do stop. Out:"
+    assert model.processor.image_processor.image_resize_strategy == "letterbox"
+    model.disable_adapters()
+    assert model.processor.format_prompt("stop").startswith("In: What action")
+    assert model.processor.image_processor.image_resize_strategy == "resize-naive"
+    model.processor = own = OpenVLAProcessor.from_pretrained(place / "base")
+    model.enable_adapters()
+    assert model.processor is own
+
+
+def test_an_adapter_without_statistics_is_said(place):
+    made = peft.get_peft_model(
+        OpenVLAForActionPrediction.from_pretrained(place / "base"), peft.LoraConfig(r=2, target_modules=["fc1", "fc2"])
+    )
+    made.save_pretrained(place / "bare")
+    model = OpenVLAForActionPrediction.from_pretrained(place / "base")
+    with pytest.warns(UserWarning, match="without action statistics.*units of its base .metaworld"):
+        model.load_adapter(str(place / "bare"))
+    model = peft.PeftModel.from_pretrained(OpenVLAForActionPrediction.from_pretrained(place / "base"), place / "bare")
+    with pytest.warns(UserWarning, match="without action statistics"):
+        act(model)
+    with pytest.raises(FileNotFoundError, match="no dataset_statistics.json"):
+        merge_adapter(place / "bare", place / "merged")
+    with pytest.raises(FileNotFoundError, match="no adapter"):
+        model.get_base_model().load_adapter(str(place / "base"))
+
+
+# The base
+
+
+def test_the_base_is_found_from_anywhere(place, monkeypatch):
+    """Relative to the run, also for a checkpoint of it, or for the files of the adapter alone, elsewhere together."""
+    monkeypatch.chdir("/")
+    expected = act(OpenVLAForActionPrediction.from_pretrained(place / "run"))
+    assert act(OpenVLAForActionPrediction.from_pretrained(place / "run" / "checkpoints" / "checkpoint-1")) == expected
+    (place / "alone").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copyfile(place / "run" / name, place / "alone" / name)
+    assert act(OpenVLAForActionPrediction.from_pretrained(place / "alone")) == expected
+    assert merge_adapter(place / "alone", place / "merged") < 1e-4
+    assert act(OpenVLAForActionPrediction.from_pretrained(place / "merged")) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_base_far_away_is_noted_on_this_machine(tmp_path):
+    base = model_folder(tmp_path / "far" / "away" / "models" / "base")
+    run = train(base, tmp_path / "a" / "b" / "c" / "run", strategy="lora")
+    assert json.loads((run / "adapter_config.json").read_text())["base_model_name_or_path"] == "base"
+    act(OpenVLAForActionPrediction.from_pretrained(run))
+
+
+def test_a_base_that_is_not_there_is_asked_for(place, monkeypatch):
+    monkeypatch.setenv("OPENVLA_CACHE", str(place / "cache"))
+    (place / "base").rename(place / "moved")
+    for load in (OpenVLAForActionPrediction.from_pretrained, AutoModel.from_pretrained):
+        with pytest.raises(FileNotFoundError, match="--base BASE"):
+            load(place / "run")
+    with pytest.raises(FileNotFoundError, match="'../base'.*--base BASE"):
+        merge_adapter(place / "run", place / "merged")
+    assert merge_adapter(place / "run", place / "merged", base=place / "moved") < 1e-4
+
+
+def test_a_base_with_other_weights(place):
+    weights = load_file(place / "base" / "model.safetensors")
+    weights["projector.fc1.bias"] += 1
+    save_file(weights, place / "base" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="not those the adapter was trained on"):
+        OpenVLAForActionPrediction.from_pretrained(place / "run")
+    with pytest.raises(ValueError, match="--base"):
+        merge_adapter(place / "run", place / "merged")
+    with pytest.warns(UserWarning, match="not those the adapter was trained on"):
+        OpenVLAForActionPrediction.from_pretrained(place / "base").load_adapter(str(place / "run"))
+    with pytest.warns(UserWarning, match="not those the adapter was trained on"):
+        merge_adapter(place / "run", place / "merged", base=place / "base")
+
+
+# What others get
+
+
+def test_no_path_of_the_machine_is_written(trained, tmp_path):
+    merge_adapter(trained / "run", tmp_path / "merged")
+    texts = [path for path in trained.glob("run/**/*") if path.suffix in (".json", ".md")]
+    texts += [path for path in (tmp_path / "merged").iterdir() if path.suffix in (".json", ".md")]
+    assert {path.name for path in texts} >= {"README.md", "finetune.json", "adapter_config.json", "config.json"}
+    for path in texts:
+        content = path.read_text()
+        for known in (str(trained), str(tmp_path), str(ROOT), str(Path.home()), "is_local", "local_files_only"):
+            assert known not in content, f"{known} in {path}"
+        assert "huggingface.co//" not in content
+    started = json.loads((trained / "run" / "finetune.json").read_text())
+    assert (started["model"], started["output"]) == ("../base", "run")
+
+
+def test_cards_say_what_is_true_of_their_folder(trained, tmp_path):
+    merge_adapter(trained / "run", tmp_path / "merged")
+    card, merged = (trained / "run" / "README.md").read_text(), (tmp_path / "merged" / "README.md").read_text()
+    assert "holds a LoRA adapter of\n`../base`" in card and 'load_adapter("run")' in card
+    for text in (card, merged):
+        assert "trust_remote_code" not in text and "carries its own code" not in text
+    assert "auto_map" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+    for folder, text in ((trained / "run", card), (tmp_path / "merged", merged)):
+        code = text.split("```python\n")[1].split("```")[0]
+        code = code.replace(f'"{folder.name}"', f'"{folder}"').replace(
+            'Image.open("frame.png")', "__import__('numpy').zeros((8, 8, 3), 'uint8')"
+        )
+        result = subprocess.run(
+            [sys.executable, "-c", code + "\nassert action.shape == (7,)"], capture_output=True, text=True, timeout=500
+        )
+        assert result.returncode == 0, result.stderr[-2000:]
+
+
+# Fine-tuning goes on from a run
+
+
+def test_an_adapter_goes_on_learning(place):
+    again = train(place / "run", place / "again", learning_rate=1e-9)
+    content = json.loads((again / "adapter_config.json").read_text())
+    assert content["base_model_name_or_path"] == "../base"
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (place / "run", again))
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, atol=1e-6, rtol=1e-4)
+    with pytest.raises(ValueError, match="rank 4, alpha 4"):
+        train(place / "run", place / "third", rank=8)
+
+
+def test_weights_learn_on_from_base_and_adapter(place):
+    merge_adapter(place / "run", place / "merged")
+    again = train(place / "run", place / "again", strategy="last_layer", learning_rate=1e-9)
+    expected, found = (load_file(folder / "model.safetensors") for folder in (place / "merged", again))
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-3)
