@@ -497,7 +497,8 @@ class OpenVLAProcessor(ProcessorMixin):
         # The fast tokenizer takes tokenizer.json as it is and gives the ids the weights were trained with.
         kwargs.pop("trust_remote_code", None)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        tokenizer.init_kwargs.pop("auto_map", None)  # code of that folder, not of the one it will be saved to
+        for name in ("auto_map", "is_local", "local_files_only"):
+            tokenizer.init_kwargs.pop(name, None)  # of that folder and this machine, not of where it will be saved
         return [OpenVLAImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs), tokenizer]
 
     @property

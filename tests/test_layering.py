@@ -21,7 +21,7 @@ FLAT_FILES = [
 ]
 # Name -> floor. What stands on one floor does not import its neighbours; the flat files may import earlier ones.
 FLOORS = {
-    **{name: 1 for name in FLAT_FILES},
+    **{name: 0 for name in FLAT_FILES},
     "action_text": 1,
     "options": 1,
     "folders": 1,

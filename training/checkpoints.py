@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,8 @@ def merge_adapter(
     problem = check_base(source, brought.get("base_digest"))
     if problem and base is None:
         raise ValueError(f"{problem}. Put its own base back, or say with --base which one to take nevertheless.")
+    if problem:
+        warnings.warn(f"{problem}.", stacklevel=2)
     model = PeftModel.from_pretrained(model, folder).eval()
     processor = starting_processor(source, folder)
     height, width = model.vision_backbone.image_size
