@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -197,18 +198,26 @@ def data_digests(sources: Sequence[Source]) -> dict[str, str | None]:
     return {source.name: content_key(source.everything, {}) for source in sources}
 
 
-def check_begun(output: Path, now: Mapping[str, Any], statistics: Mapping[str, Any], checkpoint: Path | None) -> None:
+def check_begun(
+    output: Path,
+    options: FinetuneOptions,
+    now: Mapping[str, Any],
+    statistics: Mapping[str, Any],
+    checkpoint: Path | None,
+) -> None:
     """Whether a run goes on with the options and data that it was begun with.
 
     Args:
-        now: Its options, with `global_batch` and `data_digests`.
+        options: As they were given; so older versions stored paths.
+        now: As they are stored, with `global_batch` and `data_digests`.
         statistics: Of its datasets.
 
     Raises:
         ValueError: Names the options, datasets and statistics that have changed.
     """
     before = read_json(output / STARTED)
-    changed = differences(before, dict(now))
+    same = {name: value for name, value in asdict(options).items() if before.get(name) == value}
+    changed = differences(before, {**now, **same})
     files: Mapping[str, Any] = now["data_digests"]
     known: Mapping[str, Any] = before.get("data_digests", files)  # runs of older versions have none
     stored = known if checkpoint is None else read_json(checkpoint / FINISHED)

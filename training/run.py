@@ -194,7 +194,7 @@ def train(options: FinetuneOptions, arguments: TrainingArguments, resume: bool, 
     if main:
         made["data_digests"] = data_digests(run.sources)
     if begun:
-        check_begun(output, made, run.statistics, checkpoint)
+        check_begun(output, options, made, run.statistics, checkpoint)
     set_seed(options.seed)  # adapters are made before the Trainer sets it
     model = load_model(run, arguments.bf16)
     if main:
