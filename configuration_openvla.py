@@ -25,8 +25,6 @@ if TRANSFORMERS < MINIMUM_TRANSFORMERS:
         "run `pip install -U transformers`."
     )
 
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig  # noqa: E402 - after the version is known to fit
-
 
 # Vision ids of the original: one (timm model, square image size in pixels, activation override) per tower. The
 # override is what timm itself used when the published weights were trained, where a later timm may differ.
@@ -132,7 +130,7 @@ def check_choice(field: str, value: Any, known, otherwise: str = "") -> None:
         )
 
 
-class OpenVLAConfig(PreTrainedConfig):
+class OpenVLAConfig(transformers.PreTrainedConfig):
     """Everything needed to build an `OpenVLAForActionPrediction` except the weights.
 
     Args:
@@ -161,7 +159,7 @@ class OpenVLAConfig(PreTrainedConfig):
     """
 
     model_type = "openvla"
-    sub_configs: ClassVar = {"text_config": AutoConfig}
+    sub_configs: ClassVar = {"text_config": transformers.AutoConfig}
 
     # What is None here is filled in by `__post_init__`.
     vision_backbone_id: str = "siglip-vit-so400m"
@@ -221,7 +219,7 @@ class OpenVLAConfig(PreTrainedConfig):
     def _complete_language_model(self) -> None:
         """Make `text_config` a configuration, with what `llm_backbone_id` decides."""
         fields = self.text_config if isinstance(self.text_config, dict) else {}
-        described = isinstance(self.text_config, PreTrainedConfig) or "model_type" in fields
+        described = isinstance(self.text_config, transformers.PreTrainedConfig) or "model_type" in fields
         if not described:
             check_choice(
                 "llm_backbone_id",
@@ -234,14 +232,14 @@ class OpenVLAConfig(PreTrainedConfig):
         if self.text_config is None:
             # As the published training code had it: one padding token after the model's own vocabulary, the embedding
             # table then filled up by `pad_to_multiple_of` rows.
-            vocabulary = CONFIG_MAPPING[text_model_type]().vocab_size
+            vocabulary = transformers.CONFIG_MAPPING[text_model_type]().vocab_size
             self.text_config = {"vocab_size": vocabulary + self.pad_to_multiple_of, "pad_token_id": vocabulary}
         if isinstance(self.text_config, dict):
             fields = dict(self.text_config)
             model_type = fields.pop("model_type", text_model_type)
-            if model_type not in CONFIG_MAPPING:
+            if model_type not in transformers.CONFIG_MAPPING:
                 raise ValueError(f"text_config: transformers knows no model_type {model_type!r}.")
-            self.text_config = CONFIG_MAPPING[model_type](**fields)
+            self.text_config = transformers.CONFIG_MAPPING[model_type](**fields)
 
     def check_fields(self) -> None:
         """Raise a `ValueError` if fields contradict each other."""

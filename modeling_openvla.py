@@ -26,7 +26,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedModel
-from transformers import initialization as init
 from transformers.utils import cached_file, is_peft_available
 
 from .action_tokenizer import (
@@ -58,6 +57,9 @@ from .decoding_openvla import (
     prompt_rows,
     read_sampling,
 )
+
+# Of a local folder transformers 5.4 and 5.5 copy no more than this file names: also what others import.
+from .files_openvla import read_json as _read_json  # noqa: F401
 from .loading_openvla import QUIET, adapter_of, check_folder, check_loaded
 from .outputs_openvla import CACHE, CACHE_NAMES, ActionPrediction, OpenVLAOutput, one_cache, with_both_names
 from .processing_openvla import HUB_KWARGS, OpenVLAProcessor, as_image_list, is_image_list, load_image
@@ -292,20 +294,23 @@ class OpenVLAPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialize what `module` itself owns (Linear, Conv, Embedding and norms are the library's)."""
+        """Initialize what `module` itself owns (Linear, Conv, Embedding and norms are the library's).
+
+        The library guards `torch.nn.init` here: tensors that were loaded keep their values.
+        """
         super()._init_weights(module)
         if isinstance(module, VisionTransformer):
             # As timm initializes them; pos_embed, cls_token and reg_token belong to the tower itself.
             for name, std in (("pos_embed", 0.02), ("cls_token", 1e-6), ("reg_token", 1e-6)):
                 parameter = getattr(module, name, None)
                 if parameter is not None:
-                    init.normal_(parameter, std=std)
+                    nn.init.normal_(parameter, std=std)
         elif isinstance(module, AttentionPoolLatent):
-            init.trunc_normal_(module.latent, std=module.latent.shape[-1] ** -0.5)
+            nn.init.trunc_normal_(module.latent, std=module.latent.shape[-1] ** -0.5)
             if module.pos_embed is not None:
-                init.trunc_normal_(module.pos_embed, std=module.pos_embed.shape[-1] ** -0.5)
+                nn.init.trunc_normal_(module.pos_embed, std=module.pos_embed.shape[-1] ** -0.5)
         elif isinstance(module, LayerScale):
-            init.constant_(module.scale_factor, module.init_values)
+            nn.init.constant_(module.scale_factor, module.init_values)
 
 
 class OpenVLAForActionPrediction(AdapterBelongings, OpenVLAPreTrainedModel, GenerationMixin):
@@ -499,7 +504,10 @@ class OpenVLAForActionPrediction(AdapterBelongings, OpenVLAPreTrainedModel, Gene
         """As in every torch module; a quantized model stays where it was loaded."""
         if getattr(self, "quantization_method", None) is None:
             return super().to(*args, **kwargs)
-        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        given = [value for value in (*args, *kwargs.values()) if not isinstance(value, (bool, torch.memory_format))]
+        given += [part for value in given if isinstance(value, torch.Tensor) for part in (value.device, value.dtype)]
+        dtype = next((value for value in given if isinstance(value, torch.dtype)), None)
+        device = next((torch.device(value) for value in given if isinstance(value, (str, int, torch.device))), None)
         if dtype is None and (device is None or device == self.device):
             return self
         raise ValueError(
@@ -555,7 +563,8 @@ class OpenVLAForActionPrediction(AdapterBelongings, OpenVLAPreTrainedModel, Gene
         if input_ids is not None:
             is_image = input_ids == self.config.image_token_id
         else:
-            token_id = torch.tensor(self.config.image_token_id, device=prompt.device)
+            # Filled on the device: a copy from the host cannot be captured in a CUDA graph.
+            token_id = torch.full((), self.config.image_token_id, dtype=torch.long, device=prompt.device)
             is_image = (inputs_embeds == self.get_input_embeddings()(token_id)).all(-1)
         has_patches = is_image.sum(dim=1) >= num_patches
         mixed = (

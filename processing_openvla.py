@@ -492,6 +492,7 @@ class OpenVLAProcessor(ProcessorMixin):
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
+        # The library's own place to say what a processor is made of (5.4 to 5.24).
         # Not through the auto classes: published folders name `PrismaticImageProcessor`, whose code is frozen, and
         # transformers 5 rebuilds the pre-tokenizer of a `LlamaTokenizer`, which then differs from 4.40.1 on spaces.
         # The fast tokenizer takes tokenizer.json as it is and gives the ids the weights were trained with.
@@ -626,6 +627,7 @@ class OpenVLAProcessor(ProcessorMixin):
         if _is_text(images) and not _is_text(text):
             text, images = images, text  # the library's own processors take (images, text)
         chosen = kwargs.pop("split_special_tokens", None)
+        # The library's rules of nested and flat options; it offers them under this name only (5.4 to 5.24).
         merged = self._merge_kwargs(
             OpenVLAProcessorKwargs, tokenizer_init_kwargs=getattr(self.tokenizer, "init_kwargs", {}), **kwargs
         )

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from openvla.conversion.hub_folder import CONFIG_AUTO_MAP
+
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAT_FILES = [
@@ -77,6 +79,20 @@ def test_flat_files_import_each_other_as_remote_code_must():
                 assert node.level == 1 and node.module in FLAT_FILES
             if isinstance(node, ast.Import):
                 assert not any(alias.name.split(".")[0] == "openvla" for alias in node.names)
+
+
+def test_entry_files_name_everything_they_need():
+    """Of a local folder transformers 5.4 and 5.5 copy an entry file and what it imports itself, no more."""
+
+    def named(module: str) -> set[str]:
+        tree = ast.walk(ast.parse((ROOT / f"{module}.py").read_text()))
+        return {str(node.module) for node in tree if isinstance(node, ast.ImportFrom) and node.level}
+
+    for entry in {reference.split(".")[0] for reference in CONFIG_AUTO_MAP.values()}:
+        needed = named(entry)
+        while more := {further for module in needed for further in named(module)} - needed:
+            needed |= more
+        assert needed == named(entry), f"{entry}.py: name {needed - named(entry)} as well"
 
 
 def test_every_room_has_a_floor():
