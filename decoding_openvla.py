@@ -176,42 +176,55 @@ def read_sampling(
     known = {*vars(GenerationConfig()), *GENERATE_KEYWORDS}
     for name, value in options.items():
         if name not in known:
-            raise ValueError(f"predict_action does not know {name}={value!r}.{closest(name, {*keywords, *known})}")
-        if name in ("max_new_tokens", "min_new_tokens") and value is not None and value != action_dim:
-            raise ValueError(f"{name}={value!r}: an action of these statistics has {action_dim} tokens, leave it out.")
+            raise ValueError(f"predict_action does not know {name}={value!r:.100}.{closest(name, {*keywords, *known})}")
+        if name in ("max_new_tokens", "min_new_tokens") and not (
+            value is None or isinstance(value, int) and value == action_dim
+        ):
+            raise ValueError(
+                f"{name}={value!r:.100}: an action of these statistics has {action_dim} tokens, leave it out."
+            )
         if name.startswith("_") or name in (*WITHOUT_EFFECT, "max_new_tokens", "min_new_tokens"):
             continue
         neutral = 1 if name in NEUTRAL_AT_ONE else 0
         if value is not None and not (isinstance(value, (bool, int, float)) and value == neutral):
-            raise ValueError(f"{name}={value!r} cannot be used here: {INSTEAD.get(name, 'leave it out')}.")
+            raise ValueError(f"{name}={value!r:.100} cannot be used here: {INSTEAD.get(name, 'leave it out')}.")
 
-    def number(name: str, low: float, high: float, kind: type | tuple[type, ...], expected: str) -> None:
-        value = sampling[name]
-        right = isinstance(value, kind) and not isinstance(value, (bool, np.bool_))
-        if value is not None and not (right and low <= value <= high):
-            raise ValueError(f"{name}={value!r} must be {expected}.")
-
-    if not isinstance(sampling["do_sample"], (bool, np.bool_, type(None))):
-        raise ValueError(f"do_sample={sampling['do_sample']!r} must be True or False.")
+    check_flag("do_sample", sampling["do_sample"])
+    # Without sampling a temperature of 0 says what is done anyway.
+    least = 1e-30 if sampling["do_sample"] else 0
     real = (int, float, np.integer, np.floating)
+    _check_number("temperature", sampling["temperature"], real, least, 1e30, "a number above 0")
+    _check_number("top_k", sampling["top_k"], (int, np.integer), 1, math.inf, "an integer of at least 1")
+    _check_number("top_p", sampling["top_p"], real, least, 1, "above 0 and at most 1")
     if not sampling["do_sample"]:
-        asked = {name: sampling[name] for name in ("temperature", "top_k", "top_p") if sampling[name] is not None}
-        if asked and asked.items() - {("temperature", 0), ("temperature", 1), ("top_k", 1), ("top_p", 1)}:
+        asked = {name: value for name, value in sampling.items() if name != "do_sample" and value not in (None, 0, 1)}
+        if asked:
             warnings.warn(
                 f"{', '.join(f'{name}={value!r}' for name, value in asked.items())} without do_sample=True: the most "
                 "probable action is returned.",
                 stacklevel=3,
             )
         return None
-    number("temperature", 1e-30, 1e30, real, "above 0; for the most probable action use do_sample=False")
-    number("top_k", 1, math.inf, (int, np.integer), "an integer of at least 1")
-    number("top_p", 1e-30, 1.0, real, "above 0 and at most 1")
     if generator is not None and not isinstance(generator, torch.Generator):
         raise ValueError(f"generator must be a torch.Generator, got {type(generator).__name__}.")
     if generator is not None and generator.device.type != device.type:
         raise ValueError(f"The generator is on {generator.device}, the model on {device}: torch.Generator('{device}').")
     temperature = 1.0 if sampling["temperature"] is None else float(sampling["temperature"])
     return Sampling(temperature, sampling["top_k"], sampling["top_p"], generator)
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise a `ValueError` unless it is True, False or None."""
+    if not isinstance(value, (bool, np.bool_, type(None))):
+        raise ValueError(f"{name}={value!r:.100} must be True or False.")
+
+
+def _check_number(name: str, value: Any, kind: Any, low: float, high: float, expected: str) -> None:
+    if value is None:
+        return
+    if not isinstance(value, kind) or isinstance(value, (bool, np.bool_)) or not low <= value <= high:
+        hint = "; for the most probable action use do_sample=False" if name == "temperature" else ""
+        raise ValueError(f"{name}={value!r:.100} must be {expected}{hint}.")
 
 
 # Tokens ---------------------------------------------------------------------------------------------------------------
@@ -301,6 +314,7 @@ __all__ = [
     "Sampling",
     "as_tensor",
     "check_finite",
+    "check_flag",
     "check_pixel_values",
     "choose_token",
     "evaluation_mode",

@@ -51,6 +51,7 @@ from .decoding_openvla import (
     Sampling,
     as_tensor,
     check_finite,
+    check_flag,
     check_pixel_values,
     choose_token,
     evaluation_mode,
@@ -820,6 +821,8 @@ class OpenVLAForActionPrediction(AdapterBelongings, OpenVLAPreTrainedModel, Gene
             KeyError: If `unnorm_key` is unknown.
             FileNotFoundError: If an image is a path that does not exist.
         """
+        check_flag("constrained", constrained)
+        check_flag("return_dict", return_dict)
         is_ids = isinstance(image, torch.Tensor) and image.ndim == 2 and image.dtype == torch.long
         if input_ids is None and image is not None and (is_ids or pixel_values is not None):
             image, input_ids = None, image

@@ -390,11 +390,8 @@ def read_instruction(instruction: Any, prompt_template: str | None = None) -> st
     if not isinstance(instruction, str):
         raise ValueError(f"An instruction is a string, got {type(instruction).__name__}: {instruction!r:.200}.")
     _check_unicode(instruction)
-    # Zeros fill up strings of fixed width, which some recordings hold.
-    text = " ".join(instruction.replace("\0", " ").split()).lower()
-    marker = "action should the robot take to"
-    if marker in text:
-        text = " ".join(text.replace("\\n", " ").split())  # a shell hands over the prompt's line break as two letters
+    # Zeros fill up strings of fixed width, which some recordings hold; a shell hands over a line break as two letters.
+    text = " ".join(instruction.replace("\0", " ").replace("\\n", " ").split()).lower()
     templates = {*PROMPT_TEMPLATES.values(), QUESTION}
     if prompt_template is not None and len(prompt_template) > 40:  # a short one may begin as an instruction does
         templates.add(prompt_template)
@@ -402,7 +399,7 @@ def read_instruction(instruction: Any, prompt_template: str | None = None) -> st
     while found is not None:
         text = found
         found = next(filter(None.__ne__, (_inside(text, template) for template in templates)), None)
-    if marker in text:
+    if "action should the robot take to" in text:
         raise ValueError(
             f"The instruction holds a part of a prompt: {instruction!r:.200}. Give the instruction alone, for example "
             "'open the drawer', or the complete prompt."

@@ -116,7 +116,8 @@ def test_train_mode_predicts_as_evaluation_mode(checkpointing):
     model.train()
     model.projector.eval()  # modes are given back to each module
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        switch = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # renamed in 5.23
+        getattr(model, f"{switch}_checkpointing_enable")({"use_reentrant": False})
     modes = {name: module.training for name, module in model.named_modules()}
     for _ in range(2):
         found = model.predict_action(**small_inputs(), return_dict=True)
@@ -206,12 +207,14 @@ def test_options_that_ask_for_the_most_probable_action(model, options):
         ({"do_sampel": True}, "Did you mean 'do_sample'"),
         ({"instructions": "stop"}, "Did you mean 'instruction'"),
         ({"do_sample": "no"}, "do_sample='no' must be True or False"),
-        ({"do_sample": True, "temperature": -1.0}, "temperature=-1.0 must be above 0"),
+        ({"do_sample": True, "temperature": -1.0}, "temperature=-1.0 must be a number above 0"),
         ({"do_sample": True, "temperature": float("nan")}, "temperature=nan"),
         ({"do_sample": True, "temperature": "warm"}, "temperature='warm'"),
         ({"do_sample": True, "top_k": 0}, "top_k=0 must be an integer of at least 1"),
         ({"do_sample": True, "top_k": 2.5}, "top_k=2.5"),
         ({"do_sample": True, "top_p": 1.5}, "top_p=1.5 must be above 0 and at most 1"),
+        ({"temperature": {1}}, "temperature={1}"),
+        ({"constrained": "yes"}, "constrained='yes' must be True or False"),
         ({"do_sample": True, "generator": 7}, "torch.Generator, got int"),
     ],
 )

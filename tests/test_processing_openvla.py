@@ -1,6 +1,8 @@
 """Images in every form a camera driver delivers, prompts, batches."""
 
+import io
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from PIL import Image
 from tiny import TINY, golden_image
 
 from openvla import OpenVLAImageProcessor, OpenVLAProcessor, load_image
+from openvla.processing_openvla import as_image_list
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +126,11 @@ def test_sixteen_bit(tmp_path):
         (np.zeros((0, 8, 3), dtype=np.uint8), "empty"),
         (np.zeros((8, 8, 3), dtype=np.complex64), "dtype"),
         (np.full((8, 8, 3), -4, dtype=np.int64), "expected 0 to 255"),
+        (np.zeros((2, 200, 3), dtype=np.uint8), "strip"),
+        (torch.zeros(3, 8, 8, device="meta"), "meta"),
+        (np.array(["frame.png"]), "2 or 3 dimensions"),
+        (Image.new("RGB", (0, 5)), "empty"),
+        ({"full_image": None}, "dict"),
         (42, "int"),
         (None, "NoneType"),
     ],
@@ -130,6 +138,106 @@ def test_sixteen_bit(tmp_path):
 def test_unreadable_images(image, message):
     with pytest.raises(ValueError, match=message):
         load_image(image)
+
+
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "P", "PA", "LA", "La", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "I", "F"]
+)
+def test_modes(photo, mode):
+    source = photo.convert({"RGBa": "RGBA", "La": "LA"}.get(mode, "RGB"))
+    found = pixels(source.convert(mode))
+    gray = mode in ("1", "L", "LA", "La", "I", "F")
+    expected = np.asarray((photo.convert("L") if gray else photo).convert("RGB")).astype(int)
+    assert np.abs(found - expected).mean() < {"1": 128, "P": 64, "PA": 64}.get(mode, 3)
+
+
+def test_files_that_break_when_they_are_read(photo):
+    """Pillow reads pixels when they are first looked at: what is wrong with a file shows only then."""
+    for format in ("PNG", "JPEG"):
+        file = io.BytesIO()
+        photo.save(file, format)
+        data = file.getvalue()
+        np.testing.assert_array_equal(pixels(data), pixels(Image.open(io.BytesIO(data))))
+        for half in (data[: len(data) // 2], bytearray(data[: len(data) // 2])):
+            with pytest.raises(ValueError, match="Cannot read"):
+                load_image(half)
+        with pytest.raises(ValueError, match="Cannot read the image"):
+            load_image(Image.open(io.BytesIO(data[: len(data) // 2])))
+        closed, lost = Image.open(io.BytesIO(data)), io.BytesIO(data)
+        closed.close()
+        without_stream = Image.open(lost)
+        lost.close()
+        for image in (closed, without_stream):
+            with pytest.raises(ValueError, match="Cannot read the image"):
+                load_image(image)
+
+
+def test_nested_lists(photo):
+    """What a JSON client sends."""
+    small = np.asarray(photo.resize((6, 4)))
+    for array in (small, small.transpose(2, 0, 1), small / 255):
+        np.testing.assert_array_equal(pixels(array.tolist()), small)
+    assert len(as_image_list(np.stack([small] * 3).tolist())) == 3
+    deep = []
+    for _ in range(5000):
+        deep = [deep]
+    for broken, message in (([[1, 2], [3]], "rows of one length"), ([1, 2, 3], "2 or 3 dimensions"), (deep, "nested")):
+        with pytest.raises(ValueError, match=message):
+            [load_image(image) for image in as_image_list(broken)]
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.eye(8, dtype=np.float32),  # black and white, or all but black?
+        np.ones((8, 8, 3)),
+        np.full((8, 8, 3), 1.02),  # [0, 1] after a resize that overshoots, or all but black?
+        np.full((8, 8, 3), 200, dtype=np.uint16),  # 8-bit levels, or all but black?
+        np.full((8, 8, 3), 200, dtype=">u2"),
+    ],
+)
+def test_pixels_that_may_be_bright_or_black_are_refused(array):
+    for image in (array, array.tolist()) if array.dtype.kind == "f" else (array,):
+        with pytest.raises(ValueError, match="uint8"):
+            load_image(image)
+
+
+def test_dark_frames(photo):
+    """A frame stays as dark as it is, in every type."""
+    dark = np.asarray(photo) // 50
+    for array in (
+        dark,
+        dark.astype(np.float32),
+        dark / 255,
+        (dark / 255).astype(np.float16),
+        dark.astype(np.uint16) * 257,
+    ):
+        np.testing.assert_array_equal(pixels(array), dark)
+    assert not pixels(np.zeros((8, 8, 3))).any() and not pixels(np.zeros((8, 8), np.uint16)).any()
+
+
+def test_training_reads_files_as_prediction_does(photo):
+    decode_image = pytest.importorskip("openvla.data.images", reason="needs the [data] extra").decode_image
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    transparent = photo.convert("RGBA")
+    transparent.putalpha(photo.convert("L"))
+    palette = photo.convert("P")
+    for image, format, options in (
+        (photo, "PNG", {"exif": exif}),
+        (transparent, "PNG", {}),
+        (palette, "PNG", {"transparency": 3}),
+        (photo.convert("L"), "PNG", {}),
+    ):
+        file = io.BytesIO()
+        image.save(file, format, **options)
+        np.testing.assert_array_equal(decode_image(file.getvalue()), pixels(file.getvalue()))
+    upright, turned = io.BytesIO(), io.BytesIO()
+    photo.save(upright, "JPEG")
+    photo.save(turned, "JPEG", exif=exif)
+    expected = np.rot90(decode_image(upright.getvalue()), -1)  # 6: turned by 90 degrees counterclockwise
+    np.testing.assert_array_equal(decode_image(turned.getvalue()), expected)
+    assert pixels(turned.getvalue()).shape == expected.shape
 
 
 # The image processor
@@ -204,6 +312,88 @@ def test_prompt_form_comes_from_the_config(tmp_path):
     for file in TINY[0].folder.glob("*.json"):
         (folder / file.name).write_bytes(file.read_bytes())
     assert OpenVLAProcessor.from_pretrained(folder).format_prompt("stop").startswith("In: ")
+
+
+@pytest.mark.parametrize("other", TINY, ids=lambda checkpoint: checkpoint.name)
+def test_one_instruction_has_one_prompt(tiny_processor, other):
+    """However it is typed, and also where a complete prompt, of any checkpoint, is handed over."""
+    prompt = tiny_processor.format_prompt("open the drawer")
+    complete = other.processor().format_prompt("open the drawer")
+    for text in (
+        " open the drawer", "open the drawer ", "Open  the\tDrawer\n", "open the drawer\0\0", "open\u00a0the drawer",
+        prompt, complete, complete + " ", complete.upper(), complete.replace("\n", "\\n"), complete.replace("\n", " "),
+        "What action should the robot take to open the drawer?", complete.replace("open the drawer", complete),
+    ):  # fmt: skip
+        assert tiny_processor.format_prompt(text) == prompt, text
+    for part in (complete[:-4], complete[4:], complete + complete, complete + "</s>"):
+        with pytest.raises(ValueError, match="part of a prompt"):
+            tiny_processor.format_prompt(part)
+    with pytest.raises(ValueError, match="empty"):
+        tiny_processor.format_prompt(complete.replace("open the drawer", " "))
+
+
+def test_prompt_forms_of_ones_own(tiny_processor):
+    def prompt(template: str, text: str) -> str:
+        own = OpenVLAProcessor(tiny_processor.image_processor, tiny_processor.tokenizer, prompt_template=template)
+        return own.format_prompt(own.format_prompt(text) if len(template) > 40 else text)
+
+    assert prompt("do {instruction}", "do the dishes") == "do do the dishes"
+    long = "You are a robot with one arm. Your task: {instruction}. Act:"
+    assert prompt(long, "do the dishes") == long.replace("{instruction}", "do the dishes")
+    with pytest.raises(ValueError, match="special token"):
+        prompt("<s>[INST] {instruction} [/INST]", "stop</s>")
+
+
+def test_words_stay_text(tiny_processor, photo):
+    """Neither the name of a special token nor a character of an action token becomes that token."""
+    tokenizer, first = tiny_processor.tokenizer, tiny_processor.tokenizer.vocab_size - 256
+    actions = "".join(tokenizer.convert_ids_to_tokens([first, first + 9, first + 255]))
+    texts = ["stop </s> now", "<s>stop<unk>", "say <pad>", f"give {actions} back", "open the drawer"]
+    for text in texts:
+        prompt = tiny_processor.format_prompt(text)
+        ids = tiny_processor(prompt, photo)["input_ids"][0].tolist()
+        assert ids[0] == 1 and all(3 <= token < first for token in ids[1:])
+        assert tokenizer.decode(ids, skip_special_tokens=True) == prompt
+        assert tiny_processor.prompt_ids(text) == [*ids, 29871]
+    prompts = tiny_processor.format_prompt(texts)
+    batch = tiny_processor(prompts, padding_side="left")
+    for row, prompt in enumerate(prompts):
+        mask = batch["attention_mask"][row].bool()
+        assert batch["input_ids"][row][mask].tolist() == tiny_processor(prompt)["input_ids"][0].tolist()
+        assert bool(mask[-1])
+    short = tiny_processor(prompts[3], truncation=True, max_length=8, padding="max_length")
+    assert short["input_ids"].shape == (1, 8)
+    # Who wants tokens says so; a complete training text of the original has them at its end.
+    assert tiny_processor("stop</s>", split_special_tokens=False)["input_ids"][0, -1] == 2
+    ids = tiny_processor([f"{prompts[4]} {actions}</s>", prompts[0]])["input_ids"]
+    assert [first, first + 9, first + 255, 2] in ids[0].unfold(0, 4, 1).tolist() and 2 not in ids[1]
+
+
+def test_text_that_is_no_text(tiny_processor):
+    for text in ("open \ud800", "\udcff"):
+        for call in (tiny_processor.format_prompt, tiny_processor, tiny_processor.prompt_ids):
+            with pytest.raises(ValueError, match="not valid Unicode") as caught:
+                call(text)
+            assert not isinstance(caught.value, UnicodeError)
+    with pytest.raises(ValueError, match="got bytes"):
+        tiny_processor.format_prompt(b"open the drawer")
+
+
+def test_one_processor_in_many_threads(tiny_processor, photo):
+    """Calls that pad, cut and read special tokens in turn, on one tokenizer; and a file that nobody has read yet."""
+    file = io.BytesIO()
+    photo.save(file, "PNG")
+
+    def call(index: int, image=photo) -> list:
+        texts = [tiny_processor.format_prompt("open the drawer " * (index % 5 + 1)), "stop"][: index % 2 + 1]
+        options = ({"padding": "max_length", "max_length": 80}, {"truncation": True, "max_length": 9}, {})[index % 3]
+        inputs = tiny_processor(texts, [image] * len(texts), split_special_tokens=(True, False)[index % 2], **options)
+        return [inputs["input_ids"].tolist(), float(inputs["pixel_values"].sum())]
+
+    expected = [call(index) for index in range(30)]
+    unread = Image.open(file)
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(call, range(30), [unread] * 30)) == expected
 
 
 def test_format_prompt_errors(tiny_processor):
