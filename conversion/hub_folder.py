@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import GenerationConfig
 
-from ..action_tokenizer import check_statistics, read_statistics
 from ..configuration_openvla import OpenVLAConfig
-from ..files_openvla import local_folder, read_json
+from ..files_openvla import read_json
 from ..folders import write_json
 from ..loading_openvla import check_tensors, check_weight_file, find_weight_files
 from ..model_card import model_card
@@ -63,20 +62,6 @@ class LazyTensor(NamedTuple):
         return cls(tuple(tensor.shape), lambda: tensor)
 
 
-def source_folder(weights: str | os.PathLike, revision: str | None = None) -> Path:
-    """A local folder as it is, or the downloaded snapshot of a Hub id."""
-    folder = local_folder(weights)
-    if folder is not None:
-        return folder
-    patterns = ["*.json", "*.safetensors", "tokenizer.model", "README.md"]
-    try:
-        return Path(snapshot_download(str(weights), revision=revision, allow_patterns=patterns))
-    except OSError as error:
-        raise FileNotFoundError(
-            f"'{weights}' is neither a folder here nor a Hub repository that can be reached: {error}"
-        ) from error
-
-
 # Weights --------------------------------------------------------------------------------------------------------------
 
 
@@ -112,19 +97,6 @@ def read_weights(folder: Path) -> dict[str, LazyTensor]:
             shape = tuple(handle.get_slice(name).get_shape())
             tensors[name] = LazyTensor(shape, partial(handle.get_tensor, name))
     return tensors
-
-
-def statistics_of(folder: Path, config: OpenVLAConfig) -> dict[str, Any]:
-    """Action statistics of a Hub folder: dataset_statistics.json, else those of its config; a `ValueError` without."""
-    file = folder / "dataset_statistics.json"
-    if file.is_file():
-        return read_statistics(file)
-    if not config.norm_stats:
-        raise ValueError(
-            f"'{folder}' has no action statistics, so its actions would have no units: put the dataset_statistics.json "
-            "of its training there."
-        )
-    return check_statistics(config.norm_stats, f"'{folder / 'config.json'}' (norm_stats)")
 
 
 def expected_shapes(config: OpenVLAConfig) -> dict[str, tuple[int, ...]]:

@@ -6,14 +6,13 @@ from pathlib import Path
 
 from ..configuration_openvla import OpenVLAConfig
 from ..folders import new_folder
+from ..hub import source_folder, statistics_of
 from ..processing_openvla import OpenVLAProcessor
 from .hub_folder import (
     WEIGHTS_FILE,
     WEIGHTS_INDEX,
     check_weights,
     read_weights,
-    source_folder,
-    statistics_of,
     weight_files,
     write_companions,
 )

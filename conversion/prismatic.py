@@ -15,14 +15,13 @@ from ..action_tokenizer import read_statistics
 from ..configuration_openvla import LLM_BACKBONES, VISION_BACKBONES, OpenVLAConfig, check_choice, closest
 from ..files_openvla import read_json
 from ..folders import new_folder, write_json
+from ..hub import source_folder, statistics_of
 from ..presets import load_base_vlms
 from ..processing_openvla import OpenVLAImageProcessor, OpenVLAProcessor, prompt_template_of
 from .hub_folder import (
     LazyTensor,
     check_weights,
     read_weights,
-    source_folder,
-    statistics_of,
     write_companions,
     write_weights,
 )

@@ -25,8 +25,10 @@ FLAT_FILES = [
 FLOORS = {
     **{name: 0 for name in FLAT_FILES},
     "action_text": 1,
+    "extras": 1,
     "options": 1,
     "folders": 1,
+    "hub": 2,
     "model_card": 2,
     "published_names": 2,
     "presets": 2,

@@ -1,0 +1,99 @@
+"""Models by folder or Hub id: where they lie on this machine, what they are called elsewhere, their statistics."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.constants import HF_HUB_OFFLINE
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from .action_tokenizer import check_statistics, read_statistics
+from .configuration_openvla import OpenVLAConfig, closest
+
+
+PACKAGE = Path(__file__).resolve().parent  # its root is a model, too
+FILES = ["*.json", "*.safetensors", "tokenizer.model", "README.md"]
+
+
+def source_folder(model: str | os.PathLike, revision: str | None = None) -> Path:
+    """A local folder as it is, or the downloaded snapshot of a Hub id.
+
+    Raises:
+        FileNotFoundError: If `model` is neither; says which of the two it looks like and what can be done.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    hint = closest(path.name, _names(path.parent))
+    if path.exists() or str(model).startswith((".", "/", "~")) or str(model).count("/") != 1:
+        what = "is a file, not a folder" if path.is_file() else "is not there"
+        raise FileNotFoundError(
+            f"No folder at '{model}': it {what}.{hint} Give a folder, or a Hub id such as 'openvla/openvla-7b'."
+        )
+    try:
+        return Path(snapshot_download(str(model), revision=revision, allow_patterns=FILES))
+    except (OSError, HFValidationError) as error:
+        raise FileNotFoundError(
+            f"'{model}' is neither a folder here nor a Hub repository that can be reached.{hint} "
+            f"{_remedy(str(model), revision, error)}"
+        ) from error
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    except OSError:
+        return []
+
+
+def _remedy(repository: str, revision: str | None, error: Exception) -> str:
+    """What the Hub refused, and the way out. Gated repositories are a kind of those not found."""
+    if isinstance(error, HFValidationError):
+        return "It is no Hub id either: expected 'owner/name' of letters, digits, '-', '_' and '.'."
+    if isinstance(error, GatedRepoError):
+        return (
+            f"Its owner asks for consent: accept the terms at https://huggingface.co/{repository}, then log in "
+            "(hf auth login)."
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return "The Hub knows no such repository: check the id; if it is private, log in (hf auth login)."
+    if isinstance(error, RevisionNotFoundError):
+        return f"The repository has no branch, tag or commit '{revision}'."
+    if HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set and the cache does not hold it: unset it to download, or give a folder."
+    return (
+        "Check the network, or download it where there is one "
+        f"(hf download {repository} --local-dir FOLDER) and give the folder. ({type(error).__name__})"
+    )
+
+
+def published_name(model: str | os.PathLike) -> str:
+    """What reports and data sets call a model: its Hub id, or the name of its folder, which is nobody's path."""
+    path = Path(model).expanduser()
+    if path.resolve() == PACKAGE:
+        return "embedded policy"
+    return path.resolve().name if path.is_dir() or str(model).count("/") != 1 else str(model)
+
+
+def statistics_of(folder: Path, config: OpenVLAConfig | None = None) -> dict[str, Any]:
+    """Action statistics of a model folder: dataset_statistics.json, else those of its config; a `ValueError` without.
+
+    Args:
+        config: Default: that of the folder.
+    """
+    file = folder / "dataset_statistics.json"
+    if file.is_file():
+        return read_statistics(file)
+    config = config or OpenVLAConfig.from_pretrained(folder)
+    if not config.norm_stats:
+        raise ValueError(
+            f"'{folder}' has no action statistics, so its actions would have no units: put the dataset_statistics.json "
+            "of its training there."
+        )
+    return check_statistics(config.norm_stats, f"'{folder / 'config.json'}' (norm_stats)")
