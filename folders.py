@@ -15,6 +15,7 @@ from .files_openvla import weights_digest as weights_digest
 
 # What makes a folder load, and what says that it is complete: gone while files are replaced, and written last.
 MARKS = ("config.json", "adapter_config.json", "dataset_statistics.json")
+INSTALLED = {"site-packages", "dist-packages"}  # folders that pip fills
 
 
 @contextmanager
@@ -25,19 +26,29 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
     folder goes with it; a killed process leaves the file, which then locks nothing.
 
     Raises:
+        ValueError: If `folder` is a file, or lies among installed packages.
         BlockingIOError: If another process works on the folder.
+        OSError: If nothing can be written there.
     """
-    folder = Path(folder).expanduser().absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    file = folder.parent / f".{folder.name}.lock"
+    folder = Path(folder).expanduser().resolve()
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"'{folder}' is a file: give a folder.")
+    if INSTALLED & set(folder.parts):
+        raise ValueError(f"'{folder}' lies among installed packages, whose updates remove it: give a folder elsewhere.")
+    # Of a mounted volume only the folder itself may be writable.
+    beside = not folder.is_dir() or os.access(folder.parent, os.W_OK)
+    file = folder.parent / f".{folder.name}.lock" if beside else folder / ".lock"
     lock = FileLock(file, timeout=0)
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
         raise BlockingIOError(
             f"Another process is writing to '{folder}' (it holds '{file}'): wait for it or stop it, or choose another "
             "output folder."
         ) from None
+    except OSError as error:
+        raise OSError(f"Cannot write to '{folder}' ({error.strerror}): choose another output folder.") from error
     try:
         yield
     finally:
@@ -98,6 +109,11 @@ def move_into(work: Path, output: Path) -> None:
 
 def write_json(path: Path, data: Any) -> None:
     """Write a JSON file that appears complete or not at all."""
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that appears complete or not at all."""
     temporary = path.with_name(f"{path.name}.part")
-    temporary.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

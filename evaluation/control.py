@@ -5,9 +5,12 @@ effect when it is there, and until then the last one is held. Slow inference the
 8-bit quantization lost in the paper.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
+
+from .environment import check_numbers
 
 
 EPSILON = 1e-9  # times are sums of floats
@@ -25,8 +28,12 @@ class BlockingControl:
         return step >= self._begin + len(self._actions)
 
     def give(self, step: int, action: np.ndarray, latency: float) -> None:
-        """The model's answer to the observation of `step`: (A,), or (K, A) for K steps."""
-        self._begin, self._actions = step, np.atleast_2d(action)
+        """The model's answer to the observation of `step`: (A,), or (K, A) for K steps; a `ValueError` otherwise, or if
+        `check_numbers` refuses it."""
+        actions = np.atleast_2d(check_numbers(action))
+        if actions.ndim != 2 or not actions.size:
+            raise ValueError(f"Actions of shape {np.shape(action)}: expected (A,), or (K, A) for K steps.")
+        self._begin, self._actions = step, actions
 
     def action(self, step: int) -> np.ndarray:
         """(A,) what is executed at `step`."""
@@ -46,9 +53,9 @@ class RealtimeControl:
     """
 
     def __init__(self, hz: float, start: np.ndarray):
-        if not hz > 0:
-            raise ValueError(f"hz={hz}: the world needs a rate above 0.")
-        self.period, self._current = 1.0 / hz, np.asarray(start)
+        if not 0 < hz < math.inf:
+            raise ValueError(f"hz={hz}: the world needs a finite rate above 0.")
+        self.period, self._current = 1.0 / hz, check_numbers(start)
         self._ready = 0.0  # when the model is free
         self._coming: list[tuple[float, np.ndarray]] = []  # (time of effect, action), in order
 
@@ -57,12 +64,13 @@ class RealtimeControl:
         return self._ready < (step + 1) * self.period - EPSILON
 
     def give(self, step: int, action: np.ndarray, latency: float) -> None:
-        if latency < 0:
+        if not 0 <= latency < math.inf:
             raise ValueError(f"latency={latency}: expected seconds, 0 or more.")
-        if np.ndim(action) != 1:
+        action = check_numbers(action)
+        if action.ndim != 1:
             raise ValueError("Real-time control takes one action for an observation: let the policy give no chunks.")
         self._ready = max(self._ready, step * self.period) + latency
-        self._coming.append((self._ready, np.asarray(action)))
+        self._coming.append((self._ready, action))
 
     def action(self, step: int) -> np.ndarray:
         while self._coming and self._coming[0][0] <= step * self.period + EPSILON:

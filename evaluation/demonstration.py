@@ -59,7 +59,8 @@ def record_episode(
         states.append(observation.state)
         actions.append(action)
         if student is not None and len(actions) <= driven:
-            executed = check_action(np.asarray(student.act([replace(observation, instruction=instruction)]))[0])
+            answer = student.act([replace(observation, instruction=instruction)])
+            executed = check_action(np.squeeze(np.asarray(answer), axis=0))
         else:
             executed = action.copy()
             executed[:3] += strength * generator.standard_normal(3)

@@ -19,6 +19,8 @@ ENVIRONMENTS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     **{suite: ("libero", "Libero", "hf-libero", {"suite": suite}) for suite in SUITES},
 }
 AXES = ("visual", "motion", "physical", "semantic", "language")  # of generalization, in the paper's order
+ACTION_DIM = 7
+FARTHEST = 100.0  # numbers of an action beyond it are those of another unit, or of a policy that has gone wrong
 # A seed decides where everything in an episode begins. Demonstrations and evaluation share none.
 RECORDING_SEEDS = range(0, 1_000_000)
 EVALUATION_SEEDS = range(1_000_000, 2_000_000)
@@ -70,7 +72,7 @@ class Environment(Protocol):
         """Execute an action, (7,): what is seen then, and whether the task is done in this moment.
 
         Raises:
-            ValueError: If the action is not seven finite numbers, or no episode has begun.
+            ValueError: If `check_action` refuses the action, or no episode has begun.
         """
         ...
 
@@ -151,8 +153,33 @@ def tasks_with(environment: Environment, tasks: Sequence[str], variation: str) -
 
 
 def check_action(action: Sequence[float] | np.ndarray) -> np.ndarray:
-    """`action` as seven finite float64 numbers."""
-    checked = np.asarray(action, dtype=np.float64)
-    if checked.shape != (7,) or not np.isfinite(checked).all():
+    """`action` as seven finite float64 numbers, none beyond `FARTHEST`.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
+    checked = check_reach(check_numbers(action, "seven finite numbers"))
+    if checked.shape != (ACTION_DIM,):
         raise ValueError(f"action={checked.tolist()}: expected seven finite numbers.")
     return checked
+
+
+def check_numbers(actions: Any, expected: str = "finite numbers") -> np.ndarray:
+    """Actions of any shape as finite float64 numbers; a `ValueError` for anything else."""
+    try:
+        given = np.asarray(actions)
+    except (TypeError, ValueError, RuntimeError) as error:  # ragged lists; tensors of a GPU, with gradients, bfloat16
+        raise ValueError(f"action of type {type(actions).__name__}: expected {expected} ({error}).") from error
+    if given.dtype.kind not in "fiub" or not np.isfinite(given).all():
+        raise ValueError(f"action={given.tolist()}: expected {expected}.")
+    return given.astype(np.float64)
+
+
+def check_reach(actions: np.ndarray) -> np.ndarray:
+    """`actions` as they are; a `ValueError` if one is beyond `FARTHEST`."""
+    if (abs(actions) > FARTHEST).any():
+        raise ValueError(
+            f"action={actions.tolist()}: expected numbers within {FARTHEST:g} of 0, where 1 is the most that an arm "
+            "does in a step. Are they in other units (wrong unnorm_key or statistics)?"
+        )
+    return actions

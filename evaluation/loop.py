@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .control import BlockingControl, RealtimeControl
-from .environment import Environment, Observation
+from .environment import ACTION_DIM, Environment, Observation, check_numbers, check_reach
 from .policies import Policy
 from .report import Record, append_record, read_records
 from .video import EpisodeVideo
@@ -174,13 +174,15 @@ def run_episodes(
 
 
 def checked(actions: np.ndarray, count: int) -> np.ndarray:
-    """Actions (N, A) or chunks (N, K, A) of a policy, refused where they are not finite numbers of the right count."""
-    actions = np.asarray(actions)
-    if actions.ndim not in (2, 3) or not actions.size or len(actions) != count or not np.isfinite(actions).all():
+    """Actions (N, 7) or chunks (N, K, 7) of a policy, float64; a `ValueError` where they are something else, not
+    finite, or beyond `FARTHEST`."""
+    given = check_numbers(actions)
+    if given.ndim not in (2, 3) or not given.size or len(given) != count or given.shape[-1] != ACTION_DIM:
         raise ValueError(
-            f"The policy gave {actions.tolist()} for {count} observations: expected finite (N, A) or (N, K, A) numbers."
+            f"The policy gave numbers of shape {given.shape} for {count} observations: expected finite "
+            f"({count}, {ACTION_DIM}) or ({count}, K, {ACTION_DIM}) numbers, as the environment executes them."
         )
-    return actions
+    return check_reach(given)
 
 
 def rewrite(file: Path, records: Sequence[Record]) -> None:

@@ -15,6 +15,9 @@ from tqdm import tqdm
 from ..data.episode import Episode
 from ..data.hdf5_writer import write_hdf5
 from ..data.lerobot_writer import write_lerobot
+from ..files_openvla import read_json
+from ..folders import locked, weights_digest, write_json
+from ..hub import published_name, source_folder
 from .demonstration import load_episode, record_episode, save_episode
 from .environment import RECORDING_SEEDS, Environment, choose_tasks, tasks_with
 from .options import MOST_EPISODES, RecordOptions
@@ -42,12 +45,21 @@ def record(options: RecordOptions, *, progress: bool = True) -> dict[str, Any]:
         ValueError: If a task is unknown, the environment has no expert, an episode fails `ATTEMPTS` times, or another
             recording was begun in the same place.
         FileExistsError: If the folder holds something else.
-        FileNotFoundError: If there is no OpenGL to render with.
+        FileNotFoundError: If there is no OpenGL to render with, or no such student.
+        BlockingIOError: If another process records to the same place.
     """
-    output = Path(options.output).absolute()
+    output = Path(options.output).expanduser().absolute()
+    with locked(output):
+        return _record(options, output, progress)
+
+
+def _record(options: RecordOptions, output: Path, progress: bool) -> dict[str, Any]:
+    part = output.with_name(output.name + ".partial")
+    content = published(options)
     if (output / "recording.json").exists():
-        found = json.loads((output / "recording.json").read_text())
-        _check_same(options, found["options"], output)
+        found = read_json(output / "recording.json")
+        _check_same(content, found.get("options", {}), output)
+        shutil.rmtree(part, ignore_errors=True)  # of a run that was killed after its last step but one
         return found
     if output.exists() and any(output.iterdir()):
         raise FileExistsError(f"{output} is not empty: give a new folder.")
@@ -56,12 +68,11 @@ def record(options: RecordOptions, *, progress: bool = True) -> dict[str, Any]:
     varied = [(task, axis) for axis in options.axes for task in tasks_with(environment, chosen, axis)]
     tasks = dict.fromkeys(task for task, _ in varied)
     opengl_backend()
-    part = output.with_name(output.name + ".partial")
     plan = part / "options.json"
     if plan.exists():
-        _check_same(options, json.loads(plan.read_text()), part)
+        _check_same(content, read_json(plan), part)
     (part / "episodes").mkdir(parents=True, exist_ok=True)
-    plan.write_text(json.dumps(options.content(), indent=1))
+    write_json(plan, content)
 
     numbers = range(options.seed, options.seed + options.episodes)
     jobs = [(task, axis, number) for task, axis in varied for number in numbers]
@@ -74,7 +85,7 @@ def record(options: RecordOptions, *, progress: bool = True) -> dict[str, Any]:
 
     whole = part / "whole"
     shutil.rmtree(whole, ignore_errors=True)  # of a run that was stopped while it wrote
-    summary = {"options": options.content(), "tasks": {task: _summary(files, task) for task in tasks}}
+    summary = {"options": content, "tasks": {task: _summary(files, task) for task in tasks}}
     if options.format == "lerobot":
         write_lerobot(
             # Tasks take turns: whatever part of the episodes is held out has all of them
@@ -95,15 +106,25 @@ def record(options: RecordOptions, *, progress: bool = True) -> dict[str, Any]:
             )
     environment.close()
     (whole / "recording.json").write_text(json.dumps(summary, indent=1))
-    if output.exists():
-        output.rmdir()
-    whole.replace(output)
+    whole.replace(output)  # also where `output` is an empty folder
     shutil.rmtree(part)
     return summary
 
 
-def _check_same(options: RecordOptions, found: dict[str, Any], folder: Path) -> None:
-    other = {name: value for name, value in options.content().items() if found.get(name) != value}
+def published(options: RecordOptions) -> dict[str, Any]:
+    """The options that decide what is recorded, as they are written down: a student is known by its name and the digest
+    of its weights, not by a path."""
+    content = options.content()
+    if options.student is not None:
+        folder = source_folder(options.student)
+        content |= {"student": published_name(options.student), "student_weights": weights_digest(folder)}
+    return content
+
+
+def _check_same(content: dict[str, Any], found: dict[str, Any], folder: Path) -> None:
+    if found.get("student") is not None and "student_weights" not in found:  # recorded when paths were written down
+        found = {**found, "student": published_name(found["student"]), "student_weights": content.get("student_weights")}
+    other = {name: value for name, value in content.items() if found.get(name) != value}
     if other:
         raise ValueError(
             f"{folder} was recorded with other options: "
