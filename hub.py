@@ -1,5 +1,6 @@
 """Models by folder or Hub id: where they lie on this machine, what they are called elsewhere, their statistics."""
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,17 @@ from huggingface_hub.errors import (
 
 from .action_tokenizer import check_statistics, read_statistics
 from .configuration_openvla import OpenVLAConfig, closest
+from .folders import weights_digest
 
 
 PACKAGE = Path(__file__).resolve().parent  # its root is a model, too
 FILES = ["*.json", "*.safetensors", "tokenizer.model", "README.md"]
+# What decides a model's actions beside its weights
+KINDS = {
+    "statistics": ("dataset_statistics.json",),
+    "config": ("config.json", "adapter_config.json"),
+    "processor": ("processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"),
+}
 
 
 def source_folder(model: str | os.PathLike, revision: str | None = None) -> Path:
@@ -97,3 +105,19 @@ def statistics_of(folder: Path, config: OpenVLAConfig | None = None) -> dict[str
             "of its training there."
         )
     return check_statistics(config.norm_stats, f"'{folder / 'config.json'}' (norm_stats)")
+
+
+def file_digests(folder: Path, weights: bool = True) -> dict[str, str]:
+    """Digests of what decides the actions of a model folder, by kind: weights, statistics, config, processor. Kinds of
+    which there is no file are left out.
+
+    Args:
+        weights: False leaves the weights out, which may not be there.
+    """
+    found = {"weights": weights_digest(folder)} if weights else {}
+    for kind, names in KINDS.items():
+        files = [folder / name for name in names if (folder / name).is_file()]
+        if files:
+            content = b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)
+            found[kind] = hashlib.sha256(content).hexdigest()[:32]
+    return found

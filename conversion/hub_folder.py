@@ -2,7 +2,6 @@
 processor, statistics and model card, and its weights are those the configuration calls for.
 """
 
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from functools import partial

@@ -1,9 +1,8 @@
 """An evaluation from beginning to end: which episodes, who is in control, what the report says."""
 
-import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,17 +11,27 @@ import numpy as np
 
 from ..action_tokenizer import get_action_stats
 from ..configuration_openvla import check_choice
-from ..modeling_openvla import OpenVLAForActionPrediction
+from ..files_openvla import read_json
+from ..folders import locked, write_json
+from ..hub import file_digests, published_name, source_folder, statistics_of
 from .control import BlockingControl, RealtimeControl
-from .environment import EVALUATION_SEEDS, Observation, choose_tasks, choose_variations, make_environment, tasks_with
-from .loop import Job, run_episodes
+from .environment import (
+    ACTION_DIM,
+    EVALUATION_SEEDS,
+    Observation,
+    choose_tasks,
+    choose_variations,
+    make_environment,
+    tasks_with,
+)
+from .loop import EPISODES, Job, run_episodes
 from .policies import ConstantPolicy, OpenVLAPolicy, Policy, RandomPolicy
+from .rendering import opengl_backend
 from .report import write_report
 
 
 POLICIES = ("model", "expert", "random", "mean")
 SETTINGS = "evaluation.json"
-PACKAGE = Path(__file__).resolve().parents[1]  # whose root is a model, too
 STANDSTILL = np.array([0.0, 0, 0, 0, 0, 0, 1.0])  # until the first action is there: the gripper stays open
 
 
@@ -67,10 +76,13 @@ def evaluate(
         options: Of the environment.
 
     Returns:
-        The summary of the report.
+        The summary of the report, see `report.summarize`; `mean_success` is None where every episode broke.
 
     Raises:
-        ValueError: If an option is impossible, or the folder holds an evaluation with other ones.
+        ValueError: If an option is impossible, the actions of the model are not those of the environment, or the folder
+            holds an evaluation with other options, or of other weights.
+        BlockingIOError: If another process evaluates into the same folder.
+        NoOpenGL: If there is nothing to render with.
     """
     if isinstance(policy, str):
         check_choice("policy", policy, POLICIES)
@@ -82,6 +94,8 @@ def evaluate(
             raise ValueError(f"{option}={value}: expected at least {least}.")
     if hz is not None and not 0 < hz < float("inf"):
         raise ValueError(f"hz={hz}: the world needs a rate above 0.")
+    if control == "blocking" and (hz is not None or latency is not None):
+        raise ValueError(f"hz={hz}, latency={latency}: they are options of control='realtime'; blocking waits.")
     make = partial(make_environment, env, **options)
     here = make_environment(env, **{**options, "render": False})
     chosen = choose_tasks(here, tasks)
@@ -90,72 +104,112 @@ def evaluate(
     max_steps = here.max_steps if max_steps is None else max_steps
     hz = here.frequency if hz is None else hz
     here.close()
-    actor: Policy | None = None
-    if not isinstance(policy, str):
-        actor, policy = policy, repr(policy)
-    elif policy in ("random", "mean"):
-        config = OpenVLAForActionPrediction.config_class.from_pretrained(model)
-        actor = reference_policy(policy, get_action_stats(read_statistics(model, config), unnorm_key))
-    elif policy == "model":
-        loading: dict[str, Any] = {"quantization": quantization, "unnorm_key": unnorm_key, "crop": center_crop}
-        actor = OpenVLAPolicy.load(model, device=device, dtype=dtype, **loading)
-    make_control: Any = BlockingControl
-    if control == "realtime":
-        make_control = partial(RealtimeControl, hz, STANDSTILL)
-        if latency is None:
-            latency = single_latency(actor, chosen[0], options.get("size", 224)) if actor is not None else 0.0
+    RealtimeControl(hz, STANDSTILL)  # refuses a rate that is none
+    if options.get("render", True):
+        opengl_backend()
 
-    folder = Path(output)
-    # Reports are published: they do not say where on this machine the package lies.
-    shown = "embedded policy" if Path(model).resolve() == PACKAGE else model
-    about = {"env": env, "tasks": tasks, "episodes": episodes, "policy": policy, "model": shown, "control": control}
+    about = {"env": env, "tasks": tasks, "episodes": episodes}
+    about |= {"policy": policy if isinstance(policy, str) else repr(policy), "model": published_name(model)}
     named = "" if variations == ("",) else ", ".join(name or "none" for name in variations)
-    about |= {"variations": named, "quantization": quantization, "max_steps": max_steps}
+    about |= {"control": control, "variations": named, "quantization": quantization, "max_steps": max_steps}
     about |= {"dtype": None if dtype == "auto" else dtype, "unnorm_key": unnorm_key, "center_crop": center_crop}
     about |= options
     if control == "realtime":
-        about |= {"hz": hz, "latency": round(float(latency or 0.0), 4)}
+        about |= {"hz": hz}
     about = {name: value for name, value in about.items() if value not in (None, "")}
-    settings = folder / SETTINGS
-    if settings.exists():
-        before = json.loads(settings.read_text(encoding="utf-8"))
-        changed = [
-            f"{name} was {before.get(name)!r}, is {about.get(name)!r}"
-            for name in sorted(before.keys() | about.keys())
-            if before.get(name) != about.get(name) and name not in ("latency", "episodes")
-        ]
-        if changed:
-            raise ValueError(f"'{folder}' holds another evaluation: {'; '.join(changed)}. Choose another folder.")
+
+    folder = Path(output).expanduser()
+    with locked(folder):
+        digests: dict[str, str] = {}
+        stats: dict[str, Any] = {}
+        if policy in ("model", "random", "mean"):
+            source = source_folder(model)
+            stats = get_action_stats(statistics_of(source), unnorm_key)
+            check_dimensions(stats, model, env)
+            digests = file_digests(source, weights=policy == "model")
+        before = earlier_settings(folder, {**about, "digests": digests}, model)
+
+        actor: Policy | None = None
+        if not isinstance(policy, str):
+            actor = policy
+        elif policy in ("random", "mean"):
+            actor = reference_policy(policy, stats)
+        elif policy == "model":
+            loading: dict[str, Any] = {"quantization": quantization, "unnorm_key": unnorm_key, "crop": center_crop}
+            actor = OpenVLAPolicy.load(str(source), device=device, dtype=dtype, **loading)
+        make_control: Any = BlockingControl
         if control == "realtime":
-            latency = before["latency"]  # a resumed run is one with the first
-            about["latency"] = latency
-    folder.mkdir(parents=True, exist_ok=True)
-    settings.write_text(json.dumps(about, indent=2) + "\n")
+            make_control = partial(RealtimeControl, hz, STANDSTILL)
+            if "latency" in before:
+                latency = before["latency"]  # a resumed run is one with the first
+            elif latency is None:
+                latency = single_latency(actor, chosen[0], options.get("size", 224)) if actor is not None else 0.0
+            about["latency"] = round(float(latency or 0.0), 4)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / SETTINGS, {**about, **({"digests": digests} if digests else {})})
 
-    jobs = [
-        Job(task, episode, EVALUATION_SEEDS[episode], variation)
-        for variation, task in varied
-        for episode in range(episodes)
+        jobs = [
+            Job(task, episode, EVALUATION_SEEDS[episode], variation)
+            for variation, task in varied
+            for episode in range(episodes)
+        ]
+        records = run_episodes(
+            actor,
+            make,
+            jobs,
+            folder,
+            control=make_control,
+            latency=latency if control == "realtime" else None,
+            max_steps=max_steps,
+            workers=workers or min(8, os.cpu_count() or 1),
+            videos=videos,
+            progress=progress,
+        )
+        return write_report(folder, records, about)
+
+
+def check_dimensions(stats: Mapping[str, Any], model: str, env: str) -> None:
+    """Raise a `ValueError` if the actions of a model are not those of the environment, before its weights are read."""
+    dims = len(stats["q01"])
+    if dims != ACTION_DIM:
+        raise ValueError(
+            f"The actions of '{model}' have {dims} dimensions, those of '{env}' {ACTION_DIM}: another unnorm_key, or a "
+            "model that was trained for this environment?"
+        )
+
+
+def earlier_settings(folder: Path, now: Mapping[str, Any], model: str) -> dict[str, Any]:
+    """The settings `folder` was begun with; empty where it is new.
+
+    Raises:
+        ValueError: If they are not those of `now`; says what changed. The number of episodes may, and the latency,
+            which is kept. Folders of older versions hold no digests, and maybe the path of `model`.
+    """
+    if not (folder / SETTINGS).exists():
+        if (folder / EPISODES).exists():
+            raise ValueError(
+                f"'{folder}' holds episodes but no {SETTINGS}, so nothing says what was evaluated: choose another "
+                "folder."
+            )
+        return {}
+    before = read_json(folder / SETTINGS)
+    if before.get("model") == model:
+        before["model"] = now.get("model")
+    changed = [
+        f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name) and name not in ("latency", "episodes", "digests")
     ]
-    records = run_episodes(
-        actor,
-        make,
-        jobs,
-        folder,
-        control=make_control,
-        latency=latency if control == "realtime" else None,
-        max_steps=max_steps,
-        workers=min(8, os.cpu_count() or 1) if workers is None else workers,
-        videos=videos,
-        progress=progress,
-    )
-    return write_report(folder, records, about)
-
-
-def read_statistics(model: str, config: Any) -> dict[str, Any]:
-    """Statistics of a model folder, without its weights."""
-    file = Path(model) / "dataset_statistics.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else config.norm_stats
+    if changed:
+        raise ValueError(f"'{folder}' holds another evaluation: {'; '.join(changed)}. Choose another folder.")
+    known = before.get("digests", {})
+    other = [name for name, digest in now["digests"].items() if known.get(name, digest) != digest]
+    if other:
+        raise ValueError(
+            f"'{folder}' holds episodes of '{model}' with other {' and '.join(other)}: the files have changed since. "
+            "Choose another output folder for the model as it is now."
+        )
+    return before
 
 
 def reference_policy(name: str, stats: dict[str, Any]) -> Policy:

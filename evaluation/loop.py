@@ -17,6 +17,9 @@ from .video import EpisodeVideo
 from .workers import EnvironmentFailure, EnvironmentProcess
 
 
+EPISODES = "episodes.jsonl"  # one record a line, in the folder of an evaluation
+
+
 @dataclass(frozen=True)
 class Job:
     """One episode to run."""
@@ -76,7 +79,7 @@ def run_episodes(
         ValueError: If the policy gives something that is no action. Nothing is executed then.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "episodes.jsonl"
+    file = folder / EPISODES
     before = [record for record in read_records(file) if record.error is None]
     records = {(record.variation, record.task, record.episode): record for record in before}
     rewrite(file, list(records.values()))

@@ -1,6 +1,5 @@
 """What can be in control: an OpenVLA model, and what it is measured against."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +11,8 @@ from transformers import BitsAndBytesConfig
 from ..action_tokenizer import resolve_unnorm_key
 from ..configuration_openvla import check_choice
 from ..data.augment import center_crop, resize_image
+from ..extras import require
+from ..files_openvla import read_json
 from ..modeling_openvla import OpenVLAForActionPrediction
 from ..processing_openvla import load_image
 from .environment import Observation
@@ -73,6 +74,7 @@ class OpenVLAPolicy:
             # Not by `device_map`, which needs accelerate.
             return cls(OpenVLAForActionPrediction.from_pretrained(folder, dtype=dtype).to(device).eval(), **options)
         check_choice("quantization", quantization, QUANTIZATIONS)
+        require("bitsandbytes", "accelerate", purpose=f"quantization='{quantization}'", preferred="quant")
         loading = {"dtype": dtype, "quantization_config": BitsAndBytesConfig(**QUANTIZATIONS[quantization])}
         model = OpenVLAForActionPrediction.from_pretrained(folder, device_map={"": device}, **loading)
         return cls(model.eval(), **options)
@@ -96,7 +98,7 @@ class OpenVLAPolicy:
 def trained_with_crops(model: str) -> bool:
     """Whether `openvla finetune` made the model with image augmentation; False where nothing is known."""
     made = Path(model) / "finetune.json"
-    return made.is_file() and bool(json.loads(made.read_text(encoding="utf-8")).get("image_aug"))
+    return made.is_file() and bool(read_json(made).get("image_aug"))
 
 
 class RandomPolicy:

@@ -123,7 +123,11 @@ def published(options: RecordOptions) -> dict[str, Any]:
 
 def _check_same(content: dict[str, Any], found: dict[str, Any], folder: Path) -> None:
     if found.get("student") is not None and "student_weights" not in found:  # recorded when paths were written down
-        found = {**found, "student": published_name(found["student"]), "student_weights": content.get("student_weights")}
+        found = {
+            **found,
+            "student": published_name(found["student"]),
+            "student_weights": content.get("student_weights"),
+        }
     other = {name: value for name, value in content.items() if found.get(name) != value}
     if other:
         raise ValueError(
