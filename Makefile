@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 OUTPUTS := outputs
 JOBS ?= 2
 
-.PHONY: help demo policy test test-floor test-newest check format bench constraints clean
+.PHONY: help demo policy test test-floor test-newest test-install check format bench constraints clean
 
 help:
 	@echo "make demo        the embedded policy: predictions on example frames, films of it in simulation, in $(OUTPUTS)/"
@@ -14,6 +14,7 @@ help:
 	@echo "make test        the whole test-suite (offline, CPU)"
 	@echo "make test-floor  the same with the oldest supported libraries"
 	@echo "make test-newest the same with the newest of everything, without constraints"
+	@echo "make test-install  an installation without extras: files, verbs, and what they say is missing"
 	@echo "make check       ruff (format and lint) and mypy"
 	@echo "make format      let ruff format and fix"
 	@echo "make bench       time one prediction by stage, JSON in $(OUTPUTS)/"
@@ -65,6 +66,14 @@ test-newest: | $(UV)
 	$(UV) pip install --quiet --upgrade --python $(VENV)-newest/bin/python --editable '.[dev]'
 	$(VENV)-newest/bin/python -m pytest -n $(JOBS) $(ARGS)
 
+# Not editable: what a wheel holds. A build/ folder of an earlier time would add what is no longer there.
+test-install: | $(UV)
+	rm -rf build $(VENV)-install
+	$(UV) venv --quiet --python $(PYTHON) $(VENV)-install
+	$(UV) pip install --quiet --python $(VENV)-install/bin/python --constraints constraints.txt .
+	rm -rf build
+	HF_HUB_OFFLINE=1 $(VENV)-install/bin/python tests/check_install.py
+
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -86,4 +95,4 @@ constraints: | $(UV)
 		--no-header --no-annotate --no-emit-index-url --output-file constraints.txt pyproject.toml
 
 clean:
-	rm -rf $(VENV) $(VENV)-floor $(VENV)-newest $(VENV)-uv $(OUTPUTS)
+	rm -rf $(VENV) $(VENV)-floor $(VENV)-newest $(VENV)-install $(VENV)-uv $(OUTPUTS)

@@ -14,18 +14,20 @@ import typer
 from typer.core import TyperGroup
 
 from .evaluation.options import RecordOptions
+from .extras import remedy
 from .options import READER_HELP
-from .training.options import DivergedError, FinetuneOptions
+from .training.options import FinetuneOptions
 
 
 USER_ERRORS = (ValueError, KeyError, OSError)  # FileNotFoundError and a model that is not there are OSErrors
+FAILED, REFUSED = 1, 2  # exit codes; an exception may bring its own as `exit_code`
+EXTRAS = {"finetune": "train", "merge": "train", "record": "sim", "evaluate": "sim", "demo": "sim"}  # all a verb needs
 EMBEDDED_POLICY = str(Path(__file__).parent)
-NO_OPENGL = 3  # exit code, for scripts that can do without pictures
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
 
 class Group(TyperGroup):
-    """Verbs whose user errors are one line on stderr and exit code 2; 1 where a run diverged."""
+    """Verbs whose user errors, and libraries that an extra would bring, are one line on stderr and an exit code."""
 
     def invoke(self, ctx):
         try:
@@ -37,7 +39,14 @@ class Group(TyperGroup):
                 raise
             message = error.args[0] if isinstance(error, KeyError) and error.args else error
             typer.echo(f"error: {' '.join(str(message).split())}", err=True)
-            raise typer.Exit(1 if isinstance(error, DivergedError) else 2) from error
+            raise typer.Exit(getattr(error, "exit_code", REFUSED)) from error
+        except ModuleNotFoundError as error:
+            verb = ctx.invoked_subcommand
+            missing = remedy(error.name, EXTRAS.get(verb or ""))
+            if missing is None or ctx.params.get("traceback"):
+                raise  # no extra brings it: a fault of the installation, or of this package
+            typer.echo(f"error: openvla {verb} needs {missing}", err=True)
+            raise typer.Exit(REFUSED) from error
 
 
 app = typer.Typer(cls=Group, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
@@ -50,6 +59,9 @@ def options(
     """OpenVLA: an image and an instruction go in, a robot action comes out.
 
     Options of a verb: openvla VERB --help.
+
+    Exit codes: 0 done; 1 the work failed (every episode broke, training diverged, or a bug, with its traceback); 2
+    refused (a wrong option or file, a missing extra: one line says which and the way out); 3 no OpenGL to render with.
     """
 
 
@@ -139,7 +151,7 @@ def predict(
     """
     from .action_text import action_lines, action_record
     from .action_tokenizer import resolve_unnorm_key
-    from .conversion.hub_folder import source_folder
+    from .hub import source_folder
     from .modeling_openvla import OpenVLAForActionPrediction
     from .processing_openvla import load_image
 
@@ -269,12 +281,14 @@ def finetune(
     openvla finetune --model openvla/openvla-7b --dataset bridge_orig:1.0,my_robot:2.0 --data-root /data \\
         --output runs/mixture --strategy full
     """
+    from .hub import source_folder
     from .training import finetune as run
     from .training import merge_adapter, plan_run
 
     if merge is not None and options.strategy not in ("lora", "qlora"):
         raise ValueError(f"--merge: strategy '{options.strategy}' has no adapter to merge.")
     first = int(os.environ.get("RANK", "0")) == 0  # of the processes that a launcher has started
+    source_folder(options.model)
     if dry_run:
         if first:
             typer.echo(plan_run(options, processes=int(os.environ.get("WORLD_SIZE", "1"))))
@@ -399,7 +413,8 @@ def evaluate(
     """Measure success in the closed loop.
 
     Runs every task from seeds that recording never uses, and writes report.md, report.json, a plot and films. A run
-    that was stopped goes on when the same command is given again; episodes that broke are then tried anew.
+    that was stopped goes on when the same command is given again; episodes that broke are then run again. Other weights
+    need another folder. Exits with 1 where every episode broke, with 3 where there is no OpenGL to render with.
 
     \b
     openvla evaluate --tasks mt10 --episodes 50 --output runs/blocking
@@ -432,8 +447,14 @@ def evaluate(
         videos=videos,
         **of_environment,
     )
-    rate = summary["mean_success"]
+    rate, broken = summary["mean_success"], summary["errors"]
     typer.echo(f"wrote {output}; mean success {'unknown' if rate is None else f'{rate:.1%}'}")
+    if broken:
+        begun, reason = summary["episodes"] + broken, next(iter(summary["reasons"]))
+        said = f"error: all {broken}" if broken == begun else f"warning: {broken} of {begun}"
+        typer.echo(f"{said} episodes broke, mostly: {reason}. The same command runs them again.", err=True)
+    if not summary["episodes"]:
+        raise typer.Exit(FAILED)
 
 
 @app.command()
@@ -463,24 +484,19 @@ def demo(
     """
     from .evaluation.demo import GIF
     from .evaluation.demo import demo as run
-    from .evaluation.rendering import NoOpenGL
 
     of_environment: dict[str, Any] = {"camera": camera} if camera else {}
-    try:
-        records = run(
-            model=model,
-            output=output,
-            env=env,
-            tasks=tasks,
-            max_steps=max_steps,
-            unnorm_key=unnorm_key,
-            device=torch_device(device),
-            workers=workers,
-            **of_environment,
-        )
-    except NoOpenGL as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(NO_OPENGL) from error
+    records = run(
+        model=model,
+        output=output,
+        env=env,
+        tasks=tasks,
+        max_steps=max_steps,
+        unnorm_key=unnorm_key,
+        device=torch_device(device),
+        workers=workers,
+        **of_environment,
+    )
     for record in records:
         outcome = f"broke: {record.error}" if record.error else "success" if record.success else "failure"
         typer.echo(f"{record.task}: {outcome}, {record.steps} steps ({record.instruction})")

@@ -4,7 +4,6 @@ import io
 from typing import Literal
 
 import numpy as np
-import simplejpeg
 from PIL import ExifTags, Image
 
 from ..files_openvla import LFS_POINTER
@@ -29,6 +28,8 @@ def decode_image(data: bytes) -> np.ndarray:
         if data.startswith(LFS_POINTER):
             raise ValueError("it is a Git LFS pointer and not the image: run `git lfs pull` in its repository")
         if data.startswith(JPEG_START):
+            import simplejpeg  # of the [data] extra, which demonstrations in Python do without
+
             _, _, colours, *_ = simplejpeg.decode_jpeg_header(data)
             if colours not in ("CMYK", "YCCK"):
                 pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=True, fastupsample=False)
@@ -49,6 +50,8 @@ def is_colour_image(data: bytes) -> bool:
     if data.startswith(b"\x89PNG") and len(data) > 25:
         return data[24] <= 8 and data[25] in (2, 3, 6)  # bit depth, colour type: RGB, palette, RGBA
     if data.startswith(JPEG_START):
+        import simplejpeg
+
         try:
             return simplejpeg.decode_jpeg_header(data)[2].lower() != "gray"
         except ValueError:
@@ -68,6 +71,8 @@ def encode_image(pixels: np.ndarray, format: ImageFormat = "png") -> bytes:
     """(H, W, 3) uint8, RGB, as PNG, or as JPEG of quality 95 with colours in full resolution: a goal's marker may be a
     few pixels wide."""
     if format == "jpeg":
+        import simplejpeg
+
         pixels = np.ascontiguousarray(pixels)
         return simplejpeg.encode_jpeg(pixels, quality=JPEG_QUALITY, colorspace="RGB", colorsubsampling="444")
     file = io.BytesIO()

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..extras import remedy
 from .dataset import EpisodeDataset, PythonDataset
 
 
@@ -46,7 +47,9 @@ def open_dataset(
     try:
         reader = getattr(importlib.import_module(f".{module}", __package__), name)
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"reading {format} needs {error.name}: pip install 'openvla[data]'") from error
+        if (missing := remedy(error.name)) is None:
+            raise
+        raise ModuleNotFoundError(f"reading {format} needs {missing}", name=error.name) from error
     return reader(folder, split, **options)
 
 

@@ -6,13 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..folders import locked
 from .evaluate import evaluate
 from .rendering import opengl_backend
-from .report import Record, read_records
+from .report import NoEpisodes, Record, read_records
 from .video import Film, read_film, save_tiles
 
 
 GIF = "demo.gif"
+WORK = ".episodes-"  # what the names of folders for unfinished films begin with
 
 
 def demo(*, model: str, output: str | Path, tasks: str = "mt10", **options: Any) -> list[Record]:
@@ -31,18 +33,23 @@ def demo(*, model: str, output: str | Path, tasks: str = "mt10", **options: Any)
     Raises:
         ValueError: If a task is unknown, or the simulator is not installed.
         NoOpenGL: If there is nothing to render with; says what to install.
-        OSError: If no episode could be run to its end.
+        NoEpisodes: If no episode could be run to its end.
+        BlockingIOError: If another process writes to the same folder.
     """
     opengl_backend()  # before the model is loaded
-    folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix="episodes.") as work:
-        evaluate(model=model, output=Path(work), tasks=tasks, episodes=1, videos=1, **options)
-        records = sorted(read_records(Path(work) / "episodes.jsonl"), key=lambda record: record.task)
-        films = list(_films(records, Path(work) / "videos", folder))
-    if not films:
-        raise OSError(f"No episode could be run: {'; '.join(sorted({record.error or '' for record in records}))}.")
-    save_tiles(films, folder / GIF)
+    folder = Path(output).expanduser()
+    with locked(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(f"{WORK}*/"):  # of a run that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=WORK) as work:
+            evaluate(model=model, output=Path(work), tasks=tasks, episodes=1, videos=1, **options)
+            records = sorted(read_records(Path(work) / "episodes.jsonl"), key=lambda record: record.task)
+            films = list(_films(records, Path(work) / "videos", folder))
+        if not films:
+            reasons = "; ".join(sorted({record.error or "" for record in records}))
+            raise NoEpisodes(f"No episode could be run: {reasons}.")
+        save_tiles(films, folder / GIF)
     return records
 
 

@@ -104,6 +104,8 @@ def make_environment(name: str, **options: Any) -> Environment:
             check_choice(f"option of {name}", option, known)
         return make(**implied, **options)
     except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == __package__.partition(".")[0]:
+            raise  # a fault of this package
         raise ValueError(
             f"The environment '{name}' needs {error.name}, which is not installed: pip install '{package}'."
         ) from error

@@ -113,7 +113,7 @@ def evaluate(
     named = "" if variations == ("",) else ", ".join(name or "none" for name in variations)
     about |= {"control": control, "variations": named, "quantization": quantization, "max_steps": max_steps}
     about |= {"dtype": None if dtype == "auto" else dtype, "unnorm_key": unnorm_key, "center_crop": center_crop}
-    about |= options
+    about |= {name: value for name, value in options.items() if name != "assets"}  # a place on this machine
     if control == "realtime":
         about |= {"hz": hz}
     about = {name: value for name, value in about.items() if value not in (None, "")}
@@ -122,7 +122,7 @@ def evaluate(
     with locked(folder):
         digests: dict[str, str] = {}
         stats: dict[str, Any] = {}
-        if policy in ("model", "random", "mean"):
+        if isinstance(policy, str) and policy != "expert":
             source = source_folder(model)
             stats = get_action_stats(statistics_of(source), unnorm_key)
             check_dimensions(stats, model, env)
@@ -202,8 +202,8 @@ def earlier_settings(folder: Path, now: Mapping[str, Any], model: str) -> dict[s
     ]
     if changed:
         raise ValueError(f"'{folder}' holds another evaluation: {'; '.join(changed)}. Choose another folder.")
-    known = before.get("digests", {})
-    other = [name for name, digest in now["digests"].items() if known.get(name, digest) != digest]
+    known, found = before.get("digests") or now["digests"], now["digests"]
+    other = [name for name in sorted(known.keys() | found.keys()) if known.get(name) != found.get(name)]
     if other:
         raise ValueError(
             f"'{folder}' holds episodes of '{model}' with other {' and '.join(other)}: the files have changed since. "

@@ -1,5 +1,6 @@
 """The closed loop: many environments side by side, one batched prediction for all that wait for one."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -85,6 +86,7 @@ def run_episodes(
     rewrite(file, list(records.values()))
     waiting = [job for job in jobs if job.key not in records]
     slots = [Slot(EnvironmentProcess(make)) for _ in range(min(workers, len(waiting)))]
+    said: set[str] = set()  # why environments broke, each once
     bar = tqdm(total=len(jobs), initial=len(jobs) - len(waiting), unit="episode", disable=not progress)
 
     def finish(slot: Slot, success: bool, error: str | None = None) -> None:
@@ -105,6 +107,9 @@ def run_episodes(
             slot.video.save(success)
         append_record(file, record)
         records[slot.job.key] = record
+        if error is not None and error not in said:
+            said.add(error)
+            tqdm.write(f"{record.task}, episode {record.episode} broke: {error}", file=sys.stderr)
         slot.job = slot.observation = slot.video = None
         bar.update()
         whole = [known.success for known in records.values() if known.error is None]

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..extras import require
+
 
 OFFSCREEN = {"linux": ("egl", "osmesa"), "darwin": ("cgl",)}
 PROBE = "from mujoco.{backend} import GLContext; GLContext(8, 8).make_current()"
@@ -23,6 +25,8 @@ REMEDY = (
 
 class NoOpenGL(FileNotFoundError):
     """There is nothing to render with; the message says what to install."""
+
+    exit_code = 3  # of the command line, for scripts that can do without pictures
 
 
 _open: "weakref.WeakSet[Renderer]" = weakref.WeakSet()
@@ -38,7 +42,9 @@ def opengl_backend() -> str:
 
     Raises:
         NoOpenGL: If none works; says what to install.
+        ModuleNotFoundError: If there is no simulator to render.
     """
+    require("mujoco", purpose="Rendering")
     chosen = os.environ.get("MUJOCO_GL", "").strip().lower()
     candidates = (chosen,) if chosen else OFFSCREEN.get(sys.platform, ("glfw",))
     trouble = []

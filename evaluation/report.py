@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +12,17 @@ from typing import Any
 
 import numpy as np
 
+from ..folders import write_json, write_text
 from .environment import AXES
+
+
+MOST_REASONS = 5  # why environments broke, in a report
+
+
+class NoEpisodes(OSError):
+    """Every environment broke: nothing was measured. The message says why."""
+
+    exit_code = 1  # of the command line
 
 
 @dataclass(frozen=True)
@@ -46,14 +58,19 @@ def wilson_interval(successes: int, episodes: int, confidence: float = 0.95) -> 
 
 
 def summarize(records: Iterable[Record]) -> dict[str, Any]:
-    """`{"rows": [of each task and variation], "axes": [of each axis], "mean_success", "episodes", "errors"}`.
+    """`{"rows": [of each task and variation], "axes": [of each axis], "mean_success", "episodes", "errors",
+    "reasons"}`.
 
+    `reasons`: why environments broke, the most frequent first, and how often; without paths, as reports are published.
     Rates are in [0, 1]. `mean_success` is the mean over rows, so that every task counts alike; the row of an axis pools
     all episodes of its kinds and tasks ("none": those without variation).
     """
     groups: dict[tuple[str, str], list[Record]] = {}
     axes: dict[str, list[Record]] = {}
+    reasons: Counter[str] = Counter()
     for record in records:
+        if record.error is not None:
+            reasons[without_paths(record.error)] += 1
         groups.setdefault((record.variation, record.task), []).append(record)
         axes.setdefault(record.variation.partition(":")[0], []).append(record)
     rows = [
@@ -71,7 +88,15 @@ def summarize(records: Iterable[Record]) -> dict[str, Any]:
         "mean_success": float(np.mean(rates)) if rates else None,
         "episodes": sum(row["episodes"] for row in rows),
         "errors": sum(row["errors"] for row in rows),
+        "reasons": dict(reasons.most_common(MOST_REASONS)),
     }
+
+
+def without_paths(text: str) -> str:
+    """`text` on one line of at most 300 characters, with the last name of each absolute path alone."""
+    return re.sub(
+        r"(?<![\w.:/])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\'\":,;]+[/\\])*(?=[^\s/\\])", "", " ".join(text.split())
+    )[:300]
 
 
 def _counts(group: Sequence[Record]) -> dict[str, Any]:
@@ -103,15 +128,20 @@ def markdown(summary: Mapping[str, Any], about: Mapping[str, Any]) -> str:
             cells += ["", "", "0", "", ""]
         lines.append(f"| {' | '.join(cells)} |")
     mean = "no episode was finished" if summary["mean_success"] is None else f"{summary['mean_success']:.1%}"
-    broken = f", {summary['errors']} more broke: given again, the command tries them anew" if summary["errors"] else ""
+    broken = f", {summary['errors']} more broke: given again, the command runs them again" if summary["errors"] else ""
     head = "\n".join(f"- {name}: `{value}`" for name, value in about.items())
     return (
         f"# Evaluation\n\n{head}\n\nMean success over rows: **{mean}** ({summary['episodes']} episodes{broken}). "
         "Steps are those of successes; latency is that of one batched prediction.\n\n"
+        + (f"Why environments broke:\n\n{reasons_list(summary['reasons'])}\n\n" if summary["errors"] else "")
         + (axes_table(summary["axes"]) + "\n\n" if varied else "")
         + "\n".join(lines)
         + "\n"
     )
+
+
+def reasons_list(reasons: Mapping[str, int]) -> str:
+    return "\n".join(f"- {count} times: {reason}" for reason, count in reasons.items())
 
 
 def axes_table(axes: Sequence[Mapping[str, Any]]) -> str:
@@ -152,7 +182,9 @@ def plot_success(summary: Mapping[str, Any], path: Path) -> bool:
         _bars(above, [row["axis"] for row in axes], axes, "tab:orange")
         above.set(title="by axis, all episodes together", xlabel="")
         _fields(below, tasks, variations, rows)
-    figure.savefig(path, dpi=100)
+    part = path.with_name(f"{path.name}.part")
+    figure.savefig(part, dpi=100, format="png")
+    part.replace(path)
     return True
 
 
@@ -187,10 +219,9 @@ def _bars(panel: Any, names: Sequence[str], rows: Sequence[Mapping[str, Any]], c
 def write_report(folder: Path, records: Sequence[Record], about: Mapping[str, Any]) -> dict[str, Any]:
     """report.json, report.md and report.png (with matplotlib) in `folder`."""
     summary = summarize(records)
-    (folder / "report.json").write_text(json.dumps({"about": dict(about), **summary}, indent=2) + "\n")
+    write_json(folder / "report.json", {"about": dict(about), **summary})
     drawn = plot_success(summary, folder / "report.png") if summary["mean_success"] is not None else False
-    text = markdown(summary, about) + ("\n![success](report.png)\n" if drawn else "")
-    (folder / "report.md").write_text(text, encoding="utf-8")
+    write_text(folder / "report.md", markdown(summary, about) + ("\n![success](report.png)\n" if drawn else ""))
     return summary
 
 
@@ -205,13 +236,13 @@ def append_record(file: Path, record: Record) -> None:
 
 
 def read_records(file: Path) -> list[Record]:
-    """Records of a file; a last line that a killed run left half written is dropped."""
+    """Records of a file; a line that a killed run left half written is dropped."""
     if not file.exists():
         return []
     records = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             records.append(Record(**json.loads(line)))
         except (json.JSONDecodeError, TypeError):
-            break
+            continue
     return records

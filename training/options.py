@@ -4,11 +4,14 @@ import importlib.util
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from ..extras import remedy
 from ..options import READER_HELP, check_options, option, required
 
 
 class DivergedError(ValueError):
     """The loss, the gradient or the weights of a run are not finite: it has stopped."""
+
+    exit_code = 1  # of the command line
 
 
 @dataclass
@@ -115,7 +118,8 @@ class FinetuneOptions:
         if self.optimizer == "muon" and self.fsdp:
             raise ValueError("optimizer='muon' takes whole matrices, and fsdp=True shards them: leave one of them out.")
         if self.logging != "none" and importlib.util.find_spec(self.logging) is None:
-            raise ValueError(f"logging={self.logging!r} needs {self.logging}: pip install {self.logging}, or 'none'.")
+            missing = remedy(self.logging) or f"{self.logging}: pip install {self.logging}."
+            raise ValueError(f"logging={self.logging!r} needs {missing} Or give 'none'.")
 
 
 # What a resumed run may change: where, how fast, how shared out, but not what the weights become.

@@ -19,6 +19,7 @@ from ..data.augment import ImageAugmentation
 from ..data.collate import ActionCollator
 from ..data.samples import FrameSamples
 from ..data.stream import MixtureStream
+from ..extras import require
 from ..files_openvla import local_folder
 from ..folders import locked, weights_digest, write_json
 from ..model_card import model_card
@@ -158,6 +159,8 @@ def finetune(options: FinetuneOptions, resume: bool = False, data: Any = None) -
         BlockingIOError: If another process works on the output folder.
         OSError: If the output cannot be written; the last good checkpoint stays.
     """
+    needed = {"lora": ["peft"], "qlora": ["peft", "bitsandbytes"]}.get(options.strategy, [])
+    require("accelerate", *needed, purpose=f"strategy '{options.strategy}'", preferred="train")
     output = Path(options.output)
     check_output(options, resume, dataset=data is None)
     arguments = training_arguments(options, OpenVLAConfig.from_pretrained(starting_point(options.model)[0]))
