@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
 
 from .action_tokenizer import check_statistics, read_statistics
 from .configuration_openvla import OpenVLAConfig, closest
+from .files_openvla import local_folder
 from .folders import weights_digest
 
 
@@ -36,14 +37,13 @@ def source_folder(model: str | os.PathLike, revision: str | None = None) -> Path
         FileNotFoundError: If `model` is neither; says which of the two it looks like and what can be done.
     """
     path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    hint = closest(path.name, _names(path.parent))
-    if path.exists() or str(model).startswith((".", "/", "~")) or str(model).count("/") != 1:
-        what = "is a file, not a folder" if path.is_file() else "is not there"
-        raise FileNotFoundError(
-            f"No folder at '{model}': it {what}.{hint} Give a folder, or a Hub id such as 'openvla/openvla-7b'."
-        )
+    hint = "" if path.exists() else closest(path.name, _folders(path.parent))
+    try:
+        folder = local_folder(path if str(model).startswith("~") else model)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}{hint}") from None
+    if folder is not None:
+        return folder
     try:
         return Path(snapshot_download(str(model), revision=revision, allow_patterns=FILES))
     except (OSError, HFValidationError) as error:
@@ -53,7 +53,7 @@ def source_folder(model: str | os.PathLike, revision: str | None = None) -> Path
         ) from error
 
 
-def _names(folder: Path) -> list[str]:
+def _folders(folder: Path) -> list[str]:
     try:
         return sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
     except OSError:
