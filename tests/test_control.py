@@ -51,3 +51,15 @@ def test_errors():
         RealtimeControl(5, np.zeros(7)).give(0, np.zeros(7), -1)
     with pytest.raises(ValueError, match="one action"):
         RealtimeControl(5, np.zeros(7)).give(0, np.zeros((3, 7)), 0.1)
+
+
+@pytest.mark.parametrize("action", [[np.nan] * 7, [np.inf] * 7, [None] * 7, ["a"] * 7, [[1.0], [1.0, 2.0]]])
+def test_what_is_no_action_never_takes_effect(action):
+    for control in (BlockingControl(), RealtimeControl(5, np.zeros(7))):
+        with pytest.raises(ValueError, match="expected|one action"):
+            control.give(0, np.asarray(action, dtype=object) if action == [[1.0], [1.0, 2.0]] else action, 0.0)
+    for latency in (np.nan, np.inf):
+        with pytest.raises(ValueError, match="latency="):
+            RealtimeControl(5, np.zeros(7)).give(0, np.zeros(7), latency)
+    with pytest.raises(ValueError, match="hz=inf"):
+        RealtimeControl(np.inf, np.zeros(7))

@@ -2,14 +2,21 @@
 
 import json
 import runpy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from openvla import OpenVLAForActionPrediction
+from openvla.cli import app
+from openvla.evaluation import evaluate as evaluate_module
 from openvla.evaluation.evaluate import evaluate
 from openvla.evaluation.policies import trained_with_crops
+from openvla.evaluation.rendering import NoOpenGL
+from openvla.evaluation.report import Record
+from openvla.folders import locked
 
 
 pytest.importorskip("metaworld", reason="Meta-World needs the [sim] extra")
@@ -71,6 +78,104 @@ def test_a_policy_of_another_kind(tmp_path):
     assert run(tmp_path, policy=Up(), max_steps=5, episodes=1)["mean_success"] == 0.0
     assert [entry["predictions"] for entry in episodes(tmp_path)] == [3, 3]
     assert "policy: `up and away`" in (tmp_path / "report.md").read_text()
+
+
+def small_model(folder: Path) -> Path:
+    """As much of a model folder as reference policies read, with weights that are none."""
+    folder.mkdir()
+    for name in ("config.json", "dataset_statistics.json"):
+        (folder / name).write_bytes((ROOT / name).read_bytes())
+    (folder / "model.safetensors").write_text("weights")
+    return folder
+
+
+class Still:
+    """In place of a model."""
+
+    def act(self, observations):
+        return np.zeros((len(observations), 7))
+
+
+def test_episodes_of_other_files_are_not_taken_for_those_of_this_model(tmp_path, monkeypatch):
+    model, loaded = small_model(tmp_path / "my_robot"), []
+    monkeypatch.setattr(evaluate_module.OpenVLAPolicy, "load", lambda *a, **k: loaded.append(a) or Still())
+    options = {"tasks": "reach-v3", "episodes": 1, "max_steps": 1, "render": False, "videos": 0, "progress": False}
+
+    def again(policy="model"):
+        return evaluate(model=str(model), output=tmp_path / "out", policy=policy, workers=1, **options)
+
+    again()
+    for file in tmp_path.glob("out/*"):
+        assert file.suffix == ".png" or str(tmp_path) not in file.read_text(), file
+    again()
+    (model / "model.safetensors").write_text("trained further")
+    with pytest.raises(ValueError, match="with other weights.*another output folder"):
+        again()
+    (model / "model.safetensors").write_text("weights")
+    statistics = json.loads((model / "dataset_statistics.json").read_text())
+    next(iter(statistics.values()))["action"]["q99"][0] *= 1.5
+    (model / "dataset_statistics.json").write_text(json.dumps(statistics))
+    with pytest.raises(ValueError, match="with other statistics"):
+        again()
+    assert len(loaded) == 2  # refused before the weights are read
+
+    settings = tmp_path / "out" / "evaluation.json"  # of an older version: the path, no digests
+    before = json.loads(settings.read_text())
+    del before["digests"]
+    settings.write_text(json.dumps({**before, "model": str(model)}))
+    again()
+    settings.unlink()
+    with pytest.raises(ValueError, match="no evaluation.json"):
+        again()
+
+
+def test_a_model_of_another_robot_is_refused_before_its_weights_are_read(tmp_path):
+    model = small_model(tmp_path / "my_robot")
+    two_arms = {"action": {name: [-1.0 if name == "q01" else 1.0] * 14 for name in ("q01", "q99")}}
+    (model / "dataset_statistics.json").write_text(json.dumps({"aloha": two_arms}))
+    options = {"output": tmp_path / "out", "render": False}
+    with pytest.raises(ValueError, match="have 14 dimensions, those of 'metaworld' 7"):
+        evaluate(model=str(model), **options)
+    with pytest.raises(KeyError, match="unnorm_key='bridge'"):
+        evaluate(model=str(model), unnorm_key="bridge", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_process_at_a_time(tmp_path):
+    with locked(tmp_path / "out"), pytest.raises(BlockingIOError, match="Another process"):
+        run(tmp_path / "out", policy="expert")
+
+
+def test_opengl_is_looked_for_before_weights_are_read(tmp_path, monkeypatch):
+    def nothing():
+        raise NoOpenGL("No OpenGL to render with. Install one of them, for example apt-get install libegl1")
+
+    monkeypatch.setattr(evaluate_module, "opengl_backend", nothing)
+    found = CliRunner().invoke(app, ["evaluate", "--model", str(tmp_path / "none"), "--output", str(tmp_path / "out")])
+    assert found.exit_code == 3 and found.stderr.startswith("error: No OpenGL") and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("broken, code", [(2, 1), (1, 0)])
+def test_broken_episodes_are_said(broken, code, tmp_path, monkeypatch):
+    record = Record("reach-v3", 0, 1_000_000, "reach the goal", True, 5, 5, 0.1)
+    records = [replace(record, episode=number) for number in range(2)]
+    records[:broken] = [replace(entry, success=False, error="the arm fell off") for entry in records[:broken]]
+    monkeypatch.setattr(evaluate_module, "run_episodes", lambda *a, **k: records)
+    monkeypatch.setattr(evaluate_module, "opengl_backend", lambda: "none")
+    arguments = ["--policy", "expert", "--tasks", "reach-v3", "--episodes", "2", "--output", str(tmp_path / "out")]
+    found = CliRunner().invoke(app, ["evaluate", *arguments])
+    assert found.exit_code == code, found.output
+    assert ("error: all 2 episodes" if code else "warning: 1 of 2 episodes") in found.stderr
+    assert "the arm fell off" in found.stderr and "the arm fell off" in (tmp_path / "out" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"max_steps": 0}, {"workers": 0}, {"latency": -1.0, "control": "realtime"}, {"hz": 5.0}, {"latency": 0.1}],
+)
+def test_options_that_would_be_taken_as_something_else(wrong, tmp_path):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):
+        run(tmp_path / "out", policy="expert", **wrong)
 
 
 def test_errors(tmp_path):

@@ -141,3 +141,14 @@ def test_weights_of_a_hub_id_are_those_in_the_cache(tmp_path, monkeypatch):
     for missing in ("me/other", "not/a/repository", str(tmp_path / "nowhere")):
         with pytest.raises(FileNotFoundError, match="no folder, and no Hub repository"):
             weights_digest(missing)
+
+
+def test_where_nothing_may_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="is a file"), locked(tmp_path / "file"):
+        pass
+    with pytest.raises(OSError, match="Cannot write"), locked(tmp_path / "file" / "out"):
+        pass
+    with pytest.raises(ValueError, match="installed packages"), locked(tmp_path / "site-packages" / "openvla" / "out"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

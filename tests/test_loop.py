@@ -10,7 +10,7 @@ from toy import FromPixels, make_line
 
 from openvla.evaluation.control import RealtimeControl
 from openvla.evaluation.loop import Job, run_episodes
-from openvla.evaluation.report import append_record, read_records, summarize
+from openvla.evaluation.report import append_record, read_records, summarize, write_report
 
 
 START = np.array([0, 0, 0, 0, 0, 0, 1.0])
@@ -91,15 +91,42 @@ def test_what_broke_gets_another_try(tmp_path):
     assert read_records(tmp_path / "episodes.jsonl") == records
 
 
-@pytest.mark.parametrize("answer", [np.full((1, 7), np.nan), np.zeros(7), np.zeros((2, 7))])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        np.full((1, 7), np.nan),
+        np.zeros(7),
+        np.zeros((2, 7)),
+        np.zeros((1, 6)),
+        np.zeros((1, 14)),
+        np.zeros((1, 0, 7)),
+        np.full((1, 7), 1e9),
+        np.full((1, 3, 7), -np.inf),
+        np.array([["0"] * 7]),
+        None,
+    ],
+)
 def test_what_is_no_action_is_not_executed(answer, tmp_path):
     class Broken:
         def act(self, observations):
             return answer
 
-    with pytest.raises(ValueError, match="expected finite"):
+    with pytest.raises(ValueError, match="expected (finite )?"):
         run(tmp_path, JOBS[:1], policy=Broken())
     assert not (tmp_path / "episodes.jsonl").exists()
+
+
+def test_why_environments_broke_is_said_once_and_reported_without_paths(tmp_path, capfd):
+    records = run(tmp_path, [Job("raise", 0, 100), Job("raise", 1, 101), Job("left", 0, 100)], workers=1)
+    assert capfd.readouterr().err.count("the arm fell off") == 1
+    records.append(replace(records[0], episode=2, error="FileNotFoundError: no meshes in '/home/me/data/meshes'"))
+    summary = write_report(tmp_path, records, {})
+    assert summary["errors"] == 3 and summary["episodes"] == 1
+    assert next(iter(summary["reasons"].items())) == ("RuntimeError: the arm fell off", 2)
+    for file in ("report.md", "report.json"):
+        text = (tmp_path / file).read_text()
+        assert "the arm fell off" in text and "no meshes in 'meshes'" in text and "/home" not in text
+    assert not list(tmp_path.glob("*.part"))
 
 
 def test_films(tmp_path):

@@ -14,7 +14,8 @@ from openvla.evaluation import record as record_module
 from openvla.evaluation.demonstration import load_episode, record_episode, save_episode
 from openvla.evaluation.environment import Observation
 from openvla.evaluation.options import RecordOptions
-from openvla.evaluation.record import Recorder, record
+from openvla.evaluation.record import Recorder, published, record
+from openvla.folders import locked
 
 
 TASK = "reach-v3"
@@ -245,6 +246,35 @@ def test_a_finished_recording_is_left_alone(tmp_path, monkeypatch, opengl):
         record(options(tmp_path, output=str(tmp_path / "else")))
 
 
+def test_one_process_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(RecordOptions, "environment", lambda self, **more: pytest.fail("recorded twice"))
+    (tmp_path / "out.partial" / "episodes").mkdir(parents=True)
+    with locked(tmp_path / "out"), pytest.raises(BlockingIOError, match="Another process"):
+        record(options(tmp_path))
+    assert (tmp_path / "out.partial" / "episodes").is_dir()
+
+
+def test_a_run_killed_after_its_data_set_appeared_leaves_nothing_behind(tmp_path):
+    (tmp_path / "out").mkdir()
+    found = {"options": options(tmp_path).content(), "tasks": {}}
+    (tmp_path / "out" / "recording.json").write_text(json.dumps(found))
+    (tmp_path / "out.partial" / "episodes").mkdir(parents=True)
+    assert record(options(tmp_path)) == found and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_student_is_written_down_by_name_and_weights(tmp_path):
+    student = tmp_path / "my_robot"
+    student.mkdir()
+    (student / "model.safetensors").write_text("weights")
+    content = published(options(tmp_path, student=str(student)))
+    assert content["student"] == "my_robot" and str(tmp_path) not in json.dumps(content)
+    before = {name: value for name, value in content.items() if name != "student_weights"}
+    record_module._check_same(content, {**before, "student": str(student)}, tmp_path)  # as older versions wrote it
+    (student / "model.safetensors").write_text("trained further")
+    with pytest.raises(ValueError, match="other options: student_weights"):
+        record_module._check_same(published(options(tmp_path, student=str(student))), content, tmp_path)
+
+
 def test_two_workers_record_what_one_does(tmp_path, opengl):
     one = options(tmp_path, output=str(tmp_path / "one"), format="hdf5")
     record(one, progress=False)
@@ -257,7 +287,15 @@ def test_two_workers_record_what_one_does(tmp_path, opengl):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"episodes": 0}, {"workers": 0}, {"noise": -0.1}, {"seed": -1}, {"seed": 9_999, "episodes": 2}]
+    "wrong",
+    [
+        {"episodes": 0},
+        {"workers": 0},
+        {"noise": -0.1},
+        {"noise": float("nan")},
+        {"seed": -1},
+        {"seed": 9_999, "episodes": 2},
+    ],
 )
 def test_impossible_options_are_refused(tmp_path, wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):

@@ -1,0 +1,72 @@
+"""Without an extra: one line that names it, for libraries that extras bring and for no others."""
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from openvla import cli
+from openvla.extras import EXTRAS, remedy, require
+
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "tests" / "fixtures" / "demos" / "lerobot_image"
+WITHOUT = """
+import sys
+for name in sys.argv[1].split(","):
+    sys.modules[name] = None  # as if it were not installed
+sys.argv[:2] = ["openvla"]
+from openvla.cli import main
+main()
+"""
+
+
+def test_the_table_names_extras_that_exist():
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for library, extras in EXTRAS.items():
+        for extra in extras:
+            wanted = " ".join([*declared[extra], *(declared["data"] if "openvla[data]" in declared[extra] else [])])
+            known = library.replace("_", "-") in wanted or library == "gymnasium"  # which metaworld brings
+            assert known, f"{library} is not in [{extra}]"
+
+
+def test_the_extra_of_a_verb_is_preferred():
+    assert remedy("simplejpeg") == "simplejpeg, which is not installed: pip install 'openvla[data]'."
+    assert "'openvla[sim]'" in str(remedy("simplejpeg", "sim"))
+    assert remedy("torch") is None and remedy(None) is None and remedy("openvla") is None
+
+
+def test_require():
+    require("av", "h5py", purpose="this")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "bitsandbytes", None)
+        with pytest.raises(ModuleNotFoundError, match=r"'int8' needs bitsandbytes.*openvla\[quant\]"):
+            require("bitsandbytes", purpose="'int8'")
+
+
+@pytest.mark.parametrize(
+    "arguments, extra",
+    [
+        (["stats", DEMO], "data"),
+        (["finetune", "--dataset", DEMO, "--output", "run", "--logging", "none"], "train"),
+        (["demo", "--output", "films"], "sim"),
+    ],
+)
+def test_verbs_without_extras(arguments, extra, tmp_path):
+    command = [sys.executable, "-c", WITHOUT, ",".join(EXTRAS), *map(str, arguments)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and line.startswith("error: ") and f"pip install 'openvla[{extra}]'" in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_fault_of_the_package_keeps_its_traceback(tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise ModuleNotFoundError("No module named 'openvla.gone'", name="openvla.gone")
+
+    monkeypatch.setattr("openvla.conversion.package_checkpoint", broken)
+    found = CliRunner().invoke(cli.app, ["package", str(tmp_path / "out"), "--weights", "x"])
+    assert isinstance(found.exception, ModuleNotFoundError) and found.exit_code == 1
