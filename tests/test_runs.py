@@ -228,7 +228,7 @@ def finished(tmp_path_factory) -> Path:
         ("trainer_state.json", lambda path: path.write_text('{"epoch": '), "not valid JSON"),
         ("trainer_state.json", lambda path: path.write_text('{"global_step": 2}'), "is of step 2"),
         ("rng_state.pth", Path.unlink, "has no rng_state"),
-        ("adapter_config.json", Path.unlink, "has no config.json"),
+        ("adapter_config.json", Path.unlink, "has no adapter_config.json"),
         ("dataset_statistics.json", Path.unlink, "has no dataset_statistics.json"),
         (
             "adapter_model.safetensors",

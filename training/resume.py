@@ -132,8 +132,9 @@ def check_checkpoint(folder: Path) -> None:
     for needed in ("*model*.safetensors", "optimizer.*", "scheduler.pt", "rng_state*.pth", FINISHED):
         if not any(folder.glob(needed)):
             raise FileNotFoundError(f"'{folder}' has no {needed}")
-    if not any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
-        raise FileNotFoundError(f"'{folder}' has no config.json")
+    config = "adapter_config.json" if any(folder.glob("adapter_model*")) else "config.json"
+    if not (folder / config).exists():
+        raise FileNotFoundError(f"'{folder}' has no {config}")
     if (step := read_json(folder / "trainer_state.json").get("global_step")) != step_of(folder):
         raise ValueError(f"'{folder / 'trainer_state.json'}' is of step {step}")
     for file in sorted(folder.iterdir()):
