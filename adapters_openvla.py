@@ -167,8 +167,10 @@ def find_base(adapter: str | os.PathLike) -> str:
 def check_base(base: str | os.PathLike, digest: str | None) -> str | None:
     """What is wrong if `base` has other weights than an adapter was trained on (of `digest`); None if nothing is, or
     nothing is known."""
+    if digest is None:
+        return None
     try:
-        found = weights_digest(base) if digest else digest
+        found = weights_digest(base)
     except FileNotFoundError:
         return None
     if found == digest:
@@ -188,6 +190,9 @@ class AdapterBelongings:
 
     `peft_config` is where PEFT writes the adapters of a model down.
     """
+
+    config: Any
+    modules: Any
 
     @property
     def peft_config(self) -> dict[str, Any]:

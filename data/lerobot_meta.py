@@ -47,7 +47,8 @@ def read_info(file: Path) -> dict[str, Any]:
         expected["chunks_size"] = (int,)
     for key, kinds in expected.items():
         value: Any = info.get(key)
-        if not isinstance(value, kinds) or isinstance(value, bool) or (kinds != (str,) and not 0 < value < math.inf):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+        if not isinstance(value, kinds) or not (number or kinds == (str,)):
             kind = "a path" if kinds == (str,) else "a number above 0"
             raise ValueError(f"{file}: {key!r} is {value!r}, expected {kind}")
     if not isinstance(info.get("splits") or {}, dict):
