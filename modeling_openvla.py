@@ -354,6 +354,7 @@ class OpenVLAForActionPrediction(AdapterBelongings, OpenVLAPreTrainedModel, Gene
 
         Args:
             ignore_mismatched_sizes: Let tensors of another shape than the stored ones begin at random.
+            norm_stats: Statistics that count instead of those of the folder.
             output_loading_info: Return the model, and a dict of the names that are missing, unexpected or of another
                 shape, instead of raising an error for them.
 
@@ -366,12 +367,15 @@ class OpenVLAForActionPrediction(AdapterBelongings, OpenVLAPreTrainedModel, Gene
         if adapter is not None:
             return cls._from_adapter(adapter, *model_args, **kwargs)
         hub = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
+        given = check_statistics(kwargs["norm_stats"]) if kwargs.get("norm_stats") is not None else None
         take_quantization(kwargs)
         loaded = cls._load(pretrained_model_name_or_path, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model._hub_kwargs = hub
         keep_split_blocks_from_packing(model)
-        if pretrained_model_name_or_path is not None:
+        if given is not None:
+            model.config.norm_stats = given
+        elif pretrained_model_name_or_path is not None:
             # An adapter from the Hub has brought its own; these are those of its base.
             adapted = getattr(model, "_hf_peft_config_loaded", False)
             where = model.config.name_or_path if adapted else pretrained_model_name_or_path
@@ -498,6 +502,8 @@ class OpenVLAForActionPrediction(AdapterBelongings, OpenVLAPreTrainedModel, Gene
 
     @processor.setter
     def processor(self, value: OpenVLAProcessor) -> None:
+        if not hasattr(value, "check_fits"):  # by name: that of a Hub folder's own code is another class
+            raise ValueError(f"model.processor is an OpenVLAProcessor, got {type(value).__name__}.")
         value.check_fits(self.config)
         self._processor, self._processor_is_set = value, True
 

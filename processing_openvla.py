@@ -11,6 +11,7 @@ import math
 import os
 import struct
 import threading
+import unicodedata
 import zlib
 from pathlib import Path
 from typing import Any
@@ -398,13 +399,14 @@ def read_instruction(instruction: Any, prompt_template: str | None = None) -> st
     found: str | None = text
     while found is not None:
         text = found
-        found = next(filter(None.__ne__, (_inside(text, template) for template in templates)), None)
+        inside = (_inside(text, template) for template in templates)
+        found = next((held for held in inside if held is not None), None)
     if "action should the robot take to" in text:
         raise ValueError(
             f"The instruction holds a part of a prompt: {instruction!r:.200}. Give the instruction alone, for example "
             "'open the drawer', or the complete prompt."
         )
-    if not text:
+    if not any(unicodedata.category(character)[0] in "LNS" for character in text):  # invisible characters, or marks
         raise ValueError("The instruction is empty: say what the robot shall do, for example 'open the drawer'.")
     return text
 
@@ -478,6 +480,14 @@ class OpenVLAProcessor(ProcessorMixin):
             raise ValueError(
                 f"The processor makes images of {self.image_processor.input_sizes} (input_sizes), the model takes "
                 f"{expected} (image_sizes): it is the processor of another model, take that of the weights."
+            )
+        left_out = [
+            name for name in ("do_resize", "do_rescale", "do_normalize") if not getattr(self.image_processor, name)
+        ]
+        if left_out:
+            raise ValueError(
+                f"The processor has {', '.join(f'{name}=False' for name in left_out)}, the model was trained on "
+                "resized and normalized images: switch a step off in a single call of the processor only."
             )
         if self.tokenizer.vocab_size != config.action_vocab_size:
             raise ValueError(

@@ -295,6 +295,14 @@ def test_no_statistics(folder):
         load(folder).predict_action(golden_image(0), "open the drawer")
 
 
+def test_statistics_that_are_given_win(folder):
+    given = {"mine": {"action": {"q01": [-2.0] * 7, "q99": [2.0] * 7}}}
+    assert list(load(folder, norm_stats=given).norm_stats) == ["mine"]
+    given["mine"]["action"]["q01"][3] = 9.0
+    with pytest.raises(ValueError, match="'mine', action, dimension 3.*mirror the motion"):
+        load(folder, norm_stats=given)
+
+
 # Parts that contradict each other -------------------------------------------------------------------------------------
 
 
@@ -329,6 +337,20 @@ def test_processor_of_another_model(folder):
         OpenVLAProcessor.from_pretrained(folder)
     with pytest.raises(ValueError, match="tokenizer of another model"):
         model.processor  # noqa: B018 - loads it
+
+
+@pytest.mark.parametrize("step", ["do_resize", "do_rescale", "do_normalize"])
+def test_processor_that_leaves_a_step_out(folder, step):
+    fields = json.loads((folder / "preprocessor_config.json").read_text()) | {step: False}
+    (folder / "preprocessor_config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=f"{step}=False"):
+        OpenVLAProcessor.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("value", [None, "processor", TINY[0].processor().tokenizer], ids=type)
+def test_what_is_no_processor(folder, value):
+    with pytest.raises(ValueError, match="model.processor is an OpenVLAProcessor, got"):
+        load(folder).processor = value
 
 
 @pytest.mark.parametrize("field", ["input_sizes", "means", "stds"])

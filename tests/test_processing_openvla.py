@@ -332,6 +332,13 @@ def test_one_instruction_has_one_prompt(tiny_processor, other):
         tiny_processor.format_prompt(complete.replace("open the drawer", " "))
 
 
+@pytest.mark.filterwarnings("error::DeprecationWarning")
+def test_a_complete_prompt_is_read_on_later_pythons(tiny_processor):
+    """Python 3.14 raises an error where a comparison that is not implemented is taken for true or false."""
+    prompt = tiny_processor.format_prompt("open the drawer")
+    assert tiny_processor.format_prompt(prompt) == prompt
+
+
 def test_prompt_forms_of_ones_own(tiny_processor):
     def prompt(template: str, text: str) -> str:
         own = OpenVLAProcessor(tiny_processor.image_processor, tiny_processor.tokenizer, prompt_template=template)
@@ -397,7 +404,7 @@ def test_one_processor_in_many_threads(tiny_processor, photo):
 
 
 def test_format_prompt_errors(tiny_processor):
-    for empty in ("", "  \n"):
+    for empty in ("", "  \n", "\u200b", "\ufeff\u202e", "\x07", "?!"):
         with pytest.raises(ValueError, match="empty"):
             tiny_processor.format_prompt(empty)
     with pytest.raises(ValueError, match="int"):
