@@ -115,6 +115,29 @@ def check_grippers(source: "Source") -> list[str]:
     return found
 
 
+def check_converted(source: "Source", gripper: str) -> list[str]:
+    """Grippers that do not fit the convention given for them (`gripper`), and others to which it was not applied."""
+    own, found = source.survey.statistics["action"], []
+    for dim in source.grippers:
+        low, high = own["min"][dim], own["max"][dim]
+        if 0.1 < high < 0.9 or 0.1 < low < 0.9:  # neither closed nor open at one of its ends
+            found.append(
+                f"{source.name}: read as '{gripper}', {_gripper(source, dim)} goes from {low:.3g} to {high:.3g}, where "
+                "0 is closed and 1 open: was it recorded in another convention?"
+            )
+    if source.gripper_dims is None:
+        ends, changed = source.survey.action["at_ends"], source.survey.action["changed"]
+        alike = [dim for dim in range(source.action_dim) if ends[dim] > 0.95 and changed[dim] > 2 * RARE]
+        others = [source.names[dim] for dim in alike if dim not in source.grippers]
+        if others:
+            listed = ",".join(map(str, sorted({*source.grippers, *alike})))
+            found.append(
+                f"{source.name}: {', '.join(others)} looks like a gripper as well, and '{gripper}' was not applied to "
+                f"it. Is it one? {GRIPPER_DIMS} {listed}, or {','.join(map(str, source.grippers))}."
+            )
+    return found
+
+
 def _gripper(source: "Source", dim: int) -> str:
     return "the gripper" if source.names[dim] == "gripper" else f"the gripper ({source.names[dim]})"
 

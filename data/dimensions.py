@@ -12,7 +12,7 @@ import numpy as np
 TOLERANCE = 0.1  # recorded positions miss the ends of a range a little
 RARE = 0.01  # share of the steps that the quantiles q01 and q99 each leave out
 BINS = 255  # intervals that an action token can stand for
-TWO_ARMS = 14  # dimensions of two arms of six joints and a gripper
+TWO_ARMS = (14, 16)  # dimensions of two arms of six or seven joints and a gripper
 YES, NO = ("1", "true", "t", "yes"), ("0", "false", "f", "no")
 
 
@@ -34,12 +34,12 @@ def dimension_names(features: Mapping[str, Mapping], keys: Sequence[str | None])
 
 
 def default_grippers(dims: int, names: Sequence[str] | None = None) -> tuple[int, ...]:
-    """Dimensions that a gripper is looked for in: those that are named so; without names the last, and of 14 (two arms)
-    the seventh as well."""
+    """Dimensions that a gripper is looked for in: those that are named so; without names the last, and of two arms (14
+    or 16) that of the first as well."""
     named = tuple(dim for dim, name in enumerate(names or ()) if "grip" in name.lower())
     if 0 < len(named) <= 2 and len(names or ()) == dims:
         return named
-    return (TWO_ARMS // 2 - 1, TWO_ARMS - 1) if dims == TWO_ARMS else (dims - 1,) if dims > 1 else ()
+    return (dims // 2 - 1, dims - 1) if dims in TWO_ARMS else (dims - 1,) if dims > 1 else ()
 
 
 def parse_grippers(given: str | int | Sequence[int] | None) -> tuple[int, ...] | None:
@@ -122,7 +122,9 @@ def loses_rare_values(values: np.ndarray, q01: Sequence[float], q99: Sequence[fl
     away = abs(values - np.median(values, axis=0)) > bin_
     lost = (values < first - bin_) | (values > last + bin_)
     lasting = 2 * (lost[1:] & lost[:-1]).sum(0) >= lost.sum(0)
-    still = last - first <= 1e-6 * np.maximum(abs(low), abs(high))
+    # Rounding is relative to the usual values; one far outlier must not make all others look still beside it.
+    usual = np.maximum(abs(first), abs(last))
+    still = last - first <= 1e-6 * np.maximum(usual, np.minimum(np.maximum(abs(low), abs(high)), 1))
     return (low < high) & (2 * (lost & away).sum(0) > away.sum(0)) & (still | lasting)
 
 

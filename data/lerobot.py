@@ -21,7 +21,16 @@ from .episode import (
     make_episode,
     order_cameras,
 )
-from .lerobot_meta import fill_path, is_colour, is_depth, read_episodes, read_info, read_tasks, split_episodes
+from .lerobot_meta import (
+    fill_path,
+    is_colour,
+    is_depth,
+    read_episodes,
+    read_info,
+    read_tasks,
+    shared_parts,
+    split_episodes,
+)
 from .lerobot_rows import column_names, read_rows, time_stamps
 from .video import TOLERANCE, VideoFrames, open_video
 
@@ -85,6 +94,7 @@ class LeRobotDataset(EpisodeDataset):
         seen = {*of_images, *self.cameras.values()}
         self._of_video = any(self.features[key]["dtype"] == "video" for key in seen)
         self.tolerance_s = tolerance_s
+        self._shared: dict[str, dict[int, int]] = {}  # of each camera, see `shared_parts`
         if self._of_video and not 0 < tolerance_s < 0.5 / self.info["fps"]:
             raise ValueError(
                 f"tolerance_s={tolerance_s}: expected seconds above 0 and below half a frame, which is "
@@ -191,6 +201,14 @@ class LeRobotDataset(EpisodeDataset):
             raise DamagedDataError(
                 f"{source}: meta/episodes has no videos/{key}/from_timestamp ({start!r}), the second of {path} at "
                 "which the episode begins"
+            )
+        if self.of_v3 and key not in self._shared:
+            self._shared[key] = shared_parts(self._episodes, key, self.info["fps"])
+        other = self._shared.get(key, {}).get(row["episode_index"])
+        if other is not None:
+            raise DamagedDataError(
+                f"{source}: by meta/episodes (videos/{key}/from_timestamp, {start:.3f} s here) it would show frames of "
+                f"episode {other} in {path}: correct where each episode begins"
             )
         times = (start or 0.0) + times
         if not path.exists():

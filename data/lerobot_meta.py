@@ -17,6 +17,7 @@ from .lerobot_rows import DAMAGED_PARQUET
 
 
 TASK_NAMES = ("task", "tasks", "__index_level_0__")  # columns with the text of a task; pandas' index comes second
+PART_OF_FILM = ("chunk_index", "file_index", "from_timestamp")
 
 
 def read_info(file: Path) -> dict[str, Any]:
@@ -125,6 +126,20 @@ def read_episodes(folder: Path, version: str) -> pa.Table:
     if len(twice := numbers[counts > 1]):
         raise ValueError(f"{where}: episodes {twice[:8].tolist()} stand there more than once")
     return table.sort_by("episode_index").combine_chunks()
+
+
+def shared_parts(episodes: pa.Table, camera: str, fps: float) -> dict[int, int]:
+    """{episode: another one that would show the same frames}: of one film, each episode has a part of its own."""
+    columns = ["episode_index", "length", *(f"videos/{camera}/{what}" for what in PART_OF_FILM)]
+    if not set(columns) <= set(episodes.column_names):
+        return {}
+    number, length, chunk, file, start = (episodes[name].to_numpy().astype(np.float64) for name in columns)
+    order = np.lexsort((start, file, chunk))
+    before, after = order[:-1], order[1:]
+    alike = (chunk[before] == chunk[after]) & (file[before] == file[after])
+    shared = np.flatnonzero(alike & (start[after] < start[before] + (length[before] - 0.5) / fps))
+    pairs = list(zip(number[before[shared]].astype(int).tolist(), number[after[shared]].astype(int).tolist()))
+    return {**{first: second for first, second in pairs}, **{second: first for first, second in pairs}}
 
 
 def read_tasks(folder: Path, version: str) -> dict[int, str] | None:

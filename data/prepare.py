@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
+from ..action_tokenizer import LARGEST
 from ..configuration_openvla import check_choice
 from .dataset import EpisodeDataset
 from .dimensions import check_grippers, default_grippers
-from .episode import Episode, MissingKeyError
+from .episode import DamagedDataError, Episode, MissingKeyError
 from .filters import RAW_FILTERS, apply_filters
 
 
@@ -42,7 +43,7 @@ def open_is_1(gripper: np.ndarray, convention: str, source: str) -> np.ndarray:
             f"{source}: the gripper goes from {gripper.min():.3g} to {gripper.max():.3g}, which is not "
             f"'{convention}' ({low:g} to {high:g}). Conventions: {', '.join(GRIPPERS)}."
         )
-    return np.clip((gripper - closed) / (opened - closed), 0, 1).astype(gripper.dtype)
+    return (np.clip((gripper - closed) / (opened - closed), 0, 1) + 0.0).astype(gripper.dtype)  # + 0.0: no -0
 
 
 class PreparedDataset(EpisodeDataset):
@@ -99,8 +100,22 @@ class PreparedDataset(EpisodeDataset):
         grippers = check_grippers(grippers, dims, source)
         if grippers:
             actions[:, grippers] = open_is_1(actions[:, grippers], self.gripper, source)
+        _check_size(actions, "action", "correct it, or leave the episode out", source)
+        if episode.state is not None:
+            _check_size(episode.state, "state", "correct it, or leave states out (--state-key none)", source)
         episode = replace(episode, actions=actions, dataset_name=self.name)
         return apply_filters(episode, self.filters, self.removed, grippers)
 
     def read(self, indices: Iterable[int]) -> Iterator[Episode]:
         return (episode for episode in super().read(indices) if len(episode))
+
+
+def _check_size(values: np.ndarray, what: str, remedy: str, source: str) -> None:
+    """Raise a DamagedDataError for values (T, D) of which the statistics could not be read again."""
+    large = np.argwhere(abs(values) > LARGEST)
+    if len(large):
+        step, dim = large[0]
+        raise DamagedDataError(
+            f"{source}: {what}[{dim}] of step {step} is {values[step, dim]:g}, and nothing above {LARGEST:g} is a "
+            f"unit of a robot: {remedy}"
+        )

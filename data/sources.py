@@ -14,7 +14,7 @@ from typing import Any
 
 from ..action_tokenizer import check_statistics, read_statistics
 from ..configuration_openvla import check_choice, closest
-from .checks import check_clipped, odd_grippers
+from .checks import check_clipped, check_converted, odd_grippers
 from .dataset import OnError
 from .dimensions import parse_grippers, parse_mask
 from .mixture import check_weight, is_mixture_file, load_entries
@@ -67,7 +67,8 @@ def open_source(
         statistics: A dataset_statistics.json or its content, or the statistics of this dataset, instead of its own.
         mask: (A,) which dimensions are scaled, also as text ("1,1,1,1,1,1,0"). Default: all but grippers in [0, 1].
         gripper_dims: Which dimensions are grippers, counted from 0, also as text ("6,13"; "none": there is none).
-            Default: those that the recording names so; else the last, and of 14 the seventh, where they look like one.
+            Default: those that the recording names so; else the last, and of 14 or 16 (two arms) that of the
+            first arm, where they look like one.
         keep_unlabeled: Keep steps without an instruction: they are trained on with an empty one.
         max_action, max_proprio: Drop episodes in which a normalized value, before it is clipped, exceeds this.
         on_error: What a damaged episode does: "raise", or "skip" with a warning.
@@ -185,7 +186,12 @@ def _check_mask(source: Source, mask: Sequence[bool]) -> None:
 
 
 def _check_gripper(source: Source, gripper: str) -> None:
-    if gripper != "open-is-1" or source.standardize is not None:
+    """Warn where values of -1 and 1 were left as recorded, or where a convention was given that they do not have."""
+    if source.standardize is not None:
+        return
+    if gripper != "open-is-1":
+        for message in check_converted(source, gripper):
+            warnings.warn(message, UserWarning, stacklevel=3)
         return
     for dim, low, high in odd_grippers(source):
         if -1.5 <= low <= -0.9 and 0.9 <= high <= 1.5:

@@ -29,7 +29,7 @@ from .recording import Recording
 from .statistics import collect, compute_statistics
 
 
-VERSION = 2  # of what is stored: to be raised with every change that makes other numbers of the same files
+VERSION = 3  # of what is stored: to be raised with every change that makes other numbers of the same files
 CLOCK_GRAIN = 2.0  # seconds; within them a file may change again without a new time stamp
 ABANDONED = 3600.0  # seconds after which nobody is writing an unfinished entry any more
 

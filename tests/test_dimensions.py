@@ -1,11 +1,13 @@
 """Every dimension of an action that moves comes back from statistics, tokens and units, whatever the embodiment."""
 
+import warnings
+
 import numpy as np
 import pytest
 
 from openvla import ActionTokenizer, normalize_actions
 from openvla.action_tokenizer import unnormalize_actions
-from openvla.data import PythonDataset
+from openvla.data import DamagedDataError, PythonDataset
 from openvla.data.dimensions import (
     default_grippers,
     default_mask,
@@ -126,6 +128,32 @@ def test_outliers_are_clipped_as_before():
     assert loses_rare_values(held, stats["q01"], stats["q99"]).tolist() == [True, False]
 
 
+def test_one_far_value_does_not_make_the_others_look_still():
+    values = np.random.default_rng(0).uniform(-0.05, 0.05, (4000, 1)).astype(np.float32)
+    values[1000] = 9e5
+    stats = compute_statistics([values])["action"]
+    assert max(map(abs, stats["q01"] + stats["q99"])) < 0.05
+
+
+def test_what_statistics_cannot_hold_is_an_error_of_its_step():
+    """A result with such statistics would be refused when it is loaded."""
+
+    def far(actions):
+        actions[7, 2] = 2e6
+        return actions
+
+    with pytest.raises(
+        DamagedDataError, match=r"mine, episode 0: action\[2\] of step 7 is 2e\+06, and nothing above 1e"
+    ):
+        open_source(episodes(far))
+    parts = [{**part, "state": np.full((len(part["actions"]), 2), 1.7e9)} for part in episodes().source]
+    with pytest.raises(DamagedDataError, match=r"state\[0\] of step 0 .*--state-key none"):
+        open_source(PythonDataset(parts, "mine"))
+    good, bad = episodes().source[:2], episodes(far).source[0]
+    with pytest.warns(RuntimeWarning, match="1 skipped"):
+        assert open_source(PythonDataset([bad, *good], "mine", on_error="skip"), on_error="skip").num_episodes == 2
+
+
 def test_published_statistics_stay_those_of_the_original():
     values = np.zeros((1000, 7), np.float32)
     values[:5, 4] = 0.03
@@ -201,6 +229,34 @@ def test_two_grippers():
     plain, turned = open_source(episodes()).dataset[0], open_source(episodes(), gripper="open-is-0").dataset[0]
     np.testing.assert_allclose(turned.actions[:, [6, 13]], 1 - plain.actions[:, [6, 13]])
     np.testing.assert_array_equal(np.delete(turned.actions, [6, 13], 1), np.delete(plain.actions, [6, 13], 1))
+
+
+def signed(actions):
+    """Two arms of seven joints and a gripper of -1 (open) and 1."""
+    return np.column_stack([actions[:, :6], actions[:, :1], 1 - 2 * actions[:, 6]] * 2)
+
+
+def test_two_arms_of_seven_joints():
+    source = open_source(episodes(signed), gripper="open-is-minus-1")
+    assert source.grippers == (7, 15) and not np.array(source.statistics["action"]["mask"])[[7, 15]].any()
+    assert set(np.unique(source.dataset[0].actions[:, [7, 15]])) == {0, 1}
+
+
+def test_a_convention_that_does_not_fit():
+    """0 and 1 read as -1 and 1 would be half open and closed; a gripper in the middle would stay as it was."""
+    with pytest.warns(
+        UserWarning, match=r"read as 'open-is-minus-1', the gripper goes from 0 to 0.5, where 0 is closed"
+    ):
+        open_source(episodes(dims=7), gripper="open-is-minus-1")
+
+    def middle(actions):
+        return np.column_stack([actions[:, :3], 1 - 2 * actions[:, 6], actions[:, 3:6], 1 - 2 * actions[:, 6]])
+
+    with pytest.warns(UserWarning, match=r"action\[3\] looks like a gripper as well.* --gripper-dims 3,7, or 7"):
+        open_source(episodes(middle, dims=7), gripper="open-is-minus-1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        open_source(episodes(middle, dims=7), gripper="open-is-minus-1", gripper_dims="3,7")
 
 
 @pytest.mark.parametrize("dims", [6, 8, 14])

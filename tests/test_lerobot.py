@@ -161,6 +161,18 @@ def test_what_an_episode_lacks_is_named(tmp_path, column, values, message):
     assert str(folder) in str(raised.value)
 
 
+@pytest.mark.parametrize("starts", [(0.0, 0.0), (0.0, 0.5)], ids=["all at 0", "one frame"])
+def test_episodes_have_parts_of_a_film_of_their_own(tmp_path, starts):
+    folder = write_lerobot(tmp_path / "set")
+    for what, later in (("from", 0.0), ("to", 0.6)):
+        rewrite(folder / EPISODES, put(f"videos/{FRONT}/{what}_timestamp", [start + later for start in starts]))
+    for index in (0, 1):
+        with pytest.raises(
+            DamagedDataError, match=f"episode {index}, {FRONT}: .* show frames of episode {1 - index} in"
+        ):
+            open_dataset(folder)[index]
+
+
 def test_episodes_are_found_by_number_and_not_by_line(tmp_path):
     folder = write_lerobot(tmp_path / "set", "v2.1", episodes=4)
     lines = (folder / "meta/episodes.jsonl").read_text().splitlines()

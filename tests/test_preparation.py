@@ -61,6 +61,9 @@ def test_images_are_looked_at(tmp_path):
     damaged = episode(images={"front": [jpeg(1)[:30]] + [jpeg(1)] * 9})
     with pytest.raises(ValueError, match="episode 1.*image of step 0"):
         prepare(options(tmp_path), data=dataset(episode(), damaged))
+    late = episode(images={"front": [jpeg(1)] * 9 + [jpeg(1)[:30]]})
+    with pytest.raises(ValueError, match="episode 1.*image of step"):
+        prepare(options(tmp_path), data=dataset(episode(), late))
     with pytest.raises(ValueError, match="no camera image"):
         prepare(options(tmp_path), data=dataset(episode(), episode(images={})))
     with pytest.raises(ValueError, match="no camera 'side'; there are front"):

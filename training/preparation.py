@@ -130,7 +130,8 @@ def prepare(options: FinetuneOptions, processes: int = 1, data: Any = None) -> R
 
 
 def check_samples(source: Source, episodes: int = 8) -> None:
-    """Decode one image of a few episodes of both splits, spread evenly, so that a run does not stop for it later.
+    """Decode the first two images, one of the middle and the last of a few episodes of both splits, spread evenly, so
+    that a run does not stop for them later.
 
     Raises:
         ValueError: If an episode has no image of the camera, or one that cannot be decoded.
@@ -138,9 +139,9 @@ def check_samples(source: Source, episodes: int = 8) -> None:
     for dataset in filter(None, (source.dataset, source.held_out)):
         picked = np.unique(np.linspace(0, len(dataset) - 1, episodes).astype(int))
         for episode in dataset.read(picked):
-            frame = next(source.frames(episode), None)
-            if frame is not None:
-                frame.images[main_camera(frame)][0]
+            frames = list(source.frames(episode))
+            for step in sorted({*range(len(frames))} & {0, 1, len(frames) // 2, len(frames) - 1}):
+                frames[step].images[main_camera(frames[step])][0]
 
 
 def check_instructions(source: Source, config: OpenVLAConfig, processor: OpenVLAProcessor) -> None:
