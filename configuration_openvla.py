@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 
 from .files_openvla import local_folder, read_json
 
@@ -62,6 +63,7 @@ LLM_BACKBONES: dict[str, tuple[str, str]] = {
     "phi-2-3b": ("microsoft/phi-2", "phi"),
 }
 
+DTYPES = ("bfloat16", "float16", "float32", "float64")
 IMAGE_RESIZE_STRATEGIES = ("resize-naive", "resize-crop", "letterbox")
 
 
@@ -184,6 +186,11 @@ class OpenVLAConfig(transformers.PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
+        for field in ("vision_backbone_id", "llm_backbone_id", "image_resize_strategy"):
+            if not isinstance(getattr(self, field), str):
+                raise ValueError(f"{field}={getattr(self, field)!r}: expected a text.")
+        if not isinstance(self.text_config, (dict, transformers.PreTrainedConfig, type(None))):
+            raise ValueError(f"text_config={self.text_config!r}: expected the configuration of a language model.")
         self._complete_towers()
         self._complete_language_model()
         if self.pad_token_id is None:
@@ -202,6 +209,8 @@ class OpenVLAConfig(transformers.PreTrainedConfig):
                 VISION_BACKBONES,
                 "Towers of another name are described by timm_model_ids and image_sizes, one entry for each tower.",
             )
+        if not isinstance(self.timm_model_ids, (list, tuple, type(None))):
+            raise ValueError(f"timm_model_ids={self.timm_model_ids!r}: expected a list, one entry per tower.")
         if self.vision_backbone_id in VISION_BACKBONES:
             model_ids, sizes, activations = map(list, zip(*VISION_BACKBONES[self.vision_backbone_id]))
         else:
@@ -239,7 +248,10 @@ class OpenVLAConfig(transformers.PreTrainedConfig):
             model_type = fields.pop("model_type", text_model_type)
             if model_type not in transformers.CONFIG_MAPPING:
                 raise ValueError(f"text_config: transformers knows no model_type {model_type!r}.")
-            self.text_config = transformers.CONFIG_MAPPING[model_type](**fields)
+            try:
+                self.text_config = transformers.CONFIG_MAPPING[model_type](**fields)
+            except (StrictDataclassError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
+                raise ValueError(f"text_config does not describe a '{model_type}': {error}") from error
 
     def check_fields(self) -> None:
         """Raise a `ValueError` if fields contradict each other."""
@@ -253,6 +265,9 @@ class OpenVLAConfig(transformers.PreTrainedConfig):
                     f"{field} {found} for {towers} vision tower(s): give one entry per tower, or leave it out to take "
                     f"what vision_backbone_id='{self.vision_backbone_id}' means."
                 )
+        for field, kind in (("timm_model_ids", str), ("timm_model_kwargs", dict)):
+            if not all(isinstance(entry, kind) for entry in getattr(self, field)):
+                raise ValueError(f"{field}={getattr(self, field)!r}: expected a {kind.__name__} per tower.")
         if not all(_is_count(size) for size in self.image_sizes):
             raise ValueError(
                 f"image_sizes={self.image_sizes!r}: expected the side of a square in pixels, one per tower."
@@ -266,6 +281,8 @@ class OpenVLAConfig(transformers.PreTrainedConfig):
                 f"n_action_bins={self.n_action_bins} does not fit a vocabulary of {self.action_vocab_size} tokens "
                 f"(text_config.vocab_size={self.text_config.vocab_size}, pad_to_multiple_of={self.pad_to_multiple_of})."
             )
+        if not (self.pad_token_id is None or self.pad_token_id == 0 or _is_count(self.pad_token_id)):
+            raise ValueError(f"pad_token_id={self.pad_token_id!r}: expected the id of a token.")
         for field in ("image_token_id", "empty_token_id"):
             value = getattr(self, field)
             if value is not None and not (isinstance(value, int) and 0 <= value < self.text_config.vocab_size):
@@ -307,6 +324,9 @@ class OpenVLAConfig(transformers.PreTrainedConfig):
         if not set(content) - {"_commit_hash"} and not file.is_file():
             raise FileNotFoundError(no_config(name))
         check_model_type(content, str(file), cls.model_type)
+        for field in ("dtype", "torch_dtype"):
+            if content.get(field) is not None:
+                check_choice(f"{field} of '{file}'", content[field], DTYPES)
         return content, unused
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:

@@ -118,8 +118,11 @@ def create_vision_tower(model_id: str, image_size: int, act_layer: str | None, m
         "weight_init": "skip",
         **model_kwargs,
     }
-    with LinspaceOnCPU():
-        tower = timm.create_model(model_id, pretrained=False, **arguments)
+    try:
+        with LinspaceOnCPU():
+            tower = timm.create_model(model_id, pretrained=False, **arguments)
+    except (TypeError, AttributeError, AssertionError, KeyError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"timm cannot build the vision tower '{model_id}' with {model_kwargs}: {error}") from error
     if not isinstance(tower, VisionTransformer) or len(tower.blocks) < 2:
         raise ValueError(
             f"Vision tower '{model_id}' with {model_kwargs} must be a timm VisionTransformer of at least two blocks: "
@@ -329,7 +332,10 @@ class OpenVLAForActionPrediction(AdapterBelongings, OpenVLAPreTrainedModel, Gene
             self.vision_backbone.embed_dim, config.text_config.hidden_size, config.use_fused_vision_backbone
         )
         # One dtype for the whole model, also where the config names another for its language model.
-        self.language_model = AutoModelForCausalLM.from_config(config.text_config, dtype=torch.get_default_dtype())
+        try:
+            self.language_model = AutoModelForCausalLM.from_config(config.text_config, dtype=torch.get_default_dtype())
+        except (TypeError, AttributeError, KeyError, ArithmeticError, RuntimeError) as error:
+            raise ValueError(f"text_config cannot be built as a language model: {error}") from error
         self.action_tokenizer = ActionTokenizer(config.action_vocab_size, config.n_action_bins)
         # Published names, which clients of the original read
         self.vocab_size: int = config.action_vocab_size  # end of the action tokens

@@ -276,6 +276,8 @@ class OpenVLAImageProcessor(BaseImageProcessor):
         self.image_resize_strategy = image_resize_strategy
         self.input_sizes = _triples("input_sizes", input_sizes) if input_sizes else [[3, 224, 224]]
         towers = len(self.input_sizes)
+        if not isinstance(interpolations, (list, tuple, type(None))):
+            raise ValueError(f"interpolations={interpolations!r}: expected a list, one name per tower.")
         self.interpolations = list(interpolations) if interpolations else ["bicubic"] * towers
         self.means = _triples("means", means) if means else [[0.5, 0.5, 0.5]] * towers
         self.stds = _triples("stds", stds) if stds else [[0.5, 0.5, 0.5]] * towers
@@ -364,9 +366,9 @@ class OpenVLAImageProcessor(BaseImageProcessor):
 
 
 def _triples(field: str, rows: Any) -> list[list]:
-    """One list of three finite numbers for each tower."""
+    """One list of three numbers (at most 10,000) for each tower."""
     if isinstance(rows, (list, tuple)) and all(isinstance(row, (list, tuple)) and len(row) == 3 for row in rows):
-        if all(isinstance(number, (int, float)) and math.isfinite(number) for row in rows for number in row):
+        if all(isinstance(number, (int, float)) and abs(number) <= 1e4 for row in rows for number in row):
             return [list(row) for row in rows]
     raise ValueError(f"{field}={rows!r}: expected three numbers for each tower, [[., ., .], ...].")
 
@@ -504,7 +506,18 @@ class OpenVLAProcessor(ProcessorMixin):
         # transformers 5 rebuilds the pre-tokenizer of a `LlamaTokenizer`, which then differs from 4.40.1 on spaces.
         # The fast tokenizer takes tokenizer.json as it is and gives the ids the weights were trained with.
         kwargs.pop("trust_remote_code", None)
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        try:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except (TypeError, AttributeError) as error:
+            raise ValueError(
+                f"The tokenizer_config.json of '{pretrained_model_name_or_path}' cannot be used ({error}): take the "
+                "one of the weights."
+            ) from error
+        if not isinstance(tokenizer.model_max_length, (int, float)):
+            raise ValueError(
+                f"model_max_length={tokenizer.model_max_length!r} in the tokenizer_config.json of "
+                f"'{pretrained_model_name_or_path}': expected a number of tokens."
+            )
         for name in ("auto_map", "is_local", "local_files_only"):
             tokenizer.init_kwargs.pop(name, None)  # of that folder and this machine, not of where it will be saved
         return [OpenVLAImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs), tokenizer]
