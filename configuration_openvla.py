@@ -189,8 +189,9 @@ class OpenVLAConfig(transformers.PreTrainedConfig):
         for field in ("vision_backbone_id", "llm_backbone_id", "image_resize_strategy"):
             if not isinstance(getattr(self, field), str):
                 raise ValueError(f"{field}={getattr(self, field)!r}: expected a text.")
-        if not isinstance(self.text_config, (dict, transformers.PreTrainedConfig, type(None))):
-            raise ValueError(f"text_config={self.text_config!r}: expected the configuration of a language model.")
+        given: Any = self.text_config
+        if not isinstance(given, (dict, transformers.PreTrainedConfig, type(None))):
+            raise ValueError(f"text_config={given!r}: expected the configuration of a language model.")
         self._complete_towers()
         self._complete_language_model()
         if self.pad_token_id is None:

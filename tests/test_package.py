@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
-from openvla import OpenVLAForActionPrediction, OpenVLAProcessor
+from openvla import OpenVLAForActionPrediction, OpenVLAProcessor, hub
 from openvla.conversion import hub_folder, package_checkpoint
 
 
@@ -281,7 +281,7 @@ def test_hub_id(published, tmp_path, monkeypatch):
         asked.append((repo_id, revision))
         return str(published["tiny-openvla-siglip"])
 
-    monkeypatch.setattr(hub_folder, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
     folder = package_checkpoint("openvla/openvla-v01-7b", tmp_path / "out", revision="main")
     assert asked == [("openvla/openvla-v01-7b", "main")]
     assert ModelCard.load(folder / "README.md").data.base_model == "openvla/openvla-v01-7b"

@@ -181,6 +181,7 @@ def test_adapter_merges(checkpoint, tmp_path):
             assert again.tolist() == action.tolist(), name
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")  # peft 0.21 calls it
 def test_adapter_on_a_quantized_model():
     model = TINY[0].load(quantization_config=CONFIGS["nf4"])
     model = peft.prepare_model_for_kbit_training(model)
