@@ -77,16 +77,24 @@ def find_weight_files(folder: Path, names: Iterable[str] = WEIGHTS_FILES) -> lis
     return []
 
 
-def check_weight_file(file: Path) -> None:
-    """Raise a `ValueError` if a file is empty, a Git LFS pointer, cut off or damaged; only its ends are read."""
+def check_weight_file(file: Path, quantized: bool = False) -> None:
+    """Raise a `ValueError` if a file is empty, a Git LFS pointer, cut off, damaged, or of whole numbers although its
+    model is not quantized; only its ends are read."""
     check_file(file, "weights file")
     damaged = f"'{file}' is damaged or cut off ({file.stat().st_size:,} bytes): copy or download it again."
     if file.suffix == ".safetensors":
         try:
-            with safe_open(file, framework="pt"):
-                pass
+            with safe_open(file, framework="pt") as tensors:
+                types = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{damaged} {error}") from error
+        whole = [name for name, kind in types.items() if not kind.startswith(("F", "BF"))]
+        if whole and not quantized:
+            raise ValueError(
+                f"'{file}' holds {len(whole)} tensor(s) of whole numbers, for example {whole[0]} ({types[whole[0]]}), "
+                "and config.json has no quantization_config that says what they mean: take the config.json they were "
+                "saved with, or weights of a floating-point type."
+            )
     else:
         with file.open("rb") as stream:
             zipped = stream.read(2) == b"PK"  # as torch saves today; its older form has no end that could be missing
@@ -117,8 +125,10 @@ def check_folder(name: str | os.PathLike, loading: Mapping[str, Any]) -> None:
         read_json(folder / "generation_config.json")  # the library passes over one that it cannot read
     if not loading.get("variant") and not loading.get("gguf_file"):
         names = WEIGHTS_FILES[1:] if loading.get("use_safetensors") is False else WEIGHTS_FILES
+        config = folder / "config.json"
+        quantized = config.is_file() and read_json(config).get("quantization_config") is not None
         for file in find_weight_files(folder, names):
-            check_weight_file(file)
+            check_weight_file(file, quantized)
 
 
 def adapter_of(name: str | os.PathLike, hub: Mapping[str, Any]) -> dict[str, Any] | None:

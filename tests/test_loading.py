@@ -140,6 +140,16 @@ def test_tied_embeddings(tied, tmp_path):
     assert torch.equal(head.weight, embeddings.embed_tokens.weight) is tied
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool])
+def test_whole_numbers_without_their_quantization(folder, tensors, dtype):
+    name = "language_model.lm_head.weight"
+    replace_weights(folder, {**tensors, name: tensors[name].to(dtype)})
+    with pytest.raises(
+        ValueError, match=r"1 tensor\(s\) of whole numbers, for example language_model\.lm_head\.weight"
+    ):
+        load(folder)
+
+
 def test_shards_and_older_files(folder, tensors, tmp_path):
     model = load(folder)
     model.save_pretrained(tmp_path / "sharded", max_shard_size="1MB")
