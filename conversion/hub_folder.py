@@ -90,7 +90,7 @@ def read_weights(folder: Path) -> dict[str, LazyTensor]:
     """Every tensor of a Hub folder, not yet read; a `ValueError` names a file that is damaged or a Git LFS pointer."""
     tensors = {}
     for file in weight_files(folder):
-        check_weight_file(file, quantized=True)  # whoever asks for tensors knows what they should be
+        check_weight_file(file)
         handle = safe_open(file, framework="pt")
         for name in handle.keys():  # noqa: SIM118 - not a dict
             shape = tuple(handle.get_slice(name).get_shape())
