@@ -1,0 +1,206 @@
+"""On a CUDA device: the tokens of the CPU, in every attention, batch and type; checks, quantization and training there.
+
+python -m pytest -m gpu
+"""
+
+import numpy as np
+import pytest
+import torch
+from tiny import TINY, golden_image
+from transformers import BitsAndBytesConfig
+
+from openvla import OpenVLAForActionPrediction
+from openvla.training import apply_strategy
+from openvla.training.loss import action_loss, with_logits_to_keep
+
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+FUSED = TINY[0]
+INSTRUCTIONS = ["open the drawer", "pick up the coffee mug and place it on the shelf", "push the button"]
+
+
+@pytest.fixture(autouse=True)
+def exact_float32(monkeypatch):
+    """Products of float32 in float32, not in TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def predict(model, instructions=INSTRUCTIONS, **options):
+    images = [golden_image(index) for index in range(len(instructions))]
+    return model.predict_action(images, instructions, unnorm_key="bridge_orig", return_dict=True, **options)
+
+
+@pytest.fixture(scope="module")
+def on_cpu():
+    return predict(FUSED.load())
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_goldens(tiny_checkpoint, tiny_processor, attention):
+    model = tiny_checkpoint.load(attn_implementation=attention).cuda()
+    for case in tiny_checkpoint.cases:
+        inputs = tiny_checkpoint.inputs(tiny_processor, case)
+        prediction = model.predict_action(**inputs, unnorm_key=case["unnorm_key"], constrained=False, return_dict=True)
+        assert prediction.token_ids.tolist() == case["generated"]
+        assert prediction.actions.tolist() == case["actions"]
+
+
+def test_flex_attention(on_cpu):
+    prediction = predict(FUSED.load(attn_implementation="flex_attention").cuda())
+    assert prediction.token_ids.tolist() == on_cpu.token_ids.tolist()
+
+
+def test_generate_gives_the_goldens(tiny_checkpoint, tiny_processor):
+    model = tiny_checkpoint.load().cuda()
+    for case in tiny_checkpoint.cases[:3]:
+        inputs = tiny_checkpoint.inputs(tiny_processor, case)
+        inputs["input_ids"] = torch.tensor([case["input_ids_used"]])
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        inputs = {name: value.cuda() for name, value in inputs.items()}
+        generated = model.generate(**inputs, max_new_tokens=len(case["generated"]), do_sample=False)
+        assert generated.tolist() == [case["input_ids_used"] + case["generated"]]
+
+
+def test_a_batch_is_what_its_samples_are(on_cpu):
+    model = FUSED.load().cuda()
+    batch = predict(model)
+    assert batch.token_ids.tolist() == on_cpu.token_ids.tolist()
+    np.testing.assert_allclose(batch.token_probabilities, on_cpu.token_probabilities, rtol=1e-3)
+    for row, instruction in enumerate(INSTRUCTIONS):
+        single = model.predict_action(golden_image(row), instruction, unnorm_key="bridge_orig")
+        assert single.tolist() == batch.actions[row].tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype, on_cpu):
+    """Another token than in float32 only where float32 itself has two about as probable ones."""
+    prediction = predict(FUSED.load(dtype=dtype).cuda())
+    for row, expected in zip(prediction.token_ids, on_cpu.token_ids):
+        differs = np.flatnonzero(row != expected)
+        if len(differs):
+            assert on_cpu.token_probabilities[on_cpu.token_ids.tolist().index(expected.tolist()), differs[0]] < 0.9
+
+
+def test_the_embedded_policy():
+    from pathlib import Path
+
+    folder = Path(__file__).resolve().parents[1]
+    model = OpenVLAForActionPrediction.from_pretrained(folder, dtype=torch.float32)
+    key = next(iter(model.norm_stats))
+    images = [golden_image(index) for index in range(4)]
+    expected = model.predict_action(images, ["open the drawer"] * 4, unnorm_key=key)
+    assert model.cuda().predict_action(images, ["open the drawer"] * 4, unnorm_key=key).tolist() == expected.tolist()
+
+
+def test_pixels_on_the_device():
+    model = FUSED.load().cuda()
+    inputs = model.processor(model.processor.format_prompt("open the drawer"), golden_image(0))
+    expected = model.predict_action(**inputs, unnorm_key="bridge_orig")
+    moved = {name: value.cuda() for name, value in inputs.items()}
+    assert model.predict_action(**moved, unnorm_key="bridge_orig").tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_no_action(value):
+    model = FUSED.load().cuda()
+    with torch.no_grad():
+        model.language_model.model.layers[1].mlp.down_proj.weight[0, 0] = value
+    for options in ({}, {"do_sample": True}):
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            predict(model, **options)
+    torch.cuda.synchronize()  # the process can still compute
+
+
+def test_a_generator_on_the_device():
+    model = FUSED.load().cuda()
+
+    def draw():
+        return predict(model, do_sample=True, temperature=2.0, generator=torch.Generator("cuda").manual_seed(3))
+
+    assert draw().token_ids.tolist() == draw().token_ids.tolist()
+    with pytest.raises(ValueError, match="The generator is on cpu"):
+        predict(model, do_sample=True, generator=torch.Generator().manual_seed(3))
+
+
+def test_decoding_waits_for_the_device_a_few_times_only():
+    """Moves of inputs aside, the device is read at the end: tokens, probabilities, entropies, and whether placeholders
+    stand in the prompt."""
+    model = FUSED.load().cuda()
+    predict(model, INSTRUCTIONS[:1])
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with pytest.warns(UserWarning, match="synchroniz") as waits:
+            predict(model, INSTRUCTIONS[:1])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(waits) <= 8
+
+
+def test_memory_does_not_grow():
+    model = FUSED.load().cuda()
+    predict(model)
+    before = torch.cuda.memory_allocated()
+    for _ in range(20):
+        predict(model)
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_offloaded_towers(on_cpu, tmp_path):
+    model = FUSED.load(
+        device_map={"vision_backbone": "cpu", "projector": 0, "language_model": 0}, offload_folder=str(tmp_path)
+    )
+    assert predict(model).token_ids.tolist() == on_cpu.token_ids.tolist()
+
+
+@pytest.mark.parametrize("options", [{"load_in_8bit": True}, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}])
+def test_quantized(options, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="quantized loading needs the [quant] extra")
+    model = FUSED.load(quantization_config=BitsAndBytesConfig(**options), device_map={"": 0}, dtype=torch.float16)
+    prediction = predict(model)
+    assert np.isfinite(prediction.actions).all()
+    model.save_pretrained(tmp_path)
+    FUSED.processor().save_pretrained(tmp_path)
+    again = OpenVLAForActionPrediction.from_pretrained(tmp_path, device_map={"": 0})
+    assert predict(again).token_ids.tolist() == prediction.token_ids.tolist()
+
+
+@pytest.mark.parametrize("strategy", ["full", "lora", "sandwich"])
+def test_training_steps_follow_those_of_the_cpu(strategy):
+    golden = FUSED.arrays("train_batch.npz")
+    batch = {name: torch.from_numpy(golden[name]) for name in ("input_ids", "attention_mask", "pixel_values", "labels")}
+
+    def losses(device):
+        torch.manual_seed(0)
+        model = apply_strategy(FUSED.load(), strategy).to(device).train()
+        inputs = with_logits_to_keep({name: value.to(device) for name, value in batch.items()})
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+        values = []
+        for _ in range(3):
+            loss, _, _ = action_loss(model, inputs)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            values.append(loss.item())
+        return values
+
+    torch.testing.assert_close(losses("cuda"), losses("cpu"), rtol=1e-3, atol=1e-3)
+
+
+def test_a_compiled_forward_gives_the_logits():
+    model = FUSED.load().cuda()
+    inputs = model.processor(model.processor.format_prompt("open the drawer"), golden_image(0)).to("cuda")
+    with torch.inference_mode():
+        expected = model(**inputs).logits
+        compiled = torch.compile(model.language_model, backend="cudagraphs")
+        embeds, _ = model._merge(inputs["input_ids"], None, None, model.encode_images(inputs["pixel_values"]))
+        for _ in range(3):
+            logits = compiled(inputs_embeds=embeds, use_cache=False).logits
+    torch.testing.assert_close(logits, expected, rtol=0, atol=2e-3)
