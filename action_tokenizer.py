@@ -5,6 +5,7 @@ Formulas: OpenVLA paper (arXiv 2406.09246) section 3.2 and the published `modeli
 vectorized; arrays stay numpy, tensors stay on their device.
 """
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -145,8 +146,8 @@ def check_statistics(norm_stats: Any, where: str = "norm_stats") -> dict[str, An
 
     Raises:
         ValueError: If they are nested in another way, or would move an arm wrongly: values that are no finite numbers
-            or above 1e6, lengths that differ, q01 above q99, min above max, a negative std, a mask that is not of
-            booleans. The message names dataset and dimension.
+            or above 1e6, lengths that differ, q01 above q99, min above max, quantiles outside of min to max, a negative
+            std, a mask that is not of booleans. The message names dataset and dimension.
     """
     example = "{'my_robot': {'action': {'q01': [...], 'q99': [...]}}}"
     if not isinstance(norm_stats, Mapping):
@@ -201,6 +202,17 @@ def _check_lists(stats: Any, where: str, required: tuple[str, ...] = ()) -> None
                     f"{where}, dimension {dim}: {low} ({values[low][dim]:g}) is above {high} ({values[high][dim]:g}), "
                     f"which would mirror the motion. {remedy}"
                 )
+    if "min" in values and "max" in values:
+        # Estimated quantiles may lie a little outside.
+        slack = 0.05 * (values["max"] - values["min"]) + 1e-6
+        for name in values.keys() & {"q01", "q99"}:
+            outside = (values[name] < values["min"] - slack) | (values[name] > values["max"] + slack)
+            for dim in np.flatnonzero(outside)[:1]:
+                raise ValueError(
+                    f"{where}, dimension {dim}: {name} ({values[name][dim]:g}) lies outside of min "
+                    f"({values['min'][dim]:g}) to max ({values['max'][dim]:g}), so they are not of the same actions. "
+                    f"{remedy}"
+                )
     if "std" in values and (values["std"] < 0).any():
         raise ValueError(f"{where}, dimension {int(np.argmax(values['std'] < 0))}: std is negative. {remedy}")
 
@@ -253,14 +265,31 @@ def resolve_unnorm_key(norm_stats: Mapping[str, Any] | None, unnorm_key: str | N
     return unnorm_key
 
 
-def get_action_stats(norm_stats: Mapping[str, Any] | None, unnorm_key: str | None) -> dict[str, Any]:
-    """The `"action"` entry of a dataset's statistics, checked again: statistics may have been set by hand."""
+def get_action_stats(
+    norm_stats: Mapping[str, Any] | None, unnorm_key: str | None, checked: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The `"action"` entry of a dataset's statistics, checked again: statistics may have been set by hand.
+
+    Args:
+        checked: Copies of the entries that were checked before, filled here: equal ones are not checked again.
+    """
     if norm_stats is not None and not isinstance(norm_stats, Mapping):
         check_statistics(norm_stats)
     key = resolve_unnorm_key(norm_stats, unnorm_key)
     entry = (norm_stats or {})[key]
-    _check_dataset(entry, f"norm_stats, dataset '{key}'")
+    if checked is None or not _equal(checked.get(key), entry):
+        _check_dataset(entry, f"norm_stats, dataset '{key}'")
+        if checked is not None:
+            checked[key] = copy.deepcopy(entry)
     return dict(entry["action"])
+
+
+def _equal(entry: Any, other: Any) -> bool:
+    """Whether two entries are equal; False as well where they cannot be compared (numpy arrays)."""
+    try:
+        return bool(entry == other)
+    except ValueError:
+        return False
 
 
 def _mask(stats: Mapping[str, Any], dims: int) -> np.ndarray:
@@ -323,9 +352,14 @@ def normalize_actions(actions: np.ndarray, stats: Mapping[str, Any], mode: str =
     return scaled
 
 
-def check_same_action_dim(norm_stats: Mapping[str, Any] | None, unnorm_keys: Sequence[str | None]) -> int:
+def check_same_action_dim(
+    norm_stats: Mapping[str, Any] | None, unnorm_keys: Sequence[str | None], checked: dict[str, Any] | None = None
+) -> int:
     """Common number of action dimensions of several datasets; a `ValueError` names those that differ."""
-    dims = {resolve_unnorm_key(norm_stats, key): len(get_action_stats(norm_stats, key)["q01"]) for key in unnorm_keys}
+    dims = {
+        resolve_unnorm_key(norm_stats, key): len(get_action_stats(norm_stats, key, checked)["q01"])
+        for key in unnorm_keys
+    }
     if len(set(dims.values())) > 1:
         raise ValueError(f"One batch cannot mix action dimensions {dims}: predict these datasets in separate calls.")
     return next(iter(dims.values()))

@@ -260,17 +260,32 @@ def choose_token(logits: torch.Tensor, sampling: Sampling | None) -> tuple[torch
     return chosen, distribution.gather(1, chosen), entropy
 
 
-def check_finite(probabilities: np.ndarray, dtype: torch.dtype) -> None:
-    """Raise a `ValueError` if the model computed NaN or infinity: a NaN among `probabilities` (batch, tokens)."""
+NO_CHOICE = -1.0  # stands for a probability where all actions or all patches are equal
+
+
+def check_computed(probabilities: np.ndarray, dtype: torch.dtype) -> None:
+    """Raise a `ValueError` if what the model computed is no choice of an action.
+
+    Args:
+        probabilities: (batch, tokens), NaN where something was not finite, `NO_CHOICE` where everything was equal.
+        dtype: Of the model.
+    """
     broken = np.flatnonzero(~np.isfinite(probabilities).all(axis=1)).tolist()
+    equal = np.flatnonzero((probabilities < 0).any(axis=1)).tolist()
     if broken:
         cause = "the weights are damaged (a diverged training, a broken download)"
         if dtype == torch.float16:
             cause = f"float16 overflowed (load the model with dtype=torch.bfloat16 or float32), or {cause}"
-        raise ValueError(
-            f"The model computed NaN or infinite values for sample {', '.join(map(str, broken))} of "
-            f"{len(probabilities)}, so there is no action: {cause}."
-        )
+        found = "NaN or infinite values"
+    elif equal:
+        cause = "the weights are zero or constant (a file that was allocated and never filled), load the model again"
+        found = "the same value for every action, or the same features for every part of the image,"
+    else:
+        return
+    raise ValueError(
+        f"The model computed {found} for sample {', '.join(map(str, broken or equal))} of {len(probabilities)}, so "
+        f"there is no action: {cause}."
+    )
 
 
 # Dropout --------------------------------------------------------------------------------------------------------------
@@ -288,6 +303,18 @@ _PREDICTIONS: WeakKeyDictionary[nn.Module, _Predictions] = WeakKeyDictionary()
 _SWITCH = threading.Lock()
 
 
+def every_module(model: nn.Module) -> list[nn.Module]:
+    """The modules of a model, shared ones more than once: `modules()` in a quarter of the time, for what is looked at
+    in every prediction."""
+    found, waiting = [], [model]
+    while waiting:
+        module = waiting.pop()
+        found.append(module)
+        if module._modules:
+            waiting += [part for part in module._modules.values() if part is not None]
+    return found
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Without dropout and gradient checkpointing, also in train mode, which comes back when the last of the threads
@@ -295,7 +322,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     with _SWITCH:
         predictions = _PREDICTIONS.setdefault(model, _Predictions())
         predictions.running += 1
-        training = [module for module in model.modules() if module.training]
+        training = [module for module in every_module(model) if module.training]
         predictions.modules += training
         for module in training:
             module.training = False
@@ -311,9 +338,10 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 __all__ = [
+    "NO_CHOICE",
     "Sampling",
     "as_tensor",
-    "check_finite",
+    "check_computed",
     "check_flag",
     "check_pixel_values",
     "choose_token",

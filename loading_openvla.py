@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
 
@@ -183,13 +184,43 @@ def check_loaded(
     """Raise a `ValueError` if the library's loading info tells of tensors that are random or were left out."""
     mismatched = {name: (found, expected) for name, found, expected in info["mismatched_keys"]}
     check_tensors(
-        "The given state_dict" if where is None else f"'{os.fspath(where)}'",
+        _holder(where),
         info["missing_keys"],
         info["unexpected_keys"],
         {} if ignore_mismatched_sizes else mismatched,
         "To train from them all the same: ignore_mismatched_sizes=True lets tensors of another shape begin at random, "
         "output_loading_info=True returns the names instead of this error.",
     )
+
+
+def check_filled(where: str | os.PathLike | None, parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Raise a `ValueError` if matrices hold one value throughout: a file that was allocated and never filled. Of each a
+    few values are read, all where these are equal; quantized and offloaded ones are passed over.
+
+    Args:
+        where: What holds the weights; None for a given state_dict.
+        parameters: Names and tensors.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true") and os.environ.get("LOCAL_RANK", "0") != "0":
+        return  # accelerate sends the weights of the first process later
+    constant = []
+    for name, parameter in parameters:
+        values = parameter.detach()
+        if type(parameter.data) is torch.Tensor and values.ndim > 1 and values.numel() > 1 and not values.is_meta:
+            flat = values.flatten()
+            few = flat[:: max(1, len(flat) // 64)]
+            if bool((few == few[0]).all()) and bool((flat == flat[0]).all()):
+                constant.append(f"{name} ({float(flat[0]):g})")
+    if constant:
+        raise ValueError(
+            f"{_holder(where)} holds {len(constant)} matrices of one value throughout: {', '.join(constant[:4])}"
+            f"{', ...' if len(constant) > 4 else ''}. Likely cause: a file that was allocated and never filled, by a "
+            "download or a copy that broke off: copy or download it again."
+        )
+
+
+def _holder(where: str | os.PathLike | None) -> str:
+    return "The given state_dict" if where is None else f"'{os.fspath(where)}'"
 
 
 def _likely_cause(missing: Collection[str], unexpected: Collection[str], mismatched: Collection[str]) -> str:
@@ -208,4 +239,12 @@ def _likely_cause(missing: Collection[str], unexpected: Collection[str], mismatc
     return "config.json is of another model or was changed (backbone ids, text_config, timm_model_kwargs)"
 
 
-__all__ = ["adapter_of", "check_folder", "check_loaded", "check_tensors", "check_weight_file", "find_weight_files"]
+__all__ = [
+    "adapter_of",
+    "check_filled",
+    "check_folder",
+    "check_loaded",
+    "check_tensors",
+    "check_weight_file",
+    "find_weight_files",
+]

@@ -48,9 +48,10 @@ from .adapters_openvla import (
 )
 from .configuration_openvla import TRANSFORMERS, OpenVLAConfig
 from .decoding_openvla import (
+    NO_CHOICE,
     Sampling,
     as_tensor,
-    check_finite,
+    check_computed,
     check_flag,
     check_pixel_values,
     choose_token,
@@ -61,7 +62,7 @@ from .decoding_openvla import (
 
 # Of a local folder transformers 5.4 and 5.5 copy no more than this file names: also what others import.
 from .files_openvla import read_json as _read_json  # noqa: F401
-from .loading_openvla import QUIET, adapter_of, check_folder, check_loaded
+from .loading_openvla import QUIET, adapter_of, check_filled, check_folder, check_loaded
 from .outputs_openvla import CACHE, CACHE_NAMES, ActionPrediction, OpenVLAOutput, one_cache, with_both_names
 from .processing_openvla import HUB_KWARGS, OpenVLAProcessor, as_image_list, is_image_list, load_image
 from .quantization_openvla import keep_split_blocks_from_packing, take_quantization, turn_block_scales_back
@@ -347,6 +348,7 @@ class OpenVLAForActionPrediction(AdapterBelongings, OpenVLAPreTrainedModel, Gene
         self._processor_is_set = False
         self._adapted_processor: tuple[dict | None, OpenVLAProcessor | None] = (None, None)
         self._hub_kwargs: dict[str, Any] = {}
+        self._checked_statistics: dict[str, Any] = {}
         self.post_init()
 
     # Loading and saving -----------------------------------------------------------------------------------------------
@@ -437,6 +439,7 @@ class OpenVLAForActionPrediction(AdapterBelongings, OpenVLAPreTrainedModel, Gene
             return model, info
         if name is not None or kwargs.get("state_dict"):  # an empty state_dict: all random on purpose
             check_loaded(name, info, ignore_mismatched_sizes)
+            check_filled(name, model.named_parameters())
         return model
 
     def save_pretrained(self, save_directory, **kwargs):
@@ -857,7 +860,8 @@ class OpenVLAForActionPrediction(AdapterBelongings, OpenVLAPreTrainedModel, Gene
         keys = list(unnorm_key) if isinstance(unnorm_key, (list, tuple)) else [unnorm_key] * len(prompts)
         if len(keys) != len(prompts):
             raise ValueError(f"{len(keys)} unnorm_keys for {len(prompts)} sample(s): give one, or one for each.")
-        action_dim = check_same_action_dim(self.norm_stats, keys)
+        norm_stats, checked = self.norm_stats, self._checked_statistics
+        action_dim = check_same_action_dim(norm_stats, keys, checked)
         sampling = read_sampling(
             action_dim, signature(self.predict_action).parameters, self.device, do_sample=do_sample,
             temperature=temperature, top_k=top_k, top_p=top_p, generator=generator, **options,
@@ -870,10 +874,10 @@ class OpenVLAForActionPrediction(AdapterBelongings, OpenVLAPreTrainedModel, Gene
             )
 
         chosen, chosen_probabilities = token_ids.cpu().numpy(), probabilities.cpu().numpy()
-        check_finite(chosen_probabilities, self.dtype)
+        check_computed(chosen_probabilities, self.dtype)
         normalized = self.action_tokenizer.decode(chosen)
         actions = np.stack(
-            [unnormalize_actions(row, get_action_stats(self.norm_stats, key)) for row, key in zip(normalized, keys)]
+            [unnormalize_actions(row, get_action_stats(norm_stats, key, checked)) for row, key in zip(normalized, keys)]
         )
         prediction = ActionPrediction(
             actions=actions,
@@ -973,11 +977,13 @@ class OpenVLAForActionPrediction(AdapterBelongings, OpenVLAPreTrainedModel, Gene
 
         Returns:
             Token ids, their probabilities and the entropies (nats) of their distributions, each (batch, num_tokens).
-            All probabilities of a sample are NaN if a feature or a logit of it is not finite: `check_finite` reads
-            them on the host, where they go anyway.
+            All probabilities of a sample are NaN if a feature or a logit of it is not finite, and `NO_CHOICE` if all
+            patches, or the logits of all actions, are equal: `check_computed` reads them on the host, where they go
+            anyway.
         """
         features = self.encode_images(pixel_values.to(self.device))
         finite = features.isfinite().all(dim=(1, 2)).to(self.device)[:, None]  # (batch, 1)
+        differs = (features != features[:, :1]).any(dim=(1, 2)).to(self.device)[:, None] | (features.shape[1] == 1)
         inputs_embeds, layout = self._merge(input_ids, None, attention_mask, features)
         position_ids = None
         if attention_mask is not None:
@@ -1001,6 +1007,8 @@ class OpenVLAForActionPrediction(AdapterBelongings, OpenVLAPreTrainedModel, Gene
                 logits_to_keep=1,
             ).logits[:, -1].float()  # fmt: skip
             finite = finite.to(logits.device) & logits.isfinite().all(dim=-1, keepdim=True)
+            low, high = logits[:, slice(*self.action_tokenizer.token_range)].aminmax(dim=-1, keepdim=True)
+            differs = differs.to(logits.device) & (low < high)
             # Zeros instead of NaN, for which sampling on a GPU aborts the process.
             chosen, probability, entropy = choose_token(logits[:, first:end].masked_fill(~finite, 0.0), sampling)
             probabilities.append(probability)
@@ -1008,7 +1016,7 @@ class OpenVLAForActionPrediction(AdapterBelongings, OpenVLAPreTrainedModel, Gene
             token_ids.append(chosen + first)
             step_inputs = {"input_ids": token_ids[-1]}
             begin = stop
-        marked = torch.cat(probabilities, dim=1).masked_fill(~finite, torch.nan)
+        marked = torch.cat(probabilities, dim=1).masked_fill(~differs, NO_CHOICE).masked_fill(~finite, torch.nan)
         return torch.cat(token_ids, dim=1), marked, torch.cat(entropies, dim=1)
 
 

@@ -97,6 +97,11 @@ def take_survey(
         known = len(units["action"]["q01"])
         raise ValueError(f"{datasets[0].name}: actions have {dims} dimensions, the statistics given {known}.")
     proprio = proprio_statistics(units, states[0] if states else None)
+    if proprio is not None and states and len(proprio["q01"]) != states[0].shape[1]:
+        raise ValueError(
+            f"{datasets[0].name}: states have {states[0].shape[1]} dimensions, the proprio statistics given "
+            f"{len(proprio['q01'])}: give those of this robot, or leave proprio out of the statistics."
+        )
     removed: dict[str, dict[str, int]] = {}
     for dataset in datasets:
         for name, counts in dataset.removed.items():
@@ -126,11 +131,11 @@ def _shares(values: Sequence[np.ndarray], stats: Mapping[str, Any]) -> dict[str,
 
 
 def proprio_statistics(statistics: Mapping[str, Any], state: np.ndarray | None) -> Mapping[str, Any] | None:
-    """The statistics of states (T, S), where there are some that fit them."""
+    """The statistics of states (T, S), where there are some."""
     proprio = statistics.get("proprio")
     if state is None or not isinstance(proprio, Mapping) or not {"q01", "q99"} <= proprio.keys():
         return None
-    return proprio if len(proprio["q01"]) == state.shape[1] else None
+    return proprio if any(proprio["q01"]) or any(proprio["q99"]) else None  # zeros stand for no states at all
 
 
 def largest_normalized(values: np.ndarray, stats: Mapping[str, Any]) -> float:

@@ -1,5 +1,6 @@
 """Actions <-> tokens, and the statistics that give actions their units."""
 
+import copy
 import json
 
 import numpy as np
@@ -146,6 +147,12 @@ def test_unnorm_keys():
         ({"q01": [10**400], "q99": [10**400]}, "at most 1e"),
         ({"q01": [0.0], "q99": [1.0], "min": [1.0], "max": [0.0]}, "min .* is above max"),
         ({"q01": [0.0], "q99": [1.0], "std": [-1.0]}, "std is negative"),
+        (
+            {"q01": [0.0], "q99": [9.0], "min": [0.0], "max": [1.0]},
+            "dimension 0: q99 .9. lies outside of min .0. to max",
+        ),
+        ({"q01": [-1.0], "q99": [0.5], "min": [0.0], "max": [1.0]}, "dimension 0: q01 .-1. lies outside"),
+        ({"q01": [1.0], "q99": [1.0], "min": [0.0], "max": [0.0]}, "dimension 0: q.. .1. lies outside"),
         ({"q01": [0.0], "q99": [1.0], "mean": ["0"]}, "'0' is not a finite number"),
         ({"q01": [True], "q99": [True]}, "True is not a finite number"),
         ({"q01": [0.0], "q99": [1.0], "mask": ["false"]}, "list of true and false"),
@@ -158,6 +165,54 @@ def test_unnorm_keys():
 def test_broken_statistics(stats, message):
     with pytest.raises(ValueError, match=message):
         get_action_stats({"robot": {"action": stats}}, "robot")
+
+
+@pytest.mark.parametrize(
+    ("stats", "message"),
+    [
+        ({"q01": [0.0], "q99": [1.0, 2.0]}, "proprio: one value for each dimension.*the lengths are"),
+        ({"q01": [0.0], "q99": [2.0], "min": [0.0], "max": [1.0]}, "proprio, dimension 0: q99 .2. lies outside"),
+        ({"q01": 0.0}, "proprio, q01: expected a list"),
+        ([0.0], "proprio: expected"),
+    ],
+)
+def test_broken_statistics_of_states(stats, message):
+    with pytest.raises(ValueError, match=message):
+        check_statistics({"robot": {"action": {"q01": [0.0], "q99": [1.0]}, "proprio": stats}})
+
+
+def test_quantiles_may_lie_a_little_outside():
+    """As those that LeRobot estimates from histograms, or float32 rounds."""
+    for stats in (
+        {"q01": [4e-16, -0.004], "q99": [4e-14, 1.04], "min": [0.0, 0.0], "max": [0.0, 1.0]},
+        {"q01": [-1.0], "q99": [1.0], "min": [-1.0], "max": [1.0]},
+    ):
+        assert get_action_stats({"robot": {"action": stats}}, "robot") == stats
+
+
+def test_statistics_that_were_checked_are_checked_again_where_they_changed():
+    statistics, checked = {"robot": {"action": {"q01": [0.0, 0.0], "q99": [1.0, 1.0]}}}, {}
+    for _ in range(2):
+        assert check_same_action_dim(statistics, ["robot"], checked) == 2
+    assert checked == statistics and checked["robot"] is not statistics["robot"]
+    for change, message in (
+        (lambda stats: stats["q99"].__setitem__(1, float("nan")), "nan is not a finite number"),
+        (lambda stats: stats["q99"].__setitem__(1, -1.0), "is above q99"),
+        (lambda stats: stats.pop("q01"), "q01 missing"),
+        (lambda stats: stats.update(mask=["false", "false"]), "list of true and false"),
+    ):
+        broken = copy.deepcopy(statistics)
+        get_action_stats(broken, "robot", checked)
+        change(broken["robot"]["action"])
+        for _ in range(2):
+            with pytest.raises(ValueError, match=message):
+                get_action_stats(broken, "robot", checked)
+    arrays = {"robot": {"action": {"q01": np.zeros(2), "q99": np.ones(2)}}}
+    for _ in range(2):
+        assert get_action_stats(arrays, "robot", checked)["q99"].tolist() == [1, 1]
+    arrays["robot"]["action"]["q99"][0] = np.nan
+    with pytest.raises(ValueError, match="nan is not a finite number"):
+        get_action_stats(arrays, "robot", checked)
 
 
 @pytest.mark.parametrize("content", [[1], None, "x", {"robot": None}, {"robot": [1]}, {"robot": {"action": []}}])

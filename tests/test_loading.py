@@ -110,6 +110,43 @@ def test_ways_around(folder, tensors, auto):
     assert auto.from_pretrained(str(folder), ignore_mismatched_sizes=True).projector.fc2.bias.shape == (64,)
 
 
+def zero(part: str):
+    return lambda tensors: {
+        name: torch.zeros_like(tensor) if part in name and tensor.ndim > 1 else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (zero(""), r"holds \d\d matrices of one value throughout: .* \(0\), \.\.\.\. .*never filled"),
+        (zero("vision_backbone.featurizer.blocks.1.mlp.fc1"), r"1 matrices .*blocks\.1\.mlp\.fc1\.weight \(0\)"),
+        (zero("patch_embed"), r"patch_embed\.proj\.weight"),
+        (lambda t: {**t, "projector.fc2.weight": torch.full((64, 64), 0.5)}, r"projector\.fc2\.weight \(0\.5\)"),
+    ],
+    ids=["all", "one", "convolution", "constant"],
+)
+def test_weights_that_were_never_filled(folder, tensors, change, message):
+    replace_weights(folder, change(tensors))
+    for loader in (load, AutoModel.from_pretrained):
+        with pytest.raises(ValueError, match=message):
+            loader(str(folder))
+    with pytest.raises(ValueError, match=message.replace("holds", "state_dict holds")):
+        OpenVLAForActionPrediction.from_pretrained(
+            None, config=OpenVLAConfig.from_pretrained(folder), state_dict=change(tensors)
+        )
+
+
+def test_zeros_that_weights_may_have(folder, tensors):
+    """Biases, and rows of the embedding table that no text uses."""
+    weight = tensors["projector.fc1.weight"].clone()
+    weight[1:] = 0
+    biases = {name: torch.zeros_like(tensor) for name, tensor in tensors.items() if name.endswith(".bias")}
+    replace_weights(folder, {**tensors, **biases, "projector.fc1.weight": weight})
+    assert torch.equal(load(folder).projector.fc1.weight, weight)
+
+
 def test_state_dicts(folder, tensors):
     config = OpenVLAConfig.from_pretrained(folder)
     model = OpenVLAForActionPrediction.from_pretrained(None, config=config, state_dict=dict(tensors))

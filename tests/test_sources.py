@@ -438,6 +438,17 @@ def test_raw_filters_act_before_statistics():
         open_source(Made([np.zeros((3, 7))]), filters="no-ops")
 
 
+def test_statistics_of_states_that_do_not_fit():
+    made = Made(moves(4), ["go"] * 4, np.random.default_rng(1).normal(size=(4, 4, 3)))
+    units = open_source(made).statistics
+    other = {**units, "proprio": {name: [*units["proprio"][name], 0.5] for name in ("q01", "q99")}}
+    with pytest.raises(ValueError, match="states have 3 dimensions, the proprio statistics given 4"):
+        open_source(made, statistics=other)
+    none = {**units, "proprio": {"q01": [0.0] * 7, "q99": [0.0] * 7}}  # of a recording without states
+    for fitting in (units, none, {"action": units["action"]}):
+        open_source(made, statistics=fitting)
+
+
 def test_filters_of_normalized_episodes():
     parts, states = moves(40), np.random.default_rng(1).normal(size=(40, 4, 3))
     parts[3][2, 0], states[5, 1, 1] = 60, -70
@@ -722,7 +733,7 @@ def test_given_statistics(tmp_path):
     made = Made(moves(6))
     own = open_source(made).statistics
     given = copy.deepcopy(own)
-    given["action"]["q99"] = [9.0] * 7
+    given["action"]["q99"] = given["action"]["max"] = [9.0] * 7
     (tmp_path / "dataset_statistics.json").write_text(json.dumps({"made": given, "other": own}))
     for form in (tmp_path / "dataset_statistics.json", {"made": given}, given):
         source = open_source(made, statistics=form)
