@@ -146,8 +146,9 @@ def check_statistics(norm_stats: Any, where: str = "norm_stats") -> dict[str, An
 
     Raises:
         ValueError: If they are nested in another way, or would move an arm wrongly: values that are no finite numbers
-            or above 1e6, lengths that differ, q01 above q99, min above max, quantiles outside of min to max, a negative
-            std, a mask that is not of booleans. The message names dataset and dimension.
+            or above 1e6, lengths that differ, q01 above q99, min above max, a negative std, a mask that is not of
+            booleans. The message names dataset and dimension. A range that was widened by hand, beyond min and max, is
+            one that somebody chose.
     """
     example = "{'my_robot': {'action': {'q01': [...], 'q99': [...]}}}"
     if not isinstance(norm_stats, Mapping):
@@ -201,17 +202,6 @@ def _check_lists(stats: Any, where: str, required: tuple[str, ...] = ()) -> None
                 raise ValueError(
                     f"{where}, dimension {dim}: {low} ({values[low][dim]:g}) is above {high} ({values[high][dim]:g}), "
                     f"which would mirror the motion. {remedy}"
-                )
-    if "min" in values and "max" in values:
-        # Estimated quantiles may lie a little outside.
-        slack = 0.05 * (values["max"] - values["min"]) + 1e-6
-        for name in values.keys() & {"q01", "q99"}:
-            outside = (values[name] < values["min"] - slack) | (values[name] > values["max"] + slack)
-            for dim in np.flatnonzero(outside)[:1]:
-                raise ValueError(
-                    f"{where}, dimension {dim}: {name} ({values[name][dim]:g}) lies outside of min "
-                    f"({values['min'][dim]:g}) to max ({values['max'][dim]:g}), so they are not of the same actions. "
-                    f"{remedy}"
                 )
     if "std" in values and (values["std"] < 0).any():
         raise ValueError(f"{where}, dimension {int(np.argmax(values['std'] < 0))}: std is negative. {remedy}")

@@ -260,32 +260,17 @@ def choose_token(logits: torch.Tensor, sampling: Sampling | None) -> tuple[torch
     return chosen, distribution.gather(1, chosen), entropy
 
 
-NO_CHOICE = -1.0  # stands for a probability where all actions or all patches are equal
-
-
-def check_computed(probabilities: np.ndarray, dtype: torch.dtype) -> None:
-    """Raise a `ValueError` if what the model computed is no choice of an action.
-
-    Args:
-        probabilities: (batch, tokens), NaN where something was not finite, `NO_CHOICE` where everything was equal.
-        dtype: Of the model.
-    """
+def check_finite(probabilities: np.ndarray, dtype: torch.dtype) -> None:
+    """Raise a `ValueError` if the model computed NaN or infinity: a NaN among `probabilities` (batch, tokens)."""
     broken = np.flatnonzero(~np.isfinite(probabilities).all(axis=1)).tolist()
-    equal = np.flatnonzero((probabilities < 0).any(axis=1)).tolist()
     if broken:
         cause = "the weights are damaged (a diverged training, a broken download)"
         if dtype == torch.float16:
             cause = f"float16 overflowed (load the model with dtype=torch.bfloat16 or float32), or {cause}"
-        found = "NaN or infinite values"
-    elif equal:
-        cause = "the weights are zero or constant (a file that was allocated and never filled), load the model again"
-        found = "the same value for every action, or the same features for every part of the image,"
-    else:
-        return
-    raise ValueError(
-        f"The model computed {found} for sample {', '.join(map(str, broken or equal))} of {len(probabilities)}, so "
-        f"there is no action: {cause}."
-    )
+        raise ValueError(
+            f"The model computed NaN or infinite values for sample {', '.join(map(str, broken))} of "
+            f"{len(probabilities)}, so there is no action: {cause}."
+        )
 
 
 # Dropout --------------------------------------------------------------------------------------------------------------
@@ -338,10 +323,9 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 __all__ = [
-    "NO_CHOICE",
     "Sampling",
     "as_tensor",
-    "check_computed",
+    "check_finite",
     "check_flag",
     "check_pixel_values",
     "choose_token",

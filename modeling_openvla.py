@@ -48,10 +48,9 @@ from .adapters_openvla import (
 )
 from .configuration_openvla import TRANSFORMERS, OpenVLAConfig
 from .decoding_openvla import (
-    NO_CHOICE,
     Sampling,
     as_tensor,
-    check_computed,
+    check_finite,
     check_flag,
     check_pixel_values,
     choose_token,
@@ -874,7 +873,7 @@ class OpenVLAForActionPrediction(AdapterBelongings, OpenVLAPreTrainedModel, Gene
             )
 
         chosen, chosen_probabilities = token_ids.cpu().numpy(), probabilities.cpu().numpy()
-        check_computed(chosen_probabilities, self.dtype)
+        check_finite(chosen_probabilities, self.dtype)
         normalized = self.action_tokenizer.decode(chosen)
         actions = np.stack(
             [unnormalize_actions(row, get_action_stats(norm_stats, key, checked)) for row, key in zip(normalized, keys)]
@@ -977,13 +976,11 @@ class OpenVLAForActionPrediction(AdapterBelongings, OpenVLAPreTrainedModel, Gene
 
         Returns:
             Token ids, their probabilities and the entropies (nats) of their distributions, each (batch, num_tokens).
-            All probabilities of a sample are NaN if a feature or a logit of it is not finite, and `NO_CHOICE` if all
-            patches, or the logits of all actions, are equal: `check_computed` reads them on the host, where they go
-            anyway.
+            All probabilities of a sample are NaN if a feature or a logit of it is not finite: `check_finite` reads
+            them on the host, where they go anyway.
         """
         features = self.encode_images(pixel_values.to(self.device))
         finite = features.isfinite().all(dim=(1, 2)).to(self.device)[:, None]  # (batch, 1)
-        differs = (features != features[:, :1]).any(dim=(1, 2)).to(self.device)[:, None] | (features.shape[1] == 1)
         inputs_embeds, layout = self._merge(input_ids, None, attention_mask, features)
         position_ids = None
         if attention_mask is not None:
@@ -1007,8 +1004,6 @@ class OpenVLAForActionPrediction(AdapterBelongings, OpenVLAPreTrainedModel, Gene
                 logits_to_keep=1,
             ).logits[:, -1].float()  # fmt: skip
             finite = finite.to(logits.device) & logits.isfinite().all(dim=-1, keepdim=True)
-            low, high = logits[:, slice(*self.action_tokenizer.token_range)].aminmax(dim=-1, keepdim=True)
-            differs = differs.to(logits.device) & (low < high)
             # Zeros instead of NaN, for which sampling on a GPU aborts the process.
             chosen, probability, entropy = choose_token(logits[:, first:end].masked_fill(~finite, 0.0), sampling)
             probabilities.append(probability)
@@ -1016,7 +1011,7 @@ class OpenVLAForActionPrediction(AdapterBelongings, OpenVLAPreTrainedModel, Gene
             token_ids.append(chosen + first)
             step_inputs = {"input_ids": token_ids[-1]}
             begin = stop
-        marked = torch.cat(probabilities, dim=1).masked_fill(~differs, NO_CHOICE).masked_fill(~finite, torch.nan)
+        marked = torch.cat(probabilities, dim=1).masked_fill(~finite, torch.nan)
         return torch.cat(token_ids, dim=1), marked, torch.cat(entropies, dim=1)
 
 

@@ -147,12 +147,6 @@ def test_unnorm_keys():
         ({"q01": [10**400], "q99": [10**400]}, "at most 1e"),
         ({"q01": [0.0], "q99": [1.0], "min": [1.0], "max": [0.0]}, "min .* is above max"),
         ({"q01": [0.0], "q99": [1.0], "std": [-1.0]}, "std is negative"),
-        (
-            {"q01": [0.0], "q99": [9.0], "min": [0.0], "max": [1.0]},
-            "dimension 0: q99 .9. lies outside of min .0. to max",
-        ),
-        ({"q01": [-1.0], "q99": [0.5], "min": [0.0], "max": [1.0]}, "dimension 0: q01 .-1. lies outside"),
-        ({"q01": [1.0], "q99": [1.0], "min": [0.0], "max": [0.0]}, "dimension 0: q.. .1. lies outside"),
         ({"q01": [0.0], "q99": [1.0], "mean": ["0"]}, "'0' is not a finite number"),
         ({"q01": [True], "q99": [True]}, "True is not a finite number"),
         ({"q01": [0.0], "q99": [1.0], "mask": ["false"]}, "list of true and false"),
@@ -171,7 +165,6 @@ def test_broken_statistics(stats, message):
     ("stats", "message"),
     [
         ({"q01": [0.0], "q99": [1.0, 2.0]}, "proprio: one value for each dimension.*the lengths are"),
-        ({"q01": [0.0], "q99": [2.0], "min": [0.0], "max": [1.0]}, "proprio, dimension 0: q99 .2. lies outside"),
         ({"q01": 0.0}, "proprio, q01: expected a list"),
         ([0.0], "proprio: expected"),
     ],
@@ -181,11 +174,11 @@ def test_broken_statistics_of_states(stats, message):
         check_statistics({"robot": {"action": {"q01": [0.0], "q99": [1.0]}, "proprio": stats}})
 
 
-def test_quantiles_may_lie_a_little_outside():
-    """As those that LeRobot estimates from histograms, or float32 rounds."""
+def test_quantiles_may_lie_outside_of_min_and_max():
+    """As those that LeRobot estimates from histograms, that float32 rounds, or that somebody widened."""
     for stats in (
         {"q01": [4e-16, -0.004], "q99": [4e-14, 1.04], "min": [0.0, 0.0], "max": [0.0, 1.0]},
-        {"q01": [-1.0], "q99": [1.0], "min": [-1.0], "max": [1.0]},
+        {"q01": [-9.0], "q99": [9.0], "min": [-1.0], "max": [1.0]},
     ):
         assert get_action_stats({"robot": {"action": stats}}, "robot") == stats
 

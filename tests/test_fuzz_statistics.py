@@ -74,10 +74,6 @@ def is_sound(stats) -> bool:
             return False
         if row["q01"] > row["q99"] or row.get("min", -math.inf) > row.get("max", math.inf) or row.get("std", 0) < 0:
             return False
-        if {"min", "max"} <= row.keys():
-            reach = max(1e-4, 1.1 * (row["max"] - row["min"]))
-            if row["q99"] > row["min"] + reach or row["q01"] < row["max"] - reach:
-                return False
     return True
 
 

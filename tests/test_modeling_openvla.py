@@ -485,8 +485,7 @@ def test_end_of_sequence_cannot_shorten_an_action(constrained, monkeypatch):
     model = OpenVLAForActionPrediction(small_config()).eval()
     head = torch.nn.Linear(32, 400)
     torch.nn.init.zeros_(head.weight)
-    head.bias.data = torch.linspace(0, 1, 400)
-    head.bias.data[2] = 100  # </s> always wins
+    head.bias.data = torch.nn.functional.one_hot(torch.tensor(2), 400).float() * 100  # </s> always wins
     model.language_model.lm_head = head
     prediction = model.predict_action(**small_inputs(), constrained=constrained, return_dict=True)
     assert prediction.token_ids.shape == (2, 7)

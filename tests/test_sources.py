@@ -733,7 +733,7 @@ def test_given_statistics(tmp_path):
     made = Made(moves(6))
     own = open_source(made).statistics
     given = copy.deepcopy(own)
-    given["action"]["q99"] = given["action"]["max"] = [9.0] * 7
+    given["action"]["q99"] = [9.0] * 7
     (tmp_path / "dataset_statistics.json").write_text(json.dumps({"made": given, "other": own}))
     for form in (tmp_path / "dataset_statistics.json", {"made": given}, given):
         source = open_source(made, statistics=form)
