@@ -322,6 +322,21 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
                 predictions.modules = []
 
 
+@contextmanager
+def one_type(model: nn.Module) -> Iterator[None]:
+    """A `ValueError` instead of torch's error where parts of a model that were cast apart do not compute together."""
+    try:
+        yield
+    except RuntimeError as error:
+        types = {str(parameter.dtype) for parameter in model.parameters() if parameter.is_floating_point()}
+        if len(types) < 2 or not ("dtype" in str(error) or "scalar type" in str(error)):
+            raise
+        raise ValueError(
+            f"The weights of the model are of several types, {', '.join(sorted(types))}, whose parts do not compute "
+            f"together ({error}): cast all of them, model.to(torch.bfloat16)."
+        ) from error
+
+
 __all__ = [
     "Sampling",
     "as_tensor",
@@ -330,6 +345,7 @@ __all__ = [
     "check_pixel_values",
     "choose_token",
     "evaluation_mode",
+    "one_type",
     "prompt_rows",
     "read_sampling",
 ]

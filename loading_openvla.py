@@ -24,6 +24,11 @@ QUIET: dict[str, Any] = {  # `cached_file` returns None for what is not there
     "_raise_exceptions_for_missing_entries": False,
     "_raise_exceptions_for_connection_errors": False,
 }
+LOADING = (  # arguments of `from_pretrained` that scripts give, for a hint at a misspelt one
+    "adapter_name", "attn_implementation", "cache_dir", "config", "device_map", "dtype", "load_in_4bit", "load_in_8bit",
+    "low_cpu_mem_usage", "max_memory", "offload_folder", "quantization_config", "revision", "state_dict", "subfolder",
+    "token", "torch_dtype", "trust_remote_code", "use_safetensors",
+)  # fmt: skip
 # What a part of an unexpected name says about where the weights come from; the first that is found is told.
 _OFT = "they hold parts of OpenVLA-OFT, which is not supported yet"
 _PEFT = "a PEFT model was saved unmerged: save model.merge_and_unload() instead"

@@ -46,7 +46,7 @@ from .adapters_openvla import (
     read_belongings,
     with_belongings,
 )
-from .configuration_openvla import TRANSFORMERS, OpenVLAConfig
+from .configuration_openvla import TRANSFORMERS, OpenVLAConfig, closest
 from .decoding_openvla import (
     Sampling,
     as_tensor,
@@ -55,15 +55,17 @@ from .decoding_openvla import (
     check_pixel_values,
     choose_token,
     evaluation_mode,
+    one_type,
     prompt_rows,
     read_sampling,
 )
 
 # Of a local folder transformers 5.4 and 5.5 copy no more than this file names: also what others import.
 from .files_openvla import read_json as _read_json  # noqa: F401
-from .loading_openvla import QUIET, adapter_of, check_filled, check_folder, check_loaded
+from .loading_openvla import LOADING, QUIET, adapter_of, check_filled, check_folder, check_loaded
 from .outputs_openvla import CACHE, CACHE_NAMES, ActionPrediction, OpenVLAOutput, one_cache, with_both_names
 from .processing_openvla import HUB_KWARGS, OpenVLAProcessor, as_image_list, is_image_list, load_image
+from .prompts_openvla import check_prompt_ids
 from .quantization_openvla import keep_split_blocks_from_packing, take_quantization, turn_block_scales_back
 
 
@@ -202,7 +204,9 @@ class OpenVLAVisionBackbone(nn.Module):
         """
         features = []
         for tower, pixels in zip(self.towers, pixel_values.split(3, dim=1)):
-            features += tower(pixels)
+            # Position embeddings are not packed where towers are quantized, and keep their type where they are
+            # offloaded.
+            features += tower(pixels.to(tower.pos_embed.dtype))
         return torch.cat(features, dim=2)
 
 
@@ -431,9 +435,18 @@ class OpenVLAForActionPrediction(AdapterBelongings, OpenVLAPreTrainedModel, Gene
                 loaded = cls.from_pretrained(adapter["base_model_name_or_path"], *model_args, **kwargs)
                 (loaded[0] if output_loading_info else loaded).load_adapter(name, **options)
                 return loaded
-        model, info = super().from_pretrained(
-            name, *model_args, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
-        )
+        try:
+            model, info = super().from_pretrained(
+                name, *model_args, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
+            )
+        except TypeError as error:
+            if "__init__() got an unexpected keyword argument" not in str(error):
+                raise
+            unknown = next((key for key in kwargs if f"'{key}'" in str(error)), "")
+            raise ValueError(
+                f"from_pretrained does not know {unknown}={kwargs.get(unknown)!r:.100}."
+                f"{closest(unknown, {*OpenVLAConfig().to_dict(), *LOADING})}"
+            ) from error
         if output_loading_info:
             return model, info
         if name is not None or kwargs.get("state_dict"):  # an empty state_dict: all random on purpose
@@ -444,6 +457,7 @@ class OpenVLAForActionPrediction(AdapterBelongings, OpenVLAPreTrainedModel, Gene
     def save_pretrained(self, save_directory, **kwargs):
         """Save weights under the published names, with the statistics beside them."""
         turn_block_scales_back(self)
+        self._keep_action_tokens()
         super().save_pretrained(save_directory, **kwargs)
         if self.norm_stats and kwargs.get("is_main_process", True):
             with open(f"{save_directory}/dataset_statistics.json", "w", encoding="utf-8") as stream:
@@ -556,6 +570,33 @@ class OpenVLAForActionPrediction(AdapterBelongings, OpenVLAPreTrainedModel, Gene
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.language_model.set_output_embeddings(new_embeddings)
 
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
+        """As in every model of the library; the new rows come after the action tokens, which keep their ids.
+
+        Raises:
+            ValueError: If the table would lose rows that the model needs.
+        """
+        end, before = self.config.action_vocab_size, self.config.text_config.vocab_size
+        rows = before if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of:
+            rows = -(-rows // pad_to_multiple_of) * pad_to_multiple_of
+        needed = max(end - 1, self.config.image_token_id, self.config.pad_token_id or 0) + 1
+        if rows < needed:
+            raise ValueError(
+                f"The embedding table cannot have {rows} rows: action tokens end at {end}, and the placeholder of the "
+                f"image (image_token_id) is {self.config.image_token_id}. Give at least {needed}, or "
+                f"pad_to_multiple_of={self.config.pad_to_multiple_of or 64}."
+            )
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        self._keep_action_tokens()
+        self.vocab_size = end  # published name, which the library gives the rows of the table
+        return embeddings
+
+    def _keep_action_tokens(self) -> None:
+        """Let the config say where they end, also if the table of the language model alone was resized."""
+        self.config.pad_to_multiple_of = self.config.text_config.vocab_size - self.action_tokenizer.vocabulary_end
+        self.config.check_fields()
+
     def get_decoder(self) -> nn.Module:
         return self.language_model.get_decoder()
 
@@ -563,10 +604,8 @@ class OpenVLAForActionPrediction(AdapterBelongings, OpenVLAPreTrainedModel, Gene
 
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(batch, 3 * towers, height, width) -> (batch, num_patches, hidden), in type and on device of the model."""
-        # Position embeddings are not packed where towers are quantized, and keep their type where they are offloaded.
-        dtype = self.vision_backbone.featurizer.pos_embed.dtype
-        features = self.vision_backbone(pixel_values.to(self.device, dtype))
-        projector = next((p.dtype for p in self.projector.parameters() if p.is_floating_point()), dtype)
+        features = self.vision_backbone(pixel_values.to(self.device))
+        projector = next((p.dtype for p in self.projector.parameters() if p.is_floating_point()), features.dtype)
         return self.projector(features.to(projector))
 
     def _placeholders(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor | None:
@@ -837,6 +876,10 @@ class OpenVLAForActionPrediction(AdapterBelongings, OpenVLAPreTrainedModel, Gene
         """
         check_flag("constrained", constrained)
         check_flag("return_dict", return_dict)
+        if self.device.type == "meta":
+            raise ValueError(
+                'The weights are on "meta", where they have no values: load the model with from_pretrained.'
+            )
         is_ids = isinstance(image, torch.Tensor) and image.ndim == 2 and image.dtype == torch.long
         if input_ids is None and image is not None and (is_ids or pixel_values is not None):
             image, input_ids = None, image
@@ -867,7 +910,7 @@ class OpenVLAForActionPrediction(AdapterBelongings, OpenVLAPreTrainedModel, Gene
         )  # fmt: skip
 
         input_ids, attention_mask = self._end_prompt(prompts, action_dim)
-        with evaluation_mode(self):
+        with evaluation_mode(self), one_type(self):
             token_ids, probabilities, entropies = self._decode_action_tokens(
                 input_ids, attention_mask, pixel_values, action_dim, constrained=constrained, sampling=sampling
             )
@@ -933,6 +976,8 @@ class OpenVLAForActionPrediction(AdapterBelongings, OpenVLAPreTrainedModel, Gene
                 f"Prompts hold {sorted(placeholders)} image placeholders (id {config.image_token_id}): give each none, "
                 f"or {self.vision_backbone.num_patches}."
             )
+        for prompt in prompts:
+            check_prompt_ids(prompt, config)
         pixel_values = as_tensor("pixel_values", pixel_values)
         channels = 3 * len(config.image_sizes)
         check_pixel_values(pixel_values, (len(prompts), channels, *self.vision_backbone.image_size))

@@ -11,7 +11,6 @@ import math
 import os
 import struct
 import threading
-import unicodedata
 import zlib
 from pathlib import Path
 from typing import Any
@@ -27,20 +26,9 @@ from transformers.processing_utils import ImagesKwargs, ProcessingKwargs
 
 from .configuration_openvla import IMAGE_RESIZE_STRATEGIES, OpenVLAConfig, check_choice
 from .files_openvla import local_folder, read_json
+from .prompts_openvla import PROMPT_TEMPLATES, check_prompt_ids, check_unicode, has_words, read_instruction
 
 
-# What the published checkpoints were trained with. v01 is built on Vicuna and kept its chat form.
-PROMPT_TEMPLATES = {
-    "openvla": "In: What action should the robot take to {instruction}?\nOut:",
-    "openvla-v01": (
-        "A chat between a curious user and an artificial intelligence assistant. "
-        "The assistant gives helpful, detailed, and polite answers to the user's questions. "
-        "USER: What action should the robot take to {instruction}? ASSISTANT:"
-    ),
-}
-# The question in all of these, by itself as well a prompt that may be handed over as the instruction.
-QUESTION = "What action should the robot take to {instruction}?"
-N_ACTION_TOKENS = 256  # the last ids of a tokenizer's own vocabulary
 # The lone word-boundary token of SentencePiece vocabularies (Llama, Mistral) and of byte-level BPE (Phi).
 WORD_BOUNDARY_TOKENS = ("▁", "Ġ")
 
@@ -381,55 +369,6 @@ def _triples(field: str, rows: Any) -> list[list]:
 _TOKENIZING = threading.Lock()
 
 
-def read_instruction(instruction: Any, prompt_template: str | None = None) -> str:
-    """What to do, as a model is told in training and prediction alike: in lower case, words separated by one blank.
-
-    Of a complete prompt (one of `PROMPT_TEMPLATES`, or `prompt_template`, in any case and with any blanks) the
-    instruction in it.
-
-    Raises:
-        ValueError: If it is no string, empty, not valid Unicode, or holds an incomplete prompt.
-    """
-    if not isinstance(instruction, str):
-        raise ValueError(f"An instruction is a string, got {type(instruction).__name__}: {instruction!r:.200}.")
-    _check_unicode(instruction)
-    # Zeros fill up strings of fixed width, which some recordings hold; a shell hands over a line break as two letters.
-    text = " ".join(instruction.replace("\0", " ").replace("\\n", " ").split()).lower()
-    templates = {*PROMPT_TEMPLATES.values(), QUESTION}
-    if prompt_template is not None and len(prompt_template) > 40:  # a short one may begin as an instruction does
-        templates.add(prompt_template)
-    found: str | None = text
-    while found is not None:
-        text = found
-        inside = (_inside(text, template) for template in templates)
-        found = next((held for held in inside if held is not None), None)
-    if "action should the robot take to" in text:
-        raise ValueError(
-            f"The instruction holds a part of a prompt: {instruction!r:.200}. Give the instruction alone, for example "
-            "'open the drawer', or the complete prompt."
-        )
-    if not any(unicodedata.category(character)[0] in "LNS" for character in text):  # invisible characters, or marks
-        raise ValueError("The instruction is empty: say what the robot shall do, for example 'open the drawer'.")
-    return text
-
-
-def _inside(text: str, template: str) -> str | None:
-    """What stands in the place of `{instruction}`, None if `text` is no such prompt."""
-    before, _, after = (" ".join(part.split()).lower() for part in template.partition("{instruction}"))
-    if len(text) < len(before) + len(after) or not (text.startswith(before) and text.endswith(after)):
-        return None
-    return text[len(before) : len(text) - len(after)].strip()
-
-
-def _check_unicode(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"The text {ascii(text):.200} is not valid Unicode: it was decoded wrongly (errors='surrogateescape'?)."
-        ) from error
-
-
 class OpenVLAProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
     _defaults = {"common_kwargs": {"return_tensors": "pt"}}
 
@@ -449,6 +388,7 @@ class OpenVLAProcessor(ProcessorMixin):
         if prompt_template is not None and "{instruction}" not in prompt_template:
             raise ValueError(f"prompt_template={prompt_template!r} has no {{instruction}} in it.")
         self.prompt_template = prompt_template
+        self.n_action_tokens = 256  # the last ids of the tokenizer's own; `check_fits` asks the model
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     @classmethod
@@ -475,7 +415,8 @@ class OpenVLAProcessor(ProcessorMixin):
         return processor
 
     def check_fits(self, config: OpenVLAConfig) -> None:
-        """Raise a `ValueError` if a model of this configuration takes other images or other tokens."""
+        """Raise a `ValueError` if a model of this configuration takes other images, tokens or prompts. If it fits, the
+        processor knows from then on how many tokens of the model stand for actions."""
         sizes = [kwargs.get("img_size", size) for size, kwargs in zip(config.image_sizes, config.timm_model_kwargs)]
         expected = [[3, size, size] if isinstance(size, int) else [3, *size] for size in sizes]
         if self.image_processor.input_sizes != expected:
@@ -498,6 +439,14 @@ class OpenVLAProcessor(ProcessorMixin):
                 "for actions: it is the tokenizer of another model, or the embedding table was resized without "
                 "adapting pad_to_multiple_of."
             )
+        self.n_action_tokens = config.n_action_bins
+        try:
+            check_prompt_ids(self.prompt_ids("open the drawer"), config)
+        except ValueError as error:
+            raise ValueError(
+                "The tokenizer (tokenizer.json, tokenizer_config.json) or the prompt form (prompt_template) is not the "
+                f"model's. {error}"
+            ) from error
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
@@ -557,7 +506,7 @@ class OpenVLAProcessor(ProcessorMixin):
         Args:
             allow_empty: Take "" as well, for training on steps without words; nothing may act on it.
         """
-        if allow_empty and not instruction.replace("\0", " ").strip():
+        if allow_empty and not has_words(instruction):
             text = (self.prompt_template or PROMPT_TEMPLATES["openvla"]).replace("{instruction}", "")
         else:
             text = self.format_prompt(instruction)
@@ -574,7 +523,7 @@ class OpenVLAProcessor(ProcessorMixin):
         """
         texts = [text] if isinstance(text, str) else list(text)
         for entry in texts:
-            _check_unicode(entry)
+            check_unicode(entry)
         with _TOKENIZING:
             if "split_special_tokens" in options:
                 return self.tokenizer(text, **options)
@@ -607,7 +556,7 @@ class OpenVLAProcessor(ProcessorMixin):
 
     def _has_action_tokens(self, ids: list[int]) -> bool:
         end = self.tokenizer.vocab_size
-        return any(end - N_ACTION_TOKENS <= token_id < end for token_id in ids)
+        return any(end - self.n_action_tokens <= token_id < end for token_id in ids)
 
     def _spell_action_tokens(self, ids: list[int]) -> list[int]:
         """Action tokens, which text may hold as ordinary characters, spelled in the tokens of their bytes."""
@@ -646,6 +595,8 @@ class OpenVLAProcessor(ProcessorMixin):
             raise ValueError("Nothing to process: give text, images or both.")
         if _is_text(images) and not _is_text(text):
             text, images = images, text  # the library's own processors take (images, text)
+        if kwargs.get("text_pair") is not None or kwargs.get("text_kwargs", {}).get("text_pair") is not None:
+            raise ValueError("text_pair: a prompt is one text, give it as text.")
         chosen = kwargs.pop("split_special_tokens", None)
         # The library's rules of nested and flat options; it offers them under this name only (5.4 to 5.24).
         merged = self._merge_kwargs(

@@ -4,9 +4,12 @@ Names on instances stand where their values are: `OpenVLAForActionPrediction.__i
 `OpenVLAImageProcessor.apply_transform`, `ActionTokenizer`.
 """
 
+from pathlib import Path
+
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from .configuration_openvla import OpenVLAConfig
+from .files_openvla import read_json
 from .modeling_openvla import OpenVLAForActionPrediction, OpenVLAOutput
 from .processing_openvla import OpenVLAImageProcessor, OpenVLAProcessor
 
@@ -19,6 +22,10 @@ class AutoModelForVision2Seq(AutoModelForImageTextToText):
 
     @classmethod
     def from_pretrained(cls, *args, trust_remote_code=None, **kwargs):
+        name = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        config = Path(str(name), kwargs.get("subfolder") or "", "config.json")
+        if config.is_file():
+            read_json(config)  # says what is wrong with it, which the library does not
         # This package is the code, also of repositories that bring their own; transformers 5.4 would prefer theirs.
         return super().from_pretrained(*args, trust_remote_code=False, **kwargs)
 

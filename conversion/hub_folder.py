@@ -28,6 +28,7 @@ CODE_FILES = (
     "files_openvla.py",
     "configuration_openvla.py",
     "action_tokenizer.py",
+    "prompts_openvla.py",
     "processing_openvla.py",
     "quantization_openvla.py",
     "outputs_openvla.py",

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ..prompts_openvla import has_words
 from .episode import Episode, Frames
 
 
@@ -13,11 +14,6 @@ from .episode import Episode, Frames
 # the episode.
 StepFilter = Callable[[Episode, Sequence[int]], np.ndarray]
 LAST = (-1,)
-
-
-def has_words(instruction: str) -> bool:
-    """Whether there is more than blanks, and zeros that fill up a string of fixed width."""
-    return bool(instruction.replace("\0", " ").strip())
 
 
 def keep_labeled(episode: Episode, grippers: Sequence[int] = LAST) -> np.ndarray:

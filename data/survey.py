@@ -20,16 +20,17 @@ from typing import Any
 import numpy as np
 
 from ..files_openvla import cache_folder as cache_folder
+from ..prompts_openvla import has_words
 from .dataset import EpisodeDataset
 from .dimensions import shares
 from .episode import Episode
-from .filters import has_words, keep_labeled
+from .filters import keep_labeled
 from .oxe_conversions import droid_moves_raw
 from .recording import Recording
 from .statistics import collect, compute_statistics
 
 
-VERSION = 3  # of what is stored: to be raised with every change that makes other numbers of the same files
+VERSION = 4  # of what is stored: to be raised with every change that makes other numbers of the same files
 CLOCK_GRAIN = 2.0  # seconds; within them a file may change again without a new time stamp
 ABANDONED = 3600.0  # seconds after which nobody is writing an unfinished entry any more
 

@@ -70,6 +70,27 @@ def test_float16_overflow():
         half.predict_action(**small_inputs())
 
 
+@pytest.mark.parametrize("part", ["vision_backbone.featurizer", "vision_backbone.fused_featurizer", "projector"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_part_in_half_precision(part, dtype, model):
+    cast = new_model()
+    cast.get_submodule(part).to(dtype)
+    assert np.abs(cast.predict_action(**small_inputs()) - model.predict_action(**small_inputs())).max() < 0.5
+
+
+@pytest.mark.parametrize("part", ["language_model.lm_head", "language_model.model.layers.1.mlp", "projector.fc2"])
+def test_parts_that_do_not_compute_together(part):
+    cast = new_model()
+    cast.get_submodule(part).half()
+    with pytest.raises(ValueError, match="several types, torch.float16, torch.float32.*cast all"):
+        cast.predict_action(**small_inputs())
+
+
+def test_weights_without_values():
+    with pytest.raises(ValueError, match='on "meta", where they have no values'):
+        new_model().to("meta").predict_action(**small_inputs())
+
+
 def test_weights_that_are_not_used_do_not_matter(model):
     changed = new_model()
     with torch.no_grad():
@@ -248,6 +269,13 @@ def test_sampling_from_the_most_probable():
 # Inputs
 
 
+def ending(*ids: int) -> torch.Tensor:
+    """Prompts whose last tokens are others."""
+    input_ids = small_inputs()["input_ids"]
+    input_ids[:, -len(ids) :] = torch.tensor(ids)
+    return input_ids
+
+
 def as_numbers(inputs: dict, kind) -> dict:
     return {name: kind(value) for name, value in inputs.items()}
 
@@ -307,6 +335,14 @@ def test_tokens_that_the_mask_hides_are_not_seen(model):
         ({"input_ids": small_inputs()["input_ids"].bool()}, "integers, got torch.bool"),
         ({"input_ids": torch.full((2, 6), 399)}, "image placeholders"),
         ({"input_ids": torch.tensor([[1, 7]] * 2), "attention_mask": None}, "No instruction"),
+        ({"input_ids": ending(100)}, "holds 1 action token.*for example 100"),
+        ({"input_ids": ending(335, 2)}, "holds 1 action token.*for example 335"),
+        ({"input_ids": ending(2)}, "ends in the token that ends a sequence .2."),
+        ({"input_ids": ending(2, 7)}, "ends in the token that ends a sequence .2."),
+        ({"input_ids": ending(0, 0)}, "holds padding .0. that no attention_mask hides"),
+        ({"input_ids": small_inputs()["input_ids"] + 8}, "starts with .9, .* 0 times"),
+        ({"input_ids": torch.tensor([[1, 1, 9, 10, 11, 12]] * 2)}, "starts with .1, 1, 9. .* 2 times"),
+        ({"input_ids": torch.tensor([[1, 8, 1, 10, 11, 12]] * 2)}, "2 times"),
         ({"attention_mask": torch.full((2, 6), 0.5)}, "1 where there is a token"),
         ({"attention_mask": torch.full((2, 6), float("nan"))}, "1 where there is a token"),
         ({"attention_mask": torch.ones(2, 1, 6, 6)}, "does not fit"),

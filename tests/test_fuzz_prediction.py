@@ -17,7 +17,7 @@ from test_modeling_openvla import small_config
 from tiny import TINY
 
 from openvla import OpenVLAForActionPrediction, OpenVLAImageProcessor, OpenVLAProcessor, load_image
-from openvla.processing_openvla import QUESTION
+from openvla.prompts_openvla import QUESTION
 
 
 DOCUMENTED = (ValueError, KeyError, FileNotFoundError)

@@ -13,6 +13,7 @@ FLAT_FILES = [
     "files_openvla",
     "configuration_openvla",
     "action_tokenizer",
+    "prompts_openvla",
     "processing_openvla",
     "quantization_openvla",
     "outputs_openvla",

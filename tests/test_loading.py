@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny import TINY, golden_image
 from transformers import AutoModel, AutoProcessor
 
-from openvla import OpenVLAConfig, OpenVLAForActionPrediction, OpenVLAProcessor
+from openvla import AutoModelForVision2Seq, OpenVLAConfig, OpenVLAForActionPrediction, OpenVLAProcessor
 from openvla.conversion import package_checkpoint
 from openvla.training.options import FinetuneOptions
 from openvla.training.preparation import prepare
@@ -332,6 +332,28 @@ def test_oft_folders_are_refused(folder, tmp_path, part, has_config):
     for door in doors(folder, tmp_path):
         with pytest.raises(ValueError, match=rf"is a checkpoint of OpenVLA-OFT \({part}\)"):
             door()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"norm_stat": {}}, "does not know norm_stat={}. Did you mean 'norm_stats'"),
+        ({"devicemap": "auto"}, "devicemap='auto'. Did you mean 'device_map'"),
+        ({"n_action_bin": 64}, "Did you mean 'n_action_bins'"),
+        ({"unknown": 1}, "does not know unknown=1.$"),
+    ],
+)
+def test_arguments_that_are_unknown(folder, options, message):
+    for loader in (load, AutoModel.from_pretrained):
+        with pytest.raises(ValueError, match=message):
+            loader(str(folder), **options)
+
+
+@pytest.mark.parametrize("content", ["null", "[]", '"openvla"', "{", ""])
+def test_the_auto_class_of_the_original_reads_config_json(folder, content):
+    (folder / "config.json").write_text(content)
+    with pytest.raises(ValueError, match="config.json"):
+        AutoModelForVision2Seq.from_pretrained(str(folder))
 
 
 def test_no_statistics(folder):

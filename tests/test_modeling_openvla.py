@@ -479,6 +479,37 @@ def test_only_action_tokens_become_actions(tiny_checkpoint):
     assert strayed
 
 
+@pytest.mark.parametrize(("rows", "multiple"), [(401, None), (500, None), (401, 64), (None, 64), (400, None)])
+@pytest.mark.parametrize("part", ["model", "language model"])
+def test_action_tokens_stay_where_they_are(rows, multiple, part, tmp_path):
+    """However many rows the embedding table has, in memory and after saving and loading."""
+    torch.manual_seed(0)
+    model = OpenVLAForActionPrediction(small_config()).eval()
+    expected = model.predict_action(**small_inputs(), return_dict=True)
+    (model if part == "model" else model.language_model).resize_token_embeddings(rows, multiple)
+    model.save_pretrained(tmp_path)
+    loaded = OpenVLAForActionPrediction.from_pretrained(tmp_path)
+    assert (model.vocab_size, loaded.vocab_size, loaded.config.action_vocab_size) == (336, 336, 336)
+    assert loaded.get_input_embeddings().weight.shape[0] >= (rows or 400)
+    for predicting in (model, loaded):
+        found = predicting.predict_action(**small_inputs(), return_dict=True)
+        assert np.array_equal(found.token_ids, expected.token_ids)
+        assert np.array_equal(found.actions, expected.actions)
+    labels = small_inputs()["input_ids"]
+    assert loaded(**small_inputs(), labels=labels).loss.isfinite()
+
+
+@pytest.mark.parametrize("rows", [399, 337, 336, 100])
+def test_rows_of_action_tokens_cannot_be_taken_away(rows, tmp_path):
+    model = OpenVLAForActionPrediction(small_config())
+    with pytest.raises(ValueError, match=f"cannot have {rows} rows.*at least 400, or pad_to_multiple_of=64"):
+        model.resize_token_embeddings(rows)
+    assert model.get_input_embeddings().weight.shape[0] == 400
+    model.language_model.resize_token_embeddings(rows)
+    with pytest.raises(ValueError, match="pad_to_multiple_of|image_token_id"):
+        model.save_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("constrained", [True, False])
 def test_end_of_sequence_cannot_shorten_an_action(constrained, monkeypatch):
     torch.manual_seed(0)

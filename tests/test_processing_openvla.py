@@ -3,6 +3,7 @@
 import io
 import json
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ import torch
 from PIL import Image
 from tiny import TINY, golden_image
 
-from openvla import OpenVLAImageProcessor, OpenVLAProcessor, load_image
+from openvla import OpenVLAConfig, OpenVLAImageProcessor, OpenVLAProcessor, load_image
 from openvla.processing_openvla import as_image_list
+from openvla.prompts_openvla import has_words, plain_text, read_instruction
 
 
 @pytest.fixture(scope="module")
@@ -321,6 +323,9 @@ def test_one_instruction_has_one_prompt(tiny_processor, other):
     complete = other.processor().format_prompt("open the drawer")
     for text in (
         " open the drawer", "open the drawer ", "Open  the\tDrawer\n", "open the drawer\0\0", "open\u00a0the drawer",
+        "open\u3000the\u2009drawer", "open\x07the\x1fdrawer\x7f", "\ufeffo\u200bpen the dra\u00adwer\u2060",
+        "open\u2800the drawer", "ｏｐｅｎ ｔｈｅ ＤＲＡＷＥＲ",
+        complete.replace(" ", "\u00a0"), complete.replace("open", "o\u200dpen"),
         prompt, complete, complete + " ", complete.upper(), complete.replace("\n", "\\n"), complete.replace("\n", " "),
         "What action should the robot take to open the drawer?", complete.replace("open the drawer", complete),
     ):  # fmt: skip
@@ -330,6 +335,107 @@ def test_one_instruction_has_one_prompt(tiny_processor, other):
             tiny_processor.format_prompt(part)
     with pytest.raises(ValueError, match="empty"):
         tiny_processor.format_prompt(complete.replace("open the drawer", " "))
+
+
+@pytest.mark.parametrize(
+    ("seen", "forms"),
+    [
+        ("öffne die tür", ("o\u0308ffne die tu\u0308r", "ÖFFNE DIE TÜR", "O\u0308ffne die Tu\u0308R")),
+        ("ガラス", ("ｶﾞﾗｽ", "カ\u3099ラス", "ガ\ufe00ラス")),
+        ("서랍을 열어", ("\u1109\u1165\u1105\u1161\u11b8\u110b\u1173\u11af 열어", "서랍을\u3164 열어")),
+        ("i\u0307stanbul", ("İstanbul", "I\u0307stanbul")),
+        ("5 m² ½ … ’s ﬁne 90º", ()),  # whose compatible forms would be other words: 5 m2, 1⁄2, 90o
+    ],
+)
+def test_what_looks_the_same_is_the_same(seen, forms, tiny_processor):
+    for form in (seen, *forms):
+        assert plain_text(form) == plain_text(plain_text(form)) == seen
+        assert read_instruction(form) == seen
+        assert tiny_processor.prompt_ids(form) == tiny_processor.prompt_ids(seen)
+
+
+def test_what_has_no_words(tiny_processor):
+    """For a reader, whose steps without words are left out, as for a prompt."""
+    for empty in ("", " \0", "\u200b", "\x07", "?!", "\u3164", "\u2800 \u2800", "\ufffd\ufffd", "\ufe0f", "\U000e0041"):
+        assert not has_words(empty)
+        with pytest.raises(ValueError, match="empty"):
+            tiny_processor.format_prompt(empty)
+        assert tiny_processor.prompt_ids(empty, allow_empty=True) == tiny_processor.prompt_ids("", allow_empty=True)
+    assert all(map(has_words, ("1", "↑", "🤖", "打开", "\u200bgo")))
+
+
+def other_tokenizer(folder, changes: dict, settings: dict | None = None) -> Path:
+    """A copy of a checkpoint's JSON files with other entries in its tokenizer."""
+    folder.mkdir()
+    for file in TINY[0].folder.glob("*.json"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    for name, entries in (("tokenizer.json", changes), ("tokenizer_config.json", settings or {})):
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(content | entries))
+    return folder
+
+
+def begins_with(*tokens: str) -> dict:
+    special = [{"SpecialToken": {"id": token, "type_id": 0}} for token in tokens]
+    ids = {"<s>": 1, "</s>": 2, "<unk>": 0}
+    return {
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [*special, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {
+                token: {"id": token, "ids": [ids[token]], "tokens": [token]} for token in set(tokens) or {"<s>"}
+            },
+        }
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"post_processor": None}, r"holds the token that starts a sequence \(1\) 0 times"),
+        (begins_with("<s>", "<s>"), r"starts with \[1, 1, \d+\] .*2 times"),
+        (begins_with("</s>", "<s>"), r"starts with \[2, 1, "),
+        (begins_with("<unk>"), r"starts with \[0, "),
+    ],
+    ids=["without", "twice", "end", "unknown"],
+)
+def test_tokenizers_whose_prompts_begin_in_another_way(changes, message, tmp_path):
+    settings = {"add_bos_token": None} if changes == {"post_processor": None} else {}
+    folder = other_tokenizer(tmp_path / "model", changes, settings)
+    with pytest.raises(ValueError, match=f"(?s)tokenizer.json.*{message}"):
+        OpenVLAProcessor.from_pretrained(folder)
+
+
+def test_prompt_forms_that_start_a_sequence_twice(tiny_checkpoint, tiny_processor):
+    """The tokenizer begins with <s> by itself."""
+    config = OpenVLAConfig.from_pretrained(tiny_checkpoint.folder, timm_model_kwargs=tiny_checkpoint.timm_model_kwargs)
+    for template, fits in (("[INST] {instruction} [/INST]", True), ("<s>[INST] {instruction} [/INST]", False)):
+        own = OpenVLAProcessor(tiny_processor.image_processor, tiny_processor.tokenizer, prompt_template=template)
+        if fits:
+            own.check_fits(config)
+        else:
+            with pytest.raises(ValueError, match="(?s)prompt_template.* 2 times"):
+                own.check_fits(config)
+
+
+@pytest.mark.parametrize("bins", [64, 256, 512])
+def test_action_tokens_are_those_of_the_model(bins, tmp_path, photo):
+    """Characters that stand for actions are text: as many as the config says, no more and no less."""
+    folder = other_tokenizer(tmp_path / "model", {})
+    content = json.loads((folder / "config.json").read_text())
+    content |= {"n_action_bins": bins, "timm_model_kwargs": TINY[0].timm_model_kwargs}
+    (folder / "config.json").write_text(json.dumps(content))
+    processor = OpenVLAProcessor.from_pretrained(folder)
+    for token_id in (31999, 32000 - bins, 32000 - bins - 1, 31400):
+        token = processor.tokenizer.convert_ids_to_tokens(token_id)
+        ids = processor(f"give {token} back", photo)["input_ids"][0].tolist()
+        assert (token_id in ids) == (token_id < 32000 - bins), (bins, token)
+    by_hand = OpenVLAProcessor(processor.image_processor, processor.tokenizer)
+    by_hand.check_fits(OpenVLAConfig.from_dict(content))
+    assert by_hand.n_action_tokens == bins
+    processor.save_pretrained(tmp_path / "saved")
+    assert "n_action_tokens" not in (tmp_path / "saved" / "processor_config.json").read_text()
 
 
 @pytest.mark.filterwarnings("error::DeprecationWarning")
@@ -440,6 +546,12 @@ def test_batches_are_padded(tiny_processor, photo, side):
         mask = inputs["attention_mask"][row].bool()
         assert inputs["input_ids"][row][mask].tolist() == tiny_processor(prompt)["input_ids"][0].tolist()
         assert bool(mask[-1 if side == "left" else 0])
+
+
+def test_a_prompt_is_one_text(tiny_processor, photo):
+    for options in ({"text_pair": "drawer"}, {"text_kwargs": {"text_pair": "drawer"}}):
+        with pytest.raises(ValueError, match="text_pair: a prompt is one text"):
+            tiny_processor("open", photo, **options)
 
 
 def test_count_mismatch(tiny_processor, photo):

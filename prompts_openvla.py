@@ -1,0 +1,135 @@
+"""From an instruction to a prompt: one text for what people see as one instruction, in training and prediction alike.
+
+The standard library alone.
+"""
+
+import re
+import unicodedata
+from functools import lru_cache
+from typing import Any
+
+
+# What the published checkpoints were trained with. v01 is built on Vicuna and kept its chat form.
+PROMPT_TEMPLATES = {
+    "openvla": "In: What action should the robot take to {instruction}?\nOut:",
+    "openvla-v01": (
+        "A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+        "USER: What action should the robot take to {instruction}? ASSISTANT:"
+    ),
+}
+# The question in all of these, by itself as well a prompt that may be handed over as the instruction.
+QUESTION = "What action should the robot take to {instruction}?"
+# Families of language models whose tokenizers begin a prompt with the token that starts a sequence (BOS).
+BEGIN_WITH_BOS = ("llama", "mistral")
+# Characters without a picture of their own (Unicode's Default_Ignorable_Code_Point, and marks of annotations).
+_INVISIBLE = re.compile(
+    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f"
+    "\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
+# Control characters, and the empty pattern of Braille, which is no blank to Python.
+_BLANK = re.compile("[\x00-\x1f\x7f-\x9f\u2800]")
+
+
+def plain_text(text: str) -> str:
+    """`text` in lower case and as people see it, so that what looks the same is the same: characters composed (NFC),
+    full and half width as ordinary ones, invisible characters left out, control characters taken as blanks, words
+    separated by one blank. Ordinary text changes in case and blanks alone."""
+    if not text.isascii():
+        text = "".join(
+            unicodedata.normalize("NFKC", character)
+            if unicodedata.decomposition(character).startswith(("<wide>", "<narrow>"))
+            else character
+            for character in _INVISIBLE.sub("", text)
+        )
+        text = unicodedata.normalize("NFC", text).lower()
+        text = unicodedata.normalize("NFC", text)
+    return " ".join(_BLANK.sub(" ", text).split()).lower()
+
+
+@lru_cache(maxsize=1024)  # datasets repeat their instructions at every step
+def has_words(text: str) -> bool:
+    """Whether a text says anything: there is a letter, a digit or a symbol that people see."""
+    return any(unicodedata.category(character)[0] in "LNS" and character != "\ufffd" for character in plain_text(text))
+
+
+def read_instruction(instruction: Any, prompt_template: str | None = None) -> str:
+    """What to do, as a model is told in training and prediction alike: `plain_text`.
+
+    Of a complete prompt (one of `PROMPT_TEMPLATES`, or `prompt_template`, in any case and with any blanks) the
+    instruction in it.
+
+    Raises:
+        ValueError: If it is no string, empty, not valid Unicode, or holds an incomplete prompt.
+    """
+    if not isinstance(instruction, str):
+        raise ValueError(f"An instruction is a string, got {type(instruction).__name__}: {instruction!r:.200}.")
+    check_unicode(instruction)
+    text = plain_text(instruction.replace("\\n", " "))  # a shell hands over a line break as two letters
+    templates = {*PROMPT_TEMPLATES.values(), QUESTION}
+    if prompt_template is not None and len(prompt_template) > 40:  # a short one may begin as an instruction does
+        templates.add(prompt_template)
+    found: str | None = text
+    while found is not None:
+        text = found
+        inside = (_inside(text, template) for template in templates)
+        found = next((held for held in inside if held is not None), None)
+    if "action should the robot take to" in text:
+        raise ValueError(
+            f"The instruction holds a part of a prompt: {instruction!r:.200}. Give the instruction alone, for example "
+            "'open the drawer', or the complete prompt."
+        )
+    if not has_words(text):
+        raise ValueError("The instruction is empty: say what the robot shall do, for example 'open the drawer'.")
+    return text
+
+
+def _inside(text: str, template: str) -> str | None:
+    """What stands in the place of `{instruction}`, None if `text` is no such prompt."""
+    before, _, after = map(plain_text, template.partition("{instruction}"))
+    if len(text) < len(before) + len(after) or not (text.startswith(before) and text.endswith(after)):
+        return None
+    return text[len(before) : len(text) - len(after)].strip()
+
+
+def check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"The text {ascii(text):.200} is not valid Unicode: it was decoded wrongly (errors='surrogateescape'?)."
+        ) from error
+
+
+def check_prompt_ids(ids: list[int], config: Any) -> None:
+    """Raise a `ValueError` if the token ids of a prompt (without padding) are not those of a prompt alone: they hold
+    action tokens or padding, end in the token that ends a sequence, or, of a language model whose prompts start with
+    BOS, do not start with it or hold it twice.
+
+    Args:
+        config: `OpenVLAConfig` of the model.
+    """
+    text, end = config.text_config, config.action_vocab_size
+    ends = text.eos_token_id if isinstance(text.eos_token_id, (list, tuple)) else [text.eos_token_id]
+    begins = text.bos_token_id if text.model_type in BEGIN_WITH_BOS else None
+    actions = [token for token in ids if end - config.n_action_bins <= token < end and token != config.image_token_id]
+    last = next((token for token in reversed(ids) if token != config.empty_token_id), None)
+    problem = None
+    if actions:
+        problem = f"holds {len(actions)} action token(s), for example {actions[0]}"
+    elif last in ends and last != text.bos_token_id:
+        problem = f"ends in the token that ends a sequence ({last})"
+    elif config.pad_token_id in ids and config.pad_token_id not in (text.bos_token_id, *ends):
+        problem = f"holds padding ({config.pad_token_id}) that no attention_mask hides"
+    elif begins is not None and (ids[0] != begins or ids.count(begins) > 1):
+        problem = (
+            f"starts with {ids[:3]} and holds the token that starts a sequence ({begins}) {ids.count(begins)} times"
+        )
+    if problem:
+        raise ValueError(
+            f"The prompt {problem}: a prompt starts with BOS where its language model knows one, once, and holds the "
+            "words up to the answer. Make it with the processor of the model, processor(prompt, image)."
+        )
+
+
+__all__ = ["PROMPT_TEMPLATES", "check_prompt_ids", "has_words", "plain_text", "read_instruction"]
