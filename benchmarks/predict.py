@@ -84,9 +84,10 @@ def random_model(preset: str, device: str, dtype: torch.dtype) -> OpenVLAForActi
 
 
 def random_inputs(model, batch: int) -> dict[str, torch.Tensor]:
-    """Inputs of the published sizes for a model without tokenizer: 20 prompt tokens."""
+    """Inputs of the published sizes for a model without tokenizer: 20 prompt tokens, the first of them BOS."""
     towers, size = len(model.config.timm_model_ids), model.config.image_sizes[0]
     input_ids = torch.randint(3, 30000, (batch, 20), device=model.device)
+    input_ids[:, 0] = model.config.text_config.bos_token_id
     pixel_values = torch.randn(batch, 3 * towers, size, size, device=model.device, dtype=model.dtype)
     return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "pixel_values": pixel_values}
 
