@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import signal
+import warnings
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from enum import StrEnum
@@ -15,13 +16,13 @@ from typer.core import TyperGroup
 
 from .evaluation.options import RecordOptions
 from .extras import remedy
-from .options import READER_HELP
 from .training.options import FinetuneOptions
 
 
 USER_ERRORS = (ValueError, KeyError, OSError)  # FileNotFoundError and a model that is not there are OSErrors
 FAILED, REFUSED = 1, 2  # exit codes; an exception may bring its own as `exit_code`
 EXTRAS = {"finetune": "train", "merge": "train", "record": "sim", "evaluate": "sim", "demo": "sim"}  # all a verb needs
+HELP = {item.name: item.metadata["help"] for item in (*fields(RecordOptions), *fields(FinetuneOptions))}
 EMBEDDED_POLICY = str(Path(__file__).parent)
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
@@ -121,23 +122,54 @@ def options_of(options: type, **defaults: Any) -> Callable[[Callable[..., None]]
     return decorate
 
 
+# Options that several verbs have, and texts of those that finetune has as well.
+Model = Annotated[
+    str,
+    typer.Option(
+        help="Model: a folder, or a Hub id such as openvla/openvla-7b.",
+        show_default="the policy that comes with the package",
+    ),
+]
+UnnormKey = Annotated[
+    str | None,
+    typer.Option(
+        help="Dataset in whose units the action is, such as bridge_orig.",
+        show_default="the model's, if it has only one",
+    ),
+]
+RunsOn = Annotated[Device, typer.Option(help="Where the model runs; auto: the GPU where there is one, else the CPU.")]
+WeightType = Annotated[Dtype, typer.Option(help="Type of the weights in memory; auto: as they are stored.")]
+Simulator = Annotated[
+    str,
+    typer.Option(help="Simulator: metaworld, robosuite, libero_spatial, libero_object, libero_goal or libero_10."),
+]
+Tasks = Annotated[str, typer.Option(help=HELP["tasks"])]
+SimulatedCamera = Annotated[
+    str | None,
+    typer.Option(
+        help="Camera of the simulator: the one that the model's demonstrations had.",
+        show_default="the simulator's; metaworld: corner4",
+    ),
+]
+MaxSteps = Annotated[
+    int | None,
+    typer.Option(help="Steps after which an episode has failed.", show_default="the simulator's; metaworld: 125"),
+]
+Environments = Annotated[
+    int | None, typer.Option(help="Environments that run side by side.", show_default="one for each core, at most 8")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace model files in OUT; other files stay.")]
 
 
 @app.command()
 def predict(
-    image: Annotated[Path, typer.Option(help="Camera frame: PNG, JPEG or whatever PIL reads.")],
-    instruction: Annotated[str, typer.Option(help="What to do, for example 'open the drawer'.")],
-    model: Annotated[
-        str, typer.Option(help="Folder or Hub id.", show_default="the policy that comes with the package")
-    ] = EMBEDDED_POLICY,
-    unnorm_key: Annotated[
-        str | None,
-        typer.Option(help="Dataset whose units the action shall have.", show_default="the model's, if it has one"),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    device: Annotated[Device, typer.Option(help="auto: cuda where there is a GPU.")] = Device.auto,
-    dtype: Annotated[Dtype, typer.Option(help="auto: as the weights are stored.")] = Dtype.auto,
+    image: Annotated[Path, typer.Option(help="Camera frame of any size: PNG, JPEG or another format that PIL reads.")],
+    instruction: Annotated[str, typer.Option(help="What the robot shall do, for example 'open the drawer'.")],
+    model: Model = EMBEDDED_POLICY,
+    unnorm_key: UnnormKey = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+    device: RunsOn = Device.auto,
+    dtype: WeightType = Dtype.auto,
 ) -> None:
     """Predict the action for one image.
 
@@ -172,30 +204,28 @@ def predict(
 @app.command()
 def stats(
     dataset: Annotated[str, typer.Argument(help="Folder or file (RLDS, LeRobot, HDF5), or a mixture (see finetune).")],
-    data_root: Annotated[Path | None, typer.Option(help="Folder of the datasets of a mixture.")] = None,
-    split: Annotated[str, typer.Option(help="train: the whole dataset, as in training; or one split.")] = "train",
-    name: Annotated[str | None, typer.Option(help="unnorm_key.", show_default="the dataset's")] = None,
-    gripper: Annotated[str, typer.Option(help="What the recorded gripper means (see finetune).")] = "open-is-1",
-    gripper_dims: Annotated[
-        str | None, typer.Option(help="Dimensions that are grippers: 6, or 6,13, or none.", show_default="recognised")
-    ] = None,
-    mask: Annotated[
+    data_root: Annotated[Path | None, typer.Option(help=HELP["data_root"])] = None,
+    split: Annotated[
+        str, typer.Option(help="train: all splits together, as in training; or one split alone.")
+    ] = "train",
+    name: Annotated[
         str | None,
-        typer.Option(help="Which dimensions are scaled: 1,1,1,1,1,1,0.", show_default="all but grippers in [0, 1]"),
+        typer.Option(help="Name that --output gives the dataset: the model's unnorm_key.", show_default="its own"),
     ] = None,
-    standardize: Annotated[str, typer.Option(help="auto, none, or the name of an Open-X dataset.")] = "auto",
-    filters: Annotated[str, typer.Option(help="Steps to leave out: no-ops, zero-actions.")] = "",
-    cameras: Annotated[str | None, typer.Option(help=READER_HELP["cameras"])] = None,
-    action_key: Annotated[str | None, typer.Option(help=READER_HELP["action_key"])] = None,
-    state_key: Annotated[str | None, typer.Option(help=READER_HELP["state_key"])] = None,
-    language_key: Annotated[str | None, typer.Option(help=READER_HELP["language_key"])] = None,
-    rotate_images: Annotated[bool | None, typer.Option(help=READER_HELP["rotate_images"])] = None,
-    tolerance_s: Annotated[float | None, typer.Option(help=READER_HELP["tolerance_s"])] = None,
-    on_error: Annotated[
-        Literal["raise", "skip"], typer.Option(help="What to do with a damaged record; skip warns and counts.")
-    ] = "raise",
-    output: Annotated[Path | None, typer.Option(help="dataset_statistics.json to write.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Picture of the histograms to write.")] = None,
+    gripper: Annotated[str, typer.Option(help=HELP["gripper"])] = "open-is-1",
+    gripper_dims: Annotated[str | None, typer.Option(help=HELP["gripper_dims"])] = None,
+    mask: Annotated[str | None, typer.Option(help=HELP["mask"])] = None,
+    standardize: Annotated[str, typer.Option(help=HELP["standardize"])] = "auto",
+    filters: Annotated[str, typer.Option(help=HELP["filters"])] = "",
+    cameras: Annotated[str | None, typer.Option(help=HELP["cameras"])] = None,
+    action_key: Annotated[str | None, typer.Option(help=HELP["action_key"])] = None,
+    state_key: Annotated[str | None, typer.Option(help=HELP["state_key"])] = None,
+    language_key: Annotated[str | None, typer.Option(help=HELP["language_key"])] = None,
+    rotate_images: Annotated[bool | None, typer.Option(help=HELP["rotate_images"])] = None,
+    tolerance_s: Annotated[float | None, typer.Option(help=HELP["tolerance_s"])] = None,
+    on_error: Annotated[Literal["raise", "skip"], typer.Option(help=HELP["on_error"])] = "raise",
+    output: Annotated[Path | None, typer.Option(help="File to write them to, such as dataset_statistics.json.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="File to draw the histograms in, such as actions.png.")] = None,
 ) -> None:
     """Show the action statistics of a dataset.
 
@@ -256,12 +286,13 @@ def finetune(
         bool,
         typer.Option(
             "--resume",
-            help="Go on from the last checkpoint in OUTPUT, or begin where there is none. Options, data and weights "
-            "have to be the same. Of a finished run only the result is written.",
+            help="Continue from the last checkpoint in OUTPUT, or begin where there is none. Options, data and weights "
+            "have to be the same. A finished run only writes its result again.",
         ),
     ] = False,
     merge: Annotated[
-        Path | None, typer.Option(help="At the end add the adapter to its base (lora, qlora): folder to write.")
+        Path | None,
+        typer.Option(help="Folder to write the adapter added to its base to, at the end (lora, qlora); see merge."),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan (samples, parameters, memory, warnings) and stop.")
@@ -273,7 +304,7 @@ def finetune(
     checkpoints to OUTPUT/checkpoints. On several GPUs: torchrun --nproc-per-node 8 -m openvla.cli finetune ...
 
     Exits with 2 where options, data or folders are wrong, with 1 where the loss or the gradient is not finite: the last
-    good checkpoint stays. A run that was stopped, also by Ctrl-C or SIGTERM, goes on with --resume.
+    good checkpoint stays. A run that was stopped, also by Ctrl-C or SIGTERM, continues with --resume.
 
     \b
     openvla finetune --model openvla/openvla-7b --dataset my_robot/ --output runs/my_robot --dry-run
@@ -310,7 +341,7 @@ def report_merge(difference: float, out: Path) -> None:
 def record(options: RecordOptions) -> None:
     """Record demonstrations of a simulator's scripted experts.
 
-    Successful episodes only, as a dataset that finetune takes. A recording that was stopped goes on when the same
+    Successful episodes only, as a dataset that finetune takes. A recording that was stopped continues when the same
     command is given again.
 
     \b
@@ -329,11 +360,14 @@ def record(options: RecordOptions) -> None:
 
 @app.command()
 def merge(
-    run: Annotated[Path, typer.Argument(help="Output of a lora or qlora run.")],
+    run: Annotated[Path, typer.Argument(help="OUTPUT of finetune with lora or qlora.")],
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
-    dtype: Annotated[Dtype, typer.Option(help="auto: as the base is stored.")] = Dtype.auto,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Type of the written weights; auto: as the base is stored.")
+    ] = Dtype.auto,
     base: Annotated[
-        str | None, typer.Option(help="Folder or Hub id of the base.", show_default="where it was in training")
+        str | None,
+        typer.Option(help="Base of the adapter: a folder or a Hub id.", show_default="where it was in training"),
     ] = None,
 ) -> None:
     """Add an adapter to its base: one plain checkpoint.
@@ -369,24 +403,24 @@ class Quantization(StrEnum):
 @app.command()
 def evaluate(
     output: Annotated[Path, typer.Option(help="Folder for episodes, report and videos.")],
-    model: Annotated[
-        str, typer.Option(help="Folder or Hub id.", show_default="the policy that comes with the package")
-    ] = EMBEDDED_POLICY,
-    env: Annotated[str, typer.Option(help="Environment.")] = "metaworld",
-    tasks: Annotated[str, typer.Option(help="Tasks and sets of them, joined by commas.")] = "mt10",
-    episodes: Annotated[int, typer.Option(help="Of each task.")] = 50,
-    policy: Annotated[PolicyName, typer.Option(help="Who is in control; expert, random and mean to compare.")] = (
-        PolicyName.model
-    ),
-    control: Annotated[Control, typer.Option(help="blocking: the world waits. realtime: it goes on.")] = (
-        Control.blocking
-    ),
+    model: Model = EMBEDDED_POLICY,
+    env: Simulator = "metaworld",
+    tasks: Tasks = "mt10",
+    episodes: Annotated[int, typer.Option(help="Episodes of each task.")] = 50,
+    policy: Annotated[
+        PolicyName,
+        typer.Option(help="What acts: the model; to compare, the scripted expert, random actions or the mean action."),
+    ] = (PolicyName.model),
+    control: Annotated[
+        Control,
+        typer.Option(help="What the world does while the model thinks: blocking, it waits; realtime, it goes on."),
+    ] = (Control.blocking),
     hz: Annotated[
         float | None,
-        typer.Option(help="Steps of the world in a second (realtime).", show_default="the environment's"),
+        typer.Option(help="Steps of the world in a second (realtime).", show_default="the simulator's; metaworld: 20"),
     ] = None,
     latency: Annotated[
-        float | None, typer.Option(help="Seconds a prediction takes (realtime).", show_default="measured")
+        float | None, typer.Option(help="Seconds that a prediction takes (realtime).", show_default="measured")
     ] = None,
     axis: Annotated[
         str,
@@ -396,24 +430,28 @@ def evaluate(
             "nothing. Each is run for the tasks that have it, and has a row in the report."
         ),
     ] = "none",
-    camera: Annotated[
-        str | None, typer.Option(help="Of the environment: the one the demonstrations had.", show_default="its own")
-    ] = None,
-    max_steps: Annotated[int | None, typer.Option(show_default="that of the environment")] = None,
-    unnorm_key: Annotated[str | None, typer.Option(show_default="the model's, if it has one")] = None,
+    camera: SimulatedCamera = None,
+    max_steps: MaxSteps = None,
+    unnorm_key: UnnormKey = None,
     center_crop: Annotated[
-        bool | None, typer.Option(help="As after training with random crops.", show_default="as it was trained")
+        bool | None,
+        typer.Option(
+            help="Show the model the middle nine tenths of the image, as it needs after training with random crops.",
+            show_default="as it was trained",
+        ),
     ] = None,
-    quantization: Annotated[Quantization | None, typer.Option(help="Of the language model.")] = None,
-    device: Annotated[Device, typer.Option(help="auto: cuda where there is a GPU.")] = Device.auto,
-    dtype: Annotated[Dtype, typer.Option(help="auto: as the weights are stored.")] = Dtype.auto,
-    workers: Annotated[int | None, typer.Option(help="Environments side by side.", show_default="cores")] = None,
+    quantization: Annotated[
+        Quantization | None, typer.Option(help="Load the language model with fewer bits (bitsandbytes).")
+    ] = None,
+    device: RunsOn = Device.auto,
+    dtype: WeightType = Dtype.auto,
+    workers: Environments = None,
     videos: Annotated[int, typer.Option(help="Episodes of each task to film.")] = 1,
 ) -> None:
     """Measure success in the closed loop.
 
     Runs every task from seeds that recording never uses, and writes report.md, report.json, a plot and films. A run
-    that was stopped goes on when the same command is given again; episodes that broke are then run again. Other weights
+    that was stopped continues when the same command is given again, and repeats episodes that broke. Other weights
     need another folder. Exits with 1 where every episode broke, with 3 where there is no OpenGL to render with.
 
     \b
@@ -460,18 +498,14 @@ def evaluate(
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for the films.")] = Path("outputs/demo"),
-    model: Annotated[
-        str, typer.Option(help="Folder or Hub id.", show_default="the policy that comes with the package")
-    ] = EMBEDDED_POLICY,
-    env: Annotated[str, typer.Option(help="Environment.")] = "metaworld",
-    tasks: Annotated[str, typer.Option(help="Tasks and sets of them, joined by commas.")] = "mt10",
-    camera: Annotated[
-        str | None, typer.Option(help="Of the environment: the one the demonstrations had.", show_default="its own")
-    ] = None,
-    max_steps: Annotated[int | None, typer.Option(show_default="that of the environment")] = None,
-    unnorm_key: Annotated[str | None, typer.Option(show_default="the model's, if it has one")] = None,
-    device: Annotated[Device, typer.Option(help="auto: cuda where there is a GPU.")] = Device.auto,
-    workers: Annotated[int | None, typer.Option(help="Environments side by side.", show_default="cores")] = None,
+    model: Model = EMBEDDED_POLICY,
+    env: Simulator = "metaworld",
+    tasks: Tasks = "mt10",
+    camera: SimulatedCamera = None,
+    max_steps: MaxSteps = None,
+    unnorm_key: UnnormKey = None,
+    device: RunsOn = Device.auto,
+    workers: Environments = None,
 ) -> None:
     """Watch the policy at work.
 
@@ -510,21 +544,32 @@ def convert(
         Path, typer.Argument(help="A .pt of the original's training code, or the folder of its run.")
     ],
     out: Annotated[Path, typer.Argument(help="Hub folder to write.")],
-    vision_backbone_id: Annotated[str | None, typer.Option(help="For example dinosiglip-vit-so-224px.")] = None,
-    llm_backbone_id: Annotated[str | None, typer.Option(help="For example llama2-7b-pure.")] = None,
-    image_resize_strategy: Annotated[str | None, typer.Option(help="resize-naive, resize-crop or letterbox.")] = None,
+    vision_backbone_id: Annotated[
+        str | None, typer.Option(help="Vision backbone, for example dinosiglip-vit-so-224px.")
+    ] = None,
+    llm_backbone_id: Annotated[str | None, typer.Option(help="Language model, for example llama2-7b-pure.")] = None,
+    image_resize_strategy: Annotated[
+        str | None, typer.Option(help="How images were resized: resize-naive, resize-crop or letterbox.")
+    ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(help="Folder or Hub id with its tokenizer.json.", show_default="the language model's")
+        str | None,
+        typer.Option(help="Folder or Hub id that has the tokenizer.json.", show_default="the language model's"),
     ] = None,
     statistics: Annotated[
-        Path | None, typer.Option(help="Action statistics.", show_default="dataset_statistics.json of the run")
+        Path | None,
+        typer.Option(help="File with the action statistics.", show_default="dataset_statistics.json of the run"),
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option(help="What supplies parts that were frozen: checkpoint, run, Hub folder or id, or 'timm'."),
+        typer.Option(
+            help="What supplies parts that were frozen and so are not in CHECKPOINT: a checkpoint, run, Hub folder or "
+            "id, or 'timm'."
+        ),
     ] = None,
     dtype: Annotated[SavedDtype, typer.Option(help="Type of the written weights.")] = SavedDtype.bfloat16,
-    max_shard_size: Annotated[str, typer.Option(help="Largest weight file; also the memory that is needed.")] = "5GB",
+    max_shard_size: Annotated[
+        str, typer.Option(help="Size of the largest weight file, and of the memory that is needed.")
+    ] = "5GB",
     overwrite: Overwrite = False,
 ) -> None:
     """Turn an original checkpoint into a Hub folder.
@@ -557,9 +602,12 @@ def convert(
 
 @app.command()
 def export(
-    weights: Annotated[str, typer.Argument(help="Folder or Hub id.")],
+    weights: Annotated[str, typer.Argument(help="Model to export: a folder or a Hub id.")],
     out: Annotated[Path, typer.Argument(help="Run folder to write.")],
-    dtype: Annotated[SavedDtype | None, typer.Option(help="The original trains from float32.")] = None,
+    dtype: Annotated[
+        SavedDtype | None,
+        typer.Option(help="Type of the written weights; the original trains from float32.", show_default="as stored"),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Turn a Hub folder into an original run.
@@ -579,8 +627,10 @@ def export(
 @app.command()
 def package(
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
-    weights: Annotated[str, typer.Option(help="Folder or Hub id with safetensors weights.")],
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
+    weights: Annotated[str, typer.Option(help="Model to package: a folder or a Hub id with safetensors weights.")],
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit, where --weights is a Hub id.", show_default="main")
+    ] = None,
     name: Annotated[
         str | None, typer.Option(help="What the model card calls the model.", show_default="the name of OUT")
     ] = None,
@@ -602,6 +652,8 @@ def package(
 
 def main() -> None:
     """Entry point of the console script."""
+    # peft 0.21 reads it on every model of transformers 5.24; no option of ours changes that.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     app(prog_name="openvla")
 
 

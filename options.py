@@ -37,10 +37,11 @@ def required(text: str) -> Any:
 
 # Options of the readers of demonstrations, which every verb that opens data has.
 READER_HELP = {
-    "cameras": "Images to read, joined by commas. Default: all in colour.",
+    "cameras": "Cameras to read, by their keys in the data, joined by commas; --camera chooses among them. Default: "
+    "all in colour.",
     "action_key": "What the action is, where it is not called action: a key, or several joined by commas that are put "
     "side by side; none among them is a column of zeros.",
-    "state_key": "The same of the state; none alone: no state.",
+    "state_key": "What the state of the robot is: keys as for the action; none alone: no state.",
     "language_key": "Where the instruction stands: a column, a path such as episode_metadata/language_instruction, or "
     "an attribute of an HDF5 file.",
     "rotate_images": "Turn images of HDF5 files by 180 degrees. Default: those of LIBERO, by their attributes.",

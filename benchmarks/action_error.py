@@ -22,14 +22,22 @@ from openvla.data.sources import open_sources
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
-    parser.add_argument("dataset")
-    parser.add_argument("--unnorm-key", help="default: the model's, if it has one")
-    parser.add_argument("--split", default="train")
-    parser.add_argument("--held-out-only", action="store_true", help="only episodes that training keeps back")
-    parser.add_argument("--center-crop", action="store_true", help="as models trained with image augmentation expect")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("model", help="folder or Hub id")
+    parser.add_argument("dataset", help="demonstrations, as `openvla finetune` takes them")
+    parser.add_argument(
+        "--unnorm-key", help="dataset in whose units actions are; default: the model's, if it has only one"
+    )
+    parser.add_argument("--split", default="train", help="default: %(default)s")
+    parser.add_argument(
+        "--held-out-only", action="store_true", help="only the episodes that training keeps back for evaluation"
+    )
+    parser.add_argument(
+        "--center-crop",
+        action="store_true",
+        help="show the middle nine tenths of images, as models trained with image augmentation expect",
+    )
+    parser.add_argument("--batch-size", type=int, default=16, help="frames predicted at once; default: %(default)s")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads on a CPU; default: %(default)s")
     parser.add_argument("--output", type=Path, help="a JSON file for the figures")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

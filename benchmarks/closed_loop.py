@@ -407,22 +407,42 @@ def write(arguments: argparse.Namespace) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder of the report")
-    parser.add_argument("--runs", type=Path, default=Path("outputs/closed_loop"), help="folder of the evaluations")
-    parser.add_argument("--studies", nargs="*", default=list(STUDIES), choices=STUDIES, help="none: only the report")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("outputs/closed_loop"), help="folder of the evaluations; default: %(default)s"
+    )
+    parser.add_argument(
+        "--studies",
+        nargs="*",
+        default=list(STUDIES),
+        choices=STUDIES,
+        help="which to run; default: all; none after it: only the report",
+    )
     parser.add_argument("--model", default=EMBEDDED_POLICY, help="default: the policy of the repository")
-    parser.add_argument("--name", default="this policy", help="what the report calls it")
-    parser.add_argument("--policy", default="model", help="of latency and policies: model, or expert to try it out")
-    parser.add_argument("--env", default="metaworld")
-    parser.add_argument("--tasks", default="mt10")
-    parser.add_argument("--episodes", type=int, default=20, help="of each task")
-    parser.add_argument("--max-steps", type=int, help="default: that of the environment")
+    parser.add_argument("--name", default="this policy", help="what the report calls the model; default: %(default)s")
+    parser.add_argument(
+        "--policy", default="model", help="what acts in latency and policies: model, or expert to try the studies out"
+    )
+    parser.add_argument("--env", default="metaworld", help="simulator; default: %(default)s")
+    parser.add_argument(
+        "--tasks", default="mt10", help="tasks and sets of them, joined by commas; default: %(default)s"
+    )
+    parser.add_argument("--episodes", type=int, default=20, help="of each task; default: %(default)s")
+    parser.add_argument("--max-steps", type=int, help="after which an episode has failed; default: the simulator's")
     parser.add_argument("--hz", type=float, help="steps of the world in a second; default: the environment's")
-    parser.add_argument("--latencies", type=float, nargs="+", default=[0, 0.05, 0.1, 0.2, 0.4, 0.8], help="seconds")
+    parser.add_argument(
+        "--latencies",
+        type=float,
+        nargs="+",
+        default=[0, 0.05, 0.1, 0.2, 0.4, 0.8],
+        help="seconds; default: %(default)s",
+    )
     parser.add_argument("--other", action="append", default=[], metavar="NAME=FOLDER", help="an evaluation to compare")
-    parser.add_argument("--camera")
-    parser.add_argument("--unnorm-key")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--workers", type=int)
+    parser.add_argument("--camera", help="of the simulator; default: its own")
+    parser.add_argument(
+        "--unnorm-key", help="dataset in whose units actions are; default: the model's, if it has only one"
+    )
+    parser.add_argument("--device", default="cpu", help="default: %(default)s")
+    parser.add_argument("--workers", type=int, help="environments side by side; default: one for each core, at most 8")
     parser.add_argument("--videos", type=int, default=0, help="episodes of each task to film, in each evaluation")
     arguments = parser.parse_args()
     if any("=" not in other for other in arguments.other):

@@ -73,11 +73,13 @@ def table(results: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("dataset")
+    parser.add_argument("dataset", help="demonstrations, as `openvla finetune` takes them")
     parser.add_argument("out", type=Path, help="path of the table and the picture, without ending")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES))
-    parser.add_argument("--runs", type=Path, default=Path("outputs/strategies"), help="folder for the runs")
+    parser.add_argument("--steps", type=int, default=300, help="of each run; default: %(default)s")
+    parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), help="default: all")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("outputs/strategies"), help="folder for the runs; default: %(default)s"
+    )
     arguments, rest = parser.parse_known_args()
     results = [run(name, arguments, rest, arguments.runs / name) for name in arguments.strategies]
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -261,41 +261,52 @@ def run_evaluation(arguments: argparse.Namespace) -> None:
 def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, dest="command")
-    training = commands.add_parser("train", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    training = commands.add_parser(
+        "train", help="train it on demonstrations", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     training.set_defaults(run=train)
     training.add_argument("dataset", help="demonstrations, for example what `openvla record` wrote")
-    training.add_argument("--output", required=True)
-    training.add_argument("--steps", type=int, default=8550, help="of the optimizer")
-    training.add_argument("--batch-size", type=int, default=64)
+    training.add_argument("--output", required=True, help="folder for checkpoints and result")
+    training.add_argument("--steps", type=int, default=8550, help="updates of the weights")
+    training.add_argument("--batch-size", type=int, default=64, help="images of one update")
     training.add_argument("--noises", type=int, default=2, help="noisy chunks of each image of a batch")
-    training.add_argument("--image-size", type=int, default=224, help="to which pictures are resized")
-    training.add_argument("--crop-size", type=int, default=208, help="of the part that is seen")
+    training.add_argument("--image-size", type=int, default=224, help="width and height that images are resized to")
+    training.add_argument("--crop-size", type=int, default=208, help="width and height of the part that is seen")
     training.add_argument("--patch-size", type=int, default=4, help="pixels that the first convolution takes as one")
     training.add_argument("--horizon", type=int, default=8, help="actions of a chunk")
-    training.add_argument("--prediction", choices=["epsilon", "sample"], default="sample", help="of the U-Net")
-    training.add_argument("--learning-rate", type=float, default=5e-4, help="cosine, after a short warmup")
+    training.add_argument(
+        "--prediction",
+        choices=["epsilon", "sample"],
+        default="sample",
+        help="what the U-Net predicts: noise (epsilon) or actions",
+    )
+    training.add_argument(
+        "--learning-rate", type=float, default=5e-4, help="largest; falls as a cosine after a short warmup"
+    )
     training.add_argument("--held-out", type=float, default=0.05, help="part of the episodes, as in `openvla finetune`")
     training.add_argument("--tokenizer", default=str(ROOT), help="folder (default: that of the embedded policy)")
-    training.add_argument("--precision", choices=["bf16", "float32"], default="bf16")
+    training.add_argument("--precision", choices=["bf16", "float32"], default="bf16", help="of the computation")
     training.add_argument("--save-every", type=int, default=250, help="steps between checkpoints")
-    training.add_argument("--seed", type=int, default=0)
-    training.add_argument("--threads", type=int, default=1)
-    trial = commands.add_parser("evaluate", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    training.add_argument("--seed", type=int, default=0, help="of weights, order and noise")
+    training.add_argument("--threads", type=int, default=1, help="torch threads on a CPU")
+    trial = commands.add_parser(
+        "evaluate", help="measure it in the closed loop", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     trial.set_defaults(run=run_evaluation)
     trial.add_argument("policy", help="output of train")
     trial.add_argument("--output", required=True, help="folder for episodes, report and videos")
-    trial.add_argument("--env", default="metaworld")
-    trial.add_argument("--tasks", default="mt10")
+    trial.add_argument("--env", default="metaworld", help="simulator")
+    trial.add_argument("--tasks", default="mt10", help="tasks and sets of them, joined by commas")
     trial.add_argument("--episodes", type=int, default=50, help="of each task")
     trial.add_argument("--axis", default="", help="variations of the environment, joined by commas")
     trial.add_argument("--execute", type=int, default=1, help="actions of a chunk before the next is predicted")
-    trial.add_argument("--denoising-steps", type=int, default=10, help="of DDIM")
-    trial.add_argument("--camera", help="of the environment; default: its own")
-    trial.add_argument("--max-steps", type=int, help="default: that of the environment")
+    trial.add_argument("--denoising-steps", type=int, default=10, help="steps of DDIM in one prediction")
+    trial.add_argument("--camera", help="of the simulator; default: its own")
+    trial.add_argument("--max-steps", type=int, help="after which an episode has failed; default: the simulator's")
     trial.add_argument("--workers", type=int, help="environments side by side; default: cores")
     trial.add_argument("--videos", type=int, default=1, help="episodes of each task to film")
-    trial.add_argument("--seed", type=int, default=0, help="of what chunks begin as")
-    trial.add_argument("--threads", type=int, default=1)
+    trial.add_argument("--seed", type=int, default=0, help="of the noise that chunks begin as")
+    trial.add_argument("--threads", type=int, default=1, help="torch threads on a CPU")
     return parser.parse_args(words)
 
 

@@ -32,13 +32,16 @@ def resident_mib() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("path")
-    parser.add_argument("--split", default="train")
-    parser.add_argument("--passes", type=int, default=3)
-    parser.add_argument("--copies", type=int, default=1, help="how often a pass reads the data")
-    parser.add_argument("--buffer", type=int, default=1000, help="frames in the shuffle buffer")
+    parser.add_argument("path", help="demonstrations: a folder or file (RLDS, LeRobot, HDF5)")
+    parser.add_argument("--split", default="train", help="default: %(default)s")
+    parser.add_argument("--passes", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--copies", type=int, default=1, help="how often a pass reads the data; default: %(default)s")
+    parser.add_argument("--buffer", type=int, default=1000, help="frames in the shuffle buffer; default: %(default)s")
     parser.add_argument(
-        "--decode", type=int, default=1, help="1: decode the image of every camera; 0: leave it encoded"
+        "--decode",
+        type=int,
+        default=1,
+        help="1: decode the image of every camera; 0: leave it encoded; default: %(default)s",
     )
     parser.add_argument("--output", help="a JSON file for the figures")
     arguments = parser.parse_args()

@@ -138,18 +138,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(ROOT), help="folder or Hub id (default: the embedded policy)")
     parser.add_argument("--preset", choices=["openvla-7b", "openvla-v01-7b"], help="random weights of a published size")
-    parser.add_argument("--strategy", nargs="+", choices=list(STRATEGIES), default=list(STRATEGIES))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--strategy", nargs="+", choices=list(STRATEGIES), default=list(STRATEGIES), help="default: all"
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--precision", choices=["bf16", "float32"], help="default: bf16 on cuda, float32 elsewhere")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--text-tokens", type=int, default=TEXT_TOKENS)
-    parser.add_argument("--rank", type=int, default=32, help="of adapters")
-    parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads on a CPU")
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=16, help="samples of a step; default: %(default)s")
+    parser.add_argument(
+        "--text-tokens", type=int, default=TEXT_TOKENS, help="of a prompt with its action; default: %(default)s"
+    )
+    parser.add_argument("--rank", type=int, default=32, help="of adapters (lora, qlora); default: %(default)s")
+    parser.add_argument(
+        "--gradient-checkpointing", action="store_true", help="compute activations again instead of keeping them"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="torch threads on a CPU; default: %(default)s")
+    parser.add_argument("--steps", type=int, default=5, help="that are timed; default: %(default)s")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before these; default: %(default)s")
     parser.add_argument("--peak-tflops", type=float, help="of the device (default: measured with a matrix product)")
-    parser.add_argument("--output", type=Path, help="write the JSON here as well")
+    parser.add_argument("--output", type=Path, help="a JSON file for the figures")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # what the processes are started with
     arguments = parser.parse_args()
     device = torch.device(arguments.device)

@@ -54,15 +54,49 @@ def open_dataset(
 
 
 def recognise(folder: Path) -> str:
-    """The format of a folder or file. Raises ValueError where it is none of the known ones."""
-    if (folder / "meta" / "info.json").exists():
-        return "lerobot"
-    if (folder / "features.json").exists() or any(folder.glob("*/features.json")):
-        return "rlds"
+    """The format of a folder or file.
+
+    Raises ValueError where it is none of the known ones; datasets around it (the folder is a level too high or too low)
+    are named then. HDF5 files are looked for in subfolders as well, so a dataset of another format beside them is asked
+    about: nothing says which is meant.
+    """
+    if own := _layout(folder):
+        return own
+    inner = _datasets_in(folder)
     if folder.suffix in HDF5_ENDINGS or any(file.suffix in HDF5_ENDINGS for file in folder.rglob("*")):
-        return "hdf5"
+        if not inner:
+            return "hdf5"
+        raise ValueError(f"{folder} holds HDF5 files and {_listed(inner)}: give one of them, or say format 'hdf5'.")
+    if inner:
+        raise ValueError(f"{folder} is no dataset, but holds {_listed(inner)}: give one of them, or a mixture.")
+    outer = [Path(os.path.normpath(folder / up)) for up in ("..", "../..", "../../..")]
+    if around := next((parent for parent in outer if _layout(parent)), None):
+        raise ValueError(f"{folder} is part of a dataset ({_layout(around)}): give '{around}'.")
     raise ValueError(
         f"{folder} holds no demonstrations of a known format: expected features.json (RLDS, from tensorflow_datasets), "
         "meta/info.json (LeRobot) or *.hdf5 files (LIBERO, robomimic). Other data: pass an object with __len__ and "
         "__getitem__, see examples/own_dataset.py"
     )
+
+
+def _layout(folder: Path) -> str | None:
+    """The format that the files of a folder are laid out in; None for HDF5, which has no layout, and all else."""
+    if (folder / "meta" / "info.json").exists():
+        return "lerobot"
+    if (folder / "features.json").exists() or any(folder.glob("*/features.json")):
+        return "rlds"
+    return None
+
+
+def _datasets_in(folder: Path) -> dict[Path, str]:
+    """Datasets with a layout in a folder that is none, one or two levels below, and their formats."""
+    found: dict[Path, str] = {}
+    for child in sorted([*folder.glob("*/"), *folder.glob("*/*/")]):
+        if child.parent not in found and (format := _layout(child)):
+            found[child] = format
+    return found
+
+
+def _listed(found: dict[Path, str]) -> str:
+    shown = [f"'{path}' ({format})" for path, format in list(found.items())[:4]]
+    return ", ".join(shown) + (f" and {len(found) - 4} more datasets" if len(found) > 4 else "")

@@ -19,16 +19,16 @@ NEUTRAL = ("output", "workers")  # options that change nothing in what is record
 class RecordOptions:
     """What is recorded, and where to."""
 
-    output: str = required("Folder to make. Until it is whole, what there is waits in OUTPUT.partial.")
-    env: str = option("metaworld", "metaworld or robosuite.")
+    output: str = required("Folder to write. Until the recording is complete, it is in OUTPUT.partial.")
+    env: str = option("metaworld", "Simulator: metaworld or robosuite.")
     tasks: str = option("mt10", "Tasks and sets of tasks, joined by commas: mt10, mt50, drawer-open-v3, ...")
     episodes: int = option(100, "Successful episodes of each task.")
     format: Literal["lerobot", "hdf5"] = option("lerobot", "LeRobot v3.0, or LIBERO-style HDF5, one file a task.")
-    size: int = option(224, "Width and height of the images.")
-    camera: str | None = option(None, "Default: the environment's.")
+    size: int = option(224, "Width and height of the images, in pixels.")
+    camera: str | None = option(None, "Camera to record. Default: that of the simulator (metaworld: corner4).")
     wrist: bool = option(False, "Record the camera on the gripper as well.")
     images: Literal["jpeg", "png"] = option("jpeg", "How LeRobot images are stored; jpeg: quality 95.")
-    paraphrases: bool = option(False, "Draw the instruction from the usual one and three paraphrases.")
+    paraphrases: bool = option(False, "Draw the instruction of each episode from the usual one and three paraphrases.")
     axis: str = option(
         "none",
         "Variations, joined by commas, each of which is recorded for the tasks that have it: none,language records the "
@@ -45,7 +45,7 @@ class RecordOptions:
         "expert ends it. Recorded is the expert's answer throughout: what the model should have done (DAgger).",
     )
     seed: int = option(0, "Number of the first episode; other numbers begin elsewhere. Evaluation has its own seeds.")
-    after_success: int = option(5, "Steps to go on after the first success.")
+    after_success: int = option(5, "Steps to record after the first success.")
     workers: int = option(1, "Processes, each with its own simulator.")
 
     def __post_init__(self) -> None:

@@ -72,7 +72,9 @@ def describe_gripper(opening: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder for the picture")
+    parser.add_argument(
+        "--output", type=Path, default=Path("outputs"), help="folder for the picture; default: %(default)s"
+    )
     arguments = parser.parse_args()
 
     model = AutoModel.from_pretrained(str(ROOT), trust_remote_code=True).eval()

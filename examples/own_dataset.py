@@ -61,7 +61,7 @@ def train(dataset: NpzEpisodes, output: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--finetune", metavar="OUTPUT", help="folder of a short run")
+    parser.add_argument("--finetune", metavar="OUTPUT", help="also train for a few steps, into this folder")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         record(Path(folder))

@@ -629,6 +629,21 @@ def test_the_example_runs(capsys):
     assert "Episode('my_robot', index=2, instruction='lift the lid'" in out and "15 frames" in out
 
 
+def test_a_folder_one_level_too_high_or_too_low_names_the_dataset(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"demos holds HDF5 files and '.*lerobot_image' \(lerobot\), .*metaworld_demo' \(rlds"
+    ):
+        open_dataset(DEMOS)  # a level below is HDF5, and so are folders of other formats
+    shutil.copytree(DEMOS / "lerobot_image", tmp_path / "robots" / "arm")
+    for above in (tmp_path, tmp_path / "robots"):
+        with pytest.raises(ValueError, match=r"is no dataset, but holds '.*/robots/arm' \(lerobot\): give one of them"):
+            open_dataset(above)
+    for below in (DEMOS / "lerobot_image" / "data", next((DEMOS / "lerobot_image" / "data").rglob("*.parquet"))):
+        with pytest.raises(ValueError, match=r"is part of a dataset \(lerobot\): give '.*/lerobot_image'"):
+            open_dataset(below)
+    assert len(open_dataset(DEMOS, format="hdf5")) > 0
+
+
 def test_the_door(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         open_dataset(tmp_path / "nothing")

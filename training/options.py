@@ -30,39 +30,52 @@ class FinetuneOptions:
     strategy: Literal["full", "last_layer", "frozen_vision", "sandwich", "lora", "qlora"] = option(
         "lora", "Which parameters learn (table 1 of the paper); qlora: lora on a 4-bit base."
     )
-    steps: int = option(1000, "Updates of the weights.")
-    batch_size: int = option(16, "Samples of one update on one device.")
-    gradient_accumulation: int = option(1, "Batches of one update.")
-    # Learning
-    learning_rate: float | None = option(None, "Default: 5e-4 for lora and qlora, else 2e-5; 0: nothing learns.")
-    schedule: Literal["constant", "linear", "cosine"] = option("constant", "Of the learning rate after the warmup.")
-    warmup_steps: int = option(0, "Steps in which the learning rate rises from 0.")
-    weight_decay: float = option(0.0, "Of the optimizer.")
-    optimizer: Literal["adamw", "muon"] = option(
-        "adamw", "muon: for training from scratch; matrices are orthogonalized updates, the rest is AdamW's."
+    steps: int = option(1000, "Updates of the weights, in all.")
+    batch_size: int = option(16, "Samples of one batch on one device.")
+    gradient_accumulation: int = option(
+        1, "Batches of one update, where one that is large enough does not fit the memory."
     )
-    max_grad_norm: float = option(1.0, "Gradients are clipped to this norm; 0: they are not.")
+    # Learning
+    learning_rate: float | None = option(
+        None, "Learning rate, after the warmup. Default: 5e-4 for lora and qlora, else 2e-5."
+    )
+    schedule: Literal["constant", "linear", "cosine"] = option(
+        "constant", "Course of the learning rate after the warmup; linear and cosine fall to 0."
+    )
+    warmup_steps: int = option(0, "Steps in which the learning rate rises from 0 to its value.")
+    weight_decay: float = option(0.0, "Weight decay of the optimizer.")
+    optimizer: Literal["adamw", "muon"] = option(
+        "adamw",
+        "Rule of the updates. muon, for training from scratch: those of matrices are orthogonalized, others are "
+        "AdamW's.",
+    )
+    max_grad_norm: float = option(1.0, "Norm that gradients are clipped to; 0: they are not.")
     rank: int = option(32, "Inner dimension of an adapter (lora, qlora).")
     alpha: int | None = option(None, "Scale of an adapter is alpha / rank. Default: min(rank, 16).")
-    dropout: float = option(0.0, "On the input of an adapter (lora, qlora).")
+    dropout: float = option(0.0, "Share of an adapter's inputs that is dropped at random (lora, qlora): 0 to below 1.")
     # Data
     data_root: str | None = option(None, "Folder in which the datasets of a mixture lie under their names.")
-    format: str | None = option(None, "rlds, lerobot or hdf5. Default: recognised.")
-    split: str = option("train", "Split to train on.")
+    format: str | None = option(None, "Format of the data: rlds, lerobot or hdf5. Default: recognised.")
+    split: str = option("train", "Split to train on, or in RLDS a part of one: train[:100], train[:50%].")
     held_out: float = option(
-        0.05, "Part of the episodes kept back for evaluation where there is no val split; 0: none."
+        0.05, "Share of the episodes kept back for evaluation where there is no val split: 0.05 is 5%, 0 none."
     )
-    camera: str | None = option(None, "Default: the first that is not on the wrist.")
+    camera: str | None = option(
+        None, "Camera that the model learns to see through, by its name. Default: the first that is not on the wrist."
+    )
     cameras: str | None = option(None, READER_HELP["cameras"])
     action_key: str | None = option(None, READER_HELP["action_key"])
     state_key: str | None = option(None, READER_HELP["state_key"])
     language_key: str | None = option(None, READER_HELP["language_key"])
     rotate_images: bool | None = option(None, READER_HELP["rotate_images"])
     tolerance_s: float | None = option(None, READER_HELP["tolerance_s"])
-    name: str | None = option(None, "unnorm_key of the result. Default: the dataset's name.")
+    name: str | None = option(
+        None, "Name of the dataset in the result, which predict asks for as --unnorm-key. Default: its own."
+    )
     gripper: Literal["open-is-1", "open-is-0", "open-is-plus-1", "open-is-minus-1"] = option(
         "open-is-1",
-        "What the recorded gripper means (LIBERO's HDF5: open-is-minus-1); the model's convention is 1 open.",
+        "What the recorded gripper means: open-is-1 or open-is-0 where it goes from 0 to 1, open-is-plus-1 or "
+        "open-is-minus-1 (LIBERO's HDF5) where it goes from -1 to 1. The model's convention is 1 open.",
     )
     gripper_dims: str | None = option(
         None,
@@ -83,27 +96,35 @@ class FinetuneOptions:
     )
     filters: str = option("", "Steps to leave out, joined by commas: no-ops, zero-actions.")
     on_error: Literal["raise", "skip"] = option("raise", "What to do with a damaged record; skip warns and counts.")
-    image_aug: bool = option(True, "Random crop and colors.")
-    shuffle_buffer: int = option(5000, "Frames that wait to be shuffled, images still encoded.")
-    workers: int = option(0, "Processes that decode images.")
+    image_aug: bool = option(True, "Vary crop, brightness, contrast, saturation and hue of the images at random.")
+    shuffle_buffer: int = option(
+        5000, "Frames held in memory, from which samples are drawn in random order; images stay encoded."
+    )
+    workers: int = option(0, "Processes that decode images; 0: the training process does it.")
     # Precision, memory, speed
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = option(
-        "auto", "Of the weights; auto: float32 where they learn, else as stored."
+        "auto", "Type of the weights in memory; auto: float32 where they learn, else as stored."
     )
     precision: Literal["auto", "bf16", "float32"] = option(
-        "auto", "Of the computation; auto: bf16 autocast on a GPU that has it."
+        "auto", "Type of the computation; auto: bf16 autocast on a GPU that has it, else float32."
     )
-    gradient_checkpointing: bool = option(False, "Less memory, slower.")
-    compile: bool = option(False, "torch.compile the model.")
+    gradient_checkpointing: bool = option(
+        False, "Compute activations a second time for the gradient instead of keeping them: less memory, slower."
+    )
+    compile: bool = option(False, "Compile the model with torch.compile.")
     fsdp: bool = option(False, "Shard weights, gradients and optimizer over the processes (FSDP2).")
     # Watching
-    eval_every: int | None = option(None, "Steps between evaluations on held-out frames. Default: save_every; 0: none.")
+    eval_every: int | None = option(
+        None, "Steps between evaluations on held-out frames. Default: as --save-every; 0: none."
+    )
     eval_samples: int = option(256, "Held-out frames of one evaluation, spread evenly.")
     save_every: int = option(500, "Steps between checkpoints.")
-    keep: int = option(2, "Checkpoints to keep.")
-    logging: Literal["none", "tensorboard", "wandb"] = option("tensorboard", "Where the log goes.")
-    log_every: int = option(10, "Steps between lines of the log.")
-    seed: int = option(0, "Of order, augmentation and new weights.")
+    keep: int = option(2, "Checkpoints to keep, the newest; earlier ones are removed.")
+    logging: Literal["none", "tensorboard", "wandb"] = option(
+        "tensorboard", "What keeps the log of losses and accuracies; tensorboard: tensorboard --logdir OUTPUT shows it."
+    )
+    log_every: int = option(10, "Steps between lines of the log, at most a tenth of --steps.")
+    seed: int = option(0, "Seed of the order of samples, of augmentation and of new weights.")
 
     def __post_init__(self) -> None:
         """Raises ValueError for numbers that make no run, and for a log that nothing here can write."""

@@ -227,16 +227,30 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", help="preset, folder or Hub id")
-    parser.add_argument("--strategy", nargs="+", default=list(STRATEGIES), help="default: all")
-    parser.add_argument("--batch-size", type=int, default=16, help="samples of one device")
-    parser.add_argument("--world-size", type=int, default=1)
-    parser.add_argument("--sharded", action="store_true", help="FSDP instead of DDP")
-    parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument("--precision", default="bf16", choices=PRECISIONS)
-    parser.add_argument("--optimizer", default="adamw", choices=OPTIMIZERS)
-    parser.add_argument("--text-tokens", type=int, default=TEXT_TOKENS)
-    parser.add_argument("--rank", type=int, default=32, help="of adapters")
+    parser.add_argument("model", help=f"a preset ({', '.join(preset_names())}), a folder or a Hub id")
+    parser.add_argument(
+        "--strategy", nargs="+", default=list(STRATEGIES), choices=list(STRATEGIES), help="which to plan; default: all"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=16, help="samples of one device in a step; default: %(default)s"
+    )
+    parser.add_argument("--world-size", type=int, default=1, help="devices; default: %(default)s")
+    parser.add_argument(
+        "--sharded",
+        action="store_true",
+        help="weights, gradients and optimizer are shared out (FSDP) instead of repeated (DDP)",
+    )
+    parser.add_argument(
+        "--gradient-checkpointing", action="store_true", help="compute activations again instead of keeping them"
+    )
+    parser.add_argument(
+        "--precision", default="bf16", choices=PRECISIONS, help="of the computation; default: %(default)s"
+    )
+    parser.add_argument("--optimizer", default="adamw", choices=OPTIMIZERS, help="default: %(default)s")
+    parser.add_argument(
+        "--text-tokens", type=int, default=TEXT_TOKENS, help="of a prompt with its action; default: %(default)s"
+    )
+    parser.add_argument("--rank", type=int, default=32, help="of adapters (lora, qlora); default: %(default)s")
     given = vars(parser.parse_args(argv))
     model, strategies, rank = given.pop("model"), given.pop("strategy"), given.pop("rank")
     preset = model in preset_names()
