@@ -121,7 +121,8 @@ def merge_adapter(
 
     folder, output = Path(folder), Path(output)
     if not (folder / ADAPTER).is_file():
-        raise FileNotFoundError(f"'{folder}' holds no adapter (adapter_config.json): is it the output of a lora run?")
+        problem = "holds no adapter (adapter_config.json)" if folder.is_dir() else "is no folder"
+        raise FileNotFoundError(f"'{folder}' {problem}: give the output of a lora or qlora run.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"'{output}' is not empty: choose another folder.")
     brought = read_belongings(folder)
