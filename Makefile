@@ -10,8 +10,8 @@ JOBS ?= 2
 
 help:
 	@echo "make demo        the embedded policy: predictions on example frames, films of it in simulation, in $(OUTPUTS)/"
-	@echo "make policy      record, train and evaluate the policy of this folder anew: hours"
-	@echo "make test        the whole test-suite (offline, CPU)"
+	@echo "make policy      record, train and evaluate the policy of this folder again: hours"
+	@echo "make test        the complete test suite (offline, CPU)"
 	@echo "make test-floor  the same with the oldest supported libraries"
 	@echo "make test-newest the same with the newest of everything, without constraints"
 	@echo "make test-install  an installation without extras: files, verbs, and what they say is missing"

@@ -1,8 +1,10 @@
 """The command line: one thin function per verb. What a verb needs is imported when it runs."""
 
+import importlib.metadata
 import inspect
 import json
 import os
+import platform
 import signal
 import warnings
 from collections.abc import Callable
@@ -53,9 +55,24 @@ class Group(TyperGroup):
 app = typer.Typer(cls=Group, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
 
+def show_versions(asked: bool) -> None:
+    if asked:
+        from . import __version__
+
+        libraries = (f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "timm", "torch"))
+        typer.echo(f"openvla {__version__} ({', '.join(libraries)}, Python {platform.python_version()})")
+        raise typer.Exit()
+
+
 @app.callback()
 def options(
-    traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=show_versions, is_eager=True, help="Show the versions and stop."),
+    ] = False,
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="Show where an error came from; before the verb.")
+    ] = False,
 ) -> None:
     """OpenVLA: an image and an instruction go in, a robot action comes out.
 

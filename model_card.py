@@ -74,10 +74,10 @@ BODY = """
 | part | what |
 | --- | --- |
 | weights | {source} |
-| vision | {vision} (`{vision_backbone_id}`), images `{image_resize_strategy}` |
-| language model | `{hf_llm_id}` (`{llm_backbone_id}`) |
+| vision | {vision} (`{vision_backbone_id}`){sizes}, images `{image_resize_strategy}` |
+| language model | `{hf_llm_id}` (`{llm_backbone_id}`), {layers} layers of width {width} |
 
-The language model and the vision towers have licences of their own, which a fine-tuned model inherits.
+The published language models and vision towers have licences of their own, which models fine-tuned from them inherit.
 """
 
 
@@ -133,8 +133,11 @@ def model_card(
         source=link or weights or "this folder",
         vision=", ".join(f"`{model_id}`" for model_id in config.timm_model_ids or []),
         vision_backbone_id=config.vision_backbone_id,
+        sizes=", sizes of its own (`timm_model_kwargs`)" if any(config.timm_model_kwargs) else "",
         image_resize_strategy=config.image_resize_strategy,
         hf_llm_id=config.hf_llm_id,
         llm_backbone_id=config.llm_backbone_id,
+        layers=config.text_config.num_hidden_layers,
+        width=config.text_config.hidden_size,
     )
     return f"---\n{data.to_yaml()}\n---\n{body}"

@@ -4,7 +4,7 @@
     python benchmarks/diffusion_policy.py train data/mt10 --output outputs/diffusion --steps 8550
     python benchmarks/diffusion_policy.py evaluate outputs/diffusion --output runs/diffusion --episodes 50
 
-Training goes on from its last checkpoint when the same command is given again. Evaluation writes the report of
+Training continues from its last checkpoint when the same command is given again. Evaluation writes the report of
 `openvla evaluate`, from the same seeds. `diffusion_networks.py` says what the policy is.
 """
 
@@ -150,7 +150,7 @@ def train(arguments: argparse.Namespace) -> DiffusionPolicy:
     started, losses = time.perf_counter(), []
     bar = tqdm(range(begun, arguments.steps), initial=begun, total=arguments.steps, unit="step")
     for step in bar:
-        # All that is drawn hangs on the step: a resumed run is the same as one that was not stopped.
+        # All that is drawn depends on the step: a resumed run is the same as one that was not stopped.
         rng = np.random.default_rng([arguments.seed, step, 1])
         indices = next(batches)
         images = crop(frames.images[indices], config.crop_size, rng)

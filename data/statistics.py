@@ -151,7 +151,7 @@ def plot_statistics(
             axes.axvline(value, color="tab:red", lw=1)
         axes.set_yscale("log")
         axes.set_ylabel(names[index])
-    figure.suptitle("actions; red: the ends of the bins (q01, q99), gray: every 16th edge")
+    figure.suptitle("actions: steps by value (log scale); red: the ends of the bins (q01, q99), gray: every 16th edge")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
     plt.close(figure)

@@ -3,8 +3,8 @@
 #
 #     make policy          # or: bash examples/policy.sh OUTPUT
 #
-# Hours on a CPU (finetune's --compile makes them fewer where there is a C++ compiler). Every command goes on where it was
-# stopped, and so does the whole. To see it through in minutes:
+# Hours on a CPU (finetune's --compile makes them fewer where there is a C++ compiler). Every command continues where it
+# was stopped, and so does this script. To see it through in minutes:
 #
 #     TASKS=drawer-open-v3 EPISODES=8 STEPS=4 COOLING=2 EVALUATED=1 VARIED=1 make policy
 set -euo pipefail

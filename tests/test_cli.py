@@ -12,11 +12,14 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+import typer
 from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+import openvla
 from openvla import OpenVLAForActionPrediction, cli
+from openvla.evaluation.environment import ENVIRONMENTS
 from openvla.training import STRATEGIES, FinetuneOptions
 
 
@@ -64,6 +67,21 @@ def test_help_teaches():
         assert f"  openvla {verb} " in run(verb, "--help").stdout, "no example"
     assert "metres and radians" in run("predict", "--help").stdout
     assert "Did you mean 'predict'?" in run("prdict", code=2).stderr
+
+
+def test_every_option_is_a_sentence():
+    """What it is, not half of it ("Of the optimizer."), in every verb; values that are fixed elsewhere are the same."""
+    for verb, command in typer.main.get_command(cli.app).commands.items():
+        for parameter in command.params:
+            text = parameter.help or ""
+            assert text.endswith(".") and not text.startswith(("Of ", "Default", "The same ")), (verb, parameter.name)
+    assert all(name in run("evaluate", "--help").stdout for name in ENVIRONMENTS)
+
+
+def test_version():
+    assert re.fullmatch(
+        rf"openvla {openvla.__version__} \(transformers .*, torch .*, Python .*\)\n", run("--version").stdout
+    )
 
 
 def test_reading_the_command_line_needs_nothing_heavy():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -88,7 +89,8 @@ def test_strategies_on_formats(strategy, dataset, tmp_path):
     model = AutoModel.from_pretrained(str(folder))
     assert set(model.norm_stats) == {"mine"}
     assert model.predict_action(IMAGE, "open the drawer").shape == (7,)
-    assert "# run" in (tmp_path / "run" / "README.md").read_text()
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "# run" in card and re.search(r"^\| learning_rate \| [\d.e-]+ \|$", card, re.M) and "| None |" not in card
 
 
 def test_an_existing_folder_is_not_merged_into(tmp_path):

@@ -165,6 +165,7 @@ def test_model_card(published, packaged, tmp_path):
     assert {"vla", "robotics"} <= set(data["tags"]) and "license" not in data
     assert "| `bridge_orig` | 7 | 45,630 | 1,739,492 |" in card.text and "| `nomask_6d` | 6 |" in card.text
     assert "trust_remote_code=True" in card.text and "meta-llama/Llama-2-7b-hf" in card.text
+    assert "sizes of its own (`timm_model_kwargs`)" in card.text and "layers of width" in card.text  # no Llama-2-7b
 
     licensed = tmp_path / "licensed"
     shutil.copytree(published["tiny-openvla-siglip"], licensed)

@@ -24,8 +24,8 @@ class FinetuneOptions:
     )
     output: str = required("Folder for the result.")
     model: str = required(
-        "Folder or Hub id to start from; or an earlier run: lora and qlora let its adapter go on learning (same rank), "
-        "the others add it to its base first."
+        "Model to start from: a folder or a Hub id; or an earlier run: lora and qlora let its adapter continue "
+        "learning (same rank), the others add it to its base first."
     )
     strategy: Literal["full", "last_layer", "frozen_vision", "sandwich", "lora", "qlora"] = option(
         "lora", "Which parameters learn (table 1 of the paper); qlora: lora on a 4-bit base."
@@ -152,7 +152,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Options of a resumed run that do not agree with those it was started with; both with `global_batch`."""
     names = {item.name for item in fields(FinetuneOptions)} - FREE_ON_RESUME - GLOBAL_BATCH | {"global_batch"}
     if now["schedule"] != "constant":
-        names.add("steps")  # the learning rate hangs on them
+        names.add("steps")  # the learning rate depends on them
     return [
         f"{name} was {before[name]!r}, is {now[name]!r}"
         for name in sorted(names)

@@ -264,7 +264,8 @@ def card(run: Run) -> str:
         weights=f"fine-tuned from `{begun_with}`",
         adapter_of=f"`{begun_with}`" if options.strategy in LEARNING_RATES else None,
     )
-    rows = "\n".join(f"| {name} | {value} |" for name, value in shared_options(options).items())
+    given = shared_options(options) | {"learning_rate": learning_rate(options)}
+    rows = "\n".join(f"| {name} | {value} |" for name, value in given.items() if value not in (None, ""))
     return f"{text}\n## Fine-tuned\n\nWith `openvla finetune`:\n\n| option | value |\n| --- | --- |\n{rows}\n"
 
 
