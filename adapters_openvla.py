@@ -9,13 +9,18 @@ adapter's folder but what stands in adapter_config.json; there, under the free `
 
 import os
 import warnings
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import torch
 from transformers.utils import cached_file
 
 from .action_tokenizer import check_statistics, read_statistics
+from .decoding_openvla import every_module
 from .files_openvla import cache_folder, local_folder, read_json, weights_digest
+from .loading_openvla import QUIET, WEIGHTS_FILES
 from .processing_openvla import HUB_KWARGS, OpenVLAImageProcessor, OpenVLAProcessor
 
 
@@ -44,13 +49,7 @@ def read_belongings(adapter: str | os.PathLike, **hub: Any) -> dict[str, Any]:
     hub = {name: value for name, value in hub.items() if name in HUB_KWARGS}
 
     def file(name: str) -> str | None:
-        return cached_file(
-            os.fspath(adapter),
-            name,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            **hub,
-        )
+        return cached_file(os.fspath(adapter), name, **QUIET, **hub)
 
     config = file(ADAPTER)
     if config is None:
@@ -88,12 +87,31 @@ def with_belongings(processor: OpenVLAProcessor, brought: dict[str, Any] | None)
 # Its base -------------------------------------------------------------------------------------------------------------
 
 
-def adapter_folder(model: str | os.PathLike | None) -> Path | None:
-    """The local folder `model`, if it holds an adapter and no weights of a whole model."""
-    folder = Path(model) if model else None
-    if folder is None or not (folder / ADAPTER).is_file() or any(folder.glob("*model-0*.safetensors")):
+def find_adapter(model: str | os.PathLike, hub: Mapping[str, Any] = MappingProxyType({})) -> Path | None:
+    """The local folder, or the cached one of a Hub id, of the adapter that `model` is; None if it is none.
+
+    Args:
+        hub: Of `HUB_KWARGS`.
+
+    Raises:
+        FileNotFoundError: If `model` is neither folder nor Hub id.
+        ValueError: If it holds weights of a model as well: nothing says whether they include the adapter.
+    """
+    local_folder(model)
+    options = {name: value for name, value in hub.items() if name in HUB_KWARGS} | QUIET
+    config = cached_file(os.fspath(model), ADAPTER, **options)
+    if config is None:
         return None
-    return None if (folder / "model.safetensors").is_file() else folder
+    read_json(config)  # says what is wrong with it
+    for name in WEIGHTS_FILES:
+        for file in (name, f"{name}.index.json"):
+            if cached_file(os.fspath(model), file, **options) is not None:
+                raise ValueError(
+                    f"'{os.fspath(model)}' holds a model ({file}) and an adapter ({ADAPTER}), and nothing says whether "
+                    "the weights include the adapter. Give each its own folder, or remove the adapter's files from "
+                    "a model that it was merged into."
+                )
+    return Path(config).parent
 
 
 def portable_path(path: str | os.PathLike, start: str | os.PathLike) -> str:
@@ -185,10 +203,12 @@ def check_base(base: str | os.PathLike, digest: str | None) -> str | None:
 
 
 class AdapterBelongings:
-    """Of a model: units, prompt form and pixels are those of the adapters that are active, however they were added
-    (`load_adapter`, `PeftModel`), chosen, disabled, deleted or merged; without one, those of the base.
+    """Of a model: units, prompt form and pixels are those of the adapters that take part in a prediction, however they
+    were added (`load_adapter`, `PeftModel`), chosen, disabled, deleted or merged; without one, those of the base.
 
-    `peft_config` is where PEFT writes the adapters of a model down.
+    `peft_config` is where PEFT writes the adapters of a model down. It tells nothing of an adapter that it makes of
+    others (`add_weighted_adapter`), or of other weights that it loads under the name of one: what a configuration says
+    is believed only of the weights that came with it.
     """
 
     config: Any
@@ -202,44 +222,56 @@ class AdapterBelongings:
 
     @peft_config.setter
     def peft_config(self, value: dict[str, Any]) -> None:
-        # A layer is kept, because it tells what was merged when PEFT has taken the layers out. In a list: it must not
-        # become a part of the model.
-        self.__dict__.update(_peft_config=value, _tuner_layer=[self._find_tuner_layer()])
+        self.__dict__["_peft_config"] = value
+        self._tuner_layers()
 
     @peft_config.deleter
     def peft_config(self) -> None:
         if "_peft_config" not in self.__dict__:
             raise AttributeError("The model has no adapters.")
-        layer = self.__dict__.pop("_tuner_layer")[0]
+        self._settle()
         configs = self.__dict__.pop("_peft_config")
-        merged = [configs[name] for name in getattr(layer, "merged_adapters", ()) if name in configs]
-        if merged:  # the base is now what they make of it
-            statistics, processor = _together(merged, "norm_stats"), _together(merged, "processor")
-            if statistics is not None:
-                self.config.norm_stats = statistics
-            self._merged_processor = processor
+        # They tell what was merged when PEFT has taken them out.
+        names = {name for layer in self.__dict__.pop("_known_tuner_layers", ()) for name in layer.merged_adapters}
+        merged = [config for name, config in configs.items() if name in names]
+        if not merged:
+            return
+        try:  # the base is now what they make of it
+            for config in merged:
+                _check_known(config)
+            statistics, self._merged_processor = _together(merged, "norm_stats"), _together(merged, "processor")
+        except ValueError as error:
+            warnings.warn(f"The merged model has no action statistics. {error}", stacklevel=3)
+            self.config.norm_stats = None
+            return
+        if statistics is not None:
+            self.config.norm_stats = statistics
 
-    def _find_tuner_layer(self) -> Any:
-        return next((module for module in self.modules() if hasattr(module, "merged_adapters")), None)
+    def _tuner_layers(self) -> list[Any]:
+        """Layers of adapters. Kept, in a tuple: they must not become a part of the model."""
+        layers = [module for module in every_module(self) if hasattr(type(module), "merged_adapters")]  # type: ignore
+        if layers:
+            self.__dict__["_known_tuner_layers"] = tuple(layers)
+        return layers
 
     def _active_adapters(self) -> list[Any]:
         """Configurations of the adapters that take part in a prediction."""
         configs = self.__dict__.get("_peft_config")
         if not configs:
             return []
-        layer = self._find_tuner_layer()
-        if layer is None:  # unloaded; older PEFT leaves the configurations there
+        layers = self._tuner_layers()
+        if not layers:  # unloaded; older PEFT leaves the configurations there
             del self.peft_config
             return []
-        if layer.disable_adapters:
-            return []
-        return [configs[name] for name in layer.active_adapters if name in configs]
+        self._settle()
+        names = {name for layer in layers for name in _at_work(layer)}
+        return [config for name, config in configs.items() if name in names]
 
     def _adapter_statistics(self) -> dict[str, Any] | None:
         """Statistics of the active adapters together; None where those of the base count.
 
         Raises:
-            ValueError: If they cannot be acted on, or differ between adapters for one dataset.
+            ValueError: If they cannot be acted on, are not known, or differ between adapters for one dataset.
         """
         active = self._active_adapters()
         for config in active:
@@ -250,7 +282,9 @@ class AdapterBelongings:
         return _together(self._active_adapters(), "processor") or self.__dict__.get("_merged_processor")
 
     def _check_adapter(self, config: Any) -> None:
-        """Warn once if nothing is known of the training of an adapter that was loaded, or it had another base."""
+        """Raise a `ValueError` if the units of an adapter are not known; warn once if nothing is known of its training,
+        or it had another base."""
+        _check_known(config)
         if getattr(config, "_openvla_checked", False):
             return
         config._openvla_checked = True
@@ -270,14 +304,97 @@ class AdapterBelongings:
             warnings.warn(f"{problem}.", stacklevel=3)
 
     def _bring(self, name: str, brought: dict[str, Any]) -> None:
-        """Note what belongs to the adapter `name`."""
+        """Note what belongs to the adapter `name`, whose weights were just loaded."""
         config = self.peft_config[name]
+        _check_filled(name, [value for key, value in self.named_parameters() if f".{name}." in f"{key}."])  # type: ignore
         config.auto_mapping = {**(config.auto_mapping or {}), KEY: brought}
-        config._openvla_checked = False
+        config._openvla_checked, config._openvla_loaded = False, True
         self._check_adapter(config)
 
+    # What PEFT does not tell ----------------------------------------------------------------------------------------
 
-def _together(configs: list[Any], what: str) -> Any:
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        # torch calls it of every module whose weights are loaded: PEFT loads those of an adapter in this way.
+        configs = self.__dict__.get("_peft_config") or {}
+        for name, config in configs.items():
+            loaded = {key: value for key, value in state_dict.items() if f".{name}." in f"{key}."}
+            if not loaded:
+                continue
+            _check_filled(name, loaded.values())
+            if getattr(config, "_openvla_loaded", False) and config.inference_mode and self._differ(loaded, prefix):
+                _forget(config, f"Other weights were loaded under the name of the adapter '{name}'")
+            config._openvla_loaded = True
+        if configs:
+            self._tuner_layers()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[misc]
+
+    def _differ(self, loaded: Mapping[str, torch.Tensor], prefix: str) -> bool:
+        own = dict(self.named_parameters())  # type: ignore[attr-defined]
+        pairs = ((own.get(name.removeprefix(prefix)), value) for name, value in loaded.items())
+        return any(there is not None and not torch.equal(there, value.to(there)) for there, value in pairs)
+
+    def _save_to_state_dict(self, *args, **kwargs):
+        self._settle(before_loading=True)  # what an adapter is saved with; PEFT asks before it loads one as well
+        super()._save_to_state_dict(*args, **kwargs)  # type: ignore[misc]
+
+    def _settle(self, before_loading: bool = False) -> None:
+        """Find the adapters that were made of others: their configuration is a copy, and its weights were not loaded.
+        They keep what it says only where all others say the same.
+
+        Args:
+            before_loading: Adapters may be there whose weights come next.
+        """
+        configs = self.__dict__.get("_peft_config") or {}
+        for name, config in configs.items():
+            others = [other for other in configs.values() if other is not config]
+            shared = any(other.auto_mapping is config.auto_mapping for other in others)
+            copied = shared or (config.inference_mode and not before_loading)
+            made = copied and not getattr(config, "_openvla_loaded", False)
+            if not made or not belongings(config):
+                continue
+            if not others or any(_units(other) != _units(config) for other in others):
+                _forget(config, f"The adapter '{name}' was made of others, which have other units or are gone")
+            config.auto_mapping, config._openvla_loaded = dict(config.auto_mapping), True
+
+
+def _at_work(layer: Any) -> list[str]:
+    """Names of the adapters whose weights a layer computes with."""
+    if layer.disable_adapters:
+        return []
+    if layer.merged_adapters:
+        return layer.merged_adapters
+    own = {name for kind in layer.adapter_layer_names for name in getattr(layer, kind, ())}
+    return [name for name in layer.active_adapters if name in own]
+
+
+def _check_filled(name: str, weights: Collection[torch.Tensor]) -> None:
+    if weights and not any(weight.is_meta or bool(weight.any()) for weight in weights):
+        raise ValueError(
+            f"The weights of the adapter '{name}' are all zero, which no training leaves behind: a file that was "
+            "allocated and never filled, copy or download it again."
+        )
+
+
+def _units(config: Any) -> tuple[Any, Any]:
+    brought = belongings(config)
+    return brought.get("norm_stats"), brought.get("processor")
+
+
+def _forget(config: Any, why: str) -> None:
+    """Let a configuration say that its units are not known, also where it is saved."""
+    config.auto_mapping = {**(config.auto_mapping or {}), KEY: {"unknown": why}}
+
+
+def _check_known(config: Any) -> None:
+    if why := belongings(config).get("unknown"):
+        raise ValueError(
+            f"{why}, so the units of its actions are not known: load an adapter under a name of its own, or say them "
+            "while it is active, model.norm_stats = {dataset: {'action': {'q01': [...], 'q99': [...]}}} (in PEFT "
+            "model.get_base_model().norm_stats = ...)."
+        )
+
+
+def _together(configs: Iterable[Any], what: str) -> Any:
     """What several adapters brought, None if nothing. Raises a `ValueError` where they contradict each other."""
     found: dict[str, Any] = {}
     for brought in (belongings(config).get(what) for config in configs):

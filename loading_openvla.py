@@ -137,19 +137,6 @@ def check_folder(name: str | os.PathLike, loading: Mapping[str, Any]) -> None:
             check_weight_file(file, quantized)
 
 
-def adapter_of(name: str | os.PathLike, hub: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Content of the adapter_config.json of a folder or Hub id that holds a PEFT adapter and no model of its own."""
-    if cached_file(name, "config.json", **QUIET, **hub) is not None:
-        return None
-    file = cached_file(name, "adapter_config.json", **QUIET, **hub)
-    if file is None:
-        return None
-    content = read_json(file)
-    if not isinstance(content.get("base_model_name_or_path"), str):
-        raise ValueError(f"'{file}' does not name the base of the adapter (base_model_name_or_path).")
-    return content
-
-
 # Tensors --------------------------------------------------------------------------------------------------------------
 
 
@@ -245,7 +232,6 @@ def _likely_cause(missing: Collection[str], unexpected: Collection[str], mismatc
 
 
 __all__ = [
-    "adapter_of",
     "check_filled",
     "check_folder",
     "check_loaded",

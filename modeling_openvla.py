@@ -38,10 +38,11 @@ from .action_tokenizer import (
     unnormalize_actions,
 )
 from .adapters_openvla import (
+    KEY,
     AdapterBelongings,
-    adapter_folder,
     belongings,
     check_base,
+    find_adapter,
     find_base,
     read_belongings,
     with_belongings,
@@ -62,7 +63,7 @@ from .decoding_openvla import (
 
 # Of a local folder transformers 5.4 and 5.5 copy no more than this file names: also what others import.
 from .files_openvla import read_json as _read_json  # noqa: F401
-from .loading_openvla import LOADING, QUIET, adapter_of, check_filled, check_folder, check_loaded
+from .loading_openvla import LOADING, QUIET, check_filled, check_folder, check_loaded
 from .outputs_openvla import CACHE, CACHE_NAMES, ActionPrediction, OpenVLAOutput, one_cache, with_both_names
 from .processing_openvla import HUB_KWARGS, OpenVLAProcessor, as_image_list, is_image_list, load_image
 from .prompts_openvla import check_prompt_ids
@@ -374,23 +375,33 @@ class OpenVLAForActionPrediction(AdapterBelongings, OpenVLAPreTrainedModel, Gene
             ValueError: If a file is damaged or a Git LFS pointer, or the weights lack tensors of the model, hold others
                 or of another shape: nothing stays random.
         """
-        adapter = adapter_folder(pretrained_model_name_or_path)
-        if adapter is not None:
-            return cls._from_adapter(adapter, *model_args, **kwargs)
+        name = pretrained_model_name_or_path
         hub = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
         given = check_statistics(kwargs["norm_stats"]) if kwargs.get("norm_stats") is not None else None
+        of_adapter = dict(kwargs.pop("adapter_kwargs", None) or {})
+        # Of a Hub id AutoModel passes the base, and the adapter beside it.
+        adapter_name = of_adapter.pop("_adapter_model_path", None)
+        if adapter_name is None:
+            adapter_name = name
+            of_adapter = {**hub, **of_adapter}
+        adapter = None if adapter_name is None else find_adapter(adapter_name, of_adapter)
+        if adapter is not None:
+            # Not of the base: where the adapter's repository was named, which revision and folder of it
+            left_out = ("norm_stats", *(("revision", "subfolder") if adapter_name is name else ()))
+            kwargs = {key: value for key, value in kwargs.items() if key not in left_out}
+            loaded = cls._from_adapter(adapter, *model_args, **kwargs)
+            if given is not None:
+                (loaded[0] if isinstance(loaded, tuple) else loaded).norm_stats = given
+            return loaded
         take_quantization(kwargs)
-        loaded = cls._load(pretrained_model_name_or_path, *model_args, **kwargs)
+        loaded = cls._load(name, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model._hub_kwargs = hub
         keep_split_blocks_from_packing(model)
         if given is not None:
             model.config.norm_stats = given
-        elif pretrained_model_name_or_path is not None:
-            # An adapter from the Hub has brought its own; these are those of its base.
-            adapted = getattr(model, "_hf_peft_config_loaded", False)
-            where = model.config.name_or_path if adapted else pretrained_model_name_or_path
-            file = cached_file(where, "dataset_statistics.json", **QUIET, **hub)
+        elif name is not None:
+            file = cached_file(name, "dataset_statistics.json", **QUIET, **hub)
             if file is not None:
                 model.config.norm_stats = read_statistics(file)
             elif model.config.norm_stats:
@@ -401,9 +412,7 @@ class OpenVLAForActionPrediction(AdapterBelongings, OpenVLAPreTrainedModel, Gene
     @classmethod
     def _from_adapter(cls, adapter: Path, *model_args, **kwargs):
         """The base of an adapter in a local folder, and the adapter on it."""
-        for name in ("adapter_kwargs", "subfolder"):
-            kwargs.pop(name, None)
-        adapter_name = kwargs.pop("adapter_name", "default")
+        adapter_name = kwargs.pop("adapter_name", None) or "default"
         base = find_base(adapter)
         loaded = cls.from_pretrained(base, *model_args, **kwargs)
         problem = check_base(base, read_belongings(adapter).get("base_digest"))
@@ -418,23 +427,8 @@ class OpenVLAForActionPrediction(AdapterBelongings, OpenVLAPreTrainedModel, Gene
     @classmethod
     def _load(cls, name, *model_args, ignore_mismatched_sizes=False, output_loading_info=False, **kwargs):
         """`from_pretrained` of the library, after which every tensor of the model is known to come from the weights."""
-        hub = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
         if name is not None:
             check_folder(name, kwargs)
-            adapter = adapter_of(name, hub)
-            if adapter is not None:
-                # In two steps: what the library tells of its one step (loading info) leaves out the base.
-                options = {"adapter_name": kwargs.pop("adapter_name", None)}
-                options["adapter_kwargs"] = {**hub, **(kwargs.pop("adapter_kwargs", None) or {})}
-                for key in ("revision", "subfolder"):  # of the adapter
-                    kwargs.pop(key, None)
-                kwargs |= {
-                    "ignore_mismatched_sizes": ignore_mismatched_sizes,
-                    "output_loading_info": output_loading_info,
-                }
-                loaded = cls.from_pretrained(adapter["base_model_name_or_path"], *model_args, **kwargs)
-                (loaded[0] if output_loading_info else loaded).load_adapter(name, **options)
-                return loaded
         try:
             model, info = super().from_pretrained(
                 name, *model_args, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
@@ -494,9 +488,11 @@ class OpenVLAForActionPrediction(AdapterBelongings, OpenVLAPreTrainedModel, Gene
 
     @norm_stats.setter
     def norm_stats(self, value: dict | None) -> None:
-        active = [config for config in self._active_adapters() if "norm_stats" in belongings(config)]
+        active = [config for config in self._active_adapters() if belongings(config).keys() & {"norm_stats", "unknown"}]
         for config in active:
-            config.auto_mapping["openvla"]["norm_stats"] = value
+            brought = {**belongings(config), "norm_stats": value}
+            brought.pop("unknown", None)
+            config.auto_mapping = {**config.auto_mapping, KEY: brought}
         if not active:
             self.config.norm_stats = value
 

@@ -153,6 +153,159 @@ def test_units_follow_the_active_adapter_of_peft(place):
     assert list(model.unload().norm_stats) == ["metaworld"]
 
 
+def in_configuration(run: Path) -> Path:
+    """Statistics also where PEFT reads them, as a run writes them."""
+    content = json.loads((run / "adapter_config.json").read_text())
+    content["auto_mapping"]["openvla"]["norm_stats"] = json.loads((run / "dataset_statistics.json").read_text())
+    (run / "adapter_config.json").write_text(json.dumps(content))
+    return run
+
+
+def two_adapters(place: Path, other: Path, **options):
+    model = OpenVLAForActionPrediction.from_pretrained(place / "base")
+    model = peft.PeftModel.from_pretrained(model, place / "run", **options)
+    model.load_adapter(other, "second", **options)
+    return model
+
+
+@pytest.mark.parametrize("is_trainable", [False, True])
+@pytest.mark.parametrize("alone", [False, True])
+def test_units_of_adapters_made_of_others(place, is_trainable, alone):
+    """PEFT gives them the configuration of the first."""
+    other = in_configuration(other_run(place / "run"))
+    for folder in (place / "run", other):  # with a task, PEFT saves what the configuration says of its training
+        content = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps({**content, "task_type": "CAUSAL_LM"}))
+    model = two_adapters(place, other, is_trainable=is_trainable)
+    model.add_weighted_adapter(["second", "default"], [0.5, 0.5], "both", combination_type="linear")
+    model.set_adapter("both")
+    if alone and is_trainable:
+        model.state_dict()  # looked at once before they are gone
+    for name in ("default", "second") if alone else ():
+        model.delete_adapter(name)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="'both' was made of others.*say them while it is active"):
+            act(model)
+    model.save_pretrained(place / "saved", selected_adapters=["both"])
+    loaded = OpenVLAForActionPrediction.from_pretrained(place / "base")
+    with pytest.raises(ValueError, match="'both' was made of others"):
+        loaded.load_adapter(str(place / "saved" / "both"))
+    model.get_base_model().norm_stats = own = {"own": {"action": {"q01": [-2.0] * 7, "q99": [2.0] * 7}}}
+    assert model.norm_stats == own and max(map(abs, act(model))) > 1
+    if not alone:
+        model.set_adapter("default")
+        assert list(model.norm_stats) == ["mine"]
+    model.set_adapter("both")
+    assert list(model.merge_and_unload().norm_stats) == ["own"]
+
+
+def test_adapters_made_of_others_that_agree(place):
+    model = two_adapters(place, Path(shutil.copytree(place / "run", place / "again")))
+    model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "both", combination_type="linear")
+    model.set_adapter("both")
+    assert list(model.norm_stats) == ["mine"] and act(model)
+
+
+def test_other_weights_under_one_name(place):
+    other = in_configuration(other_run(place / "run"))
+    weights = load_file(other / "adapter_model.safetensors")
+    save_file({name: value + 0.01 for name, value in weights.items()}, other / "adapter_model.safetensors")
+    model = peft.PeftModel.from_pretrained(OpenVLAForActionPrediction.from_pretrained(place / "base"), place / "run")
+    model.load_adapter(place / "run", "default")  # the same ones again
+    assert list(model.norm_stats) == ["mine"]
+    model.load_adapter(other, "default")
+    with pytest.raises(ValueError, match="Other weights were loaded under the name of the adapter 'default'"):
+        act(model)
+    with pytest.raises(ValueError, match="Other weights"):
+        model.merge_adapter()
+        act(model)
+    with pytest.warns(UserWarning, match="merged model has no action statistics"):
+        merged = model.merge_and_unload()
+    with pytest.raises(ValueError, match="no action statistics"):
+        act(merged)
+
+
+def test_weights_that_are_merged_give_the_units(place):
+    """Also those of an adapter that is not active, or is not in the first layers."""
+    other = in_configuration(other_run(place / "run"))
+    content = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps({**content, "target_modules": ["q_proj"]}))
+    weights = {k: v for k, v in load_file(other / "adapter_model.safetensors").items() if "q_proj" in k}
+    save_file(weights, other / "adapter_model.safetensors")
+    model = two_adapters(place, other)
+    model.merge_adapter(["second"])
+    with pytest.raises(ValueError, match="2 datasets; pass unnorm_key"):  # elsewhere "default" computes
+        act(model)
+    model.unmerge_adapter()
+    assert list(model.norm_stats) == ["mine"]
+    model.set_adapter("second")
+    model.merge_adapter()
+    assert list(model.norm_stats) == ["other"]
+    model.unmerge_adapter()
+    assert list(model.merge_and_unload(adapter_names=["second"]).norm_stats) == ["other"]
+
+
+def test_adapters_that_were_never_filled(place):
+    file = place / "run" / "adapter_model.safetensors"
+    save_file({name: torch.zeros_like(value) for name, value in load_file(file).items()}, file)
+    model = OpenVLAForActionPrediction.from_pretrained(place / "base")
+    for load in (
+        lambda: OpenVLAForActionPrediction.from_pretrained(place / "run"),
+        lambda: model.load_adapter(str(place / "run")),
+        lambda: peft.PeftModel.from_pretrained(
+            OpenVLAForActionPrediction.from_pretrained(place / "base"), place / "run"
+        ),
+    ):
+        with pytest.raises(ValueError, match="weights of the adapter 'default' are all zero"):
+            load()
+
+
+def test_statistics_that_are_given_count_for_an_adapter(place):
+    own = {"own": {"action": {"q01": [-2.0] * 7, "q99": [2.0] * 7}}}
+    model = OpenVLAForActionPrediction.from_pretrained(place / "run", norm_stats=own)
+    assert model.norm_stats == own and list(model.config.norm_stats) == ["metaworld"]
+
+
+def test_a_model_and_an_adapter_in_one_folder(place):
+    """Merged weights that were saved into the folder of their adapter would be given it twice."""
+    merged = OpenVLAForActionPrediction.from_pretrained(place / "run")
+    for name in ("model.safetensors", "config.json"):
+        shutil.copyfile(place / "base" / name, place / "run" / name)
+    del merged
+    for load in (OpenVLAForActionPrediction.from_pretrained, AutoModel.from_pretrained):
+        with pytest.raises(ValueError, match="holds a model .model.safetensors. and an adapter"):
+            load(place / "run")
+    with pytest.raises(ValueError, match="holds a model"):
+        train(place / "run", place / "again")
+
+
+def in_hub_cache(cache: Path, folder: Path, name: str) -> None:
+    repository = cache / f"models--{name.replace('/', '--')}"
+    shutil.copytree(folder, repository / "snapshots" / ("0" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+
+
+def test_adapters_of_the_hub(place):
+    """A run keeps the configuration of its base, so that config.json tells nothing."""
+    expected = act(OpenVLAForActionPrediction.from_pretrained(place / "run"))
+    content = json.loads((place / "run" / "adapter_config.json").read_text())
+    content["base_model_name_or_path"] = "somebody/base"
+    del content["auto_mapping"]["openvla"]["base_digest"]  # by which the base is found on this machine
+    (place / "run" / "adapter_config.json").write_text(json.dumps(content))
+    options = {"cache_dir": place / "hub", "local_files_only": True}
+    in_hub_cache(place / "hub", place / "run", "somebody/run")
+    in_hub_cache(place / "hub", place / "base", "somebody/base")
+    model = OpenVLAForActionPrediction.from_pretrained("somebody/run", **options)
+    assert list(model.norm_stats) == ["mine"] and act(model) == expected
+    weights = load_file(place / "base" / "model.safetensors")
+    del weights["projector.fc2.weight"]
+    snapshot = place / "hub" / "models--somebody--base" / "snapshots" / ("0" * 40)
+    save_file(weights, snapshot / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="1 missing: projector.fc2.weight"):
+        OpenVLAForActionPrediction.from_pretrained("somebody/run", **options)
+
+
 def test_prompt_form_and_pixels_are_those_of_the_adapter(place):
     images = json.loads((place / "run" / "processor_config.json").read_text())["image_processor"]
     images["image_resize_strategy"] = "letterbox"

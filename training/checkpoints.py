@@ -13,9 +13,9 @@ import torch
 from ..adapters_openvla import (
     ADAPTER,
     KEY,
-    adapter_folder,
     belongings,
     check_base,
+    find_adapter,
     find_base,
     of_processor,
     read_belongings,
@@ -89,7 +89,7 @@ def starting_point(model: str | os.PathLike) -> tuple[str, Path | None]:
     Raises:
         FileNotFoundError: If the base of the adapter is not there.
     """
-    adapter = adapter_folder(model)
+    adapter = find_adapter(model)
     return (os.fspath(model), None) if adapter is None else (find_base(adapter), adapter)
 
 
