@@ -1,5 +1,6 @@
 """The command line: one thin function per verb. What a verb needs is imported when it runs."""
 
+import errno
 import importlib.metadata
 import inspect
 import json
@@ -8,6 +9,7 @@ import platform
 import signal
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import MISSING, fields
 from enum import StrEnum
 from pathlib import Path
@@ -18,6 +20,7 @@ from typer.core import TyperGroup
 
 from .evaluation.options import RecordOptions
 from .extras import remedy
+from .options import respelled
 from .training.options import FinetuneOptions
 
 
@@ -27,6 +30,35 @@ EXTRAS = {"finetune": "train", "merge": "train", "record": "sim", "evaluate": "s
 HELP = {item.name: item.metadata["help"] for item in (*fields(RecordOptions), *fields(FinetuneOptions))}
 EMBEDDED_POLICY = str(Path(__file__).parent)
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
+
+
+WAYS_OUT = {  # of errors of the operating system that say no more than what happened
+    errno.ENOSPC: "make room, or give a place on another disk",
+    errno.EDQUOT: "make room, or give a place on another disk",
+    errno.EACCES: "give another place, or change its permissions",
+    errno.EPERM: "give another place, or change its permissions",
+    errno.EROFS: "give another place",
+    errno.ENOTDIR: "a part of that path is a file, give another place",
+    errno.EISDIR: "that is a folder, give a file",
+    errno.ENAMETOOLONG: "give a shorter name",
+}
+
+
+def reason(error: BaseException) -> str:
+    """What a user error says; of one that comes bare from the operating system also the file, and a way out."""
+    if isinstance(error, KeyError) and error.args:
+        return str(error.args[0])
+    if isinstance(error, OSError) and error.strerror and str(error).startswith("[Errno"):
+        where = f"'{os.fsdecode(error.filename)}': " if error.filename is not None else ""
+        way_out = WAYS_OUT.get(error.errno or 0)
+        return f"{where}{error.strerror}{f': {way_out}' if way_out else ''}."
+    return str(error)
+
+
+def options_in(verb: Any) -> dict[str, str]:
+    """{name in Python: option of the command line} of a verb; empty without one."""
+    parameters = verb.params if verb is not None else []
+    return {item.name: item.opts[0] for item in parameters if item.param_type_name == "option"}
 
 
 class Group(TyperGroup):
@@ -40,8 +72,8 @@ class Group(TyperGroup):
         except USER_ERRORS as error:
             if ctx.params.get("traceback"):
                 raise
-            message = error.args[0] if isinstance(error, KeyError) and error.args else error
-            typer.echo(f"error: {' '.join(str(message).split())}", err=True)
+            names = options_in(self.get_command(ctx, ctx.invoked_subcommand or ""))
+            typer.echo(f"error: {respelled(' '.join(reason(error).split()), names)}", err=True)
             raise typer.Exit(getattr(error, "exit_code", REFUSED)) from error
         except ModuleNotFoundError as error:
             verb = ctx.invoked_subcommand
@@ -256,7 +288,8 @@ def stats(
     from .data.checks import check_data
     from .data.recording import given_reader_options
     from .data.sources import open_sources
-    from .data.statistics import plot_statistics, statistics_table
+    from .data.statistics import check_plot, plot_statistics, statistics_table
+    from .folders import locked_file, write_json
 
     reader = {
         "cameras": cameras,
@@ -266,32 +299,47 @@ def stats(
         "rotate_images": rotate_images,
         "tolerance_s": tolerance_s,
     }
-    sources = open_sources(
-        dataset,
-        data_root=data_root,
-        split=split,
-        name=name,
-        gripper=gripper,
-        gripper_dims=gripper_dims,
-        mask=mask,
-        standardize=standardize,
-        filters=filters,
-        keep_unlabeled=True,
-        on_error=on_error,
-        progress=True,
-        **given_reader_options(reader),
-    )
-    for source in sources:
-        typer.echo(f"{source.report()}\n{statistics_table(source.statistics, source.names)}")
-        for warning in check_data(source):
-            typer.echo(f"warning   {warning}")
+    with locked_file(output) if output is not None else nullcontext():  # before the work, which may take long
+        if output is not None and output.exists():
+            check_statistics_file(output)
         if plot is not None:
-            path = plot if len(sources) == 1 else plot.with_stem(f"{plot.stem}_{source.name}")
-            plot_statistics(source.actions(), source.statistics, path, source.names)
-            typer.echo(f"wrote {path}")
-    if output is not None:
-        output.write_text(json.dumps({source.name: source.statistics for source in sources}, indent=2) + "\n")
-        typer.echo(f"wrote {output}")
+            check_plot(plot)
+        sources = open_sources(
+            dataset,
+            data_root=data_root,
+            split=split,
+            name=name,
+            gripper=gripper,
+            gripper_dims=gripper_dims,
+            mask=mask,
+            standardize=standardize,
+            filters=filters,
+            keep_unlabeled=True,
+            on_error=on_error,
+            progress=True,
+            **given_reader_options(reader),
+        )
+        for source in sources:
+            typer.echo(f"{source.report()}\n{statistics_table(source.statistics, source.names)}")
+            for warning in check_data(source):
+                typer.echo(f"warning   {warning}")
+            if plot is not None:
+                path = plot if len(sources) == 1 else plot.with_stem(f"{plot.stem}_{source.name}")
+                plot_statistics(source.actions(), source.statistics, path, source.names)
+                typer.echo(f"wrote {path}")
+        if output is not None:
+            write_json(output, {source.name: source.statistics for source in sources})
+            typer.echo(f"wrote {output}")
+
+
+def check_statistics_file(file: Path) -> None:
+    """Raise a `FileExistsError` if a file that is to be replaced holds no statistics."""
+    from .action_tokenizer import read_statistics
+
+    try:
+        read_statistics(file)
+    except (ValueError, KeyError) as error:
+        raise FileExistsError(f"'{file}' holds no statistics and would be replaced: give another file.") from error
 
 
 @app.command()
@@ -332,11 +380,16 @@ def finetune(
     from .hub import source_folder
     from .training import finetune as run
     from .training import merge_adapter, plan_run
+    from .training.checkpoints import check_merged
 
     if merge is not None and options.strategy not in ("lora", "qlora"):
         raise ValueError(f"--merge: strategy '{options.strategy}' has no adapter to merge.")
     first = int(os.environ.get("RANK", "0")) == 0  # of the processes that a launcher has started
     source_folder(options.model)
+    if merge is not None:
+        check_merged(merge)
+        if merge.expanduser().resolve() == Path(options.output).expanduser().resolve():
+            raise ValueError(f"--merge '{merge}' is the output of the run: give another folder.")
     if dry_run:
         if first:
             typer.echo(plan_run(options, processes=int(os.environ.get("WORLD_SIZE", "1"))))
@@ -668,10 +721,18 @@ def package(
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Entry point of the console script. There, a warning is one line, and names options as they are given there."""
+    group = typer.main.get_command(app)
+    verbs = getattr(group, "commands", {}).values()
+    names = {name: option for verb in verbs for name, option in options_in(verb).items()}
+
+    def show(message: Warning | str, *where: Any) -> None:
+        typer.echo(f"warning: {respelled(' '.join(str(message).split()), names)}", err=True)
+
+    warnings.showwarning = show
     # peft 0.21 reads it on every model of transformers 5.24; no option of ours changes that.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-    app(prog_name="openvla")
+    group(prog_name="openvla")
 
 
 if __name__ == "__main__":

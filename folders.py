@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,12 @@ from .files_openvla import weights_digest as weights_digest
 # What makes a folder load, and what says that it is complete: gone while files are replaced, and written last.
 MARKS = ("config.json", "adapter_config.json", "dataset_statistics.json")
 INSTALLED = {"site-packages", "dist-packages"}  # folders that pip fills
+OURS = ".openvla"  # empty file in a working folder: what lies beside it was made here and may be removed
+WORK = "work"  # the part of a working folder that is written into
+STALE = re.compile(
+    r"(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+)  # of an older model
+LOCK = re.compile(rb"\Z|\d+\n")  # content of a lock file: none, or a process where there are no other locks
 
 
 @contextmanager
@@ -27,6 +34,7 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
 
     Raises:
         ValueError: If `folder` is a file, or lies among installed packages.
+        FileExistsError: If a file of somebody else has the name of the lock.
         BlockingIOError: If another process works on the folder.
         OSError: If nothing can be written there.
     """
@@ -37,24 +45,84 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
         raise ValueError(f"'{folder}' lies among installed packages, whose updates remove it: give a folder elsewhere.")
     # Of a mounted volume only the folder itself may be writable.
     beside = not folder.is_dir() or os.access(folder.parent, os.W_OK)
-    file = folder.parent / f".{folder.name}.lock" if beside else folder / ".lock"
+    with _held(folder.parent / f".{folder.name}.lock" if beside else folder / ".lock", folder):
+        yield
+
+
+@contextmanager
+def locked_file(file: str | os.PathLike) -> Iterator[Path]:
+    """As `locked`, for a single file that is written at the end; its folder is made.
+
+    Raises:
+        ValueError: If `file` is a folder.
+    """
+    file = Path(file).expanduser().resolve()
+    if file.is_dir():
+        raise ValueError(f"'{file}' is a folder: give a file.")
+    with _held(file.parent / f".{file.name}.lock", file):
+        yield file
+
+
+@contextmanager
+def _held(file: Path, output: Path) -> Iterator[None]:
+    """The lock `file` of an `output`."""
     lock = FileLock(file, timeout=0)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.exists() and not (file.is_file() and LOCK.match(file.read_bytes())):  # locking would empty it
+            raise FileExistsError(f"'{file}' is in the way of the lock of '{output}': move it away.")
         lock.acquire()
     except Timeout:
         raise BlockingIOError(
-            f"Another process is writing to '{folder}' (it holds '{file}'): wait for it or stop it, or choose another "
-            "output folder."
+            f"Another process is writing to '{output}' (it holds '{file}'): wait for it or stop it, or choose another "
+            "output."
         ) from None
     except OSError as error:
-        raise OSError(f"Cannot write to '{folder}' ({error.strerror}): choose another output folder.") from error
+        if error.strerror is None:
+            raise
+        raise OSError(f"Cannot write to '{output}' ({error.strerror}): choose another output.") from error
     try:
         yield
     finally:
         # While the lock is held: a process that opened the file meanwhile sees that it is gone, and makes a new one.
         file.unlink(missing_ok=True)
         lock.release()
+
+
+@contextmanager
+def working_folder(place: Path) -> Iterator[Path]:
+    """A folder to write into, which vanishes at the end; what a killed process left of it is removed first.
+
+    It lies in `place`, marked as ours (`OURS`): nothing else is ever removed.
+
+    Raises:
+        FileExistsError: If something that is not marked so has the name `place`.
+    """
+    remove_working_folder(place)
+    place.mkdir(parents=True, exist_ok=True)
+    try:
+        (place / OURS).touch()
+        work = place / WORK
+        work.mkdir()
+        yield work
+    finally:
+        remove_working_folder(place)
+
+
+def remove_working_folder(place: Path) -> None:
+    """Remove a `working_folder` if it is there. The mark goes last: stopped on the way, it is still known as ours."""
+    if not place.is_symlink() and not place.exists():
+        return
+    ours = place.is_dir() and not place.is_symlink() and ((place / OURS).is_file() or not any(place.iterdir()))
+    if not ours:
+        raise FileExistsError(f"'{place}' is in the way and was not made here: move it away.")
+    for path in place.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != OURS:
+            path.unlink()
+    (place / OURS).unlink(missing_ok=True)
+    place.rmdir()
 
 
 @contextmanager
@@ -66,9 +134,22 @@ def new_folder(output: str | os.PathLike, overwrite: bool = False) -> Iterator[P
 
     Raises:
         ValueError: If `output` is a file, or a folder with something in it while `overwrite` is False.
+        FileExistsError: If something of somebody else has the name of the working folder.
         BlockingIOError: If another process is writing the same folder.
     """
     output = Path(output).expanduser().resolve()
+    check_new(output, overwrite)
+    with locked(output), working_folder(output.with_name(f".{output.name}.unfinished")) as work:
+        check_new(output, overwrite)  # another process may have finished it meanwhile
+        yield work
+        if output.is_dir():
+            move_into(work, output)
+        else:
+            os.replace(work, output)
+
+
+def check_new(output: Path, overwrite: bool = False) -> None:
+    """Raise a `ValueError` if `output` is a file, or holds something while `overwrite` is False."""
     if output.exists() and not output.is_dir():
         raise ValueError(f"'{output}' is a file: give a folder.")
     if output.is_dir() and any(output.iterdir()) and not overwrite:
@@ -76,18 +157,6 @@ def new_folder(output: str | os.PathLike, overwrite: bool = False) -> Iterator[P
             f"'{output}' is not empty: give a new folder, or allow overwriting (--overwrite), which replaces the model "
             "files in it and keeps all others."
         )
-    with locked(output):
-        work = output.with_name(f".{output.name}.unfinished")
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir()
-        try:
-            yield work
-            if output.is_dir():
-                move_into(work, output)
-            else:
-                os.replace(work, output)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
 
 
 def move_into(work: Path, output: Path) -> None:
@@ -97,10 +166,10 @@ def move_into(work: Path, output: Path) -> None:
     marks = [work / name for name in MARKS if work / name in files]
     for name in MARKS:
         (output / name).unlink(missing_ok=True)
-    for pattern in ("model*.safetensors", "model.safetensors.index.json", "adapter_model*.safetensors"):
-        for stale in output.glob(pattern):
-            if not (work / stale.name).exists():
-                stale.unlink()
+    of_original = any(file.suffix == ".pt" for file in files)  # its runs have no such weights
+    for stale in () if of_original else output.iterdir():
+        if STALE.fullmatch(stale.name) and not (work / stale.name).exists():
+            stale.unlink()
     for file in [path for path in files if path not in marks] + marks:
         target = output / file.relative_to(work)
         target.parent.mkdir(parents=True, exist_ok=True)

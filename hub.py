@@ -15,6 +15,7 @@ from huggingface_hub.errors import (
 )
 
 from .action_tokenizer import check_statistics, read_statistics
+from .adapters_openvla import adapter_folder, find_base
 from .configuration_openvla import OpenVLAConfig, closest
 from .files_openvla import local_folder
 from .folders import weights_digest
@@ -108,13 +109,15 @@ def statistics_of(folder: Path, config: OpenVLAConfig | None = None) -> dict[str
 
 
 def file_digests(folder: Path, weights: bool = True) -> dict[str, str]:
-    """Digests of what decides the actions of a model folder, by kind: weights, statistics, config, processor. Kinds of
-    which there is no file are left out.
+    """Digests of what decides the actions of a model folder, by kind: weights, base (the weights under an adapter),
+    statistics, config, processor. Kinds of which there is no file are left out.
 
     Args:
         weights: False leaves the weights out, which may not be there.
     """
     found = {"weights": weights_digest(folder)} if weights else {}
+    if weights and (adapter := adapter_folder(folder)) is not None:
+        found["base"] = weights_digest(source_folder(find_base(adapter)))
     for kind, names in KINDS.items():
         files = [folder / name for name in names if (folder / name).is_file()]
         if files:

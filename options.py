@@ -1,5 +1,6 @@
 """Fields of dataclasses that the command line shows: a default and a help text, written once."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import field, fields
 from numbers import Real
@@ -28,6 +29,33 @@ def check_options(options: Any, least: Mapping[str, float]) -> None:
         if not number or not least[item.name] <= value < float("inf"):
             kind = "a whole number" if whole else "a number"
             raise ValueError(f"{item.name}={value!r}: it must be {kind} of at least {least[item.name]}.")
+
+
+def respelled(text: str, names: Mapping[str, str], form: str = "{name} {value}") -> str:
+    """A message in the spelling of the door through which an option came. Messages name options as Python does:
+    `held_out=2`, `language_key=...`, `tolerance_s`, and may add the command line's in brackets.
+
+    Args:
+        names: {name in Python: name at this door}.
+        form: How name and value stand together there; of true and false the name alone, or `--no-...`.
+    """
+    if not names:
+        return text
+    known = "|".join(sorted(map(re.escape, names), key=len, reverse=True))
+    value = r"""'[^']*'|"[^"]*"|\[[^]]*\]|\.\.\.|-?[\w.+]*\w"""
+    before, after = r"(?<![\w./'\"-])", r"(?![\w/'\":=-]|\.\w)"
+
+    def new(match: re.Match[str]) -> str:
+        name, given = names[match["name"]], match["value"]
+        if name.startswith("--") and given in ("True", "False"):
+            return name if given == "True" else f"--no-{name[2:]}"
+        return form.format(name=name, value=given) if given and given != "..." else name
+
+    kept = r"\2" if any(name.startswith("--") for name in names.values()) else r"\1"
+    text = re.sub(rf"({before}(?:{known})(?:=(?:{value}))?) \((--[a-z][^()]*)\)", kept, text)
+    text = re.sub(rf"{before}(?P<name>{known})=(?P<value>{value})?", new, text)
+    bare = "|".join(name for name in names if "_" in name)  # others are words of the language as well
+    return re.sub(rf"{before}(?P<name>{bare})(?P<value>){after}", new, text) if bare else text
 
 
 def required(text: str) -> Any:

@@ -62,6 +62,24 @@ class LazyTensor(NamedTuple):
         return cls(tuple(tensor.shape), lambda: tensor)
 
 
+def check_replaced(output: Path, source: Path, key: str, kind: str) -> None:
+    """Before files of `output` are replaced (`overwrite`): whether they are of the same kind, and not what is read.
+
+    Args:
+        source: Folder that is read from.
+        key: Of a config.json of that kind.
+
+    Raises:
+        ValueError: If `output` is `source`, or its config.json is of something else.
+    """
+    output = output.expanduser().resolve()
+    if output == source.expanduser().resolve():
+        raise ValueError(f"'{output}' is what is read: its files would be replaced. Give another folder.")
+    config = output / "config.json"
+    if config.is_file() and key not in read_json(config):
+        raise ValueError(f"'{config}' is not of {kind}, and would be replaced: give another folder.")
+
+
 # Weights --------------------------------------------------------------------------------------------------------------
 
 

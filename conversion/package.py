@@ -11,6 +11,7 @@ from ..processing_openvla import OpenVLAProcessor
 from .hub_folder import (
     WEIGHTS_FILE,
     WEIGHTS_INDEX,
+    check_replaced,
     check_weights,
     read_weights,
     weight_files,
@@ -54,6 +55,7 @@ def package_checkpoint(
         check_weights(config, {key: tensor.shape for key, tensor in read_weights(source).items()}, f"'{source}'")
 
     output = Path(output)
+    check_replaced(output, source, "model_type", "a model")
     with new_folder(output, overwrite) as folder:
         for file in files:
             shutil.copyfile(file, folder / file.name)

@@ -20,6 +20,7 @@ from ..presets import load_base_vlms
 from ..processing_openvla import OpenVLAImageProcessor, OpenVLAProcessor, prompt_template_of
 from .hub_folder import (
     LazyTensor,
+    check_replaced,
     check_weights,
     read_weights,
     write_companions,
@@ -114,6 +115,7 @@ def convert_prismatic_checkpoint(
     config.dtype = dtype
     processor = OpenVLAProcessor(image_processor_of(config), fast_tokenizer, prompt_template_of(config.to_dict()))
     output = Path(output)
+    check_replaced(output, run, "model_type", "a model")
     with new_folder(output, overwrite) as folder:
         write_weights(folder, tensors, DTYPES[dtype], max_shard_size)
         write_companions(folder, config, processor, read_statistics(stats_file), name=output.resolve().name)
@@ -246,7 +248,8 @@ def export_prismatic_checkpoint(
     """
     if dtype is not None:
         check_choice("dtype", dtype, DTYPES)
-    source = source_folder(weights)
+    source, output = source_folder(weights), Path(output)
+    check_replaced(output, source, "vla", "a run of the original")
     config = OpenVLAConfig.from_pretrained(source)
     tensors, table = read_weights(source), name_table(config)
     check_weights(config, {name: tensor.shape for name, tensor in tensors.items()}, f"'{source}'")
@@ -261,7 +264,6 @@ def export_prismatic_checkpoint(
         part, _, theirs = rename(name, table, back=True).partition(".")
         values = tensor.read()
         parts[part][theirs] = values if dtype is None else values.to(DTYPES[dtype])
-    output = Path(output)
     with new_folder(output, overwrite) as folder:
         (folder / LATEST).parent.mkdir()
         try:

@@ -101,7 +101,13 @@ def check_grippers(source: "Source") -> list[str]:
     sure, known = sure_grippers(source), source.gripper_dims is not None or source.standardize is not None
     for dim in set(source.grippers) - {dim for dim, _, _ in odd}:
         low, high = own["min"][dim], own["max"][dim]
-        if low != high and mask[dim] and not known:
+        if low != high and mask[dim] and source.mask_given:
+            if dim in sure:
+                found.append(
+                    f"{source.name}: the mask given scales {_gripper(source, dim)} ({low:.3g} to {high:.3g}) like the "
+                    "other dimensions; the published models leave it as it is recorded (0 in the mask)."
+                )
+        elif low != high and mask[dim] and not known:
             found.append(
                 f"{source.name}: {source.names[dim]} ({low:.3g} to {high:.3g}) is scaled like the other dimensions, as "
                 f"it does not look like a gripper of 1 open, 0 closed. Is it one? {GRIPPER_DIMS} {dim}, or none."

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from .episode import DamagedDataError, Episode, make_episode
+from .episode import DamagedDataError, Episode, make_episode, not_colour
 
 
 OnError = Literal["raise", "skip"]
@@ -167,6 +167,17 @@ def name_cameras(cameras: str | Sequence[str] | Mapping[str, str]) -> dict[str, 
         return dict(cameras)
     short = [key.replace(".", "/").rsplit("/", 1)[-1] for key in cameras]
     return {name if short.count(name) == 1 else key: key for name, key in zip(short, cameras)}
+
+
+def warn_of_camera(dataset: str, key: str, kind: str | None = None) -> None:
+    """Say what a camera is that was asked for by name, if that is something else than colours."""
+    if kind := kind or not_colour(key):
+        warnings.warn(
+            f"{dataset}: the camera {key!r} is {kind}, by what it is called or marked; it is read like one of colours "
+            "because it was asked for.",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def key_list(keys: Keys) -> list[str | None]:

@@ -4,6 +4,7 @@ Shapes: T steps, A action dimensions, S state dimensions.
 """
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -284,9 +285,39 @@ def _as_frames(value: Any, source: str) -> Frames:
     raise DamagedDataError(f"{source}: expected (T, H, W, 3) uint8 or T encoded images, found {type(value).__name__}")
 
 
-def names_depth(key: str) -> bool:
-    """Whether the name of a camera says that its pixels are distances."""
-    return any(word in key.lower() for word in ("depth", "disparity"))
+# The one table of words by which images are told to be something else than colours (docs/data.md lists them). Those in
+# WITHIN count as parts of others as well ("frontdepthcam"), the rest only by themselves.
+NOT_COLOUR = {
+    "a depth map": ("depth", "depths", "disparity", "pointcloud", "xyz"),
+    "a mask": (
+        "mask",
+        "masks",
+        "segmentation",
+        "segment",
+        "segmented",
+        "seg",
+        "semantic",
+        "instance",
+        "label",
+        "labels",
+    ),
+    "an infrared image": ("infrared", "infra", "ir", "nir", "thermal", "lwir"),
+    "no picture": ("normals", "flow", "heatmap"),
+}
+WITHIN = ("depth", "disparity", "pointcloud", "mask", "segment", "infrared", "heatmap")
+
+
+def words_of(name: str) -> list[str]:
+    """The words of a name, in small letters: "video.isDepth_map" has video, is, depth, map."""
+    return re.findall(r"[a-z]+\d*|\d+", re.sub(r"(?<=[a-z\d])(?=[A-Z])", "_", name).lower())
+
+
+def not_colour(name: str) -> str | None:
+    """What a name says that pixels are, where that is something else than colours: "a depth map", "a mask", ..."""
+    words = words_of(name)
+    within = [part for part in WITHIN if part in name.lower()]
+    found = {*words, *(word.rstrip("0123456789") for word in words), *within}
+    return next((kind for kind, known in NOT_COLOUR.items() if found & {*known}), None)
 
 
 def order_cameras(cameras: Sequence[str]) -> list[str]:

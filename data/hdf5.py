@@ -10,7 +10,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from .dataset import Cameras, EpisodeDataset, Keys, OnError, action_keys, key_list, name_cameras
+from .dataset import Cameras, EpisodeDataset, Keys, OnError, action_keys, key_list, name_cameras, warn_of_camera
 from .episode import (
     COPY_AGAIN,
     DamagedDataError,
@@ -19,7 +19,7 @@ from .episode import (
     as_text,
     check_data_file,
     make_episode,
-    names_depth,
+    not_colour,
     order_cameras,
 )
 from .handles import kept_open
@@ -63,7 +63,7 @@ class HDF5Dataset(EpisodeDataset):
     down, see `upside_down`. `cameras`, `action_key` and `state_key` are paths within a demonstration ("agentview_rgb"
     finds "obs/agentview_rgb"); None in a list of keys stands for a column of zeros. `language_key` names an attribute
     or data set of the demonstration or of `data`: one text, or one for each step. Cameras are (T, H, W, 3) uint8; what
-    is called depth is one only where it is named.
+    is called depth, a mask or infrared is one only where it is named, with a warning.
     """
 
     def __init__(
@@ -82,6 +82,8 @@ class HDF5Dataset(EpisodeDataset):
         super().__init__(name or Path(path).stem, on_error)
         self.cameras, self.action_key, self.state_key, self.language_key = cameras, action_key, state_key, language_key
         self.rotate_images = rotate_images
+        for key in name_cameras(cameras or ()).values():
+            warn_of_camera(self.name, key)
         self.demos: list[tuple[Path, str]] = []
         masks: set[str] = set()
         files = hdf5_files(Path(path))
@@ -294,7 +296,7 @@ def _cameras(group: h5py.Group) -> list[str]:
         f"obs/{key}"
         for key, value in found
         if isinstance(value, h5py.Dataset)
-        and not names_depth(key)
+        and not not_colour(key)
         and value.ndim == 4
         and value.dtype == np.uint8
         and value.shape[-1] == 3

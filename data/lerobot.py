@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from .dataset import Cameras, EpisodeDataset, Keys, OnError, action_keys, key_list, name_cameras
+from .dataset import Cameras, EpisodeDataset, Keys, OnError, action_keys, key_list, name_cameras, warn_of_camera
 from .dimensions import dimension_names
 from .episode import (
     DamagedDataError,
@@ -24,7 +24,7 @@ from .episode import (
 from .lerobot_meta import (
     fill_path,
     is_colour,
-    is_depth,
+    marked_as,
     read_episodes,
     read_info,
     read_tasks,
@@ -48,7 +48,8 @@ class LeRobotDataset(EpisodeDataset):
 
     Rows are those of increasing frame_index. With videos, a row shows the frame of its time stamp, and both must lie
     within `tolerance_s` (seconds) of frame_index / fps, as in LeRobot: anything else is a DamagedDataError that names
-    episode and row. Depth maps are never taken for cameras; gray cameras only where they are named.
+    episode and row. Depth maps are never taken for cameras; gray ones, masks and infrared
+    only where they are named, with a warning.
     """
 
     def __init__(
@@ -122,13 +123,16 @@ class LeRobotDataset(EpisodeDataset):
         raise KeyError(f"{self.folder} has no feature {key!r}; {hint}there are {sorted(self.features)}")
 
     def _camera(self, key: str) -> str:
-        """A camera that is to be read: not one that is marked as depth."""
+        """A camera that is to be read: not one that is marked as depth, and none of colours only with a warning."""
         key = self._key(key)
         feature = self.features[key]
-        if feature["dtype"] not in ("image", "video") or is_depth(feature):
-            found = "a depth map" if feature["dtype"] in ("image", "video") else feature["dtype"]
+        kind = marked_as(feature)
+        if feature["dtype"] not in ("image", "video") or kind == "a depth map":
+            found = kind if feature["dtype"] in ("image", "video") else feature["dtype"]
             there = [name for name, other in self.features.items() if is_colour(name, other)]
             raise ValueError(f"{self.folder}: {key!r} is {found} and no colour camera; there are {there}")
+        if not is_colour(key, feature):
+            warn_of_camera(self.name, key, kind)
         return key
 
     def __len__(self) -> int:

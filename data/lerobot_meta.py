@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..files_openvla import check_file, read_json
-from .episode import COPY_AGAIN, DamagedDataError, as_text, names_depth
+from .episode import COPY_AGAIN, DamagedDataError, as_text, not_colour, words_of
 from .lerobot_rows import DAMAGED_PARQUET
 
 
@@ -57,27 +57,69 @@ def read_info(file: Path) -> dict[str, Any]:
     return info
 
 
-def is_depth(feature: dict[str, Any]) -> bool:
-    """Whether a feature is marked as a depth map, or has pixels that can be nothing else; see `is_colour`."""
-    notes = [
-        feature,
-        *(part for part in feature.values() if isinstance(part, dict)),
-    ]  # "info", in old ones "video_info"
-    for note in notes:
+NO = ("false", "0", "none", "no", "null", "")
+LENGTHS = (
+    "m",
+    "mm",
+    "cm",
+    "meter",
+    "meters",
+    "metre",
+    "metres",
+    "millimeter",
+    "millimeters",
+    "millimetre",
+    "millimetres",
+)
+DEPTH_FORMATS = (
+    "gray1",
+    "gray3",
+    "grayf",
+    "depth",
+    "mono16",
+    "16uc1",
+    "32fc1",
+    "z16",
+    "y16",
+)  # of FFmpeg, ROS, RealSense
+WHAT = ("modality", "type", "kind", "content", "stream", "sensor", "encoding", "format", "fmt")
+
+
+def marked_as(feature: dict[str, Any]) -> str | None:
+    """What the description of a feature says that its pixels are, where that is something else than colours: see
+    `NOT_COLOUR`. Notes stand beside its dtype or in a dict of their own ("info", in old ones "video_info")."""
+    for note in (feature, *(part for part in feature.values() if isinstance(part, dict))):
         for key, value in note.items():
-            if "is_depth" in key and str(value).lower() not in ("false", "0", "none"):
-                return True
-            if key.endswith("pix_fmt") and str(value).startswith(("gray1", "grayf", "depth")):  # gray10 to gray16
-                return True
-    return False
+            if (note is not feature or key != "dtype") and (kind := _mark(words_of(key), value)):
+                return kind
+    return None
+
+
+def _mark(words: list[str], value: Any) -> str | None:
+    """What one note says: `is_depth_map: true`, `depth_unit: mm`, `unit: mm`, `modality: depth`, `dtype: uint16`."""
+    text, last = str(value).strip().lower(), words[-1] if words else ""
+    if isinstance(value, dict | list | tuple) or text in NO:
+        return None
+    kind = not_colour(" ".join(words))
+    of_bits = {"bit", "bits", "color", "colour", "channel"} & {*words}
+    number = isinstance(value, int | float) and not isinstance(value, bool) and value != 1
+    if kind and not of_bits and not (last == "depth" and number):  # "depth": 3 are channels, or bits
+        return kind
+    if last in ("unit", "units"):
+        return "a depth map" if text in LENGTHS else None
+    if last == "dtype":
+        return None if text in ("uint8", "u1", "|u1", "image", "video") else "a depth map"
+    if last in WHAT:
+        return "a depth map" if text.startswith(DEPTH_FORMATS) else not_colour(text)
+    return None
 
 
 def is_colour(key: str, feature: dict[str, Any]) -> bool:
-    """Whether a feature is a colour camera: not depth by its mark, name, format or number of channels.
+    """Whether a feature is a colour camera: nothing else by its marks, name, format or number of channels.
 
     A gray camera is not found by itself (one channel is depth or a mask more often), but read when it is named.
     """
-    if feature["dtype"] not in ("image", "video") or is_depth(feature) or names_depth(key):
+    if feature["dtype"] not in ("image", "video") or marked_as(feature) or not_colour(key):
         return False
     notes = [part for part in feature.values() if isinstance(part, dict)]
     single = any(

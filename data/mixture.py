@@ -39,7 +39,10 @@ def load_entries(specification: str | Path) -> dict[str, dict[str, Any]]:
         pairs: list[tuple[str, Any]] = [(str(name), weight) for name, weight in loaded.items()]
     elif "," in text or ":" in text:
         parts = [part.strip().partition(":") for part in text.split(",") if part.strip()]
-        pairs = [(name, weight or "1") for name, _, weight in parts]
+        for name, colon, weight in parts:
+            if not name.strip() or (colon and not weight.strip()):
+                raise ValueError(f"'{name}{colon}{weight}' in '{text}' is no 'dataset:weight'.")
+        pairs = [(name.strip(), weight or "1") for name, _, weight in parts]
     else:
         raise ValueError(
             f"'{text}' is no mixture.{closest(text, named)} Give a name ({', '.join(sorted(named))}), "

@@ -17,8 +17,8 @@ from google.protobuf.json_format import Error as ProtobufError
 from google.protobuf.message import DecodeError
 
 from ..files_openvla import read_json
-from .dataset import Cameras, EpisodeDataset, Keys, OnError, action_keys, key_list, name_cameras
-from .episode import DamagedDataError, Episode, MissingKeyError, as_text, make_episode, names_depth, order_cameras
+from .dataset import Cameras, EpisodeDataset, Keys, OnError, action_keys, key_list, name_cameras, warn_of_camera
+from .episode import DamagedDataError, Episode, MissingKeyError, as_text, make_episode, not_colour, order_cameras
 from .images import is_colour_image
 from .tfrecord import read_record, record_checksums, scan
 
@@ -49,8 +49,8 @@ class RLDSDataset(EpisodeDataset):
     does; keys and cameras are then looked for in its result. `cameras`, `action_key`, `state_key`, `language_key`:
     paths such as "observation/image" ("image" finds it too). A list of keys is concatenated; None within it stands for
     a column of zeros; `state_key=[]` leaves the state out. Words are looked for in the steps, then in what belongs to
-    the episode as a whole ("episode_metadata/language_instruction"). Cameras are colour images; depth is none, and a
-    gray camera only where it is named.
+    the episode as a whole ("episode_metadata/language_instruction"). Cameras are colour images; depth, masks and
+    infrared are none by themselves, nor is a gray camera: only where they are named.
     """
 
     def __init__(
@@ -96,6 +96,8 @@ class RLDSDataset(EpisodeDataset):
         self.ends = np.cumsum([count for _, _, count in self.parts]).tolist()
         self.standardize = standardize
         self.cameras, self.action_key, self.state_key, self.language_key = cameras, action_key, state_key, language_key
+        for key in name_cameras(cameras or ()).values():
+            warn_of_camera(self.name, key)
         self._decoders: dict[str, dict] = {"steps": {}}
         self._is_colour: dict[str, bool] = {}
         _skip_images(steps, self._decoders["steps"], self._is_colour)
@@ -180,7 +182,7 @@ class RLDSDataset(EpisodeDataset):
         flat = dict(_flatten({k: v for k, v in trajectory.items() if k != METADATA}))
         if self.cameras is None:
             colours = [key for key, value in flat.items() if self._is_colour.get(key, _is_image(value))]
-            keys = [key for key in colours if not names_depth(key)]
+            keys = [key for key in colours if not not_colour(key)]
             cameras = name_cameras(order_cameras(keys))
         else:
             cameras = name_cameras(self.cameras)

@@ -6,7 +6,10 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from .augment import ImageAugmentation, center_crop, resize_image
-from .episode import Episode, names_depth
+from .episode import Episode, not_colour
+
+
+NAMED = "What is called or marked depth, mask or infrared, and gray images, are read only where cameras=... names them."
 
 
 def main_camera(episode: Episode, camera: str | None = None) -> str:
@@ -19,14 +22,16 @@ def main_camera(episode: Episode, camera: str | None = None) -> str:
     if camera is not None:
         if camera not in names:
             raise ValueError(
-                f"{episode.source or episode}: no camera '{camera}'; there are {', '.join(names) or 'none'}."
+                f"{episode.source or episode}: no camera '{camera}'; there are {', '.join(names) or 'none'}. {NAMED}"
             )
         return camera
     if not names:
-        raise ValueError(f"{episode.source or episode}: no camera image, and OpenVLA acts on what it sees.")
-    colours = [name for name in names if not names_depth(name)]
+        raise ValueError(f"{episode.source or episode}: no camera image, and OpenVLA acts on what it sees. {NAMED}")
+    colours = [name for name in names if not not_colour(name)]
     if not colours:
-        raise ValueError(f"{episode.source or episode}: {', '.join(names)} is depth by name; give camera to use it.")
+        raise ValueError(
+            f"{episode.source or episode}: {', '.join(names)} is {not_colour(names[0])} by name; give camera to use it."
+        )
     return next((name for name in colours if "wrist" not in name and "hand" not in name), colours[0])
 
 

@@ -39,6 +39,7 @@ class Source:
     gripper_dims: tuple[int, ...] | None = None  # that are grippers for certain
     recorded_names: list[str] | None = None  # of the dimensions of an action
     state_names: list[str] | None = None
+    mask_given: bool = False  # which dimensions are scaled was said, and not found from the data
 
     @property
     def action_dim(self) -> int:

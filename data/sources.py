@@ -14,6 +14,7 @@ from typing import Any
 
 from ..action_tokenizer import check_statistics, read_statistics
 from ..configuration_openvla import check_choice, closest
+from ..options import respelled
 from .checks import check_clipped, check_converted, odd_grippers
 from .dataset import OnError
 from .dimensions import parse_grippers, parse_mask
@@ -24,6 +25,8 @@ from .samples import main_camera
 from .source import Source
 from .survey import Survey, content_key, load_survey, store_survey, take_survey
 
+
+OF_ENTRY = ("name", "weight")  # options of a mixture's entry that change nothing in what is read
 
 __all__ = ["Source", "open_source", "open_sources"]
 
@@ -124,6 +127,7 @@ def open_source(
         gripper_dims=recording.gripper_dims,
         recorded_names=recording.action_names,
         state_names=recording.state_names,
+        mask_given=scaled is not None,
     )
     if not source.num_frames:
         raise ValueError(
@@ -253,44 +257,75 @@ def open_sources(
     root = Path(data_root).expanduser() if data_root is not None else None
     if root is not None and not root.is_dir():
         raise FileNotFoundError(f"data_root='{root}' is no folder.")
-    if not is_mixture_file(text) or os.path.isdir(text):
-        for path in [Path(text).expanduser(), *([root / text] if root else [])]:
-            if os.path.exists(path):  # False also for a mixture that is too long for a name
-                return [open_source(path, **options)]
-        if text not in load_oxe_mixtures() and not ("," in text or ":" in text):
-            raise _missing(text, root)
+    if (single := _single(text, root)) is not None:
+        return [open_source(single, **options)]
+    if not is_mixture_file(text) and text not in load_oxe_mixtures() and not ("," in text or ":" in text):
+        raise _missing(text, root)
     return _open_mixture(text, root, options)
+
+
+def dataset_places(specification: str | os.PathLike, data_root: str | os.PathLike | None = None) -> list[Path]:
+    """Where the datasets of a specification lie, as far as they are there; errors are those of `open_sources`."""
+    text = os.fspath(specification)
+    root = Path(data_root).expanduser() if data_root is not None else None
+    if (single := _single(text, root)) is not None:
+        return [single]
+    if text not in load_oxe_mixtures() and not is_mixture_file(text) and not ("," in text or ":" in text):
+        return []
+    return [place for _, place, _ in _located(text, root) if os.path.exists(place)]
+
+
+def _single(text: str, root: Path | None) -> Path | None:
+    """The one dataset that a specification is the path of."""
+    if is_mixture_file(text) and not os.path.isdir(text):
+        return None
+    places = [Path(text).expanduser(), *([root / text] if root else [])]
+    return next((path for path in places if os.path.exists(path)), None)  # not there: too long for a name, as well
+
+
+def _located(text: str, root: Path | None) -> list[tuple[str, Path, dict[str, Any]]]:
+    """Name, place and options of each dataset of a mixture."""
+    beside = Path()
+    if is_mixture_file(text):
+        text = str(Path(text).expanduser())
+        beside = Path(text).parent
+    located = []
+    for name, entry in load_entries(text).items():
+        _check_options(entry, name)
+        relative = Path(entry.pop("path", name)).expanduser()
+        places = [base / relative for base in ((root, beside) if root else (beside,))]
+        there = [place for place in places if os.path.exists(place)]
+        located.append((name, there[0] if there else places[0], entry))
+    return located
 
 
 def _open_mixture(text: str, root: Path | None, options: dict[str, Any]) -> list[Source]:
     if options.get("name") is not None:
         raise ValueError(f"name='{options['name']}' is for one dataset; the mixture '{text}' names its own.")
-    beside = Path()
-    if is_mixture_file(text):
-        text = str(Path(text).expanduser())
-        beside = Path(text).parent
-    located: list[tuple[Path, dict[str, Any]]] = []
-    missing: list[str] = []
-    for name, entry in load_entries(text).items():
-        _check_options(entry, name)
-        relative = Path(entry.pop("path", name)).expanduser()
-        places = [base / relative for base in ((root, beside) if root else (beside,))]
-        entry = {"name": None if len(Path(name).parts) > 1 else name, **entry}
-        there = [place for place in places if os.path.exists(place)]
-        located.append((there[0] if there else places[0], {**options, **entry}))
-        if not there:
-            missing.append(str(places[0]))
+    located = _located(text, root)
+    missing = [str(place) for _, place, _ in located if not os.path.exists(place)]
     if missing:
         raise FileNotFoundError(
-            f"'{text}' names datasets that are not there: {', '.join(missing)}. Give data_root, the folder "
+            f"'{text}' names datasets that are not there: {', '.join(missing)}. Give data_root=..., the folder "
             f"that holds them{f' (now {root})' if root else ''}, or a path for each in a YAML file."
         )
+    read: dict[str, str] = {}
+    for name, place, entry in located:
+        what = repr((place.resolve(), sorted((key, str(value)) for key, value in entry.items() if key not in OF_ENTRY)))
+        if (other := read.setdefault(what, name)) != name:
+            raise ValueError(f"'{other}' and '{name}' in '{text}' are one dataset ({place}): give it once, one weight.")
     sources: list[Source] = []
-    for location, entry in located:
+    for name, location, entry in located:
+        named = {"name": None if len(Path(name).parts) > 1 else name}
         try:
-            sources.append(open_source(location, **entry))
+            sources.append(open_source(location, **{**options, **named, **entry}))
         except UntrainableError as error:
             warnings.warn(f"left out of the mixture: {error}", UserWarning, stacklevel=3)
+        except (ValueError, KeyError) as error:
+            if is_mixture_file(text) and len(error.args) == 1:  # what stands in the file is called as it is there
+                said = respelled(str(error.args[0]), {key: key for key in entry}, "{name}: {value}")
+                error.args = (f"{text}, '{name}': {said}",)
+            raise
     names = [source.name for source in sources]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"'{text}' holds several datasets called {', '.join(twice)}: give each a name of its own.")

@@ -120,6 +120,17 @@ def statistics_table(stats: dict[str, Any], names: Sequence[str] | None = None) 
     return "\n".join(lines)
 
 
+def check_plot(path: Path) -> None:
+    """Make the folder of a plot.
+
+    Raises:
+        FileExistsError: If a file is there that is no plot of matplotlib, and would be replaced.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not (path.is_file() and b"matplotlib" in path.read_bytes().lower()):
+        raise FileExistsError(f"'{path}' is no plot and would be replaced: give another file.")
+
+
 def plot_statistics(
     actions: np.ndarray, stats: dict[str, Any], path: Path, names: Sequence[str] | None = None, bins: int = 256
 ) -> None:
@@ -152,6 +163,6 @@ def plot_statistics(
         axes.set_yscale("log")
         axes.set_ylabel(names[index])
     figure.suptitle("actions: steps by value (log scale); red: the ends of the bins (q01, q99), gray: every 16th edge")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_plot(path)
     figure.savefig(path, dpi=100)
     plt.close(figure)

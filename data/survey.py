@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import tempfile
 import time
 import warnings
@@ -32,6 +33,7 @@ from .statistics import collect, compute_statistics
 
 VERSION = 4  # of what is stored: to be raised with every change that makes other numbers of the same files
 CLOCK_GRAIN = 2.0  # seconds; within them a file may change again without a new time stamp
+OURS = re.compile(r"(survey|files)-[0-9a-f]{32}\.json\.")  # what names of unfinished entries begin with
 ABANDONED = 3600.0  # seconds after which nobody is writing an unfinished entry any more
 
 
@@ -214,10 +216,13 @@ def _write(path: Path, content: dict[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for left in path.parent.glob("*.part"):
+            if not OURS.match(left.name):  # the user's: the folder may be any
+                continue
             with contextlib.suppress(FileNotFoundError):  # another process finished or removed it meanwhile
                 if time.time() - left.stat().st_mtime > ABANDONED:
                     left.unlink()
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=".part", delete=False) as file:
+        named: dict[str, Any] = {"prefix": f"{path.name}.", "suffix": ".part", "delete": False}
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, **named) as file:
             try:
                 json.dump({"digest": _digest([path.name, content]), "content": content}, file)
                 file.close()

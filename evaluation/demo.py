@@ -1,20 +1,19 @@
 """A look at a policy in the loop: one episode of each task, as films and as one GIF."""
 
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..folders import locked
+from ..folders import locked, working_folder
 from .evaluate import evaluate
 from .rendering import opengl_backend
 from .report import NoEpisodes, Record, read_records
-from .video import Film, read_film, save_tiles
+from .video import Film, check_replaceable, read_film, save_tiles
 
 
 GIF = "demo.gif"
-WORK = ".episodes-"  # what the names of folders for unfinished films begin with
+UNFINISHED = ".unfinished"  # films that are being made
 
 
 def demo(*, model: str, output: str | Path, tasks: str = "mt10", **options: Any) -> list[Record]:
@@ -33,6 +32,7 @@ def demo(*, model: str, output: str | Path, tasks: str = "mt10", **options: Any)
     Raises:
         ValueError: If a task is unknown, or the simulator is not installed.
         NoOpenGL: If there is nothing to render with; says what to install.
+        FileExistsError: If a file that would be replaced is not a film of this package.
         NoEpisodes: If no episode could be run to its end.
         BlockingIOError: If another process writes to the same folder.
     """
@@ -40,12 +40,11 @@ def demo(*, model: str, output: str | Path, tasks: str = "mt10", **options: Any)
     folder = Path(output).expanduser()
     with locked(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(f"{WORK}*/"):  # of a run that was killed
-            shutil.rmtree(left, ignore_errors=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=WORK) as work:
-            evaluate(model=model, output=Path(work), tasks=tasks, episodes=1, videos=1, **options)
-            records = sorted(read_records(Path(work) / "episodes.jsonl"), key=lambda record: record.task)
-            films = list(_films(records, Path(work) / "videos", folder))
+        check_replaceable(folder / GIF)
+        with working_folder(folder / UNFINISHED) as work:
+            evaluate(model=model, output=work, tasks=tasks, episodes=1, videos=1, **options)
+            records = sorted(read_records(work / "episodes.jsonl"), key=lambda record: record.task)
+            films = list(_films(records, work / "videos", folder))
         if not films:
             reasons = "; ".join(sorted({record.error or "" for record in records}))
             raise NoEpisodes(f"No episode could be run: {reasons}.")
@@ -59,5 +58,6 @@ def _films(records: list[Record], videos: Path, folder: Path) -> Iterator[Film]:
         made = videos / f"{record.task}_{record.episode:03d}.mp4"
         if record.error is None and made.exists():
             film = folder / f"{record.task}.mp4"
+            check_replaceable(film)
             shutil.move(made, film)
             yield Film(read_film(film), record.instruction, record.success)

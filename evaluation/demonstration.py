@@ -1,5 +1,7 @@
 """One episode of a scripted expert, and the file it waits in until all are there."""
 
+import os
+import zipfile
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -85,10 +87,20 @@ def save_episode(episode: Episode, file: Path, *, seed: int, failed: int) -> Non
         assert isinstance(frames, EncodedFrames)
         arrays[f"bytes.{camera}"] = np.frombuffer(b"".join(frames.encoded), np.uint8)
         arrays[f"sizes.{camera}"] = np.array([len(data) for data in frames.encoded])
-    part = file.with_suffix(".part")
+    # Of this process alone: a worker of a killed run may still be at the same episode.
+    part = file.with_suffix(f".{os.getpid()}.part")
     with open(part, "wb") as stream:
         np.savez(stream, instruction=episode.instruction, seed=seed, failed=failed, **arrays)
     part.replace(file)
+
+
+def is_episode(file: Path) -> bool:
+    """Whether there is a file as `save_episode` writes it; a disk that lost power may keep a part of one."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return {"actions.npy", "seed.npy", "failed.npy"} <= set(archive.namelist()) and archive.testzip() is None
+    except (OSError, zipfile.BadZipFile, zlib.error):
+        return False
 
 
 def load_episode(file: Path, dataset_name: str) -> Episode:

@@ -27,7 +27,7 @@ from .environment import (
 from .loop import EPISODES, Job, run_episodes
 from .policies import ConstantPolicy, OpenVLAPolicy, Policy, RandomPolicy
 from .rendering import opengl_backend
-from .report import write_report
+from .report import REPORT, write_report
 
 
 POLICIES = ("model", "expert", "random", "mean")
@@ -124,6 +124,8 @@ def evaluate(
         stats: dict[str, Any] = {}
         if isinstance(policy, str) and policy != "expert":
             source = source_folder(model)
+            if folder.resolve() == source.resolve():
+                raise ValueError(f"output='{folder}' is the model: give a folder of its own, it may lie inside.")
             stats = get_action_stats(statistics_of(source), unnorm_key)
             check_dimensions(stats, model, env)
             digests = file_digests(source, weights=policy == "model")
@@ -186,10 +188,10 @@ def earlier_settings(folder: Path, now: Mapping[str, Any], model: str) -> dict[s
             which is kept. Folders of older versions hold no digests, and maybe the path of `model`.
     """
     if not (folder / SETTINGS).exists():
-        if (folder / EPISODES).exists():
+        if there := [name for name in (EPISODES, *REPORT, "videos") if (folder / name).exists()]:
             raise ValueError(
-                f"'{folder}' holds episodes but no {SETTINGS}, so nothing says what was evaluated: choose another "
-                "folder."
+                f"'{folder}' holds {'episodes' if EPISODES in there else there[0]} but no {SETTINGS}, so nothing says "
+                "what was evaluated: choose another folder."
             )
         return {}
     before = read_json(folder / SETTINGS)
@@ -203,7 +205,8 @@ def earlier_settings(folder: Path, now: Mapping[str, Any], model: str) -> dict[s
     if changed:
         raise ValueError(f"'{folder}' holds another evaluation: {'; '.join(changed)}. Choose another folder.")
     known, found = before.get("digests") or now["digests"], now["digests"]
-    other = [name for name in sorted(known.keys() | found.keys()) if known.get(name) != found.get(name)]
+    kinds = (known.keys() | found.keys()) - ({"base"} - known.keys())  # older versions did not look at it
+    other = [name for name in sorted(kinds) if known.get(name) != found.get(name)]
     if other:
         raise ValueError(
             f"'{folder}' holds episodes of '{model}' with other {' and '.join(other)}: the files have changed since. "

@@ -1,10 +1,11 @@
 """Demonstrations by scripted experts: successful episodes of a simulator, written as a data set."""
 
+import contextlib
 import json
 import queue
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +17,9 @@ from ..data.episode import Episode
 from ..data.hdf5_writer import write_hdf5
 from ..data.lerobot_writer import write_lerobot
 from ..files_openvla import read_json
-from ..folders import locked, weights_digest, write_json
-from ..hub import published_name, source_folder
-from .demonstration import load_episode, record_episode, save_episode
+from ..folders import locked, write_json
+from ..hub import file_digests, published_name, source_folder
+from .demonstration import is_episode, load_episode, record_episode, save_episode
 from .environment import RECORDING_SEEDS, Environment, choose_tasks, tasks_with
 from .options import MOST_EPISODES, RecordOptions
 from .rendering import opengl_backend
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 
 ACTION_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
+PLAN = "options.json"  # of an unfinished recording: what is recorded
+WHOLE = "whole"  # in it: the data set that is being written
 ATTEMPTS = 20
 SLOWEST_EPISODE = 3600.0  # seconds, all attempts together
 
@@ -44,7 +47,7 @@ def record(options: RecordOptions, *, progress: bool = True) -> dict[str, Any]:
     Raises:
         ValueError: If a task is unknown, the environment has no expert, an episode fails `ATTEMPTS` times, or another
             recording was begun in the same place.
-        FileExistsError: If the folder holds something else.
+        FileExistsError: If the folder holds something else, or `OUTPUT.partial` does.
         FileNotFoundError: If there is no OpenGL to render with, or no such student.
         BlockingIOError: If another process records to the same place.
     """
@@ -55,35 +58,36 @@ def record(options: RecordOptions, *, progress: bool = True) -> dict[str, Any]:
 
 def _record(options: RecordOptions, output: Path, progress: bool) -> dict[str, Any]:
     part = output.with_name(output.name + ".partial")
-    content = published(options)
+    content, plan = published(options), part / PLAN
     if (output / "recording.json").exists():
         found = read_json(output / "recording.json")
         _check_same(content, found.get("options", {}), output)
-        shutil.rmtree(part, ignore_errors=True)  # of a run that was killed after its last step but one
+        _remove(part, content)  # of a run that was killed after its last step but one
         return found
     if output.exists() and any(output.iterdir()):
         raise FileExistsError(f"{output} is not empty: give a new folder.")
+    _check_part(part)
     environment = options.environment(render=False)
     chosen = choose_tasks(environment, options.tasks)
     varied = [(task, axis) for axis in options.axes for task in tasks_with(environment, chosen, axis)]
     tasks = dict.fromkeys(task for task, _ in varied)
     opengl_backend()
-    plan = part / "options.json"
     if plan.exists():
         _check_same(content, read_json(plan), part)
-    (part / "episodes").mkdir(parents=True, exist_ok=True)
-    write_json(plan, content)
+    part.mkdir(exist_ok=True)
+    write_json(plan, content)  # first: it tells a recording from a folder of the user's
+    (part / "episodes").mkdir(exist_ok=True)
 
     numbers = range(options.seed, options.seed + options.episodes)
     jobs = [(task, axis, number) for task, axis in varied for number in numbers]
     files = {
         job: part / "episodes" / f"{'_'.join(filter(None, job[:2])).replace(':', '-')}_{job[2]:05d}.npz" for job in jobs
     }
-    missing = [(job, files[job]) for job in jobs if not files[job].exists()]
+    missing = [(job, file) for job, file in files.items() if not is_episode(file)]
     with tqdm(total=len(jobs), initial=len(jobs) - len(missing), unit="episode", disable=not progress) as bar:
         _run(partial(Recorder, options), missing, options.workers, bar.update)
 
-    whole = part / "whole"
+    whole = part / WHOLE
     shutil.rmtree(whole, ignore_errors=True)  # of a run that was stopped while it wrote
     summary = {"options": content, "tasks": {task: _summary(files, task) for task in tasks}}
     if options.format == "lerobot":
@@ -107,8 +111,40 @@ def _record(options: RecordOptions, output: Path, progress: bool) -> dict[str, A
     environment.close()
     (whole / "recording.json").write_text(json.dumps(summary, indent=1))
     whole.replace(output)  # also where `output` is an empty folder
-    shutil.rmtree(part)
+    _remove(part, content)
     return summary
+
+
+def _check_part(part: Path) -> None:
+    """Raise a `FileExistsError` if the folder of an unfinished recording is none, but something of the user's."""
+    if part.is_symlink() or (part.exists() and not part.is_dir()):
+        raise FileExistsError(f"{part} is in the way, where a recording waits until it is whole: move it away.")
+    if not part.is_dir() or (part / PLAN).is_file():
+        return
+    held = [path for path in part.rglob("*") if path.is_file() and path.name != f"{PLAN}.part"]
+    if any(path.parent.name != "episodes" or not is_episode(path) for path in held):
+        raise FileExistsError(
+            f"{part}, where a recording waits until it is whole, holds something else (no {PLAN}): move it away, or "
+            "give another output."
+        )
+
+
+def _remove(part: Path, content: Mapping[str, Any]) -> None:
+    """An unfinished recording of `content`, and nothing else that may be there. Its plan goes last."""
+    try:
+        ours = not part.is_symlink() and read_json(part / PLAN) == content
+    except (OSError, ValueError):
+        ours = False
+    if ours:
+        shutil.rmtree(part / WHOLE, ignore_errors=True)
+        for file in (*part.glob("episodes/*.npz"), *part.glob("episodes/*.part")):
+            file.unlink()
+    with contextlib.suppress(OSError):  # one that is not empty, or is not there
+        (part / "episodes").rmdir()
+    if ours:
+        (part / PLAN).unlink()
+    with contextlib.suppress(OSError):
+        part.rmdir()
 
 
 def published(options: RecordOptions) -> dict[str, Any]:
@@ -117,7 +153,10 @@ def published(options: RecordOptions) -> dict[str, Any]:
     content = options.content()
     if options.student is not None:
         folder = source_folder(options.student)
-        content |= {"student": published_name(options.student), "student_weights": weights_digest(folder)}
+        digests = file_digests(folder)
+        content |= {"student": published_name(options.student), "student_weights": digests["weights"]}
+        if "base" in digests:
+            content["student_base"] = digests["base"]
     return content
 
 
@@ -128,7 +167,8 @@ def _check_same(content: dict[str, Any], found: dict[str, Any], folder: Path) ->
             "student": published_name(found["student"]),
             "student_weights": content.get("student_weights"),
         }
-    other = {name: value for name, value in content.items() if found.get(name) != value}
+    unknown = {"student_base": content.get("student_base")}  # to older versions
+    other = {name: value for name, value in content.items() if {**unknown, **found}.get(name) != value}
     if other:
         raise ValueError(
             f"{folder} was recorded with other options: "

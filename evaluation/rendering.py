@@ -55,8 +55,10 @@ def opengl_backend() -> str:
         if probe.returncode == 0:
             os.environ["MUJOCO_GL"] = backend
             return backend
-        trouble.append(f"{backend}: {(probe.stderr.strip().splitlines() or ['it crashed'])[-1]}")
-    raise NoOpenGL(f"No OpenGL to render with ({'; '.join(trouble)}). {REMEDY}")
+        said = probe.stderr.partition("Exception ignored in")[0].strip()  # without what follows from it
+        trouble.append(f"{backend}: {(said.splitlines() or ['it crashed'])[-1]}")
+    only = f"MUJOCO_GL={chosen} lets nothing else be tried: unset it. " if chosen else ""
+    raise NoOpenGL(f"No OpenGL to render with ({'; '.join(trouble)}). {only}{REMEDY}")
 
 
 class Decoration(NamedTuple):

@@ -16,6 +16,7 @@ from ..folders import write_json, write_text
 from .environment import AXES
 
 
+REPORT = ("report.json", "report.md", "report.png")
 MOST_REASONS = 5  # why environments broke, in a report
 
 

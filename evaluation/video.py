@@ -26,6 +26,9 @@ class Film:
     success: bool
 
 
+COMMENT = "filmed by openvla"  # in every film: it may be replaced by another
+
+
 class EpisodeVideo:
     """An mp4 of an episode: the first camera, the instruction above, bars of the action below, the outcome at the end.
 
@@ -56,12 +59,21 @@ class EpisodeVideo:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_suffix(".part.mp4")
         with av.open(str(part), "w") as container:
+            container.metadata["comment"] = COMMENT
             stream = container.add_stream("libx264", rate=FPS, options={"crf": "28", "preset": "veryfast"})
             stream.width, stream.height, stream.pix_fmt = pictures[0].width, pictures[0].height, "yuv420p"
             for picture in pictures:
                 container.mux(stream.encode(av.VideoFrame.from_image(picture)))
             container.mux(stream.encode())
         part.replace(self.path)
+
+
+def check_replaceable(file: Path) -> None:
+    """Raise a `FileExistsError` if a film is there that was not made here."""
+    if file.exists() and not (file.is_file() and COMMENT.encode() in file.read_bytes()):
+        raise FileExistsError(
+            f"'{file}' was not made here and would be replaced: move it away, or give another folder."
+        )
 
 
 def read_film(path: Path) -> list[Image.Image]:
@@ -100,7 +112,9 @@ def save_tiles(films: Sequence[Film], path: Path, *, columns: int = 5, size: int
     indexed = [sheet.quantize(palette=palette, dither=Image.Dither.NONE) for sheet in sheets]
     durations = [1000 * stride // FPS] * (len(indexed) - 1) + [OUTCOME]
     path.parent.mkdir(parents=True, exist_ok=True)
-    indexed[0].save(path, save_all=True, append_images=indexed[1:], duration=durations, loop=0, optimize=False)
+    indexed[0].save(
+        path, save_all=True, append_images=indexed[1:], duration=durations, loop=0, optimize=False, comment=COMMENT
+    )
 
 
 def palette_of(pictures: Sequence[Image.Image]) -> Image.Image:

@@ -1,6 +1,8 @@
 """The verbs from the outside: what they print, what they write, and what a user's mistake looks like."""
 
+import errno
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -20,6 +22,7 @@ from typer.testing import CliRunner
 import openvla
 from openvla import OpenVLAForActionPrediction, cli
 from openvla.evaluation.environment import ENVIRONMENTS
+from openvla.folders import locked_file
 from openvla.training import STRATEGIES, FinetuneOptions
 
 
@@ -151,7 +154,7 @@ def test_package_export_convert(model, tmp_path):
     parts = torch.load(original / "checkpoints/latest-checkpoint.pt", weights_only=True)["model"]
     assert sum(map(len, parts.values())) == len(load_file(model / "model.safetensors"))
     assert "does not fit the configuration" in error_of("convert", original, out, "--tokenizer", model)
-    assert "llm_backbone_id='llama' is unknown" in error_of("convert", original, out, "--llm-backbone-id", "llama")
+    assert "--llm-backbone-id 'llama' is unknown" in error_of("convert", original, out, "--llm-backbone-id", "llama")
     assert "is not empty" in error_of("package", packaged, "--weights", model)
     run("package", packaged, "--weights", model, "--overwrite")
     assert not out.exists()
@@ -203,7 +206,7 @@ def test_stats_of_dimensions():
     assert "warning   lerobot_image: droll, dpitch, dyaw, gripper never change" in table
     assert re.search(r"^dx .* no$", run("stats", DEMO, "--mask", "0,1,1,1,1,1,1").stdout, re.M)
     assert "--gripper-dims" in run("stats", "--help").stdout
-    assert "gripper_dims='six'" in error_of("stats", DEMO, "--gripper-dims", "six")
+    assert "--gripper-dims 'six'" in error_of("stats", DEMO, "--gripper-dims", "six")
     assert "mask has 2 entries" in error_of("stats", DEMO, "--mask", "1,0")
 
 
@@ -229,10 +232,56 @@ def test_plan_train_merge_and_predict(tmp_path, image):
     assert "finished run" in again and "--resume" in again
 
 
+def test_stats_replaces_only_statistics(tmp_path, monkeypatch):
+    """And says so before the data is read."""
+    monkeypatch.setattr("openvla.data.sources.open_sources", lambda *a, **k: pytest.fail("read"))
+    (tmp_path / "notes.txt").write_text("mine")
+    for option, file, said in [
+        ("--output", "notes.txt", "holds no statistics and would be replaced"),
+        ("--output", "", "is a folder: give a file"),
+        ("--output", "notes.txt/x.json", "Cannot write to '.*notes.txt/x.json'"),
+        ("--output", "/proc/x.json", "Cannot write to '/proc/x.json'"),
+        ("--plot", "notes.txt", "is no plot and would be replaced"),
+        ("--plot", "notes.txt/x.png", "notes.txt'?: "),
+    ]:
+        assert re.search(said, error_of("stats", DEMO, option, tmp_path / file)), (option, file)
+    with locked_file(tmp_path / "out.json"):
+        assert "Another process is writing to" in error_of("stats", DEMO, "--output", tmp_path / "out.json")
+    assert os.listdir(tmp_path) == ["notes.txt"] and (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_what_the_operating_system_says_comes_with_the_file_and_a_way_out():
+    full = OSError(errno.ENOSPC, "No space left on device", "/data/x.npz")
+    assert cli.reason(full).startswith("'/data/x.npz': No space left on device: make room")
+    assert cli.reason(OSError(errno.ENOSPC, "No space left on device")).startswith("No space left on device: make")
+    assert cli.reason(OSError("'/data' is full: make room.")) == "'/data' is full: make room."
+    assert cli.reason(KeyError("no 'x'")) == "no 'x'"
+
+
+def test_overwriting_spares_what_is_something_else(model, tmp_path):
+    """The folder that is read, and a config.json of another kind."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text('{"vla": {}}')
+    assert "is not of a model, and would be replaced" in error_of("package", run, "--weights", model, "--overwrite")
+    for verb in (["package", model, "--weights", model], ["export", model, model]):
+        assert "is what is read" in error_of(*verb, "--overwrite")
+    other = shutil.copytree(model, tmp_path / "other", copy_function=shutil.copyfile)
+    assert "is not of a run of the original" in error_of("export", model, other, "--overwrite")
+
+
+def test_a_folder_to_merge_into_is_looked_at_before_training(tmp_path):
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "mine").touch()
+    options = ["finetune", "--dataset", DEMO, "--output", tmp_path / "run", "--merge"]
+    assert "is not empty: choose another folder" in error_of(*options, tmp_path / "merged")
+    assert "is the output of the run" in error_of(*options, tmp_path / "run")
+
+
 def test_finetune_errors(tmp_path):
     to = ["--output", tmp_path / "run"]
     assert "no adapter to merge" in error_of(
         "finetune", "--dataset", DEMO, *to, "--strategy", "full", "--merge", tmp_path
     )
     assert "nowhere" in error_of("finetune", "--dataset", tmp_path / "nowhere", *to)
-    assert "steps=0" in error_of("finetune", "--dataset", DEMO, *to, "--steps", "0")
+    assert "--steps 0" in error_of("finetune", "--dataset", DEMO, *to, "--steps", "0")

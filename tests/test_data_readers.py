@@ -623,7 +623,8 @@ def test_images_of_ones_own_are_loaded_when_looked_at():
         episode.images["front"][2]
 
 
-def test_the_example_runs(capsys):
+def test_the_example_runs(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["own_dataset.py"])
     runpy.run_path(str(Path(__file__).parents[1] / "examples" / "own_dataset.py"), run_name="__main__")
     out = capsys.readouterr().out
     assert "Episode('my_robot', index=2, instruction='lift the lid'" in out and "15 frames" in out

@@ -10,8 +10,9 @@ from typer.testing import CliRunner
 from openvla.cli import app
 from openvla.evaluation import demo as demo_module
 from openvla.evaluation.demo import demo
+from openvla.evaluation.environment import Observation
 from openvla.evaluation.rendering import NoOpenGL
-from openvla.evaluation.video import GREEN, RED, Film, draw_tile, save_tiles, wrap
+from openvla.evaluation.video import GREEN, RED, EpisodeVideo, Film, check_replaceable, draw_tile, save_tiles, wrap
 
 
 def film(length: int, success: bool) -> Film:
@@ -88,3 +89,22 @@ def test_episodes_that_all_broke_are_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(demo_module, "evaluate", lambda output, **options: (output / "episodes.jsonl").write_text(line))
     with pytest.raises(OSError, match="No episode could be run: the arm fell off"):
         demo(model="nothing", output=tmp_path)
+
+
+def test_a_film_of_somebody_else_is_not_replaced(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo_module, "opengl_backend", lambda: "none")
+    monkeypatch.setattr(demo_module, "evaluate", lambda **options: pytest.fail("evaluated"))
+    (tmp_path / "demo.gif").write_bytes(b"GIF89a: holidays")
+    (tmp_path / ".unfinished").mkdir()
+    (tmp_path / ".unfinished" / "mine").touch()
+    with pytest.raises(FileExistsError, match=r"demo.gif' was not made here.* move it away"):
+        demo(model="nothing", output=tmp_path)
+    save_tiles([film(4, True)], tmp_path / "demo.gif", size=40)  # as the demo before made it
+    with pytest.raises(FileExistsError, match=r".unfinished' is in the way and was not made here"):
+        demo(model="nothing", output=tmp_path)
+    assert (tmp_path / ".unfinished" / "mine").exists()
+    observation = Observation({"image": np.zeros((64, 64, 3), np.uint8)}, np.zeros(1), "go")
+    video = EpisodeVideo(tmp_path / "go.mp4", observation)
+    video.add(observation, np.zeros(7))
+    video.save(success=True)
+    check_replaceable(tmp_path / "go.mp4")

@@ -17,6 +17,7 @@ from openvla.evaluation.policies import trained_with_crops
 from openvla.evaluation.rendering import NoOpenGL
 from openvla.evaluation.report import Record
 from openvla.folders import locked
+from openvla.hub import file_digests
 
 
 pytest.importorskip("metaworld", reason="Meta-World needs the [sim] extra")
@@ -127,6 +128,38 @@ def test_episodes_of_other_files_are_not_taken_for_those_of_this_model(tmp_path,
     settings.unlink()
     with pytest.raises(ValueError, match="no evaluation.json"):
         again()
+
+
+def test_an_adapter_is_known_by_its_base_as_well(tmp_path):
+    """Other weights under an adapter make other actions."""
+    base, adapter = small_model(tmp_path / "base"), tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "../base"}')
+    (adapter / "adapter_model.safetensors").write_text("adapter")
+    before = file_digests(adapter)
+    (base / "model.safetensors").write_text("other weights")
+    after = file_digests(adapter)
+    assert after["weights"] == before["weights"] and after["base"] != before["base"]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "evaluation.json").write_text(json.dumps({"digests": before}))
+    with pytest.raises(ValueError, match="episodes of 'mine' with other base"):
+        evaluate_module.earlier_settings(tmp_path / "out", {"digests": after}, "mine")
+    del before["base"]  # as older versions wrote it
+    (tmp_path / "out" / "evaluation.json").write_text(json.dumps({"digests": before}))
+    evaluate_module.earlier_settings(tmp_path / "out", {"digests": after}, "mine")
+
+
+def test_files_of_somebody_else_are_not_replaced(tmp_path):
+    options = {"render": False, "progress": False, "episodes": 1, "tasks": "reach-v3"}
+    for name in ("report.md", "videos"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / name).touch()
+        with pytest.raises(ValueError, match=f"holds {name} but no evaluation.json"):
+            evaluate(model="nothing", policy="expert", output=tmp_path / name, **options)
+        assert [path.name for path in (tmp_path / name).iterdir()] == [name]
+    model = small_model(tmp_path / "model")
+    with pytest.raises(ValueError, match="is the model: give a folder of its own"):
+        evaluate(model=str(model), output=model, **options)
 
 
 def test_a_model_of_another_robot_is_refused_before_its_weights_are_read(tmp_path):

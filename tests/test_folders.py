@@ -5,12 +5,23 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from pathlib import Path
 
 import huggingface_hub
 import pytest
 
-from openvla.folders import locked, move_into, new_folder, weights_digest, write_json
+from openvla.folders import (
+    OURS,
+    WORK,
+    locked,
+    move_into,
+    new_folder,
+    remove_working_folder,
+    weights_digest,
+    working_folder,
+    write_json,
+)
 
 
 HOLD = """
@@ -56,24 +67,74 @@ def test_a_folder_appears_complete_or_not_at_all(tmp_path):
 
 
 def test_leftovers_of_a_killed_run_are_removed(tmp_path):
-    (tmp_path / ".out.unfinished").mkdir()
-    (tmp_path / ".out.unfinished" / "half").touch()
+    (tmp_path / ".out.unfinished" / WORK).mkdir(parents=True)
+    (tmp_path / ".out.unfinished" / OURS).touch()
+    (tmp_path / ".out.unfinished" / WORK / "half").touch()
     with new_folder(tmp_path / "out") as folder:
         assert not list(folder.iterdir())
     assert os.listdir(tmp_path) == ["out"]
 
 
+def test_nothing_is_removed_that_was_not_made_here(tmp_path):
+    """Whatever has the name of a working folder or of a lock, but is not marked as ours."""
+    place, lock = tmp_path / ".out.unfinished", tmp_path / ".out.lock"
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / OURS).touch()
+    for make in (
+        lambda: place.write_text("mine"),
+        lambda: (place.mkdir(), (place / "mine").touch()),
+        lambda: place.symlink_to(tmp_path / "elsewhere"),
+    ):
+        make()
+        for refused in (new_folder(tmp_path / "out"), working_folder(place)):
+            with pytest.raises(FileExistsError, match="was not made here: move it away"), refused:
+                pass
+        assert os.path.lexists(place)
+        if place.is_dir() and not place.is_symlink():
+            (place / "mine").unlink()
+            remove_working_folder(place)
+        else:
+            place.unlink()
+    assert (tmp_path / "elsewhere" / OURS).exists()
+    lock.write_text("mine")
+    with pytest.raises(FileExistsError, match=r"out.lock' is in the way of the lock"), locked(tmp_path / "out"):
+        pass
+    assert lock.read_text() == "mine"
+
+
+@pytest.mark.parametrize("stop", range(6))
+def test_a_working_folder_is_ours_however_far_its_removal_came(stop, tmp_path, monkeypatch):
+    place, left = tmp_path / "work", [stop]
+    for name in ("unlink", "rmdir"):
+        once = getattr(Path, name)
+
+        def stopped(self, *args, once=once, **kwargs):
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            once(self, *args, **kwargs)
+
+        monkeypatch.setattr(Path, name, stopped)
+    with suppress(KeyboardInterrupt), working_folder(place) as work:
+        (work / "file").touch()
+        (place / "beside").touch()
+    left[0] = -1
+    remove_working_folder(place)
+    assert not place.exists()
+
+
 def test_overwriting_keeps_other_files_and_drops_older_weights(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    for name in ("config.json", "model-00001-of-00002.safetensors", "video.mp4"):
+    kept = ["model_before.safetensors", "video.mp4"]
+    for name in ("config.json", "model-00001-of-00002.safetensors", *kept):
         (out / name).write_text("old")
     with pytest.raises(ValueError, match="not empty"), new_folder(out):
         pass
     with new_folder(out, overwrite=True) as folder:
         write_json(folder / "config.json", {"new": True})
         (folder / "model.safetensors").write_text("new")
-    assert sorted(os.listdir(out)) == ["config.json", "model.safetensors", "video.mp4"]
+    assert sorted(os.listdir(out)) == ["config.json", "model.safetensors", *kept]
     assert "new" in (out / "config.json").read_text()
 
 

@@ -11,6 +11,7 @@ import pytest
 from data_files import FRONT, png, write_lerobot, write_video
 
 from openvla.data import DamagedDataError, open_dataset
+from openvla.data.lerobot_meta import is_colour
 from openvla.data.sources import open_source
 from openvla.files_openvla import LFS_POINTER
 
@@ -266,6 +267,13 @@ DEPTHS = {
     "is_depth_map": {"info": {"is_depth_map": True}},
     "beside": {"is_depth_map": True},
     "video_info": {"video_info": {"video.is_depth_map": "true"}},
+    "camel case, isDepth": {"isDepth": True},
+    "depth_map": {"info": {"depth_map": "True"}},
+    "depth_unit": {"info": {"depth_unit": "mm"}},
+    "depth by modality": {"info": {"modality": "Depth"}},
+    "depth by unit": {"info": {"unit": "mm"}},
+    "depth by dtype": {"info": {"dtype": "uint16"}},
+    "depth by encoding": {"info": {"encoding": "16UC1"}},
     "pix_fmt": {"info": {"video.pix_fmt": "gray16le"}},
     "channels": {"info": {"video.channels": 1}},
     "last": {"shape": [32, 32, 1]},
@@ -286,15 +294,47 @@ def test_depth_is_no_camera(tmp_path, spelling):
         open_dataset(folder, cameras=["action"])
 
 
-@pytest.mark.parametrize("name", ["observation.depth.front", "observation.images.front_depth", "observation.Depth"])
-def test_what_is_called_depth_is_a_camera_only_where_it_is_named(tmp_path, name):
+OTHER_NAMES = [
+    "observation.depth.front",
+    "observation.images.front_depth",
+    "observation.Depth",
+    "front_mask",
+    "wristMask",
+]
+OTHER_NAMES += ["observation.images.segmentation", "seg", "semantic_front", "infrared", "observation.images.ir_left"]
+OTHER_NAMES += ["infra1", "thermal", "optical_flow"]
+
+
+@pytest.mark.parametrize("name", OTHER_NAMES)
+def test_what_is_called_something_else_is_a_camera_only_where_it_is_named(tmp_path, name):
+    """Three channels of 8 bits; it is told what is read then."""
     folder = write_lerobot(tmp_path / "set", episodes=1)
     images = pa.array([{"bytes": png(1, 2), "path": None}] * 6)
     rewrite(folder / DATA["v3.0"], lambda table: table.append_column(name, images))
     change_info(folder, lambda info: info["features"].update({name: {"dtype": "image", "shape": [8, 8, 3]}}))
     assert list(open_dataset(folder)[0].images) == ["front"]
-    (frames,) = open_dataset(folder, cameras={"seen": name})[0].images.values()
+    with pytest.warns(UserWarning, match=r"camera '.*' is (a depth map|a mask|an infrared image|no picture), by what"):
+        (frames,) = open_dataset(folder, cameras={"seen": name})[0].images.values()
     assert frames[0][0, 0].tolist() == [1, 2, 0]
+
+
+@pytest.mark.parametrize("note", [{"is_mask": True}, {"image_type": "segmentation"}, {"modality": "IR"}])
+def test_what_is_marked_as_a_mask_is_read_only_where_it_is_named(tmp_path, note):
+    folder = write_lerobot(tmp_path / "set", episodes=1)
+    change_info(folder, lambda info: info["features"][FRONT].update({"info": note}))
+    assert open_dataset(folder)[0].images == {}
+    with pytest.warns(UserWarning, match="because it was asked for"):
+        assert list(open_dataset(folder, cameras="front")[0].images) == ["front"]
+
+
+@pytest.mark.parametrize(
+    "note",
+    [{"video.is_depth_map": False, "video.pix_fmt": "yuv420p10le"}, {"depth": 3}, {"bit_depth": 8}, {"type": "rgb"}],
+)
+@pytest.mark.parametrize("name", ["circle_cam", "mirror", "first_person", "flowers", "base_0_rgb"])
+def test_colours_are_found(tmp_path, name, note):
+    key = f"observation.images.{name}"
+    assert is_colour(key, {"dtype": "image", "shape": [8, 8, 3], "names": ["height", "width", "channel"], "info": note})
 
 
 BROKEN = {"empty": "", "cut off": "{", "a pointer": LFS, "a list": "[]"}

@@ -1,16 +1,20 @@
 """Options are taken as they are given, or refused: never read as something else."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from openvla.cli import app
 from openvla.data import PythonDataset
 from openvla.data.mixture import mixture_probabilities
 from openvla.data.sources import open_source, open_sources
 from openvla.evaluation.environment import make_environment
 from openvla.evaluation.evaluate import evaluate
 from openvla.evaluation.options import RecordOptions
+from openvla.options import respelled
 from openvla.training.options import FinetuneOptions
 from openvla.training.preparation import learning_rate
 
@@ -131,3 +135,48 @@ def test_weights_of_a_mixture():
     for text in ("a:0,b:1", "a:-1", "a:nan", "a:inf"):
         with pytest.raises(ValueError, match="The weight of 'a' is"):
             open_sources(text)
+
+
+@pytest.mark.parametrize(
+    "message, at_the_command_line, in_yaml",
+    [
+        ("tolerance_s=5: expected less", "--tolerance-s 5: expected less", "tolerance_s: 5: expected less"),
+        ("allow more (tolerance_s)", "allow more (--tolerance-s)", "allow more (tolerance_s)"),
+        ("name='a b' is taken", "--name 'a b' is taken", "name: 'a b' is taken"),
+        ("leave keep_unlabeled=False out", "leave --no-keep-unlabeled out", "leave keep_unlabeled: False out"),
+        ("name it with name=... (--name)", "name it with --name", "name it with name"),
+        ("'/x/tolerance_s/y' and name", "'/x/tolerance_s/y' and name", "'/x/tolerance_s/y' and name"),
+    ],
+)
+def test_each_door_names_its_own_spelling(message, at_the_command_line, in_yaml):
+    names = ("tolerance_s", "name", "keep_unlabeled")
+    assert respelled(message, {name: f"--{name.replace('_', '-')}" for name in names}) == at_the_command_line
+    assert respelled(message, {name: name for name in names}, "{name}: {value}") == in_yaml
+    assert respelled(message, {}) == message
+
+
+@pytest.mark.parametrize("weight", ["-2", "0", "nan", "inf", "1:2", "x", ""])
+def test_weights_that_are_none(weight):
+    with pytest.raises(ValueError, match="weight"):
+        open_sources(f"a:1.0,b:{weight}")
+
+
+def test_a_mixture_names_each_dataset_once(tmp_path):
+    for text in ("a:1,a:2", ":1.0,a", "a:1,:2"):
+        with pytest.raises(ValueError, match="twice|dataset:weight"):
+            open_sources(text)
+    (tmp_path / "a").mkdir()
+    with pytest.raises(ValueError, match="'a' and './a' in '.*' are one dataset"):
+        open_sources("a:1,./a:2", data_root=tmp_path)
+    (tmp_path / "m.yaml").write_text("a: 1\nb: {path: a, weight: 2}\n")
+    with pytest.raises(ValueError, match="'a' and 'b' in '.*m.yaml' are one dataset"):
+        open_sources(tmp_path / "m.yaml")
+
+
+def test_an_option_of_a_yaml_file_is_called_as_it_is_there(tmp_path):
+    demos = Path(__file__).parent / "fixtures/demos"
+    (tmp_path / "m.yaml").write_text(f"a: {{path: {demos}/lerobot_video, tolerance_s: 5}}\nb: {{path: {demos}/hdf5}}\n")
+    found = CliRunner().invoke(app, ["stats", str(tmp_path / "m.yaml")])
+    assert found.exit_code == 2 and "m.yaml, 'a': tolerance_s: 5: expected seconds" in found.stderr
+    found = CliRunner().invoke(app, ["stats", f"{demos}/lerobot_video", "--tolerance-s", "5"])
+    assert found.exit_code == 2 and "error: --tolerance-s 5.0: expected seconds" in found.stderr

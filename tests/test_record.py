@@ -1,6 +1,8 @@
 """Recording: experts' episodes as a data set, the same whoever records it and however often it is interrupted."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -306,3 +308,129 @@ def test_the_verb(tmp_path):
     found = CliRunner().invoke(app, ["record", "--tasks", "reach-v4", "--output", str(tmp_path / "x")])
     assert found.exit_code == 2 and "Did you mean 'reach-v3'" in found.output
     assert not list(tmp_path.iterdir())
+
+
+# The folder of an unfinished recording
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("files", [["notes.txt"], ["episodes/mine.npz"], ["options.json", "notes.txt"], "a link"])
+def test_a_folder_of_the_user_is_never_removed(files, finished, tmp_path, monkeypatch):
+    """`OUTPUT.partial` that is no recording, or one of other options, when the data set is recorded or is there."""
+    monkeypatch.setattr(RecordOptions, "environment", lambda self, **more: pytest.fail("recorded"))
+    part = tmp_path / "out.partial"
+    if files == "a link":
+        (tmp_path / "elsewhere").mkdir()
+        part.symlink_to(tmp_path / "elsewhere")
+        (part / "options.json").write_text(json.dumps(options(tmp_path).content()))
+    else:
+        for name in files:
+            (part / name).parent.mkdir(parents=True, exist_ok=True)
+            (part / name).write_text('{"mine": true}')
+    before = contents(part)
+    if finished:
+        (tmp_path / "out").mkdir()
+        found = {"options": options(tmp_path).content(), "tasks": {}}
+        (tmp_path / "out" / "recording.json").write_text(json.dumps(found))
+        assert record(options(tmp_path)) == found
+    elif "options.json" in files:
+        monkeypatch.setattr(RecordOptions, "environment", lambda self, **more: make_environment("metaworld", **more))
+        monkeypatch.setattr(record_module, "opengl_backend", lambda: "none")
+        with pytest.raises(ValueError, match="recorded with other options"):
+            record(options(tmp_path))
+    else:
+        with pytest.raises(FileExistsError, match="out.partial.* move it away"):
+            record(options(tmp_path))
+    assert contents(part) == before
+
+
+def test_what_the_user_put_beside_the_episodes_stays(tmp_path, monkeypatch):
+    (tmp_path / "out.partial" / "episodes").mkdir(parents=True)
+    (tmp_path / "out.partial" / "options.json").write_text(json.dumps(options(tmp_path).content()))
+    (tmp_path / "out.partial" / "notes.txt").write_text("mine")
+    record_module._remove(tmp_path / "out.partial", options(tmp_path).content())
+    assert contents(tmp_path) == {"out.partial/notes.txt": b"mine"}
+
+
+KILLED = """
+import os, random, signal, sys
+from dataclasses import dataclass
+from pathlib import Path
+import numpy as np
+import openvla.data.lerobot_writer, openvla.data.hdf5_writer
+from openvla.evaluation import record as record_module
+from openvla.evaluation.environment import Observation
+from openvla.evaluation.options import RecordOptions
+
+@dataclass
+class Point:
+    render: bool = True
+    tasks, task_sets, max_steps, frequency, robot, state_names = ("go",), {}, 9, 20.0, "point", ["x"]
+    def instructions(self, task, *, held_out=False): return ("go home",)
+    def variations(self, task): return ()
+    def reset(self, seed, task, variation=""):
+        self.position = 0.5 + seed / 100
+        return self._observe()
+    def _observe(self):
+        image = np.full((8, 8, 3), int(abs(self.position) * 100) % 256, np.uint8)
+        return Observation({"image": image}, np.array([self.position], np.float32), "go home")
+    def expert_action(self): return np.array([-np.clip(self.position, -0.2, 0.2), 0, 0, 0, 0, 0, 1.0])
+    def step(self, action):
+        self.position += float(action[0])
+        return self._observe(), abs(self.position) < 0.05
+    def close(self): pass
+
+RecordOptions.environment = lambda self, **more: Point(**more)
+record_module.opengl_backend = lambda: "none"
+folder, form, tried, left = sys.argv[1], sys.argv[2], int(sys.argv[3]), 10**9
+
+def killed(event, arguments):
+    "Ends this process before its n-th change of a file."
+    global left
+    changes = event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir") or (event == "open" and arguments[2] & 1)
+    if changes and folder in str(arguments[0]):
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+def recorded(output, kill_at=10**9):
+    "Exit code of a process that records, and how many changes it had left."
+    global left
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        left = kill_at
+        sys.addaudithook(killed)
+        record_module.record(RecordOptions(output, "point", "go", episodes=2, format=form), progress=False)
+        os.write(writing, str(kill_at - left).encode())
+        os._exit(0)
+    os.close(writing)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return code, int(os.read(reading, 20) or 0)
+
+def contents(output):
+    return {str(path.relative_to(output)): path.read_bytes() for path in Path(output).rglob("*") if path.is_file()}
+
+code, changes = recorded(f"{folder}/whole")
+assert code == 0
+expected = contents(f"{folder}/whole")
+points = random.Random(0).sample(range(1, changes + 1), min(tried, changes))
+for kill_at in points:
+    output = f"{folder}/killed-{kill_at}"
+    assert recorded(output, kill_at)[0] == -signal.SIGKILL
+    assert not Path(output).exists() or contents(output) == expected, kill_at
+    if kill_at % 3 == 0:
+        recorded(output, kill_at // 2)  # killed again on its way
+    assert recorded(output)[0] == 0 and contents(output) == expected, kill_at
+there = sorted(path.name for path in Path(folder).iterdir())
+assert there == sorted(["whole", *(f"killed-{number}" for number in points)]), there
+print(changes)
+"""
+
+
+@pytest.mark.parametrize("format", ["lerobot", "hdf5"])
+def test_killed_at_any_change_of_a_file_a_recording_goes_on_to_the_same_bytes(format, tmp_path):
+    """Before some of them here; before every single one it was tried as well."""
+    ran = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), format, "8"], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert int(ran.stdout) >= 20  # changes

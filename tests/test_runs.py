@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -325,6 +326,41 @@ def test_the_output_folder_is_looked_at_first(dataset, tmp_path, monkeypatch):
         finetune(given)
     with pytest.raises(ValueError, match=r"holds a model but no finetune.json.*checkpoint-1"):
         finetune(options(Path("run"), dataset))
+
+
+def test_an_output_inside_a_dataset_however_that_is_named(dataset, tmp_path, monkeypatch):
+    """By a mixture under a folder, by a YAML file with paths, by the folder of the datasets."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    for name in ("one", "two"):
+        shutil.copytree(dataset.parent, tmp_path / "sets" / name)
+    (tmp_path / "here" / "m.yaml").write_text("a: {path: ../sets/two}\nb: {path: ../sets/gone, weight: 2}\n")
+    for specification, root in (("two:1.0,gone:2", "sets"), ("here/m.yaml", None), ("two", "sets"), ("sets/two", None)):
+        given = FinetuneOptions(
+            output="sets/two/runs/x", dataset=specification, data_root=root, model=str(ROOT), logging="none"
+        )
+        with pytest.raises(ValueError, match=r"lies inside the dataset '.*sets/two'"):
+            resume.check_output(given, resume=False)
+        resume.check_output(replace(given, output="runs/x"), resume=False)
+
+
+def test_files_of_the_user_in_an_output_folder(dataset, tmp_path):
+    """What a run would replace is refused, what it would not stays."""
+    run = tmp_path / "run"
+    for name in ("README.md", "tokenizer.json", "curves.png"):
+        run.mkdir()
+        (run / name).write_text("mine")
+        with pytest.raises(ValueError, match=f"holds files that a run replaces.*'.*{name}' stays"):
+            resume.check_output(options(run, dataset), resume=False)
+        shutil.rmtree(run)
+    (run / ".unfinished").mkdir(parents=True)
+    (run / ".unfinished" / "mine").touch()
+    with pytest.raises(FileExistsError, match="was not made here"):
+        resume.remove_leftovers(run)
+    (run / "film.part").touch()
+    (run / ".unfinished" / "mine").unlink()
+    resume.remove_leftovers(run)
+    assert [path.name for path in run.iterdir()] == ["film.part"]
 
 
 def test_one_process_in_an_output_folder(dataset, tmp_path):

@@ -700,9 +700,11 @@ def test_two_processes_write_one_cache(cache, tmp_path):
     from openvla.data.survey import load_survey, store_survey
 
     survey = open_source(DEMOS / "hdf5").survey
-    (cache / "abandoned.part").write_text("x")
+    entry = f"survey-{'0' * 32}.json"
+    (cache / f"{entry}.abandoned.part").write_text("x")
+    (cache / "film.part").write_text("the user's, in a folder that OPENVLA_CACHE names")
     age(cache)
-    (cache / "at_work.part").write_text("x")
+    (cache / f"{entry}.at_work.part").write_text("x")
 
     def work(number):
         store_survey("shared", survey)
@@ -710,7 +712,7 @@ def test_two_processes_write_one_cache(cache, tmp_path):
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(work, range(200)))
-    assert [path.name for path in cache.glob("*.part")] == ["at_work.part"]
+    assert sorted(path.name for path in cache.glob("*.part")) == ["film.part", f"{entry}.at_work.part"]
 
 
 def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch):

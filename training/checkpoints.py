@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from transformers.utils import cached_file
 
 from ..adapters_openvla import (
     ADAPTER,
@@ -54,7 +56,10 @@ def write_checkpoint(
     # Without this PEFT stores whole embeddings because the output layer has an adapter.
     is_adapter = hasattr(model, "peft_config")
     options = {"save_embedding_layers": False} if is_adapter else {}
-    model.save_pretrained(folder, state_dict=state_dict, **options)
+    try:
+        model.save_pretrained(folder, state_dict=state_dict, **options)
+    except SafetensorError as error:  # a full disk, mostly
+        raise OSError(f"Cannot write '{folder}': {error}") from error
     if is_adapter:
         _complete_adapter(model, folder, processor, statistics)
     if dtype is not None:  # the library writes that of the model in memory
@@ -93,10 +98,27 @@ def starting_point(model: str | os.PathLike) -> tuple[str, Path | None]:
     return (os.fspath(model), None) if adapter is None else (find_base(adapter), adapter)
 
 
+def card_folder(base: str | os.PathLike) -> Path | None:
+    """Where the model card of a folder or Hub id is, whose licence what is made of it inherits; None without one."""
+    card = cached_file(
+        os.fspath(base),
+        "README.md",
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return Path(card).parent if card else None
+
+
 def starting_processor(base: str | os.PathLike, adapter: Path | None) -> OpenVLAProcessor:
     """The processor of `base`, with the pixels and the prompt form of the adapter."""
     brought = None if adapter is None else read_belongings(adapter).get("processor")
     return with_belongings(OpenVLAProcessor.from_pretrained(base), brought)
+
+
+def check_merged(output: Path) -> None:
+    """Raise a `FileExistsError` if a merged model cannot be written to `output`."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"'{output}' is not empty: choose another folder.")
 
 
 def merge_adapter(
@@ -123,8 +145,7 @@ def merge_adapter(
     if not (folder / ADAPTER).is_file():
         problem = "holds no adapter (adapter_config.json)" if folder.is_dir() else "is no folder"
         raise FileNotFoundError(f"'{folder}' {problem}: give the output of a lora or qlora run.")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"'{output}' is not empty: choose another folder.")
+    check_merged(output)
     brought = read_belongings(folder)
     if "norm_stats" not in brought:
         raise FileNotFoundError(
@@ -150,7 +171,7 @@ def merge_adapter(
     difference = ((after - before).abs().max() / before.abs().max()).item()
     statistics = merged.norm_stats = brought["norm_stats"]
     with new_folder(output) as work:
-        card = model_card(output.resolve().name, merged.config, statistics)
+        card = model_card(output.resolve().name, merged.config, statistics, source_folder=card_folder(source))
         write_checkpoint(merged, work, processor, statistics, card)
         if (folder / STARTED).is_file():
             shutil.copyfile(folder / STARTED, work / STARTED)  # how it was trained, image augmentation above all

@@ -1,7 +1,6 @@
 """What an output folder holds of a run: whether one may begin there, may go on, and from which checkpoint."""
 
 import json
-import os
 import shutil
 import tempfile
 import zipfile
@@ -13,10 +12,10 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from ..data.sources import Source
+from ..data.sources import Source, dataset_places
 from ..data.survey import content_key
 from ..files_openvla import check_file, read_json
-from ..folders import MARKS
+from ..folders import MARKS, remove_working_folder
 from .checkpoints import STARTED
 from .options import FinetuneOptions, differences
 
@@ -24,6 +23,7 @@ from .options import FinetuneOptions, differences
 FINISHED = "dataset_statistics.json"  # of a result: comes last, see `folders.move_into`
 CHECKPOINTS = "checkpoints"
 UNFINISHED = ".unfinished"  # what is being written
+RESULT = ("*.json", "*.jinja", "*.model", "README.md", "curves.png")  # beside the weights, what a run writes
 TENSORS = (".pt", ".pth", ".bin")  # torch.save writes zip archives
 
 
@@ -49,10 +49,9 @@ def check_output(options: FinetuneOptions, resume: bool, dataset: bool = True) -
         raise ValueError(
             f"The model '{model}' lies where the run would overwrite it (output='{output}'): give another."
         )
-    for root in ("", options.data_root or "") if dataset else ():
-        path = os.path.join(root, options.dataset)
-        data = Path(path).resolve() if os.path.isdir(path) else None  # a mixture may be too long for a name
-        if data is not None and (data == output or data in output.parents):
+    for place in dataset_places(options.dataset, options.data_root) if dataset else ():
+        data = place.resolve()
+        if data == output or data in output.parents:
             raise ValueError(f"output='{output}' lies inside the dataset '{data}': give a folder outside of it.")
     begun, finished = (output / STARTED).exists(), (output / FINISHED).exists()
     if begun and not resume:
@@ -63,14 +62,16 @@ def check_output(options: FinetuneOptions, resume: bool, dataset: bool = True) -
             f"'{output}' holds a finished run without checkpoints to go on from: give another folder."
         )
     if not begun and output.is_dir():
-        foreign = [
+        model = [
             *(output / name for name in MARKS),
             *output.glob("*.safetensors"),
             *checkpoints(output / CHECKPOINTS),
         ]
+        foreign = [*model, *(path for pattern in RESULT for path in sorted(output.glob(pattern)))]
         if there := [path for path in foreign if path.exists()]:
+            kind = "a model" if there[0] in model else "files that a run replaces"
             raise ValueError(
-                f"'{output}' holds a model but no {STARTED}, so it is not the output of a run: give another folder, "
+                f"'{output}' holds {kind} but no {STARTED}, so it is not the output of a run: give another folder, "
                 f"so that '{there[0]}' stays."
             )
     existing = next(path for path in (output, *output.parents) if path.exists())
@@ -98,11 +99,9 @@ def check_space(output: Path, model: Any, options: FinetuneOptions) -> str | Non
 
 
 def remove_leftovers(output: Path) -> None:
-    """What a killed run was writing."""
+    """What a killed run was writing; a FileExistsError where something else has that name."""
     for folder in (output, output / CHECKPOINTS):
-        shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
-        for part in folder.glob("*.part"):
-            part.unlink()
+        remove_working_folder(folder / UNFINISHED)
 
 
 # Checkpoints ----------------------------------------------------------------------------------------------------------

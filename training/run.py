@@ -24,7 +24,7 @@ from ..files_openvla import local_folder
 from ..folders import locked, weights_digest, write_json
 from ..model_card import model_card
 from ..modeling_openvla import OpenVLAForActionPrediction
-from .checkpoints import STARTED, starting_point
+from .checkpoints import STARTED, card_folder, starting_point
 from .checks import check_result
 from .curves import plot_curves
 from .metrics import ActionMetrics
@@ -261,6 +261,7 @@ def card(run: Run) -> str:
         run.config,
         run.statistics,
         source=base if on_hub else None,
+        source_folder=card_folder(base),
         weights=f"fine-tuned from `{begun_with}`",
         adapter_of=f"`{begun_with}`" if options.strategy in LEARNING_RATES else None,
     )

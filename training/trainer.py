@@ -3,6 +3,7 @@
 import math
 import os
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ProgressCallback
 from transformers.utils import logging
 
@@ -22,7 +24,7 @@ from ..data import Episode
 from ..data.collate import ActionCollator
 from ..data.samples import FrameSamples
 from ..data.stream import Batches, MixtureStream
-from ..folders import move_into
+from ..folders import WORK, move_into, working_folder
 from .checkpoints import write_checkpoint
 from .loss import action_loss, with_logits_to_keep
 from .metrics import ActionMetrics
@@ -52,6 +54,16 @@ class ProgressBar(ProgressCallback):
             if {f"l1/{axis}" for axis in "xyz"} <= logs.keys():  # in units of the dataset
                 shown["L1 xyz"] = f"{sum(logs[f'l1/{axis}'] for axis in 'xyz') / 3:.4g}"
             self.training_bar.set_postfix(shown)
+
+
+class Curves(TensorBoardCallback):
+    """TensorBoard's curves, without the library's text of all arguments: it holds paths of this machine."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero and self.tb_writer is None:
+            runs = Path(args.output_dir) / "runs" / time.strftime("%Y-%m-%d_%H-%M-%S")
+            self.logging_dir = self.logging_dir or str(runs)
+            self._init_summary_writer(args)
 
 
 class ActionTrainer(Trainer):
@@ -101,6 +113,8 @@ class ActionTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ProgressBar())
+        if self.pop_callback(TensorBoardCallback) is not None:
+            self.add_callback(Curves())
         # The launcher may have chosen bf16 as well: the accelerator knows, the arguments do not. accelerate would
         # average gradients in bfloat16 too.
         if self.is_fsdp_enabled and self.accelerator.mixed_precision == "bf16":
@@ -252,20 +266,16 @@ class ActionTrainer(Trainer):
             large = [name for name, value in state.items() if not torch.isfinite(value).all()]
             if large:
                 raise self._diverged(f"{len(large)} weights are too large for {dtype}, first of them {large[0]}")
-        with self._explained("The result", folder / UNFINISHED):
-            write_checkpoint(
-                model, folder / UNFINISHED, self.collator.processor, self.statistics, self.card, state, dtype
-            )
-        move_into(folder / UNFINISHED, folder)
-        shutil.rmtree(folder / UNFINISHED)
+        with self._explained("The result"), working_folder(folder / UNFINISHED) as work:
+            write_checkpoint(model, work, self.collator.processor, self.statistics, self.card, state, dtype)
+            move_into(work, folder)
 
     @contextmanager
-    def _explained(self, what: str, work: Path) -> Iterator[None]:
-        """What is written in `work` goes where that fails, and the error says how to go on."""
+    def _explained(self, what: str) -> Iterator[None]:
+        """Where it cannot be written, the error says how to go on."""
         try:
             yield
         except (OSError, RuntimeError, SafetensorError) as error:  # a full disk speaks through all three
-            shutil.rmtree(work, ignore_errors=True)
             last = last_checkpoint(Path(self.args.output_dir))
             remedy = (
                 f"The last good one is '{last}': make room, then go on with --resume." if last else "There is none."
@@ -273,25 +283,23 @@ class ActionTrainer(Trainer):
             raise OSError(f"{what} could not be written: {error}. {remedy}") from error
 
     def _get_output_dir(self, trial: Any) -> str:
-        return str(Path(self.args.output_dir) / UNFINISHED)
+        return str(Path(self.args.output_dir) / UNFINISHED / WORK)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """A checkpoint is written under another name and renamed when it is whole; only then older ones go."""
         self._check_weights()
         folder = Path(self.args.output_dir)
         finished = folder / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        with self._explained(f"The checkpoint of step {self.state.global_step}", folder / UNFINISHED):
+        own = working_folder(folder / UNFINISHED) if self.args.should_save else nullcontext()
+        with self._explained(f"The checkpoint of step {self.state.global_step}"), own:
+            self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            shutil.rmtree(finished, ignore_errors=True)  # of a run that was stopped and repeats this step
-            os.replace(folder / UNFINISHED / finished.name, finished)
-            shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
-            for old in checkpoints(folder)[: -self.args.save_total_limit]:
-                shutil.rmtree(old)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                shutil.rmtree(finished, ignore_errors=True)  # of a run that was stopped and repeats this step
+                os.replace(Path(self._get_output_dir(trial)) / finished.name, finished)
+                for old in checkpoints(folder)[: -self.args.save_total_limit]:
+                    shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
 
 
