@@ -73,6 +73,8 @@ def _held(file: Path, output: Path) -> Iterator[None]:
             raise FileExistsError(f"'{file}' is in the way of the lock of '{output}': move it away.")
         lock.acquire()
     except Timeout:
+        if not file.exists():  # some file systems that take no files answer as if they were locked
+            raise OSError(f"Cannot write to '{output}' (no file can be made there): choose another output.") from None
         raise BlockingIOError(
             f"Another process is writing to '{output}' (it holds '{file}'): wait for it or stop it, or choose another "
             "output."

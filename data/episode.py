@@ -254,7 +254,7 @@ def as_text(value: Any, source: str) -> str:
 def _pixels(image: Any, source: str) -> np.ndarray:
     """(H, W, 3) uint8, or a DamagedDataError."""
     image = np.asarray(image)
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or not image.size:
         raise _no_colours(f"{source}: expected (H, W, 3) uint8", image)
     return image
 
@@ -271,7 +271,13 @@ def _no_colours(expected: str, found: np.ndarray) -> DamagedDataError:
 def _as_frames(value: Any, source: str) -> Frames:
     if isinstance(value, Frames):
         return value
-    if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim == 4 and value.shape[-1] == 3:
+    if (
+        isinstance(value, np.ndarray)
+        and value.dtype == np.uint8
+        and value.ndim == 4
+        and value.shape[-1] == 3
+        and value.size
+    ):
         return ArrayFrames(value)
     if isinstance(value, Sequence | np.ndarray) and len(value) and all(isinstance(item, bytes) for item in value):
         return EncodedFrames(list(value), source)

@@ -103,6 +103,7 @@ class HDF5Dataset(EpisodeDataset):
         self.splits = sorted(masks) or ["train"]
         self.files = {file.relative_to(path).as_posix() if file != Path(path) else file.name: file for file in files}
         self._action_dim: int | None = None
+        self._has_camera: bool | None = None
 
     def __len__(self) -> int:
         return len(self.demos)
@@ -112,6 +113,8 @@ class HDF5Dataset(EpisodeDataset):
         source = f"{file}, {demo}"
         try:
             group = open_file(file)["data"][demo]
+            if not self.cameras:  # none: for statistics, which find what training would stop for
+                self._check_cameras(group, source)
             cameras = name_cameras(self.cameras if self.cameras is not None else _cameras(group))
             state_key = self.state_key
             if state_key is None:
@@ -154,6 +157,31 @@ class HDF5Dataset(EpisodeDataset):
                 add(room, content[room])
                 content[room].visititems(add)
         return digest.hexdigest()
+
+    def _check_cameras(self, group: h5py.Group, source: str) -> None:
+        """A DamagedDataError where a demonstration has no images as the first one does, or not one for each action."""
+        cameras = _cameras(group)
+        for key in cameras:
+            if "actions" in group and len(group[key]) != len(group["actions"]):
+                raise DamagedDataError(
+                    f"{source}: {len(group['actions'])} actions, but {len(group[key])} entries of {key!r}"
+                )
+        if self._has_camera is None:
+            file, demo = self.demos[0]
+            try:
+                self._has_camera = bool(_cameras(open_file(file)["data"][demo]))
+            except DAMAGED:
+                self._has_camera = False  # it says so itself
+        if self._has_camera and not cameras:
+            there = {
+                key: f"{value.dtype} {value.shape}"
+                for key, value in group.get("obs", {}).items()
+                if isinstance(value, h5py.Dataset) and (value.ndim > 2 or value.dtype.kind == "O")
+            }
+            raise DamagedDataError(
+                f"{source}: no colour images (steps, height, width, 3) uint8, as the first demonstration has; in obs "
+                f"there are {there or 'none of the kind'}"
+            )
 
     def _expected_dim(self) -> int | None:
         """Dimensions of the actions of the first demonstration, which all others must share."""
@@ -234,7 +262,7 @@ class HDF5Frames(Frames):
     def __init__(self, file: Path, key: str, rotate: bool = False, steps: range | None = None):
         self.file, self.key, self.rotate = file, key, rotate
         data = open_file(file)[key]
-        if steps is None and (data.dtype != np.uint8 or data.ndim != 4 or data.shape[-1] != 3):
+        if steps is None and (data.dtype != np.uint8 or data.ndim != 4 or data.shape[-1] != 3 or 0 in data.shape[1:]):
             raise DamagedDataError(f"{file}, {key}: expected (T, H, W, 3) uint8, found {data.dtype} {data.shape}")
         self.steps = range(len(data)) if steps is None else steps
 
@@ -300,6 +328,7 @@ def _cameras(group: h5py.Group) -> list[str]:
         and value.ndim == 4
         and value.dtype == np.uint8
         and value.shape[-1] == 3
+        and 0 not in value.shape[1:]
     ]
     return order_cameras(keys)
 
@@ -308,6 +337,9 @@ def _find(group: h5py.Group, key: str, source: str) -> h5py.Dataset:
     for candidate in (key, f"obs/{key}"):
         if isinstance(group.get(candidate), h5py.Dataset):
             return group[candidate]
+        link = group.get(candidate, getlink=True) if candidate not in group and key in group.keys() else None
+        if isinstance(link, h5py.SoftLink | h5py.ExternalLink):
+            raise DamagedDataError(f"{source}: {candidate!r} is a link to {link.path!r}, which is not there")
     there = sorted(group) + [f"obs/{k}" for k in group.get("obs", {})]
     raise DamagedDataError(f"{source}: no key {key!r}; there are {there}")
 

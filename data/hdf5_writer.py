@@ -1,6 +1,8 @@
 """Writing HDF5 demonstrations in the style of LIBERO: one file for each task."""
 
+import errno
 import json
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import numpy as np
 from .episode import Episode
 
 
+MARGIN = 2**20  # bytes of everything but images, and of what the library holds back
 # Our names of cameras -> theirs; others keep their names
 CAMERAS = {"image": "agentview_rgb", "wrist_image": "eye_in_hand_rgb"}
 
@@ -37,6 +40,7 @@ def write_hdf5(
     with h5py.File(part, "w") as file:
         data = file.create_group("data")
         for episode in episodes:
+            check_room(episode, path)
             group = data.create_group(f"demo_{count}")
             if not count:
                 data.attrs["problem_info"] = _problem_info(episode, problem_name or env_name)
@@ -53,6 +57,18 @@ def write_hdf5(
         part.unlink()
         raise ValueError(f"No episodes to write to {path}.")
     part.replace(path)
+
+
+def check_room(episode: Episode, path: Path) -> None:
+    """Raise an `OSError` where the disk may not hold an episode: on a full one the library ends the process."""
+    sizes = [len(frames) * frames[0].nbytes for frames in episode.images.values()]
+    needed, free = sum(sizes) + MARGIN, shutil.disk_usage(path.parent).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"{needed / 1e6:.0f} MB may be needed for an episode and {free / 1e6:.0f} MB are free",
+            str(path),
+        )
 
 
 def _problem_info(episode: Episode, problem: str) -> str:

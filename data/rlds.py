@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from google.protobuf.json_format import Error as ProtobufError
 from google.protobuf.message import DecodeError
+from tensorflow_datasets.proto import tf_example_pb2
 
 from ..files_openvla import read_json
 from .dataset import Cameras, EpisodeDataset, Keys, OnError, action_keys, key_list, name_cameras, warn_of_camera
@@ -101,6 +102,7 @@ class RLDSDataset(EpisodeDataset):
         self._decoders: dict[str, dict] = {"steps": {}}
         self._is_colour: dict[str, bool] = {}
         _skip_images(steps, self._decoders["steps"], self._is_colour)
+        self._kinds_checked = False
         self._scans: dict[Path, tuple[list[int], str | None]] = {}
 
     def __len__(self) -> int:
@@ -155,6 +157,9 @@ class RLDSDataset(EpisodeDataset):
 
     def _trajectory(self, path: Path, record: int) -> Trajectory:
         data = self._read(path, record)
+        if not self._kinds_checked:  # of one record: all are written alike
+            self._check_kinds(data, f"{path}, record {record}")
+            self._kinds_checked = True
         try:
             example = self.features.deserialize_example_np(data, decoders=self._decoders)
             steps = list(example.pop("steps"))
@@ -168,6 +173,23 @@ class RLDSDataset(EpisodeDataset):
         if not steps:
             raise DamagedDataError(f"{path}, record {record}: the episode has no steps")
         return {**_stack(steps), METADATA: _stack([example] * len(steps))}
+
+    def _check_kinds(self, data: bytes, source: str) -> None:
+        """A DamagedDataError where features.json says whole numbers and a record holds fractions, which would be cut off,
+        or numbers and it holds bytes."""
+        try:
+            stored = tf_example_pb2.Example.FromString(data).features.feature
+        except DAMAGED:
+            return  # said by whoever decodes it
+        for key, info in _flatten_info(self.features.get_serialized_info()):
+            kind = stored[key].WhichOneof("kind") if key in stored else None
+            number = np.dtype(info.np_dtype).kind if info.np_dtype not in (object, str, bytes) else "O"
+            cut = kind == "float_list" and number in "iub" and any(value % 1 for value in stored[key].float_list.value)
+            if cut or (kind == "bytes_list" and number in "iubf"):
+                found = "fractions" if cut else "bytes"
+                raise DamagedDataError(
+                    f"{source}: it does not fit features.json, which says {info.np_dtype} of {key!r}: it holds {found}"
+                )
 
     def _load(self, index: int) -> Episode:
         path, record = self._locate(index)
@@ -249,6 +271,14 @@ def _skip_images(feature: Any, decoders: dict, is_colour: dict[str, bool], prefi
             is_colour[prefix + key] = inner.shape[-1] == 3 and inner.np_dtype == np.uint8
 
 
+def _flatten_info(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flatten_info(value, f"{prefix}{key}/")
+        else:
+            yield prefix + key, value
+
+
 def _keys(feature: Any, prefix: str = "") -> Iterator[str]:
     for key, inner in feature.items():
         if isinstance(inner, tfds.features.FeaturesDict):
@@ -320,6 +350,8 @@ def _columns(flat: dict[str, np.ndarray], keys: Keys, source: str) -> np.ndarray
     if not arrays:
         return None
     length = len(arrays[0])
+    if of_text := [name for name, array in zip(filter(None, names), arrays) if array.size and _is_text(array)]:
+        raise DamagedDataError(f"{source}: {of_text} are texts, expected numbers for each of {length} steps")
     try:
         parts = [
             np.zeros((length, 1), np.float32)

@@ -40,16 +40,17 @@ def collect(episodes: Iterable[Episode], progress: bool = False) -> tuple[list[n
     Images are not decoded, episodes are not kept: memory grows by the actions and states alone.
 
     Raises:
-        ValueError: If there are no episodes, or their actions differ in dimension.
+        ValueError: If there are no episodes, or their actions or states differ in dimension.
     """
     actions: list[np.ndarray] = []
     states: list[np.ndarray] = []
     for episode in tqdm(episodes, desc="statistics", unit="episode", disable=not progress):
-        if actions and episode.actions.shape[1] != actions[0].shape[1]:
-            raise ValueError(
-                f"{episode.source or episode}: actions have {episode.actions.shape[1]} dimensions, those before "
-                f"{actions[0].shape[1]}; one dataset has one action space."
-            )
+        for what, values, known in (("actions", episode.actions, actions), ("states", episode.state, states)):
+            if values is not None and known and values.shape[1] != known[0].shape[1]:
+                raise ValueError(
+                    f"{episode.source or episode}: {what} have {values.shape[1]} dimensions, those before "
+                    f"{known[0].shape[1]}; in one dataset all have as many."
+                )
         actions.append(np.asarray(episode.actions, dtype=np.float32))
         if episode.state is not None:
             states.append(np.asarray(episode.state, dtype=np.float32))

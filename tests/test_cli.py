@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 import openvla
 from openvla import OpenVLAForActionPrediction, cli
 from openvla.evaluation.environment import ENVIRONMENTS
-from openvla.folders import locked_file
+from openvla.folders import locked, locked_file
 from openvla.training import STRATEGIES, FinetuneOptions
 
 
@@ -248,6 +248,20 @@ def test_stats_replaces_only_statistics(tmp_path, monkeypatch):
     with locked_file(tmp_path / "out.json"):
         assert "Another process is writing to" in error_of("stats", DEMO, "--output", tmp_path / "out.json")
     assert os.listdir(tmp_path) == ["notes.txt"] and (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("verb", ["package", "export", "finetune", "record"])
+def test_a_second_process_is_refused_in_one_line(verb, model, tmp_path):
+    out = tmp_path / "out"
+    arguments = {
+        "package": ["package", out, "--weights", model],
+        "export": ["export", model, out],
+        "finetune": ["finetune", "--dataset", DEMO, "--output", out, "--logging", "none"],
+        "record": ["record", "--output", out],
+    }
+    with locked(out):
+        assert "Another process is writing to" in error_of(*arguments[verb])
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_the_operating_system_says_comes_with_the_file_and_a_way_out():

@@ -1,0 +1,173 @@
+"""Files that are unlike others but sound are read right; what is wrong is named with file and demonstration."""
+
+import re
+from types import SimpleNamespace
+
+import h5py
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from data_files import png, write_rlds
+
+from openvla.data import hdf5_writer, open_dataset
+from openvla.data.sources import open_source
+
+
+ACTIONS = np.random.default_rng(1).uniform(-0.05, 0.05, (6, 7))
+IMAGES = np.arange(6 * 8 * 8 * 3, dtype=np.uint8).reshape(6, 8, 8, 3)
+
+
+def hdf5(folder, change):
+    path = folder / "open_it_demo.hdf5"
+    with h5py.File(path, "w") as file:
+        for number in range(2):
+            group = file.create_group(f"data/demo_{number}")
+            group["actions"], group["obs/agentview_rgb"], group["obs/state"] = ACTIONS, IMAGES, np.zeros((6, 3))
+        change(file, file["data/demo_1"])
+    return path
+
+
+def instead(key, value, **storage):
+    def change(file, demo):
+        del demo[key]
+        demo.create_dataset(key, data=value, **storage)
+
+    return change
+
+
+def soft_link(file, demo):
+    demo.move("actions", "raw")
+    demo["actions"] = h5py.SoftLink("/data/demo_1/raw")
+
+
+def external_link(file, demo):
+    with h5py.File(file.filename.replace("open_it", "other").replace(".hdf5", ".bin"), "w") as other:
+        other["a"] = ACTIONS
+        del demo["actions"]
+        demo["actions"] = h5py.ExternalLink(other.filename, "/a")
+
+
+def one_demonstration_links_to_another(file, demo):
+    del file["data/demo_1"]
+    file["data/demo_1"] = h5py.SoftLink("/data/demo_0")
+
+
+SOUND = {
+    "big-endian": instead("actions", ACTIONS.astype(">f8")),
+    "compressed": instead("obs/agentview_rgb", IMAGES, compression="gzip", chunks=(1, 8, 8, 3)),
+    "lzf, shuffled, checksums": instead("obs/agentview_rgb", IMAGES, compression="lzf", shuffle=True, fletcher32=True),
+    "a soft link": soft_link,
+    "an external link": external_link,
+    "a demonstration that is a link": one_demonstration_links_to_another,
+}
+
+
+@pytest.mark.parametrize("change", SOUND.values(), ids=SOUND)
+def test_hdf5_as_it_may_be_stored(change, tmp_path):
+    source = open_source(hdf5(tmp_path, change), cache=False, held_out=0.0)
+    episode = source.dataset[1]
+    np.testing.assert_allclose(episode.actions, ACTIONS, rtol=1e-6)
+    np.testing.assert_array_equal(episode.images["agentview_rgb"][5], IMAGES[5])
+
+
+def link_to_nowhere(file, demo):
+    del demo["actions"]
+    demo["actions"] = h5py.SoftLink("/nowhere")
+
+
+def a_reference(file, demo):
+    file["store"] = ACTIONS
+    del demo["actions"]
+    demo["actions"] = file["store"].ref
+
+
+def without_steps(file, demo):
+    instead("actions", ACTIONS[:0])(file, demo)
+
+
+WRONG = {
+    "a link to nowhere": (link_to_nowhere, "'actions' is a link to '/nowhere', which is not there"),
+    "an object reference": (a_reference, "'actions' is not numbers for each step but object"),
+    "compound": (instead("actions", np.zeros(6, [("x", "f8")])), "'actions' is not numbers for each step"),
+    "complex": (instead("actions", ACTIONS.astype(complex)), "not numbers for each step but complex128"),
+    "texts": (instead("actions", np.full((6, 7), b"1")), "not numbers for each step"),
+    "nothing": (instead("actions", h5py.Empty("f8")), "not numbers for each step"),
+    "no steps": (without_steps, "the episode has no steps"),
+    "a chunk for each step": (instead("actions", np.stack([ACTIONS] * 4, 1)), "actions have 28 dimensions"),
+    "an action that is not finite": (
+        instead("actions", np.where(np.arange(42).reshape(6, 7) == 20, np.nan, ACTIONS)),
+        "action of step 2 is not finite",
+    ),
+    "a state that is not finite": (instead("obs/state", np.full((6, 3), np.nan)), "state of step 0 is not finite"),
+    "a state of another width": (instead("obs/state", np.zeros((6, 5))), "states have 5 dimensions, those before 3"),
+    "a state that is too short": (instead("obs/state", np.zeros((5, 3))), "6 actions, but 5 entries of 'state'"),
+    "images of floats": (instead("obs/agentview_rgb", IMAGES / 255.0), r"no colour images.*'agentview_rgb': 'float64"),
+    "images of 16 bits": (instead("obs/agentview_rgb", IMAGES.astype("u2")), r"no colour images.*'uint16 \(6, 8, 8, 3"),
+    "colours first": (instead("obs/agentview_rgb", np.moveaxis(IMAGES, -1, 1)), r"no colour images.*\(6, 3, 8, 8\)"),
+    "no pixels": (instead("obs/agentview_rgb", IMAGES[:, :0]), r"no colour images.*\(6, 0, 8, 3\)"),
+    "too few images": (instead("obs/agentview_rgb", IMAGES[:5]), "6 actions, but 5 entries of 'obs/agentview_rgb'"),
+    "words in Latin-1": (
+        lambda file, demo: demo.attrs.update(language_instruction=np.bytes_("öffne".encode("latin1"))),
+        "is not UTF-8",
+    ),
+}
+
+
+@pytest.mark.parametrize("change, said", WRONG.values(), ids=WRONG)
+def test_hdf5_that_is_wrong_is_named_before_training(change, said, tmp_path):
+    """When statistics are taken, which look at no image."""
+    path = hdf5(tmp_path, change)
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))}, demo_1: {said}"):
+        open_source(path, cache=False, held_out=0.0)
+
+
+# RLDS
+
+
+def rlds(folder, of_action, values):
+    features = {
+        "observation": {"image": tfds.features.Image(shape=(8, 8, 3), encoding_format="png")},
+        "action": of_action,
+        "language_instruction": tfds.features.Text(),
+    }
+    steps = [
+        {"observation": {"image": png(1, 2)}, "action": value, "language_instruction": "open it"} for value in values
+    ]
+    return write_rlds(folder / "set" / "1.0.0", features, [steps, steps], (2,))
+
+
+FLOATS = tfds.features.Tensor(shape=(7,), dtype=np.float32)
+
+
+def test_rlds_whose_features_json_was_changed(tmp_path):
+    """Fractions would be cut to whole numbers."""
+    folder = rlds(tmp_path, FLOATS, ACTIONS.astype(np.float32))
+    features, text = folder / "features.json", (folder / "features.json").read_text()
+    for before, after, said in [
+        ('"float32"', '"int32"', "says .*int32.* of 'steps/action': it holds fractions"),
+        ('"7"', '"6"', "it does not fit features.json"),
+        ('"action"', '"actions"', "without .'steps/actions'"),
+    ]:
+        features.write_text(text.replace(before, after))
+        with pytest.raises(ValueError, match=f"{re.escape(str(folder))}/.*record 0: .*{said}"):
+            open_source(folder, cache=False, held_out=0.0)
+    features.write_text(text.replace('"float32"', '"float64"'))  # holds as much
+    np.testing.assert_allclose(open_dataset(folder)[1].actions, ACTIONS, rtol=1e-6)
+
+
+def test_rlds_actions_that_are_texts(tmp_path):
+    folder = rlds(tmp_path, tfds.features.Text(), ["1"] * 6)
+    with pytest.raises(ValueError, match=r"record 0: .*'action'. are texts, expected numbers for each of 6 steps"):
+        open_source(folder, cache=False, held_out=0.0)
+
+
+# Writing
+
+
+def test_hdf5_is_not_written_to_a_disk_that_may_not_hold_it(tmp_path, monkeypatch):
+    """On a full one the library ends the process."""
+    episodes = list(open_dataset(hdf5(tmp_path, lambda file, demo: None)))
+    monkeypatch.setattr(hdf5_writer.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
+    with pytest.raises(OSError, match=r"1 MB may be needed for an episode and 1 MB are free.*out.hdf5"):
+        hdf5_writer.write_hdf5(episodes, tmp_path / "out.hdf5")
+    assert not (tmp_path / "out.hdf5").exists()
