@@ -175,7 +175,7 @@ class RLDSDataset(EpisodeDataset):
         return {**_stack(steps), METADATA: _stack([example] * len(steps))}
 
     def _check_kinds(self, data: bytes, source: str) -> None:
-        """A DamagedDataError where features.json says whole numbers and a record holds fractions, which would be cut off,
+        """A DamagedDataError where features.json says whole numbers and a record holds fractions, which would be cut,
         or numbers and it holds bytes."""
         try:
             stored = tf_example_pb2.Example.FromString(data).features.feature
