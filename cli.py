@@ -726,10 +726,10 @@ def main() -> None:
     verbs = getattr(group, "commands", {}).values()
     names = {name: option for verb in verbs for name, option in options_in(verb).items()}
 
-    def show(message: Warning | str, *where: Any) -> None:
+    def show(message: Warning | str, *where: Any, **more: Any) -> None:
         typer.echo(f"warning: {respelled(' '.join(str(message).split()), names)}", err=True)
 
-    warnings.showwarning = show
+    setattr(warnings, "showwarning", show)  # noqa: B010 - mypy does not take it otherwise
     # peft 0.21 reads it on every model of transformers 5.24; no option of ours changes that.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     group(prog_name="openvla")

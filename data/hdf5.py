@@ -113,15 +113,16 @@ class HDF5Dataset(EpisodeDataset):
         source = f"{file}, {demo}"
         try:
             group = open_file(file)["data"][demo]
+            actions = _columns(group, action_keys(self.action_key, "actions"), source)
             if not self.cameras:  # none: for statistics, which find what training would stop for
-                self._check_cameras(group, source)
+                self._check_cameras(group, 0 if actions is None else len(actions), source)
             cameras = name_cameras(self.cameras if self.cameras is not None else _cameras(group))
             state_key = self.state_key
             if state_key is None:
                 state_key = next((names for names in STATE_NAMES if all(n in group for n in names)), [])
             turned = self.rotate_images if self.rotate_images is not None else bool(cameras) and upside_down(file)
             return make_episode(
-                actions=_columns(group, action_keys(self.action_key, "actions"), source),
+                actions=actions,
                 images={
                     name: HDF5Frames(file, _find(group, key, source).name, turned) for name, key in cameras.items()
                 },
@@ -158,14 +159,12 @@ class HDF5Dataset(EpisodeDataset):
                 content[room].visititems(add)
         return digest.hexdigest()
 
-    def _check_cameras(self, group: h5py.Group, source: str) -> None:
-        """A DamagedDataError where a demonstration has no images as the first one does, or not one for each action."""
+    def _check_cameras(self, group: h5py.Group, steps: int, source: str) -> None:
+        """A DamagedDataError where a demonstration has no images as the first one does, or not one for each step."""
         cameras = _cameras(group)
         for key in cameras:
-            if "actions" in group and len(group[key]) != len(group["actions"]):
-                raise DamagedDataError(
-                    f"{source}: {len(group['actions'])} actions, but {len(group[key])} entries of {key!r}"
-                )
+            if len(group[key]) != steps:
+                raise DamagedDataError(f"{source}: {steps} actions, but {len(group[key])} entries of {key!r}")
         if self._has_camera is None:
             file, demo = self.demos[0]
             try:
@@ -337,7 +336,7 @@ def _find(group: h5py.Group, key: str, source: str) -> h5py.Dataset:
     for candidate in (key, f"obs/{key}"):
         if isinstance(group.get(candidate), h5py.Dataset):
             return group[candidate]
-        link = group.get(candidate, getlink=True) if candidate not in group and key in group.keys() else None
+        link = group.get(candidate, getlink=True) if group.get(candidate) is None else None
         if isinstance(link, h5py.SoftLink | h5py.ExternalLink):
             raise DamagedDataError(f"{source}: {candidate!r} is a link to {link.path!r}, which is not there")
     there = sorted(group) + [f"obs/{k}" for k in group.get("obs", {})]

@@ -117,7 +117,7 @@ WRONG = {
 def test_hdf5_that_is_wrong_is_named_before_training(change, said, tmp_path):
     """When statistics are taken, which look at no image."""
     path = hdf5(tmp_path, change)
-    with pytest.raises(ValueError, match=f"{re.escape(str(path))}, demo_1: {said}"):
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))}, demo_1: .*{said}"):
         open_source(path, cache=False, held_out=0.0)
 
 

@@ -62,14 +62,14 @@ def check_output(options: FinetuneOptions, resume: bool, dataset: bool = True) -
             f"'{output}' holds a finished run without checkpoints to go on from: give another folder."
         )
     if not begun and output.is_dir():
-        model = [
+        of_model = [
             *(output / name for name in MARKS),
             *output.glob("*.safetensors"),
             *checkpoints(output / CHECKPOINTS),
         ]
-        foreign = [*model, *(path for pattern in RESULT for path in sorted(output.glob(pattern)))]
+        foreign = [*of_model, *(path for pattern in RESULT for path in sorted(output.glob(pattern)))]
         if there := [path for path in foreign if path.exists()]:
-            kind = "a model" if there[0] in model else "files that a run replaces"
+            kind = "a model" if there[0] in of_model else "files that a run replaces"
             raise ValueError(
                 f"'{output}' holds {kind} but no {STARTED}, so it is not the output of a run: give another folder, "
                 f"so that '{there[0]}' stays."

@@ -62,7 +62,7 @@ class Curves(TensorBoardCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero and self.tb_writer is None:
             runs = Path(args.output_dir) / "runs" / time.strftime("%Y-%m-%d_%H-%M-%S")
-            self.logging_dir = self.logging_dir or str(runs)
+            self.logging_dir: str | None = self.logging_dir or str(runs)
             self._init_summary_writer(args)
 
 
