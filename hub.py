@@ -15,7 +15,7 @@ from huggingface_hub.errors import (
 )
 
 from .action_tokenizer import check_statistics, read_statistics
-from .adapters_openvla import adapter_folder, find_base
+from .adapters_openvla import find_adapter, find_base
 from .configuration_openvla import OpenVLAConfig, closest
 from .files_openvla import local_folder
 from .folders import weights_digest
@@ -116,7 +116,7 @@ def file_digests(folder: Path, weights: bool = True) -> dict[str, str]:
         weights: False leaves the weights out, which may not be there.
     """
     found = {"weights": weights_digest(folder)} if weights else {}
-    if weights and (adapter := adapter_folder(folder)) is not None:
+    if weights and (adapter := find_adapter(folder)) is not None:
         found["base"] = weights_digest(source_folder(find_base(adapter)))
     for kind, names in KINDS.items():
         files = [folder / name for name in names if (folder / name).is_file()]

@@ -143,8 +143,8 @@ def merge_adapter(
 
     folder, output = Path(folder), Path(output)
     if not (folder / ADAPTER).is_file():
-        problem = "holds no adapter (adapter_config.json)" if folder.is_dir() else "is no folder"
-        raise FileNotFoundError(f"'{folder}' {problem}: give the output of a lora or qlora run.")
+        found = "holds no adapter (adapter_config.json)" if folder.is_dir() else "is no folder"
+        raise FileNotFoundError(f"'{folder}' {found}: give the output of a lora or qlora run.")
     check_merged(output)
     brought = read_belongings(folder)
     if "norm_stats" not in brought:
