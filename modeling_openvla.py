@@ -202,7 +202,16 @@ class OpenVLAVisionBackbone(nn.Module):
 
         Features are the output of the second-to-last block without final norm and without prefix tokens; the last block
         is not run.
+
+        Raises:
+            ValueError: If the pixels are no floats, or of another shape: those of another model's processor.
         """
+        expected = (3 * len(self.towers), *self.image_size)
+        if tuple(pixel_values.shape[1:]) != expected or not pixel_values.is_floating_point():
+            raise ValueError(
+                f"pixel_values are {pixel_values.dtype} of shape {tuple(pixel_values.shape)}, expected normalized "
+                f"floats (batch, {', '.join(map(str, expected))}): make them with the processor of the model."
+            )
         features = []
         for tower, pixels in zip(self.towers, pixel_values.split(3, dim=1)):
             # Position embeddings are not packed where towers are quantized, and keep their type where they are
@@ -262,6 +271,11 @@ class PatchLayout:
         """(batch, length, ...) -> (batch, length + num_patches, ...), `fill` where patches stand; None stays None."""
         if values is None:
             return None
+        if values.shape[:2] != self.expanded_index.shape:
+            raise ValueError(
+                f"Got {tuple(values.shape)} values for prompts of {tuple(self.expanded_index.shape)} tokens: give one "
+                "for each token of the plain prompt, those of the patches are added."
+            )
         values, is_patch, index = values.to(self.is_patch.device), self.is_patch, self.text_index
         if values.ndim == 3:
             is_patch, index = is_patch[..., None], index[..., None].expand(-1, -1, values.shape[-1])
@@ -271,6 +285,11 @@ class PatchLayout:
         """Position ids of a prompt, (batch or 1, length), with those of the patches; text after them moves up."""
         if position_ids is None:
             return None
+        if position_ids.shape[-1] != self.expanded_index.shape[1]:
+            raise ValueError(
+                f"position_ids {tuple(position_ids.shape)} for prompts of {tuple(self.expanded_index.shape)} tokens: "
+                "give those of the plain prompt, the patches get theirs."
+            )
         position_ids = position_ids.to(self.is_patch.device).expand(len(self.is_patch), -1)
         moved_up = position_ids.gather(1, self.text_index) + self.num_patches * (self.offset >= self.num_patches)
         return torch.where(self.is_patch, position_ids.gather(1, self.first) + 1 + self.offset, moved_up)
@@ -717,6 +736,8 @@ class OpenVLAForActionPrediction(AdapterBelongings, OpenVLAPreTrainedModel, Gene
             **{CACHE: one_cache(cache, past_key_values)},
             **kwargs,
         )
+        if pixel_values is not None and outputs.get(CACHE) is not None and not torch.compiler.is_compiling():
+            outputs[CACHE].image_in_cache = pixel_values
         output = OpenVLAOutput(
             loss=outputs.loss,
             logits=outputs.logits,
@@ -733,11 +754,15 @@ class OpenVLAForActionPrediction(AdapterBelongings, OpenVLAPreTrainedModel, Gene
         """As `generate` of every model of the library. Plain prompts come back plain: the patches that are inserted for
         `pixel_values` appear neither in the sequences nor in `max_length`."""
         kwargs["generation_config"] = generation_config
+        if (pixel_values := kwargs.get("pixel_values")) is not None and not bool(pixel_values.isfinite().all()):
+            raise ValueError(
+                "pixel_values contain NaN or infinite values: the camera frame is broken, do not act on it."
+            )
         cache = one_cache(*(kwargs.pop(name, None) for name in CACHE_NAMES))
         if cache is not None:
             kwargs[CACHE] = cache
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
-        pixel_values, attention_mask = kwargs.get("pixel_values"), kwargs.get("attention_mask")
+        attention_mask = kwargs.get("attention_mask")
         if pixel_values is not None and kwargs.get("inputs_embeds") is not None:
             # Images enter the embeddings here, once; generate keeps count of the merged length.
             features = self.encode_images(kwargs.pop("pixel_values"))
@@ -807,6 +832,12 @@ class OpenVLAForActionPrediction(AdapterBelongings, OpenVLAPreTrainedModel, Gene
         prefill = is_first_iteration or not kwargs.get("use_cache", True)
         if prefill and pixel_values is not None and cache is not None and cache.get_seq_length() > 0:
             prefill = self._placeholders(model_inputs.get("input_ids"), model_inputs.get("inputs_embeds")) is not None
+            seen = pixel_values if prefill else getattr(cache, "image_in_cache", pixel_values)
+            if seen.shape != pixel_values.shape or not torch.equal(seen.to(pixel_values), pixel_values):
+                raise ValueError(
+                    "The cache holds another image than pixel_values, and that one would be acted on: begin with an "
+                    "empty cache, or leave pixel_values out to go on with the image in the cache."
+                )
         model_inputs["pixel_values"] = pixel_values if prefill else None
         return model_inputs
 

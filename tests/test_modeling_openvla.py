@@ -1,6 +1,7 @@
 """The model beyond parity: the image matters, padding does not, and everything the library's models can do works."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -488,6 +489,44 @@ def test_only_action_tokens_become_actions(tiny_checkpoint):
         clean = is_text.index(True) if any(is_text) else len(is_text)
         assert prediction.token_ids[:clean].tolist() == case["generated"][:clean]
     assert strayed
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda pixels: pixels[:, :3],
+        lambda pixels: torch.cat([pixels, pixels[:, :3]], dim=1),
+        lambda pixels: pixels[..., :14, :14],
+        lambda pixels: pixels[..., :20],
+        lambda pixels: pixels[0],
+        lambda pixels: pixels.to(torch.uint8),
+        lambda pixels: pixels.long(),
+    ],
+    ids=["one tower", "three towers", "smaller", "narrow", "no batch", "uint8", "integers"],
+)
+def test_pixels_of_another_model(small_model, change):
+    """Channels that no tower sees, or levels of 8 bits, went through without a sign."""
+    inputs = small_inputs()
+    inputs["pixel_values"] = change(inputs["pixel_values"])
+    for call in (small_model, partial(small_model.generate, max_new_tokens=2)):
+        with pytest.raises(ValueError, match=r"expected normalized floats \(batch, 6, 28, 28\)"):
+            call(**inputs)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_generate_sees_only_finite_pixels(small_model, value):
+    inputs = small_inputs()
+    inputs["pixel_values"][1, 2, 3, 4] = value
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        small_model.generate(**inputs, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("name", ["labels", "position_ids", "attention_mask"])
+@pytest.mark.parametrize("length", [5, 7, 10])
+def test_values_that_do_not_fit_the_prompt(small_model, name, length):
+    """Those of ten tokens are in the coordinates of the prompt with its patches."""
+    with pytest.raises(ValueError, match="plain prompt"):
+        small_model(**{**small_inputs(), name: torch.ones(2, length, dtype=torch.long)})
 
 
 @pytest.mark.parametrize(("rows", "multiple"), [(401, None), (500, None), (401, 64), (None, 64), (400, None)])

@@ -155,6 +155,23 @@ def test_an_image_in_the_cache_is_still_seen(small_model, name, again):
     assert not torch.allclose(*scores, atol=1e-3)
 
 
+@pytest.mark.parametrize("filled_by", ["generate", "forward"])
+def test_another_image_than_that_in_the_cache(small_model, filled_by):
+    """It would not be seen, and the old one be acted on."""
+    inputs = small_inputs()
+    if filled_by == "generate":
+        first = small_model.generate(**inputs, **GREEDY, return_dict_in_generate=True)
+        sequences, cache = first.sequences, first.cache
+    else:
+        with torch.inference_mode():
+            cache = small_model(**inputs, use_cache=True).cache
+        sequences = torch.cat([inputs["input_ids"], torch.full((2, 1), 9)], dim=1)
+    for pixels in (-inputs["pixel_values"], inputs["pixel_values"][:1], inputs["pixel_values"].flip(0)):
+        with pytest.raises(ValueError, match="cache holds another image"):
+            small_model.generate(sequences, cache=cache, pixel_values=pixels, **GREEDY)
+    small_model.generate(sequences, cache=cache, pixel_values=inputs["pixel_values"].double(), **GREEDY)
+
+
 def test_prepare_inputs_for_generation(small_model):
     inputs = small_inputs()
     ids, pixels = inputs["input_ids"], inputs["pixel_values"]
