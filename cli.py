@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import signal
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import MISSING, fields
@@ -19,7 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from .evaluation.options import RecordOptions
-from .extras import remedy
+from .extras import ignore_library_warnings, remedy
 from .options import respelled
 from .training.options import FinetuneOptions
 
@@ -392,7 +391,7 @@ def finetune(
             raise ValueError(f"--merge '{merge}' is the output of the run: give another folder.")
     if dry_run:
         if first:
-            typer.echo(plan_run(options, processes=int(os.environ.get("WORLD_SIZE", "1"))))
+            typer.echo(plan_run(options, int(os.environ.get("WORLD_SIZE", "1")), resume))
         return
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the run says how it goes on
     output = run(options, resume=resume)
@@ -730,8 +729,7 @@ def main() -> None:
         typer.echo(f"warning: {respelled(' '.join(str(message).split()), names)}", err=True)
 
     setattr(warnings, "showwarning", show)  # noqa: B010 - mypy does not take it otherwise
-    # peft 0.21 reads it on every model of transformers 5.24; no option of ours changes that.
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    ignore_library_warnings()
     group(prog_name="openvla")
 
 

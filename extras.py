@@ -1,6 +1,7 @@
 """What `pip install openvla` leaves out: which extra brings a library, and the words for one that is missing."""
 
 import importlib.util
+import warnings
 
 
 # Library, by the name it is imported under -> the extras that bring it, the smallest first. Not here are libraries of
@@ -18,6 +19,12 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "matplotlib": ("demo",),
     "diffusers": ("diffusion",),
 }
+
+
+def ignore_library_warnings() -> None:
+    """For programs: warnings of one library about another, which nobody who reads them can do anything about."""
+    # peft 0.21 reads it of every model of transformers 5.24.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 
 def remedy(library: str | None, preferred: str | None = None) -> str | None:

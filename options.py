@@ -65,8 +65,7 @@ def required(text: str) -> Any:
 
 # Options of the readers of demonstrations, which every verb that opens data has.
 READER_HELP = {
-    "cameras": "Cameras to read, by their keys in the data, joined by commas; --camera chooses among them. Default: "
-    "all in colour.",
+    "cameras": "Cameras to read, by their keys in the data, joined by commas. Default: all in colour.",
     "action_key": "What the action is, where it is not called action: a key, or several joined by commas that are put "
     "side by side; none among them is a column of zeros.",
     "state_key": "What the state of the robot is: keys as for the action; none alone: no state.",

@@ -21,7 +21,7 @@ from openvla.data.sources import open_sources
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder or Hub id")
     parser.add_argument("dataset", help="demonstrations, as `openvla finetune` takes them")
     parser.add_argument(

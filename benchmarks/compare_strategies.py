@@ -72,7 +72,7 @@ def table(results: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", help="demonstrations, as `openvla finetune` takes them")
     parser.add_argument("out", type=Path, help="path of the table and the picture, without ending")
     parser.add_argument("--steps", type=int, default=300, help="of each run; default: %(default)s")

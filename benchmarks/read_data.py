@@ -31,7 +31,7 @@ def resident_mib() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", help="demonstrations: a folder or file (RLDS, LeRobot, HDF5)")
     parser.add_argument("--split", default="train", help="default: %(default)s")
     parser.add_argument("--passes", type=int, default=3, help="default: %(default)s")

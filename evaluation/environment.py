@@ -150,7 +150,8 @@ def tasks_with(environment: Environment, tasks: Sequence[str], variation: str) -
     """
     kinds = {task: environment.variations(task) if variation else () for task in tasks}
     having = {task: {"", *of_task, *(kind.partition(":")[0] for kind in of_task)} for task, of_task in kinds.items()}
-    check_choice("variation", variation, sorted(set().union(*having.values())))
+    if variation:
+        check_choice("variation", variation, sorted(set().union(*having.values()) - {""}))
     return tuple(task for task in tasks if variation in having[task])
 
 

@@ -1,6 +1,6 @@
 """A small OpenVLA with random weights: where the embedded policy begins.
 
-    python examples/fresh_policy.py outputs/fresh          # examples/policy.sh goes on from there
+    python examples/fresh_policy.py outputs/fresh          # examples/policy.sh continues from there
 
 Both towers, the fused projector, Llama and a tokenizer of its own, whose words are those of the tasks, so that prompts
 are short and a CPU can train it.

@@ -45,7 +45,7 @@ def record(folder: Path) -> None:
         np.savez(
             folder / f"{number:04d}.npz",
             instruction=instruction,
-            actions=rng.uniform(-1, 1, (steps, 7)),
+            actions=np.hstack([rng.uniform(-1, 1, (steps, 6)), rng.integers(0, 2, (steps, 1))]),  # gripper: 1 open
             state=rng.uniform(-1, 1, (steps, 8)),
             front=rng.integers(0, 256, (steps, 64, 64, 3), dtype=np.uint8),
         )
@@ -60,7 +60,7 @@ def train(dataset: NpzEpisodes, output: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--finetune", metavar="OUTPUT", help="also train for a few steps, into this folder")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -242,7 +242,7 @@ def test_killed_and_resumed_as_if_nothing_had_happened(strategy, optimizer, tmp_
 
 def test_a_run_is_not_resumed_with_other_options(tmp_path):
     finetune(options(tmp_path / "run", steps=2, save_every=1))
-    with pytest.raises(FileExistsError, match="finished run: go on with --resume"):
+    with pytest.raises(FileExistsError, match="finished run: continue it with --resume"):
         finetune(options(tmp_path / "run"))
     with pytest.raises(ValueError, match=r"learning_rate was 0.0005, is 1.0; rank was 4, is 8"):
         finetune(options(tmp_path / "run", learning_rate=1.0, rank=8), resume=True)
@@ -336,6 +336,20 @@ def test_the_plan(tmp_path):
     shared = plan_run(replace(made, strategy="full", fsdp=True, dtype="bfloat16"), processes=8)
     assert "memory" in shared and "of one device in pure-bf16: " in shared and ", communication " in shared
     assert not (tmp_path / "run").exists()
+
+
+def test_the_plan_refuses_an_output_as_the_run_would(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="is a file: give a folder"):
+        plan_run(options(tmp_path / "file"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "finetune.json").touch()
+    with pytest.raises(FileExistsError, match="holds an unfinished run"):
+        plan_run(options(tmp_path / "run"))
+    assert "samples" in plan_run(options(tmp_path / "run"), resume=True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "bitsandbytes" else name)
+    with pytest.raises(ModuleNotFoundError, match="bitsandbytes, which is not installed"):
+        plan_run(options(tmp_path / "new", strategy="qlora"))
 
 
 def test_what_is_not_learned_is_said(tmp_path, capsys):

@@ -176,3 +176,11 @@ def test_table_and_errors(config, capsys):
         estimate(config, "lora", batch_size=0)
     with pytest.raises(ValueError, match="text_tokens=8 must be at least 9"):
         estimate(config, "lora", text_tokens=8)
+    for wrong, answer in (
+        (["openvla-7c"], "error: No folder at 'openvla-7c'"),
+        (["libero"], "error: Preset 'libero' holds no configuration. Presets that do: openvla-7b"),
+        ([str(ROOT), "--batch-size", "0"], "error: batch_size=0 must be at least 1"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(wrong)
+        assert capsys.readouterr().err.startswith(answer)

@@ -61,7 +61,7 @@ class FinetuneOptions:
         0.05, "Share of the episodes kept back for evaluation where there is no val split: 0.05 is 5%, 0 none."
     )
     camera: str | None = option(
-        None, "Camera that the model learns to see through, by its name. Default: the first that is not on the wrist."
+        None, "Which of the cameras that are read the model sees through. Default: the first that is not on the wrist."
     )
     cameras: str | None = option(None, READER_HELP["cameras"])
     action_key: str | None = option(None, READER_HELP["action_key"])

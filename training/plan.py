@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ..configuration_openvla import OpenVLAConfig, check_choice
+from ..extras import ignore_library_warnings
 from ..modeling_openvla import OpenVLAForActionPrediction
 from ..presets import load_preset_config, preset_names
 from ..quantization_openvla import NOT_QUANTIZED
@@ -227,7 +228,7 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", help=f"a preset ({', '.join(preset_names())}), a folder or a Hub id")
+    parser.add_argument("model", help="a preset (openvla-7b, openvla-v01-7b), a folder or a Hub id")
     parser.add_argument(
         "--strategy", nargs="+", default=list(STRATEGIES), choices=list(STRATEGIES), help="which to plan; default: all"
     )
@@ -253,12 +254,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rank", type=int, default=32, help="of adapters (lora, qlora); default: %(default)s")
     given = vars(parser.parse_args(argv))
     model, strategies, rank = given.pop("model"), given.pop("strategy"), given.pop("rank")
-    preset = model in preset_names()
-    config = load_preset_config(model) if preset else OpenVLAConfig.from_pretrained(model)
+    ignore_library_warnings()
     plans = []
-    for strategy in strategies:
-        adapter = {"rank": rank} if strategy in ("lora", "qlora") else {}
-        plans.append(estimate(config, strategy, **given, **adapter))
+    try:
+        preset = model in preset_names()
+        config = load_preset_config(model) if preset else OpenVLAConfig.from_pretrained(model)
+        for strategy in strategies:
+            adapter = {"rank": rank} if strategy in ("lora", "qlora") else {}
+            plans.append(estimate(config, strategy, **given, **adapter))
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"error: {' '.join(str(error).split())}\n")
     print(table(plans))
 
 

@@ -17,11 +17,13 @@ from ..data.mixture import mixture_probabilities
 from ..data.recording import given_reader_options
 from ..data.samples import main_camera
 from ..data.sources import Source, open_sources
+from ..extras import require
 from ..processing_openvla import OpenVLAProcessor
 from .checkpoints import starting_point, starting_processor
 from .checks import check_data, check_images, check_statistics
 from .options import FinetuneOptions
 from .plan import TEXT_TOKENS, estimate
+from .resume import check_output
 
 
 # Learning rates of the paper: adapters, and everything else.
@@ -174,9 +176,21 @@ def num_patches(config: OpenVLAConfig) -> int:
     return (config.image_sizes[0] // size) ** 2 if size else 0
 
 
-def plan_run(options: FinetuneOptions, processes: int = 1) -> str:
+def check_libraries(options: FinetuneOptions) -> None:
+    """Raise a `ModuleNotFoundError` that names what the strategy needs and is not installed."""
+    needed = {"lora": ["peft"], "qlora": ["peft", "bitsandbytes"]}.get(options.strategy, [])
+    require("accelerate", *needed, purpose=f"strategy '{options.strategy}'", preferred="train")
+
+
+def plan_run(options: FinetuneOptions, processes: int = 1, resume: bool = False) -> str:
     """What `finetune` would do with these options on so many processes, without reading weights: data, samples,
-    warnings, parameters that learn, and memory in the precision that this machine resolves to."""
+    warnings, parameters that learn, and memory in the precision that this machine resolves to.
+
+    Raises:
+        ValueError, FileExistsError, OSError, ModuleNotFoundError: As `finetune` before its first step.
+    """
+    check_libraries(options)
+    check_output(options, resume)
     run = prepare(options, processes)
     adapter = {"rank": options.rank, "alpha": options.alpha, "dropout": options.dropout}
     weights = {"auto": computing_precision(options), "float32": "float32"}

@@ -55,8 +55,8 @@ def check_output(options: FinetuneOptions, resume: bool, dataset: bool = True) -
             raise ValueError(f"output='{output}' lies inside the dataset '{data}': give a folder outside of it.")
     begun, finished = (output / STARTED).exists(), (output / FINISHED).exists()
     if begun and not resume:
-        state = "finished" if finished else "unfinished"
-        raise FileExistsError(f"'{output}' holds a {state} run: go on with --resume, or choose another folder.")
+        state = "a finished" if finished else "an unfinished"
+        raise FileExistsError(f"'{output}' holds {state} run: continue it with --resume, or choose another folder.")
     if begun and finished and not checkpoints(output / CHECKPOINTS):
         raise FileExistsError(
             f"'{output}' holds a finished run without checkpoints to go on from: give another folder."

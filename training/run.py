@@ -19,7 +19,6 @@ from ..data.augment import ImageAugmentation
 from ..data.collate import ActionCollator
 from ..data.samples import FrameSamples
 from ..data.stream import MixtureStream
-from ..extras import require
 from ..files_openvla import local_folder
 from ..folders import locked, weights_digest, write_json
 from ..model_card import model_card
@@ -30,7 +29,15 @@ from .curves import plot_curves
 from .metrics import ActionMetrics
 from .muon import make_muon
 from .options import FinetuneOptions
-from .preparation import LEARNING_RATES, Run, computing_precision, held_out_frames, learning_rate, prepare
+from .preparation import (
+    LEARNING_RATES,
+    Run,
+    check_libraries,
+    computing_precision,
+    held_out_frames,
+    learning_rate,
+    prepare,
+)
 from .resume import (
     CHECKPOINTS,
     check_begun,
@@ -159,8 +166,7 @@ def finetune(options: FinetuneOptions, resume: bool = False, data: Any = None) -
         BlockingIOError: If another process works on the output folder.
         OSError: If the output cannot be written; the last good checkpoint stays.
     """
-    needed = {"lora": ["peft"], "qlora": ["peft", "bitsandbytes"]}.get(options.strategy, [])
-    require("accelerate", *needed, purpose=f"strategy '{options.strategy}'", preferred="train")
+    check_libraries(options)
     output = Path(options.output)
     check_output(options, resume, dataset=data is None)
     arguments = training_arguments(options, OpenVLAConfig.from_pretrained(starting_point(options.model)[0]))
