@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import signal
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import MISSING, fields
