@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
 
@@ -211,6 +212,21 @@ def check_filled(where: str | os.PathLike | None, parameters: Iterable[tuple[str
         )
 
 
+def check_placed(device: torch.device, device_map: Any) -> None:
+    """Raise a `ValueError` if weights stayed on disk and nothing brings them back (transformers 5.4 and 5.5).
+
+    Args:
+        device: Where the model computes.
+        device_map: As given to `from_pretrained`.
+    """
+    if device.type == "meta" and device_map is not None and "meta" not in str(device_map):
+        raise ValueError(
+            f"device_map={device_map!r} leaves all weights on disk, from where transformers {transformers.__version__} "
+            'does not bring them back: put one part on "cpu", for example device_map={"vision_backbone": "cpu", '
+            '"projector": "disk", "language_model": "disk"}, or use transformers >= 5.17.'
+        )
+
+
 def _holder(where: str | os.PathLike | None) -> str:
     return "The given state_dict" if where is None else f"'{os.fspath(where)}'"
 
@@ -235,6 +251,7 @@ __all__ = [
     "check_filled",
     "check_folder",
     "check_loaded",
+    "check_placed",
     "check_tensors",
     "check_weight_file",
     "find_weight_files",

@@ -60,10 +60,8 @@ from .decoding_openvla import (
     prompt_rows,
     read_sampling,
 )
-
-# Of a local folder transformers 5.4 and 5.5 copy no more than this file names: also what others import.
-from .files_openvla import read_json as _read_json  # noqa: F401
-from .loading_openvla import LOADING, QUIET, check_filled, check_folder, check_loaded
+from .files_openvla import local_folder
+from .loading_openvla import LOADING, QUIET, check_filled, check_folder, check_loaded, check_placed
 from .outputs_openvla import CACHE, CACHE_NAMES, ActionPrediction, OpenVLAOutput, one_cache, with_both_names
 from .processing_openvla import HUB_KWARGS, OpenVLAProcessor, as_image_list, is_image_list, load_image
 from .prompts_openvla import check_prompt_ids
@@ -460,6 +458,7 @@ class OpenVLAForActionPrediction(AdapterBelongings, OpenVLAPreTrainedModel, Gene
                 f"from_pretrained does not know {unknown}={kwargs.get(unknown)!r:.100}."
                 f"{closest(unknown, {*OpenVLAConfig().to_dict(), *LOADING})}"
             ) from error
+        check_placed(model.device, kwargs.get("device_map"))
         if output_loading_info:
             return model, info
         if name is not None or kwargs.get("state_dict"):  # an empty state_dict: all random on purpose
@@ -479,6 +478,12 @@ class OpenVLAForActionPrediction(AdapterBelongings, OpenVLAPreTrainedModel, Gene
     def load_adapter(self, peft_model_id=None, adapter_name=None, *args, **kwargs):
         """As in every model of the library: a PEFT adapter from a folder or Hub id. It brings the statistics, prompt
         form and pixels of its training, which count while it is active."""
+        hub = {name: kwargs.pop(name) for name in HUB_KWARGS if name in kwargs} | (kwargs.get("adapter_kwargs") or {})
+        kwargs["adapter_kwargs"] = hub  # the library takes them nowhere else
+        folder = None if peft_model_id is None else local_folder(peft_model_id)
+        if folder is not None and hub.get("subfolder"):
+            peft_model_id = str(folder / hub.pop("subfolder"))  # transformers 5.4 looks only on the Hub into subfolders
+        brought = {} if peft_model_id is None else read_belongings(peft_model_id, **hub)
         if (
             TRANSFORMERS < (5, 6)
             and peft_model_id is not None
@@ -488,12 +493,11 @@ class OpenVLAForActionPrediction(AdapterBelongings, OpenVLAPreTrainedModel, Gene
             # transformers 5.4 and 5.5 find the weights of an adapter only under "model." and leave all others random.
             from peft.utils import load_peft_weights
 
-            weights = load_peft_weights(peft_model_id, device="cpu")
+            where = {name: hub[name] for name in HUB_KWARGS if name in hub}
             kwargs["adapter_state_dict"] = {
-                name.removeprefix("base_model.model."): weight for name, weight in weights.items()
+                name.removeprefix("base_model.model."): weight
+                for name, weight in load_peft_weights(peft_model_id, device="cpu", **where).items()
             }
-        hub = {**kwargs, **(kwargs.get("adapter_kwargs") or {})}
-        brought = {} if peft_model_id is None else read_belongings(peft_model_id, **hub)
         loaded = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
         self._bring(adapter_name or "default", brought)
         return loaded

@@ -344,6 +344,14 @@ def test_an_adapter_without_statistics_is_said(place):
         model.get_base_model().load_adapter(str(place / "base"))
 
 
+def test_an_adapter_in_a_subfolder(place):
+    expected = act(OpenVLAForActionPrediction.from_pretrained(place / "run"))
+    for options in ({"subfolder": "run"}, {"adapter_kwargs": {"subfolder": "run"}}):
+        model = OpenVLAForActionPrediction.from_pretrained(place / "base")
+        model.load_adapter(str(place), **options)
+        assert act(model) == expected
+
+
 # The base
 
 

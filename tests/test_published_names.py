@@ -18,17 +18,21 @@ REGISTER = f"""
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
 from openvla import AutoModelForVision2Seq, OpenVLAConfig, OpenVLAForActionPrediction, OpenVLAProcessor
 from openvla import PrismaticImageProcessor, PrismaticProcessor
+from openvla.configuration_openvla import TRANSFORMERS
+
+# Where a folder brings code, the auto classes of transformers 5.4 take that instead of what is registered.
+trust = {{"trust_remote_code": TRANSFORMERS > (5, 4)}}
 
 AutoConfig.register("openvla", OpenVLAConfig)
 AutoImageProcessor.register(OpenVLAConfig, PrismaticImageProcessor)
 AutoProcessor.register(OpenVLAConfig, PrismaticProcessor)
 AutoModelForVision2Seq.register(OpenVLAConfig, OpenVLAForActionPrediction)
 for folder in ({str(ROOT)!r}, {str(ROOT / "tests" / "fixtures" / "tiny-openvla-fused")!r}):
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(folder, **trust)
     assert isinstance(processor, OpenVLAProcessor), type(processor)
-    images = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
+    images = AutoImageProcessor.from_pretrained(folder, **trust)
     assert images.to_dict() == processor.image_processor.to_dict()
-    assert isinstance(AutoConfig.from_pretrained(folder, trust_remote_code=True), OpenVLAConfig)
+    assert isinstance(AutoConfig.from_pretrained(folder, **trust), OpenVLAConfig)
 model = AutoModelForVision2Seq.from_pretrained({str(ROOT)!r}, trust_remote_code=True)
 assert isinstance(model, OpenVLAForActionPrediction)
 assert isinstance(AutoModel.from_pretrained({str(ROOT)!r}), OpenVLAForActionPrediction)
