@@ -214,6 +214,16 @@ def test_without_opengl_the_error_says_what_to_install(monkeypatch):
         opengl_backend.__wrapped__()
 
 
+def test_a_backend_that_was_chosen_and_does_not_work_is_named_with_the_reason(monkeypatch):
+    """Not with what follows from it: objects that were half made complain when they go."""
+    monkeypatch.setenv("MUJOCO_GL", "bad")
+    probe = "import sys; sys.exit('Error: no such backend\\nException ignored in: x\\nAttributeError: _context')"
+    monkeypatch.setattr(rendering, "PROBE", probe)
+    said = r"\(bad: Error: no such backend\)\. MUJOCO_GL=bad lets nothing else be tried: unset it\. Install"
+    with pytest.raises(rendering.NoOpenGL, match=said):
+        opengl_backend.__wrapped__()
+
+
 def test_the_first_backend_that_works_is_taken_and_told_to_others(monkeypatch):
     monkeypatch.setenv("MUJOCO_GL", "")
     monkeypatch.setattr(sys, "platform", "linux")

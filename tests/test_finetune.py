@@ -50,16 +50,16 @@ def log(output: Path, step: int | None = None) -> list[dict]:
     return json.loads((folder / "trainer_state.json").read_text())["log_history"]
 
 
-@pytest.fixture
-def six_episodes(tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def six_episodes(tmp_path_factory) -> Path:
     """Short demonstrations, of which one is held out."""
-    rng = np.random.default_rng(0)
-    with h5py.File(tmp_path / "push_the_cup_demo.hdf5", "w") as file:
+    rng, path = np.random.default_rng(0), tmp_path_factory.mktemp("six") / "push_the_cup_demo.hdf5"
+    with h5py.File(path, "w") as file:
         for number in range(6):
             group = file.create_group(f"data/demo_{number}")
             group["actions"] = np.column_stack([rng.uniform(-1, 1, (9, 6)), np.arange(9) < 5])
             group["obs/agentview_rgb"] = rng.integers(0, 256, (9, 32, 32, 3), dtype=np.uint8)
-    return tmp_path / "push_the_cup_demo.hdf5"
+    return path
 
 
 def losses(output: Path, key: str = "loss") -> dict[int, float]:
@@ -184,8 +184,8 @@ from accelerate.utils import DistributedType
 from openvla.training import FinetuneOptions, finetune, run, trainer
 
 torch.set_num_threads(1)
-options = FinetuneOptions(**json.loads(sys.argv[1]))
-if options.fsdp:
+runs = [FinetuneOptions(**options) for options in json.loads(sys.argv[1])]
+if runs[0].fsdp:
     made = run.training_arguments
 
     def as_on_accelerators(*arguments):
@@ -200,16 +200,17 @@ if options.fsdp:
             super().save_result(*arguments)
 
     run.training_arguments, run.ActionTrainer = as_on_accelerators, Sharded
-finetune(options, resume=bool(int(sys.argv[2])))
+for options in runs:
+    finetune(options, resume=bool(int(sys.argv[2])))
 """
 
 
-def process(run: FinetuneOptions, *, resume: bool = False, processes: int = 1, folder: Path) -> list[str]:
-    """A command that runs `finetune` in processes of its own."""
+def process(*runs: FinetuneOptions, resume: bool = False, processes: int = 1, folder: Path) -> list[str]:
+    """A command that runs `finetune` in processes of its own, for one run after the other."""
     script = folder / "run.py"
     script.write_text(SCRIPT)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    rest = [str(script), json.dumps(vars(run)), str(int(resume))]
+    rest = [str(script), json.dumps([vars(run) for run in runs]), str(int(resume))]
     return [sys.executable, *(launch if processes > 1 else []), *rest]
 
 
@@ -281,19 +282,35 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
 # Several processes
 
 
-@pytest.mark.parametrize("strategy, fsdp", [("full", False), ("lora", False), ("full", True), ("lora", True)])
-def test_two_processes_learn_what_one_does(strategy, fsdp, six_episodes, tmp_path):
+STEPS_OF_BOTH = {"dtype": "float32", "learning_rate": 1e-3, "save_every": 2, "log_every": 1, "steps": 4, "keep": 9}
+STEPS_OF_BOTH |= {"eval_every": 4, "eval_samples": 8}
+
+
+@pytest.fixture(scope="module")
+def one_process(six_episodes, tmp_path_factory) -> Path:
+    """Runs of one process and batch 4, by strategy."""
+    folder = tmp_path_factory.mktemp("one")
+    for strategy in ("full", "lora"):
+        finetune(options(folder / strategy, six_episodes, batch_size=4, strategy=strategy, **STEPS_OF_BOTH))
+    return folder
+
+
+@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
+def test_two_processes_learn_what_one_does(fsdp, one_process, six_episodes, tmp_path):
     """Two gloo processes of batch 2 against one of batch 4, plain (DDP) or sharded (FSDP2), the latter stopped and
-    resumed: the same losses, in training and evaluation, and a plain checkpoint in the published layout."""
+    resumed: the same losses, in training and evaluation, and a plain checkpoint in the published layout. DDP trains with
+    both strategies one after the other: starting processes takes the most time."""
     if fsdp and not hasattr(torch.cpu.Stream, "record_event"):
         pytest.skip("torch 2.6 runs FSDP2 on accelerators only")
-    same = {"strategy": strategy, "dtype": "float32", "learning_rate": 1e-3, "save_every": 2, "log_every": 1}
-    same |= {"eval_every": 4, "eval_samples": 8, "steps": 4, "keep": 9}
-    finetune(options(tmp_path / "one", six_episodes, batch_size=4, **same))
-    two = options(tmp_path / "two", six_episodes, batch_size=2, fsdp=fsdp, **same)
+    two = {
+        strategy: options(
+            tmp_path / "two" / strategy, six_episodes, batch_size=2, fsdp=fsdp, strategy=strategy, **STEPS_OF_BOTH
+        )
+        for strategy in ("full", "lora")
+    }
 
-    def launch(resume: bool):
-        command = process(two, processes=2, folder=tmp_path, resume=resume)
+    def launch(*runs: FinetuneOptions, resume: bool):
+        command = process(*runs, processes=2, folder=tmp_path, resume=resume)
         before = set((tmp_path / "two").rglob("*"))
         for attempt in range(2):
             try:
@@ -306,19 +323,21 @@ def test_two_processes_learn_what_one_does(strategy, fsdp, six_episodes, tmp_pat
                     path.rmdir() if path.is_dir() else path.unlink()
         assert result.returncode == 0, result.stderr[-5000:]
 
-    launch(resume=False)
-    if fsdp and strategy == "full":
-        shutil.rmtree(tmp_path / "two" / "checkpoints" / "checkpoint-4")
-        launch(resume=True)
-    for key in ("loss", "action_l1", "eval_loss"):
-        expected = losses(tmp_path / "one", key)
-        assert expected and losses(tmp_path / "two", key) == pytest.approx(expected, abs=1e-4), key
-    # Not the weights: Adam makes steps of full size out of gradients that are zero but for rounding (key biases).
-    file = "adapter_model.safetensors" if strategy == "lora" else "model.safetensors"
-    one, other = (load_file(tmp_path / name / file) for name in ("one", "two"))
-    assert {name: t.shape for name, t in one.items()} == {name: t.shape for name, t in other.items()}
-    for folder in (tmp_path / "two", tmp_path / "two" / "checkpoints" / "checkpoint-2"):
-        assert OpenVLAForActionPrediction.from_pretrained(folder).norm_stats.keys() == {"mine"}
+    for runs in [[run] for run in two.values()] if fsdp else [two.values()]:  # sharded once in a process
+        launch(*runs, resume=False)
+    if fsdp:
+        shutil.rmtree(tmp_path / "two" / "full" / "checkpoints" / "checkpoint-4")
+        launch(two["full"], resume=True)
+    for strategy in two:
+        for key in ("loss", "action_l1", "eval_loss"):
+            expected = losses(one_process / strategy, key)
+            assert expected and losses(tmp_path / "two" / strategy, key) == pytest.approx(expected, abs=1e-4), key
+        # Not the weights: Adam makes steps of full size out of gradients that are zero but for rounding (key biases).
+        file = "adapter_model.safetensors" if strategy == "lora" else "model.safetensors"
+        one, other = (load_file(folder / strategy / file) for folder in (one_process, tmp_path / "two"))
+        assert {name: t.shape for name, t in one.items()} == {name: t.shape for name, t in other.items()}
+        for folder in (tmp_path / "two" / strategy, tmp_path / "two" / strategy / "checkpoints" / "checkpoint-2"):
+            assert OpenVLAForActionPrediction.from_pretrained(folder).norm_stats.keys() == {"mine"}
 
 
 # What is said
