@@ -19,7 +19,9 @@ NEUTRAL = ("output", "workers")  # options that change nothing in what is record
 class RecordOptions:
     """What is recorded, and where to."""
 
-    output: str = required("Folder to write. Until the recording is complete, it is in OUTPUT.partial.")
+    output: str = required(
+        "Folder to write. Until the recording is complete, it is in OUTPUT.partial, which must not be a folder of yours."
+    )
     env: str = option("metaworld", "Simulator: metaworld or robosuite.")
     tasks: str = option("mt10", "Tasks and sets of tasks, joined by commas: mt10, mt50, drawer-open-v3, ...")
     episodes: int = option(100, "Successful episodes of each task.")

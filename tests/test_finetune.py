@@ -298,8 +298,8 @@ def one_process(six_episodes, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
 def test_two_processes_learn_what_one_does(fsdp, one_process, six_episodes, tmp_path):
     """Two gloo processes of batch 2 against one of batch 4, plain (DDP) or sharded (FSDP2), the latter stopped and
-    resumed: the same losses, in training and evaluation, and a plain checkpoint in the published layout. DDP trains with
-    both strategies one after the other: starting processes takes the most time."""
+    resumed: the same losses, in training and evaluation, and a plain checkpoint in the published layout. DDP trains
+    with both strategies one after the other: starting processes takes the most time."""
     if fsdp and not hasattr(torch.cpu.Stream, "record_event"):
         pytest.skip("torch 2.6 runs FSDP2 on accelerators only")
     two = {
