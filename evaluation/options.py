@@ -20,7 +20,7 @@ class RecordOptions:
     """What is recorded, and where to."""
 
     output: str = required(
-        "Folder to write. Until the recording is complete, it is in OUTPUT.partial, which must not be a folder of yours."
+        "Folder to write. Until the recording is complete, it is in OUTPUT.partial, not to be used otherwise."
     )
     env: str = option("metaworld", "Simulator: metaworld or robosuite.")
     tasks: str = option("mt10", "Tasks and sets of tasks, joined by commas: mt10, mt50, drawer-open-v3, ...")

@@ -301,3 +301,10 @@ def test_statistics_of_other_data():
     with pytest.warns(UserWarning, match=r"less than 5% of the range of the action statistics in action\[2\]"):
         source = open_source(episodes(), statistics={"mine": far})
     assert any("action[2]" in warning for warning in check_data(source))
+
+
+def test_a_mask_that_was_given_is_told_as_what_it_is():
+    """Not as a gripper that was not recognised."""
+    (said,) = [text for text in check_data(open_source(episodes(dims=7), mask=[1] * 7)) if "scale" in text]
+    assert "the mask given scales the gripper (0 to 1) like the other dimensions" in said
+    assert not [text for text in check_data(open_source(episodes(dims=7), mask=[1] * 6 + [0])) if "scale" in text]
