@@ -1,5 +1,6 @@
 """Quantized loading: what stays unquantized, the original's keywords, and workarounds for bitsandbytes."""
 
+import logging
 from typing import Any
 
 from torch import nn
@@ -20,6 +21,7 @@ def take_quantization(kwargs: dict[str, Any]) -> None:
     Raises:
         ValueError: If both are asked for, or one beside a `quantization_config`.
     """
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_news)
     asked = [name for name in ("load_in_8bit", "load_in_4bit") if kwargs.pop(name, False)]
     options = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith(("bnb_4bit_", "llm_int8_"))}
     given = kwargs.get("quantization_config")
@@ -34,6 +36,11 @@ def take_quantization(kwargs: dict[str, Any]) -> None:
         given = AutoQuantizationConfig.from_dict(given)
     if given is not None:
         kwargs["quantization_config"] = _keep_out(given)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """bitsandbytes 0.50 says at every int8 layer of every token that it computes in float16, as int8 always does."""
+    return not str(record.msg).startswith("MatMul8bitLt: inputs will be cast")
 
 
 def _keep_out(quantization_config):

@@ -29,6 +29,13 @@ def quantized_layers(model) -> set[str]:
     return {name for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
+def test_int8_does_not_fill_the_log(tiny_checkpoint, caplog):
+    """A line for every layer and token, in which nothing is new."""
+    model = tiny_checkpoint.load(quantization_config=CONFIGS["int8"])
+    model.predict_action(golden_image(0), "open the drawer", unnorm_key="bridge_orig")
+    assert quantized_layers(model) and "will be cast" not in caplog.text
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_load_save_reload(name, tiny_checkpoint, tmp_path):
     plain = tiny_checkpoint.load()
