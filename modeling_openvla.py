@@ -279,6 +279,12 @@ class PatchLayout:
             is_patch, index = is_patch[..., None], index[..., None].expand(-1, -1, values.shape[-1])
         return values.gather(1, index).masked_fill(is_patch, fill)
 
+    def insert_shifted(self, labels: torch.Tensor) -> torch.Tensor:
+        """The same for labels that stand one position early, (batch, length)."""
+        first, last = torch.full_like(labels[:, :1], IGNORE_INDEX), labels[:, -1:].to(self.is_patch.device)
+        inserted = self.insert(torch.cat([first, labels[:, :-1]], dim=1), IGNORE_INDEX)
+        return torch.cat([inserted[:, 1:], last], dim=1)
+
     def insert_positions(self, position_ids: torch.Tensor | None) -> torch.Tensor | None:
         """Position ids of a prompt, (batch or 1, length), with those of the patches; text after them moves up."""
         if position_ids is None:
@@ -724,6 +730,8 @@ class OpenVLAForActionPrediction(AdapterBelongings, OpenVLAPreTrainedModel, Gene
                 attention_mask = layout.insert(attention_mask, 1)
                 position_ids = layout.insert_positions(position_ids)
                 labels = layout.insert(labels, IGNORE_INDEX)
+                if kwargs.get("shift_labels") is not None:  # of sequence parallel training
+                    kwargs["shift_labels"] = layout.insert_shifted(kwargs["shift_labels"])
         for name, value in (("output_attentions", output_attentions), ("output_hidden_states", output_hidden_states)):
             value = getattr(self.config, name) or None if value is None else value
             if value is not None:  # left to the language model's own config otherwise

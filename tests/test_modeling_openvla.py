@@ -149,6 +149,19 @@ def test_hidden_states_and_attentions():
     assert output.projector_features.shape == (2, 4, 32)
 
 
+def test_labels_shifted_by_the_caller(small_model):
+    """`shift_labels`, which sequence parallel training gives, with patches inserted in rows padded on the left."""
+    inputs = small_inputs()
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["attention_mask"][0, :2] = 0
+    labels = inputs["input_ids"].clone()
+    shifted = torch.cat([labels[:, 1:], torch.full((2, 1), -100)], dim=1)
+    with torch.inference_mode():
+        expected = small_model(**inputs, labels=labels).loss
+        loss = small_model(**inputs, labels=torch.zeros_like(labels), shift_labels=shifted).loss
+    torch.testing.assert_close(loss, expected)
+
+
 @pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions"])
 @pytest.mark.parametrize("part", [None, "text_config"], ids=["config", "text_config"])
 def test_what_a_config_asks_for_a_call_may_refuse(part, name):
