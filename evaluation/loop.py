@@ -13,7 +13,7 @@ from tqdm import tqdm
 from .control import BlockingControl, RealtimeControl
 from .environment import ACTION_DIM, Environment, Observation, check_numbers, check_reach
 from .policies import Policy
-from .report import Record, append_record, read_records
+from .report import Record, append_record, read_records, without_paths
 from .video import EpisodeVideo
 from .workers import EnvironmentFailure, EnvironmentProcess
 
@@ -100,7 +100,7 @@ def run_episodes(
             steps=slot.step,
             predictions=len(slot.seconds),
             latency=float(np.mean(slot.seconds)) if slot.seconds else 0.0,
-            error=error,
+            error=None if error is None else without_paths(error),
             variation=slot.job.variation,
         )
         if slot.video is not None:

@@ -24,7 +24,7 @@ class Line:
     def step(self, action: np.ndarray) -> tuple[Observation, bool]:
         self.steps += 1
         if self.task == "raise" and self.steps == 3:
-            raise RuntimeError("the arm fell off")
+            raise RuntimeError("the arm fell off in /home/me/arm.xml")
         if self.task == "die" and self.steps == 3:
             raise SystemExit(3)
         self.position += float(np.clip(action[0], -0.1, 0.1))
