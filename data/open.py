@@ -66,7 +66,7 @@ def recognise(folder: Path) -> str:
     if folder.suffix in HDF5_ENDINGS or any(file.suffix in HDF5_ENDINGS for file in folder.rglob("*")):
         if not inner:
             return "hdf5"
-        raise ValueError(f"{folder} holds HDF5 files and {_listed(inner)}: give one of them, or say format 'hdf5'.")
+        raise ValueError(f"{folder} holds HDF5 files and {_listed(inner)}: give one of them, or format='hdf5'.")
     if inner:
         raise ValueError(f"{folder} is no dataset, but holds {_listed(inner)}: give one of them, or a mixture.")
     outer = [Path(os.path.normpath(folder / up)) for up in ("..", "../..", "../../..")]
