@@ -1016,7 +1016,7 @@ class OpenVLAForActionPrediction(AdapterBelongings, OpenVLAPreTrainedModel, Gene
                 f"or {self.vision_backbone.num_patches}."
             )
         for prompt in prompts:
-            check_prompt_ids(prompt, config)
+            check_prompt_ids(prompt, config, warn_without_bos=True)
         pixel_values = as_tensor("pixel_values", pixel_values)
         channels = 3 * len(config.image_sizes)
         check_pixel_values(pixel_values, (len(prompts), channels, *self.vision_backbone.image_size))

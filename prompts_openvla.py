@@ -5,6 +5,7 @@ The standard library alone.
 
 import re
 import unicodedata
+import warnings
 from functools import lru_cache
 from typing import Any
 
@@ -101,13 +102,14 @@ def check_unicode(text: str) -> None:
         ) from error
 
 
-def check_prompt_ids(ids: list[int], config: Any) -> None:
+def check_prompt_ids(ids: list[int], config: Any, warn_without_bos: bool = False) -> None:
     """Raise a `ValueError` if the token ids of a prompt (without padding) are not those of a prompt alone: they hold
     action tokens or padding, end in the token that ends a sequence, or, of a language model whose prompts start with
     BOS, do not start with it or hold it twice.
 
     Args:
         config: `OpenVLAConfig` of the model.
+        warn_without_bos: Only warn where a prompt, which may have been cut by its mask, does not hold BOS at all.
     """
     text, end = config.text_config, config.action_vocab_size
     ends = text.eos_token_id if isinstance(text.eos_token_id, (list, tuple)) else [text.eos_token_id]
@@ -121,6 +123,12 @@ def check_prompt_ids(ids: list[int], config: Any) -> None:
         problem = f"ends in the token that ends a sequence ({last})"
     elif config.pad_token_id in ids and config.pad_token_id not in (text.bos_token_id, *ends):
         problem = f"holds padding ({config.pad_token_id}) that no attention_mask hides"
+    elif begins is not None and begins not in ids and warn_without_bos:
+        warnings.warn(
+            f"A prompt starts with {ids[:3]} and without the token that starts a sequence ({begins}): the image enters "
+            "after its first word, which no training had. Make prompts with the processor of the model.",
+            stacklevel=4,
+        )
     elif begins is not None and (ids[0] != begins or ids.count(begins) > 1):
         problem = (
             f"starts with {ids[:3]} and holds the token that starts a sequence ({begins}) {ids.count(begins)} times"
