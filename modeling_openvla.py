@@ -730,8 +730,11 @@ class OpenVLAForActionPrediction(AdapterBelongings, OpenVLAPreTrainedModel, Gene
                 attention_mask = layout.insert(attention_mask, 1)
                 position_ids = layout.insert_positions(position_ids)
                 labels = layout.insert(labels, IGNORE_INDEX)
-                if kwargs.get("shift_labels") is not None:  # of sequence parallel training
-                    kwargs["shift_labels"] = layout.insert_shifted(kwargs["shift_labels"])
+                shifted = kwargs.get(
+                    "shift_labels"
+                )  # of sequence parallel training; as long as logits: patches counted
+                if shifted is not None and shifted.shape[1] != layout.is_patch.shape[1]:
+                    kwargs["shift_labels"] = layout.insert_shifted(shifted)
         for name, value in (("output_attentions", output_attentions), ("output_hidden_states", output_hidden_states)):
             value = getattr(self.config, name) or None if value is None else value
             if value is not None:  # left to the language model's own config otherwise

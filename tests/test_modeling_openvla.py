@@ -158,8 +158,11 @@ def test_labels_shifted_by_the_caller(small_model):
     shifted = torch.cat([labels[:, 1:], torch.full((2, 1), -100)], dim=1)
     with torch.inference_mode():
         expected = small_model(**inputs, labels=labels).loss
-        loss = small_model(**inputs, labels=torch.zeros_like(labels), shift_labels=shifted).loss
-    torch.testing.assert_close(loss, expected)
+        zeros, expanded = torch.zeros_like(labels), torch.full((2, 10), -100)
+        loss = small_model(**inputs, labels=zeros, shift_labels=shifted).loss
+        expanded[0, :2], expanded[0, 6:], expanded[1, 4:] = shifted[0, :2], shifted[0, 2:], shifted[1]
+        counted = small_model(**inputs, labels=zeros, shift_labels=expanded).loss
+    torch.testing.assert_close((loss, counted), (expected, expected))
 
 
 @pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions"])
