@@ -84,9 +84,13 @@ def find_weight_files(folder: Path, names: Iterable[str] = WEIGHTS_FILES) -> lis
     return []
 
 
-def check_weight_file(file: Path, quantized: bool = False) -> None:
-    """Raise a `ValueError` if a file is empty, a Git LFS pointer, cut off, damaged, or of whole numbers although its
-    model is not quantized; only its ends are read."""
+def check_weight_file(file: Path, whole_numbers: bool = False) -> None:
+    """Raise a `ValueError` if a file is empty, a Git LFS pointer, cut off, damaged, or of whole numbers; only its ends
+    are read.
+
+    Args:
+        whole_numbers: They are right: the model is quantized, or the caller looks at the tensors.
+    """
     check_file(file, "weights file")
     damaged = f"'{file}' is damaged or cut off ({file.stat().st_size:,} bytes): copy or download it again."
     if file.suffix == ".safetensors":
@@ -96,7 +100,7 @@ def check_weight_file(file: Path, quantized: bool = False) -> None:
         except SafetensorError as error:
             raise ValueError(f"{damaged} {error}") from error
         whole = [name for name, kind in types.items() if not kind.startswith(("F", "BF"))]
-        if whole and not quantized:
+        if whole and not whole_numbers:
             raise ValueError(
                 f"'{file}' holds {len(whole)} tensor(s) of whole numbers, for example {whole[0]} ({types[whole[0]]}), "
                 "and config.json has no quantization_config that says what they mean: take the config.json they were "
@@ -135,7 +139,7 @@ def check_folder(name: str | os.PathLike, loading: Mapping[str, Any]) -> None:
         config = folder / "config.json"
         quantized = config.is_file() and read_json(config).get("quantization_config") is not None
         for file in find_weight_files(folder, names):
-            check_weight_file(file, quantized)
+            check_weight_file(file, quantized or bool(loading.get("output_loading_info")))
 
 
 # Tensors --------------------------------------------------------------------------------------------------------------

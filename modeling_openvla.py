@@ -11,6 +11,7 @@ published code are listed in the README.
 
 import copy
 import json
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from inspect import signature
@@ -451,7 +452,7 @@ class OpenVLAForActionPrediction(AdapterBelongings, OpenVLAPreTrainedModel, Gene
     def _load(cls, name, *model_args, ignore_mismatched_sizes=False, output_loading_info=False, **kwargs):
         """`from_pretrained` of the library, after which every tensor of the model is known to come from the weights."""
         if name is not None:
-            check_folder(name, kwargs)
+            check_folder(name, {**kwargs, "output_loading_info": output_loading_info})
         try:
             model, info = super().from_pretrained(
                 name, *model_args, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
@@ -596,29 +597,32 @@ class OpenVLAForActionPrediction(AdapterBelongings, OpenVLAPreTrainedModel, Gene
         self.language_model.set_output_embeddings(new_embeddings)
 
     def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
-        """As in every model of the library; the new rows come after the action tokens, which keep their ids.
-
-        Raises:
-            ValueError: If the table would lose rows that the model needs.
-        """
-        end, before = self.config.action_vocab_size, self.config.text_config.vocab_size
-        rows = before if new_num_tokens is None else new_num_tokens
-        if pad_to_multiple_of:
-            rows = -(-rows // pad_to_multiple_of) * pad_to_multiple_of
-        needed = max(end - 1, self.config.image_token_id, self.config.pad_token_id or 0) + 1
-        if rows < needed:
-            raise ValueError(
-                f"The embedding table cannot have {rows} rows: action tokens end at {end}, and the placeholder of the "
-                f"image (image_token_id) is {self.config.image_token_id}. Give at least {needed}, or "
-                f"pad_to_multiple_of={self.config.pad_to_multiple_of or 64}."
-            )
+        """As in every model of the library; the new rows come after the action tokens, which keep their ids. With a
+        table that loses tokens which actions need, a model neither predicts nor is saved, and a warning says so."""
         embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        self._keep_action_tokens()
-        self.vocab_size = end  # published name, which the library gives the rows of the table
+        if cut := self._cut_table():
+            warnings.warn(f"{cut} It neither predicts nor is saved.", stacklevel=2)
+        else:
+            self._keep_action_tokens()
+        self.vocab_size = self.action_tokenizer.vocabulary_end  # published name, to which the library gives the rows
         return embeddings
 
+    def _cut_table(self) -> str:
+        """What is wrong where the embedding table has lost tokens that the model needs; else nothing."""
+        end, rows = self.action_tokenizer.vocabulary_end, self.config.text_config.vocab_size
+        needed = max(end - 1, self.config.image_token_id, self.config.pad_token_id or 0) + 1
+        if rows >= needed:
+            return ""
+        return (
+            f"The embedding table has {rows} rows; action tokens end at {end}, the placeholder of the image "
+            f"(image_token_id) is {self.config.image_token_id}: give resize_token_embeddings at least {needed}."
+        )
+
     def _keep_action_tokens(self) -> None:
-        """Let the config say where they end, also if the table of the language model alone was resized."""
+        """Let the config say where they end, also if the table of the language model alone was resized; a `ValueError`
+        if they are not there any more."""
+        if cut := self._cut_table():
+            raise ValueError(cut)
         self.config.pad_to_multiple_of = self.config.text_config.vocab_size - self.action_tokenizer.vocabulary_end
         self.config.check_fields()
 
@@ -918,6 +922,8 @@ class OpenVLAForActionPrediction(AdapterBelongings, OpenVLAPreTrainedModel, Gene
         """
         check_flag("constrained", constrained)
         check_flag("return_dict", return_dict)
+        if cut := self._cut_table():
+            raise ValueError(cut)
         if self.device.type == "meta":
             raise ValueError(
                 'The weights are on "meta", where they have no values: load the model with from_pretrained.'

@@ -566,14 +566,20 @@ def test_action_tokens_stay_where_they_are(rows, multiple, part, tmp_path):
 
 
 @pytest.mark.parametrize("rows", [399, 337, 336, 100])
-def test_rows_of_action_tokens_cannot_be_taken_away(rows, tmp_path):
-    model = OpenVLAForActionPrediction(small_config())
-    with pytest.raises(ValueError, match=f"cannot have {rows} rows.*at least 400, or pad_to_multiple_of=64"):
-        model.resize_token_embeddings(rows)
-    assert model.get_input_embeddings().weight.shape[0] == 400
-    model.language_model.resize_token_embeddings(rows)
-    with pytest.raises(ValueError, match="pad_to_multiple_of|image_token_id"):
-        model.save_pretrained(tmp_path)
+def test_a_table_without_its_action_tokens_neither_predicts_nor_is_saved(rows, tmp_path):
+    for resize in ("model", "language_model"):
+        model = OpenVLAForActionPrediction(small_config()).eval()
+        if resize == "model":
+            with pytest.warns(
+                UserWarning, match=f"has {rows} rows; action tokens end at 336.*at least 400.*neither predicts"
+            ):
+                model.resize_token_embeddings(rows)
+        else:
+            model.language_model.resize_token_embeddings(rows)
+        with pytest.raises(ValueError, match=f"has {rows} rows; action tokens end at 336"):
+            model.predict_action(**small_inputs())
+        with pytest.raises(ValueError, match=f"has {rows} rows; action tokens end at 336"):
+            model.save_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("constrained", [True, False])
