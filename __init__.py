@@ -3,8 +3,11 @@
 from .configuration_openvla import OpenVLAConfig  # isort: skip - first, it says which transformers is needed
 
 from .action_tokenizer import ActionTokenizer, normalize_actions, unnormalize_actions
+from .image_processing_openvla import OpenVLAImageProcessor
 from .modeling_openvla import ActionPrediction, OpenVLAForActionPrediction, OpenVLAOutput
-from .processing_openvla import PROMPT_TEMPLATES, OpenVLAImageProcessor, OpenVLAProcessor, load_image
+from .pixels_openvla import load_image
+from .processing_openvla import OpenVLAProcessor
+from .prompts_openvla import PROMPT_TEMPLATES
 from .published_names import (
     AutoModelForVision2Seq,
     PrismaticCausalLMOutputWithPast,

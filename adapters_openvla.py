@@ -20,8 +20,9 @@ from transformers.utils import cached_file
 from .action_tokenizer import check_statistics, read_statistics
 from .decoding_openvla import every_module
 from .files_openvla import cache_folder, local_folder, read_json, weights_digest
+from .image_processing_openvla import OpenVLAImageProcessor
 from .loading_openvla import QUIET, WEIGHTS_FILES
-from .processing_openvla import HUB_KWARGS, OpenVLAImageProcessor, OpenVLAProcessor
+from .processing_openvla import HUB_KWARGS, OpenVLAProcessor
 
 
 KEY = "openvla"

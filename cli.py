@@ -234,7 +234,7 @@ def predict(
     from .action_tokenizer import resolve_unnorm_key
     from .hub import source_folder
     from .modeling_openvla import OpenVLAForActionPrediction
-    from .processing_openvla import load_image
+    from .pixels_openvla import load_image
 
     picture = load_image(image)  # before the weights are read: a wrong path is answered at once
     where = torch_device(device)

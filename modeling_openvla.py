@@ -1,6 +1,7 @@
 """OpenVLA: an image and an instruction go in, a robot action comes out.
 
-Read it from top to bottom: vision towers, projector, how patches enter the prompt, the model, how actions are decoded.
+One prediction goes through `processing_openvla` (prompt and pixels), `vision_openvla` (towers, projector), the language
+model here, `decoding_openvla` (which token) and `action_tokenizer` (units); `predict_action` names the steps.
 
 Shapes: `batch` samples, `length` prompt tokens, `num_patches` image patches (256 at 224 pixels), `hidden` width of the
 language model, `action_dim` numbers of one action.
@@ -9,23 +10,16 @@ The published weights (`openvla/openvla-7b`, `openvla/openvla-v01-7b`) keep thei
 published code are listed in the README.
 """
 
-import copy
 import json
 import warnings
 from collections.abc import Mapping
-from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
-from timm.layers import AttentionPoolLatent
-from timm.models.vision_transformer import LayerScale as TimmLayerScale
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.utils import cached_file, is_peft_available
 
@@ -62,249 +56,18 @@ from .decoding_openvla import (
     read_sampling,
 )
 from .files_openvla import local_folder
+from .generation_openvla import OpenVLAGeneration
+
+# Of a local folder transformers 5.4 and 5.5 copy no more than this file names: also what others import.
+from .image_processing_openvla import OpenVLAImageProcessor as _OpenVLAImageProcessor  # noqa: F401
 from .loading_openvla import LOADING, QUIET, check_filled, check_folder, check_loaded, check_placed
-from .outputs_openvla import CACHE, CACHE_NAMES, ActionPrediction, OpenVLAOutput, one_cache, with_both_names
-from .processing_openvla import HUB_KWARGS, OpenVLAProcessor, as_image_list, is_image_list, load_image
+from .outputs_openvla import CACHE, CACHE_NAMES, ActionPrediction, OpenVLAOutput, one_cache
+from .patches_openvla import IGNORE_INDEX, PatchLayout, find_placeholders
+from .pixels_openvla import as_image_list, is_image_list, load_image
+from .processing_openvla import HUB_KWARGS, OpenVLAProcessor
 from .prompts_openvla import check_prompt_ids
 from .quantization_openvla import keep_split_blocks_from_packing, take_quantization, turn_block_scales_back
-
-
-IGNORE_INDEX = -100  # label that the loss skips
-
-
-# Vision ---------------------------------------------------------------------------------------------------------------
-
-
-class LayerScale(nn.Module):
-    """timm's LayerScale with its parameter named as in the published files, `scale_factor` instead of `gamma`."""
-
-    def __init__(self, dim: int, init_values: float):
-        super().__init__()
-        self.init_values = init_values
-        self.scale_factor = nn.Parameter(torch.full((dim,), init_values))
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return hidden_states * self.scale_factor
-
-
-class PatchProjection(nn.Conv2d):
-    """The convolution that embeds patches, as the matrix product it is: its windows do not overlap.
-
-    Forwards and backwards in bfloat16 on a CPU it takes a twelfth of the time, in float32 about as long (docs/LOG.md).
-    """
-
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(batch, 3, height, width) -> (batch, dim, rows, columns); pixels that fill no patch are left out."""
-        side = self.kernel_size[0]
-        rows, columns = pixels.shape[2] // side, pixels.shape[3] // side
-        patches = pixels[:, :, : rows * side, : columns * side].unflatten(3, (columns, side)).unflatten(2, (rows, side))
-        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)  # (batch, rows, columns, 3 * side * side)
-        return nn.functional.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
-
-
-class LinspaceOnCPU(TorchFunctionMode):
-    """timm 1.0.9 reads the values of a linspace while it builds a tower; transformers 5.4 builds on the meta device,
-    which holds none. Later versions of either do not need this."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        return func(*args, **({"device": "cpu", **kwargs} if func is torch.linspace else kwargs))
-
-
-def create_vision_tower(model_id: str, image_size: int, act_layer: str | None, model_kwargs: dict) -> VisionTransformer:
-    """One randomly initialized timm vision transformer; `model_kwargs` win over the other arguments."""
-    arguments = {
-        "img_size": image_size,
-        "num_classes": 0,
-        "act_layer": act_layer,
-        "weight_init": "skip",
-        **model_kwargs,
-    }
-    try:
-        with LinspaceOnCPU():
-            tower = timm.create_model(model_id, pretrained=False, **arguments)
-    except (TypeError, AttributeError, AssertionError, KeyError, ArithmeticError, RuntimeError) as error:
-        raise ValueError(f"timm cannot build the vision tower '{model_id}' with {model_kwargs}: {error}") from error
-    if not isinstance(tower, VisionTransformer) or len(tower.blocks) < 2:
-        raise ValueError(
-            f"Vision tower '{model_id}' with {model_kwargs} must be a timm VisionTransformer of at least two blocks: "
-            "features are read from the second-to-last."
-        )
-    convolution = tower.patch_embed.proj
-    tower.patch_embed.proj = PatchProjection(
-        convolution.in_channels,
-        convolution.out_channels,
-        convolution.kernel_size,
-        convolution.stride,
-        bias=convolution.bias is not None,
-    )
-    for block in tower.blocks:
-        for name in ("ls1", "ls2"):
-            layer_scale = getattr(block, name)
-            if isinstance(layer_scale, TimmLayerScale):
-                init_values = model_kwargs.get("init_values") or DEFAULT_LAYER_SCALE
-                setattr(block, name, LayerScale(layer_scale.gamma.shape[0], init_values))
-    # As `forward` and not under its own name: hooks that bring offloaded weights run where a module is called.
-    tower.forward = partial(
-        tower.forward_intermediates,
-        indices=[len(tower.blocks) - 2],
-        stop_early=True,
-        intermediates_only=True,
-        output_fmt="NLC",
-    )
-    return tower
-
-
-DEFAULT_LAYER_SCALE = 1e-5  # of timm's DINOv2
-
-
-class OpenVLAVisionBackbone(nn.Module):
-    """One or two vision towers; the patch features of both are concatenated channel-wise."""
-
-    def __init__(self, config: OpenVLAConfig):
-        super().__init__()
-        towers = [
-            create_vision_tower(*arguments)
-            for arguments in zip(
-                config.timm_model_ids, config.image_sizes, config.timm_override_act_layers, config.timm_model_kwargs
-            )
-        ]
-        self.featurizer = towers[0]
-        if config.use_fused_vision_backbone:
-            self.fused_featurizer = towers[1]
-        self.use_fused_vision_backbone: bool = config.use_fused_vision_backbone  # published name
-        self.embed_dim = sum(tower.embed_dim for tower in towers)
-        self.num_patches: int = towers[0].patch_embed.num_patches
-        self.image_size: tuple[int, int] = towers[0].patch_embed.img_size
-        if any(tower.patch_embed.num_patches != self.num_patches for tower in towers):
-            raise ValueError(
-                f"Towers see {[tower.patch_embed.num_patches for tower in towers]} patches: their features can be "
-                "concatenated only if image size and patch size agree."
-            )
-
-    @property
-    def towers(self) -> list[VisionTransformer]:
-        return [getattr(self, name) for name in ("featurizer", "fused_featurizer") if hasattr(self, name)]
-
-    @property
-    def gradient_checkpointing(self) -> bool:
-        """Switched by `model.gradient_checkpointing_enable()`, which looks for this name on every module."""
-        return all(tower.grad_checkpointing for tower in self.towers)
-
-    @gradient_checkpointing.setter
-    def gradient_checkpointing(self, enable: bool) -> None:
-        for tower in self.towers:
-            tower.set_grad_checkpointing(enable)
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(batch, 3 * towers, height, width) -> (batch, num_patches, embed_dim).
-
-        Features are the output of the second-to-last block without final norm and without prefix tokens; the last block
-        is not run.
-
-        Raises:
-            ValueError: If the pixels are no floats, or of another shape: those of another model's processor.
-        """
-        expected = (3 * len(self.towers), *self.image_size)
-        if tuple(pixel_values.shape[1:]) != expected or not pixel_values.is_floating_point():
-            raise ValueError(
-                f"pixel_values are {pixel_values.dtype} of shape {tuple(pixel_values.shape)}, expected normalized "
-                f"floats (batch, {', '.join(map(str, expected))}): make them with the processor of the model."
-            )
-        features = []
-        for tower, pixels in zip(self.towers, pixel_values.split(3, dim=1)):
-            # Position embeddings are not packed where towers are quantized, and keep their type where they are
-            # offloaded.
-            features += tower(pixels.to(tower.pos_embed.dtype))
-        return torch.cat(features, dim=2)
-
-
-class OpenVLAProjector(nn.Module):
-    """MLP from patch features to the embedding space of the language model, three layers deep for two towers."""
-
-    def __init__(self, vision_dim: int, hidden: int, fused: bool):
-        super().__init__()
-        if fused:
-            self.fc1 = nn.Linear(vision_dim, 4 * vision_dim)
-            self.fc2 = nn.Linear(4 * vision_dim, hidden)
-            self.fc3 = nn.Linear(hidden, hidden)
-        else:
-            self.fc1 = nn.Linear(vision_dim, hidden)
-            self.fc2 = nn.Linear(hidden, hidden)
-            self.fc3 = None  # type: ignore[assignment]
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """(batch, num_patches, vision_dim) -> (batch, num_patches, hidden)."""
-        projected = self.fc2(nn.functional.gelu(self.fc1(features)))
-        return projected if self.fc3 is None else self.fc3(nn.functional.gelu(projected))
-
-
-# Patches in the prompt ------------------------------------------------------------------------------------------------
-
-
-class PatchLayout:
-    """Where `num_patches` patches stand once they are inserted after the first real token (BOS) of every row.
-
-    Args:
-        attention_mask: (batch, length), 0 marks padding on either side; None means no padding.
-        shape: (batch, length) of the prompt.
-    """
-
-    def __init__(self, attention_mask: torch.Tensor | None, shape: torch.Size, num_patches: int, device):
-        batch, length = shape
-        if attention_mask is None:
-            first = torch.zeros(batch, 1, dtype=torch.long, device=device)
-        else:
-            first = attention_mask.to(device).ne(0).int().argmax(dim=1, keepdim=True)
-        position = torch.arange(length + num_patches, device=device)[None, :]
-        offset = position - (first + 1)  # 0 at the first patch
-        self.first, self.offset, self.num_patches = first, offset, num_patches
-        self.is_patch = (offset >= 0) & (offset < num_patches)  # (batch, length + num_patches)
-        text_index = torch.where(offset >= num_patches, position - num_patches, position)
-        self.text_index = text_index.masked_fill(self.is_patch, 0)
-        # (batch, length): where each text token stands after the insertion
-        text = torch.arange(length, device=device)[None, :].expand(batch, -1)
-        self.expanded_index = torch.where(text > first, text + num_patches, text)
-
-    def insert(self, values: torch.Tensor | None, fill: float) -> torch.Tensor | None:
-        """(batch, length, ...) -> (batch, length + num_patches, ...), `fill` where patches stand; None stays None."""
-        if values is None:
-            return None
-        if values.shape[:2] != self.expanded_index.shape:
-            raise ValueError(
-                f"Got {tuple(values.shape)} values for prompts of {tuple(self.expanded_index.shape)} tokens: give one "
-                "for each token of the plain prompt, those of the patches are added."
-            )
-        values, is_patch, index = values.to(self.is_patch.device), self.is_patch, self.text_index
-        if values.ndim == 3:
-            is_patch, index = is_patch[..., None], index[..., None].expand(-1, -1, values.shape[-1])
-        return values.gather(1, index).masked_fill(is_patch, fill)
-
-    def insert_shifted(self, labels: torch.Tensor) -> torch.Tensor:
-        """The same for labels that stand one position early, (batch, length)."""
-        first, last = torch.full_like(labels[:, :1], IGNORE_INDEX), labels[:, -1:].to(self.is_patch.device)
-        inserted = self.insert(torch.cat([first, labels[:, :-1]], dim=1), IGNORE_INDEX)
-        return torch.cat([inserted[:, 1:], last], dim=1)
-
-    def insert_positions(self, position_ids: torch.Tensor | None) -> torch.Tensor | None:
-        """Position ids of a prompt, (batch or 1, length), with those of the patches; text after them moves up."""
-        if position_ids is None:
-            return None
-        if position_ids.shape[-1] != self.expanded_index.shape[1]:
-            raise ValueError(
-                f"position_ids {tuple(position_ids.shape)} for prompts of {tuple(self.expanded_index.shape)} tokens: "
-                "give those of the plain prompt, the patches get theirs."
-            )
-        position_ids = position_ids.to(self.is_patch.device).expand(len(self.is_patch), -1)
-        moved_up = position_ids.gather(1, self.text_index) + self.num_patches * (self.offset >= self.num_patches)
-        return torch.where(self.is_patch, position_ids.gather(1, self.first) + 1 + self.offset, moved_up)
-
-    def remove(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Sequences that begin with an expanded prompt, without the patches. Rows may be repeated (beams, samples)."""
-        batch = len(self.expanded_index)
-        expanded = self.is_patch.shape[1]
-        index = self.expanded_index.repeat_interleave(len(token_ids) // batch, dim=0).to(token_ids.device)
-        return torch.cat([token_ids[:, :expanded].gather(1, index), token_ids[:, expanded:]], dim=1)
+from .vision_openvla import OpenVLAProjector, OpenVLAVisionBackbone, init_vision_weights
 
 
 # The model ------------------------------------------------------------------------------------------------------------
@@ -327,26 +90,13 @@ class OpenVLAPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialize what `module` itself owns (Linear, Conv, Embedding and norms are the library's).
-
-        The library guards `torch.nn.init` here: tensors that were loaded keep their values.
-        """
+        """Initialize what `module` itself owns (Linear, Conv, Embedding and norms are the library's)."""
         super()._init_weights(module)
-        if isinstance(module, VisionTransformer):
-            # As timm initializes them; pos_embed, cls_token and reg_token belong to the tower itself.
-            for name, std in (("pos_embed", 0.02), ("cls_token", 1e-6), ("reg_token", 1e-6)):
-                parameter = getattr(module, name, None)
-                if parameter is not None:
-                    nn.init.normal_(parameter, std=std)
-        elif isinstance(module, AttentionPoolLatent):
-            nn.init.trunc_normal_(module.latent, std=module.latent.shape[-1] ** -0.5)
-            if module.pos_embed is not None:
-                nn.init.trunc_normal_(module.pos_embed, std=module.pos_embed.shape[-1] ** -0.5)
-        elif isinstance(module, LayerScale):
-            nn.init.constant_(module.scale_factor, module.init_values)
+        init_vision_weights(module)
 
 
-class OpenVLAForActionPrediction(AdapterBelongings, OpenVLAPreTrainedModel, GenerationMixin):
+# GenerationMixin is named for the library, which looks for it among the direct bases (transformers 5.4 to 5.24).
+class OpenVLAForActionPrediction(AdapterBelongings, OpenVLAGeneration, OpenVLAPreTrainedModel, GenerationMixin):
     """Vision towers, projector and language model, under the published tensor names.
 
     `forward` and `generate` take the plain prompts of `OpenVLAProcessor` and insert the image patches after the first
@@ -638,31 +388,13 @@ class OpenVLAForActionPrediction(AdapterBelongings, OpenVLAPreTrainedModel, Gene
         return self.projector(features.to(projector))
 
     def _placeholders(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor | None:
-        """(batch, length) mask of the placeholders an expanded prompt holds, None for a plain prompt."""
-        num_patches = self.vision_backbone.num_patches
-        prompt = input_ids if input_ids is not None else inputs_embeds
-        if prompt is None or prompt.shape[1] < num_patches:
-            return None
-        if input_ids is not None:
-            is_image = input_ids == self.config.image_token_id
-        else:
-            # Filled on the device: a copy from the host cannot be captured in a CUDA graph.
-            token_id = torch.full((), self.config.image_token_id, dtype=torch.long, device=prompt.device)
-            is_image = (inputs_embeds == self.get_input_embeddings()(token_id)).all(-1)
-        has_patches = is_image.sum(dim=1) >= num_patches
-        mixed = (
-            f"Some rows hold {num_patches} image placeholders, others do not: give every row the placeholders, or none"
+        return find_placeholders(
+            input_ids,
+            inputs_embeds,
+            self.vision_backbone.num_patches,
+            self.config.image_token_id,
+            self.get_input_embeddings(),
         )
-        if torch.compiler.is_compiling():
-            # While a graph is captured values cannot be looked at: a prompt this long is taken as expanded, and the
-            # graph fails on a plain one. torch has no public assertion on values inside a graph (2.6 to 2.15).
-            torch._assert_async(has_patches.all(), mixed)
-        elif not bool(has_patches.any()):
-            return None
-        elif not bool(has_patches.all()):
-            raise ValueError(f"{mixed}.")
-        # An unused id may still turn up in generated text; only the first ones stand for patches.
-        return is_image & (is_image.cumsum(dim=1) <= num_patches)
 
     def _merge(self, input_ids, inputs_embeds, attention_mask, features) -> tuple[torch.Tensor, PatchLayout | None]:
         """Embeddings with the patches in place, and where they stand if they were inserted (None: at placeholders)."""
@@ -734,9 +466,8 @@ class OpenVLAForActionPrediction(AdapterBelongings, OpenVLAPreTrainedModel, Gene
                 attention_mask = layout.insert(attention_mask, 1)
                 position_ids = layout.insert_positions(position_ids)
                 labels = layout.insert(labels, IGNORE_INDEX)
-                shifted = kwargs.get(
-                    "shift_labels"
-                )  # of sequence parallel training; as long as logits: patches counted
+                # Of sequence parallel training; as long as the logits, they count the patches already.
+                shifted = kwargs.get("shift_labels")
                 if shifted is not None and shifted.shape[1] != layout.is_patch.shape[1]:
                     kwargs["shift_labels"] = layout.insert_shifted(shifted)
         for name, value in (("output_attentions", output_attentions), ("output_hidden_states", output_hidden_states)):
@@ -766,99 +497,6 @@ class OpenVLAForActionPrediction(AdapterBelongings, OpenVLAPreTrainedModel, Gene
             **{CACHE: outputs.get(CACHE)},
         )
         return output if return_dict else output.to_tuple()
-
-    # Generation -------------------------------------------------------------------------------------------------------
-
-    def generate(self, inputs: torch.Tensor | None = None, generation_config=None, **kwargs):
-        """As `generate` of every model of the library. Plain prompts come back plain: the patches that are inserted for
-        `pixel_values` appear neither in the sequences nor in `max_length`."""
-        kwargs["generation_config"] = generation_config
-        if (pixel_values := kwargs.get("pixel_values")) is not None and not bool(pixel_values.isfinite().all()):
-            raise ValueError(
-                "pixel_values contain NaN or infinite values: the camera frame is broken, do not act on it."
-            )
-        cache = one_cache(*(kwargs.pop(name, None) for name in CACHE_NAMES))
-        if cache is not None:
-            kwargs[CACHE] = cache
-        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
-        attention_mask = kwargs.get("attention_mask")
-        if pixel_values is not None and kwargs.get("inputs_embeds") is not None:
-            # Images enter the embeddings here, once; generate keeps count of the merged length.
-            features = self.encode_images(kwargs.pop("pixel_values"))
-            kwargs["inputs_embeds"], layout = self._merge(None, kwargs["inputs_embeds"], attention_mask, features)
-            if layout is not None:
-                kwargs["attention_mask"] = layout.insert(attention_mask, 1)
-                kwargs["position_ids"] = layout.insert_positions(kwargs.get("position_ids"))
-            return with_both_names(super().generate(inputs, **kwargs))
-        if input_ids is None or not self._needs_patches(input_ids, attention_mask, pixel_values, kwargs):
-            return with_both_names(super().generate(inputs, **kwargs))
-
-        num_patches = self.vision_backbone.num_patches
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        layout = PatchLayout(attention_mask, input_ids.shape, num_patches, device=input_ids.device)
-        kwargs["input_ids"] = layout.insert(input_ids, self.config.image_token_id)
-        kwargs["attention_mask"] = layout.insert(attention_mask, 1)
-        kwargs["position_ids"] = layout.insert_positions(kwargs.get("position_ids"))
-        if generation_config is not None:
-            kwargs["generation_config"] = generation_config = copy.deepcopy(generation_config)
-        for name in ("max_length", "min_length"):
-            length = kwargs.get(name)
-            if length is not None:
-                kwargs[name] = length + num_patches
-            elif (length := getattr(generation_config or self.generation_config, name)) is None:
-                continue
-            elif generation_config is None:
-                kwargs[name] = length + num_patches
-            else:  # not beside the config: transformers warns where both speak
-                setattr(generation_config, name, length + num_patches)
-        generated = with_both_names(super().generate(**kwargs))
-        if isinstance(generated, torch.Tensor):
-            return layout.remove(generated)
-        generated.sequences = layout.remove(generated.sequences)
-        return generated
-
-    def _needs_patches(self, input_ids, attention_mask, pixel_values, kwargs) -> bool:
-        """Whether `generate` got a whole plain sequence with an image, or one whose image is in the cache already."""
-        if kwargs.get("inputs_embeds") is not None or self._placeholders(input_ids, None) is not None:
-            return False
-        if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            return False  # only the tokens that follow those in the cache
-        cache = kwargs.get(CACHE)
-        # A cache holds less than the whole sequence, unless it holds patches.
-        return pixel_values is not None or (cache is not None and cache.get_seq_length() >= input_ids.shape[1])
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids,
-        past_key_values=None,
-        cache=None,
-        inputs_embeds=None,
-        pixel_values=None,
-        is_first_iteration=False,
-        **kwargs,
-    ):
-        # transformers 5.4 does not drop images after the prefill by itself. An image that is already in the cache
-        # (generation continued from a cache) must not enter a second time.
-        cache = one_cache(cache, past_key_values)
-        model_inputs = super().prepare_inputs_for_generation(
-            input_ids,
-            inputs_embeds=inputs_embeds,  # named in the signature: generate refuses inputs_embeds without it
-            is_first_iteration=is_first_iteration,
-            **({} if cache is None else {CACHE: cache}),
-            **kwargs,
-        )
-        prefill = is_first_iteration or not kwargs.get("use_cache", True)
-        if prefill and pixel_values is not None and cache is not None and cache.get_seq_length() > 0:
-            prefill = self._placeholders(model_inputs.get("input_ids"), model_inputs.get("inputs_embeds")) is not None
-            seen = pixel_values if prefill else getattr(cache, "image_in_cache", pixel_values)
-            if seen.shape != pixel_values.shape or not torch.equal(seen.to(pixel_values), pixel_values):
-                raise ValueError(
-                    "The cache holds another image than pixel_values, and that one would be acted on: begin with an "
-                    "empty cache, or leave pixel_values out to go on with the image in the cache."
-                )
-        model_inputs["pixel_values"] = pixel_values if prefill else None
-        return model_inputs
 
     # Actions ----------------------------------------------------------------------------------------------------------
 

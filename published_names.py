@@ -10,8 +10,9 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelFor
 
 from .configuration_openvla import OpenVLAConfig
 from .files_openvla import read_json
+from .image_processing_openvla import OpenVLAImageProcessor
 from .modeling_openvla import OpenVLAForActionPrediction, OpenVLAOutput
-from .processing_openvla import OpenVLAImageProcessor, OpenVLAProcessor
+from .processing_openvla import OpenVLAProcessor
 
 
 PrismaticCausalLMOutputWithPast = OpenVLAOutput

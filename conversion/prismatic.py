@@ -16,8 +16,9 @@ from ..configuration_openvla import LLM_BACKBONES, VISION_BACKBONES, OpenVLAConf
 from ..files_openvla import read_json
 from ..folders import new_folder, write_json
 from ..hub import source_folder, statistics_of
+from ..image_processing_openvla import OpenVLAImageProcessor
 from ..presets import load_base_vlms
-from ..processing_openvla import OpenVLAImageProcessor, OpenVLAProcessor, prompt_template_of
+from ..processing_openvla import OpenVLAProcessor, prompt_template_of
 from .hub_folder import (
     LazyTensor,
     check_replaced,

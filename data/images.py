@@ -7,7 +7,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from ..files_openvla import LFS_POINTER
-from ..processing_openvla import UNREADABLE, load_image
+from ..pixels_openvla import UNREADABLE, load_image
 
 
 JPEG_START = b"\xff\xd8\xff"

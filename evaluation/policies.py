@@ -14,7 +14,7 @@ from ..data.augment import center_crop, resize_image
 from ..extras import require
 from ..files_openvla import read_json
 from ..modeling_openvla import OpenVLAForActionPrediction
-from ..processing_openvla import load_image
+from ..pixels_openvla import load_image
 from .environment import Observation
 
 

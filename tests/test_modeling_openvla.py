@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import openvla
 from openvla import OpenVLAConfig, OpenVLAForActionPrediction
 from openvla.configuration_openvla import TRANSFORMERS
-from openvla.modeling_openvla import PatchProjection
+from openvla.vision_openvla import PatchProjection
 
 
 # Llama of transformers 5.4 cannot be captured as one graph by torch 2.6.

@@ -12,7 +12,7 @@ from PIL import Image
 from tiny import TINY, golden_image
 
 from openvla import OpenVLAConfig, OpenVLAImageProcessor, OpenVLAProcessor, load_image
-from openvla.processing_openvla import as_image_list
+from openvla.pixels_openvla import as_image_list
 from openvla.prompts_openvla import has_words, plain_text, read_instruction
 
 

@@ -1,0 +1,110 @@
+"""`generate` of transformers for prompts with an image: plain prompts come back plain.
+
+`predict_action` does not pass here; it decodes by itself.
+"""
+
+import copy
+
+import torch
+from transformers import GenerationMixin
+
+from .outputs_openvla import CACHE, CACHE_NAMES, one_cache, with_both_names
+from .patches_openvla import PatchLayout
+
+
+class OpenVLAGeneration(GenerationMixin):
+    """The part of `OpenVLAForActionPrediction` that `generate` needs."""
+
+    def generate(self, inputs: torch.Tensor | None = None, generation_config=None, **kwargs):
+        """As `generate` of every model of the library. Plain prompts come back plain: the patches that are inserted for
+        `pixel_values` appear neither in the sequences nor in `max_length`."""
+        kwargs["generation_config"] = generation_config
+        if (pixel_values := kwargs.get("pixel_values")) is not None and not bool(pixel_values.isfinite().all()):
+            raise ValueError(
+                "pixel_values contain NaN or infinite values: the camera frame is broken, do not act on it."
+            )
+        cache = one_cache(*(kwargs.pop(name, None) for name in CACHE_NAMES))
+        if cache is not None:
+            kwargs[CACHE] = cache
+        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
+        attention_mask = kwargs.get("attention_mask")
+        if pixel_values is not None and kwargs.get("inputs_embeds") is not None:
+            # Images enter the embeddings here, once; generate keeps count of the merged length.
+            features = self.encode_images(kwargs.pop("pixel_values"))
+            kwargs["inputs_embeds"], layout = self._merge(None, kwargs["inputs_embeds"], attention_mask, features)
+            if layout is not None:
+                kwargs["attention_mask"] = layout.insert(attention_mask, 1)
+                kwargs["position_ids"] = layout.insert_positions(kwargs.get("position_ids"))
+            return with_both_names(super().generate(inputs, **kwargs))
+        if input_ids is None or not self._needs_patches(input_ids, attention_mask, pixel_values, kwargs):
+            return with_both_names(super().generate(inputs, **kwargs))
+
+        num_patches = self.vision_backbone.num_patches
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        layout = PatchLayout(attention_mask, input_ids.shape, num_patches, device=input_ids.device)
+        kwargs["input_ids"] = layout.insert(input_ids, self.config.image_token_id)
+        kwargs["attention_mask"] = layout.insert(attention_mask, 1)
+        kwargs["position_ids"] = layout.insert_positions(kwargs.get("position_ids"))
+        if generation_config is not None:
+            kwargs["generation_config"] = generation_config = copy.deepcopy(generation_config)
+        for name in ("max_length", "min_length"):
+            length = kwargs.get(name)
+            if length is not None:
+                kwargs[name] = length + num_patches
+            elif (length := getattr(generation_config or self.generation_config, name)) is None:
+                continue
+            elif generation_config is None:
+                kwargs[name] = length + num_patches
+            else:  # not beside the config: transformers warns where both speak
+                setattr(generation_config, name, length + num_patches)
+        generated = with_both_names(super().generate(**kwargs))
+        if isinstance(generated, torch.Tensor):
+            return layout.remove(generated)
+        generated.sequences = layout.remove(generated.sequences)
+        return generated
+
+    def _needs_patches(self, input_ids, attention_mask, pixel_values, kwargs) -> bool:
+        """Whether `generate` got a whole plain sequence with an image, or one whose image is in the cache already."""
+        if kwargs.get("inputs_embeds") is not None or self._placeholders(input_ids, None) is not None:
+            return False
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            return False  # only the tokens that follow those in the cache
+        cache = kwargs.get(CACHE)
+        # A cache holds less than the whole sequence, unless it holds patches.
+        return pixel_values is not None or (cache is not None and cache.get_seq_length() >= input_ids.shape[1])
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids,
+        past_key_values=None,
+        cache=None,
+        inputs_embeds=None,
+        pixel_values=None,
+        is_first_iteration=False,
+        **kwargs,
+    ):
+        # transformers 5.4 does not drop images after the prefill by itself. An image that is already in the cache
+        # (generation continued from a cache) must not enter a second time.
+        cache = one_cache(cache, past_key_values)
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            inputs_embeds=inputs_embeds,  # named in the signature: generate refuses inputs_embeds without it
+            is_first_iteration=is_first_iteration,
+            **({} if cache is None else {CACHE: cache}),
+            **kwargs,
+        )
+        prefill = is_first_iteration or not kwargs.get("use_cache", True)
+        if prefill and pixel_values is not None and cache is not None and cache.get_seq_length() > 0:
+            prefill = self._placeholders(model_inputs.get("input_ids"), model_inputs.get("inputs_embeds")) is not None
+            seen = pixel_values if prefill else getattr(cache, "image_in_cache", pixel_values)
+            if seen.shape != pixel_values.shape or not torch.equal(seen.to(pixel_values), pixel_values):
+                raise ValueError(
+                    "The cache holds another image than pixel_values, and that one would be acted on: begin with an "
+                    "empty cache, or leave pixel_values out to go on with the image in the cache."
+                )
+        model_inputs["pixel_values"] = pixel_values if prefill else None
+        return model_inputs
+
+
+__all__ = ["OpenVLAGeneration"]

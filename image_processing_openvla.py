@@ -1,0 +1,158 @@
+"""The image processor: camera frames, resized and normalized for each vision tower. Training, prediction and evaluation
+pass here with what a model was trained on.
+
+Pixel values equal those of the published `processing_prismatic.py` (transformers 4.40.1, timm 0.9.10).
+"""
+
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from transformers import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.processing_utils import ImagesKwargs
+
+from .configuration_openvla import IMAGE_RESIZE_STRATEGIES, check_choice
+from .pixels_openvla import (
+    INTERPOLATIONS,
+    as_image_list,
+    channel_levels,
+    crop_center,
+    load_image,
+    look_up,
+    pad_to_square,
+    resize,
+    resize_shorter_side,
+)
+
+
+class OpenVLAImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
+    use_fused_vision_backbone: bool
+    image_resize_strategy: str
+    input_sizes: list
+    interpolations: list
+    means: list
+    stds: list
+
+
+class OpenVLAImageProcessor(BaseImageProcessor):
+    """Resizes and normalizes images for one or two vision towers, the channels of both stacked.
+
+    Reads the published `preprocessor_config.json` of `PrismaticImageProcessor`; its `tvf_*` fields repeat what the
+    fields below say and are not kept.
+
+    Args:
+        use_fused_vision_backbone: Published field; two towers are described by lists of length two.
+        image_resize_strategy: `"resize-naive"` (both sides to the input size), `"resize-crop"` (shorter side, then
+            center crop) or `"letterbox"` (padded to a square with the mean color, that of the last of two towers).
+        input_sizes: One (channels, height, width) per tower.
+        interpolations: One of "bicubic", "bilinear", "lanczos", "nearest" per tower.
+        means, stds: One triple per tower, for pixels in [0, 1].
+        do_resize, do_rescale, rescale_factor, do_normalize: As in every image processor of the library.
+    """
+
+    model_input_names = ["pixel_values"]
+    valid_kwargs = OpenVLAImageProcessorKwargs
+
+    def __init__(
+        self,
+        use_fused_vision_backbone: bool = False,
+        image_resize_strategy: str = "letterbox",
+        input_sizes: list | None = None,
+        interpolations: list | None = None,
+        means: list | None = None,
+        stds: list | None = None,
+        do_resize: bool = True,
+        do_rescale: bool = True,
+        rescale_factor: float = 1 / 255,
+        do_normalize: bool = True,
+        **kwargs,
+    ):
+        # The code that `auto_map` names is that of the folder it came from, not of the one this will be saved to.
+        kwargs = {key: value for key, value in kwargs.items() if not key.startswith("tvf_") and key != "auto_map"}
+        super().__init__(**kwargs)
+        check_choice("image_resize_strategy", image_resize_strategy, IMAGE_RESIZE_STRATEGIES)
+        self.use_fused_vision_backbone = use_fused_vision_backbone
+        self.image_resize_strategy = image_resize_strategy
+        self.input_sizes = _triples("input_sizes", input_sizes) if input_sizes else [[3, 224, 224]]
+        towers = len(self.input_sizes)
+        if not isinstance(interpolations, (list, tuple, type(None))):
+            raise ValueError(f"interpolations={interpolations!r}: expected a list, one name per tower.")
+        self.interpolations = list(interpolations) if interpolations else ["bicubic"] * towers
+        self.means = _triples("means", means) if means else [[0.5, 0.5, 0.5]] * towers
+        self.stds = _triples("stds", stds) if stds else [[0.5, 0.5, 0.5]] * towers
+        for field in ("interpolations", "means", "stds"):
+            if len(getattr(self, field)) != towers:
+                raise ValueError(
+                    f"{field} has {len(getattr(self, field))} entries, input_sizes {towers}: one per tower."
+                )
+        if min(map(min, self.stds + self.input_sizes)) <= 0:
+            raise ValueError(f"stds={self.stds}, input_sizes={self.input_sizes}: expected numbers above 0.")
+        for interpolation in self.interpolations:
+            check_choice("interpolation", interpolation, list(INTERPOLATIONS))
+        self.do_resize, self.do_rescale, self.do_normalize = do_resize, do_rescale, do_normalize
+        self.rescale_factor = rescale_factor
+
+    def _planes(self, image: Image.Image, options: dict[str, Any]) -> list[np.ndarray]:
+        """The 3 * towers channels of one RGB image, (height, width) float32 each."""
+        strategy = options["image_resize_strategy"] if options["do_resize"] else None
+        if strategy == "letterbox":
+            image = pad_to_square(image, self.means[-1])  # of the last of two towers, as in the published code
+        resized: dict[tuple, Image.Image] = {}  # towers of one size and interpolation share the work
+        planes: list[np.ndarray] = []
+        for (_, height, width), interpolation, mean, std in zip(
+            self.input_sizes, self.interpolations, self.means, self.stds
+        ):
+            key = (height, width, interpolation)
+            if key not in resized:
+                resized[key] = image
+                if strategy == "resize-naive":
+                    resized[key] = resize(image, height, width, interpolation)
+                elif strategy is not None:
+                    resized[key] = crop_center(resize_shorter_side(image, width, interpolation), height, width)
+            levels = channel_levels(
+                mean if options["do_normalize"] else None,
+                std if options["do_normalize"] else None,
+                options["rescale_factor"] if options["do_rescale"] else None,
+            )
+            planes += look_up(resized[key], levels)
+        return planes
+
+    def preprocess(self, images: Any, return_tensors: str | None = None, **kwargs) -> BatchFeature:
+        """Model inputs of images.
+
+        Args:
+            images: Whatever `load_image` reads, a list of such, or a batched array.
+            return_tensors: `"pt"` for a tensor, else a numpy array.
+            kwargs: `do_resize`, `do_rescale`, `rescale_factor`, `do_normalize`, `image_resize_strategy`, each for this
+                call only.
+
+        Returns:
+            `pixel_values`: (N, 3 * towers, height, width) float32.
+        """
+        options = {
+            name: getattr(self, name) if kwargs.get(name) is None else kwargs[name]
+            for name in ("do_resize", "do_rescale", "rescale_factor", "do_normalize", "image_resize_strategy")
+        }
+        check_choice("image_resize_strategy", options["image_resize_strategy"], IMAGE_RESIZE_STRATEGIES)
+        singles = as_image_list(images)
+        if not singles:
+            raise ValueError("No image given: the list is empty.")
+        planes = np.stack([plane for image in singles for plane in self._planes(load_image(image), options)])
+        pixel_values = planes.reshape(len(singles), -1, *planes.shape[1:])
+        return BatchFeature(data={"pixel_values": pixel_values}, tensor_type=return_tensors)
+
+    def apply_transform(self, img: Image.Image):
+        """Published name: (3 * towers, height, width) float32 of one image."""
+        return self.preprocess(img, return_tensors="pt")["pixel_values"][0]
+
+
+def _triples(field: str, rows: Any) -> list[list]:
+    """One list of three numbers (at most 10,000) for each tower."""
+    if isinstance(rows, (list, tuple)) and all(isinstance(row, (list, tuple)) and len(row) == 3 for row in rows):
+        if all(isinstance(number, (int, float)) and abs(number) <= 1e4 for row in rows for number in row):
+            return [list(row) for row in rows]
+    raise ValueError(f"{field}={rows!r}: expected three numbers for each tower, [[., ., .], ...].")
+
+
+__all__ = ["OpenVLAImageProcessor", "OpenVLAImageProcessorKwargs"]

@@ -1,0 +1,290 @@
+"""Pixels: from whatever the robot's camera driver delivers to the normalized numbers that a vision tower takes.
+
+numpy and Pillow alone; tensors are read without torch being imported here. Pixel values equal those of the published
+`processing_prismatic.py` (torchvision's functions on Pillow images).
+"""
+
+import io
+import math
+import os
+import struct
+import sys
+import threading
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
+# What Pillow raises, according to the damage, while it reads a file, also one that was opened earlier or closed since.
+UNREADABLE = (
+    OSError, ValueError, SyntaxError, EOFError, AttributeError, IndexError, KeyError, TypeError, OverflowError,
+    NotImplementedError, struct.error, zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
+# Pillow reads the pixels of an opened file when they are first looked at, and not from two threads at once.
+_READING = threading.Lock()
+LONGEST_SIDE = 64  # times the shorter one; a longer strip is no camera frame, and padding it would fill the memory
+
+
+def _array_to_uint8(array: np.ndarray) -> np.ndarray:
+    """Pixels of any dtype as uint8: floats are [0, 1] (or [0, 255] if any value exceeds 1), uint16 is 16-bit color."""
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype == bool:
+        return array.astype(np.uint8) * 255
+    if np.issubdtype(array.dtype, np.floating):
+        return _floats_to_uint8(array)
+    if np.issubdtype(array.dtype, np.integer):
+        low, high = int(array.min()), int(array.max())
+        if low < 0 or high > 65535:
+            raise ValueError(f"Integer pixels range from {low} to {high}; expected 0 to 255.")
+        if array.dtype.itemsize == 2 and array.dtype.kind == "u":
+            if 0 < high <= 255:
+                raise ValueError(
+                    f"uint16 pixels reach {high} of 65535: a nearly black frame, or levels of 8 bits? "
+                    "Give these as uint8."
+                )
+            return np.rint(array / 257.0).astype(np.uint8)
+        return (np.rint(array / 257.0) if high > 255 else array).astype(np.uint8)
+    raise ValueError(f"Cannot read pixels of dtype {array.dtype}; give uint8, uint16 or floats.")
+
+
+def _floats_to_uint8(array: np.ndarray) -> np.ndarray:
+    """Float pixels as uint8, if their values tell whether they are in [0, 1] or in [0, 255]."""
+    low, high = float(array.min()), float(array.max())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError("The image contains NaN or infinite pixels: the camera frame is broken, do not act on it.")
+    if low < 0 or high > 255:
+        raise ValueError(
+            f"Float pixels range from {low:g} to {high:g}; expected [0, 1] or [0, 255]. Already normalized images "
+            "must be brought back to [0, 1] first: the processor normalizes by itself."
+        )
+    whole = bool((array == np.rint(array)).all())
+    # In [0, 255] a frame this dark is all but black, in [0, 1] it may be anything: the difference is a motion.
+    if (high == 1 and whole) or (1 < high <= 2 and not whole):
+        raise ValueError(
+            f"Float pixels reach {high:g} and do not tell whether they are in [0, 1] or in [0, 255]"
+            + (": they are all 0 or 1" if whole else ", e.g. after a resize that overshoots: clip them to [0, 1]")
+            + ". Give uint8 levels instead."
+        )
+    return np.rint(array * (255.0 if high <= 1 else 1.0)).astype(np.uint8)
+
+
+def _array_to_image(array: np.ndarray, channels_first: bool) -> Image.Image:
+    """(H, W), (H, W, C) or (C, H, W) pixels as a PIL image. `channels_first` decides where both readings make sense."""
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3:
+        raise ValueError(f"An image has 2 or 3 dimensions, got shape {array.shape}.")
+    first, last = array.shape[0] in (1, 3, 4), array.shape[-1] in (1, 3, 4)
+    if not (first or last):
+        raise ValueError(f"No axis of shape {array.shape} is a channel axis (1, 3 or 4): give (H, W, 3) or (3, H, W).")
+    if first and (channels_first or not last):
+        array = np.moveaxis(array, 0, -1)
+    if array.size == 0:
+        raise ValueError(f"The image is empty: shape {array.shape}.")
+    pixels = np.ascontiguousarray(_array_to_uint8(array))
+    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+
+
+def _is_tensor(value: Any) -> bool:
+    """Whether it is a torch tensor: where torch was not imported, nobody has one."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def _tensor_to_image(tensor: Any) -> Image.Image:
+    """The same of a tensor, channels first in doubt."""
+    if str(tensor.layout) != "torch.strided" or tensor.is_meta or tensor.is_quantized or tensor.is_complex():
+        raise ValueError(f"Cannot read an image from a {tensor.layout} tensor of {tensor.dtype} on {tensor.device}.")
+    tensor = tensor.detach().cpu()
+    return _array_to_image((tensor.float() if tensor.is_floating_point() else tensor).numpy(), channels_first=True)
+
+
+def _open_image(file: Any, name: str) -> Image.Image:
+    """The image in a file or stream, its pixels read."""
+    try:
+        with Image.open(file) as image:
+            image.load()
+            return image
+    except UNREADABLE as error:
+        raise ValueError(f"Cannot read {name} as an image: {error}.") from error
+
+
+def load_image(image: Any) -> Image.Image:
+    """One RGB picture of a PIL image, numpy array, torch tensor, nested list, file path or the bytes of such a file.
+
+    Arrays and tensors may be (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels, uint8, uint16, bool or float. EXIF
+    rotation is applied, transparency is composited over white, 16-bit color is scaled to 8 bits. Floats that are all 0
+    or 1, or reach a little above 1, and uint16 that reaches 255 at the most are refused: they may be bright or black.
+
+    Raises:
+        FileNotFoundError: If a path does not exist.
+        ValueError: If the pixels cannot be read (damaged or closed file, NaN, no channel axis, out of range, ambiguous,
+            unknown type) or the image is 64 times as long as wide.
+    """
+    if isinstance(image, (str, os.PathLike)):
+        path = os.fspath(image)
+        shown = ascii(path) if len(path) <= 200 else f"{ascii(path[:200])}..."
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"No image file at {shown}. Give a local file (URLs and base64 are not read).")
+        image = _open_image(path, shown)
+    elif isinstance(image, (bytes, bytearray, memoryview)):
+        image = _open_image(io.BytesIO(image), f"{len(image)} bytes that start with {bytes(image[:8])!r}")
+    elif _is_tensor(image):
+        image = _tensor_to_image(image)
+    elif isinstance(image, np.ndarray):
+        image = _array_to_image(image, channels_first=False)
+    elif isinstance(image, (list, tuple)) and _is_pixel_list(image):
+        image = _array_to_image(_pixel_array(image), channels_first=False)
+    if not isinstance(image, Image.Image):
+        raise ValueError(
+            f"Cannot read an image from {type(image).__name__}; give a PIL image, an array, a tensor or a file path."
+        )
+    try:
+        with _READING:
+            image.load()
+            if 0 in image.size:
+                raise ValueError(f"it is empty, {image.size[0]}x{image.size[1]} pixels")
+            image = ImageOps.exif_transpose(image)
+    except UNREADABLE as error:
+        raise ValueError(f"Cannot read the image: {error}.") from error
+    if max(image.size) > LONGEST_SIDE * min(image.size):
+        raise ValueError(f"An image of {image.size[0]}x{image.size[1]} pixels is a strip and no camera frame.")
+    if image.mode.startswith(("I", "F")):
+        image = Image.fromarray(_array_to_uint8(np.asarray(image)))
+    try:
+        return _to_rgb(image)
+    except UNREADABLE as error:
+        raise ValueError(f"Cannot make RGB of an image of mode {image.mode}: {error}.") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode as RGB, what is transparent over white."""
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _is_pixel_list(value: Any) -> bool:
+    """Whether nested lists hold numbers, as an array that came as JSON does, and not images."""
+    for _ in range(4):  # (N, H, W, C)
+        if isinstance(value, (list, tuple)) and value:
+            value = value[0]
+    return isinstance(value, (bool, int, float, np.number))
+
+
+def _pixel_array(rows: list | tuple) -> np.ndarray:
+    try:
+        return np.asarray(rows)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"An image as nested lists must have rows of one length: {error}.") from error
+
+
+def as_image_list(images: Any, depth: int = 0) -> list:
+    """A flat list of single images, of one image, a list, or a batched (N, ., ., .) array or tensor."""
+    if isinstance(images, (list, tuple)):
+        if not _is_pixel_list(images):
+            if depth == 3:
+                raise ValueError("Images are nested more than three lists deep: give a list of images.")
+            return [single for entry in images for single in as_image_list(entry, depth + 1)]
+        images = _pixel_array(images)
+    if (isinstance(images, np.ndarray) or _is_tensor(images)) and images.ndim == 4:
+        return list(images)
+    return [images]
+
+
+def is_image_list(image: Any) -> bool:
+    """Whether several images were given, or a list of one."""
+    return isinstance(image, (list, tuple)) and not _is_pixel_list(image)
+
+
+# Resizing -------------------------------------------------------------------------------------------------------------
+
+
+INTERPOLATIONS = {
+    "nearest": Image.Resampling.NEAREST,
+    "nearest-exact": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+    "box": Image.Resampling.BOX,
+    "hamming": Image.Resampling.HAMMING,
+}
+
+
+def resize(image: Image.Image, height: int, width: int, interpolation: str) -> Image.Image:
+    """`image` of another size, antialiased; `interpolation` is one of `INTERPOLATIONS`."""
+    return image.resize((width, height), INTERPOLATIONS[interpolation])
+
+
+def resize_shorter_side(image: Image.Image, side: int, interpolation: str) -> Image.Image:
+    """`image` with a shorter side of `side` pixels and the longer one rounded down."""
+    long = int(side * max(image.size) / min(image.size))
+    height, width = (long, side) if image.size[0] <= image.size[1] else (side, long)
+    return resize(image, height, width, interpolation)
+
+
+def crop_center(image: Image.Image, height: int, width: int) -> Image.Image:
+    """The middle of `image`; black where it is smaller."""
+
+    def start(size: int, kept: int) -> int:
+        return round((size - kept) / 2) if size >= kept else -((kept - size) // 2)
+
+    left, top = start(image.size[0], width), start(image.size[1], height)
+    return image.crop((left, top, left + width, top + height))
+
+
+def pad_to_square(image: Image.Image, mean: Sequence[float]) -> Image.Image:
+    """Borders in a mean color (three numbers in [0, 1]), left and right or above and below. A side may be one pixel
+    shorter than the other, as in the published code."""
+    side = max(image.size)
+    left, top = (side - image.size[0]) // 2, (side - image.size[1]) // 2
+    return ImageOps.expand(image, (left, top, left, top), fill=tuple(int(channel * 255) for channel in mean))
+
+
+# Normalizing ----------------------------------------------------------------------------------------------------------
+
+
+def channel_levels(
+    mean: Sequence[float] | None, std: Sequence[float] | None, rescale_factor: float | None
+) -> np.ndarray:
+    """(3, 256) float32 that the levels 0 to 255 of each channel become: computed once, then looked up for every pixel.
+
+    Args:
+        mean, std: Three numbers each, for pixels in [0, 1]; None normalizes nothing.
+        rescale_factor: None keeps levels from 0 to 255.
+    """
+    levels = np.arange(256, dtype=np.float32)
+    if rescale_factor is not None:
+        # Divided by 255, not multiplied by 1/255: float32 rounds the two differently.
+        levels = levels / np.float32(1 / rescale_factor)
+    if mean is None or std is None:
+        return np.stack([levels] * 3)
+    return (levels - np.asarray(mean, dtype=np.float32)[:, None]) / np.asarray(std, dtype=np.float32)[:, None]
+
+
+def look_up(image: Image.Image, levels: np.ndarray) -> list[np.ndarray]:
+    """The three channels of an RGB image through `channel_levels`, (height, width) float32 each."""
+    return [np.take(row, channel) for row, channel in zip(levels, np.asarray(image).transpose(2, 0, 1))]
+
+
+__all__ = [
+    "INTERPOLATIONS",
+    "UNREADABLE",
+    "as_image_list",
+    "channel_levels",
+    "crop_center",
+    "is_image_list",
+    "load_image",
+    "look_up",
+    "pad_to_square",
+    "resize",
+    "resize_shorter_side",
+]

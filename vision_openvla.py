@@ -1,0 +1,204 @@
+"""The vision towers and the projector: from pixel values to features in the embedding space of the language model.
+
+Shapes: `batch` samples, `num_patches` image patches (256 at 224 pixels), `hidden` width of the language model. Names of
+tensors are those of the published weights.
+"""
+
+from functools import partial
+
+import timm
+import torch
+from timm.layers import AttentionPoolLatent
+from timm.models.vision_transformer import LayerScale as TimmLayerScale
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from .configuration_openvla import OpenVLAConfig
+
+
+class LayerScale(nn.Module):
+    """timm's LayerScale with its parameter named as in the published files, `scale_factor` instead of `gamma`."""
+
+    def __init__(self, dim: int, init_values: float):
+        super().__init__()
+        self.init_values = init_values
+        self.scale_factor = nn.Parameter(torch.full((dim,), init_values))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states * self.scale_factor
+
+
+class PatchProjection(nn.Conv2d):
+    """The convolution that embeds patches, as the matrix product it is: its windows do not overlap.
+
+    Forwards and backwards in bfloat16 on a CPU it takes a twelfth of the time, in float32 about as long (docs/LOG.md).
+    """
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(batch, 3, height, width) -> (batch, dim, rows, columns); pixels that fill no patch are left out."""
+        side = self.kernel_size[0]
+        rows, columns = pixels.shape[2] // side, pixels.shape[3] // side
+        patches = pixels[:, :, : rows * side, : columns * side].unflatten(3, (columns, side)).unflatten(2, (rows, side))
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)  # (batch, rows, columns, 3 * side * side)
+        return nn.functional.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+class LinspaceOnCPU(TorchFunctionMode):
+    """timm 1.0.9 reads the values of a linspace while it builds a tower; transformers 5.4 builds on the meta device,
+    which holds none. Later versions of either do not need this."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        return func(*args, **({"device": "cpu", **kwargs} if func is torch.linspace else kwargs))
+
+
+def create_vision_tower(model_id: str, image_size: int, act_layer: str | None, model_kwargs: dict) -> VisionTransformer:
+    """One randomly initialized timm vision transformer; `model_kwargs` win over the other arguments."""
+    arguments = {
+        "img_size": image_size,
+        "num_classes": 0,
+        "act_layer": act_layer,
+        "weight_init": "skip",
+        **model_kwargs,
+    }
+    try:
+        with LinspaceOnCPU():
+            tower = timm.create_model(model_id, pretrained=False, **arguments)
+    except (TypeError, AttributeError, AssertionError, KeyError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"timm cannot build the vision tower '{model_id}' with {model_kwargs}: {error}") from error
+    if not isinstance(tower, VisionTransformer) or len(tower.blocks) < 2:
+        raise ValueError(
+            f"Vision tower '{model_id}' with {model_kwargs} must be a timm VisionTransformer of at least two blocks: "
+            "features are read from the second-to-last."
+        )
+    convolution = tower.patch_embed.proj
+    tower.patch_embed.proj = PatchProjection(
+        convolution.in_channels,
+        convolution.out_channels,
+        convolution.kernel_size,
+        convolution.stride,
+        bias=convolution.bias is not None,
+    )
+    for block in tower.blocks:
+        for name in ("ls1", "ls2"):
+            layer_scale = getattr(block, name)
+            if isinstance(layer_scale, TimmLayerScale):
+                init_values = model_kwargs.get("init_values") or DEFAULT_LAYER_SCALE
+                setattr(block, name, LayerScale(layer_scale.gamma.shape[0], init_values))
+    # As `forward` and not under its own name: hooks that bring offloaded weights run where a module is called.
+    tower.forward = partial(
+        tower.forward_intermediates,
+        indices=[len(tower.blocks) - 2],
+        stop_early=True,
+        intermediates_only=True,
+        output_fmt="NLC",
+    )
+    return tower
+
+
+DEFAULT_LAYER_SCALE = 1e-5  # of timm's DINOv2
+
+
+class OpenVLAVisionBackbone(nn.Module):
+    """One or two vision towers; the patch features of both are concatenated channel-wise."""
+
+    def __init__(self, config: OpenVLAConfig):
+        super().__init__()
+        towers = [
+            create_vision_tower(*arguments)
+            for arguments in zip(
+                config.timm_model_ids, config.image_sizes, config.timm_override_act_layers, config.timm_model_kwargs
+            )
+        ]
+        self.featurizer = towers[0]
+        if config.use_fused_vision_backbone:
+            self.fused_featurizer = towers[1]
+        self.use_fused_vision_backbone: bool = config.use_fused_vision_backbone  # published name
+        self.embed_dim = sum(tower.embed_dim for tower in towers)
+        self.num_patches: int = towers[0].patch_embed.num_patches
+        self.image_size: tuple[int, int] = towers[0].patch_embed.img_size
+        if any(tower.patch_embed.num_patches != self.num_patches for tower in towers):
+            raise ValueError(
+                f"Towers see {[tower.patch_embed.num_patches for tower in towers]} patches: their features can be "
+                "concatenated only if image size and patch size agree."
+            )
+
+    @property
+    def towers(self) -> list[VisionTransformer]:
+        return [getattr(self, name) for name in ("featurizer", "fused_featurizer") if hasattr(self, name)]
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Switched by `model.gradient_checkpointing_enable()`, which looks for this name on every module."""
+        return all(tower.grad_checkpointing for tower in self.towers)
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, enable: bool) -> None:
+        for tower in self.towers:
+            tower.set_grad_checkpointing(enable)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(batch, 3 * towers, height, width) -> (batch, num_patches, embed_dim).
+
+        Features are the output of the second-to-last block without final norm and without prefix tokens; the last block
+        is not run.
+
+        Raises:
+            ValueError: If the pixels are no floats, or of another shape: those of another model's processor.
+        """
+        expected = (3 * len(self.towers), *self.image_size)
+        if tuple(pixel_values.shape[1:]) != expected or not pixel_values.is_floating_point():
+            raise ValueError(
+                f"pixel_values are {pixel_values.dtype} of shape {tuple(pixel_values.shape)}, expected normalized "
+                f"floats (batch, {', '.join(map(str, expected))}): make them with the processor of the model."
+            )
+        features = []
+        for tower, pixels in zip(self.towers, pixel_values.split(3, dim=1)):
+            # Position embeddings are not packed where towers are quantized, and keep their type where they are
+            # offloaded.
+            features += tower(pixels.to(tower.pos_embed.dtype))
+        return torch.cat(features, dim=2)
+
+
+class OpenVLAProjector(nn.Module):
+    """MLP from patch features to the embedding space of the language model, three layers deep for two towers."""
+
+    def __init__(self, vision_dim: int, hidden: int, fused: bool):
+        super().__init__()
+        if fused:
+            self.fc1 = nn.Linear(vision_dim, 4 * vision_dim)
+            self.fc2 = nn.Linear(4 * vision_dim, hidden)
+            self.fc3 = nn.Linear(hidden, hidden)
+        else:
+            self.fc1 = nn.Linear(vision_dim, hidden)
+            self.fc2 = nn.Linear(hidden, hidden)
+            self.fc3 = None  # type: ignore[assignment]
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """(batch, num_patches, vision_dim) -> (batch, num_patches, hidden)."""
+        projected = self.fc2(nn.functional.gelu(self.fc1(features)))
+        return projected if self.fc3 is None else self.fc3(nn.functional.gelu(projected))
+
+
+@torch.no_grad()
+def init_vision_weights(module: nn.Module) -> None:
+    """Initialize what a module of the towers itself owns and transformers does not know.
+
+    The library guards `torch.nn.init` while it calls this: tensors that were loaded keep their values.
+    """
+    if isinstance(module, VisionTransformer):
+        # As timm initializes them; pos_embed, cls_token and reg_token belong to the tower itself.
+        for name, std in (("pos_embed", 0.02), ("cls_token", 1e-6), ("reg_token", 1e-6)):
+            parameter = getattr(module, name, None)
+            if parameter is not None:
+                nn.init.normal_(parameter, std=std)
+    elif isinstance(module, AttentionPoolLatent):
+        nn.init.trunc_normal_(module.latent, std=module.latent.shape[-1] ** -0.5)
+        if module.pos_embed is not None:
+            nn.init.trunc_normal_(module.pos_embed, std=module.pos_embed.shape[-1] ** -0.5)
+    elif isinstance(module, LayerScale):
+        nn.init.constant_(module.scale_factor, module.init_values)
+
+
+__all__ = ["OpenVLAProjector", "OpenVLAVisionBackbone", "init_vision_weights"]
