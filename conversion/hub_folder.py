@@ -49,7 +49,7 @@ CONFIG_AUTO_MAP = {
     "AutoModelForImageTextToText": _MODEL,
     "AutoModelForVision2Seq": _MODEL,  # transformers 4 and scripts written for the original
     "AutoProcessor": "processing_openvla.OpenVLAProcessor",
-    "AutoImageProcessor": "processing_openvla.OpenVLAImageProcessor",
+    "AutoImageProcessor": "image_processing_openvla.OpenVLAImageProcessor",
 }
 PROCESSOR_AUTO_MAP = {name: CONFIG_AUTO_MAP[name] for name in ("AutoProcessor", "AutoImageProcessor")}
 WEIGHTS_FILE, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -309,6 +309,7 @@ def _open_mixture(text: str, root: Path | None, options: dict[str, Any]) -> list
             f"'{text}' names datasets that are not there: {', '.join(missing)}. Give data_root=..., the folder "
             f"that holds them{f' (now {root})' if root else ''}, or a path for each in a YAML file."
         )
+    _check_names(text, [str(entry.get("name") or name) for name, _, entry in located])
     read: dict[str, str] = {}
     for name, place, entry in located:
         what = repr((place.resolve(), sorted((key, str(value)) for key, value in entry.items() if key not in OF_ENTRY)))
@@ -326,15 +327,18 @@ def _open_mixture(text: str, root: Path | None, options: dict[str, Any]) -> list
                 said = respelled(str(error.args[0]), {key: key for key in entry}, "{name}: {value}")
                 error.args = (f"{text}, '{name}': {said}",)
             raise
-    names = [source.name for source in sources]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"'{text}' holds several datasets called {', '.join(twice)}: give each a name of its own.")
+    _check_names(text, [source.name for source in sources])
     if not sources:
         raise ValueError(f"'{text}' holds no dataset that can be trained on.")
     dims = {source.name: len(source.statistics["action"]["q01"]) for source in sources}
     if len(set(dims.values())) > 1:
         raise ValueError(f"One model has one action space; the dimensions of actions in '{text}' are {dims}.")
     return sources
+
+
+def _check_names(text: str, names: Sequence[str]) -> None:
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"'{text}' holds several datasets called {', '.join(twice)}: give each a name of its own.")
 
 
 def _check_options(options: Mapping[str, Any], entry: str | None = None) -> None:
