@@ -85,6 +85,16 @@ def _without_padding(row: list, pad_token_id: int | None) -> list:
     return row[start:end]
 
 
+def largest_pixel(pixel_values: torch.Tensor) -> float:
+    """The largest absolute value, 0 without any; a `ValueError` if one is NaN or infinite."""
+    if not pixel_values.numel():
+        return 0.0
+    largest = float(pixel_values.float().abs().amax())  # NaN if one value is
+    if not math.isfinite(largest):
+        raise ValueError("pixel_values contain NaN or infinite values: the camera frame is broken, do not act on it.")
+    return largest
+
+
 def check_pixel_values(pixel_values: torch.Tensor, shape: tuple[int, ...]) -> None:
     """Raise a `ValueError` unless they are normalized floats of `shape`."""
     if not pixel_values.is_floating_point():
@@ -94,9 +104,7 @@ def check_pixel_values(pixel_values: torch.Tensor, shape: tuple[int, ...]) -> No
         )
     if tuple(pixel_values.shape) != shape:
         raise ValueError(f"pixel_values have shape {tuple(pixel_values.shape)}, expected {shape}.")
-    largest = float(pixel_values.float().abs().amax())  # NaN if one value is
-    if not math.isfinite(largest):
-        raise ValueError("pixel_values contain NaN or infinite values: the camera frame is broken, do not act on it.")
+    largest = largest_pixel(pixel_values)
     if largest > LARGEST_PIXEL:
         raise ValueError(
             f"pixel_values reach {largest:g}; normalized pixels stay within {LARGEST_PIXEL:g}: make them with the "
@@ -345,6 +353,7 @@ __all__ = [
     "check_pixel_values",
     "choose_token",
     "evaluation_mode",
+    "largest_pixel",
     "one_type",
     "prompt_rows",
     "read_sampling",

@@ -8,6 +8,7 @@ import copy
 import torch
 from transformers import GenerationMixin
 
+from .decoding_openvla import largest_pixel
 from .outputs_openvla import CACHE, CACHE_NAMES, one_cache, with_both_names
 from .patches_openvla import PatchLayout
 
@@ -19,10 +20,8 @@ class OpenVLAGeneration(GenerationMixin):
         """As `generate` of every model of the library. Plain prompts come back plain: the patches that are inserted for
         `pixel_values` appear neither in the sequences nor in `max_length`."""
         kwargs["generation_config"] = generation_config
-        if (pixel_values := kwargs.get("pixel_values")) is not None and not bool(pixel_values.isfinite().all()):
-            raise ValueError(
-                "pixel_values contain NaN or infinite values: the camera frame is broken, do not act on it."
-            )
+        if (pixel_values := kwargs.get("pixel_values")) is not None:
+            largest_pixel(pixel_values)  # must be finite
         cache = one_cache(*(kwargs.pop(name, None) for name in CACHE_NAMES))
         if cache is not None:
             kwargs[CACHE] = cache

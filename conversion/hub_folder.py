@@ -2,6 +2,7 @@
 processor, statistics and model card, and its weights are those the configuration calls for.
 """
 
+import ast
 import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -23,25 +24,6 @@ from ..modeling_openvla import OpenVLAForActionPrediction
 from ..processing_openvla import OpenVLAProcessor
 
 
-# The flat files of the package: they import only each other and the HF stack, so they work from any Hub repository.
-CODE_FILES = (
-    "files_openvla.py",
-    "configuration_openvla.py",
-    "action_tokenizer.py",
-    "pixels_openvla.py",
-    "prompts_openvla.py",
-    "image_processing_openvla.py",
-    "processing_openvla.py",
-    "vision_openvla.py",
-    "patches_openvla.py",
-    "quantization_openvla.py",
-    "outputs_openvla.py",
-    "generation_openvla.py",
-    "decoding_openvla.py",
-    "loading_openvla.py",
-    "adapters_openvla.py",
-    "modeling_openvla.py",
-)
 _MODEL = "modeling_openvla.OpenVLAForActionPrediction"
 CONFIG_AUTO_MAP = {
     "AutoConfig": "configuration_openvla.OpenVLAConfig",
@@ -51,8 +33,21 @@ CONFIG_AUTO_MAP = {
     "AutoProcessor": "processing_openvla.OpenVLAProcessor",
     "AutoImageProcessor": "image_processing_openvla.OpenVLAImageProcessor",
 }
+PACKAGE = Path(__file__).resolve().parents[1]
 PROCESSOR_AUTO_MAP = {name: CONFIG_AUTO_MAP[name] for name in ("AutoProcessor", "AutoImageProcessor")}
 WEIGHTS_FILE, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def code_files() -> list[str]:
+    """The flat files that a folder carries: those that `CONFIG_AUTO_MAP` names, and whatever they import of ours."""
+    found: set[str] = set()
+    waiting = {reference.split(".")[0] for reference in CONFIG_AUTO_MAP.values()}
+    while waiting:
+        module = waiting.pop()
+        found.add(module)
+        tree = ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8")))
+        waiting |= {str(node.module) for node in tree if isinstance(node, ast.ImportFrom) and node.level} - found
+    return sorted(f"{module}.py" for module in found)
 
 
 class LazyTensor(NamedTuple):
@@ -182,9 +177,8 @@ def write_companions(
         source: Hub id the weights come from, for the model card.
         source_folder: Folder the weights come from; its generation config and the licence of its card are taken over.
     """
-    package = Path(__file__).parent.parent
-    for file in CODE_FILES:
-        shutil.copyfile(package / file, folder / file)
+    for file in code_files():
+        shutil.copyfile(PACKAGE / file, folder / file)
 
     config.norm_stats = statistics
     config.auto_map = dict(CONFIG_AUTO_MAP)
