@@ -232,13 +232,13 @@ def predict(
     """
     from .action_text import action_lines, action_record
     from .action_tokenizer import resolve_unnorm_key
-    from .hub import source_folder
+    from .hub import model_folder
     from .modeling_openvla import OpenVLAForActionPrediction
     from .pixels_openvla import load_image
 
     picture = load_image(image)  # before the weights are read: a wrong path is answered at once
     where = torch_device(device)
-    policy = OpenVLAForActionPrediction.from_pretrained(source_folder(model), dtype=dtype.value).to(where).eval()
+    policy = OpenVLAForActionPrediction.from_pretrained(model_folder(model), dtype=dtype.value).to(where).eval()
     prediction = policy.predict_action(picture, instruction, unnorm_key=unnorm_key, return_dict=True)
     record = action_record(
         prediction,
@@ -377,7 +377,7 @@ def finetune(
     openvla finetune --model openvla/openvla-7b --dataset bridge_orig:1.0,my_robot:2.0 --data-root /data \\
         --output runs/mixture --strategy full
     """
-    from .hub import source_folder
+    from .hub import model_folder
     from .training import finetune as run
     from .training import merge_adapter, plan_run
     from .training.checkpoints import check_merged
@@ -385,7 +385,7 @@ def finetune(
     if merge is not None and options.strategy not in ("lora", "qlora"):
         raise ValueError(f"--merge: strategy '{options.strategy}' has no adapter to merge.")
     first = int(os.environ.get("RANK", "0")) == 0  # of the processes that a launcher has started
-    source_folder(options.model)
+    model_folder(options.model)
     if merge is not None:
         check_merged(merge)
         if merge.expanduser().resolve() == Path(options.output).expanduser().resolve():

@@ -31,7 +31,7 @@ KINDS = {
 }
 
 
-def source_folder(model: str | os.PathLike, revision: str | None = None) -> Path:
+def model_folder(model: str | os.PathLike, revision: str | None = None) -> Path:
     """A local folder as it is, or the downloaded snapshot of a Hub id.
 
     Raises:
@@ -117,7 +117,7 @@ def file_digests(folder: Path, weights: bool = True) -> dict[str, str]:
     """
     found = {"weights": weights_digest(folder)} if weights else {}
     if weights and (adapter := find_adapter(folder)) is not None:
-        found["base"] = weights_digest(source_folder(find_base(adapter)))
+        found["base"] = weights_digest(model_folder(find_base(adapter)))
     for kind, names in KINDS.items():
         files = [folder / name for name in names if (folder / name).is_file()]
         if files:

@@ -87,7 +87,7 @@ def model_card(
     statistics: dict[str, Any],
     *,
     source: str | None = None,
-    source_folder: Path | None = None,
+    model_folder: Path | None = None,
     carries_code: bool = False,
     weights: str | None = None,
     adapter_of: str | None = None,
@@ -97,14 +97,14 @@ def model_card(
     Args:
         name: Name of the model, also what the example loads.
         source: Hub id the weights come from.
-        source_folder: Folder the weights come from; licence and base model are taken from its card if it has one.
+        model_folder: Folder the weights come from; licence and base model are taken from its card if it has one.
         carries_code: Whether the code of the model is in the folder.
         weights: What the weights are, where `source` does not say it.
         adapter_of: Name of the base, for a folder that holds an adapter.
     """
     found = {}
-    if source_folder is not None and (source_folder / "README.md").is_file():
-        found = ModelCard.load(source_folder / "README.md", ignore_metadata_errors=True).data.to_dict()
+    if model_folder is not None and (model_folder / "README.md").is_file():
+        found = ModelCard.load(model_folder / "README.md", ignore_metadata_errors=True).data.to_dict()
     licence = {key: found[key] for key in ("license", "license_name", "license_link") if key in found}
     data = ModelCardData(
         library_name="transformers",

@@ -35,7 +35,7 @@ from openvla.evaluation import make_environment
 from openvla.evaluation.control import effective_delays
 from openvla.evaluation.evaluate import SETTINGS, evaluate, single_latency
 from openvla.evaluation.policies import OpenVLAPolicy
-from openvla.evaluation.report import Record, read_records, summarize
+from openvla.evaluation.report import EpisodeResult, read_results, summarize
 
 
 STUDIES = ("latency", "quantization", "policies")
@@ -63,7 +63,7 @@ REALTIME, BLOCKING, REFERENCE = "tab:blue", "tab:gray", "tab:orange"
 # Running ----------------------------------------------------------------------------------------------------------
 
 
-def run(arguments: argparse.Namespace, name: str, **options: Any) -> list[Record]:
+def run(arguments: argparse.Namespace, name: str, **options: Any) -> list[EpisodeResult]:
     """Records of one evaluation, kept in the folder `name` of the runs."""
     folder = arguments.runs / name
     common = {
@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace, name: str, **options: Any) -> list[Record
         common["render"] = False  # nobody looks
     print(f"{name}:", flush=True)
     evaluate(model=arguments.model, output=folder, **{**common, **options})
-    return read_records(folder / "episodes.jsonl")
+    return read_results(folder / "episodes.jsonl")
 
 
 def run_latency(arguments: argparse.Namespace) -> None:
@@ -139,7 +139,7 @@ def run_policies(arguments: argparse.Namespace) -> None:
 
 def outcome(folder: Path) -> dict[str, Any] | None:
     """Success over all episodes with its interval, steps and latency; None where nothing was run."""
-    records = read_records(folder / "episodes.jsonl")
+    records = read_results(folder / "episodes.jsonl")
     records = [record for record in records if record.error is None and not record.variation]
     if not records:
         return None

@@ -32,7 +32,7 @@ from openvla.presets import load_preset_config
 from openvla.training import STRATEGIES, apply_strategy, qlora_quantization, trainable_parameters
 from openvla.training.loss import action_loss, with_logits_to_keep
 from openvla.training.plan import TEXT_TOKENS, estimate
-from openvla.training.step import training_inputs
+from openvla.training.step_cost import training_inputs
 from openvla.training.strategies import checkpoint_activations
 
 

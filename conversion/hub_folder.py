@@ -168,14 +168,14 @@ def write_companions(
     *,
     name: str,
     source: str | None = None,
-    source_folder: Path | None = None,
+    model_folder: Path | None = None,
 ) -> None:
     """Code, config.json, processor, tokenizer, statistics, generation config and model card of a folder.
 
     Args:
         name: What the model card calls the model.
         source: Hub id the weights come from, for the model card.
-        source_folder: Folder the weights come from; its generation config and the licence of its card are taken over.
+        model_folder: Folder the weights come from; its generation config and the licence of its card are taken over.
     """
     for file in code_files():
         shutil.copyfile(PACKAGE / file, folder / file)
@@ -188,8 +188,8 @@ def write_companions(
     config.save_pretrained(folder)
     write_json(folder / "dataset_statistics.json", statistics)
 
-    if source_folder is not None and (source_folder / "generation_config.json").is_file():
-        shutil.copyfile(source_folder / "generation_config.json", folder / "generation_config.json")
+    if model_folder is not None and (model_folder / "generation_config.json").is_file():
+        shutil.copyfile(model_folder / "generation_config.json", folder / "generation_config.json")
     else:
         ids = {key: getattr(config.text_config, key) for key in ("bos_token_id", "eos_token_id")}
         GenerationConfig(**ids, pad_token_id=config.pad_token_id).save_pretrained(folder)
@@ -208,6 +208,6 @@ def write_companions(
     write_json(folder / "tokenizer_config.json", tokenizer)
 
     (folder / "README.md").write_text(
-        model_card(name, config, statistics, source=source, source_folder=source_folder, carries_code=True),
+        model_card(name, config, statistics, source=source, model_folder=model_folder, carries_code=True),
         encoding="utf-8",
     )

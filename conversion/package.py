@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..configuration_openvla import OpenVLAConfig
 from ..folders import new_folder
-from ..hub import source_folder, statistics_of
+from ..hub import model_folder, statistics_of
 from ..processing_openvla import OpenVLAProcessor
 from .hub_folder import (
     WEIGHTS_FILE,
@@ -46,7 +46,7 @@ def package_checkpoint(
         FileNotFoundError: If weights, configuration or tokenizer are missing.
         ValueError: If `output` is not empty, or the weights do not fit the configuration.
     """
-    source = source_folder(weights, revision)
+    source = model_folder(weights, revision)
     config = OpenVLAConfig.from_pretrained(source)
     statistics = statistics_of(source, config)
     processor = OpenVLAProcessor.from_pretrained(source)
@@ -68,6 +68,6 @@ def package_checkpoint(
             statistics,
             name=name or output.resolve().name,
             source=None if Path(weights).is_dir() else str(weights),
-            source_folder=source,
+            model_folder=source,
         )
     return output

@@ -15,7 +15,7 @@ from ..action_tokenizer import read_statistics
 from ..configuration_openvla import LLM_BACKBONES, VISION_BACKBONES, OpenVLAConfig, check_choice, closest
 from ..files_openvla import read_json
 from ..folders import new_folder, write_json
-from ..hub import source_folder, statistics_of
+from ..hub import model_folder, statistics_of
 from ..image_processing_openvla import OpenVLAImageProcessor
 from ..presets import load_base_vlms
 from ..processing_openvla import OpenVLAProcessor, prompt_template_of
@@ -160,7 +160,7 @@ def frozen_parts(
     elif Path(base).suffix == ".pt" or (Path(base) / "checkpoints").is_dir():
         found = lazy(read_checkpoint(find_checkpoint(base)[0]), config)
     else:
-        found = read_weights(source_folder(base))
+        found = read_weights(model_folder(base))
     published = {"vision_backbone": "vision_backbone.", "projector": "projector.", "llm_backbone": "language_model."}
     wanted = tuple(published[part] for part in missing)
     for part in missing:
@@ -249,7 +249,7 @@ def export_prismatic_checkpoint(
     """
     if dtype is not None:
         check_choice("dtype", dtype, DTYPES)
-    source, output = source_folder(weights), Path(output)
+    source, output = model_folder(weights), Path(output)
     check_replaced(output, source, "vla", "a run of the original")
     config = OpenVLAConfig.from_pretrained(source)
     tensors, table = read_weights(source), name_table(config)

@@ -8,8 +8,8 @@ for episode in open_dataset("bridge_orig/1.0.0"):
 
 from .dataset import EpisodeDataset, PythonDataset
 from .episode import DamagedDataError, Episode
+from .formats.open import open_dataset
 from .images import decode_image
-from .open import open_dataset
 from .sources import Source, open_sources
 from .stream import EpisodeStream, frames
 

@@ -109,22 +109,22 @@ class PythonDataset(EpisodeDataset):
     `instruction` (text, or one per step; "" without), `images` {camera: (T, H, W, 3) uint8, or T encoded images} and
     `state` (T, S), of which only `actions` is required."""
 
-    def __init__(self, source: Any, name: str | None = None, on_error: OnError = "raise"):
-        super().__init__(name or getattr(source, "name", None) or type(source).__name__, on_error)
-        self.source = source
+    def __init__(self, episodes: Any, name: str | None = None, on_error: OnError = "raise"):
+        super().__init__(name or getattr(episodes, "name", None) or type(episodes).__name__, on_error)
+        self.episodes = episodes
         self._action_dim: int | None = None
         self._state_dim: int | None = None
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self.episodes)
 
     def _load(self, index: int) -> Episode:
         where = f"{self.name}, episode {index}"
         try:
-            found = self.source[index]
+            found = self.episodes[index]
         except (KeyError, IndexError) as error:
             raise DamagedDataError(
-                f"{where}: {type(self.source).__name__}[{index}] raises {error!r}; expected the episodes 0 to "
+                f"{where}: {type(self.episodes).__name__}[{index}] raises {error!r}; expected the episodes 0 to "
                 f"{len(self) - 1} there"
             ) from error
         if isinstance(found, Episode):
@@ -149,7 +149,7 @@ class PythonDataset(EpisodeDataset):
             instructions="" if instruction is None else instruction,
             dataset_name=self.name,
             index=index,
-            source=where,
+            origin=where,
             action_dim=self._action_dim,
             state_dim=self._state_dim,
         )

@@ -66,11 +66,11 @@ def parse_grippers(given: str | int | Sequence[int] | None) -> tuple[int, ...] |
     return tuple(dims)
 
 
-def check_grippers(grippers: Sequence[int], dims: int, source: str) -> tuple[int, ...]:
+def check_grippers(grippers: Sequence[int], dims: int, origin: str) -> tuple[int, ...]:
     """The dimensions counted from 0, each once. Raises ValueError for one that an action does not have."""
     for dim in grippers:
         if not -dims <= dim < dims:
-            raise ValueError(f"{source}: gripper_dims={dim}, but actions have {dims} dimensions (0 to {dims - 1}).")
+            raise ValueError(f"{origin}: gripper_dims={dim}, but actions have {dims} dimensions (0 to {dims - 1}).")
     return tuple(sorted({dim % dims for dim in grippers}))
 
 

@@ -35,20 +35,20 @@ def check_data_file(path: str | os.PathLike, what: str) -> Path:
         raise DamagedDataError(str(error)) from error
 
 
-class Frames(Sequence):
+class CameraImages(Sequence):
     """The images of one camera: `frames[t]` decodes step t to (H, W, 3) uint8; a slice is again a sequence that holds
     only its own steps, still encoded. Subclasses implement `__len__`, `_decode` and `_select`."""
 
     def _decode(self, step: int) -> np.ndarray:
         raise NotImplementedError
 
-    def _select(self, steps: slice) -> "Frames":
+    def _select(self, steps: slice) -> "CameraImages":
         raise NotImplementedError
 
     @overload
     def __getitem__(self, step: int) -> np.ndarray: ...
     @overload
-    def __getitem__(self, step: slice) -> "Frames": ...
+    def __getitem__(self, step: slice) -> "CameraImages": ...
     def __getitem__(self, step):
         if isinstance(step, slice):
             return self._select(step)
@@ -57,28 +57,28 @@ class Frames(Sequence):
         return self._decode(int(step) % len(self))
 
 
-class EncodedFrames(Frames):
-    """Images kept as JPEG or PNG bytes. `source` names file and record in errors."""
+class EncodedImages(CameraImages):
+    """Images kept as JPEG or PNG bytes. `origin` names file and record in errors."""
 
-    def __init__(self, encoded: Sequence[bytes], source: str = ""):
+    def __init__(self, encoded: Sequence[bytes], origin: str = ""):
         self.encoded = encoded
-        self.source = source
+        self.origin = origin
 
     def __len__(self) -> int:
         return len(self.encoded)
 
-    def _select(self, steps: slice) -> "EncodedFrames":
+    def _select(self, steps: slice) -> "EncodedImages":
         # a list of its own: a view of an object array would keep the whole episode in memory
-        return EncodedFrames(list(self.encoded[steps]), self.source)
+        return EncodedImages(list(self.encoded[steps]), self.origin)
 
     def _decode(self, step: int) -> np.ndarray:
         try:
             return decode_image(self.encoded[step])
         except ValueError as error:
-            raise DamagedDataError(f"{self.source}, image of step {step}: {error}") from error
+            raise DamagedDataError(f"{self.origin}, image of step {step}: {error}") from error
 
 
-class ArrayFrames(Frames):
+class PixelImages(CameraImages):
     """Images that are pixels already: (T, H, W, 3) uint8."""
 
     def __init__(self, pixels: np.ndarray):
@@ -87,28 +87,28 @@ class ArrayFrames(Frames):
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def _select(self, steps: slice) -> "ArrayFrames":
-        return ArrayFrames(np.array(self.pixels[steps]))
+    def _select(self, steps: slice) -> "PixelImages":
+        return PixelImages(np.array(self.pixels[steps]))
 
     def _decode(self, step: int) -> np.ndarray:
         return np.array(self.pixels[step])
 
 
-class OtherFrames(Frames):
+class CheckedImages(CameraImages):
     """Images from a sequence of the user's own making, which need not know slices; checked when they are looked at."""
 
-    def __init__(self, frames: Sequence[Any], source: str, steps: range | None = None):
-        self.frames, self.source = frames, source
+    def __init__(self, frames: Sequence[Any], origin: str, steps: range | None = None):
+        self.frames, self.origin = frames, origin
         self.steps = range(len(frames)) if steps is None else steps
 
     def __len__(self) -> int:
         return len(self.steps)
 
-    def _select(self, steps: slice) -> "OtherFrames":
-        return OtherFrames(self.frames, self.source, self.steps[steps])
+    def _select(self, steps: slice) -> "CheckedImages":
+        return CheckedImages(self.frames, self.origin, self.steps[steps])
 
     def _decode(self, step: int) -> np.ndarray:
-        return _pixels(self.frames[self.steps[step]], f"{self.source}, step {self.steps[step]}")
+        return _pixels(self.frames[self.steps[step]], f"{self.origin}, step {self.steps[step]}")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -123,7 +123,7 @@ class Episode:
     dataset_name: str
     index: int  # within its dataset
     step_instructions: tuple[str, ...] | None = None  # only where they change along the way
-    source: str = ""  # file and record, for messages
+    origin: str = ""  # file and record, for messages
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -147,7 +147,7 @@ class Episode:
             dataset_name=self.dataset_name,
             index=self.index,
             step_instructions=texts if texts and len(set(texts)) > 1 else None,
-            source=self.source,
+            origin=self.origin,
         )
 
 
@@ -159,43 +159,43 @@ def make_episode(
     instructions: Any,
     dataset_name: str,
     index: int,
-    source: str,
+    origin: str,
     action_dim: int | None = None,
     state_dim: int | None = None,
 ) -> Episode:
     """Check what a reader found and make the episode of it.
 
-    `images` may hold `Frames`, pixels (T, H, W, 3) uint8, or T encoded images; `instructions` is one text or one per
-    step (see `as_text`). Raises DamagedDataError for no steps, lengths that differ, values that are not finite and
+    `images` may hold `CameraImages`, pixels (T, H, W, 3) uint8, or T encoded images; `instructions` is one text or one
+    per step (see `as_text`). Raises DamagedDataError for no steps, lengths that differ, values that are not finite and
     dimensions that are wrong.
     """
-    actions = matrix(actions, "action", source)
+    actions = matrix(actions, "action", origin)
     length = len(actions)
     if length == 0:
-        raise DamagedDataError(f"{source}: the episode has no steps")
+        raise DamagedDataError(f"{origin}: the episode has no steps")
     if actions.shape[1] == 0:
-        raise DamagedDataError(f"{source}: its actions have no dimensions")
+        raise DamagedDataError(f"{origin}: its actions have no dimensions")
     if action_dim is not None and actions.shape[1] != action_dim:
         raise DamagedDataError(
-            f"{source}: actions have {actions.shape[1]} dimensions, those of the dataset {action_dim}"
+            f"{origin}: actions have {actions.shape[1]} dimensions, those of the dataset {action_dim}"
         )
     if state is not None:
-        state = matrix(state, "state", source)
+        state = matrix(state, "state", origin)
         if state_dim is not None and len(state) and state.shape[1] != state_dim:
             raise DamagedDataError(
-                f"{source}: states have {state.shape[1]} dimensions, those of the dataset {state_dim}"
+                f"{origin}: states have {state.shape[1]} dimensions, those of the dataset {state_dim}"
             )
-    frames = {camera: _as_frames(value, f"{source}, camera {camera!r}") for camera, value in images.items()}
+    frames = {camera: _as_images(value, f"{origin}, camera {camera!r}") for camera, value in images.items()}
     if not isinstance(instructions, str | bytes | Sequence | np.ndarray):
-        raise DamagedDataError(f"{source}: the instruction is {instructions!r}, expected a text, or one for each step")
+        raise DamagedDataError(f"{origin}: the instruction is {instructions!r}, expected a text, or one for each step")
     single = isinstance(instructions, str | bytes) or (isinstance(instructions, np.ndarray) and not instructions.ndim)
-    texts = [as_text(text, source) for text in ([instructions] if single else instructions)]
+    texts = [as_text(text, origin) for text in ([instructions] if single else instructions)]
     lengths = {"state": length if state is None else len(state)} | {camera: len(f) for camera, f in frames.items()}
     if not single:
         lengths["instruction"] = len(texts)
     for what, found in lengths.items():
         if found != length:
-            raise DamagedDataError(f"{source}: {length} actions, but {found} entries of {what!r}")
+            raise DamagedDataError(f"{origin}: {length} actions, but {found} entries of {what!r}")
     return Episode(
         instruction=texts[0],
         actions=actions,
@@ -204,31 +204,31 @@ def make_episode(
         dataset_name=dataset_name,
         index=index,
         step_instructions=tuple(texts) if len(set(texts)) > 1 else None,
-        source=source,
+        origin=origin,
     )
 
 
-def matrix(values: Any, what: str, source: str) -> np.ndarray:
+def matrix(values: Any, what: str, origin: str) -> np.ndarray:
     """`values` as a finite (T, D) float32 array of its own; one number per step counts as D = 1."""
     if values is None:
-        raise DamagedDataError(f"{source}: there is no {what}, expected (steps, dimensions) numbers")
+        raise DamagedDataError(f"{origin}: there is no {what}, expected (steps, dimensions) numbers")
     try:
         if np.asarray(values).dtype.kind in "USmMV":
             raise TypeError(f"it holds {np.asarray(values).dtype}")
         with np.errstate(over="ignore"):  # what float32 cannot hold is not finite, see below
             array = np.array(values, dtype=np.float32)
     except (TypeError, ValueError) as error:
-        raise DamagedDataError(f"{source}: {what} is not an array of numbers: {error}") from error
+        raise DamagedDataError(f"{origin}: {what} is not an array of numbers: {error}") from error
     array = array[:, None] if array.ndim == 1 and array.size else array
     if array.ndim != 2 and (array.size or array.ndim == 0):
-        raise DamagedDataError(f"{source}: {what} has shape {array.shape}, expected (steps, dimensions)")
+        raise DamagedDataError(f"{origin}: {what} has shape {array.shape}, expected (steps, dimensions)")
     if not np.isfinite(array).all():
         step = int(np.argwhere(~np.isfinite(array))[0][0])
-        raise DamagedDataError(f"{source}: {what} of step {step} is not finite: {array[step].tolist()}")
+        raise DamagedDataError(f"{origin}: {what} of step {step} is not finite: {array[step].tolist()}")
     return array
 
 
-def as_text(value: Any, source: str) -> str:
+def as_text(value: Any, origin: str) -> str:
     """One instruction: text, bytes in UTF-8, or an array or list of these; None is "".
 
     Of several texts the first with words counts; single characters are one text (some LIBERO files hold such a list).
@@ -242,20 +242,20 @@ def as_text(value: Any, source: str) -> str:
         try:
             return value.decode()
         except UnicodeDecodeError as error:
-            raise DamagedDataError(f"{source}: the instruction {value!r} is not UTF-8") from error
+            raise DamagedDataError(f"{origin}: the instruction {value!r} is not UTF-8") from error
     if isinstance(value, np.ndarray | list | tuple):
-        parts = [as_text(part, source) for part in (value.ravel().tolist() if isinstance(value, np.ndarray) else value)]
+        parts = [as_text(part, origin) for part in (value.ravel().tolist() if isinstance(value, np.ndarray) else value)]
         if len(parts) > 1 and all(len(part) == 1 for part in parts):
             return "".join(parts)
         return next((part for part in parts if part.strip()), "")
-    raise DamagedDataError(f"{source}: the instruction is {value!r} ({type(value).__name__}), expected text")
+    raise DamagedDataError(f"{origin}: the instruction is {value!r} ({type(value).__name__}), expected text")
 
 
-def _pixels(image: Any, source: str) -> np.ndarray:
+def _pixels(image: Any, origin: str) -> np.ndarray:
     """(H, W, 3) uint8, or a DamagedDataError."""
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or not image.size:
-        raise _no_colours(f"{source}: expected (H, W, 3) uint8", image)
+        raise _no_colours(f"{origin}: expected (H, W, 3) uint8", image)
     return image
 
 
@@ -268,8 +268,8 @@ def _no_colours(expected: str, found: np.ndarray) -> DamagedDataError:
     return DamagedDataError(f"{expected}, found {found.dtype} {found.shape}{hint}")
 
 
-def _as_frames(value: Any, source: str) -> Frames:
-    if isinstance(value, Frames):
+def _as_images(value: Any, origin: str) -> CameraImages:
+    if isinstance(value, CameraImages):
         return value
     if (
         isinstance(value, np.ndarray)
@@ -278,17 +278,17 @@ def _as_frames(value: Any, source: str) -> Frames:
         and value.shape[-1] == 3
         and value.size
     ):
-        return ArrayFrames(value)
+        return PixelImages(value)
     if isinstance(value, Sequence | np.ndarray) and len(value) and all(isinstance(item, bytes) for item in value):
-        return EncodedFrames(list(value), source)
+        return EncodedImages(list(value), origin)
     if isinstance(value, list | tuple):  # in memory already: what is wrong is said now and not in training
         for step, image in enumerate(value):
-            _pixels(image, f"{source}, step {step}")
+            _pixels(image, f"{origin}, step {step}")
     if isinstance(value, Sequence) and not isinstance(value, bytes | str):
-        return OtherFrames(value, source)
+        return CheckedImages(value, origin)
     if isinstance(value, np.ndarray):
-        raise _no_colours(f"{source}: expected (T, H, W, 3) uint8 or T encoded images", value)
-    raise DamagedDataError(f"{source}: expected (T, H, W, 3) uint8 or T encoded images, found {type(value).__name__}")
+        raise _no_colours(f"{origin}: expected (T, H, W, 3) uint8 or T encoded images", value)
+    raise DamagedDataError(f"{origin}: expected (T, H, W, 3) uint8 or T encoded images, found {type(value).__name__}")
 
 
 # The one table of words by which images are told to be something else than colours (docs/data.md lists them). Those in

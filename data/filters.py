@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..prompts_openvla import has_words
-from .episode import Episode, Frames
+from .episode import CameraImages, Episode
 
 
 # A filter gives the mask of steps to keep, (T,), for an episode, given which dimensions are grippers; none kept drops
@@ -75,7 +75,7 @@ def removal_report(removed: Mapping[str, Mapping[str, int]]) -> str:
     )
 
 
-class SelectedFrames(Frames):
+class SelectedImages(CameraImages):
     """Some steps of other frames, decoded on access."""
 
     def __init__(self, frames: Sequence[np.ndarray], steps: np.ndarray):
@@ -91,7 +91,7 @@ class SelectedFrames(Frames):
         chosen = self.steps[steps]
         if len(chosen) == 1:  # one frame is to hold its own image, not those of the whole episode
             return self.frames[int(chosen[0]) : int(chosen[0]) + 1]
-        return SelectedFrames(self.frames, chosen)
+        return SelectedImages(self.frames, chosen)
 
 
 def select_steps(episode: Episode, steps: np.ndarray) -> Episode:
@@ -100,10 +100,10 @@ def select_steps(episode: Episode, steps: np.ndarray) -> Episode:
     return Episode(
         instruction=texts[0] if texts else episode.instruction,
         actions=episode.actions[steps],
-        images={camera: SelectedFrames(frames, steps) for camera, frames in episode.images.items()},
+        images={camera: SelectedImages(frames, steps) for camera, frames in episode.images.items()},
         state=None if episode.state is None else episode.state[steps],
         dataset_name=episode.dataset_name,
         index=episode.index,
         step_instructions=texts if texts and len(set(texts)) > 1 else None,
-        source=episode.source,
+        origin=episode.origin,
     )

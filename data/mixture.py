@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..configuration_openvla import closest
-from .oxe_catalog import load_oxe_mixtures
+from .oxe.catalog import load_oxe_mixtures
 
 
 def load_mixture(specification: str | Path) -> dict[str, float]:

@@ -25,7 +25,7 @@ GRIPPERS: dict[str, tuple[float, float]] = {
 TOLERANCE = 0.1  # recorded positions overshoot a little
 
 
-def open_is_1(gripper: np.ndarray, convention: str, source: str) -> np.ndarray:
+def open_is_1(gripper: np.ndarray, convention: str, origin: str) -> np.ndarray:
     """Gripper values in the model's convention, 1 = open and 0 = closed.
 
     Args:
@@ -40,7 +40,7 @@ def open_is_1(gripper: np.ndarray, convention: str, source: str) -> np.ndarray:
     low, high = min(opened, closed), max(opened, closed)
     if gripper.min() < low - TOLERANCE or gripper.max() > high + TOLERANCE:
         raise ValueError(
-            f"{source}: the gripper goes from {gripper.min():.3g} to {gripper.max():.3g}, which is not "
+            f"{origin}: the gripper goes from {gripper.min():.3g} to {gripper.max():.3g}, which is not "
             f"'{convention}' ({low:g} to {high:g}). Conventions: {', '.join(GRIPPERS)}."
         )
     return (np.clip((gripper - closed) / (opened - closed), 0, 1) + 0.0).astype(gripper.dtype)  # + 0.0: no -0
@@ -94,15 +94,15 @@ class PreparedDataset(EpisodeDataset):
             if not self.remark or self.remark in str(error):
                 raise
             raise type(error)(f"{error.args[0]} ({self.name}: {self.remark})") from error
-        source, actions = episode.source or f"{self.name}, episode {index}", episode.actions.copy()
+        origin, actions = episode.origin or f"{self.name}, episode {index}", episode.actions.copy()
         dims = actions.shape[1]
         grippers = default_grippers(dims, self.names) if self.gripper_dims is None else self.gripper_dims
-        grippers = check_grippers(grippers, dims, source)
+        grippers = check_grippers(grippers, dims, origin)
         if grippers:
-            actions[:, grippers] = open_is_1(actions[:, grippers], self.gripper, source)
-        _check_size(actions, "action", "correct it, or leave the episode out", source)
+            actions[:, grippers] = open_is_1(actions[:, grippers], self.gripper, origin)
+        _check_size(actions, "action", "correct it, or leave the episode out", origin)
         if episode.state is not None:
-            _check_size(episode.state, "state", "correct it, or leave states out (--state-key none)", source)
+            _check_size(episode.state, "state", "correct it, or leave states out (--state-key none)", origin)
         episode = replace(episode, actions=actions, dataset_name=self.name)
         return apply_filters(episode, self.filters, self.removed, grippers)
 
@@ -110,12 +110,12 @@ class PreparedDataset(EpisodeDataset):
         return (episode for episode in super().read(indices) if len(episode))
 
 
-def _check_size(values: np.ndarray, what: str, remedy: str, source: str) -> None:
+def _check_size(values: np.ndarray, what: str, remedy: str, origin: str) -> None:
     """Raise a DamagedDataError for values (T, D) of which the statistics could not be read again."""
     large = np.argwhere(abs(values) > LARGEST)
     if len(large):
         step, dim = large[0]
         raise DamagedDataError(
-            f"{source}: {what}[{dim}] of step {step} is {values[step, dim]:g}, and nothing above {LARGEST:g} is a "
+            f"{origin}: {what}[{dim}] of step {step} is {values[step, dim]:g}, and nothing above {LARGEST:g} is a "
             f"unit of a robot: {remedy}"
         )

@@ -12,11 +12,11 @@ import numpy as np
 from ..configuration_openvla import check_choice
 from .dataset import EpisodeDataset, OnError, PartOfDataset, name_cameras
 from .episode import DamagedDataError
-from .open import open_dataset, recognise
-from .oxe import STANDARDIZE
-from .oxe_catalog import OXEDataset, load_oxe_datasets
-from .oxe_conversions import Trajectory
-from .oxe_recipes import Recipe
+from .formats.open import open_dataset, recognise
+from .oxe.catalog import OXEDataset, load_oxe_datasets
+from .oxe.conversions import Trajectory
+from .oxe.recipes import Recipe
+from .oxe.standardize import STANDARDIZE
 from .prepare import PreparedDataset
 
 

@@ -22,15 +22,15 @@ def main_camera(episode: Episode, camera: str | None = None) -> str:
     if camera is not None:
         if camera not in names:
             raise ValueError(
-                f"{episode.source or episode}: no camera '{camera}'; there are {', '.join(names) or 'none'}. {NAMED}"
+                f"{episode.origin or episode}: no camera '{camera}'; there are {', '.join(names) or 'none'}. {NAMED}"
             )
         return camera
     if not names:
-        raise ValueError(f"{episode.source or episode}: no camera image, and OpenVLA acts on what it sees. {NAMED}")
+        raise ValueError(f"{episode.origin or episode}: no camera image, and OpenVLA acts on what it sees. {NAMED}")
     colours = [name for name in names if not not_colour(name)]
     if not colours:
         raise ValueError(
-            f"{episode.source or episode}: {', '.join(names)} is {not_colour(names[0])} by name; give camera to use it."
+            f"{episode.origin or episode}: {', '.join(names)} is {not_colour(names[0])} by name; give camera to use it."
         )
     return next((name for name in colours if "wrist" not in name and "hand" not in name), colours[0])
 

@@ -13,7 +13,7 @@ from .dataset import EpisodeDataset
 from .dimensions import check_grippers, default_grippers
 from .episode import Episode
 from .filters import keep_labeled, removal_report
-from .oxe_conversions import droid_moves_raw
+from .oxe.conversions import droid_moves_raw
 from .samples import main_camera
 from .statistics import collect
 from .survey import Survey, largest_normalized, proprio_statistics

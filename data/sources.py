@@ -19,7 +19,7 @@ from .checks import check_clipped, check_converted, odd_grippers
 from .dataset import OnError
 from .dimensions import parse_grippers, parse_mask
 from .mixture import check_weight, is_mixture_file, load_entries
-from .oxe_catalog import load_oxe_datasets, load_oxe_mixtures
+from .oxe.catalog import load_oxe_datasets, load_oxe_mixtures
 from .recording import READER_OPTIONS, Recording, UntrainableError, open_recording
 from .samples import main_camera
 from .source import Source

@@ -48,7 +48,7 @@ def collect(episodes: Iterable[Episode], progress: bool = False) -> tuple[list[n
         for what, values, known in (("actions", episode.actions, actions), ("states", episode.state, states)):
             if values is not None and known and values.shape[1] != known[0].shape[1]:
                 raise ValueError(
-                    f"{episode.source or episode}: {what} have {values.shape[1]} dimensions, those before "
+                    f"{episode.origin or episode}: {what} have {values.shape[1]} dimensions, those before "
                     f"{known[0].shape[1]}; in one dataset all have as many."
                 )
         actions.append(np.asarray(episode.actions, dtype=np.float32))

@@ -26,7 +26,7 @@ from .dataset import EpisodeDataset
 from .dimensions import shares
 from .episode import Episode
 from .filters import keep_labeled
-from .oxe_conversions import droid_moves_raw
+from .oxe.conversions import droid_moves_raw
 from .recording import Recording
 from .statistics import collect, compute_statistics
 

@@ -6,7 +6,7 @@ with its outputs. T steps, A action dimensions.
 
 import numpy as np
 
-from .oxe_conversions import Trajectory, map_arrays
+from .oxe.conversions import Trajectory, map_arrays
 
 
 def relabel_goals(trajectory: Trajectory, rng: np.random.Generator) -> Trajectory:

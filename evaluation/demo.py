@@ -8,7 +8,7 @@ from typing import Any
 from ..folders import locked, working_folder
 from .evaluate import evaluate
 from .rendering import opengl_backend
-from .report import NoEpisodes, Record, read_records
+from .report import EpisodeResult, NoEpisodes, read_results
 from .video import Film, check_replaceable, read_film, save_tiles
 
 
@@ -16,7 +16,7 @@ GIF = "demo.gif"
 UNFINISHED = ".unfinished"  # films that are being made
 
 
-def demo(*, model: str, output: str | Path, tasks: str = "mt10", **options: Any) -> list[Record]:
+def demo(*, model: str, output: str | Path, tasks: str = "mt10", **options: Any) -> list[EpisodeResult]:
     """Run one episode of each task, without a screen, and write `TASK.mp4` and `demo.gif`, all tasks side by side.
 
     The episodes are the first of an evaluation: their seeds are not those of demonstrations. Nothing is kept but the
@@ -43,7 +43,7 @@ def demo(*, model: str, output: str | Path, tasks: str = "mt10", **options: Any)
         check_replaceable(folder / GIF)
         with working_folder(folder / UNFINISHED) as work:
             evaluate(model=model, output=work, tasks=tasks, episodes=1, videos=1, **options)
-            records = sorted(read_records(work / "episodes.jsonl"), key=lambda record: record.task)
+            records = sorted(read_results(work / "episodes.jsonl"), key=lambda record: record.task)
             films = list(_films(records, work / "videos", folder))
         if not films:
             reasons = "; ".join(sorted({record.error or "" for record in records}))
@@ -52,7 +52,7 @@ def demo(*, model: str, output: str | Path, tasks: str = "mt10", **options: Any)
     return records
 
 
-def _films(records: list[Record], videos: Path, folder: Path) -> Iterator[Film]:
+def _films(records: list[EpisodeResult], videos: Path, folder: Path) -> Iterator[Film]:
     """Move the film of each episode to `folder`; one that broke has none worth watching."""
     for record in records:
         made = videos / f"{record.task}_{record.episode:03d}.mp4"

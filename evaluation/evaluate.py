@@ -13,7 +13,7 @@ from ..action_tokenizer import get_action_stats
 from ..configuration_openvla import check_choice
 from ..files_openvla import read_json
 from ..folders import locked, write_json
-from ..hub import file_digests, published_name, source_folder, statistics_of
+from ..hub import file_digests, model_folder, published_name, statistics_of
 from .control import BlockingControl, RealtimeControl
 from .environment import (
     ACTION_DIM,
@@ -123,7 +123,7 @@ def evaluate(
         digests: dict[str, str] = {}
         stats: dict[str, Any] = {}
         if isinstance(policy, str) and policy != "expert":
-            source = source_folder(model)
+            source = model_folder(model)
             if folder.resolve() == source.resolve():
                 raise ValueError(f"output='{folder}' is the model: give a folder of its own, it may lie inside.")
             stats = get_action_stats(statistics_of(source), unnorm_key)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from .control import BlockingControl, RealtimeControl
 from .environment import ACTION_DIM, Environment, Observation, check_numbers, check_reach
 from .policies import Policy
-from .report import Record, append_record, read_records, without_paths
+from .report import EpisodeResult, append_result, read_results, without_paths
 from .video import EpisodeVideo
 from .workers import EnvironmentFailure, EnvironmentProcess
 
@@ -61,7 +61,7 @@ def run_episodes(
     workers: int = 2,
     videos: int = 1,
     progress: bool = True,
-) -> list[Record]:
+) -> list[EpisodeResult]:
     """Run the episodes that `folder/episodes.jsonl` does not hold yet, or holds as broken, and add them one by one.
 
     Args:
@@ -81,7 +81,7 @@ def run_episodes(
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / EPISODES
-    before = [record for record in read_records(file) if record.error is None]
+    before = [record for record in read_results(file) if record.error is None]
     records = {(record.variation, record.task, record.episode): record for record in before}
     rewrite(file, list(records.values()))
     waiting = [job for job in jobs if job.key not in records]
@@ -91,7 +91,7 @@ def run_episodes(
 
     def finish(slot: Slot, success: bool, error: str | None = None) -> None:
         assert slot.job is not None
-        record = Record(
+        record = EpisodeResult(
             task=slot.job.task,
             episode=slot.job.episode,
             seed=slot.job.seed,
@@ -105,7 +105,7 @@ def run_episodes(
         )
         if slot.video is not None:
             slot.video.save(success)
-        append_record(file, record)
+        append_result(file, record)
         records[slot.job.key] = record
         if error is not None and error not in said:
             said.add(error)
@@ -193,12 +193,12 @@ def checked(actions: np.ndarray, count: int) -> np.ndarray:
     return check_reach(given)
 
 
-def rewrite(file: Path, records: Sequence[Record]) -> None:
+def rewrite(file: Path, records: Sequence[EpisodeResult]) -> None:
     """The whole records of a file, without a line that a killed run left half written."""
     if file.exists():
         whole = file.with_suffix(".part")
         whole.unlink(missing_ok=True)
         for record in records:
-            append_record(whole, record)
+            append_result(whole, record)
         whole.touch()
         whole.replace(file)

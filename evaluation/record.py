@@ -14,13 +14,13 @@ import numpy as np
 from tqdm import tqdm
 
 from ..data.episode import Episode
-from ..data.hdf5_writer import write_hdf5
-from ..data.lerobot_writer import write_lerobot
+from ..data.writers.hdf5 import write_hdf5
+from ..data.writers.lerobot import write_lerobot
 from ..files_openvla import read_json
 from ..folders import locked, write_json
-from ..hub import file_digests, published_name, source_folder
-from .demonstration import is_episode, load_episode, record_episode, save_episode
+from ..hub import file_digests, model_folder, published_name
 from .environment import RECORDING_SEEDS, Environment, choose_tasks, tasks_with
+from .expert_episode import is_episode, load_episode, record_episode, save_episode
 from .options import MOST_EPISODES, RecordOptions
 from .rendering import opengl_backend
 from .workers import EnvironmentProcess
@@ -152,7 +152,7 @@ def published(options: RecordOptions) -> dict[str, Any]:
     of its weights, not by a path."""
     content = options.content()
     if options.student is not None:
-        folder = source_folder(options.student)
+        folder = model_folder(options.student)
         digests = file_digests(folder)
         content |= {"student": published_name(options.student), "student_weights": digests["weights"]}
         if "base" in digests:

@@ -27,7 +27,7 @@ class NoEpisodes(OSError):
 
 
 @dataclass(frozen=True)
-class Record:
+class EpisodeResult:
     """One episode as it went. `steps` of the world; `latency` mean seconds of one prediction; `error` where the
     environment broke, which counts as neither success nor failure."""
 
@@ -58,7 +58,7 @@ def wilson_interval(successes: int, episodes: int, confidence: float = 0.95) -> 
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def summarize(records: Iterable[Record]) -> dict[str, Any]:
+def summarize(records: Iterable[EpisodeResult]) -> dict[str, Any]:
     """`{"rows": [of each task and variation], "axes": [of each axis], "mean_success", "episodes", "errors",
     "reasons"}`.
 
@@ -66,8 +66,8 @@ def summarize(records: Iterable[Record]) -> dict[str, Any]:
     Rates are in [0, 1]. `mean_success` is the mean over rows, so that every task counts alike; the row of an axis pools
     all episodes of its kinds and tasks ("none": those without variation).
     """
-    groups: dict[tuple[str, str], list[Record]] = {}
-    axes: dict[str, list[Record]] = {}
+    groups: dict[tuple[str, str], list[EpisodeResult]] = {}
+    axes: dict[str, list[EpisodeResult]] = {}
     reasons: Counter[str] = Counter()
     for record in records:
         if record.error is not None:
@@ -100,7 +100,7 @@ def without_paths(text: str) -> str:
     )[:300]
 
 
-def _counts(group: Sequence[Record]) -> dict[str, Any]:
+def _counts(group: Sequence[EpisodeResult]) -> dict[str, Any]:
     """What a row says of its episodes; no rates where all of them broke."""
     whole = [record for record in group if record.error is None]
     counts: dict[str, Any] = {"episodes": len(whole), "errors": len(group) - len(whole)}
@@ -217,7 +217,7 @@ def _bars(panel: Any, names: Sequence[str], rows: Sequence[Mapping[str, Any]], c
         panel.tick_params(axis="y", labelsize=7)
 
 
-def write_report(folder: Path, records: Sequence[Record], about: Mapping[str, Any]) -> dict[str, Any]:
+def write_report(folder: Path, records: Sequence[EpisodeResult], about: Mapping[str, Any]) -> dict[str, Any]:
     """report.json, report.md and report.png (with matplotlib) in `folder`."""
     summary = summarize(records)
     write_json(folder / "report.json", {"about": dict(about), **summary})
@@ -229,21 +229,21 @@ def write_report(folder: Path, records: Sequence[Record], about: Mapping[str, An
 # Records on disk --------------------------------------------------------------------------------------------------
 
 
-def append_record(file: Path, record: Record) -> None:
+def append_result(file: Path, record: EpisodeResult) -> None:
     """One line more, on disk when this returns."""
     with file.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(asdict(record)) + "\n")
         stream.flush()
 
 
-def read_records(file: Path) -> list[Record]:
+def read_results(file: Path) -> list[EpisodeResult]:
     """Records of a file; a line that a killed run left half written is dropped."""
     if not file.exists():
         return []
     records = []
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            records.append(Record(**json.loads(line)))
+            records.append(EpisodeResult(**json.loads(line)))
         except (json.JSONDecodeError, TypeError):
             continue
     return records

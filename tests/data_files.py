@@ -15,8 +15,8 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
-from openvla.data.lerobot_writer import tasks_table
-from openvla.data.tfrecord import masked_crc
+from openvla.data.formats.tfrecord import masked_crc
+from openvla.data.writers.lerobot import tasks_table
 
 
 def picture(red: int, green: int, mode: str = "RGB") -> Image.Image:

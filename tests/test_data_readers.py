@@ -424,7 +424,7 @@ def test_lerobot_v21(v21):
 
 @pytest.mark.parametrize("options", [{"g": "40", "bf": "3"}, {"g": "7", "bf": "0"}, {"g": "250", "bf": "2"}])
 def test_video_access_is_frame_exact(tmp_path, options):
-    from openvla.data.video import Video
+    from openvla.data.formats.video import Video
 
     count, rate = 120, 30
     # Each picture shows its number: 16 gray levels for its lower, 16 for its upper digit

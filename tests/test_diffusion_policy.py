@@ -10,7 +10,7 @@ import torch
 from toy import SIZE, make_line
 
 from openvla.data.episode import make_episode
-from openvla.data.lerobot_writer import write_lerobot
+from openvla.data.writers.lerobot import write_lerobot
 from openvla.evaluation.environment import Observation
 from openvla.evaluation.loop import Job, run_episodes
 
@@ -61,7 +61,7 @@ def demonstrations(tmp_path_factory) -> Path:
                 instructions=words,
                 dataset_name="toy",
                 index=number,
-                source="toy",
+                origin="toy",
             )
         )
     folder = tmp_path_factory.mktemp("data") / "toy"

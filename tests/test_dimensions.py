@@ -146,10 +146,10 @@ def test_what_statistics_cannot_hold_is_an_error_of_its_step():
         DamagedDataError, match=r"mine, episode 0: action\[2\] of step 7 is 2e\+06, and nothing above 1e"
     ):
         open_source(episodes(far))
-    parts = [{**part, "state": np.full((len(part["actions"]), 2), 1.7e9)} for part in episodes().source]
+    parts = [{**part, "state": np.full((len(part["actions"]), 2), 1.7e9)} for part in episodes().episodes]
     with pytest.raises(DamagedDataError, match=r"state\[0\] of step 0 .*--state-key none"):
         open_source(PythonDataset(parts, "mine"))
-    good, bad = episodes().source[:2], episodes(far).source[0]
+    good, bad = episodes().episodes[:2], episodes(far).episodes[0]
     with pytest.warns(RuntimeWarning, match="1 skipped"):
         assert open_source(PythonDataset([bad, *good], "mine", on_error="skip"), on_error="skip").num_episodes == 2
 

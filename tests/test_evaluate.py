@@ -15,7 +15,7 @@ from openvla.evaluation import evaluate as evaluate_module
 from openvla.evaluation.evaluate import evaluate
 from openvla.evaluation.policies import trained_with_crops
 from openvla.evaluation.rendering import NoOpenGL
-from openvla.evaluation.report import Record
+from openvla.evaluation.report import EpisodeResult
 from openvla.folders import locked
 from openvla.hub import file_digests
 
@@ -190,7 +190,7 @@ def test_opengl_is_looked_for_before_weights_are_read(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("broken, code", [(2, 1), (1, 0)])
 def test_broken_episodes_are_said(broken, code, tmp_path, monkeypatch):
-    record = Record("reach-v3", 0, 1_000_000, "reach the goal", True, 5, 5, 0.1)
+    record = EpisodeResult("reach-v3", 0, 1_000_000, "reach the goal", True, 5, 5, 0.1)
     records = [replace(record, episode=number) for number in range(2)]
     records[:broken] = [replace(entry, success=False, error="the arm fell off") for entry in records[:broken]]
     monkeypatch.setattr(evaluate_module, "run_episodes", lambda *a, **k: records)

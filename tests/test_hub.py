@@ -4,7 +4,7 @@ import huggingface_hub.errors as hub_errors
 import pytest
 
 from openvla import hub
-from openvla.hub import file_digests, published_name, source_folder
+from openvla.hub import file_digests, model_folder, published_name
 
 
 class Response:
@@ -26,10 +26,10 @@ def raising(kind):
 
 
 def test_a_folder_is_taken_as_it_is(tmp_path):
-    assert source_folder(tmp_path) == tmp_path
+    assert model_folder(tmp_path) == tmp_path
     (tmp_path / "my_robot").mkdir()
     with pytest.raises(FileNotFoundError, match="No folder at .* Did you mean 'my_robot'"):
-        source_folder(tmp_path / "my_robt")
+        model_folder(tmp_path / "my_robt")
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_what_the_hub_refuses(kind, remedy, monkeypatch):
     monkeypatch.setattr(hub, "snapshot_download", raising(getattr(hub_errors, kind)))
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
     with pytest.raises(FileNotFoundError, match="neither a folder here nor a Hub repository") as refused:
-        source_folder("me/my-robot", revision="v9")
+        model_folder("me/my-robot", revision="v9")
     assert remedy in str(refused.value) and "\n" not in str(refused.value)
 
 
@@ -54,7 +54,7 @@ def test_without_a_network(monkeypatch):
     monkeypatch.setattr(hub, "snapshot_download", raising(hub_errors.LocalEntryNotFoundError))
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
     with pytest.raises(FileNotFoundError, match="Check the network"):
-        source_folder("me/my-robot")
+        model_folder("me/my-robot")
 
 
 def test_names_that_are_published_are_no_paths(tmp_path):

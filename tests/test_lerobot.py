@@ -11,7 +11,7 @@ import pytest
 from data_files import FRONT, png, write_lerobot, write_video
 
 from openvla.data import DamagedDataError, open_dataset
-from openvla.data.lerobot_meta import is_colour
+from openvla.data.formats.lerobot_meta import is_colour
 from openvla.data.sources import open_source
 from openvla.files_openvla import LFS_POINTER
 

@@ -10,7 +10,7 @@ from toy import FromPixels, make_line
 
 from openvla.evaluation.control import RealtimeControl
 from openvla.evaluation.loop import Job, run_episodes
-from openvla.evaluation.report import append_record, read_records, summarize, write_report
+from openvla.evaluation.report import append_result, read_results, summarize, write_report
 
 
 START = np.array([0, 0, 0, 0, 0, 0, 1.0])
@@ -84,12 +84,12 @@ def test_a_killed_run_goes_on_and_reports_the_same(tmp_path):
 
 def test_what_broke_gets_another_try(tmp_path):
     (whole, other) = run(tmp_path, JOBS[:2])
-    append_record(tmp_path / "episodes.jsonl", replace(whole, episode=2, success=False, error="the arm fell off"))
+    append_result(tmp_path / "episodes.jsonl", replace(whole, episode=2, success=False, error="the arm fell off"))
     policy = FromPixels()
     records = run(tmp_path, JOBS[:3], policy=policy)
     assert records[:2] == [whole, other] and records[2].success and records[2].error is None
     assert sum(policy.batches) == records[2].predictions
-    assert read_records(tmp_path / "episodes.jsonl") == records
+    assert read_results(tmp_path / "episodes.jsonl") == records
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ import pytest
 import tensorflow_datasets as tfds
 from data_files import png, write_rlds
 
-from openvla.data import hdf5_writer, open_dataset
+from openvla.data import open_dataset
 from openvla.data.sources import open_source
+from openvla.data.writers import hdf5 as hdf5_writer
 
 
 ACTIONS = np.random.default_rng(1).uniform(-0.05, 0.05, (6, 7))

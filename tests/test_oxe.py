@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from openvla.data.oxe import STANDARDIZE
-from openvla.data.oxe_catalog import allocate_threads, load_oxe_datasets, load_oxe_mixtures
-from openvla.data.oxe_conversions import (
+from openvla.data.oxe.catalog import allocate_threads, load_oxe_datasets, load_oxe_mixtures
+from openvla.data.oxe.conversions import (
     binarize_gripper_actions,
     droid_moves,
     euler_from_quaternion,
@@ -20,6 +19,7 @@ from openvla.data.oxe_conversions import (
     relabel_bridge_actions,
     text_from_code_points,
 )
+from openvla.data.oxe.standardize import STANDARDIZE
 
 
 FIXTURES = Path(__file__).parent / "fixtures" / "oxe"

@@ -11,7 +11,7 @@ from openvla.training import apply_strategy, qlora_quantization, trainable_param
 from openvla.training.loss import action_loss, with_logits_to_keep
 from openvla.training.muon import make_muon
 from openvla.training.plan import build, config_parameters, estimate, main
-from openvla.training.step import ANSWER_TOKENS, SavedBytes, run_step, training_inputs
+from openvla.training.step_cost import ANSWER_TOKENS, SavedBytes, run_step, training_inputs
 from openvla.training.strategies import checkpoint_activations
 
 

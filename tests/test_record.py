@@ -13,8 +13,8 @@ from openvla.cli import app
 from openvla.data import open_dataset
 from openvla.evaluation import RECORDING_SEEDS, make_environment
 from openvla.evaluation import record as record_module
-from openvla.evaluation.demonstration import load_episode, record_episode, save_episode
 from openvla.evaluation.environment import Observation
+from openvla.evaluation.expert_episode import load_episode, record_episode, save_episode
 from openvla.evaluation.options import RecordOptions
 from openvla.evaluation.record import Recorder, published, record
 from openvla.folders import locked
@@ -357,7 +357,7 @@ import os, random, signal, sys
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
-import openvla.data.lerobot_writer, openvla.data.hdf5_writer
+import openvla.data.writers.lerobot, openvla.data.writers.hdf5
 from openvla.evaluation import record as record_module
 from openvla.evaluation.environment import Observation
 from openvla.evaluation.options import RecordOptions

@@ -5,12 +5,19 @@ import json
 import numpy as np
 import pytest
 
-from openvla.evaluation.report import Record, append_record, read_records, summarize, wilson_interval, write_report
+from openvla.evaluation.report import (
+    EpisodeResult,
+    append_result,
+    read_results,
+    summarize,
+    wilson_interval,
+    write_report,
+)
 
 
-def record(task="open", episode=0, success=True, **more) -> Record:
+def record(task="open", episode=0, success=True, **more) -> EpisodeResult:
     values = {"seed": 7, "instruction": "open it", "steps": 10, "predictions": 10, "latency": 0.02, **more}
-    return Record(task=task, episode=episode, success=success, **values)
+    return EpisodeResult(task=task, episode=episode, success=success, **values)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +46,7 @@ def test_every_task_counts_alike_and_broken_episodes_do_not():
     assert opened["steps_of_successes"] == pytest.approx(13.5)
 
 
-def varied_records() -> list[Record]:
+def varied_records() -> list[EpisodeResult]:
     """Per axis: successes and episodes of two tasks, one of which does not have the axis "language"."""
     counts = {
         "": ((9, 10), (7, 10)),
@@ -86,16 +93,16 @@ def test_files_of_a_report(tmp_path):
     file = tmp_path / "episodes.jsonl"
     records = [record(episode=0), record(episode=1, success=False, variation="light")]
     for entry in records:
-        append_record(file, entry)
+        append_result(file, entry)
     with file.open("a") as stream:
         stream.write('{"task": "half')  # of a run that was killed
-    assert read_records(file) == records
-    write_report(tmp_path, read_records(file), {"model": "mine"})
+    assert read_results(file) == records
+    write_report(tmp_path, read_results(file), {"model": "mine"})
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["mean_success"] == 0.5 and report["about"] == {"model": "mine"}
     text = (tmp_path / "report.md").read_text()
     assert "| open | light | 0% | 0% to 79% | 1 |" in text and "model: `mine`" in text
-    assert summarize(read_records(file))["rows"] == report["rows"]
+    assert summarize(read_results(file))["rows"] == report["rows"]
 
 
 def test_a_report_of_nothing(tmp_path):

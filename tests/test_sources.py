@@ -21,7 +21,7 @@ from openvla import ActionTokenizer, normalize_actions
 from openvla.data import Episode, EpisodeDataset, open_dataset
 from openvla.data.augment import resize_image
 from openvla.data.collate import ActionCollator
-from openvla.data.oxe_conversions import droid_moves, droid_moves_raw
+from openvla.data.oxe.conversions import droid_moves, droid_moves_raw
 from openvla.data.prepare import open_is_1
 from openvla.data.recording import split_boundary
 from openvla.data.source import Source

@@ -10,11 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from openvla.data import decode_image, open_dataset
-from openvla.data import lerobot_writer as writer_module
 from openvla.data.episode import Episode
-from openvla.data.hdf5_writer import write_hdf5
 from openvla.data.images import encode_image
-from openvla.data.lerobot_writer import write_lerobot
+from openvla.data.writers import lerobot as writer_module
+from openvla.data.writers.hdf5 import write_hdf5
+from openvla.data.writers.lerobot import write_lerobot
 
 
 DEMOS = Path(__file__).parent / "fixtures" / "demos"

@@ -171,7 +171,7 @@ def merge_adapter(
     difference = ((after - before).abs().max() / before.abs().max()).item()
     statistics = merged.norm_stats = brought["norm_stats"]
     with new_folder(output) as work:
-        card = model_card(output.resolve().name, merged.config, statistics, source_folder=card_folder(source))
+        card = model_card(output.resolve().name, merged.config, statistics, model_folder=card_folder(source))
         write_checkpoint(merged, work, processor, statistics, card)
         if (folder / STARTED).is_file():
             shutil.copyfile(folder / STARTED, work / STARTED)  # how it was trained, image augmentation above all

@@ -23,7 +23,7 @@ from ..modeling_openvla import OpenVLAForActionPrediction
 from ..presets import load_preset_config, preset_names
 from ..quantization_openvla import NOT_QUANTIZED
 from .muon import is_orthogonalized
-from .step import ANSWER_TOKENS, run_step
+from .step_cost import ANSWER_TOKENS, run_step
 from .strategies import STRATEGIES, apply_strategy, checkpoint_activations, trainable_parameters
 
 

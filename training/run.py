@@ -267,7 +267,7 @@ def card(run: Run) -> str:
         run.config,
         run.statistics,
         source=base if on_hub else None,
-        source_folder=card_folder(base),
+        model_folder=card_folder(base),
         weights=f"fine-tuned from `{begun_with}`",
         adapter_of=f"`{begun_with}`" if options.strategy in LEARNING_RATES else None,
     )

@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..files_openvla import check_file, read_json
-from .episode import COPY_AGAIN, DamagedDataError, as_text, not_colour, words_of
+from ...files_openvla import check_file, read_json
+from ..episode import COPY_AGAIN, DamagedDataError, as_text, not_colour, words_of
 from .lerobot_rows import DAMAGED_PARQUET
 
 
@@ -253,7 +253,7 @@ def split_episodes(info: dict[str, Any], split: str, numbers: np.ndarray, file: 
     return np.flatnonzero(chosen).tolist(), sorted(wanted - set(numbers.tolist()))
 
 
-def fill_path(template: str, what: str, source: str, **values: Any) -> str:
+def fill_path(template: str, what: str, origin: str, **values: Any) -> str:
     """A path of info.json with what an episode says filled in; a DamagedDataError names what the episode lacks."""
     try:
         names = [name for _, name, _, _ in Formatter().parse(template) if name]
@@ -262,13 +262,13 @@ def fill_path(template: str, what: str, source: str, **values: Any) -> str:
         for name in names:
             value = values[name]
             if value is None or (isinstance(value, float) and not value.is_integer()):
-                raise DamagedDataError(f"{source}: meta/episodes has no {name} of the {what} ({value!r})")
+                raise DamagedDataError(f"{origin}: meta/episodes has no {name} of the {what} ({value!r})")
             values[name] = int(value) if isinstance(value, float) else value
         return template.format(**values)
     except DamagedDataError:
         raise
     except (KeyError, ValueError, IndexError, AttributeError) as error:
-        raise DamagedDataError(f"{source}: the {what}_path of meta/info.json, {template!r}: {error}") from error
+        raise DamagedDataError(f"{origin}: the {what}_path of meta/info.json, {template!r}: {error}") from error
 
 
 def _read_table(file: Path, without: str = "\0") -> pa.Table:

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from .dataset import Cameras, EpisodeDataset, Keys, OnError, action_keys, key_list, name_cameras, warn_of_camera
-from .dimensions import dimension_names
-from .episode import (
+from ..dataset import Cameras, EpisodeDataset, Keys, OnError, action_keys, key_list, name_cameras, warn_of_camera
+from ..dimensions import dimension_names
+from ..episode import (
+    CameraImages,
     DamagedDataError,
-    EncodedFrames,
+    EncodedImages,
     Episode,
-    Frames,
     as_text,
     check_data_file,
     make_episode,
@@ -32,7 +32,7 @@ from .lerobot_meta import (
     split_episodes,
 )
 from .lerobot_rows import column_names, read_rows, time_stamps
-from .video import TOLERANCE, VideoFrames, open_video
+from .video import TOLERANCE, VideoImages, open_video
 
 
 ACTION_NAMES = ("action", "actions")
@@ -166,7 +166,7 @@ class LeRobotDataset(EpisodeDataset):
     def _load(self, index: int) -> Episode:
         row = self._row(index)
         number, path = row["episode_index"], self._data_path(row)
-        source = f"{path}, episode {number}"
+        origin = f"{path}, episode {number}"
         of_images = [key for key in self.cameras.values() if self.features[key]["dtype"] == "image"]
         wanted = {*filter(None, self.action_keys), *filter(None, self.state_keys), *of_images, "episode_index"}
         optional = {"frame_index"}
@@ -176,34 +176,34 @@ class LeRobotDataset(EpisodeDataset):
             (optional if len(row.get("tasks") or []) == 1 else wanted).add("task_index")
         elif self.language_key not in row:
             wanted.add(self.language_key)
-        table = read_rows(path, number, wanted, optional, source)
+        table = read_rows(path, number, wanted, optional, origin)
         if table.num_rows != row.get("length", table.num_rows):
-            raise DamagedDataError(f"{source}: {table.num_rows} rows, meta/episodes says {row['length']}")
-        times = time_stamps(table, self.info["fps"], self.tolerance_s, source) if self._of_video else np.empty(0)
-        images: dict[str, Frames] = {}
+            raise DamagedDataError(f"{origin}: {table.num_rows} rows, meta/episodes says {row['length']}")
+        times = time_stamps(table, self.info["fps"], self.tolerance_s, origin) if self._of_video else np.empty(0)
+        images: dict[str, CameraImages] = {}
         for name, key in self.cameras.items():
             if key in of_images:
-                images[name] = EncodedFrames(self._encoded(table[key], f"{source}, {key}"), f"{source}, {key}")
+                images[name] = EncodedImages(self._encoded(table[key], f"{origin}, {key}"), f"{origin}, {key}")
             else:
-                images[name] = self._video(row, key, times, source)
+                images[name] = self._video(row, key, times, origin)
         return make_episode(
-            actions=self._columns(table, self.action_keys, source),
+            actions=self._columns(table, self.action_keys, origin),
             images=images,
-            state=self._columns(table, self.state_keys, source) if self.state_keys else None,
-            instructions=self._instructions(row, table, source),
+            state=self._columns(table, self.state_keys, origin) if self.state_keys else None,
+            instructions=self._instructions(row, table, origin),
             dataset_name=self.name,
             index=index,
-            source=source,
+            origin=origin,
             action_dim=self._declared_dim(self.action_keys),
         )
 
-    def _video(self, row: dict[str, Any], key: str, times: np.ndarray, source: str) -> VideoFrames:
+    def _video(self, row: dict[str, Any], key: str, times: np.ndarray, origin: str) -> VideoImages:
         path = self._path(row, "video", f"videos/{key}", self.info["video_path"], video_key=key)
-        source = f"{source}, {key}"
+        origin = f"{origin}, {key}"
         start = row.get(f"videos/{key}/from_timestamp")
         if self.of_v3 and not (isinstance(start, int | float) and start >= 0):
             raise DamagedDataError(
-                f"{source}: meta/episodes has no videos/{key}/from_timestamp ({start!r}), the second of {path} at "
+                f"{origin}: meta/episodes has no videos/{key}/from_timestamp ({start!r}), the second of {path} at "
                 "which the episode begins"
             )
         if self.of_v3 and key not in self._shared:
@@ -211,7 +211,7 @@ class LeRobotDataset(EpisodeDataset):
         other = self._shared.get(key, {}).get(row["episode_index"])
         if other is not None:
             raise DamagedDataError(
-                f"{source}: by meta/episodes (videos/{key}/from_timestamp, {start:.3f} s here) it would show frames of "
+                f"{origin}: by meta/episodes (videos/{key}/from_timestamp, {start:.3f} s here) it would show frames of "
                 f"episode {other} in {path}: correct where each episode begins"
             )
         times = (start or 0.0) + times
@@ -228,10 +228,10 @@ class LeRobotDataset(EpisodeDataset):
         ):
             if isinstance(end, int | float) and last > end - half:
                 raise DamagedDataError(
-                    f"{source}, row {len(times) - 1}: the images recorded go to {last:.3f} s, but {what} ends at "
+                    f"{origin}, row {len(times) - 1}: the images recorded go to {last:.3f} s, but {what} ends at "
                     f"{end:.3f} s: they do not belong together (fps in meta/info.json is {self.info['fps']})"
                 )
-        return VideoFrames(path, times, source, self.tolerance_s)
+        return VideoImages(path, times, origin, self.tolerance_s)
 
     def _recorded_end(self, row: dict[str, Any], key: str) -> float:
         """Seconds at which the last episode of a video ends, by the lengths in meta/episodes."""
@@ -246,40 +246,40 @@ class LeRobotDataset(EpisodeDataset):
     def _declared_dim(self, keys: Sequence[str | None]) -> int:
         return sum(int(np.prod(self.features[key]["shape"])) if key else 1 for key in keys)
 
-    def _columns(self, table: pa.Table, keys: Sequence[str | None], source: str) -> np.ndarray:
+    def _columns(self, table: pa.Table, keys: Sequence[str | None], origin: str) -> np.ndarray:
         parts = []
         for key in keys:
             try:
                 values = np.array(table[key].to_pylist(), np.float32) if key else np.zeros(table.num_rows, np.float32)
             except (TypeError, ValueError) as error:
                 raise DamagedDataError(
-                    f"{source}: {key!r} is not numbers of one length in every row: {error}"
+                    f"{origin}: {key!r} is not numbers of one length in every row: {error}"
                 ) from error
             parts.append(values.reshape(table.num_rows, -1) if table.num_rows else np.empty((0, 1), np.float32))
         return np.concatenate(parts, axis=1)
 
-    def _instructions(self, row: dict[str, Any], table: pa.Table, source: str) -> str | list[str]:
+    def _instructions(self, row: dict[str, Any], table: pa.Table, origin: str) -> str | list[str]:
         key = self.language_key
         if key and key not in table.column_names:
-            return as_text(row[key], source)
+            return as_text(row[key], origin)
         if key is None and ("task_index" not in table.column_names or self._tasks is None):
             if len(row.get("tasks") or []) == 1:
-                return as_text(row["tasks"], source)
+                return as_text(row["tasks"], origin)
             file = "tasks.parquet" if self.of_v3 else "tasks.jsonl"
             raise DamagedDataError(
-                f"{source}: no meta/{file}, which has the texts of its tasks; copy it again, or name a column with "
+                f"{origin}: no meta/{file}, which has the texts of its tasks; copy it again, or name a column with "
                 "language_key"
             )
         values = table[key or "task_index"].to_pylist()
         if key and not pa.types.is_integer(table[key].type):
-            return [as_text(value, source) for value in values]
+            return [as_text(value, origin) for value in values]
         tasks = self._tasks or {}
         if missing := set(values) - tasks.keys():
             listed = sorted(missing, key=str)
-            raise DamagedDataError(f"{source}: {key or 'task_index'} {listed} is not in the tasks table")
+            raise DamagedDataError(f"{origin}: {key or 'task_index'} {listed} is not in the tasks table")
         return [tasks[task] for task in values]
 
-    def _encoded(self, column: pa.ChunkedArray, source: str) -> list[bytes]:
+    def _encoded(self, column: pa.ChunkedArray, origin: str) -> list[bytes]:
         images = []
         for step, cell in enumerate(column.to_pylist()):
             cell = {"path": cell} if isinstance(cell, str) else cell
@@ -287,6 +287,6 @@ class LeRobotDataset(EpisodeDataset):
             if data is None and path and (self.folder / path).exists():
                 data = check_data_file(self.folder / path, "image").read_bytes()
             if not data or not isinstance(data, bytes):
-                raise DamagedDataError(f"{source}: no image at step {step}" + (f" ({path} is missing)" if path else ""))
+                raise DamagedDataError(f"{origin}: no image at step {step}" + (f" ({path} is missing)" if path else ""))
             images.append(data)
         return images

@@ -9,7 +9,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from .episode import Episode
+from ..episode import Episode
 
 
 MARGIN = 2**20  # bytes of everything but images, and of what the library holds back

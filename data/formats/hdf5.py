@@ -10,12 +10,12 @@ from typing import Any
 import h5py
 import numpy as np
 
-from .dataset import Cameras, EpisodeDataset, Keys, OnError, action_keys, key_list, name_cameras, warn_of_camera
-from .episode import (
+from ..dataset import Cameras, EpisodeDataset, Keys, OnError, action_keys, key_list, name_cameras, warn_of_camera
+from ..episode import (
     COPY_AGAIN,
+    CameraImages,
     DamagedDataError,
     Episode,
-    Frames,
     as_text,
     check_data_file,
     make_episode,
@@ -110,12 +110,12 @@ class HDF5Dataset(EpisodeDataset):
 
     def _load(self, index: int) -> Episode:
         file, demo = self.demos[index]
-        source = f"{file}, {demo}"
+        origin = f"{file}, {demo}"
         try:
             group = open_file(file)["data"][demo]
-            actions = _columns(group, action_keys(self.action_key, "actions"), source)
+            actions = _columns(group, action_keys(self.action_key, "actions"), origin)
             if not self.cameras:  # none: for statistics, which find what training would stop for
-                self._check_cameras(group, 0 if actions is None else len(actions), source)
+                self._check_cameras(group, 0 if actions is None else len(actions), origin)
             cameras = name_cameras(self.cameras if self.cameras is not None else _cameras(group))
             state_key = self.state_key
             if state_key is None:
@@ -124,19 +124,19 @@ class HDF5Dataset(EpisodeDataset):
             return make_episode(
                 actions=actions,
                 images={
-                    name: HDF5Frames(file, _find(group, key, source).name, turned) for name, key in cameras.items()
+                    name: HDF5Images(file, _find(group, key, origin).name, turned) for name, key in cameras.items()
                 },
-                state=_columns(group, state_key, source),
-                instructions=self._instructions(file, group, source),
+                state=_columns(group, state_key, origin),
+                instructions=self._instructions(file, group, origin),
                 dataset_name=self.name,
                 index=index,
-                source=source,
+                origin=origin,
                 action_dim=self._expected_dim(),
             )
         except DamagedDataError:
             raise
         except DAMAGED as error:
-            raise DamagedDataError(f"{source}: cannot be read ({error}): {COPY_AGAIN}") from error
+            raise DamagedDataError(f"{origin}: cannot be read ({error}): {COPY_AGAIN}") from error
 
     def content_files(self) -> dict[str, Path]:
         return self.files
@@ -159,12 +159,12 @@ class HDF5Dataset(EpisodeDataset):
                 content[room].visititems(add)
         return digest.hexdigest()
 
-    def _check_cameras(self, group: h5py.Group, steps: int, source: str) -> None:
+    def _check_cameras(self, group: h5py.Group, steps: int, origin: str) -> None:
         """A DamagedDataError where a demonstration has no images as the first one does, or not one for each step."""
         cameras = _cameras(group)
         for key in cameras:
             if len(group[key]) != steps:
-                raise DamagedDataError(f"{source}: {steps} actions, but {len(group[key])} entries of {key!r}")
+                raise DamagedDataError(f"{origin}: {steps} actions, but {len(group[key])} entries of {key!r}")
         if self._has_camera is None:
             file, demo = self.demos[0]
             try:
@@ -178,7 +178,7 @@ class HDF5Dataset(EpisodeDataset):
                 if isinstance(value, h5py.Dataset) and (value.ndim > 2 or value.dtype.kind == "O")
             }
             raise DamagedDataError(
-                f"{source}: no colour images (steps, height, width, 3) uint8, as the first demonstration has; in obs "
+                f"{origin}: no colour images (steps, height, width, 3) uint8, as the first demonstration has; in obs "
                 f"there are {there or 'none of the kind'}"
             )
 
@@ -193,25 +193,25 @@ class HDF5Dataset(EpisodeDataset):
                 self._action_dim = 0  # the first is damaged and says so itself: nothing to compare with
         return self._action_dim or None
 
-    def _instructions(self, file: Path, group: h5py.Group, source: str) -> str | list[str]:
+    def _instructions(self, file: Path, group: h5py.Group, origin: str) -> str | list[str]:
         if self.language_key:
-            found = _words(group, self.language_key, source)
+            found = _words(group, self.language_key, origin)
             if found is None:
                 there = sorted({*group, *group.attrs, *group.parent.attrs})
-                raise DamagedDataError(f"{source}: no attribute or data set {self.language_key!r}; there are {there}")
+                raise DamagedDataError(f"{origin}: no attribute or data set {self.language_key!r}; there are {there}")
             return found
         text = ""
         for attribute, key in (("problem_info", "language_instruction"), ("ep_meta", "lang")):
-            text = text or _words_within(group, attribute, key, source)
+            text = text or _words_within(group, attribute, key, origin)
         for key in LANGUAGE_NAMES:
-            if not text and (found := _words(group, key, source)):
+            if not text and (found := _words(group, key, origin)):
                 return found
         if not text and file.stem.endswith("_demo"):
             text = LIBERO_SCENE.sub("", file.stem).removesuffix("_demo").replace("_", " ")
         return text.strip().strip('"')
 
 
-def _words(group: h5py.Group, key: str, source: str) -> str | list[str] | None:
+def _words(group: h5py.Group, key: str, origin: str) -> str | list[str] | None:
     """The text, or one for each step, under a name: an attribute or a data set, of the demonstration before of `data`
     and of the file; None where there is none."""
     for place in (group, group.get("obs"), group.parent, group.file):
@@ -223,20 +223,20 @@ def _words(group: h5py.Group, key: str, source: str) -> str | list[str] | None:
         if found is None or isinstance(found, h5py.Empty):
             continue
         if isinstance(found, np.ndarray) and found.ndim and len(found) == len(group.get("actions", ())) > 1:
-            return [as_text(text, source) for text in found]
-        return as_text(found, source)
+            return [as_text(text, origin) for text in found]
+        return as_text(found, origin)
     return None
 
 
-def _words_within(group: h5py.Group, attribute: str, key: str, source: str) -> str:
+def _words_within(group: h5py.Group, attribute: str, key: str, origin: str) -> str:
     """The text under a key of an attribute that holds a JSON object, "" where there is none."""
     found = group.attrs.get(attribute, group.parent.attrs.get(attribute))
     if found is None or isinstance(found, h5py.Empty):
         return ""
     try:
-        return as_text(json.loads(as_text(found, source) or "{}").get(key), source)
+        return as_text(json.loads(as_text(found, origin) or "{}").get(key), origin)
     except (ValueError, AttributeError) as error:
-        raise DamagedDataError(f"{source}: the attribute {attribute} is not a JSON object: {error}") from error
+        raise DamagedDataError(f"{origin}: the attribute {attribute} is not a JSON object: {error}") from error
 
 
 def upside_down(file: Path) -> bool:
@@ -246,16 +246,16 @@ def upside_down(file: Path) -> bool:
     images before it stores them, other recorders (ours too) store them upright or do not say.
     """
     attributes = open_file(file)["data"].attrs
-    source = f"{file}, data"
+    origin = f"{file}, data"
     convention = attributes.get("macros_image_convention")
     if convention is not None:
-        return as_text(convention, source).strip().lower() == "opengl"
+        return as_text(convention, origin).strip().lower() == "opengl"
     if str(attributes.get("tag", "")).startswith("libero"):
         return True
-    return as_text(attributes.get("bddl_file_name"), source).strip().endswith(".bddl")
+    return as_text(attributes.get("bddl_file_name"), origin).strip().endswith(".bddl")
 
 
-class HDF5Frames(Frames):
+class HDF5Images(CameraImages):
     """Images in a data set (T, H, W, 3) of an HDF5 file; only the path is held, so it travels to workers."""
 
     def __init__(self, file: Path, key: str, rotate: bool = False, steps: range | None = None):
@@ -268,8 +268,8 @@ class HDF5Frames(Frames):
     def __len__(self) -> int:
         return len(self.steps)
 
-    def _select(self, steps: slice) -> "HDF5Frames":
-        return HDF5Frames(self.file, self.key, self.rotate, self.steps[steps])
+    def _select(self, steps: slice) -> "HDF5Images":
+        return HDF5Images(self.file, self.key, self.rotate, self.steps[steps])
 
     def _decode(self, step: int) -> np.ndarray:
         try:
@@ -332,30 +332,30 @@ def _cameras(group: h5py.Group) -> list[str]:
     return order_cameras(keys)
 
 
-def _find(group: h5py.Group, key: str, source: str) -> h5py.Dataset:
+def _find(group: h5py.Group, key: str, origin: str) -> h5py.Dataset:
     for candidate in (key, f"obs/{key}"):
         if isinstance(group.get(candidate), h5py.Dataset):
             return group[candidate]
         link = group.get(candidate, getlink=True) if group.get(candidate) is None else None
         if isinstance(link, h5py.SoftLink | h5py.ExternalLink):
-            raise DamagedDataError(f"{source}: {candidate!r} is a link to {link.path!r}, which is not there")
+            raise DamagedDataError(f"{origin}: {candidate!r} is a link to {link.path!r}, which is not there")
     there = sorted(group) + [f"obs/{k}" for k in group.get("obs", {})]
-    raise DamagedDataError(f"{source}: no key {key!r}; there are {there}")
+    raise DamagedDataError(f"{origin}: no key {key!r}; there are {there}")
 
 
-def _columns(group: h5py.Group, keys: Keys, source: str) -> np.ndarray | None:
+def _columns(group: h5py.Group, keys: Keys, origin: str) -> np.ndarray | None:
     """The values of one key, or of several side by side (T, D); None without keys."""
     names = key_list(keys)
-    arrays = {key: np.asarray(_find(group, key, source)[()]) for key in names if key is not None}
+    arrays = {key: np.asarray(_find(group, key, origin)[()]) for key in names if key is not None}
     if not arrays:
         return None
     for key, array in arrays.items():
         if array.dtype.kind not in "biuf" or not array.ndim:
-            raise DamagedDataError(f"{source}: {key!r} is not numbers for each step but {array.dtype} {array.shape}")
+            raise DamagedDataError(f"{origin}: {key!r} is not numbers for each step but {array.dtype} {array.shape}")
     length = len(next(iter(arrays.values())))
     if any(len(array) != length for array in arrays.values()):
-        raise DamagedDataError(f"{source}: lengths differ: { {key: len(array) for key, array in arrays.items()} }")
+        raise DamagedDataError(f"{origin}: lengths differ: { {key: len(array) for key, array in arrays.items()} }")
     if not length:
-        raise DamagedDataError(f"{source}: the episode has no steps")
+        raise DamagedDataError(f"{origin}: the episode has no steps")
     zeros = np.zeros((length, 1), np.float32)
     return np.concatenate([zeros if key is None else arrays[key].reshape(length, -1) for key in names], axis=1)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..data.episode import EncodedFrames, Episode
+from ..data.episode import EncodedImages, Episode
 from ..data.images import ImageFormat, encode_image
 from .environment import Environment, check_action
 
@@ -74,7 +74,7 @@ def record_episode(
     return Episode(
         instruction=instruction,
         actions=np.stack(actions),
-        images={camera: EncodedFrames(frames) for camera, frames in images.items()},
+        images={camera: EncodedImages(frames) for camera, frames in images.items()},
         state=np.stack(states),
         dataset_name=task,
         index=seed,
@@ -84,7 +84,7 @@ def record_episode(
 def save_episode(episode: Episode, file: Path, *, seed: int, failed: int) -> None:
     arrays: dict[str, Any] = {"actions": episode.actions, "state": episode.state}
     for camera, frames in episode.images.items():
-        assert isinstance(frames, EncodedFrames)
+        assert isinstance(frames, EncodedImages)
         arrays[f"bytes.{camera}"] = np.frombuffer(b"".join(frames.encoded), np.uint8)
         arrays[f"sizes.{camera}"] = np.array([len(data) for data in frames.encoded])
     # Of this process alone: a worker of a killed run may still be at the same episode.
@@ -108,7 +108,7 @@ def load_episode(file: Path, dataset_name: str) -> Episode:
         images = {}
         for camera in (name.removeprefix("bytes.") for name in arrays if name.startswith("bytes.")):
             data, ends = arrays[f"bytes.{camera}"].tobytes(), np.cumsum(arrays[f"sizes.{camera}"]).tolist()
-            images[camera] = EncodedFrames([data[start:end] for start, end in zip([0, *ends], ends)], str(file))
+            images[camera] = EncodedImages([data[start:end] for start, end in zip([0, *ends], ends)], str(file))
         return Episode(
             instruction=str(arrays["instruction"]),
             actions=arrays["actions"],
@@ -116,5 +116,5 @@ def load_episode(file: Path, dataset_name: str) -> Episode:
             state=arrays["state"],
             dataset_name=dataset_name,
             index=int(arrays["seed"]),
-            source=str(file),
+            origin=str(file),
         )

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from .episode import COPY_AGAIN, DamagedDataError, check_data_file
+from ..episode import COPY_AGAIN, DamagedDataError, check_data_file
 from .handles import kept_open
 
 
@@ -17,15 +17,15 @@ from .handles import kept_open
 DAMAGED_PARQUET = (OSError, pa.ArrowException, ValueError, KeyError, TypeError, OverflowError)
 
 
-def read_rows(path: Path, episode: int, wanted: set[str], optional: set[str], source: str) -> pa.Table:
+def read_rows(path: Path, episode: int, wanted: set[str], optional: set[str], origin: str) -> pa.Table:
     """The rows of one episode by increasing frame_index, where there is one, with the columns `wanted` and those of
     `optional` that there are. Only row groups that may hold it are read."""
-    with _damage(source):
+    with _damage(origin):
         file = _open_parquet(path)
         there = file.schema_arrow.names
     if missing := wanted - set(there):
-        raise DamagedDataError(f"{source}: no column {sorted(missing)}; there are {there}")
-    with _damage(source):
+        raise DamagedDataError(f"{origin}: no column {sorted(missing)}; there are {there}")
+    with _damage(origin):
         leaves = [file.metadata.schema.column(i).path for i in range(file.metadata.num_columns)]
         place = leaves.index("episode_index")
         groups = []
@@ -36,7 +36,7 @@ def read_rows(path: Path, episode: int, wanted: set[str], optional: set[str], so
         columns = sorted(wanted | (optional & set(there)))
         table = file.read_row_groups(groups, columns=columns, use_threads=False)
         table = table.filter(pc.equal(table["episode_index"], episode))
-    return _in_order(table, source)
+    return _in_order(table, origin)
 
 
 def column_names(path: Path) -> list[str]:
@@ -47,19 +47,19 @@ def column_names(path: Path) -> list[str]:
         return []
 
 
-def time_stamps(table: pa.Table, fps: float, tolerance: float, source: str) -> np.ndarray:
+def time_stamps(table: pa.Table, fps: float, tolerance: float, origin: str) -> np.ndarray:
     """(T,) seconds since the episode began, which must be frame_index / fps.
 
     LeRobot writes that, and compares what it decodes with the time stamps (`check_timestamps_sync`; `tolerance_s` of
     its data sets); here it is one rule for every row. Without frame_index rows count from 0.
     """
-    stamps, frames = _numbers(table, "timestamp", source), np.arange(table.num_rows)
+    stamps, frames = _numbers(table, "timestamp", origin), np.arange(table.num_rows)
     if "frame_index" in table.column_names:
-        frames = _numbers(table, "frame_index", source).astype(np.int64)
+        frames = _numbers(table, "frame_index", origin).astype(np.int64)
         if len(gaps := np.flatnonzero(np.diff(frames) != 1)):
             row = int(gaps[0])
             raise DamagedDataError(
-                f"{source}, row {row + 1}: frame_index goes from {frames[row]} to {frames[row + 1]}; rows between them "
+                f"{origin}, row {row + 1}: frame_index goes from {frames[row]} to {frames[row + 1]}; rows between them "
                 "are missing"
             )
     rounding = np.spacing(np.abs(stamps).astype(np.float32)).astype(np.float64)  # they are stored as float32
@@ -67,45 +67,45 @@ def time_stamps(table: pa.Table, fps: float, tolerance: float, source: str) -> n
     if len(wrong):
         row = int(wrong[0])
         raise DamagedDataError(
-            f"{source}, row {row}: its time stamp is {stamps[row]:.4f} s, but frame {frames[row]} of {fps:g} a second "
+            f"{origin}, row {row}: its time stamp is {stamps[row]:.4f} s, but frame {frames[row]} of {fps:g} a second "
             f"is at {frames[row] / fps:.4f} s: images are found by time stamps, and would be those of another moment. "
             f"Write frame_index / fps, correct fps in meta/info.json, or allow more than {tolerance:g} s (tolerance_s)"
         )
     return stamps
 
 
-def _in_order(table: pa.Table, source: str) -> pa.Table:
+def _in_order(table: pa.Table, origin: str) -> pa.Table:
     if "frame_index" not in table.column_names:
         return table
-    frames = _numbers(table, "frame_index", source)
+    frames = _numbers(table, "frame_index", origin)
     if (np.diff(frames) > 0).all():
         return table
     order = np.argsort(frames, kind="stable")
     if len(twice := np.flatnonzero(np.diff(frames[order]) == 0)):
         row = int(order[twice[0] + 1])
-        raise DamagedDataError(f"{source}, row {row}: frame_index {frames[row]:.0f} stands there twice")
+        raise DamagedDataError(f"{origin}, row {row}: frame_index {frames[row]:.0f} stands there twice")
     return table.take(order)
 
 
-def _numbers(table: pa.Table, column: str, source: str) -> np.ndarray:
+def _numbers(table: pa.Table, column: str, origin: str) -> np.ndarray:
     """(T,) float64 of a column with one finite number in each row."""
     try:
         values = np.array(table[column].to_pylist(), np.float64).reshape(table.num_rows)
     except (TypeError, ValueError) as error:
-        raise DamagedDataError(f"{source}: {column} is not one number in each row: {error}") from error
+        raise DamagedDataError(f"{origin}: {column} is not one number in each row: {error}") from error
     if len(wrong := np.flatnonzero(~np.isfinite(values))):
-        raise DamagedDataError(f"{source}, row {wrong[0]}: {column} is {values[wrong[0]]}")
+        raise DamagedDataError(f"{origin}, row {wrong[0]}: {column} is {values[wrong[0]]}")
     return values
 
 
 @contextmanager
-def _damage(source: str) -> Iterator[None]:
+def _damage(origin: str) -> Iterator[None]:
     try:
         yield
     except DamagedDataError as error:
-        raise DamagedDataError(f"{source}: {error}") from error
+        raise DamagedDataError(f"{origin}: {error}") from error
     except DAMAGED_PARQUET as error:
-        raise DamagedDataError(f"{source}: cannot be read ({error}): {COPY_AGAIN}") from error
+        raise DamagedDataError(f"{origin}: cannot be read ({error}): {COPY_AGAIN}") from error
 
 
 @kept_open()

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..extras import remedy
-from .dataset import EpisodeDataset, PythonDataset
+from ...extras import remedy
+from ..dataset import EpisodeDataset, PythonDataset
 
 
 # Format -> module and class, imported when first used: each needs libraries of its own.

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from ..configuration_openvla import closest
-from .oxe_conversions import Trajectory
+from ...configuration_openvla import closest
+from .conversions import Trajectory
 
 
 @dataclass(frozen=True)

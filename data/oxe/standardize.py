@@ -2,7 +2,7 @@
 
 `STANDARDIZE[name](trajectory)` gives a trajectory whose `action` is (delta xyz, delta roll-pitch-yaw, gripper with
 1 = open), whose `language_instruction` stands at the top, and whose observation holds the fields that the layout of the
-dataset names (`oxe_catalog.py`). Units and frames stay as recorded; so do the joint-space datasets, marked below.
+dataset names (`catalog.py`). Units and frames stay as recorded; so do the joint-space datasets, marked below.
 
 A dataset is a `Recipe`: which columns of which recorded fields make up the action, new observation fields and the
 language. Source of the conventions: the standardisation that the published models were trained on
@@ -12,8 +12,8 @@ language. Source of the conventions: the standardisation that the published mode
 from dataclasses import replace
 from functools import partial
 
-from .oxe_catalog import Registry
-from .oxe_conversions import (
+from .catalog import Registry
+from .conversions import (
     binarize_gripper_actions,
     clip_to_unit,
     decompress_floats,
@@ -25,7 +25,7 @@ from .oxe_conversions import (
     text_from_code_points,
     to_float32,
 )
-from .oxe_recipes import Field, Parts, Recipe
+from .recipes import Field, Parts, Recipe
 
 
 def observed(key: str) -> Field:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import google_crc32c
 
-from ..files_openvla import check_file
-from .episode import DamagedDataError
+from ...files_openvla import check_file
+from ..episode import DamagedDataError
 
 
 HEADER = struct.Struct("<QI")

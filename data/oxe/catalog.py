@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ..configuration_openvla import closest
-from .oxe_conversions import Trajectory
-from .oxe_recipes import Field, as_columns
+from ...configuration_openvla import closest
+from .conversions import Trajectory
+from .recipes import Field, as_columns
 
 
 Entry = TypeVar("Entry")
@@ -77,7 +77,7 @@ def _read(file: str) -> dict[str, Any]:
 
 def load_oxe_datasets() -> dict[str, OXEDataset]:
     """The layout of every dataset whose layout is known, by name; an unknown name is a `KeyError` with the nearest."""
-    layouts = {name: OXEDataset(**layout) for name, layout in _read("oxe_datasets.json").items()}
+    layouts = {name: OXEDataset(**layout) for name, layout in _read("datasets.json").items()}
     return Registry("dataset with a known layout", layouts)
 
 
@@ -87,7 +87,7 @@ def load_oxe_mixtures() -> dict[str, dict[str, float]]:
     `oxe_magic_soup` trained openvla-v01-7b; `oxe_magic_soup_plus`, then `oxe_magic_soup_plus_minus`, openvla-7b. Where
     the original lists a dataset twice the first weight counts, as it does there.
     """
-    mixtures = {name: dict(weights) for name, weights in _read("oxe_mixtures.json").items()}
+    mixtures = {name: dict(weights) for name, weights in _read("mixtures.json").items()}
     return Registry("mixture", mixtures)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from .episode import COPY_AGAIN, DamagedDataError, Frames, check_data_file
+from ..episode import COPY_AGAIN, CameraImages, DamagedDataError, check_data_file
 from .handles import kept_open
 
 
@@ -106,24 +106,24 @@ def open_video(path: Path) -> Video:
     return Video(path)
 
 
-class VideoFrames(Frames):
-    """Frames of a video file at the given times (T,), in seconds. Holds no pixels.
+class VideoImages(CameraImages):
+    """CameraImages of a video file at the given times (T,), in seconds. Holds no pixels.
 
-    `source` names the episode in errors; `rows`: which of its rows these are.
+    `origin` names the episode in errors; `rows`: which of its rows these are.
     """
 
-    def __init__(self, path: Path, times: np.ndarray, source: str, tolerance: float, rows: range | None = None):
-        self.path, self.times, self.source, self.tolerance = path, times, source, tolerance
+    def __init__(self, path: Path, times: np.ndarray, origin: str, tolerance: float, rows: range | None = None):
+        self.path, self.times, self.origin, self.tolerance = path, times, origin, tolerance
         self.rows = range(len(times)) if rows is None else rows
 
     def __len__(self) -> int:
         return len(self.times)
 
-    def _select(self, steps: slice) -> "VideoFrames":
-        return VideoFrames(self.path, self.times[steps].copy(), self.source, self.tolerance, self.rows[steps])
+    def _select(self, steps: slice) -> "VideoImages":
+        return VideoImages(self.path, self.times[steps].copy(), self.origin, self.tolerance, self.rows[steps])
 
     def _decode(self, step: int) -> np.ndarray:
         try:
             return open_video(self.path).frame_at(float(self.times[step]), self.tolerance)
         except (DamagedDataError, FileNotFoundError) as error:
-            raise DamagedDataError(f"{self.source}, row {self.rows[step]}: {error}") from error
+            raise DamagedDataError(f"{self.origin}, row {self.rows[step]}: {error}") from error

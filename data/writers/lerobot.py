@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .episode import EncodedFrames, Episode
-from .images import JPEG_START, ImageFormat, encode_image
+from ..episode import EncodedImages, Episode
+from ..images import JPEG_START, ImageFormat, encode_image
 from .lerobot_statistics import FeatureStatistics
 
 
@@ -204,7 +204,7 @@ def vector_features(shapes: dict[str, tuple[int, ...]]) -> dict[str, dict[str, A
 
 
 def encoded(frames: Sequence[np.ndarray], image_format: ImageFormat) -> list[bytes]:
-    if isinstance(frames, EncodedFrames):
+    if isinstance(frames, EncodedImages):
         return [bytes(data) for data in frames.encoded]
     return [encode_image(frame, image_format) for frame in frames]
 

@@ -17,10 +17,10 @@ from google.protobuf.json_format import Error as ProtobufError
 from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_pb2
 
-from ..files_openvla import read_json
-from .dataset import Cameras, EpisodeDataset, Keys, OnError, action_keys, key_list, name_cameras, warn_of_camera
-from .episode import DamagedDataError, Episode, MissingKeyError, as_text, make_episode, not_colour, order_cameras
-from .images import is_colour_image
+from ...files_openvla import read_json
+from ..dataset import Cameras, EpisodeDataset, Keys, OnError, action_keys, key_list, name_cameras, warn_of_camera
+from ..episode import DamagedDataError, Episode, MissingKeyError, as_text, make_episode, not_colour, order_cameras
+from ..images import is_colour_image
 from .tfrecord import read_record, record_checksums, scan
 
 
@@ -46,12 +46,12 @@ class RLDSDataset(EpisodeDataset):
     """Episodes of one split of a TFDS folder. Records are found by their headers, so access is random.
 
     `split` may be anything tensorflow_datasets reads: "train", "train[:95%]", "train+val", "all". `standardize` maps
-    the raw trajectory (see `trajectory`) to one with `action` and `language_instruction`, as `data.oxe.STANDARDIZE`
-    does; keys and cameras are then looked for in its result. `cameras`, `action_key`, `state_key`, `language_key`:
-    paths such as "observation/image" ("image" finds it too). A list of keys is concatenated; None within it stands for
-    a column of zeros; `state_key=[]` leaves the state out. Words are looked for in the steps, then in what belongs to
-    the episode as a whole ("episode_metadata/language_instruction"). Cameras are colour images; depth, masks and
-    infrared are none by themselves, nor is a gray camera: only where they are named.
+    the raw trajectory (see `trajectory`) to one with `action` and `language_instruction`, as `STANDARDIZE` of
+    `data.oxe.standardize` does; keys and cameras are then looked for in its result. `cameras`, `action_key`,
+    `state_key`, `language_key`: paths such as "observation/image" ("image" finds it too). A list of keys is
+    concatenated; None within it stands for a column of zeros; `state_key=[]` leaves the state out. Words are looked for
+    in the steps, then in what belongs to the episode as a whole ("episode_metadata/language_instruction"). Cameras are
+    colour images; depth, masks and infrared are none by themselves, nor is a gray camera: only where they are named.
     """
 
     def __init__(
@@ -174,7 +174,7 @@ class RLDSDataset(EpisodeDataset):
             raise DamagedDataError(f"{path}, record {record}: the episode has no steps")
         return {**_stack(steps), METADATA: _stack([example] * len(steps))}
 
-    def _check_kinds(self, data: bytes, source: str) -> None:
+    def _check_kinds(self, data: bytes, origin: str) -> None:
         """A DamagedDataError where features.json says whole numbers and a record holds fractions, which would be cut,
         or numbers and it holds bytes."""
         try:
@@ -188,18 +188,18 @@ class RLDSDataset(EpisodeDataset):
             if cut or (kind == "bytes_list" and number in "iubf"):
                 found = "fractions" if cut else "bytes"
                 raise DamagedDataError(
-                    f"{source}: it does not fit features.json, which says {info.np_dtype} of {key!r}: it holds {found}"
+                    f"{origin}: it does not fit features.json, which says {info.np_dtype} of {key!r}: it holds {found}"
                 )
 
     def _load(self, index: int) -> Episode:
         path, record = self._locate(index)
-        source = f"{path}, record {record}"
+        origin = f"{path}, record {record}"
         trajectory = self._trajectory(path, record)
         if self.standardize:
             try:
                 trajectory = self.standardize(trajectory)
             except Exception as error:
-                error.add_note(f"while standardizing {source}")
+                error.add_note(f"while standardizing {origin}")
                 raise
         flat = dict(_flatten({k: v for k, v in trajectory.items() if k != METADATA}))
         if self.cameras is None:
@@ -212,32 +212,32 @@ class RLDSDataset(EpisodeDataset):
         if state_key is None:
             state_key = next((n for n in STATE_NAMES if n in flat and flat[n].ndim == 2), [])
         return make_episode(
-            actions=_columns(flat, action_keys(self.action_key, "action"), source),
-            images={name: flat[_find(flat, key, source)] for name, key in cameras.items()},
-            state=_columns(flat, state_key, source),
-            instructions=self._instructions(flat, dict(_flatten(trajectory.get(METADATA, {}))), source),
+            actions=_columns(flat, action_keys(self.action_key, "action"), origin),
+            images={name: flat[_find(flat, key, origin)] for name, key in cameras.items()},
+            state=_columns(flat, state_key, origin),
+            instructions=self._instructions(flat, dict(_flatten(trajectory.get(METADATA, {}))), origin),
             dataset_name=self.name,
             index=index,
-            source=source,
+            origin=origin,
         )
 
-    def _instructions(self, flat: dict[str, np.ndarray], of_episode: dict[str, np.ndarray], source: str) -> Any:
+    def _instructions(self, flat: dict[str, np.ndarray], of_episode: dict[str, np.ndarray], origin: str) -> Any:
         """One text, or one for each step; "" where there is none."""
         key = self.language_key
         if key is None:
             for values, end in ((flat, slice(None)), (of_episode, slice(1))):
                 texts = [name for name, value in values.items() if value.dtype.kind in "OSU" and _is_text(value)]
                 if found := next((name for known in LANGUAGE_NAMES for name in texts if _last(name) == known), None):
-                    return list(values[found]) if end == slice(None) else as_text(values[found][0], source)
+                    return list(values[found]) if end == slice(None) else as_text(values[found][0], origin)
             return ""
         inner = key.removeprefix(f"{METADATA}/")
         if inner == key and (key in flat or f"observation/{key}" in flat):
-            return list(flat[_find(flat, key, source)])
+            return list(flat[_find(flat, key, origin)])
         found = next((name for name in of_episode if name == inner), None)
         found = found or next((name for name in of_episode if name.endswith(f"/{inner}")), None)
         if found is None:
-            _find(flat | {f"{METADATA}/{name}": value for name, value in of_episode.items()}, key, source)
-        return as_text(of_episode[str(found)][0], source)
+            _find(flat | {f"{METADATA}/{name}": value for name, value in of_episode.items()}, key, origin)
+        return as_text(of_episode[str(found)][0], origin)
 
 
 def _builder(folder: Path) -> Any:
@@ -327,7 +327,7 @@ def _is_image(value: np.ndarray) -> bool:
     return value.dtype == np.uint8 and value.ndim == 4 and value.shape[-1] == 3
 
 
-def _find(flat: dict[str, np.ndarray], key: str, source: str) -> str:
+def _find(flat: dict[str, np.ndarray], key: str, origin: str) -> str:
     for candidate in (key, f"observation/{key}"):
         if candidate in flat:
             return candidate
@@ -340,18 +340,18 @@ def _find(flat: dict[str, np.ndarray], key: str, source: str) -> str:
         if near
         else ""
     )
-    raise MissingKeyError(f"{source}: no key {key!r} ({hint}); there are {sorted(flat)}")
+    raise MissingKeyError(f"{origin}: no key {key!r} ({hint}); there are {sorted(flat)}")
 
 
-def _columns(flat: dict[str, np.ndarray], keys: Keys, source: str) -> np.ndarray | None:
+def _columns(flat: dict[str, np.ndarray], keys: Keys, origin: str) -> np.ndarray | None:
     """The values of one key, or of several side by side (T, D); None without keys."""
-    names = [None if key is None else _find(flat, key, source) for key in key_list(keys)]
+    names = [None if key is None else _find(flat, key, origin) for key in key_list(keys)]
     arrays = [flat[name] for name in names if name]
     if not arrays:
         return None
     length = len(arrays[0])
     if of_text := [name for name, array in zip(filter(None, names), arrays) if array.size and _is_text(array)]:
-        raise DamagedDataError(f"{source}: {of_text} are texts, expected numbers for each of {length} steps")
+        raise DamagedDataError(f"{origin}: {of_text} are texts, expected numbers for each of {length} steps")
     try:
         parts = [
             np.zeros((length, 1), np.float32)
@@ -360,5 +360,5 @@ def _columns(flat: dict[str, np.ndarray], keys: Keys, source: str) -> np.ndarray
             for name in names
         ]
     except (TypeError, ValueError) as error:
-        raise DamagedDataError(f"{source}: {names} are not all numbers for each of {length} steps: {error}") from error
+        raise DamagedDataError(f"{origin}: {names} are not all numbers for each of {length} steps: {error}") from error
     return np.concatenate(parts, axis=1)

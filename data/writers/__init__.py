@@ -1,0 +1,1 @@
+"""Episodes as datasets in files, for `openvla record`."""
