@@ -342,7 +342,10 @@ class OpenVLAConfig(transformers.PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """As in every configuration of the library; fields given by name are checked as well."""
-        loaded = super().from_dict(config_dict, **kwargs)
+        try:
+            loaded = super().from_dict(config_dict, **kwargs)
+        except StrictDataclassError as error:
+            raise ValueError(f"A field of the configuration is of the wrong type: {error}") from error
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         config.check_fields()
         return loaded

@@ -226,8 +226,8 @@ def test_other_weights_under_one_name(place):
         act(model)
     with pytest.warns(UserWarning, match="merged model has no action statistics"):
         merged = model.merge_and_unload()
-    with pytest.raises(ValueError, match="no action statistics"):
-        act(merged)
+        with pytest.raises(ValueError, match="no action statistics"):  # older PEFT unloads it by then
+            act(merged)
 
 
 def test_weights_that_are_merged_give_the_units(place):

@@ -120,6 +120,11 @@ def outcome(folder: Path, weights: bool) -> str:
     return "right"
 
 
+def action_of(folder: Path) -> np.ndarray:
+    model = OpenVLAForActionPrediction.from_pretrained(folder, dtype=torch.float32).eval()
+    return model.predict_action(golden_image(0), "open the drawer", unnorm_key=next(iter(model.norm_stats)))
+
+
 @pytest.mark.parametrize("kind", FILE_DAMAGE)
 def test_damaged_files(kind, original, damaged):
     """Every JSON file of the folder, damaged in every way: what a prediction cannot do without is refused."""
@@ -178,7 +183,12 @@ def test_damaged_weights_are_refused(seed, original, damaged, tmp_path):
         file = tmp_path / "changed.safetensors"
         changed = damage_weights(dict(tensors), rng)
         save_file({key: value.contiguous().clone() for key, value in changed.items()}, file, metadata={"format": "pt"})
-        assert outcome(damaged("model.safetensors", file.read_bytes()), weights=True) == "refused"
+        folder = damaged("model.safetensors", file.read_bytes())
+        found = outcome(folder, weights=True)
+        if all(key.startswith("model.") for key in changed):  # transformers 5.4 understands its own prefix
+            assert found == "refused" or (action_of(folder) == action_of(original)).all()
+        else:
+            assert found == "refused"
     whole = (original / "model.safetensors").read_bytes()
     header = int.from_bytes(whole[:8], "little")
     for cut in (b"", whole[:4], whole[: 8 + header // 2], whole[: 8 + header], whole[:-1], LFS_POINTER + b"v1\n"):
