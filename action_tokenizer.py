@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .configuration_openvla import closest
+from .choices_openvla import closest
 from .files_openvla import read_json
 
 

@@ -6,7 +6,6 @@ fine-tuned from them, and names three things those files leave implicit: the siz
 """
 
 import copy
-import difflib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, ClassVar
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 
+from .choices_openvla import check_choice
 from .files_openvla import local_folder, read_json
 
 
@@ -109,27 +109,6 @@ def check_model_type(content: dict[str, Any], where: str, expected: str) -> None
     raise ValueError(
         f"'{where}' {found}, expected '{expected}': give the folder of an OpenVLA model, with its own config.json."
     )
-
-
-def closest(name: Any, known) -> str:
-    """The entry of `known` nearest to `name`, whatever the case, as a ready-made hint (' Did you mean ...?'); an empty
-    string where none is near."""
-    folded = {str(entry).casefold(): str(entry) for entry in known}
-    matches = difflib.get_close_matches(str(name).casefold(), folded, n=1, cutoff=0.6)
-    return f" Did you mean '{folded[matches[0]]}'?" if matches else ""
-
-
-def check_choice(field: str, value: Any, known, otherwise: str = "") -> None:
-    """Raise a `ValueError` that names `field`, the value given, the values known and the nearest of them.
-
-    Args:
-        otherwise: What to do instead of choosing a known value, for the message.
-    """
-    if value not in known:
-        raise ValueError(
-            f"{field}={value!r} is unknown.{closest(value, known)} Known: {', '.join(map(str, known))}."
-            + (f" {otherwise}" if otherwise else "")
-        )
 
 
 class OpenVLAConfig(transformers.PreTrainedConfig):

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
-from .configuration_openvla import closest
+from .choices_openvla import closest
 
 
 # Inputs ---------------------------------------------------------------------------------------------------------------

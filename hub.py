@@ -16,7 +16,8 @@ from huggingface_hub.errors import (
 
 from .action_tokenizer import check_statistics, read_statistics
 from .adapters_openvla import find_adapter, find_base
-from .configuration_openvla import OpenVLAConfig, closest
+from .choices_openvla import closest
+from .configuration_openvla import OpenVLAConfig
 from .files_openvla import local_folder
 from .folders import weights_digest
 

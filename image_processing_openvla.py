@@ -12,7 +12,8 @@ from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ImagesKwargs
 
-from .configuration_openvla import IMAGE_RESIZE_STRATEGIES, check_choice
+from .choices_openvla import check_choice
+from .configuration_openvla import IMAGE_RESIZE_STRATEGIES
 
 # Of a local folder transformers 5.4 and 5.5 copy no more than this file names: also what others import.
 from .files_openvla import read_json as _read_json  # noqa: F401

@@ -42,7 +42,8 @@ from .adapters_openvla import (
     read_belongings,
     with_belongings,
 )
-from .configuration_openvla import TRANSFORMERS, OpenVLAConfig, closest
+from .choices_openvla import closest
+from .configuration_openvla import TRANSFORMERS, OpenVLAConfig
 from .decoding_openvla import (
     Sampling,
     as_tensor,

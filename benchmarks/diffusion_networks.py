@@ -25,7 +25,7 @@ from torch.nn.functional import mish, relu
 from transformers import PreTrainedTokenizerFast
 
 from openvla.action_tokenizer import get_action_stats, unnormalize_actions
-from openvla.configuration_openvla import check_choice
+from openvla.choices_openvla import check_choice
 from openvla.data.augment import resize_image
 from openvla.evaluation.environment import Observation
 

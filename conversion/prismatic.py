@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
 from ..action_tokenizer import read_statistics
-from ..configuration_openvla import LLM_BACKBONES, VISION_BACKBONES, OpenVLAConfig, check_choice, closest
+from ..choices_openvla import check_choice, closest
+from ..configuration_openvla import LLM_BACKBONES, VISION_BACKBONES, OpenVLAConfig
 from ..files_openvla import read_json
 from ..folders import new_folder, write_json
 from ..hub import model_folder, statistics_of

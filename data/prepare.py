@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ..action_tokenizer import LARGEST
-from ..configuration_openvla import check_choice
+from ..choices_openvla import check_choice
 from .dataset import EpisodeDataset
 from .dimensions import check_grippers, default_grippers
 from .episode import DamagedDataError, Episode, MissingKeyError

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..configuration_openvla import check_choice
+from ..choices_openvla import check_choice
 from .dataset import EpisodeDataset, OnError, PartOfDataset, name_cameras
 from .episode import DamagedDataError
 from .formats.open import open_dataset, recognise

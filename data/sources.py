@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..action_tokenizer import check_statistics, read_statistics
-from ..configuration_openvla import check_choice, closest
+from ..choices_openvla import check_choice, closest
 from ..options import respelled
 from .checks import check_clipped, check_converted, odd_grippers
 from .dataset import OnError

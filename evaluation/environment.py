@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..configuration_openvla import check_choice
+from ..choices_openvla import check_choice
 
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")

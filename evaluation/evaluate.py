@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..action_tokenizer import get_action_stats
-from ..configuration_openvla import check_choice
+from ..choices_openvla import check_choice
 from ..files_openvla import read_json
 from ..folders import locked, write_json
 from ..hub import file_digests, model_folder, published_name, statistics_of

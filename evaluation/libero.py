@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..configuration_openvla import check_choice
+from ..choices_openvla import check_choice
 from .environment import SUITES, Observation, check_action
 from .rendering import opengl_backend
 from .robosuite import to_state

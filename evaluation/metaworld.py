@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..configuration_openvla import check_choice
+from ..choices_openvla import check_choice
 from .environment import Observation, check_action
 from .metaworld_variations import VARIED, VARIED_HEADLIGHT, Variation, choose_kind, kinds_of, reword
 from .rendering import Renderer

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..configuration_openvla import check_choice
+from ..choices_openvla import check_choice
 from .rendering import Decoration
 
 

@@ -9,7 +9,7 @@ import torch
 from transformers import BitsAndBytesConfig
 
 from ..action_tokenizer import resolve_unnorm_key
-from ..configuration_openvla import check_choice
+from ..choices_openvla import check_choice
 from ..data.augment import center_crop, resize_image
 from ..extras import require
 from ..files_openvla import read_json

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ..configuration_openvla import check_choice
+from ..choices_openvla import check_choice
 from .environment import Observation, check_action
 from .rendering import Renderer
 

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..configuration_openvla import OpenVLAConfig, closest
+from ..choices_openvla import closest
+from ..configuration_openvla import OpenVLAConfig
 
 
 ROOT = Path(__file__).parent

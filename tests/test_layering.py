@@ -11,6 +11,7 @@ from openvla.conversion.hub_folder import CONFIG_AUTO_MAP
 ROOT = Path(__file__).resolve().parents[1]
 FLAT_FILES = [
     "files_openvla",
+    "choices_openvla",
     "configuration_openvla",
     "action_tokenizer",
     "pixels_openvla",

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..configuration_openvla import OpenVLAConfig, check_choice
+from ..choices_openvla import check_choice
+from ..configuration_openvla import OpenVLAConfig
 from ..extras import ignore_library_warnings
 from ..modeling_openvla import OpenVLAForActionPrediction
 from ..presets import load_preset_config, preset_names

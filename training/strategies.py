@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from transformers import BitsAndBytesConfig
 
-from ..configuration_openvla import check_choice
+from ..choices_openvla import check_choice
 from ..quantization_openvla import NOT_QUANTIZED
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ...configuration_openvla import closest
+from ...choices_openvla import closest
 from .conversions import Trajectory
 from .recipes import Field, as_columns
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ...configuration_openvla import closest
+from ...choices_openvla import closest
 from .conversions import Trajectory
 
 

@@ -1,0 +1,29 @@
+"""A name that is not known is answered with the nearest one that is.
+
+The standard library alone.
+"""
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+
+def closest(name: Any, known: Iterable[Any]) -> str:
+    """The entry of `known` nearest to `name`, whatever the case, as a ready-made hint (' Did you mean ...?'); an empty
+    string where none is near."""
+    folded = {str(entry).casefold(): str(entry) for entry in known}
+    matches = difflib.get_close_matches(str(name).casefold(), folded, n=1, cutoff=0.6)
+    return f" Did you mean '{folded[matches[0]]}'?" if matches else ""
+
+
+def check_choice(field: str, value: Any, known, otherwise: str = "") -> None:
+    """Raise a `ValueError` that names `field`, the value given, the values known and the nearest of them.
+
+    Args:
+        otherwise: What to do instead of choosing a known value, for the message.
+    """
+    if value not in known:
+        raise ValueError(
+            f"{field}={value!r} is unknown.{closest(value, known)} Known: {', '.join(map(str, known))}."
+            + (f" {otherwise}" if otherwise else "")
+        )
