@@ -1,5 +1,5 @@
 """Actions <-> tokens: 256 bins over [-1, 1] written as the last ids of the vocabulary, and the dataset statistics
-that carry [-1, 1] to the units of a robot.
+that carry [-1, 1] to the units of a robot. numpy alone; tensors are taken where torch is there.
 
 Formulas: OpenVLA paper (arXiv 2406.09246) section 3.2 and the published `modeling_prismatic.py`. Everything is
 vectorized; arrays stay numpy, tensors stay on their device.
@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from .choices_openvla import closest
 from .files_openvla import read_json
+from .tensors_openvla import is_tensor
 
 
 NOT_FINITE = "actions are not finite (NaN or infinity), which no action token stands for: repair or drop the step."
@@ -68,7 +68,9 @@ class ActionTokenizer:
         Raises:
             ValueError: If a value is NaN or infinite, which has no bin.
         """
-        if isinstance(actions, torch.Tensor):
+        if is_tensor(actions):
+            import torch
+
             # float64 as in numpy, whose digitize promotes float32 values before it compares them with the edges.
             values = actions.detach().to(torch.float64)
             if not bool(values.isfinite().all()):
@@ -95,7 +97,9 @@ class ActionTokenizer:
         Raises:
             ValueError: If the ids are no integers.
         """
-        if isinstance(token_ids, torch.Tensor):
+        if is_tensor(token_ids):
+            import torch
+
             if token_ids.dtype == torch.bool or token_ids.is_floating_point() or token_ids.is_complex():
                 raise ValueError(f"token_ids must be integers, got {token_ids.dtype}.")
             centers = torch.from_numpy(self.bin_centers).to(token_ids.device)

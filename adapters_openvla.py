@@ -4,7 +4,7 @@ An adapter speaks the units of its own training, from its own prompts and pixels
 adapter's folder but what stands in adapter_config.json; there, under the free `auto_mapping`, a run keeps it:
 
     {"openvla": {"norm_stats": {...}, "processor": {"image_processor": {...}, "prompt_template": "..."},
-                 "base_digest": "..."}}
+                 "model": {"action_chunk": 1}, "base_digest": "..."}}
 """
 
 import os
@@ -18,11 +18,11 @@ import torch
 from transformers.utils import cached_file
 
 from .action_tokenizer import check_statistics, read_statistics
-from .decoding_openvla import every_module
 from .files_openvla import cache_folder, local_folder, read_json, weights_digest
 from .image_processing_openvla import OpenVLAImageProcessor
-from .loading_openvla import QUIET, WEIGHTS_FILES
+from .modules_openvla import every_module
 from .processing_openvla import HUB_KWARGS, OpenVLAProcessor
+from .weights_openvla import QUIET, WEIGHTS_FILES
 
 
 KEY = "openvla"
@@ -241,6 +241,7 @@ class AdapterBelongings:
             for config in merged:
                 _check_known(config)
             statistics, self._merged_processor = _together(merged, "norm_stats"), _together(merged, "processor")
+            self.config.action_chunk = self._adapter_chunk(merged)
         except ValueError as error:
             warnings.warn(f"The merged model has no action statistics. {error}", stacklevel=3)
             self.config.norm_stats = None
@@ -281,6 +282,16 @@ class AdapterBelongings:
 
     def _adapter_processor(self) -> dict[str, Any] | None:
         return _together(self._active_adapters(), "processor") or self.__dict__.get("_merged_processor")
+
+    def _adapter_chunk(self, configs: Iterable[Any]) -> int:
+        """Steps that one prediction of a model with these adapters is for; that of the base where they say nothing."""
+        base = self.config.action_chunk
+        chunks = {belongings(config).get("model", {}).get("action_chunk", base) for config in configs} or {base}
+        if len(chunks) > 1:
+            raise ValueError(
+                f"Adapters that are active together predict {sorted(chunks)} steps at once: activate one (set_adapter)."
+            )
+        return chunks.pop()
 
     def _check_adapter(self, config: Any) -> None:
         """Raise a `ValueError` if the units of an adapter are not known; warn once if nothing is known of its training,

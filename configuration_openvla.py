@@ -130,6 +130,8 @@ class OpenVLAConfig(transformers.PreTrainedConfig):
         output_projector_states: Published field, kept as it is.
         norm_stats: `{dataset: {"action": {"q01", "q99", "mask", ...}}}`, the statistics that un-normalize actions.
         n_action_bins: Number of action tokens; they are the last ids of the tokenizer's own vocabulary.
+        action_head: How actions come out of the language model: "tokens".
+        action_chunk: Steps that one prediction is for.
         timm_model_kwargs: One dict per tower, passed on to `timm.create_model` (sizes of small models).
         image_token_id: Placeholder that stands for one image patch inside the model. Default: the last row of the
             embedding table, which no tokenizer of a published checkpoint uses.
@@ -155,6 +157,8 @@ class OpenVLAConfig(transformers.PreTrainedConfig):
     output_projector_states: bool = False
     norm_stats: dict | None = None
     n_action_bins: int = 256
+    action_head: str = "tokens"
+    action_chunk: int = 1
     timm_model_ids: list = None  # type: ignore[assignment]
     timm_override_act_layers: list = None  # type: ignore[assignment]
     image_sizes: list = None  # type: ignore[assignment]
@@ -252,7 +256,7 @@ class OpenVLAConfig(transformers.PreTrainedConfig):
             raise ValueError(
                 f"image_sizes={self.image_sizes!r}: expected the side of a square in pixels, one per tower."
             )
-        for field in ("n_action_bins", "llm_max_length", "pad_to_multiple_of"):
+        for field in ("n_action_bins", "llm_max_length", "pad_to_multiple_of", "action_chunk"):
             value = getattr(self, field)
             if not (_is_count(value) or (field == "pad_to_multiple_of" and value == 0)):
                 raise ValueError(f"{field}={value!r}: expected a positive integer.")

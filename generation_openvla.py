@@ -8,7 +8,7 @@ import copy
 import torch
 from transformers import GenerationMixin
 
-from .decoding_openvla import largest_pixel
+from .inputs_openvla import largest_pixel
 from .outputs_openvla import CACHE, CACHE_NAMES, one_cache, with_both_names
 from .patches_openvla import PatchLayout
 

@@ -4,7 +4,7 @@ pass here with what a model was trained on.
 Pixel values equal those of the published `processing_prismatic.py` (transformers 4.40.1, timm 0.9.10).
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -14,9 +14,6 @@ from transformers.processing_utils import ImagesKwargs
 
 from .choices_openvla import check_choice
 from .configuration_openvla import IMAGE_RESIZE_STRATEGIES
-
-# Of a local folder transformers 5.4 and 5.5 copy no more than this file names: also what others import.
-from .files_openvla import read_json as _read_json  # noqa: F401
 from .pixels_openvla import (
     INTERPOLATIONS,
     as_image_list,
@@ -28,6 +25,11 @@ from .pixels_openvla import (
     resize,
     resize_shorter_side,
 )
+
+
+if TYPE_CHECKING:  # of a local folder transformers 5.4 and 5.5 copy no more files than this one names
+    from .files_openvla import read_json  # noqa: F401
+    from .tensors_openvla import is_tensor  # noqa: F401
 
 
 class OpenVLAImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]

@@ -1,262 +1,270 @@
-"""What has to be right before weights are trusted: files that are complete, and every tensor of the model among them.
+"""From a folder or Hub id to a model and back: weights, adapters, statistics and the processor that belongs to them."""
 
-`from_pretrained` of the library leaves random what a checkpoint lacks and passes over what it does not know. A policy
-with random parts still moves the arm: here both are errors that say what happened to the weights.
-"""
-
-import os
-import zipfile
-from collections.abc import Collection, Iterable, Mapping
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from safetensors import SafetensorError, safe_open
-from transformers.utils import cached_file
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import cached_file, is_peft_available
 
-from .configuration_openvla import OFT_FILES, oft_message
-from .files_openvla import check_file, local_folder, read_json
-from .processing_openvla import HUB_KWARGS
-
-
-WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")  # in the order in which the library looks for them
-QUIET: dict[str, Any] = {  # `cached_file` returns None for what is not there
-    "_raise_exceptions_for_missing_entries": False,
-    "_raise_exceptions_for_connection_errors": False,
-}
-LOADING = (  # arguments of `from_pretrained` that scripts give, for a hint at a misspelt one
-    "adapter_name", "attn_implementation", "cache_dir", "config", "device_map", "dtype", "load_in_4bit", "load_in_8bit",
-    "low_cpu_mem_usage", "max_memory", "offload_folder", "quantization_config", "revision", "state_dict", "subfolder",
-    "token", "torch_dtype", "trust_remote_code", "use_safetensors",
-)  # fmt: skip
-# What a part of an unexpected name says about where the weights come from; the first that is found is told.
-_OFT = "they hold parts of OpenVLA-OFT, which is not supported yet"
-_PEFT = "a PEFT model was saved unmerged: save model.merge_and_unload() instead"
-_BITSANDBYTES = "they are quantized by bitsandbytes, and config.json has no quantization_config"
-_ORIGINAL = "they have the names of the original's training code: see `openvla convert`"
-ORIGINS = {
-    "action_head": _OFT,
-    "proprio_projector": _OFT,
-    "vision_backbone.vision_backbone.": _OFT,
-    ".block.": _OFT,  # FiLM
-    "lora_": _PEFT,
-    ".base_layer.": _PEFT,
-    "modules_to_save.": _PEFT,
-    "base_model.model.": f"{_PEFT}, or remove the prefix 'base_model.model.' of all names",
-    "_orig_mod.": "a model was saved from torch.compile: save the model inside, or remove '_orig_mod.' from all names",
-    "_fsdp_wrapped_module.": "a model was saved from FSDP: gather its full state dict first",
-    "_checkpoint_wrapped_module.": "a model was saved with wrappers for checkpointing: remove them from all names",
-    "module.": "a model was saved from DistributedDataParallel: save model.module, or remove 'module.' from all names",
-    ".gamma": "LayerScale has timm's name: rename '.gamma' to '.scale_factor'",
-    "llm_backbone.": _ORIGINAL,
-    "_featurizer.": _ORIGINAL,
-    ".absmax": _BITSANDBYTES,
-    ".SCB": _BITSANDBYTES,
-}
+from .action_tokenizer import check_statistics, read_statistics
+from .adapters_openvla import (
+    KEY,
+    AdapterBelongings,
+    belongings,
+    check_base,
+    find_adapter,
+    find_base,
+    read_belongings,
+    with_belongings,
+)
+from .choices_openvla import closest
+from .configuration_openvla import TRANSFORMERS, OpenVLAConfig
+from .files_openvla import local_folder
+from .outputs_openvla import CACHE_NAMES
+from .processing_openvla import HUB_KWARGS, OpenVLAProcessor
+from .quantization_openvla import keep_split_blocks_from_packing, take_quantization, turn_block_scales_back
+from .vision_openvla import init_vision_weights
+from .weights_openvla import LOADING, QUIET, check_filled, check_folder, check_loaded, check_placed
 
 
-# Files ----------------------------------------------------------------------------------------------------------------
+class OpenVLAPreTrainedModel(AdapterBelongings, PreTrainedModel):
+    """What the library asks of a model, and the part of ours that reads and writes folders."""
 
+    config: OpenVLAConfig
+    config_class = OpenVLAConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["OpenVLAVisionBackbone", "OpenVLAProjector"]  # those of the language model add themselves
+    _skip_keys_device_placement = list(CACHE_NAMES)
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
 
-def find_weight_files(folder: Path, names: Iterable[str] = WEIGHTS_FILES) -> list[Path]:
-    """The weight files of a folder that the library would take, in order; empty if there are none.
+    def __init__(self, config: OpenVLAConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        self._processor: OpenVLAProcessor | None = None
+        self._processor_is_set = False
+        self._adapted_processor: tuple[dict | None, OpenVLAProcessor | None] = (None, None)
+        self._hub_kwargs: dict[str, Any] = {}
 
-    Raises:
-        FileNotFoundError: If a shard that the index names is missing.
-        ValueError: If the index is damaged.
-    """
-    for name in names:
-        if (folder / name).is_file():
-            return [folder / name]
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            shards = read_json(index).get("weight_map")
-            if not isinstance(shards, Mapping) or not shards:
-                raise ValueError(f"'{index}' has no weight_map: it was damaged, copy or download it again.")
-            files = [folder / str(shard) for shard in sorted(set(shards.values()))]
-            missing = [file.name for file in files if not file.is_file()]
-            if missing:
-                raise FileNotFoundError(
-                    f"'{folder}' lacks {', '.join(missing)}, which its {index.name} names: copy or download them, too."
-                )
-            return files
-    return []
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialize what `module` itself owns (Linear, Conv, Embedding and norms are the library's)."""
+        super()._init_weights(module)
+        init_vision_weights(module)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """Load a folder or Hub id, published layout or ours; `dataset_statistics.json` wins over `config.norm_stats`.
 
-def check_weight_file(file: Path, whole_numbers: bool = False) -> None:
-    """Raise a `ValueError` if a file is empty, a Git LFS pointer, cut off, damaged, or of whole numbers; only its ends
-    are read.
+        With a `quantization_config` that names no exceptions, vision towers, projector and lm_head stay unquantized.
+        A folder that holds a PEFT adapter is loaded together with the base it names.
 
-    Args:
-        whole_numbers: They are right: the model is quantized, or the caller looks at the tensors.
-    """
-    check_file(file, "weights file")
-    damaged = f"'{file}' is damaged or cut off ({file.stat().st_size:,} bytes): copy or download it again."
-    if file.suffix == ".safetensors":
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                types = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{damaged} {error}") from error
-        whole = [name for name, kind in types.items() if not kind.startswith(("F", "BF"))]
-        if whole and not whole_numbers:
+        Args:
+            ignore_mismatched_sizes: Let tensors of another shape than the stored ones begin at random.
+            norm_stats: Statistics that count instead of those of the folder.
+            output_loading_info: Return the model, and a dict of the names that are missing, unexpected or of another
+                shape, instead of raising an error for them.
+
+        Raises:
+            FileNotFoundError: If there is no such folder or Hub id, no config.json, or a weight file is missing.
+            ValueError: If a file is damaged or a Git LFS pointer, or the weights lack tensors of the model, hold others
+                or of another shape: nothing stays random.
+        """
+        name = pretrained_model_name_or_path
+        hub = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
+        given = check_statistics(kwargs["norm_stats"]) if kwargs.get("norm_stats") is not None else None
+        of_adapter = dict(kwargs.pop("adapter_kwargs", None) or {})
+        # Of a Hub id AutoModel passes the base, and the adapter beside it.
+        adapter_name = of_adapter.pop("_adapter_model_path", None)
+        if adapter_name is None:
+            adapter_name = name
+            of_adapter = {**hub, **of_adapter}
+        adapter = None if adapter_name is None else find_adapter(adapter_name, of_adapter)
+        if adapter is not None:
+            # Not of the base: where the adapter's repository was named, which revision and folder of it
+            left_out = ("norm_stats", *(("revision", "subfolder") if adapter_name is name else ()))
+            kwargs = {key: value for key, value in kwargs.items() if key not in left_out}
+            loaded = cls._from_adapter(adapter, *model_args, **kwargs)
+            if given is not None:
+                (loaded[0] if isinstance(loaded, tuple) else loaded).norm_stats = given
+            return loaded
+        take_quantization(kwargs)
+        loaded = cls._load(name, *model_args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model._hub_kwargs = hub
+        keep_split_blocks_from_packing(model)
+        if given is not None:
+            model.config.norm_stats = given
+        elif name is not None:
+            file = cached_file(name, "dataset_statistics.json", **QUIET, **hub)
+            if file is not None:
+                model.config.norm_stats = read_statistics(file)
+            elif model.config.norm_stats:
+                where = f"norm_stats of '{model.config.name_or_path}'"
+                model.config.norm_stats = check_statistics(model.config.norm_stats, where)
+        return loaded
+
+    @classmethod
+    def _from_adapter(cls, adapter: Path, *model_args, **kwargs):
+        """The base of an adapter in a local folder, and the adapter on it."""
+        adapter_name = kwargs.pop("adapter_name", None) or "default"
+        base = find_base(adapter)
+        loaded = cls.from_pretrained(base, *model_args, **kwargs)
+        problem = check_base(base, read_belongings(adapter).get("base_digest"))
+        if problem:
             raise ValueError(
-                f"'{file}' holds {len(whole)} tensor(s) of whole numbers, for example {whole[0]} ({types[whole[0]]}), "
-                "and config.json has no quantization_config that says what they mean: take the config.json they were "
-                "saved with, or weights of a floating-point type."
+                f"{problem}. Put its own base back, or add '{adapter}' to this one yourself: model = "
+                "OpenVLAForActionPrediction.from_pretrained(BASE), then model.load_adapter(RUN)."
             )
-    else:
-        with file.open("rb") as stream:
-            zipped = stream.read(2) == b"PK"  # as torch saves today; its older form has no end that could be missing
-        if zipped and not zipfile.is_zipfile(file):
-            raise ValueError(damaged)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).load_adapter(str(adapter), adapter_name)
+        return loaded
 
+    @classmethod
+    def _load(cls, name, *model_args, ignore_mismatched_sizes=False, output_loading_info=False, **kwargs):
+        """`from_pretrained` of the library, after which every tensor of the model is known to come from the weights."""
+        if name is not None:
+            check_folder(name, {**kwargs, "output_loading_info": output_loading_info})
+        try:
+            model, info = super().from_pretrained(
+                name, *model_args, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
+            )
+        except TypeError as error:
+            if "__init__() got an unexpected keyword argument" not in str(error):
+                raise
+            unknown = next((key for key in kwargs if f"'{key}'" in str(error)), "")
+            raise ValueError(
+                f"from_pretrained does not know {unknown}={kwargs.get(unknown)!r:.100}."
+                f"{closest(unknown, {*OpenVLAConfig().to_dict(), *LOADING})}"
+            ) from error
+        check_placed(model.device, kwargs.get("device_map"))
+        if output_loading_info:
+            return model, info
+        if name is not None or kwargs.get("state_dict"):  # an empty state_dict: all random on purpose
+            check_loaded(name, info, ignore_mismatched_sizes)
+            check_filled(name, model.named_parameters())
+        return model
 
-def check_folder(name: str | os.PathLike, loading: Mapping[str, Any]) -> None:
-    """Raise an error that names the file, if a local folder cannot be loaded because of a missing or damaged one.
+    def save_pretrained(self, save_directory, **kwargs):
+        """Save weights under the published names, with the statistics beside them."""
+        turn_block_scales_back(self)
+        self._keep_action_tokens()
+        super().save_pretrained(save_directory, **kwargs)
+        if self.norm_stats and kwargs.get("is_main_process", True):
+            with open(f"{save_directory}/dataset_statistics.json", "w", encoding="utf-8") as stream:
+                json.dump(self.norm_stats, stream, indent=2)
 
-    Args:
-        name: A folder, or a Hub id, whose files the library downloads and checks.
-        loading: The arguments of `from_pretrained`.
+    def load_adapter(self, peft_model_id=None, adapter_name=None, *args, **kwargs):
+        """As in every model of the library: a PEFT adapter from a folder or Hub id. It brings the statistics, prompt
+        form and pixels of its training, which count while it is active."""
+        hub = {name: kwargs.pop(name) for name in HUB_KWARGS if name in kwargs} | (kwargs.get("adapter_kwargs") or {})
+        kwargs["adapter_kwargs"] = hub  # the library takes them nowhere else
+        folder = None if peft_model_id is None else local_folder(peft_model_id)
+        if folder is not None and hub.get("subfolder"):
+            peft_model_id = str(folder / hub.pop("subfolder"))  # transformers 5.4 looks only on the Hub into subfolders
+        brought = {} if peft_model_id is None else read_belongings(peft_model_id, **hub)
+        if (
+            TRANSFORMERS < (5, 6)
+            and peft_model_id is not None
+            and "adapter_state_dict" not in kwargs
+            and is_peft_available()
+        ):
+            # transformers 5.4 and 5.5 find the weights of an adapter only under "model." and leave all others random.
+            from peft.utils import load_peft_weights
 
-    Raises:
-        FileNotFoundError: If `name` is neither folder nor Hub id, or a weight file of an index is missing.
-        ValueError: If a weight file or generation_config.json is damaged or a Git LFS pointer, or a repository is of
-            OpenVLA-OFT (folders are refused with their configuration).
-    """
-    folder = local_folder(name)
-    if folder is None:
-        hub = {key: loading[key] for key in HUB_KWARGS if key in loading}
-        if cached_file(name, OFT_FILES[-1], **QUIET, **hub) is not None:
-            raise ValueError(oft_message(name, OFT_FILES[-1:]))
-        return
-    folder /= loading.get("subfolder") or ""
-    if (folder / "generation_config.json").is_file():
-        read_json(folder / "generation_config.json")  # the library passes over one that it cannot read
-    if not loading.get("variant") and not loading.get("gguf_file"):
-        names = WEIGHTS_FILES[1:] if loading.get("use_safetensors") is False else WEIGHTS_FILES
-        config = folder / "config.json"
-        quantized = config.is_file() and read_json(config).get("quantization_config") is not None
-        for file in find_weight_files(folder, names):
-            check_weight_file(file, quantized or bool(loading.get("output_loading_info")))
+            where = {name: hub[name] for name in HUB_KWARGS if name in hub}
+            kwargs["adapter_state_dict"] = {
+                name.removeprefix("base_model.model."): weight
+                for name, weight in load_peft_weights(peft_model_id, device="cpu", **where).items()
+            }
+        loaded = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
+        self._bring(adapter_name or "default", brought)
+        return loaded
 
+    @property
+    def norm_stats(self) -> dict | None:
+        """Statistics of the training datasets (published name): of the adapters that are active and brought some, else
+        of the base, where they are saved with the config."""
+        own = self._adapter_statistics()
+        return self.config.norm_stats if own is None else own
 
-# Tensors --------------------------------------------------------------------------------------------------------------
+    @norm_stats.setter
+    def norm_stats(self, value: dict | None) -> None:
+        active = [config for config in self._active_adapters() if belongings(config).keys() & {"norm_stats", "unknown"}]
+        for config in active:
+            brought = {**belongings(config), "norm_stats": value}
+            brought.pop("unknown", None)
+            config.auto_mapping = {**config.auto_mapping, KEY: brought}
+        if not active:
+            self.config.norm_stats = value
 
+    @property
+    def action_chunk(self) -> int:
+        """Steps that one prediction is for, K: of an active adapter, else of the config."""
+        return self._adapter_chunk(self._active_adapters())
 
-def check_tensors(
-    where: str,
-    missing: Collection[str],
-    unexpected: Collection[str],
-    mismatched: Mapping[str, tuple[Any, Any]],
-    advice: str = "",
-) -> None:
-    """Raise a `ValueError` that says how many tensors are wrong, names the first, and tells the likely cause.
-
-    Args:
-        where: What holds the weights.
-        missing, unexpected: Names of the tensors that the model has and the weights lack, and the other way round.
-        mismatched: Name -> shape in the weights, and the shape that the model has.
-        advice: What else can be done about it.
-    """
-    shapes = [f"{name} {list(found)} instead of {list(expected)}" for name, (found, expected) in mismatched.items()]
-    problems = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-    lines = []
-    for problem, names in problems.items():
-        if names:
-            shown = ", ".join(sorted(names)[:4])
-            lines.append(f"{len(names)} {problem}: {shown}{', ...' if len(names) > 4 else ''}")
-    if lines:
-        cause = _likely_cause(missing, unexpected, mismatched)
-        raise ValueError(
-            f"{where} does not fit the configuration. Tensors {'; '.join(lines)}. Likely cause: {cause}."
-            + (f" {advice}" if advice else "")
-        )
-
-
-def check_loaded(
-    where: str | os.PathLike | None, info: Mapping[str, Any], ignore_mismatched_sizes: bool = False
-) -> None:
-    """Raise a `ValueError` if the library's loading info tells of tensors that are random or were left out."""
-    mismatched = {name: (found, expected) for name, found, expected in info["mismatched_keys"]}
-    check_tensors(
-        _holder(where),
-        info["missing_keys"],
-        info["unexpected_keys"],
-        {} if ignore_mismatched_sizes else mismatched,
-        "To train from them all the same: ignore_mismatched_sizes=True lets tensors of another shape begin at random, "
-        "output_loading_info=True returns the names instead of this error.",
-    )
-
-
-def check_filled(where: str | os.PathLike | None, parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Raise a `ValueError` if matrices hold one value throughout: a file that was allocated and never filled. Of each a
-    few values are read, all where these are equal; quantized and offloaded ones are passed over.
-
-    Args:
-        where: What holds the weights; None for a given state_dict.
-        parameters: Names and tensors.
-    """
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true") and os.environ.get("LOCAL_RANK", "0") != "0":
-        return  # accelerate sends the weights of the first process later
-    constant = []
-    for name, parameter in parameters:
-        values = parameter.detach()
-        if type(parameter.data) is torch.Tensor and values.ndim > 1 and values.numel() > 1 and not values.is_meta:
-            flat = values.flatten()
-            few = flat[:: max(1, len(flat) // 64)]
-            if bool((few == few[0]).all()) and bool((flat == flat[0]).all()):
-                constant.append(f"{name} ({float(flat[0]):g})")
-    if constant:
-        raise ValueError(
-            f"{_holder(where)} holds {len(constant)} matrices of one value throughout: {', '.join(constant[:4])}"
-            f"{', ...' if len(constant) > 4 else ''}. Likely cause: a file that was allocated and never filled, by a "
-            "download or a copy that broke off: copy or download it again."
-        )
-
-
-def check_placed(device: torch.device, device_map: Any) -> None:
-    """Raise a `ValueError` if weights stayed on disk and nothing brings them back (transformers 5.4 and 5.5).
-
-    Args:
-        device: Where the model computes.
-        device_map: As given to `from_pretrained`.
-    """
-    if device.type == "meta" and device_map is not None and "meta" not in str(device_map):
-        raise ValueError(
-            f"device_map={device_map!r} leaves all weights on disk, from where transformers {transformers.__version__} "
-            'does not bring them back: put one part on "cpu", for example device_map={"vision_backbone": "cpu", '
-            '"projector": "disk", "language_model": "disk"}, or use transformers >= 5.17.'
-        )
-
-
-def _holder(where: str | os.PathLike | None) -> str:
-    return "The given state_dict" if where is None else f"'{os.fspath(where)}'"
-
-
-def _likely_cause(missing: Collection[str], unexpected: Collection[str], mismatched: Collection[str]) -> str:
-    """Why names do not agree, as far as they tell."""
-    for part, origin in ORIGINS.items():
-        if any(part in name for name in unexpected):
-            return origin
-    for name in unexpected:
-        for known in missing:
-            if name.endswith(known):
-                return (
-                    f"names begin with '{name.removesuffix(known)}': save the model without it, or remove it from all"
+    @property
+    def processor(self) -> OpenVLAProcessor:
+        """The processor of the folder the model came from, loaded when first needed, with the pixels and prompt form of
+        an active adapter; may be set."""
+        if self._processor is None:
+            if not self.config.name_or_path:
+                raise ValueError(
+                    "The model was made from a config and knows no processor: set model.processor = "
+                    "OpenVLAProcessor.from_pretrained(folder)."
                 )
-    if not unexpected and not mismatched:
-        return "the weights are incomplete (a weight file is missing, or only a part of the model was saved)"
-    return "config.json is of another model or was changed (backbone ids, text_config, timm_model_kwargs)"
+            processor = OpenVLAProcessor.from_pretrained(self.config.name_or_path, **self._hub_kwargs)
+            processor.check_fits(self.config)
+            self._processor = processor
+        if self._processor_is_set:
+            return self._processor
+        brought = self._adapter_processor()
+        if brought != self._adapted_processor[0]:
+            processor = with_belongings(self._processor, brought)
+            processor.check_fits(self.config)
+            self._adapted_processor = brought, processor
+        return self._adapted_processor[1] or self._processor
+
+    @processor.setter
+    def processor(self, value: OpenVLAProcessor) -> None:
+        if not hasattr(value, "check_fits"):  # by name: that of a Hub folder's own code is another class
+            raise ValueError(f"model.processor is an OpenVLAProcessor, got {type(value).__name__}.")
+        value.check_fits(self.config)
+        self._processor, self._processor_is_set = value, True
+
+    def to(self, *args, **kwargs):
+        """As in every torch module; a quantized model stays where it was loaded."""
+        if getattr(self, "quantization_method", None) is None:
+            return super().to(*args, **kwargs)
+        given = [value for value in (*args, *kwargs.values()) if not isinstance(value, (bool, torch.memory_format))]
+        given += [part for value in given if isinstance(value, torch.Tensor) for part in (value.device, value.dtype)]
+        dtype = next((value for value in given if isinstance(value, torch.dtype)), None)
+        device = next((torch.device(value) for value in given if isinstance(value, (str, int, torch.device))), None)
+        if dtype is None and (device is None or device == self.device):
+            return self
+        raise ValueError(
+            f"A quantized model cannot be moved or cast after loading (asked for {device or dtype}, it is on "
+            f"{self.device}): its packed weights belong to one device and type. Choose both when loading, "
+            f"from_pretrained(..., quantization_config=..., device_map={{'': '{device or self.device}'}}, dtype=...), "
+            "and leave out .to()."
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs belong: where the model computes, also if its weights are offloaded and lie on "meta"."""
+        device = next(parameter.device for parameter in self.parameters())
+        if device.type == "meta":
+            hooks = (getattr(module, "_hf_hook", None) for module in self.modules())  # of accelerate
+            execution = (getattr(hook, "execution_device", None) for hook in hooks)
+            return torch.device(next((where for where in execution if where is not None), device))
+        return device
 
 
-__all__ = [
-    "check_filled",
-    "check_folder",
-    "check_loaded",
-    "check_placed",
-    "check_tensors",
-    "check_weight_file",
-    "find_weight_files",
-]
+__all__ = ["OpenVLAPreTrainedModel"]

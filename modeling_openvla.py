@@ -1,7 +1,8 @@
 """OpenVLA: an image and an instruction go in, a robot action comes out.
 
-One prediction goes through `processing_openvla` (prompt and pixels), `vision_openvla` (towers, projector), the language
-model here, `decoding_openvla` (which token) and `action_tokenizer` (units); `predict_action` names the steps.
+One prediction goes through `inputs_openvla` and `processing_openvla` (prompt and pixels), `vision_openvla` (towers,
+projector), the language model here, `action_heads_openvla` and `decoding_openvla` (which tokens) and `action_tokenizer`
+(units); `predict_action` names the steps.
 
 Shapes: `batch` samples, `length` prompt tokens, `num_patches` image patches (256 at 224 pixels), `hidden` width of the
 language model, `action_dim` numbers of one action.
@@ -10,94 +11,44 @@ The published weights (`openvla/openvla-7b`, `openvla/openvla-v01-7b`) keep thei
 published code are listed in the README.
 """
 
-import json
 import warnings
-from collections.abc import Mapping
 from inspect import signature
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.utils import cached_file, is_peft_available
+from transformers import AutoModelForCausalLM, Cache, GenerationMixin
 
-from .action_tokenizer import (
-    ActionTokenizer,
-    check_same_action_dim,
-    check_statistics,
-    get_action_stats,
-    read_statistics,
-    resolve_unnorm_key,
-    unnormalize_actions,
-)
-from .adapters_openvla import (
-    KEY,
-    AdapterBelongings,
-    belongings,
-    check_base,
-    find_adapter,
-    find_base,
-    read_belongings,
-    with_belongings,
-)
-from .choices_openvla import closest
-from .configuration_openvla import TRANSFORMERS, OpenVLAConfig
-from .decoding_openvla import (
-    Sampling,
-    as_tensor,
-    check_finite,
-    check_flag,
-    check_pixel_values,
-    choose_token,
-    evaluation_mode,
-    one_type,
-    prompt_rows,
-    read_sampling,
-)
-from .files_openvla import local_folder
+from .action_heads_openvla import make_head
+from .action_tokenizer import check_same_action_dim, get_action_stats, resolve_unnorm_key, unnormalize_actions
+from .configuration_openvla import OpenVLAConfig
+from .decoding_openvla import Prefix
 from .generation_openvla import OpenVLAGeneration
-
-# Of a local folder transformers 5.4 and 5.5 copy no more than this file names: also what others import.
-from .image_processing_openvla import OpenVLAImageProcessor as _OpenVLAImageProcessor  # noqa: F401
-from .loading_openvla import LOADING, QUIET, check_filled, check_folder, check_loaded, check_placed
-from .outputs_openvla import CACHE, CACHE_NAMES, ActionPrediction, OpenVLAOutput, one_cache
+from .inputs_openvla import as_tensor, check_pixel_values, check_prompts, end_prompts, process_raw
+from .loading_openvla import OpenVLAPreTrainedModel
+from .modules_openvla import evaluation_mode, one_type
+from .outputs_openvla import CACHE, ActionPrediction, OpenVLAOutput, one_cache
 from .patches_openvla import IGNORE_INDEX, PatchLayout, find_placeholders
-from .pixels_openvla import as_image_list, is_image_list, load_image
-from .processing_openvla import HUB_KWARGS, OpenVLAProcessor
-from .prompts_openvla import check_prompt_ids
-from .quantization_openvla import keep_split_blocks_from_packing, take_quantization, turn_block_scales_back
-from .vision_openvla import OpenVLAProjector, OpenVLAVisionBackbone, init_vision_weights
+from .sampling_openvla import check_flag, read_sampling
+from .vision_openvla import OpenVLAProjector, OpenVLAVisionBackbone
 
 
-# The model ------------------------------------------------------------------------------------------------------------
-
-
-class OpenVLAPreTrainedModel(PreTrainedModel):
-    config: OpenVLAConfig
-    config_class = OpenVLAConfig
-    base_model_prefix = "model"
-    main_input_name = "input_ids"
-    input_modalities = ("image", "text")
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["OpenVLAVisionBackbone", "OpenVLAProjector"]  # those of the language model add themselves
-    _skip_keys_device_placement = list(CACHE_NAMES)
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """Initialize what `module` itself owns (Linear, Conv, Embedding and norms are the library's)."""
-        super()._init_weights(module)
-        init_vision_weights(module)
+if TYPE_CHECKING:  # of a local folder transformers 5.4 and 5.5 copy no more files than this one names
+    from .adapters_openvla import AdapterBelongings  # noqa: F401
+    from .choices_openvla import closest  # noqa: F401
+    from .files_openvla import local_folder  # noqa: F401
+    from .image_processing_openvla import OpenVLAImageProcessor  # noqa: F401
+    from .pixels_openvla import load_image  # noqa: F401
+    from .processing_openvla import OpenVLAProcessor  # noqa: F401
+    from .prompts_openvla import check_prompt_ids  # noqa: F401
+    from .quantization_openvla import take_quantization  # noqa: F401
+    from .tensors_openvla import is_tensor  # noqa: F401
+    from .weights_openvla import check_folder  # noqa: F401
 
 
 # GenerationMixin is named for the library, which looks for it among the direct bases (transformers 5.4 to 5.24).
-class OpenVLAForActionPrediction(AdapterBelongings, OpenVLAGeneration, OpenVLAPreTrainedModel, GenerationMixin):
+class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, GenerationMixin):
     """Vision towers, projector and language model, under the published tensor names.
 
     `forward` and `generate` take the plain prompts of `OpenVLAProcessor` and insert the image patches after the first
@@ -116,222 +67,16 @@ class OpenVLAForActionPrediction(AdapterBelongings, OpenVLAGeneration, OpenVLAPr
             self.language_model = AutoModelForCausalLM.from_config(config.text_config, dtype=torch.get_default_dtype())
         except (TypeError, AttributeError, KeyError, ArithmeticError, RuntimeError) as error:
             raise ValueError(f"text_config cannot be built as a language model: {error}") from error
-        self.action_tokenizer = ActionTokenizer(config.action_vocab_size, config.n_action_bins)
+        self.action_head = make_head(config)
+        self.action_tokenizer = self.action_head.tokenizer
         # Published names, which clients of the original read
         self.vocab_size: int = config.action_vocab_size  # end of the action tokens
         self.bins: np.ndarray = self.action_tokenizer.bins
         self.bin_centers: np.ndarray = self.action_tokenizer.bin_centers
         self.pad_token_id: int | None = config.pad_token_id
         self.llm_dim: int = config.text_config.hidden_size
-        self._processor: OpenVLAProcessor | None = None
-        self._processor_is_set = False
-        self._adapted_processor: tuple[dict | None, OpenVLAProcessor | None] = (None, None)
-        self._hub_kwargs: dict[str, Any] = {}
         self._checked_statistics: dict[str, Any] = {}
         self.post_init()
-
-    # Loading and saving -----------------------------------------------------------------------------------------------
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        """Load a folder or Hub id, published layout or ours; `dataset_statistics.json` wins over `config.norm_stats`.
-
-        With a `quantization_config` that names no exceptions, vision towers, projector and lm_head stay unquantized.
-        A folder that holds a PEFT adapter is loaded together with the base it names.
-
-        Args:
-            ignore_mismatched_sizes: Let tensors of another shape than the stored ones begin at random.
-            norm_stats: Statistics that count instead of those of the folder.
-            output_loading_info: Return the model, and a dict of the names that are missing, unexpected or of another
-                shape, instead of raising an error for them.
-
-        Raises:
-            FileNotFoundError: If there is no such folder or Hub id, no config.json, or a weight file is missing.
-            ValueError: If a file is damaged or a Git LFS pointer, or the weights lack tensors of the model, hold others
-                or of another shape: nothing stays random.
-        """
-        name = pretrained_model_name_or_path
-        hub = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
-        given = check_statistics(kwargs["norm_stats"]) if kwargs.get("norm_stats") is not None else None
-        of_adapter = dict(kwargs.pop("adapter_kwargs", None) or {})
-        # Of a Hub id AutoModel passes the base, and the adapter beside it.
-        adapter_name = of_adapter.pop("_adapter_model_path", None)
-        if adapter_name is None:
-            adapter_name = name
-            of_adapter = {**hub, **of_adapter}
-        adapter = None if adapter_name is None else find_adapter(adapter_name, of_adapter)
-        if adapter is not None:
-            # Not of the base: where the adapter's repository was named, which revision and folder of it
-            left_out = ("norm_stats", *(("revision", "subfolder") if adapter_name is name else ()))
-            kwargs = {key: value for key, value in kwargs.items() if key not in left_out}
-            loaded = cls._from_adapter(adapter, *model_args, **kwargs)
-            if given is not None:
-                (loaded[0] if isinstance(loaded, tuple) else loaded).norm_stats = given
-            return loaded
-        take_quantization(kwargs)
-        loaded = cls._load(name, *model_args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model._hub_kwargs = hub
-        keep_split_blocks_from_packing(model)
-        if given is not None:
-            model.config.norm_stats = given
-        elif name is not None:
-            file = cached_file(name, "dataset_statistics.json", **QUIET, **hub)
-            if file is not None:
-                model.config.norm_stats = read_statistics(file)
-            elif model.config.norm_stats:
-                where = f"norm_stats of '{model.config.name_or_path}'"
-                model.config.norm_stats = check_statistics(model.config.norm_stats, where)
-        return loaded
-
-    @classmethod
-    def _from_adapter(cls, adapter: Path, *model_args, **kwargs):
-        """The base of an adapter in a local folder, and the adapter on it."""
-        adapter_name = kwargs.pop("adapter_name", None) or "default"
-        base = find_base(adapter)
-        loaded = cls.from_pretrained(base, *model_args, **kwargs)
-        problem = check_base(base, read_belongings(adapter).get("base_digest"))
-        if problem:
-            raise ValueError(
-                f"{problem}. Put its own base back, or add '{adapter}' to this one yourself: model = "
-                "OpenVLAForActionPrediction.from_pretrained(BASE), then model.load_adapter(RUN)."
-            )
-        (loaded[0] if isinstance(loaded, tuple) else loaded).load_adapter(str(adapter), adapter_name)
-        return loaded
-
-    @classmethod
-    def _load(cls, name, *model_args, ignore_mismatched_sizes=False, output_loading_info=False, **kwargs):
-        """`from_pretrained` of the library, after which every tensor of the model is known to come from the weights."""
-        if name is not None:
-            check_folder(name, {**kwargs, "output_loading_info": output_loading_info})
-        try:
-            model, info = super().from_pretrained(
-                name, *model_args, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
-            )
-        except TypeError as error:
-            if "__init__() got an unexpected keyword argument" not in str(error):
-                raise
-            unknown = next((key for key in kwargs if f"'{key}'" in str(error)), "")
-            raise ValueError(
-                f"from_pretrained does not know {unknown}={kwargs.get(unknown)!r:.100}."
-                f"{closest(unknown, {*OpenVLAConfig().to_dict(), *LOADING})}"
-            ) from error
-        check_placed(model.device, kwargs.get("device_map"))
-        if output_loading_info:
-            return model, info
-        if name is not None or kwargs.get("state_dict"):  # an empty state_dict: all random on purpose
-            check_loaded(name, info, ignore_mismatched_sizes)
-            check_filled(name, model.named_parameters())
-        return model
-
-    def save_pretrained(self, save_directory, **kwargs):
-        """Save weights under the published names, with the statistics beside them."""
-        turn_block_scales_back(self)
-        self._keep_action_tokens()
-        super().save_pretrained(save_directory, **kwargs)
-        if self.norm_stats and kwargs.get("is_main_process", True):
-            with open(f"{save_directory}/dataset_statistics.json", "w", encoding="utf-8") as stream:
-                json.dump(self.norm_stats, stream, indent=2)
-
-    def load_adapter(self, peft_model_id=None, adapter_name=None, *args, **kwargs):
-        """As in every model of the library: a PEFT adapter from a folder or Hub id. It brings the statistics, prompt
-        form and pixels of its training, which count while it is active."""
-        hub = {name: kwargs.pop(name) for name in HUB_KWARGS if name in kwargs} | (kwargs.get("adapter_kwargs") or {})
-        kwargs["adapter_kwargs"] = hub  # the library takes them nowhere else
-        folder = None if peft_model_id is None else local_folder(peft_model_id)
-        if folder is not None and hub.get("subfolder"):
-            peft_model_id = str(folder / hub.pop("subfolder"))  # transformers 5.4 looks only on the Hub into subfolders
-        brought = {} if peft_model_id is None else read_belongings(peft_model_id, **hub)
-        if (
-            TRANSFORMERS < (5, 6)
-            and peft_model_id is not None
-            and "adapter_state_dict" not in kwargs
-            and is_peft_available()
-        ):
-            # transformers 5.4 and 5.5 find the weights of an adapter only under "model." and leave all others random.
-            from peft.utils import load_peft_weights
-
-            where = {name: hub[name] for name in HUB_KWARGS if name in hub}
-            kwargs["adapter_state_dict"] = {
-                name.removeprefix("base_model.model."): weight
-                for name, weight in load_peft_weights(peft_model_id, device="cpu", **where).items()
-            }
-        loaded = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
-        self._bring(adapter_name or "default", brought)
-        return loaded
-
-    @property
-    def norm_stats(self) -> dict | None:
-        """Statistics of the training datasets (published name): of the adapters that are active and brought some, else
-        of the base, where they are saved with the config."""
-        own = self._adapter_statistics()
-        return self.config.norm_stats if own is None else own
-
-    @norm_stats.setter
-    def norm_stats(self, value: dict | None) -> None:
-        active = [config for config in self._active_adapters() if belongings(config).keys() & {"norm_stats", "unknown"}]
-        for config in active:
-            brought = {**belongings(config), "norm_stats": value}
-            brought.pop("unknown", None)
-            config.auto_mapping = {**config.auto_mapping, KEY: brought}
-        if not active:
-            self.config.norm_stats = value
-
-    @property
-    def processor(self) -> OpenVLAProcessor:
-        """The processor of the folder the model came from, loaded when first needed, with the pixels and prompt form of
-        an active adapter; may be set."""
-        if self._processor is None:
-            if not self.config.name_or_path:
-                raise ValueError(
-                    "The model was made from a config and knows no processor: set model.processor = "
-                    "OpenVLAProcessor.from_pretrained(folder)."
-                )
-            processor = OpenVLAProcessor.from_pretrained(self.config.name_or_path, **self._hub_kwargs)
-            processor.check_fits(self.config)
-            self._processor = processor
-        if self._processor_is_set:
-            return self._processor
-        brought = self._adapter_processor()
-        if brought != self._adapted_processor[0]:
-            processor = with_belongings(self._processor, brought)
-            processor.check_fits(self.config)
-            self._adapted_processor = brought, processor
-        return self._adapted_processor[1] or self._processor
-
-    @processor.setter
-    def processor(self, value: OpenVLAProcessor) -> None:
-        if not hasattr(value, "check_fits"):  # by name: that of a Hub folder's own code is another class
-            raise ValueError(f"model.processor is an OpenVLAProcessor, got {type(value).__name__}.")
-        value.check_fits(self.config)
-        self._processor, self._processor_is_set = value, True
-
-    def to(self, *args, **kwargs):
-        """As in every torch module; a quantized model stays where it was loaded."""
-        if getattr(self, "quantization_method", None) is None:
-            return super().to(*args, **kwargs)
-        given = [value for value in (*args, *kwargs.values()) if not isinstance(value, (bool, torch.memory_format))]
-        given += [part for value in given if isinstance(value, torch.Tensor) for part in (value.device, value.dtype)]
-        dtype = next((value for value in given if isinstance(value, torch.dtype)), None)
-        device = next((torch.device(value) for value in given if isinstance(value, (str, int, torch.device))), None)
-        if dtype is None and (device is None or device == self.device):
-            return self
-        raise ValueError(
-            f"A quantized model cannot be moved or cast after loading (asked for {device or dtype}, it is on "
-            f"{self.device}): its packed weights belong to one device and type. Choose both when loading, "
-            f"from_pretrained(..., quantization_config=..., device_map={{'': '{device or self.device}'}}, dtype=...), "
-            "and leave out .to()."
-        )
-
-    @property
-    def device(self) -> torch.device:
-        """Where inputs belong: where the model computes, also if its weights are offloaded and lie on "meta"."""
-        device = next(parameter.device for parameter in self.parameters())
-        if device.type == "meta":
-            hooks = (getattr(module, "_hf_hook", None) for module in self.modules())  # of accelerate
-            execution = (getattr(hook, "execution_device", None) for hook in hooks)
-            return torch.device(next((where for where in execution if where is not None), device))
-        return device
 
     # Embeddings -------------------------------------------------------------------------------------------------------
 
@@ -573,10 +318,11 @@ class OpenVLAForActionPrediction(AdapterBelongings, OpenVLAGeneration, OpenVLAPr
             if isinstance(instruction, str) and unnorm_key is None:
                 instruction, unnorm_key = None, instruction
 
+        # 1. Prompts and pixels
         if input_ids is None:
             if pixel_values is not None:
                 raise ValueError("pixel_values without input_ids: give both, or a raw image and an instruction.")
-            single, inputs = self._process_raw(image, instruction)
+            single, inputs = process_raw(self.processor, image, instruction)
             input_ids, attention_mask, pixel_values = (
                 inputs["input_ids"], inputs["attention_mask"], inputs["pixel_values"]
             )  # fmt: skip
@@ -585,166 +331,56 @@ class OpenVLAForActionPrediction(AdapterBelongings, OpenVLAGeneration, OpenVLAPr
                 raise ValueError("Give either a raw image and an instruction, or input_ids and pixel_values, not both.")
             input_ids = as_tensor("input_ids", input_ids)
             single = input_ids.ndim == 2 and len(input_ids) == 1
-        prompts, pixel_values = self._check_model_inputs(input_ids, attention_mask, pixel_values)
+        if pixel_values is None:
+            raise ValueError("No image given (pixel_values is None): OpenVLA acts on what it sees.")
+        vision = self.vision_backbone
+        prompts = check_prompts(input_ids, attention_mask, self.config, vision.num_patches)
+        pixel_values = as_tensor("pixel_values", pixel_values)
+        check_pixel_values(pixel_values, (len(prompts), *vision.input_shape))
+
+        # 2. What an action is
         keys = list(unnorm_key) if isinstance(unnorm_key, (list, tuple)) else [unnorm_key] * len(prompts)
         if len(keys) != len(prompts):
             raise ValueError(f"{len(keys)} unnorm_keys for {len(prompts)} sample(s): give one, or one for each.")
         norm_stats, checked = self.norm_stats, self._checked_statistics
-        action_dim = check_same_action_dim(norm_stats, keys, checked)
+        shape = (self.action_chunk, check_same_action_dim(norm_stats, keys, checked))
+        num_tokens = self.action_head.num_tokens(shape)
         sampling = read_sampling(
-            action_dim, signature(self.predict_action).parameters, self.device, do_sample=do_sample,
+            num_tokens, signature(self.predict_action).parameters, self.device, do_sample=do_sample,
             temperature=temperature, top_k=top_k, top_p=top_p, generator=generator, **options,
         )  # fmt: skip
+        if self.config.empty_token_id is None:
+            self.config.empty_token_id = self.processor.empty_token_id
+        input_ids, attention_mask = end_prompts(prompts, self.config, vision.num_patches, num_tokens)
 
-        input_ids, attention_mask = self._end_prompt(prompts, action_dim)
+        # 3. Towers, projector, language model, head
         with evaluation_mode(self), one_type(self):
-            token_ids, probabilities, entropies = self._decode_action_tokens(
-                input_ids, attention_mask, pixel_values, action_dim, constrained=constrained, sampling=sampling
+            prefix = self._prefix(input_ids, attention_mask, self.encode_images(pixel_values))
+            found = self.action_head.actions(
+                self.language_model, prefix, shape, constrained=constrained, sampling=sampling
             )
 
-        chosen, chosen_probabilities = token_ids.cpu().numpy(), probabilities.cpu().numpy()
-        check_finite(chosen_probabilities, self.dtype)
-        normalized = self.action_tokenizer.decode(chosen)
-        actions = np.stack(
-            [unnormalize_actions(row, get_action_stats(norm_stats, key, checked)) for row, key in zip(normalized, keys)]
-        )
-        prediction = ActionPrediction(
-            actions=actions,
-            normalized_actions=normalized,
-            token_ids=chosen,
-            token_probabilities=chosen_probabilities,
-            token_entropies=entropies.cpu().numpy(),
-        )
+        # 4. Units
+        actions = [
+            unnormalize_actions(rows, get_action_stats(norm_stats, key, checked))
+            for rows, key in zip(found["normalized_actions"], keys)
+        ]
+        prediction = ActionPrediction(actions=np.stack(actions), **found)
+        if self.action_chunk == 1:
+            prediction = ActionPrediction(**{name: value[:, 0] for name, value in prediction.items()})
         if single:
             prediction = ActionPrediction(**{name: value[0] for name, value in prediction.items()})
         return prediction if return_dict else prediction["actions"]
 
-    def _process_raw(self, image, instruction) -> tuple[bool, Any]:
-        """Whether it was a single sample, and its model inputs."""
-        if isinstance(image, Mapping):
-            raise ValueError(
-                f"predict_action got a mapping of {', '.join(map(str, image))}: model inputs are given as "
-                "predict_action(**inputs), of several cameras the one that the model was trained on."
-            )
-        if image is None:
-            raise ValueError("No image given: OpenVLA acts on what it sees. Give predict_action(image, instruction).")
-        if instruction is None:
-            raise ValueError("No instruction given: say what to do, for example 'open the drawer'.")
-        single = isinstance(instruction, str)
-        instructions = [instruction] if single else instruction
-        if not isinstance(instructions, (list, tuple)) or not instructions:
-            raise ValueError(f"instruction must be a string or a list of strings, got {instruction!r}.")
-        images = as_image_list(image)
-        single = single and not is_image_list(image)
-        if len(images) != len(instructions):
-            raise ValueError(f"{len(images)} image(s) for {len(instructions)} instruction(s): give one for each.")
-        prompts = self.processor.format_prompt(list(instructions))
-        return single, self.processor(prompts, [load_image(entry) for entry in images], return_tensors="pt")
-
-    def _check_model_inputs(self, input_ids, attention_mask, pixel_values) -> tuple[list[list[int]], torch.Tensor]:
-        """Token ids of each prompt without padding, and pixel values; everything that can be wrong with them is said
-        before the robot waits for an answer."""
-        if pixel_values is None:
-            raise ValueError("No image given (pixel_values is None): OpenVLA acts on what it sees.")
-        config = self.config
-        pad = None if config.pad_token_id == config.text_config.bos_token_id else config.pad_token_id
-        if attention_mask is not None:
-            attention_mask = as_tensor("attention_mask", attention_mask)
-        prompts = prompt_rows(input_ids, attention_mask, pad)
-        ids, vocabulary = [token for prompt in prompts for token in prompt], config.text_config.vocab_size
-        if min(ids) < 0 or max(ids) >= vocabulary:
-            raise ValueError(
-                f"input_ids range from {min(ids)} to {max(ids)}, the model knows 0 to {vocabulary - 1}: was the prompt "
-                "made with another model's processor?"
-            )
-        placeholders = {prompt.count(config.image_token_id) for prompt in prompts}
-        if placeholders not in ({0}, {self.vision_backbone.num_patches}):
-            raise ValueError(
-                f"Prompts hold {sorted(placeholders)} image placeholders (id {config.image_token_id}): give each none, "
-                f"or {self.vision_backbone.num_patches}."
-            )
-        for prompt in prompts:
-            check_prompt_ids(prompt, config, warn_without_bos=True)
-        pixel_values = as_tensor("pixel_values", pixel_values)
-        channels = 3 * len(config.image_sizes)
-        check_pixel_values(pixel_values, (len(prompts), channels, *self.vision_backbone.image_size))
-        return prompts, pixel_values
-
-    def _end_prompt(self, prompts, action_dim: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Every row ends in the empty token `▁`, as in training; rows of unequal length are padded on the left.
-
-        Returns the mask as None where no row is padded, which is also the fastest attention.
-        """
-        empty_token_id = self.config.empty_token_id
-        if empty_token_id is None:
-            empty_token_id = self.config.empty_token_id = self.processor.empty_token_id
-        limit = self.config.llm_max_length
-        positions = getattr(self.config.text_config, "max_position_embeddings", None)
-        if positions is not None:
-            limit = min(limit, positions - self.vision_backbone.num_patches - action_dim)
-        if any(set(prompt) <= {self.config.text_config.bos_token_id, empty_token_id} for prompt in prompts):
-            raise ValueError("No instruction given: a prompt holds no token but the start of the sequence.")
-        longest = max(map(len, prompts))
-        if longest + 1 > limit:
-            raise ValueError(f"The prompt has {longest} tokens, the model takes {limit - 1}: shorten the instruction.")
-        rows = [row if empty_token_id in (None, row[-1]) else [*row, empty_token_id] for row in prompts]
-        length = max(map(len, rows))
-        pad = self.config.pad_token_id or 0
-        padded = torch.tensor([[pad] * (length - len(row)) + row for row in rows], device=self.device)
-        if all(len(row) == length for row in rows):
-            return padded, None
-        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=self.device)
-        return padded, mask
-
-    def _decode_action_tokens(
-        self, input_ids, attention_mask, pixel_values, num_tokens: int, *, constrained: bool, sampling: Sampling | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Autoregressive decoding of exactly `num_tokens` tokens; nothing leaves the device inside the loop.
-
-        Args:
-            input_ids: (batch, length) prompts, padded on the left.
-            attention_mask: (batch, length), or None without padding.
-            sampling: None for the most probable token.
-
-        Returns:
-            Token ids, their probabilities and the entropies (nats) of their distributions, each (batch, num_tokens).
-            All probabilities of a sample are NaN if a feature or a logit of it is not finite: `check_finite` reads
-            them on the host, where they go anyway.
-        """
-        features = self.encode_images(pixel_values.to(self.device))
-        finite = features.isfinite().all(dim=(1, 2)).to(self.device)[:, None]  # (batch, 1)
+    def _prefix(self, input_ids, attention_mask, features: torch.Tensor) -> Prefix:
+        """What the language model reads before it acts: prompts of `end_prompts` with (batch, num_patches, hidden)."""
+        input_ids = input_ids.to(self.device)
+        attention_mask = None if attention_mask is None else attention_mask.to(self.device)
         inputs_embeds, layout = self._merge(input_ids, None, attention_mask, features)
-        position_ids = None
-        if attention_mask is not None:
-            attention_mask = attention_mask if layout is None else layout.insert(attention_mask, 1)
-            attention_mask = nn.functional.pad(attention_mask, (0, num_tokens), value=1)
-            position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-        length = inputs_embeds.shape[1]
-        first, end = self.action_tokenizer.token_range if constrained else (0, None)
-
-        cache = DynamicCache(config=self.config.text_config)
-        step_inputs: dict[str, Any] = {"inputs_embeds": inputs_embeds}
-        begin, token_ids, probabilities, entropies = 0, [], [], []
-        for step in range(num_tokens):
-            stop = length + step
-            logits = self.language_model(
-                **step_inputs,
-                attention_mask=None if attention_mask is None else attention_mask[:, :stop],
-                position_ids=None if position_ids is None else position_ids[:, begin:stop],
-                **{CACHE: cache},
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1].float()  # fmt: skip
-            finite = finite.to(logits.device) & logits.isfinite().all(dim=-1, keepdim=True)
-            # Zeros instead of NaN, for which sampling on a GPU aborts the process.
-            chosen, probability, entropy = choose_token(logits[:, first:end].masked_fill(~finite, 0.0), sampling)
-            probabilities.append(probability)
-            entropies.append(entropy)
-            token_ids.append(chosen + first)
-            step_inputs = {"input_ids": token_ids[-1]}
-            begin = stop
-        marked = torch.cat(probabilities, dim=1).masked_fill(~finite, torch.nan)
-        return torch.cat(token_ids, dim=1), marked, torch.cat(entropies, dim=1)
+        if layout is not None:
+            attention_mask = layout.insert(attention_mask, 1)
+        finite = features.isfinite().all(dim=(1, 2)).to(self.device)[:, None]
+        return Prefix(inputs_embeds, attention_mask, finite)
 
 
 __all__ = ["ActionPrediction", "OpenVLAForActionPrediction", "OpenVLAOutput", "OpenVLAPreTrainedModel"]

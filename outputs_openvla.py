@@ -98,7 +98,8 @@ def with_both_names(generated):
 
 @dataclass
 class ActionPrediction(ModelOutput):
-    """Output of `predict_action(..., return_dict=True)`; all arrays are (action_dim,) or (batch, action_dim).
+    """Output of `predict_action(..., return_dict=True)`; all arrays are (action_dim,) or (batch, action_dim), of models
+    that predict chunks (action_chunk, action_dim) or (batch, action_chunk, action_dim).
 
     actions: float64, in the units of the dataset (un-normalized where its mask is True).
     normalized_actions: float64 in [-1, 1].

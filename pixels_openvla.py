@@ -8,7 +8,6 @@ import io
 import math
 import os
 import struct
-import sys
 import threading
 import zlib
 from collections.abc import Sequence
@@ -16,6 +15,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
+
+from .tensors_openvla import is_tensor
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
@@ -92,12 +93,6 @@ def _array_to_image(array: np.ndarray, channels_first: bool) -> Image.Image:
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
-def _is_tensor(value: Any) -> bool:
-    """Whether it is a torch tensor: where torch was not imported, nobody has one."""
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(value, torch.Tensor)
-
-
 def _tensor_to_image(tensor: Any) -> Image.Image:
     """The same of a tensor, channels first in doubt."""
     if str(tensor.layout) != "torch.strided" or tensor.is_meta or tensor.is_quantized or tensor.is_complex():
@@ -136,7 +131,7 @@ def load_image(image: Any) -> Image.Image:
         image = _open_image(path, shown)
     elif isinstance(image, (bytes, bytearray, memoryview)):
         image = _open_image(io.BytesIO(image), f"{len(image)} bytes that start with {bytes(image[:8])!r}")
-    elif _is_tensor(image):
+    elif is_tensor(image):
         image = _tensor_to_image(image)
     elif isinstance(image, np.ndarray):
         image = _array_to_image(image, channels_first=False)
@@ -195,7 +190,7 @@ def as_image_list(images: Any, depth: int = 0) -> list:
                 raise ValueError("Images are nested more than three lists deep: give a list of images.")
             return [single for entry in images for single in as_image_list(entry, depth + 1)]
         images = _pixel_array(images)
-    if (isinstance(images, np.ndarray) or _is_tensor(images)) and images.ndim == 4:
+    if (isinstance(images, np.ndarray) or is_tensor(images)) and images.ndim == 4:
         return list(images)
     return [images]
 

@@ -5,7 +5,7 @@ Token ids equal those of the published `processing_prismatic.py` (transformers 4
 
 import threading
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.processing_utils import ProcessingKwargs
@@ -17,6 +17,11 @@ from .files_openvla import local_folder, read_json
 from .image_processing_openvla import OpenVLAImageProcessor
 from .pixels_openvla import load_image
 from .prompts_openvla import PROMPT_TEMPLATES, check_prompt_ids, check_unicode, has_words, read_instruction
+
+
+if TYPE_CHECKING:  # of a local folder transformers 5.4 and 5.5 copy no more files than this one names
+    from .choices_openvla import closest  # noqa: F401
+    from .tensors_openvla import is_tensor  # noqa: F401
 
 
 # The lone word-boundary token of SentencePiece vocabularies (Llama, Mistral) and of byte-level BPE (Phi).

@@ -125,6 +125,11 @@ class OpenVLAVisionBackbone(nn.Module):
             )
 
     @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Of the pixel values of one sample: (3 * towers, height, width)."""
+        return (3 * len(self.towers), *self.image_size)
+
+    @property
     def towers(self) -> list[VisionTransformer]:
         return [getattr(self, name) for name in ("featurizer", "fused_featurizer") if hasattr(self, name)]
 
@@ -147,7 +152,7 @@ class OpenVLAVisionBackbone(nn.Module):
         Raises:
             ValueError: If the pixels are no floats, or of another shape: those of another model's processor.
         """
-        expected = (3 * len(self.towers), *self.image_size)
+        expected = self.input_shape
         if tuple(pixel_values.shape[1:]) != expected or not pixel_values.is_floating_point():
             raise ValueError(
                 f"pixel_values are {pixel_values.dtype} of shape {tuple(pixel_values.shape)}, expected normalized "

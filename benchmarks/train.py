@@ -28,9 +28,9 @@ import transformers
 from peft import LoraConfig, get_peft_model
 
 from openvla import OpenVLAConfig, OpenVLAForActionPrediction
+from openvla.action_heads_openvla import make_head
 from openvla.presets import load_preset_config
 from openvla.training import STRATEGIES, apply_strategy, qlora_quantization, trainable_parameters
-from openvla.training.loss import action_loss, with_logits_to_keep
 from openvla.training.plan import TEXT_TOKENS, estimate
 from openvla.training.step_cost import training_inputs
 from openvla.training.strategies import checkpoint_activations
@@ -109,13 +109,14 @@ def measure(arguments, strategy: str) -> dict:
     optimizer = torch.optim.AdamW(learning, lr=1e-6, weight_decay=0.0)
     inputs = training_inputs(model.config, arguments.batch, arguments.text_tokens)
     inputs["pixel_values"].normal_()
-    batch = with_logits_to_keep({name: value.to(device) for name, value in inputs.items()})
+    head = make_head(model.config)
+    batch = head.prepare({name: value.to(device) for name, value in inputs.items()})
     times = []
     for step in range(-arguments.warmup, arguments.steps):
         synchronize(device)
         begin = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16) if arguments.precision == "bf16" else nullcontext():
-            loss, _, _ = action_loss(model, batch)
+            loss, _ = head.loss(model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learning, 1.0)
         optimizer.step()

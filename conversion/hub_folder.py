@@ -18,10 +18,10 @@ from transformers import GenerationConfig
 from ..configuration_openvla import OpenVLAConfig
 from ..files_openvla import read_json
 from ..folders import write_json
-from ..loading_openvla import check_tensors, check_weight_file, find_weight_files
 from ..model_card import model_card
 from ..modeling_openvla import OpenVLAForActionPrediction
 from ..processing_openvla import OpenVLAProcessor
+from ..weights_openvla import check_tensors, check_weight_file, find_weight_files
 
 
 _MODEL = "modeling_openvla.OpenVLAForActionPrediction"

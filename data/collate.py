@@ -6,28 +6,27 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..action_heads_openvla import TokenHead
 from ..action_tokenizer import ActionTokenizer
+from ..patches_openvla import IGNORE_INDEX
 from ..processing_openvla import OpenVLAProcessor
 
 
-IGNORE_INDEX = -100
-
-
 class ActionCollator:
-    """Prompts with their action tokens, labels on these and `</s>` only.
+    """Prompts with what the head learns to answer, labels on that only.
 
-    The training text is `prompt + " " + action tokens + </s>`: the prompt, the lone word boundary `▁` where the
-    tokenizer has one, the tokens, the end.
+    The training text of action tokens is `prompt + " " + action tokens + </s>`: the prompt, the lone word boundary `▁`
+    where the tokenizer has one, the tokens, the end.
 
     Args:
         processor: Prompts, tokens and pixels of the model in training.
-        action_tokenizer: Default: 256 bins on the processor's tokenizer.
+        head: That of the model. Default: tokens of 256 bins on the processor's tokenizer.
     """
 
-    def __init__(self, processor: OpenVLAProcessor, action_tokenizer: ActionTokenizer | None = None):
+    def __init__(self, processor: OpenVLAProcessor, head: TokenHead | None = None):
         self.processor = processor
         self.tokenizer: Any = processor.tokenizer
-        self.action_tokenizer = action_tokenizer or ActionTokenizer(self.tokenizer)
+        self.head = head or TokenHead(ActionTokenizer(self.tokenizer))
         if self.tokenizer.pad_token_id is None or self.tokenizer.eos_token_id is None:
             raise ValueError("The tokenizer has no pad or end token: set pad_token and eos_token before training.")
 
@@ -40,14 +39,15 @@ class ActionCollator:
             actions: (A,) or (chunk, A) normalized to [-1, 1].
         """
         prompt = self.processor.prompt_ids(instruction, allow_empty=True)
-        answer = [*self.action_tokenizer.encode(np.asarray(actions)).reshape(-1).tolist(), self.tokenizer.eos_token_id]
+        answer = self.head.targets(actions, self.tokenizer.eos_token_id)
         return prompt + answer, [IGNORE_INDEX] * len(prompt) + answer
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """A batch padded on the right.
 
         Args:
-            samples: Each with `instruction`, `actions` (A,) normalized, and `image` in any form `load_image` reads.
+            samples: Each with `instruction`, normalized `actions` (A,) or (K, A), and `image` in any form `load_image`
+                reads.
 
         Returns:
             `input_ids`, `labels` (N, length) int64, `attention_mask` (N, length) bool, `pixel_values`.

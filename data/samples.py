@@ -66,7 +66,7 @@ class FrameSamples(Dataset):
             image = center_crop(image, size=self.size)
         return {
             "instruction": frame.instruction,
-            "actions": frame.actions[0],
+            "actions": frame.actions[0] if len(frame.actions) == 1 else frame.actions,
             "image": image,
             "dataset": frame.dataset_name,
         }

@@ -39,6 +39,7 @@ class Source:
     gripper_dims: tuple[int, ...] | None = None  # that are grippers for certain
     recorded_names: list[str] | None = None  # of the dimensions of an action
     state_names: list[str] | None = None
+    action_chunk: int = 1  # steps that one sample is for
     mask_given: bool = False  # which dimensions are scaled was said, and not found from the data
 
     @property
@@ -118,16 +119,20 @@ class Source:
         """(num_transitions, A) of all splits, in units of the dataset: read again, images left alone."""
         return np.concatenate(collect(chain.from_iterable(self.everything))[0])
 
-    def frames(self, episode: Episode, action_chunk: int = 1) -> Iterator[Episode]:
+    def frames(self, episode: Episode, action_chunk: int | None = None) -> Iterator[Episode]:
         """The training frames of an episode of `dataset` or `held_out`; none where a filter drops it.
 
         Each has one image, still encoded, of the camera that the model looks through, `actions` (action_chunk, A)
         normalized to [-1, 1], and `state` (1, S) normalized where its statistics are known (None elsewhere). Past the
         end of the episode absolute dimensions (grippers) repeat, relative ones stand for no motion.
 
+        Args:
+            action_chunk: Default: that of the source.
+
         Raises:
             ValueError: If `action_chunk` is below 1, or the episode lacks the camera.
         """
+        action_chunk = self.action_chunk if action_chunk is None else action_chunk
         stats = self.statistics["action"]
         if self._drops(episode):
             return

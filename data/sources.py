@@ -49,6 +49,7 @@ def open_source(
     keep_unlabeled: bool = False,
     max_action: float | None = None,
     max_proprio: float | None = None,
+    action_chunk: int = 1,
     on_error: OnError = "raise",
     cache: bool = True,
     progress: bool = False,
@@ -128,6 +129,7 @@ def open_source(
         recorded_names=recording.action_names,
         state_names=recording.state_names,
         mask_given=scaled is not None,
+        action_chunk=action_chunk,
     )
     if not source.num_frames:
         raise ValueError(

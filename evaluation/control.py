@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..choices_openvla import check_choice
 from .environment import check_numbers
 
 
@@ -30,9 +31,7 @@ class BlockingControl:
     def give(self, step: int, action: np.ndarray, latency: float) -> None:
         """The model's answer to the observation of `step`: (A,), or (K, A) for K steps; a `ValueError` otherwise, or if
         `check_numbers` refuses it."""
-        actions = np.atleast_2d(check_numbers(action))
-        if actions.ndim != 2 or not actions.size:
-            raise ValueError(f"Actions of shape {np.shape(action)}: expected (A,), or (K, A) for K steps.")
+        actions = _chunk(action)
         self._begin, self._actions = step, actions
 
     def action(self, step: int) -> np.ndarray:
@@ -40,42 +39,70 @@ class BlockingControl:
         return self._actions[step - self._begin]
 
 
+LATE = ("repeat", "still")
+
+
 class RealtimeControl:
     """A world that steps every 1 / hz seconds, and a model that takes `latency` seconds for every answer.
 
-    The model begins anew as soon as it is ready, with the newest observation, and never twice with the same one. Its
-    answer takes effect at the first step at or after the moment it is there. With a latency of 0 this is blocking
-    control.
+    The model begins again as soon as it is ready, with the newest observation, and never twice with the same one. Its
+    answer takes effect at the first step at or after the moment it is there. With a latency of 0 and one action for
+    each observation this is blocking control.
+
+    The actions of a chunk are those of the steps after its observation, so that a late answer begins with the action of
+    its step (with its last one where all are late), and each further step has the next one. A step for which no action
+    is left is late: `late` says what happens then.
 
     Args:
         hz: Steps of the world in a second.
         start: (A,) what is executed until the first answer is there; standstill, usually.
+        late: "repeat" the last action, or stand "still": relative dimensions become 0, others keep their value.
+        relative: (A,) bool, dimensions of an action that are changes and not places. Default: all but the last.
     """
 
-    def __init__(self, hz: float, start: np.ndarray):
+    def __init__(self, hz: float, start: np.ndarray, late: str = "repeat", relative: np.ndarray | None = None):
         if not 0 < hz < math.inf:
             raise ValueError(f"hz={hz}: the world needs a finite rate above 0.")
+        check_choice("late", late, LATE)
         self.period, self._current = 1.0 / hz, check_numbers(start)
+        self._late = late
+        self._relative = np.arange(len(self._current)) < len(self._current) - 1 if relative is None else relative
         self._ready = 0.0  # when the model is free
-        self._coming: list[tuple[float, np.ndarray]] = []  # (time of effect, action), in order
+        self._coming: list[tuple[float, int, np.ndarray]] = []  # (time of effect, step seen, actions), in order
+        self._actions = np.zeros((0, 0))  # of the answer in effect
+        self._next = 0  # which of them comes next
 
     def wants_action(self, step: int) -> bool:
         # The model gets free before the next observation is there: this one is the newest it can have.
         return self._ready < (step + 1) * self.period - EPSILON
 
     def give(self, step: int, action: np.ndarray, latency: float) -> None:
+        """See `BlockingControl.give`; `latency` in seconds."""
         if not 0 <= latency < math.inf:
             raise ValueError(f"latency={latency}: expected seconds, 0 or more.")
-        action = check_numbers(action)
-        if action.ndim != 1:
-            raise ValueError("Real-time control takes one action for an observation: let the policy give no chunks.")
+        actions = _chunk(action)
         self._ready = max(self._ready, step * self.period) + latency
-        self._coming.append((self._ready, action))
+        self._coming.append((self._ready, step, actions))
 
     def action(self, step: int) -> np.ndarray:
+        """(A,) what is executed at `step`; ask for each step once, in order."""
         while self._coming and self._coming[0][0] <= step * self.period + EPSILON:
-            self._current = self._coming.pop(0)[1]
+            _, seen, self._actions = self._coming.pop(0)
+            self._next = min(step - seen, len(self._actions) - 1)
+        if self._next < len(self._actions):
+            self._current = self._actions[self._next]
+            self._next += 1
+        elif self._late == "still":
+            self._current = np.where(self._relative, 0.0, self._current)
         return self._current
+
+
+def _chunk(action: np.ndarray) -> np.ndarray:
+    """(K, A) of the answer of a policy."""
+    actions = np.atleast_2d(check_numbers(action))
+    if actions.ndim != 2 or not actions.size:
+        raise ValueError(f"Actions of shape {np.shape(action)}: expected (A,), or (K, A) for K steps.")
+    return actions
 
 
 def effective_delays(hz: float, latency: float, steps: int) -> Sequence[int | None]:

@@ -44,13 +44,47 @@ def test_a_chunk_is_executed_before_the_next_observation_counts():
     assert asked == [0, 3, 6]
 
 
+def drive(control: RealtimeControl, steps: int, latency: float, chunk: int) -> list[list[float]]:
+    """What is executed at each step; the action for step s, of the answer to the observation of step o, is [s, o]."""
+    executed = []
+    for step in range(steps):
+        if control.wants_action(step):
+            control.give(step, np.array([[step + k, step] for k in range(chunk)], dtype=float), latency)
+        executed.append(control.action(step).tolist())
+    return executed
+
+
+def test_a_late_chunk_begins_with_the_action_of_its_step():
+    """At 5 Hz and 0.3 s: the answer to step 0 comes into effect at step 2, that to step 1 at step 3, to step 3 at 5."""
+    start = np.array([-1.0, -1.0])
+    assert drive(RealtimeControl(5, start), 6, 0.3, 4) == [[-1, -1], [-1, -1], [2, 0], [3, 1], [4, 1], [5, 3]]
+    # A chunk of one or two steps is over by then: its last action, as without chunks
+    assert drive(RealtimeControl(5, start), 6, 0.3, 2) == [[-1, -1], [-1, -1], [1, 0], [2, 1], [2, 1], [4, 3]]
+    # Without delay the first action of each answer
+    assert drive(RealtimeControl(5, start), 3, 0.0, 3) == [[0, 0], [1, 1], [2, 2]]
+
+
+def test_late_steps():
+    start = np.array([0.0, 1.0])
+    once = [[0, 1], [0, 1], [0, 0], [1, 1], [1, 1], [3, 3]]
+    assert drive(RealtimeControl(5, start), 6, 0.3, 1) == once
+    # Standing still: no motion, the gripper as it was
+    still = [[0, 1], [0, 1], [0, 0], [1, 1], [0, 1], [3, 3]]
+    assert drive(RealtimeControl(5, start, late="still"), 6, 0.3, 1) == still
+    # Places, as of joints, are kept
+    kept = RealtimeControl(5, start, late="still", relative=np.array([False, False]))
+    assert drive(kept, 6, 0.3, 1) == once
+
+
 def test_errors():
     with pytest.raises(ValueError, match="hz=0"):
         RealtimeControl(0, np.zeros(7))
     with pytest.raises(ValueError, match="latency=-1"):
         RealtimeControl(5, np.zeros(7)).give(0, np.zeros(7), -1)
-    with pytest.raises(ValueError, match="one action"):
-        RealtimeControl(5, np.zeros(7)).give(0, np.zeros((3, 7)), 0.1)
+    with pytest.raises(ValueError, match=r"expected \(A,\), or \(K, A\)"):
+        RealtimeControl(5, np.zeros(7)).give(0, np.zeros((1, 3, 7)), 0.1)
+    with pytest.raises(ValueError, match="late='stil' is unknown. Did you mean 'still'"):
+        RealtimeControl(5, np.zeros(7), late="stil")
 
 
 @pytest.mark.parametrize("action", [[np.nan] * 7, [np.inf] * 7, [None] * 7, ["a"] * 7, [[1.0], [1.0, 2.0]]])

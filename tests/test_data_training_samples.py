@@ -159,5 +159,5 @@ def test_labels_are_the_actions_and_the_end(tiny_processor):
     labels = batch["labels"][0]
     assert (labels != -100).sum() == 8
     assert labels[-1] == tiny_processor.tokenizer.eos_token_id
-    decoded = collator.action_tokenizer.decode(labels[-8:-1].numpy())
+    decoded = collator.head.tokenizer.decode(labels[-8:-1].numpy())
     assert np.abs(decoded - actions).max() <= 1 / 255 + 1e-9

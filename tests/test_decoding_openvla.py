@@ -11,7 +11,9 @@ from test_modeling_openvla import small_config, small_inputs
 from transformers import GenerationConfig
 
 from openvla import ActionTokenizer, OpenVLAForActionPrediction, unnormalize_actions
-from openvla.decoding_openvla import Sampling, choose_token, evaluation_mode
+from openvla.decoding_openvla import choose_token
+from openvla.modules_openvla import evaluation_mode
+from openvla.sampling_openvla import Sampling
 
 
 def new_model(**fields) -> OpenVLAForActionPrediction:

@@ -12,8 +12,8 @@ from tiny import TINY, golden_image
 from transformers import BitsAndBytesConfig
 
 from openvla import OpenVLAForActionPrediction
+from openvla.action_heads_openvla import make_head
 from openvla.training import apply_strategy
-from openvla.training.loss import action_loss, with_logits_to_keep
 
 
 pytestmark = [
@@ -185,11 +185,12 @@ def test_training_steps_follow_those_of_the_cpu(strategy):
     def losses(device):
         torch.manual_seed(0)
         model = apply_strategy(FUSED.load(), strategy).to(device).train()
-        inputs = with_logits_to_keep({name: value.to(device) for name, value in batch.items()})
+        head = make_head(FUSED.load().config)
+        inputs = head.prepare({name: value.to(device) for name, value in batch.items()})
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
         values = []
         for _ in range(3):
-            loss, _, _ = action_loss(model, inputs)
+            loss, _ = head.loss(model, inputs)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()

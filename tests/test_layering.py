@@ -10,6 +10,8 @@ from openvla.conversion.hub_folder import CONFIG_AUTO_MAP
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAT_FILES = [
+    "choices_openvla",
+    "tensors_openvla",
     "files_openvla",
     "choices_openvla",
     "configuration_openvla",
@@ -20,12 +22,17 @@ FLAT_FILES = [
     "processing_openvla",
     "vision_openvla",
     "patches_openvla",
-    "quantization_openvla",
     "outputs_openvla",
+    "sampling_openvla",
+    "inputs_openvla",
     "decoding_openvla",
+    "action_heads_openvla",
+    "quantization_openvla",
+    "modules_openvla",
     "generation_openvla",
-    "loading_openvla",
+    "weights_openvla",
     "adapters_openvla",
+    "loading_openvla",
     "modeling_openvla",
 ]
 # Name -> floor. What stands on one floor does not import its neighbours; the flat files may import earlier ones.

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from openvla import ActionTokenizer
+from openvla.action_heads_openvla import TokenHead
 from openvla.training.metrics import ActionMetrics
 
 
@@ -26,13 +27,14 @@ def batch(wanted: np.ndarray, predicted: np.ndarray, before: list[int]):
 
 def test_means_over_batches_of_unlike_size():
     rng = np.random.default_rng(0)
-    metrics = ActionMetrics(TOKENIZER, 3)
+    metrics, head = ActionMetrics(3), TokenHead(TOKENIZER)
     distances, equal, losses = [], [], []
     for rows, loss in ((2, 1.0), (5, 3.0)):
         wanted = rng.uniform(-1, 1, (rows, 3))
         predicted = np.where(rng.random((rows, 3)) < 0.5, wanted, rng.uniform(-1, 1, (rows, 3)))
         logits, labels = batch(wanted, predicted, [1 + row for row in range(rows)])
-        metrics.update(torch.tensor(loss), logits, labels, torch.tensor([[2.0, 1.0, 0.5]]).expand(rows, 3))
+        actions = head.compare(logits, labels, (1, 3))
+        metrics.update(torch.tensor(loss), actions, torch.tensor([[2.0, 1.0, 0.5]]).expand(rows, 3))
         tokens = TOKENIZER.encode(wanted), TOKENIZER.encode(predicted)
         distances.append(abs(TOKENIZER.decode(tokens[0]) - TOKENIZER.decode(tokens[1])))
         equal.append(tokens[0] == tokens[1])

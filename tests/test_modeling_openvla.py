@@ -21,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import openvla
 from openvla import OpenVLAConfig, OpenVLAForActionPrediction
 from openvla.configuration_openvla import TRANSFORMERS
+from openvla.decoding_openvla import decode_tokens
 from openvla.vision_openvla import PatchProjection
 
 
@@ -628,7 +629,7 @@ def test_nothing_is_read_back_while_decoding(small_model, monkeypatch):
 
     for name in ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__"):
         watch(name)
-    forward, decode = small_model.language_model.forward, small_model._decode_action_tokens
+    forward, decode = small_model.language_model.forward, decode_tokens
     monkeypatch.setattr(
         small_model.language_model, "forward", lambda *args, **kwargs: decoding.append(1) or forward(*args, **kwargs)
     )
@@ -639,7 +640,7 @@ def test_nothing_is_read_back_while_decoding(small_model, monkeypatch):
         decoding.clear()
         return result
 
-    monkeypatch.setattr(small_model, "_decode_action_tokens", decode_and_stop_watching)
+    monkeypatch.setattr("openvla.action_heads_openvla.decode_tokens", decode_and_stop_watching)
     for options in ({}, {"do_sample": True, "constrained": False}):
         small_model.predict_action(**small_inputs(), **options)
     assert not read

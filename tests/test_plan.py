@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from openvla import OpenVLAConfig, OpenVLAForActionPrediction
+from openvla.action_heads_openvla import make_head
 from openvla.presets import load_preset_config
 from openvla.training import apply_strategy, qlora_quantization, trainable_parameters
-from openvla.training.loss import action_loss, with_logits_to_keep
 from openvla.training.muon import make_muon
 from openvla.training.plan import build, config_parameters, estimate, main
-from openvla.training.step_cost import ANSWER_TOKENS, SavedBytes, run_step, training_inputs
+from openvla.training.step_cost import ACTION_SHAPE, SavedBytes, run_step, training_inputs
 from openvla.training.strategies import checkpoint_activations
 
 
@@ -38,11 +38,12 @@ def real_model(strategy: str, precision: str, **options):
 
 
 def real_saved_bytes(model, config, autocast: bool) -> int:
-    inputs = with_logits_to_keep(training_inputs(config, BATCH, TOKENS))
+    head = make_head(config)
+    inputs = head.prepare(training_inputs(config, BATCH, TOKENS))
     inputs["attention_mask"][0, -1] = False  # as in most batches, one prompt is shorter than the other
     saved = SavedBytes(model)
     with saved.count(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        loss, _, _ = action_loss(model, inputs)
+        loss, _ = head.loss(model, inputs)
     loss.backward()
     return saved.total
 
@@ -154,7 +155,7 @@ def test_flops_of_a_layer_are_those_of_its_formula(config):
     wider.text_config.vocab_size += 64
     wider.image_token_id += 64
     after = estimate(wider, "full", batch_size=1, text_tokens=TOKENS).flops_per_sample
-    assert after - before == 3 * 2 * (ANSWER_TOKENS + 1) * text.hidden_size * 64
+    assert after - before == 3 * 2 * (make_head(config).num_targets(ACTION_SHAPE) + 1) * text.hidden_size * 64
 
 
 @pytest.mark.parametrize(("preset", "parameters"), [("openvla-7b", 7_541_237_184), ("openvla-v01-7b", 7_188_124_608)])

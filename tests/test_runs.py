@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from openvla import OpenVLAForActionPrediction, cli
+from openvla.action_heads_openvla import TokenHead
 from openvla.folders import locked
 from openvla.training import FinetuneOptions, finetune, resume
 from openvla.training import trainer as trainer_module
@@ -64,14 +65,14 @@ def digest(output: Path) -> str:
 
 
 def losses_that_are_nan_from(batch: int, monkeypatch) -> None:
-    real, count = trainer_module.action_loss, [0]
+    real, count = TokenHead.loss, [0]
 
-    def loss(model, inputs):
-        result, logits, labels = real(model, inputs)
+    def loss(head, model, inputs):
+        result, answer = real(head, model, inputs)
         count[0] += model.training
-        return result * (float("nan") if count[0] >= batch else 1), logits, labels
+        return result * (float("nan") if count[0] >= batch else 1), answer
 
-    monkeypatch.setattr(trainer_module, "action_loss", loss)
+    monkeypatch.setattr(TokenHead, "loss", loss)
 
 
 # Diverged
@@ -138,16 +139,17 @@ def test_a_diverged_run_is_one_line_and_exit_code_1(dataset, tmp_path):
 TWO = """
 import json, sys
 import torch
-from openvla.training import FinetuneOptions, finetune, trainer
+from openvla.action_heads_openvla import TokenHead
+from openvla.training import FinetuneOptions, finetune
 
 torch.set_num_threads(1)
-loss = trainer.action_loss
+loss = TokenHead.loss
 
-def of_one_rank(model, inputs):
-    result, logits, labels = loss(model, inputs)
-    return result * (float("nan") if torch.distributed.get_rank() == 1 else 1), logits, labels
+def of_one_rank(head, model, inputs):
+    result, answer = loss(head, model, inputs)
+    return result * (float("nan") if torch.distributed.get_rank() == 1 else 1), answer
 
-trainer.action_loss = of_one_rank
+TokenHead.loss = of_one_rank
 finetune(FinetuneOptions(**json.loads(sys.argv[1])))
 """
 

@@ -4,42 +4,37 @@ from collections.abc import Sequence
 
 import torch
 
+from ..action_heads_openvla import Comparison
 from ..action_text import action_names
-from ..action_tokenizer import ActionTokenizer
-from ..data.collate import IGNORE_INDEX
 
 
 class ActionMetrics:
-    """Sums over batches, kept on the device of the logits so that nothing waits for them until `compute`.
+    """Sums over batches, kept on the device of the actions so that nothing waits for them until `compute`.
 
     Args:
-        tokenizer: Says which tokens are actions and what they mean.
         action_dim: Numbers of one action, A.
     """
 
-    def __init__(self, tokenizer: ActionTokenizer, action_dim: int):
-        self.tokenizer, self.action_dim = tokenizer, action_dim
+    def __init__(self, action_dim: int):
+        self.action_dim = action_dim
         self._sums: torch.Tensor | None = None
 
-    def update(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor, scale: torch.Tensor) -> None:
+    def update(self, loss: torch.Tensor, actions: Comparison, scale: torch.Tensor) -> None:
         """Add a batch.
 
         Args:
             loss: () mean of the batch.
-            logits: (N, length, vocab_size) of the text, aligned with `labels`: position i predicts label i + 1.
-            labels: (N, length), -100 where nothing is wanted; every row holds its A action tokens in a row.
+            actions: (N, K, A) as predicted and as recorded; the steps of a chunk count alike.
             scale: (N, A) units of the dataset in one unit of normalized action.
         """
-        predicted, wanted = logits[:, :-1].argmax(dim=-1), labels[:, 1:]
-        first = (wanted != IGNORE_INDEX).int().argmax(dim=1, keepdim=True)
-        index = first + torch.arange(self.action_dim, device=first.device)
-        predicted, wanted = predicted.gather(1, index), wanted.gather(1, index)
-        distance = (self.tokenizer.decode(predicted) - self.tokenizer.decode(wanted)).abs().to(torch.float64)
-        rows = torch.ones((), dtype=torch.float64, device=loss.device) * len(labels)
+        distance = (actions.predicted - actions.wanted).abs().to(torch.float64).mean(dim=1)
+        # Of a head without tokens none are correct.
+        correct = torch.zeros_like(distance) if actions.correct is None else actions.correct.to(torch.float64).mean(1)
+        rows = torch.ones((), dtype=torch.float64, device=loss.device) * len(distance)
         new = torch.cat(
             [
                 torch.stack([rows, loss.detach().to(torch.float64) * rows]),
-                (predicted == wanted).to(torch.float64).sum(0),
+                correct.sum(0),
                 distance.sum(0),
                 (distance * scale).sum(0),
             ]

@@ -52,6 +52,9 @@ class FinetuneOptions:
     max_grad_norm: float = option(1.0, "Norm that gradients are clipped to; 0: they are not.")
     rank: int = option(32, "Inner dimension of an adapter (lora, qlora).")
     alpha: int | None = option(None, "Scale of an adapter is alpha / rank. Default: min(rank, 16).")
+    action_chunk: int | None = option(
+        None, "Steps that one prediction is for; their tokens follow one another. Default: as the model has it, 1."
+    )
     dropout: float = option(0.0, "Share of an adapter's inputs that is dropped at random (lora, qlora): 0 to below 1.")
     # Data
     data_root: str | None = option(None, "Folder in which the datasets of a mixture lie under their names.")
@@ -131,7 +134,7 @@ class FinetuneOptions:
         limits = {"steps": 1, "batch_size": 1, "gradient_accumulation": 1, "save_every": 1, "keep": 1, "log_every": 1}
         limits |= {"warmup_steps": 0, "shuffle_buffer": 0, "workers": 0, "eval_samples": 0, "rank": 1, "seed": 0}
         limits |= {"learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "alpha": 1, "eval_every": 0}
-        check_options(self, limits | {"held_out": 0, "dropout": 0})
+        check_options(self, limits | {"held_out": 0, "dropout": 0, "action_chunk": 1})
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}: expected a part of the inputs, from 0 to below 1.")
         if not 0 <= self.held_out < 1:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..action_heads_openvla import make_head
 from ..choices_openvla import check_choice
 from ..configuration_openvla import OpenVLAConfig
 from ..extras import ignore_library_warnings
@@ -24,7 +25,7 @@ from ..modeling_openvla import OpenVLAForActionPrediction
 from ..presets import load_preset_config, preset_names
 from ..quantization_openvla import NOT_QUANTIZED
 from .muon import is_orthogonalized
-from .step_cost import ANSWER_TOKENS, run_step
+from .step_cost import ACTION_SHAPE, run_step
 from .strategies import STRATEGIES, apply_strategy, checkpoint_activations, trainable_parameters
 
 
@@ -87,6 +88,7 @@ def estimate(
     gradient_checkpointing: bool = False,
     precision: str = "bf16",
     text_tokens: int = TEXT_TOKENS,
+    shape: tuple[int, int] = ACTION_SHAPE,
     optimizer: str = "adamw",
     **options: Any,
 ) -> MemoryEstimate:
@@ -100,6 +102,7 @@ def estimate(
             for qlora 4 bits). `"pure-bf16"`: everything bfloat16, optimizer states included. `"float32"`: everything
             float32.
         text_tokens: Prompt and answer; image patches come on top.
+        shape: (K, A) of the actions of a sample.
         optimizer: `"adamw"` or `"muon"`.
         options: Of the strategy, such as `rank`.
 
@@ -113,7 +116,7 @@ def estimate(
     for name, value, least in (
         ("batch_size", batch_size, 1),
         ("world_size", world_size, 1),
-        ("text_tokens", text_tokens, ANSWER_TOKENS + 1),
+        ("text_tokens", text_tokens, make_head(config).num_targets(shape) + 1),
     ):
         if value < least:
             raise ValueError(f"{name}={value} must be at least {least}.")
@@ -127,14 +130,14 @@ def estimate(
     ]
     numbers = [_stored(name, parameter, strategy, precision) for name, parameter in model.named_parameters()]
     trainable = trainable_parameters(model)
-    step = run_step(model, config, batch_size, text_tokens, autocast=autocast, dtype=compute)
+    step = run_step(model, config, batch_size, text_tokens, shape, autocast=autocast, dtype=compute)
     activations = step.saved
     if gradient_checkpointing:
         again = build(config, strategy, precision, **options)
         checkpoint_activations(again)
         again.train()
         # Blocks are computed again one at a time: the largest has its activations back.
-        kept = run_step(again, config, batch_size, text_tokens, autocast=autocast, dtype=compute, backward=False)
+        kept = run_step(again, config, batch_size, text_tokens, shape, autocast=autocast, dtype=compute, backward=False)
         activations = kept.saved + step.largest_block
 
     ranks = world_size if sharded else 1

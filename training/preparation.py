@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..action_tokenizer import check_same_action_dim
+from ..action_heads_openvla import TokenHead, make_head
+from ..action_tokenizer import ActionTokenizer, check_same_action_dim
 from ..configuration_openvla import OpenVLAConfig
 from ..data import Episode
 from ..data.collate import ActionCollator
@@ -19,7 +20,7 @@ from ..data.samples import main_camera
 from ..data.sources import Source, open_sources
 from ..extras import require
 from ..processing_openvla import OpenVLAProcessor
-from .checkpoints import starting_point, starting_processor
+from .checkpoints import starting_config, starting_point, starting_processor
 from .checks import check_data, check_images, check_statistics
 from .options import FinetuneOptions
 from .plan import TEXT_TOKENS, estimate
@@ -57,6 +58,16 @@ class Run:
         """How likely each dataset is drawn, and the frames of an epoch."""
         sizes = [source.num_transitions for source in self.sources]
         return mixture_probabilities([source.weight for source in self.sources], sizes)
+
+    @cached_property
+    def head(self) -> TokenHead:
+        """How actions come out of the model."""
+        return make_head(self.config, ActionTokenizer(self.processor.tokenizer, self.config.n_action_bins))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(K, A) of the actions of a sample."""
+        return self.config.action_chunk, self.sources[0].action_dim
 
     @property
     def global_batch(self) -> int:
@@ -102,7 +113,9 @@ def prepare(options: FinetuneOptions, processes: int = 1, data: Any = None) -> R
         FileNotFoundError: If the model or a dataset is not there.
     """
     base, adapter = starting_point(options.model)
-    config = OpenVLAConfig.from_pretrained(base)
+    config = starting_config(base, adapter)
+    if options.action_chunk is not None:
+        config.action_chunk = options.action_chunk
     processor = starting_processor(base, adapter)
     sources = open_sources(
         options.dataset if data is None else data,
@@ -120,6 +133,7 @@ def prepare(options: FinetuneOptions, processes: int = 1, data: Any = None) -> R
         gripper_dims=options.gripper_dims,
         keep_unlabeled=options.keep_unlabeled,
         on_error=options.on_error,
+        action_chunk=config.action_chunk,
         progress=True,
         **given_reader_options(vars(options)),
     )
@@ -127,7 +141,7 @@ def prepare(options: FinetuneOptions, processes: int = 1, data: Any = None) -> R
     check_same_action_dim(run.statistics, list(run.statistics))
     for source in sources:
         check_samples(source)
-        check_instructions(source, config, processor)
+        check_instructions(source, run)
     return run
 
 
@@ -146,10 +160,10 @@ def check_samples(source: Source, episodes: int = 8) -> None:
                 frames[step].images[main_camera(frames[step])][0]
 
 
-def check_instructions(source: Source, config: OpenVLAConfig, processor: OpenVLAProcessor) -> None:
+def check_instructions(source: Source, run: Run) -> None:
     """Raise a `ValueError` for an instruction that makes no prompt, or one that does not fit into the model's context
     with image and answer."""
-    texts = source.survey.instructions
+    texts, config, processor = source.survey.instructions, run.config, run.processor
     for text in texts:
         try:
             processor.format_prompt(text)
@@ -159,8 +173,7 @@ def check_instructions(source: Source, config: OpenVLAConfig, processor: OpenVLA
     if not texts or limit is None:
         return
     longest = max(texts, key=lambda text: len(text.encode()))
-    answer = np.zeros(source.action_dim)
-    tokens = len(ActionCollator(processor).tokens(longest, answer)[0]) + num_patches(config)
+    tokens = len(ActionCollator(processor, run.head).tokens(longest, np.zeros(run.shape))[0]) + num_patches(config)
     if tokens > limit:
         raise ValueError(
             f"{source.name}: its longest instruction makes a sequence of {tokens} tokens, and the model reads {limit}: "
@@ -203,6 +216,7 @@ def plan_run(options: FinetuneOptions, processes: int = 1, resume: bool = False)
         gradient_checkpointing=options.gradient_checkpointing,
         precision=weights.get(options.dtype, "pure-bf16"),
         text_tokens=text_tokens(run),
+        shape=run.shape,
         optimizer=options.optimizer,
         **(adapter if options.strategy in LEARNING_RATES else {}),
     )
@@ -211,12 +225,11 @@ def plan_run(options: FinetuneOptions, processes: int = 1, resume: bool = False)
 
 def text_tokens(run: Run, episodes: int = 8) -> int:
     """Tokens of the longest prompt with its answer among a few episodes of each dataset, spread evenly."""
-    collator = ActionCollator(run.processor)
+    collator, still = ActionCollator(run.processor, run.head), np.zeros(run.shape)
     longest = 0
     for source in run.sources:
         dataset = source.everything[0]  # without images
         picked = np.unique(np.linspace(0, len(dataset) - 1, episodes).astype(int))
-        still = np.zeros(source.action_dim)
         for episode in dataset.read(picked):
             for text in set(episode.step_instructions or [episode.instruction]):
                 longest = max(longest, len(collator.tokens(text, still)[0]))

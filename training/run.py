@@ -12,7 +12,6 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, TrainingArguments, set_see
 from transformers.trainer_utils import IntervalStrategy
 
 from ..action_text import action_names
-from ..action_tokenizer import ActionTokenizer
 from ..adapters_openvla import KEY, name_base, portable_model, portable_path
 from ..configuration_openvla import OpenVLAConfig
 from ..data.augment import ImageAugmentation
@@ -26,7 +25,6 @@ from ..modeling_openvla import OpenVLAForActionPrediction
 from .checkpoints import STARTED, card_folder, starting_point
 from .checks import check_result
 from .curves import plot_curves
-from .metrics import ActionMetrics
 from .muon import make_muon
 from .options import FinetuneOptions
 from .preparation import (
@@ -74,14 +72,15 @@ def load_model(run: Run, autocast: bool) -> Any:
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-        model.norm_stats = run.statistics
+        model.norm_stats, model.config.action_chunk = run.statistics, run.config.action_chunk
         model = apply_strategy(model, options.strategy)
     else:
         made = {"rank": options.rank, "alpha": options.alpha, "dropout": options.dropout}
         model = apply_strategy(model, options.strategy, adapter=adapter, **made)
         config = model.peft_config["default"]
         config.base_model_name_or_path, digest = name_base(base, options.output)
-        config.auto_mapping = {KEY: {"norm_stats": run.statistics, "base_digest": digest}}
+        of_model = {"action_chunk": run.config.action_chunk}
+        config.auto_mapping = {KEY: {"norm_stats": run.statistics, "model": of_model, "base_digest": digest}}
     if options.dtype == "auto":
         # Updates of 2e-5 vanish in bfloat16: what learns is float32, and computed with in `precision`.
         for parameter in model.parameters():
@@ -221,8 +220,6 @@ def train(options: FinetuneOptions, arguments: TrainingArguments, resume: bool, 
             tqdm.write(f"finished  at step {done}: only the result of '{checkpoint}' is written")
     freeze_unused(model)
     muon = make_muon(model, learning_rate(options), options.weight_decay) if options.optimizer == "muon" else None
-    tokenizer = ActionTokenizer(run.processor.tokenizer, model.action_tokenizer.n_bins)
-    action_dim = len(run.sources[0].statistics["action"]["q01"])
     size = model.vision_backbone.image_size
     trainer = ActionTrainer(
         model=model,
@@ -238,10 +235,10 @@ def train(options: FinetuneOptions, arguments: TrainingArguments, resume: bool, 
         ),
         samples=FrameSamples(size, ImageAugmentation() if options.image_aug else None, seed=options.seed),
         eval_samples=FrameSamples(size, crop=options.image_aug),
-        collator=ActionCollator(run.processor, tokenizer),
+        collator=ActionCollator(run.processor, run.head),
         held_out=held_out,
         statistics=run.statistics,
-        metrics=(ActionMetrics(tokenizer, action_dim), ActionMetrics(tokenizer, action_dim)),
+        shape=run.shape,
         frames=run.mixture[1],
         done=done,
         card=card(run),
@@ -251,7 +248,7 @@ def train(options: FinetuneOptions, arguments: TrainingArguments, resume: bool, 
     trainer.save_result(output, run.config.dtype if options.dtype == "auto" else None)
     if main:
         plot_curves({options.strategy: trainer.state.log_history}, output / "curves.png")
-        for warning in check_result(trainer.last_metrics, action_names(action_dim)):
+        for warning in check_result(trainer.last_metrics, action_names(run.shape[1])):
             tqdm.write(f"warning   {warning}")
     trainer.accelerator.wait_for_everyone()
 

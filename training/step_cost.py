@@ -11,12 +11,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..action_heads_openvla import make_head
 from ..configuration_openvla import OpenVLAConfig
-from ..data.collate import IGNORE_INDEX
-from .loss import action_loss, with_logits_to_keep
+from ..patches_openvla import IGNORE_INDEX
 
 
-ANSWER_TOKENS = 8  # 7 action tokens and </s>
+ACTION_SHAPE = (1, 7)  # (K, A) where no data says otherwise
 
 
 @dataclass
@@ -56,7 +56,9 @@ class SavedBytes:
             yield
 
 
-def training_inputs(config: OpenVLAConfig, batch_size: int, text_tokens: int) -> dict[str, torch.Tensor]:
+def training_inputs(
+    config: OpenVLAConfig, batch_size: int, text_tokens: int, shape: tuple[int, int] = ACTION_SHAPE
+) -> dict[str, torch.Tensor]:
     """A batch as `ActionCollator` makes it: token ids, labels and bool mask (batch, text_tokens), images (batch,
     3 * towers, height, width). Labels are -100 but for the answer.
 
@@ -65,7 +67,7 @@ def training_inputs(config: OpenVLAConfig, batch_size: int, text_tokens: int) ->
     """
     ids = torch.ones(batch_size, text_tokens, dtype=torch.long)
     labels = ids.clone()
-    labels[:, :-ANSWER_TOKENS] = IGNORE_INDEX
+    labels[:, : -make_head(config).num_targets(shape)] = IGNORE_INDEX
     size = config.image_sizes[0]
     pixels = torch.zeros(batch_size, 3 * len(config.image_sizes), size, size)
     return {"input_ids": ids, "attention_mask": ids.bool(), "labels": labels, "pixel_values": pixels}
@@ -76,6 +78,7 @@ def run_step(
     config: OpenVLAConfig,
     batch_size: int,
     text_tokens: int,
+    shape: tuple[int, int] = ACTION_SHAPE,
     *,
     autocast: bool = False,
     dtype: torch.dtype | None = None,
@@ -89,7 +92,8 @@ def run_step(
     """
     if dtype is not None:
         model = model.to(dtype)
-    batch = with_logits_to_keep(training_inputs(config, batch_size, text_tokens))  # looks at values
+    head = make_head(config)
+    batch = head.prepare(training_inputs(config, batch_size, text_tokens, shape))  # looks at values
     # Tensors of the CPU and not of the meta device: autocast knows no meta tensors.
     with FakeTensorMode() as fake, FlopCounterMode(display=False) as counter:
         batch = {name: fake.from_tensor(value) if torch.is_tensor(value) else value for name, value in batch.items()}
@@ -97,7 +101,7 @@ def run_step(
         saved = SavedBytes(model)
         blocks = _BlockBytes(model, saved)
         with saved.count(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss, _, _ = action_loss(model, batch)
+            loss, _ = head.loss(model, batch)
         blocks.remove()
         if backward:
             loss.backward()

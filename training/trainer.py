@@ -26,7 +26,6 @@ from ..data.samples import FrameSamples
 from ..data.stream import Batches, MixtureStream
 from ..folders import WORK, move_into, working_folder
 from .checkpoints import write_checkpoint
-from .loss import action_loss, with_logits_to_keep
 from .metrics import ActionMetrics
 from .options import DivergedError
 from .resume import UNFINISHED, checkpoints, last_checkpoint
@@ -77,7 +76,7 @@ class ActionTrainer(Trainer):
         collator: Makes batches.
         held_out: Frames to evaluate on, the same on all ranks, which share them out.
         statistics: `{dataset: statistics}`, written beside every checkpoint; the scale of the L1 in units.
-        metrics: Of actions, one for training and one for evaluation.
+        shape: (K, A) of the actions of a sample.
         frames: Training frames, which make an epoch.
         done: Steps that a resumed run has made before; where they are all, `train` makes none.
         card: Text of the model card beside every checkpoint.
@@ -92,7 +91,7 @@ class ActionTrainer(Trainer):
         collator: ActionCollator,
         held_out: Sequence[Episode],
         statistics: dict[str, Any],
-        metrics: tuple[ActionMetrics, ActionMetrics],
+        shape: tuple[int, int],
         frames: int,
         done: int,
         card: str,
@@ -107,7 +106,8 @@ class ActionTrainer(Trainer):
         self.stream, self.eval_samples, self.collator, self.held_out = stream, eval_samples, collator, list(held_out)
         self.statistics, self.frames, self.done, self.card = statistics, frames, done, card
         self._last_batch: dict[str, Any] = {}
-        self.train_metrics, self.eval_metrics = metrics
+        self.head, self.shape = collator.head, shape
+        self.train_metrics, self.eval_metrics = ActionMetrics(shape[1]), ActionMetrics(shape[1])
         self.last_metrics: dict[str, float] = {}
         # The loss is the mean of its own batch: accumulated batches are averaged by the Trainer, not by the model.
         self.model_accepts_loss_kwargs = False
@@ -125,7 +125,7 @@ class ActionTrainer(Trainer):
 
     def _collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         scales = [action_scale(self.statistics[sample["dataset"]]["action"]) for sample in samples]
-        return {**with_logits_to_keep(self.collator(samples)), "action_scale": torch.stack(scales)}
+        return {**self.head.prepare(self.collator(samples)), "action_scale": torch.stack(scales)}
 
     def get_train_dataloader(self) -> DataLoader:
         """Not handed to accelerate: the stream knows its rank and where a resumed run goes on."""
@@ -153,12 +153,13 @@ class ActionTrainer(Trainer):
         inputs = dict(inputs)
         scale = inputs.pop("action_scale")
         with attention_kernel(self.args):
-            loss, logits, labels = action_loss(model, inputs)
+            loss, answer = self.head.loss(model, inputs)
         if model.training:
             self._last_batch = inputs
         metrics = self.train_metrics if model.training else self.eval_metrics
-        metrics.update(loss, logits.detach(), labels, scale)
-        return (loss, {"logits": logits}) if return_outputs else loss
+        with torch.no_grad():
+            metrics.update(loss, self.head.compare(**answer, shape=self.shape), scale)
+        return (loss, answer) if return_outputs else loss
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Loss, accuracy and L1 of the held-out frames, under `eval_...` in the log."""
@@ -217,7 +218,7 @@ class ActionTrainer(Trainer):
         local = [value.to_local() if isinstance(value, DTensor) else value for value in tensors]
         model.eval()
         with torch.no_grad(), self.compute_loss_context_manager(), attention_kernel(self.args):
-            loss, _, _ = action_loss(model, self._last_batch)
+            loss, _ = self.head.loss(model, self._last_batch)
             good = torch.stack([*(torch.isfinite(value).all() for value in local), torch.isfinite(loss)]).all()
         model.train()
         if not self.accelerator.gather(good.int().reshape(1)).all():

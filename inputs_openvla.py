@@ -1,0 +1,209 @@
+"""What `predict_action` is given: from raw images and instructions, or tensors, to prompts and pixels that are checked.
+
+Everything that can be wrong with them is said before the robot waits for an answer. Shapes: `batch` samples, `length`
+prompt tokens.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from .configuration_openvla import OpenVLAConfig
+from .pixels_openvla import as_image_list, is_image_list, load_image
+from .processing_openvla import OpenVLAProcessor
+from .prompts_openvla import check_prompt_ids
+
+
+# Pixels in [0, 1], normalized by any mean and a standard deviation of at least 0.05, stay within.
+LARGEST_PIXEL = 20.0
+
+
+def as_tensor(name: str, values: Any) -> torch.Tensor:
+    """A tensor of a tensor, an array or (nested) lists of numbers; a `ValueError` names `name` for all else."""
+    if isinstance(values, torch.Tensor):
+        if values.layout != torch.strided or values.is_meta or values.is_quantized:
+            raise ValueError(
+                f"{name} must be a dense tensor that holds values, got {values.layout} on {values.device}."
+            )
+        return values
+    try:
+        if isinstance(values, (list, tuple)) and any(isinstance(row, torch.Tensor) for row in values):
+            return torch.stack([as_tensor(name, row) for row in values])
+        array = np.asarray(values)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{name} must have rows of one length: pad them, or give a tensor ({error}).") from error
+    if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
+        raise ValueError(f"{name} must be a tensor, an array or lists of numbers, got {type(values).__name__}.")
+    return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("=")))
+
+
+def prompt_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, pad_token_id: int | None) -> list[list]:
+    """Token ids of each prompt, (batch, length), without its padding.
+
+    Without a mask, `pad_token_id` at the start and the end of a row is padding.
+
+    Raises:
+        ValueError: If ids are no integers, the mask is not of zeros and ones, shapes do not fit, or a prompt is empty.
+    """
+    if input_ids.ndim != 2 or 0 in input_ids.shape:
+        raise ValueError(
+            f"input_ids must be (batch, length) with at least one prompt and token, got {tuple(input_ids.shape)}."
+        )
+    if input_ids.dtype == torch.bool or input_ids.is_floating_point() or input_ids.is_complex():
+        raise ValueError(f"input_ids must be integers, got {input_ids.dtype}: give what the tokenizer returned.")
+    if attention_mask is None:
+        prompts = [_without_padding(row, pad_token_id) for row in input_ids.tolist()]
+    else:
+        if attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask {tuple(attention_mask.shape)} does not fit input_ids {tuple(input_ids.shape)}."
+            )
+        masks = attention_mask.tolist()
+        if any(value not in (0, 1) for mask in masks for value in mask):
+            raise ValueError("attention_mask must be 1 where there is a token and 0 where there is padding.")
+        prompts = [[token for token, real in zip(*row) if real] for row in zip(input_ids.tolist(), masks)]
+    if not all(prompts):
+        raise ValueError("A prompt of the batch is empty: its attention_mask is all zero, or it is all padding.")
+    return prompts
+
+
+def _without_padding(row: list, pad_token_id: int | None) -> list:
+    start, end = 0, len(row)
+    while start < end and row[start] == pad_token_id:
+        start += 1
+    while start < end and row[end - 1] == pad_token_id:
+        end -= 1
+    return row[start:end]
+
+
+def largest_pixel(pixel_values: torch.Tensor) -> float:
+    """The largest absolute value, 0 without any; a `ValueError` if one is NaN or infinite."""
+    if not pixel_values.numel():
+        return 0.0
+    largest = float(pixel_values.float().abs().amax())  # NaN if one value is
+    if not math.isfinite(largest):
+        raise ValueError("pixel_values contain NaN or infinite values: the camera frame is broken, do not act on it.")
+    return largest
+
+
+def check_pixel_values(pixel_values: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """Raise a `ValueError` unless they are normalized floats of `shape`."""
+    if not pixel_values.is_floating_point():
+        raise ValueError(
+            f"pixel_values are {pixel_values.dtype}, expected normalized floats: make them with the processor, or give "
+            "the raw image, predict_action(image, instruction)."
+        )
+    if tuple(pixel_values.shape) != shape:
+        raise ValueError(f"pixel_values have shape {tuple(pixel_values.shape)}, expected {shape}.")
+    largest = largest_pixel(pixel_values)
+    if largest > LARGEST_PIXEL:
+        raise ValueError(
+            f"pixel_values reach {largest:g}; normalized pixels stay within {LARGEST_PIXEL:g}: make them with the "
+            "processor, or give the raw image, predict_action(image, instruction)."
+        )
+
+
+# Raw images and instructions, to the tensors of a processor -----------------------------------------------------------
+
+
+def process_raw(processor: OpenVLAProcessor, image: Any, instruction: Any) -> tuple[bool, Any]:
+    """Whether it was a single sample, and its model inputs; see `predict_action`."""
+    if isinstance(image, Mapping):
+        raise ValueError(
+            f"predict_action got a mapping of {', '.join(map(str, image))}: model inputs are given as "
+            "predict_action(**inputs), of several cameras the one that the model was trained on."
+        )
+    if image is None:
+        raise ValueError("No image given: OpenVLA acts on what it sees. Give predict_action(image, instruction).")
+    if instruction is None:
+        raise ValueError("No instruction given: say what to do, for example 'open the drawer'.")
+    single = isinstance(instruction, str)
+    instructions = [instruction] if single else instruction
+    if not isinstance(instructions, (list, tuple)) or not instructions:
+        raise ValueError(f"instruction must be a string or a list of strings, got {instruction!r}.")
+    images = as_image_list(image)
+    single = single and not is_image_list(image)
+    if len(images) != len(instructions):
+        raise ValueError(f"{len(images)} image(s) for {len(instructions)} instruction(s): give one for each.")
+    prompts = processor.format_prompt(list(instructions))
+    return single, processor(prompts, [load_image(entry) for entry in images], return_tensors="pt")
+
+
+# Prompts --------------------------------------------------------------------------------------------------------------
+
+
+def check_prompts(
+    input_ids: torch.Tensor, attention_mask: Any, config: OpenVLAConfig, num_patches: int
+) -> list[list[int]]:
+    """Token ids of each prompt without padding; a `ValueError` for what the model was not trained on.
+
+    Args:
+        input_ids: (batch, length).
+        attention_mask: (batch, length), as a tensor, array or lists; None: padding is found by its id.
+    """
+    pad = None if config.pad_token_id == config.text_config.bos_token_id else config.pad_token_id
+    if attention_mask is not None:
+        attention_mask = as_tensor("attention_mask", attention_mask)
+    prompts = prompt_rows(input_ids, attention_mask, pad)
+    ids, vocabulary = [token for prompt in prompts for token in prompt], config.text_config.vocab_size
+    if min(ids) < 0 or max(ids) >= vocabulary:
+        raise ValueError(
+            f"input_ids range from {min(ids)} to {max(ids)}, the model knows 0 to {vocabulary - 1}: was the prompt "
+            "made with another model's processor?"
+        )
+    placeholders = {prompt.count(config.image_token_id) for prompt in prompts}
+    if placeholders not in ({0}, {num_patches}):
+        raise ValueError(
+            f"Prompts hold {sorted(placeholders)} image placeholders (id {config.image_token_id}): give each none, "
+            f"or {num_patches}."
+        )
+    for prompt in prompts:
+        check_prompt_ids(prompt, config, warn_without_bos=True)
+    return prompts
+
+
+def end_prompts(
+    prompts: list[list[int]], config: OpenVLAConfig, num_patches: int, num_tokens: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Prompts that end in the empty token `▁`, as in training, padded on the left to one length.
+
+    Args:
+        config: Its `empty_token_id` is known; None: there is none.
+        num_tokens: That follow.
+
+    Returns:
+        Token ids (batch, length), and their attention mask; None where no row is padded.
+
+    Raises:
+        ValueError: If a prompt says nothing, or is too long for the model.
+    """
+    empty, limit = config.empty_token_id, config.llm_max_length
+    positions = getattr(config.text_config, "max_position_embeddings", None)
+    if positions is not None:
+        limit = min(limit, positions - num_patches - num_tokens)
+    if any(set(prompt) <= {config.text_config.bos_token_id, empty} for prompt in prompts):
+        raise ValueError("No instruction given: a prompt holds no token but the start of the sequence.")
+    longest = max(map(len, prompts))
+    if longest + 1 > limit:
+        raise ValueError(f"The prompt has {longest} tokens, the model takes {limit - 1}: shorten the instruction.")
+    rows = [row if empty in (None, row[-1]) else [*row, empty] for row in prompts]
+    length = max(map(len, rows))
+    pad = config.pad_token_id or 0
+    padded = torch.tensor([[pad] * (length - len(row)) + row for row in rows])
+    if all(len(row) == length for row in rows):
+        return padded, None
+    return padded, torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+
+
+__all__ = [
+    "as_tensor",
+    "check_pixel_values",
+    "check_prompts",
+    "end_prompts",
+    "largest_pixel",
+    "process_raw",
+    "prompt_rows",
+]
