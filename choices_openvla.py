@@ -1,10 +1,14 @@
-"""Values to choose from, and the hint where one is misspelt. The standard library alone."""
+"""A name that is not known is answered with the nearest one that is.
+
+The standard library alone.
+"""
 
 import difflib
+from collections.abc import Iterable
 from typing import Any
 
 
-def closest(name: Any, known) -> str:
+def closest(name: Any, known: Iterable[Any]) -> str:
     """The entry of `known` nearest to `name`, whatever the case, as a ready-made hint (' Did you mean ...?'); an empty
     string where none is near."""
     folded = {str(entry).casefold(): str(entry) for entry in known}
@@ -23,6 +27,3 @@ def check_choice(field: str, value: Any, known, otherwise: str = "") -> None:
             f"{field}={value!r} is unknown.{closest(value, known)} Known: {', '.join(map(str, known))}."
             + (f" {otherwise}" if otherwise else "")
         )
-
-
-__all__ = ["check_choice", "closest"]

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.processing_utils import ProcessingKwargs
 
-# Of a local folder transformers 5.4 and 5.5 copy no more than this file names: also what others import.
-from .choices_openvla import closest as _closest  # noqa: F401
 from .configuration_openvla import OpenVLAConfig
 from .files_openvla import local_folder, read_json
 from .image_processing_openvla import OpenVLAImageProcessor

@@ -13,7 +13,6 @@ FLAT_FILES = [
     "choices_openvla",
     "tensors_openvla",
     "files_openvla",
-    "choices_openvla",
     "configuration_openvla",
     "action_tokenizer",
     "pixels_openvla",
