@@ -4,16 +4,18 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from .files_openvla import read_json
 from .files_openvla import weights_digest as weights_digest
 
 
+FORMAT_VERSION = 1  # of saved settings: finetune.json, evaluation.json, and those of a recording
 # What makes a folder load, and what says that it is complete: gone while files are replaced, and written last.
 MARKS = ("config.json", "adapter_config.json", "dataset_statistics.json")
 INSTALLED = {"site-packages", "dist-packages"}  # folders that pip fills
@@ -181,6 +183,27 @@ def move_into(work: Path, output: Path) -> None:
 def write_json(path: Path, data: Any) -> None:
     """Write a JSON file that appears complete or not at all."""
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def with_version(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as they are saved: with the version of their form."""
+    return {"format_version": FORMAT_VERSION, **settings}
+
+
+def read_settings(path: Path) -> tuple[dict[str, Any], int]:
+    """Saved settings, and the version of their form: 0 where they were saved before there were versions.
+
+    Raises:
+        ValueError: If they are of a version that this package does not know.
+    """
+    settings = read_json(path)
+    version = settings.pop("format_version", 0)
+    if version not in range(FORMAT_VERSION + 1):
+        raise ValueError(
+            f"'{path}' has format_version {version!r}, and this version of openvla knows {FORMAT_VERSION} at most: "
+            "update it (pip install -U openvla), or choose another folder."
+        )
+    return settings, version
 
 
 def write_text(path: Path, text: str) -> None:

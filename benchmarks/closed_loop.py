@@ -30,12 +30,12 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from openvla.cli import EMBEDDED_POLICY
 from openvla.evaluation import make_environment
 from openvla.evaluation.control import effective_delays
 from openvla.evaluation.evaluate import SETTINGS, evaluate, single_latency
 from openvla.evaluation.policies import OpenVLAPolicy
 from openvla.evaluation.report import EpisodeResult, read_results, summarize
+from openvla.options.prediction import EMBEDDED_POLICY
 
 
 STUDIES = ("latency", "quantization", "policies")

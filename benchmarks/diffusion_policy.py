@@ -248,7 +248,7 @@ def run_evaluation(arguments: argparse.Namespace) -> None:
         env=arguments.env,
         tasks=arguments.tasks,
         episodes=arguments.episodes,
-        variations=[name.strip() for name in arguments.axis.split(",") if name.strip()] or [""],
+        axis=arguments.axis,
         max_steps=arguments.max_steps,
         workers=arguments.workers,
         videos=arguments.videos,

@@ -174,11 +174,6 @@ def open_recording(
     )
 
 
-def given_reader_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of readers among others, but those that were left at None."""
-    return {key: options[key] for key in READER_OPTIONS if options.get(key) is not None}
-
-
 def split_boundary(episodes: int, held_out: float) -> int | None:
     """Where the episodes to train on end: at 95% for a `held_out` of 0.05, rounded as tensorflow_datasets does (half to
     even). None where nothing is held out.

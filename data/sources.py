@@ -14,7 +14,7 @@ from typing import Any
 
 from ..action_tokenizer import check_statistics, read_statistics
 from ..choices_openvla import check_choice, closest
-from ..options import respelled
+from ..options.fields import respelled
 from .checks import check_clipped, check_converted, odd_grippers
 from .dataset import OnError
 from .dimensions import parse_grippers, parse_mask
@@ -343,8 +343,18 @@ def _check_names(text: str, names: Sequence[str]) -> None:
         raise ValueError(f"'{text}' holds several datasets called {', '.join(twice)}: give each a name of its own.")
 
 
+def source_options(options: Any) -> dict[str, Any]:
+    """What the options of a verb say to `open_source`; those left at None are left out."""
+    known = _known_options()
+    return {name: value for name, value in vars(options).items() if name in known and value is not None}
+
+
+def _known_options() -> list[str]:
+    return [*list(inspect.signature(open_source).parameters)[1:-1], *READER_OPTIONS]
+
+
 def _check_options(options: Mapping[str, Any], entry: str | None = None) -> None:
-    known = [*list(inspect.signature(open_source).parameters)[1:-1], *READER_OPTIONS]
+    known = _known_options()
     known += ["path"] if entry else []
     for key in options:
         if key not in known:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ..action_tokenizer import read_statistics
 from .dimensions import default_mask, loses_rare_values
 from .episode import Episode
 
@@ -119,6 +120,14 @@ def statistics_table(stats: dict[str, Any], names: Sequence[str] | None = None) 
         lines.append(f"{name:<{width}}{values}  {'yes' if action['mask'][index] else 'no'}{note}")
     lines.append(f"{stats['num_trajectories']} episodes, {stats['num_transitions']} steps")
     return "\n".join(lines)
+
+
+def check_statistics_file(file: Path) -> None:
+    """Raise a `FileExistsError` if a file that is to be replaced holds no statistics."""
+    try:
+        read_statistics(file)
+    except (ValueError, KeyError) as error:
+        raise FileExistsError(f"'{file}' holds no statistics and would be replaced: give another file.") from error
 
 
 def check_plot(path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..folders import locked, working_folder
+from ..options.evaluation import DemoOptions
 from .evaluate import evaluate
 from .rendering import opengl_backend
 from .report import EpisodeResult, NoEpisodes, read_results
@@ -16,15 +17,14 @@ GIF = "demo.gif"
 UNFINISHED = ".unfinished"  # films that are being made
 
 
-def demo(*, model: str, output: str | Path, tasks: str = "mt10", **options: Any) -> list[EpisodeResult]:
+def demo(options: DemoOptions | None = None, *, progress: bool = True, **given: Any) -> list[EpisodeResult]:
     """Run one episode of each task, without a screen, and write `TASK.mp4` and `demo.gif`, all tasks side by side.
 
     The episodes are the first of an evaluation: their seeds are not those of demonstrations. Nothing is kept but the
-    films, so that the next call runs them anew.
+    films, so that the next call runs them again.
 
     Args:
-        model: Folder or Hub id.
-        options: Of `evaluate`.
+        options: What is shown; or its fields and options of the simulator as keywords, see `SimulatorOptions.of`.
 
     Returns:
         What became of each episode, by the name of its task.
@@ -36,13 +36,14 @@ def demo(*, model: str, output: str | Path, tasks: str = "mt10", **options: Any)
         NoEpisodes: If no episode could be run to its end.
         BlockingIOError: If another process writes to the same folder.
     """
+    options = options or DemoOptions.of(**given)
     opengl_backend()  # before the model is loaded
-    folder = Path(output).expanduser()
+    folder = Path(options.output).expanduser()
     with locked(folder):
         folder.mkdir(parents=True, exist_ok=True)
         check_replaceable(folder / GIF)
         with working_folder(folder / UNFINISHED) as work:
-            evaluate(model=model, output=work, tasks=tasks, episodes=1, videos=1, **options)
+            evaluate(**options.without("output"), output=work, episodes=1, videos=1, progress=progress)
             records = sorted(read_results(work / "episodes.jsonl"), key=lambda record: record.task)
             films = list(_films(records, work / "videos", folder))
         if not films:

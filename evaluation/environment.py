@@ -1,7 +1,6 @@
 """What a policy acts in: one protocol for all simulators, and the names they go by."""
 
 import importlib
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -9,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..choices_openvla import check_choice
+from ..plugins import is_reference, load_class, options_known, read_options
 
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
@@ -89,23 +89,58 @@ class Environment(Protocol):
         ...
 
 
+METHODS = ("instructions", "variations", "reset", "step", "expert_action", "close")  # of an `Environment`
+ATTRIBUTES = ("tasks", "task_sets", "max_steps", "frequency", "robot", "state_names")
+
+
 def make_environment(name: str, **options: Any) -> Environment:
-    """The environment of that name; `options` are those of its class.
+    """The environment of that name, or a class of your own as MODULE:CLASS; `options` are those of its constructor.
 
     Raises:
-        ValueError: If there is no such environment, it lacks one of the options, or its simulator is not installed.
+        ValueError: If there is no such environment, it lacks one of the options, its simulator is not installed, or a
+            class of your own is no `Environment`.
     """
-    check_choice("environment", name, ENVIRONMENTS)
+    make, implied, package = _environment(name)
+    given = environment_options(name, options)
+    try:
+        environment = make(**implied, **given)
+    except ModuleNotFoundError as error:
+        _explain(name, package, error)
+        raise
+    if lacking := [attribute for attribute in ATTRIBUTES if not hasattr(environment, attribute)]:
+        raise ValueError(f"simulator {name!r} has no {', '.join(lacking)}; see docs/extending.md.")
+    return environment
+
+
+def environment_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """`options` as the constructor of an environment takes them: texts of the command line are read, and what is
+    switched off (render=False) is left out where it cannot be switched.
+
+    Raises:
+        ValueError: If it has no such option, or a text is not what the option needs.
+    """
+    make, implied, _ = _environment(name)
+    known = options_known(make)
+    given = {option: value for option, value in options.items() if option in known or value is not False}
+    return read_options(make, given, name, without=implied)
+
+
+def _environment(name: str) -> tuple[Any, dict[str, Any], str]:
+    """Class of an environment, options that its name stands for, and what to install for it."""
+    if is_reference(name):
+        return load_class(name, "simulator", METHODS), {}, ""
+    check_choice("environment", name, ENVIRONMENTS, "Or MODULE:CLASS, a simulator of your own.")
     module, cls, package, implied = ENVIRONMENTS[name]
     try:
-        make = getattr(importlib.import_module(f".{module}", __package__), cls)
-        known = [option for option in inspect.signature(make).parameters if option not in implied]
-        for option in options:
-            check_choice(f"option of {name}", option, known)
-        return make(**implied, **options)
+        return getattr(importlib.import_module(f".{module}", __package__), cls), implied, package
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] == __package__.partition(".")[0]:
-            raise  # a fault of this package
+        _explain(name, package, error)
+        raise
+
+
+def _explain(name: str, package: str, error: ModuleNotFoundError) -> None:
+    """Raise a `ValueError` that says what to install, where it is not a fault of this package or of a user's class."""
+    if package and (error.name or "").partition(".")[0] != __package__.partition(".")[0]:
         raise ValueError(
             f"The environment '{name}' needs {error.name}, which is not installed: pip install '{package}'."
         ) from error

@@ -2,7 +2,8 @@
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from ..action_tokenizer import get_action_stats
-from ..choices_openvla import check_choice
-from ..files_openvla import read_json
-from ..folders import locked, write_json
+from ..device import torch_device
+from ..folders import locked, read_settings, with_version, write_json
 from ..hub import file_digests, model_folder, published_name, statistics_of
+from ..options.evaluation import EvaluateOptions, names_of
+from ..options.fields import decisive
 from .control import BlockingControl, RealtimeControl
 from .environment import (
     ACTION_DIM,
@@ -21,6 +23,7 @@ from .environment import (
     Observation,
     choose_tasks,
     choose_variations,
+    environment_options,
     make_environment,
     tasks_with,
 )
@@ -30,50 +33,27 @@ from .rendering import opengl_backend
 from .report import REPORT, write_report
 
 
-POLICIES = ("model", "expert", "random", "mean")
 SETTINGS = "evaluation.json"
 STANDSTILL = np.array([0.0, 0, 0, 0, 0, 0, 1.0])  # until the first action is there: the gripper stays open
+UNSAID: tuple[Any, ...] = (None, "", "auto", "none", {})  # values of options that a report leaves out
+OF_THIS_MACHINE = ("assets",)  # options of simulators that are places here: neither saved nor compared
 
 
 def evaluate(
+    options: EvaluateOptions | None = None,
     *,
-    model: str,
-    output: str | Path,
-    env: str = "metaworld",
-    tasks: str = "mt10",
-    episodes: int = 50,
-    policy: str | Policy = "model",
-    control: str = "blocking",
-    hz: float | None = None,
-    latency: float | None = None,
-    variations: Sequence[str] = ("none",),
-    max_steps: int | None = None,
-    unnorm_key: str | None = None,
-    center_crop: bool | None = None,
-    device: str = "cpu",
-    dtype: str = "auto",
-    quantization: str | None = None,
-    workers: int | None = None,
-    videos: int = 1,
+    policy: str | Policy | None = None,
     progress: bool = True,
-    **options: Any,
+    **given: Any,
 ) -> dict[str, Any]:
     """Run every task for some episodes and write episodes.jsonl, report.json, report.md, report.png and videos.
 
-    The same call goes on where a stopped one was. Seeds are those of `EVALUATION_SEEDS`, which recording never uses.
+    The same call continues a stopped one. Seeds are those of `EVALUATION_SEEDS`, which recording never uses.
 
     Args:
-        model: Folder or Hub id; also of whose statistics "random" and "mean" are.
-        policy: "model", or to compare with: "expert" (scripted), "random" (between q01 and q99), "mean" action, or a
-            policy of another kind, whose repr goes into the report; `model` is only written down then.
-        control: "blocking" or "realtime", see `control`; `hz` and `latency` (seconds; default: the median of ten single
-            predictions here) are of the latter.
-        variations: Of the environment; "all" for each axis, "none" or "" for episodes as recorded. Each is run for
-            those of the tasks that have it.
-        center_crop: Default: whether the model was fine-tuned with image augmentation.
-        quantization: "int8" or "int4".
-        workers: Environments side by side. Default: one for each core, at most 8.
-        options: Of the environment.
+        options: What is evaluated; or its fields and options of the simulator as keywords, see `SimulatorOptions.of`.
+        policy: Instead of that of the options: one of its names, or a policy of another kind, whose repr goes into the
+            report; the model is only written down then.
 
     Returns:
         The summary of the report, see `report.summarize`; `mean_success` is None where every episode broke.
@@ -84,87 +64,82 @@ def evaluate(
         BlockingIOError: If another process evaluates into the same folder.
         NoOpenGL: If there is nothing to render with.
     """
-    if isinstance(policy, str):
-        check_choice("policy", policy, POLICIES)
-    check_choice("control", control, ("blocking", "realtime"))
-    if episodes < 1 or videos < 0:
-        raise ValueError(f"episodes={episodes}, videos={videos}: expected at least one episode, and 0 videos or more.")
-    for option, value, least in (("max_steps", max_steps, 1), ("workers", workers, 1), ("latency", latency, 0)):
-        if value is not None and not least <= value < float("inf"):
-            raise ValueError(f"{option}={value}: expected at least {least}.")
-    if hz is not None and not 0 < hz < float("inf"):
-        raise ValueError(f"hz={hz}: the world needs a rate above 0.")
-    if control == "blocking" and (hz is not None or latency is not None):
-        raise ValueError(f"hz={hz}, latency={latency}: they are options of control='realtime'; blocking waits.")
-    make = partial(make_environment, env, **options)
-    here = make_environment(env, **{**options, "render": False})
-    chosen = choose_tasks(here, tasks)
-    variations = choose_variations(here, chosen, variations)
+    named = {"policy": policy} if isinstance(policy, str) else {}
+    if options is None:
+        options = EvaluateOptions.of(**given, **named)
+    elif given or named:
+        raise ValueError(f"{', '.join(given | named)}: give the options as one object, or all of them as keywords.")
+    acting: Policy | None = None if policy is None or isinstance(policy, str) else policy
+    control, device = options.control, torch_device(options.device)
+    of_environment = environment_options(options.env, options.environment_options)
+    here = make_environment(options.env, **{**of_environment, "render": False})
+    chosen = choose_tasks(here, options.tasks)
+    variations = choose_variations(here, chosen, names_of(options.axis))
     varied = [(variation, task) for variation in variations for task in tasks_with(here, chosen, variation)]
-    max_steps = here.max_steps if max_steps is None else max_steps
-    hz = here.frequency if hz is None else hz
+    max_steps = here.max_steps if options.max_steps is None else options.max_steps
+    hz = here.frequency if options.hz is None else options.hz
     here.close()
     RealtimeControl(hz, STANDSTILL)  # refuses a rate that is none
-    if options.get("render", True):
+    if of_environment.get("render", True):
         opengl_backend()
 
-    about = {"env": env, "tasks": tasks, "episodes": episodes}
-    about |= {"policy": policy if isinstance(policy, str) else repr(policy), "model": published_name(model)}
-    named = "" if variations == ("",) else ", ".join(name or "none" for name in variations)
-    about |= {"control": control, "variations": named, "quantization": quantization, "max_steps": max_steps}
-    about |= {"dtype": None if dtype == "auto" else dtype, "unnorm_key": unnorm_key, "center_crop": center_crop}
-    about |= {name: value for name, value in options.items() if name != "assets"}  # a place on this machine
-    if control == "realtime":
-        about |= {"hz": hz}
-    about = {name: value for name, value in about.items() if value not in (None, "")}
+    about = options.content() | {"episodes": options.episodes, "max_steps": max_steps}
+    about |= {"model": published_name(options.model), "axis": ",".join(name or "none" for name in variations)}
+    about |= {"policy": options.policy if acting is None else repr(acting), "hz": hz if control == "realtime" else None}
+    kept = {name: of_environment[name] for name in options.env_options if name not in OF_THIS_MACHINE}
+    about = {name: value for name, value in {**about, "env_options": kept}.items() if value not in UNSAID}
 
-    folder = Path(output).expanduser()
+    folder, latency = Path(options.output).expanduser(), options.latency
     with locked(folder):
         digests: dict[str, str] = {}
         stats: dict[str, Any] = {}
-        if isinstance(policy, str) and policy != "expert":
-            source = model_folder(model)
+        if acting is None and options.policy != "expert":
+            source = model_folder(options.model)
             if folder.resolve() == source.resolve():
                 raise ValueError(f"output='{folder}' is the model: give a folder of its own, it may lie inside.")
-            stats = get_action_stats(statistics_of(source), unnorm_key)
-            check_dimensions(stats, model, env)
-            digests = file_digests(source, weights=policy == "model")
-        before = earlier_settings(folder, {**about, "digests": digests}, model)
+            stats = get_action_stats(statistics_of(source), options.unnorm_key)
+            check_dimensions(stats, options.model, options.env)
+            digests = file_digests(source, weights=options.policy == "model")
+        before = earlier_settings(folder, {**about, "digests": digests}, options.model)
 
-        actor: Policy | None = None
-        if not isinstance(policy, str):
-            actor = policy
-        elif policy in ("random", "mean"):
-            actor = reference_policy(policy, stats)
-        elif policy == "model":
-            loading: dict[str, Any] = {"quantization": quantization, "unnorm_key": unnorm_key, "crop": center_crop}
-            actor = OpenVLAPolicy.load(str(source), device=device, dtype=dtype, **loading)
+        if acting is None and options.policy in ("random", "mean"):
+            acting = reference_policy(options.policy, stats)
+        elif acting is None and options.policy == "model":
+            acting = OpenVLAPolicy.load(
+                str(source),
+                device=device,
+                dtype=options.dtype,
+                quantization=options.quantization,
+                unnorm_key=options.unnorm_key,
+                crop=options.center_crop,
+            )
         make_control: Any = BlockingControl
         if control == "realtime":
             make_control = partial(RealtimeControl, hz, STANDSTILL)
             if "latency" in before:
                 latency = before["latency"]  # a resumed run is one with the first
             elif latency is None:
-                latency = single_latency(actor, chosen[0], options.get("size", 224)) if actor is not None else 0.0
+                size = of_environment.get("size", 224)
+                latency = single_latency(acting, chosen[0], size) if acting is not None else 0.0
             about["latency"] = round(float(latency or 0.0), 4)
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / SETTINGS, {**about, **({"digests": digests} if digests else {})})
+        write_json(folder / SETTINGS, with_version({**about, **({"digests": digests} if digests else {})}))
 
         jobs = [
             Job(task, episode, EVALUATION_SEEDS[episode], variation)
             for variation, task in varied
-            for episode in range(episodes)
+            for episode in range(options.episodes)
         ]
         records = run_episodes(
-            actor,
-            make,
+            acting,
+            partial(make_environment, options.env, **of_environment),
             jobs,
             folder,
             control=make_control,
             latency=latency if control == "realtime" else None,
             max_steps=max_steps,
-            workers=workers or min(8, os.cpu_count() or 1),
-            videos=videos,
+            workers=options.workers or min(8, os.cpu_count() or 1),
+            videos=options.videos,
             progress=progress,
         )
         return write_report(folder, records, about)
@@ -194,13 +169,15 @@ def earlier_settings(folder: Path, now: Mapping[str, Any], model: str) -> dict[s
                 "what was evaluated: choose another folder."
             )
         return {}
-    before = read_json(folder / SETTINGS)
+    before, version = read_settings(folder / SETTINGS)
+    if version == 0:
+        before = _from_version_0(before)
     if before.get("model") == model:
         before["model"] = now.get("model")
     changed = [
         f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name) and name not in ("latency", "episodes", "digests")
+        for name in decisive(EvaluateOptions)
+        if before.get(name) != now.get(name)
     ]
     if changed:
         raise ValueError(f"'{folder}' holds another evaluation: {'; '.join(changed)}. Choose another folder.")
@@ -213,6 +190,17 @@ def earlier_settings(folder: Path, now: Mapping[str, Any], model: str) -> dict[s
             "Choose another output folder for the model as it is now."
         )
     return before
+
+
+def _from_version_0(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that were saved before they had a version: variations were called so, and joined by ", "; options of the
+    simulator stood among the others."""
+    known = {item.name for item in fields(EvaluateOptions)} | {"digests"}
+    renamed = {"axis" if name == "variations" else name: value for name, value in settings.items()}
+    renamed = {name: value.replace(", ", ",") if name == "axis" else value for name, value in renamed.items()}
+    own = {name: value for name, value in renamed.items() if name in known}
+    more = {name: value for name, value in renamed.items() if name not in known}
+    return {**own, **({"env_options": more} if more else {})}
 
 
 def reference_policy(name: str, stats: dict[str, Any]) -> Policy:

@@ -17,11 +17,12 @@ from ..data.episode import Episode
 from ..data.writers.hdf5 import write_hdf5
 from ..data.writers.lerobot import write_lerobot
 from ..files_openvla import read_json
-from ..folders import locked, write_json
+from ..folders import locked, read_settings, with_version, write_json
 from ..hub import file_digests, model_folder, published_name
-from .environment import RECORDING_SEEDS, Environment, choose_tasks, tasks_with
+from ..options.evaluation import MOST_EPISODES, RecordOptions
+from ..options.fields import decisive
+from .environment import RECORDING_SEEDS, Environment, choose_tasks, make_environment, tasks_with
 from .expert_episode import is_episode, load_episode, record_episode, save_episode
-from .options import MOST_EPISODES, RecordOptions
 from .rendering import opengl_backend
 from .workers import EnvironmentProcess
 
@@ -60,22 +61,21 @@ def _record(options: RecordOptions, output: Path, progress: bool) -> dict[str, A
     part = output.with_name(output.name + ".partial")
     content, plan = published(options), part / PLAN
     if (output / "recording.json").exists():
-        found = read_json(output / "recording.json")
-        _check_same(content, found.get("options", {}), output)
+        _check_same(content, read_settings(output / "recording.json")[0].get("options", {}), output)
         _remove(part, content)  # of a run that was killed after its last step but one
-        return found
+        return read_json(output / "recording.json")
     if output.exists() and any(output.iterdir()):
         raise FileExistsError(f"{output} is not empty: give a new folder.")
     _check_part(part)
-    environment = options.environment(render=False)
+    environment = open_environment(options, render=False)
     chosen = choose_tasks(environment, options.tasks)
     varied = [(task, axis) for axis in options.axes for task in tasks_with(environment, chosen, axis)]
     tasks = dict.fromkeys(task for task, _ in varied)
     opengl_backend()
     if plan.exists():
-        _check_same(content, read_json(plan), part)
+        _check_same(content, read_settings(plan)[0], part)
     part.mkdir(exist_ok=True)
-    write_json(plan, content)  # first: it tells a recording from a folder of the user's
+    write_json(plan, with_version(content))  # first: it tells a recording from a folder of the user's
     (part / "episodes").mkdir(exist_ok=True)
 
     numbers = range(options.seed, options.seed + options.episodes)
@@ -89,7 +89,7 @@ def _record(options: RecordOptions, output: Path, progress: bool) -> dict[str, A
 
     whole = part / WHOLE
     shutil.rmtree(whole, ignore_errors=True)  # of a run that was stopped while it wrote
-    summary = {"options": content, "tasks": {task: _summary(files, task) for task in tasks}}
+    summary = with_version({"options": content, "tasks": {task: _summary(files, task) for task in tasks}})
     if options.format == "lerobot":
         write_lerobot(
             # Tasks take turns: whatever part of the episodes is held out has all of them
@@ -115,6 +115,10 @@ def _record(options: RecordOptions, output: Path, progress: bool) -> dict[str, A
     return summary
 
 
+def open_environment(options: RecordOptions, **more: Any) -> Environment:
+    return make_environment(options.env, **{**options.environment_options, **more})
+
+
 def _check_part(part: Path) -> None:
     """Raise a `FileExistsError` if the folder of an unfinished recording is none, but something of the user's."""
     if part.is_symlink() or (part.exists() and not part.is_dir()):
@@ -132,7 +136,7 @@ def _check_part(part: Path) -> None:
 def _remove(part: Path, content: Mapping[str, Any]) -> None:
     """An unfinished recording of `content`, and nothing else that may be there. Its plan goes last."""
     try:
-        ours = not part.is_symlink() and read_json(part / PLAN) == content
+        ours = not part.is_symlink() and read_settings(part / PLAN)[0] == content
     except (OSError, ValueError):
         ours = False
     if ours:
@@ -167,8 +171,9 @@ def _check_same(content: dict[str, Any], found: dict[str, Any], folder: Path) ->
             "student": published_name(found["student"]),
             "student_weights": content.get("student_weights"),
         }
-    unknown = {"student_base": content.get("student_base")}  # to older versions
-    other = {name: value for name, value in content.items() if {**unknown, **found}.get(name) != value}
+    # What older versions did not know was as it is by default.
+    found = {**decisive(RecordOptions), "student_base": content.get("student_base"), **found}
+    other = {name: value for name, value in content.items() if found.get(name) != value}
     if other:
         raise ValueError(
             f"{folder} was recorded with other options: "
@@ -226,7 +231,7 @@ class Recorder:
     """Records single episodes to files."""
 
     def __init__(self, options: RecordOptions):
-        self.options, self.environment = options, options.environment()
+        self.options, self.environment = options, open_environment(options)
         self.student: Policy | None = None
         self.blind: Environment | None = None
         if options.student is not None:
@@ -235,7 +240,7 @@ class Recorder:
             self.student = OpenVLAPolicy.load(options.student)
         elif options.noise:
             # The expert fails more often then; pictures take nearly all of the time, so a first try goes without.
-            self.blind = options.environment(render=False)
+            self.blind = open_environment(options, render=False)
 
     def record(self, task: str, axis: str, number: int, file: Path) -> None:
         """Try seeds until the expert succeeds; the file appears when it is whole."""

@@ -25,7 +25,7 @@ DEMOS = REPOSITORY / "tests" / "fixtures" / "demos"
 INSTALLED = Path(openvla.__file__).parent
 COMMAND = Path(sys.executable).with_name("openvla")
 VERBS = ("predict", "stats", "finetune", "merge", "record", "evaluate", "demo", "convert", "export", "package")
-PACKAGES = ("conversion", "data", "evaluation", "presets", "training")
+PACKAGES = ("conversion", "data", "evaluation", "options", "presets", "training")
 # Command line without its output folder -> what it asks for
 NEEDS = {
     ("stats", DEMOS / "lerobot_image"): "openvla[data]",

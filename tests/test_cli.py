@@ -21,8 +21,10 @@ from typer.testing import CliRunner
 
 import openvla
 from openvla import OpenVLAForActionPrediction, cli
+from openvla.cli_errors import reason
 from openvla.evaluation.environment import ENVIRONMENTS
 from openvla.folders import locked, locked_file
+from openvla.options.prediction import EMBEDDED_POLICY
 from openvla.training import STRATEGIES, FinetuneOptions
 
 
@@ -120,7 +122,7 @@ def test_predict(model, image):
 
 
 def test_the_default_model_is_the_package():
-    assert Path(cli.EMBEDDED_POLICY) == Path(cli.__file__).parent
+    assert Path(EMBEDDED_POLICY) == Path(cli.__file__).parent
 
 
 def test_mistakes_in_predict(model, image, tmp_path, monkeypatch):
@@ -234,7 +236,7 @@ def test_plan_train_merge_and_predict(tmp_path, image):
 
 def test_stats_replaces_only_statistics(tmp_path, monkeypatch):
     """And says so before the data is read."""
-    monkeypatch.setattr("openvla.data.sources.open_sources", lambda *a, **k: pytest.fail("read"))
+    monkeypatch.setattr("openvla.data.report.open_sources", lambda *a, **k: pytest.fail("read"))
     (tmp_path / "notes.txt").write_text("mine")
     for option, file, said in [
         ("--output", "notes.txt", "holds no statistics and would be replaced"),
@@ -266,10 +268,10 @@ def test_a_second_process_is_refused_in_one_line(verb, model, tmp_path):
 
 def test_what_the_operating_system_says_comes_with_the_file_and_a_way_out():
     full = OSError(errno.ENOSPC, "No space left on device", "/data/x.npz")
-    assert cli.reason(full).startswith("'/data/x.npz': No space left on device: make room")
-    assert cli.reason(OSError(errno.ENOSPC, "No space left on device")).startswith("No space left on device: make")
-    assert cli.reason(OSError("'/data' is full: make room.")) == "'/data' is full: make room."
-    assert cli.reason(KeyError("no 'x'")) == "no 'x'"
+    assert reason(full).startswith("'/data/x.npz': No space left on device: make room")
+    assert reason(OSError(errno.ENOSPC, "No space left on device")).startswith("No space left on device: make")
+    assert reason(OSError("'/data' is full: make room.")) == "'/data' is full: make room."
+    assert reason(KeyError("no 'x'")) == "no 'x'"
 
 
 def test_overwriting_spares_what_is_something_else(model, tmp_path):

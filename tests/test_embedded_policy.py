@@ -68,7 +68,7 @@ def test_it_solves_tasks_in_closed_loop(opengl, tmp_path):
 def test_it_does_the_asked_one_of_two_possible_tasks(opengl, tmp_path):
     """Drawers half open, the same picture for both tasks. (Who ignores words solves half at most.)"""
     pytest.importorskip("metaworld", reason="Meta-World needs the [sim] extra")
-    options = {"tasks": "drawer-open-v3,drawer-close-v3", "variations": ["language"], "episodes": 2, "videos": 0}
+    options = {"tasks": "drawer-open-v3,drawer-close-v3", "axis": "language", "episodes": 2, "videos": 0}
     rows = evaluate(model=str(ROOT), output=tmp_path, workers=2, progress=False, **options)["rows"]
     assert len(rows) == 2 and sum(row["successes"] for row in rows) >= 3
 

@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoProcessor
 
 from openvla import AutoModelForVision2Seq, OpenVLAConfig, OpenVLAForActionPrediction, OpenVLAProcessor
 from openvla.conversion import package_checkpoint
-from openvla.training.options import FinetuneOptions
+from openvla.options.training import FinetuneOptions
 from openvla.training.preparation import prepare
 
 

@@ -13,9 +13,9 @@ from openvla.data.mixture import mixture_probabilities
 from openvla.data.sources import open_source, open_sources
 from openvla.evaluation.environment import make_environment
 from openvla.evaluation.evaluate import evaluate
-from openvla.evaluation.options import RecordOptions
-from openvla.options import respelled
-from openvla.training.options import FinetuneOptions
+from openvla.options.evaluation import RecordOptions
+from openvla.options.fields import respelled
+from openvla.options.training import FinetuneOptions
 from openvla.training.preparation import learning_rate
 
 

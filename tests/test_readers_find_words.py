@@ -14,8 +14,8 @@ from openvla.cli import app
 from openvla.data import DamagedDataError, open_dataset
 from openvla.data.sources import open_source, open_sources
 from openvla.files_openvla import LFS_POINTER
+from openvla.options.training import FinetuneOptions
 from openvla.training import plan_run
-from openvla.training.options import FinetuneOptions
 
 
 LFS = LFS_POINTER.decode() + "v1\noid sha256:" + "a" * 64 + "\nsize 12345678\n"

@@ -23,7 +23,7 @@ from openvla.action_heads_openvla import TokenHead
 from openvla.folders import locked
 from openvla.training import FinetuneOptions, finetune, resume
 from openvla.training import trainer as trainer_module
-from openvla.training.options import DivergedError
+from openvla.training.checks import DivergedError
 
 
 pytest.importorskip("accelerate", reason="training needs the [train] extra")

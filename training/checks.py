@@ -18,6 +18,12 @@ GOOD_L1 = 0.01  # normalized; half a bin is 0.004
 __all__ = ["check_data", "check_images", "check_result", "check_statistics"]
 
 
+class DivergedError(ValueError):
+    """The loss, the gradient or the weights of a run are not finite: it has stopped."""
+
+    exit_code = 1  # of the command line
+
+
 def check_statistics(
     name: str, before: Mapping[str, Any], now: Mapping[str, Any], names: Sequence[str] | None = None
 ) -> list[str]:

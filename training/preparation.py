@@ -15,14 +15,13 @@ from ..configuration_openvla import OpenVLAConfig
 from ..data import Episode
 from ..data.collate import ActionCollator
 from ..data.mixture import mixture_probabilities
-from ..data.recording import given_reader_options
 from ..data.samples import main_camera
-from ..data.sources import Source, open_sources
+from ..data.sources import Source, open_sources, source_options
 from ..extras import require
+from ..options.training import FinetuneOptions
 from ..processing_openvla import OpenVLAProcessor
 from .checkpoints import starting_config, starting_point, starting_processor
 from .checks import check_data, check_images, check_statistics
-from .options import FinetuneOptions
 from .plan import TEXT_TOKENS, estimate
 from .resume import check_output
 
@@ -120,22 +119,8 @@ def prepare(options: FinetuneOptions, processes: int = 1, data: Any = None) -> R
     sources = open_sources(
         options.dataset if data is None else data,
         data_root=options.data_root,
-        format=options.format,
-        split=options.split,
-        held_out=options.held_out,
-        filters=options.filters,
-        camera=options.camera,
-        name=options.name,
-        gripper=options.gripper,
-        standardize=options.standardize,
-        statistics=options.statistics,
-        mask=options.mask,
-        gripper_dims=options.gripper_dims,
-        keep_unlabeled=options.keep_unlabeled,
-        on_error=options.on_error,
-        action_chunk=config.action_chunk,
         progress=True,
-        **given_reader_options(vars(options)),
+        **{**source_options(options), "action_chunk": config.action_chunk},
     )
     run = Run(options, sources, config, processor, processes)
     check_same_action_dim(run.statistics, list(run.statistics))

@@ -15,9 +15,10 @@ from safetensors import SafetensorError, safe_open
 from ..data.sources import Source, dataset_places
 from ..data.survey import content_key
 from ..files_openvla import check_file, read_json
-from ..folders import MARKS, remove_working_folder
+from ..folders import MARKS, read_settings, remove_working_folder
+from ..options.fields import decisive
+from ..options.training import FinetuneOptions
 from .checkpoints import STARTED
-from .options import FinetuneOptions, differences
 
 
 FINISHED = "dataset_statistics.json"  # of a result: comes last, see `folders.move_into`
@@ -215,7 +216,7 @@ def check_begun(
     Raises:
         ValueError: Names the options, datasets and statistics that have changed.
     """
-    before = read_json(output / STARTED)
+    before, _ = read_settings(output / STARTED)
     same = {name: value for name, value in asdict(options).items() if before.get(name) == value}
     changed = differences(before, {**now, **same})
     files: Mapping[str, Any] = now["data_digests"]
@@ -235,9 +236,25 @@ def check_begun(
         )
 
 
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Options of a resumed run that do not agree with those it was started with; both with `global_batch`.
+
+    What changes nothing in the weights may differ, see `option(neutral=True)`. An option that older versions did not
+    have was as it is by default.
+    """
+    known = decisive(FinetuneOptions) | ({"global_batch": before["global_batch"]} if "global_batch" in before else {})
+    if now["schedule"] != "constant":
+        known["steps"] = before["steps"]  # the learning rate depends on them
+    return [
+        f"{name} was {before.get(name, default)!r}, is {now[name]!r}"
+        for name, default in sorted(known.items())
+        if before.get(name, default) != now[name]
+    ]
+
+
 def check_model(output: Path, now: Mapping[str, Any]) -> None:
     """Whether a run goes on from the base that it was begun with: a ValueError where `model_digest` is another."""
-    if read_json(output / STARTED).get("model_digest") not in (None, now["model_digest"]):
+    if read_settings(output / STARTED)[0].get("model_digest") not in (None, now["model_digest"]):
         raise ValueError(
             f"'{output}' was begun with other weights than '{now['model']}' has now: take those that it was begun "
             "with, or another output folder."

@@ -19,14 +19,14 @@ from ..data.collate import ActionCollator
 from ..data.samples import FrameSamples
 from ..data.stream import MixtureStream
 from ..files_openvla import local_folder
-from ..folders import locked, weights_digest, write_json
+from ..folders import locked, weights_digest, with_version, write_json
 from ..model_card import model_card
 from ..modeling_openvla import OpenVLAForActionPrediction
+from ..options.training import FinetuneOptions
 from .checkpoints import STARTED, card_folder, starting_point
 from .checks import check_result
 from .curves import plot_curves
 from .muon import make_muon
-from .options import FinetuneOptions
 from .preparation import (
     LEARNING_RATES,
     Run,
@@ -212,7 +212,7 @@ def train(options: FinetuneOptions, arguments: TrainingArguments, resume: bool, 
         output.mkdir(parents=True, exist_ok=True)
         scarce = check_space(output, model, options)
         if not begun:
-            write_json(output / STARTED, made)
+            write_json(output / STARTED, with_version(made))
         tqdm.write(f"{run.describe()}\ntrains    {trainable_parameters(model) / 1e6:.1f}M parameters")
         if scarce:
             tqdm.write(f"warning   {scarce}")

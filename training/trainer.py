@@ -26,8 +26,8 @@ from ..data.samples import FrameSamples
 from ..data.stream import Batches, MixtureStream
 from ..folders import WORK, move_into, working_folder
 from .checkpoints import write_checkpoint
+from .checks import DivergedError
 from .metrics import ActionMetrics
-from .options import DivergedError
 from .resume import UNFINISHED, checkpoints, last_checkpoint
 
 

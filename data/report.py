@@ -1,0 +1,37 @@
+"""What `openvla stats` says of a dataset."""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+from ..folders import locked_file, write_json
+from ..options.datasets import StatsOptions
+from .checks import check_data
+from .sources import open_sources, source_options
+from .statistics import check_plot, check_statistics_file, plot_statistics, statistics_table
+
+
+def report_statistics(options: StatsOptions) -> Iterator[str]:
+    """Read the data, write the files that were asked for, and give the report piece by piece.
+
+    Raises:
+        FileExistsError: If a file that would be replaced holds something else; before the data is read.
+    """
+    output, plot = options.output, options.plot
+    with locked_file(output) if output is not None else nullcontext():  # before the work, which may take long
+        if output is not None and output.exists():
+            check_statistics_file(output)
+        if plot is not None:
+            check_plot(plot)
+        given = {**source_options(options), "keep_unlabeled": True}
+        sources = open_sources(options.dataset, data_root=options.data_root, progress=True, **given)
+        for source in sources:
+            yield f"{source.report()}\n{statistics_table(source.statistics, source.names)}"
+            for warning in check_data(source):
+                yield f"warning   {warning}"
+            if plot is not None:
+                path = plot if len(sources) == 1 else plot.with_stem(f"{plot.stem}_{source.name}")
+                plot_statistics(source.actions(), source.statistics, path, source.names)
+                yield f"wrote {path}"
+        if output is not None:
+            write_json(output, {source.name: source.statistics for source in sources})
+            yield f"wrote {output}"

@@ -1,0 +1,60 @@
+"""Options of `openvla convert`, `openvla export` and `openvla package`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from .fields import Options, option, required
+
+
+SavedDtype = Literal["bfloat16", "float16", "float32"]
+
+
+@dataclass(kw_only=True)
+class OverwriteOptions(Options):
+    """Of verbs that write a folder of model files."""
+
+    overwrite: bool = option(False, "Replace model files in OUT; other files stay.", flag="--overwrite")
+
+
+@dataclass(kw_only=True)
+class ConvertOptions(OverwriteOptions):
+    """From a checkpoint of the original's training code to a Hub folder."""
+
+    checkpoint: Path = required("A .pt of the original's training code, or the folder of its run.", argument=True)
+    out: Path = required("Hub folder to write.", argument=True)
+    vision_backbone_id: str | None = option(None, "Vision backbone, for example dinosiglip-vit-so-224px.")
+    llm_backbone_id: str | None = option(None, "Language model, for example llama2-7b-pure.")
+    image_resize_strategy: str | None = option(None, "How images were resized: resize-naive, resize-crop or letterbox.")
+    tokenizer: str | None = option(None, "Folder or Hub id that has the tokenizer.json.", shown="the language model's")
+    statistics: Path | None = option(
+        None, "File with the action statistics.", shown="dataset_statistics.json of the run"
+    )
+    base: str | None = option(
+        None,
+        "What supplies parts that were frozen and so are not in CHECKPOINT: a checkpoint, run, Hub folder or id, or "
+        "'timm'.",
+    )
+    dtype: SavedDtype = option("bfloat16", "Type of the written weights.")
+    max_shard_size: str = option("5GB", "Size of the largest weight file, and of the memory that is needed.")
+
+
+@dataclass(kw_only=True)
+class ExportOptions(OverwriteOptions):
+    """From a Hub folder to a run of the original's training code."""
+
+    weights: str = required("Model to export: a folder or a Hub id.", argument=True)
+    out: Path = required("Run folder to write.", argument=True)
+    dtype: SavedDtype | None = option(
+        None, "Type of the written weights; the original trains from float32.", shown="as stored"
+    )
+
+
+@dataclass(kw_only=True)
+class PackageOptions(OverwriteOptions):
+    """A Hub folder that carries its own code."""
+
+    out: Path = required("Folder to write.", argument=True)
+    weights: str = required("Model to package: a folder or a Hub id with safetensors weights.")
+    revision: str | None = option(None, "Branch, tag or commit, where --weights is a Hub id.", shown="main")
+    name: str | None = option(None, "What the model card calls the model.", shown="the name of OUT")

@@ -1,0 +1,98 @@
+"""Options of everything that opens demonstrations: `openvla stats`, `openvla finetune`, the entries of a mixture."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from .fields import Options, option, pairs, required
+
+
+@dataclass(kw_only=True)
+class ReaderOptions(Options):
+    """Options that the readers of all formats have."""
+
+    cameras: str | None = option(
+        None, "Cameras to read, by their keys in the data, joined by commas. Default: all in colour."
+    )
+    action_key: str | None = option(
+        None,
+        "What the action is, where it is not called action: a key, or several joined by commas that are put side by "
+        "side; none among them is a column of zeros.",
+    )
+    state_key: str | None = option(
+        None, "What the state of the robot is: keys as for the action; none alone: no state."
+    )
+    language_key: str | None = option(
+        None,
+        "Where the instruction stands: a column, a path such as episode_metadata/language_instruction, or an attribute "
+        "of an HDF5 file.",
+    )
+
+
+@dataclass(kw_only=True)
+class HDF5Options(ReaderOptions):
+    """Options of the reader of HDF5 files."""
+
+    rotate_images: bool | None = option(
+        None, "Turn images of HDF5 files by 180 degrees. Default: those of LIBERO, by their attributes."
+    )
+
+
+@dataclass(kw_only=True)
+class LeRobotOptions(ReaderOptions):
+    """Options of the reader of LeRobot folders."""
+
+    tolerance_s: float | None = option(
+        None, "Seconds that time stamps of LeRobot may differ from frame_index / fps. Default: 0.0001."
+    )
+
+
+@dataclass(kw_only=True)
+class DatasetOptions(HDF5Options, LeRobotOptions):
+    """Which demonstrations, and how they are read."""
+
+    dataset: str = required(
+        "Folder or file of demonstrations (RLDS, LeRobot, HDF5); or a mixture: its Open-X name, "
+        "'name:weight,name:weight', or a YAML file."
+    )
+    data_root: str | None = option(None, "Folder in which the datasets of a mixture lie under their names.")
+    format: str | None = option(
+        None,
+        "Format of the data: rlds, lerobot or hdf5; or MODULE:CLASS, a reader of your own. Default: recognised.",
+    )
+    reader: dict[str, Any] = pairs("Option of a reader of your own: NAME=VALUE, any number of times.", flag="--reader")
+    split: str = option("train", "Split to train on, or in RLDS a part of one: train[:100], train[:50%].")
+    name: str | None = option(
+        None, "Name of the dataset in the result, which predict asks for as --unnorm-key. Default: its own."
+    )
+    gripper: Literal["open-is-1", "open-is-0", "open-is-plus-1", "open-is-minus-1"] = option(
+        "open-is-1",
+        "What the recorded gripper means: open-is-1 or open-is-0 where it goes from 0 to 1, open-is-plus-1 or "
+        "open-is-minus-1 (LIBERO's HDF5) where it goes from -1 to 1. The model's convention is 1 open.",
+    )
+    gripper_dims: str | None = option(
+        None,
+        "Dimensions that are grippers, counted from 0: 6, or 6,13 of two arms, or none. Default: those with such a "
+        "name, else the last where it looks like one.",
+    )
+    mask: str | None = option(
+        None,
+        "Which dimensions of an action are scaled by q01 and q99, 1 or 0 for each: 1,1,1,1,1,1,0. Default: all but "
+        "grippers in [0, 1].",
+    )
+    standardize: str = option(
+        "auto", "auto: RLDS datasets of Open-X, Bridge, DROID and LIBERO by their names; none; or such a name."
+    )
+    filters: str = option("", "Steps to leave out, joined by commas: no-ops, zero-actions.")
+    on_error: Literal["raise", "skip"] = option("raise", "What to do with a damaged record; skip warns and counts.")
+
+
+@dataclass(kw_only=True)
+class StatsOptions(DatasetOptions):
+    """The action statistics of a dataset."""
+
+    dataset: str = required("Folder or file (RLDS, LeRobot, HDF5), or a mixture (see finetune).", argument=True)
+    split: str = option("train", "train: all splits together, as in training; or one split alone.")
+    name: str | None = option(None, "Name that --output gives the dataset: the model's unnorm_key.", shown="its own")
+    output: Path | None = option(None, "File to write them to, such as dataset_statistics.json.", neutral=True)
+    plot: Path | None = option(None, "File to draw the histograms in, such as actions.png.", neutral=True)

@@ -1,0 +1,170 @@
+"""Options of `openvla record`, `openvla evaluate` and `openvla demo`."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from .fields import Options, option, pairs, required
+from .prediction import ModelOptions
+
+
+# Episode k tries the seeds k, k + 10000, k + 20000, ...: each depends on its number alone, not on what failed before.
+MOST_EPISODES = 10_000
+
+
+@dataclass(kw_only=True)
+class SimulatorOptions(Options):
+    """Which simulator, and which of its tasks."""
+
+    env: str = option(
+        "metaworld",
+        "Simulator: metaworld, robosuite, libero_spatial, libero_object, libero_goal or libero_10; or MODULE:CLASS, a "
+        "simulator of your own.",
+    )
+    env_options: dict[str, Any] = pairs(
+        "Option of the simulator: NAME=VALUE, any number of times.", flag="--env-option"
+    )
+    tasks: str = option("mt10", "Tasks and sets of tasks, joined by commas: mt10, mt50, drawer-open-v3, ...")
+    camera: str | None = option(
+        None,
+        "Camera of the simulator: the one that the model's demonstrations had.",
+        shown="the simulator's; metaworld: corner4",
+    )
+
+    @classmethod
+    def of(cls, **given: Any) -> Self:
+        """From keywords: the fields by their names, every other is an option of the simulator."""
+        known = {item.name for item in fields(cls)}
+        more = {name: given.pop(name) for name in list(given) if name not in known}
+        return cls(**{**given, "env_options": {**given.get("env_options", {}), **more}})
+
+    @property
+    def environment_options(self) -> dict[str, Any]:
+        """As `make_environment` takes them."""
+        return {**self.env_options, **({"camera": self.camera} if self.camera else {})}
+
+
+@dataclass(kw_only=True)
+class RecordOptions(SimulatorOptions):
+    """What is recorded, and where to."""
+
+    output: str = required(
+        "Folder to write. Until the recording is complete, it is in OUTPUT.partial, not to be used otherwise.",
+        neutral=True,
+    )
+    env: str = option("metaworld", "Simulator: metaworld or robosuite; or MODULE:CLASS, a simulator of your own.")
+    camera: str | None = option(None, "Camera to record. Default: that of the simulator (metaworld: corner4).")
+    episodes: int = option(100, "Successful episodes of each task.", least=1)
+    format: Literal["lerobot", "hdf5"] = option("lerobot", "LeRobot v3.0, or LIBERO-style HDF5, one file a task.")
+    size: int = option(224, "Width and height of the images, in pixels.", least=1)
+    wrist: bool = option(False, "Record the camera on the gripper as well.")
+    images: Literal["jpeg", "png"] = option("jpeg", "How LeRobot images are stored; jpeg: quality 95.")
+    paraphrases: bool = option(False, "Draw the instruction of each episode from the usual one and three paraphrases.")
+    axis: str = option(
+        "none",
+        "Variations, joined by commas, each of which is recorded for the tasks that have it: none,language records the "
+        "usual scenes, and those in which a task and its opposite are possible.",
+    )
+    noise: float = option(
+        0.0,
+        "Greatest standard deviation of noise on the executed translation, in units of the action; each episode draws "
+        "its own below. The recorded action stays the expert's clean answer to what was seen: how to recover.",
+        least=0,
+    )
+    student: str | None = option(
+        None,
+        "Model that acts first, for a number of steps that each episode draws, up to half of the longest; then the "
+        "expert ends it. Recorded is the expert's answer throughout: what the model should have done (DAgger).",
+    )
+    seed: int = option(
+        0, "Number of the first episode; other numbers begin elsewhere. Evaluation has its own seeds.", least=0
+    )
+    after_success: int = option(5, "Steps to record after the first success.", least=0)
+    workers: int = option(1, "Processes, each with its own simulator.", least=1, neutral=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.seed + self.episodes > MOST_EPISODES:
+            raise ValueError(
+                f"seed={self.seed}, episodes={self.episodes}: episodes are numbered up to {MOST_EPISODES}."
+            )
+
+    @property
+    def environment_options(self) -> dict[str, Any]:
+        return {"size": self.size, "wrist": self.wrist, **super().environment_options}
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Variations as an environment takes them, "" for none; each once."""
+        return tuple("" if name == "none" else name for name in names_of(self.axis))
+
+
+@dataclass(kw_only=True)
+class ClosedLoopOptions(SimulatorOptions, ModelOptions):
+    """Who acts in the simulator, and how many environments run side by side."""
+
+    policy: Literal["model", "expert", "random", "mean"] = option(
+        "model", "What acts: the model; to compare, the scripted expert, random actions or the mean action."
+    )
+    max_steps: int | None = option(
+        None, "Steps after which an episode has failed.", least=1, shown="the simulator's; metaworld: 125"
+    )
+    workers: int | None = option(
+        None,
+        "Environments that run side by side.",
+        least=1,
+        neutral=True,
+        shown="one for each core, at most 8",
+    )
+
+
+@dataclass(kw_only=True)
+class EvaluateOptions(ClosedLoopOptions):
+    """An evaluation: which episodes, who is in control, where the report goes."""
+
+    output: Path = required("Folder for episodes, report and videos.", neutral=True)
+    episodes: int = option(50, "Episodes of each task.", least=1, neutral=True)
+    control: Literal["blocking", "realtime"] = option(
+        "blocking", "What the world does while the model thinks: blocking, it waits; realtime, it goes on."
+    )
+    hz: float | None = option(
+        None, "Steps of the world in a second (realtime).", above=0, shown="the simulator's; metaworld: 20"
+    )
+    latency: float | None = option(
+        None, "Seconds that a prediction takes (realtime).", least=0, neutral=True, shown="measured"
+    )
+    axis: str = option(
+        "none",
+        "What differs from the recorded episodes, joined by commas: visual, motion, physical, semantic, language (each "
+        "episode draws one kind), one kind such as visual:light, all for the five of them, none for nothing. Each is "
+        "run for the tasks that have it, and has a row in the report.",
+    )
+    center_crop: bool | None = option(
+        None,
+        "Show the model the middle nine tenths of the image, as it needs after training with random crops.",
+        shown="as it was trained",
+    )
+    quantization: Literal["int8", "int4"] | None = option(
+        None, "Load the language model with fewer bits (bitsandbytes)."
+    )
+    videos: int = option(1, "Episodes of each task to film.", least=0, neutral=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.control == "blocking" and (self.hz is not None or self.latency is not None):
+            raise ValueError(
+                f"hz={self.hz}, latency={self.latency}: they are options of control='realtime'; blocking waits."
+            )
+
+
+@dataclass(kw_only=True)
+class DemoOptions(ClosedLoopOptions):
+    """One episode of each task, to be watched."""
+
+    output: Path = option(Path("outputs/demo"), "Folder for the films.", neutral=True)
+
+
+def names_of(text: str) -> tuple[str, ...]:
+    """Names that are joined by commas, each once; "none" where there is none."""
+    names = dict.fromkeys(name.strip() for name in text.split(",") if name.strip())
+    return tuple(names) or ("none",)

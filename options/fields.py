@@ -1,0 +1,159 @@
+"""Fields of a verb's dataclass: default, help text, limits, and whether a run that continues may change them."""
+
+import math
+import operator
+import re
+import types
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from numbers import Real
+from typing import Any, Literal, Union, get_args, get_origin
+
+from ..choices_openvla import closest
+
+
+# Limits of a number: their words, and when a value keeps to them.
+LIMITS: dict[str, tuple[str, Any]] = {
+    "least": ("of at least", operator.ge),
+    "above": ("above", operator.gt),
+    "below": ("below", operator.lt),
+}
+
+
+def option(
+    default: Any,
+    text: str,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    neutral: bool = False,
+    flag: str | None = None,
+    shown: str | None = None,
+) -> Any:
+    """A field with its help text.
+
+    Args:
+        least, above, below: Limits of a number; NaN and infinity are refused where there is one.
+        neutral: Changes nothing in the result (where it is written, how fast): a run that continues may change it.
+        flag: Name on the command line, where it is not that of the field; one that begins with "--" has no "--no-".
+        shown: What --help says in place of the default.
+    """
+    about = {"help": text, "least": least, "above": above, "below": below, "neutral": neutral}
+    return field(default=default, metadata=about | {"flag": flag, "shown": shown})
+
+
+def required(text: str, *, argument: bool = False, neutral: bool = False) -> Any:
+    """A field without a default.
+
+    Args:
+        argument: On the command line it is given by its place, without a name.
+    """
+    return field(metadata={"help": text, "argument": argument, "neutral": neutral})
+
+
+def pairs(text: str, *, flag: str) -> Any:
+    """A field of further options, `{name: value}`; on the command line `flag name=value`, any number of times."""
+    return field(default_factory=dict, metadata={"help": text, "flag": flag, "pairs": True})
+
+
+@dataclass(kw_only=True)
+class Options:
+    """What the options of all verbs share."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def content(self) -> dict[str, Any]:
+        """The options that decide the result."""
+        return {name: getattr(self, name) for name in decisive(type(self))}
+
+    def without(self, *names: str) -> dict[str, Any]:
+        """All options but these."""
+        return {name: value for name, value in vars(self).items() if name not in names}
+
+
+def decisive(kind: type) -> dict[str, Any]:
+    """{field that decides the result: its default} of a dataclass of options; None for one without a default."""
+    return {item.name: default_of(item) for item in fields(kind) if not item.metadata.get("neutral")}
+
+
+def default_of(item: Any) -> Any:
+    if item.default_factory is not MISSING:
+        return item.default_factory()
+    return None if item.default is MISSING else item.default
+
+
+def choices(kind: Any) -> tuple[Any, ...]:
+    """Values of a `Literal`, or of a `Literal | None`; none of any other type."""
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    if get_origin(kind) in (Union, types.UnionType):
+        return next(filter(None, map(choices, get_args(kind))), ())
+    return ()
+
+
+def check_options(options: Any) -> None:
+    """Raise a `ValueError` for a value of a dataclass that none of its choices is, or no number within its limits."""
+    for item in fields(options):
+        value = getattr(options, item.name)
+        if value is None and type(None) in get_args(item.type):
+            continue
+        known = choices(item.type)
+        if known and value not in known:
+            raise ValueError(f"{item.name}={value!r} is unknown.{closest(value, known)} Known: {', '.join(known)}.")
+        if item.metadata.get("pairs") and not isinstance(value, Mapping):
+            raise ValueError(f"{item.name}={value!r}: expected a mapping of names to values.")
+        _check_limits(item, value)
+
+
+def _check_limits(item: Any, value: Any) -> None:
+    limits = {limit: item.metadata[limit] for limit in LIMITS if item.metadata.get(limit) is not None}
+    if not limits:
+        return
+    integer = int in (item.type, *get_args(item.type))
+    number = isinstance(value, Real) and not isinstance(value, bool) and (not integer or float(value).is_integer())
+    if number and math.isfinite(value) and all(LIMITS[limit][1](value, bound) for limit, bound in limits.items()):
+        return
+    expected = " and ".join(f"{LIMITS[limit][0]} {bound:g}" for limit, bound in limits.items())
+    raise ValueError(f"{item.name}={value!r}: it must be {'a whole' if integer else 'a'} number {expected}.")
+
+
+def read_pairs(given: list[str], flag: str) -> dict[str, str]:
+    """`["name=value", ...]` of a command line as a mapping; a `ValueError` for anything else, or a name given twice."""
+    found: dict[str, str] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip():
+            raise ValueError(f"{flag} {text}: expected NAME=VALUE.")
+        if name.strip() in found:
+            raise ValueError(f"{flag} {text}: '{name.strip()}' is given twice.")
+        found[name.strip()] = value
+    return found
+
+
+def respelled(text: str, names: Mapping[str, str], form: str = "{name} {value}") -> str:
+    """A message in the spelling of the door through which an option came. Messages name options as Python does:
+    `held_out=2`, `language_key=...`, `tolerance_s`, and may add the command line's in brackets.
+
+    Args:
+        names: {name in Python: name at this door}.
+        form: How name and value stand together there; of true and false the name alone, or `--no-...`.
+    """
+    if not names:
+        return text
+    known = "|".join(sorted(map(re.escape, names), key=len, reverse=True))
+    value = r"""'[^']*'|"[^"]*"|\[[^]]*\]|\.\.\.|-?[\w.+]*\w"""
+    before, after = r"(?<![\w./'\"-])", r"(?![\w/'\":=-]|\.\w)"
+
+    def new(match: re.Match[str]) -> str:
+        name, given = names[match["name"]], match["value"]
+        if name.startswith("--") and given in ("True", "False"):
+            return name if given == "True" else f"--no-{name[2:]}"
+        return form.format(name=name, value=given) if given and given != "..." else name
+
+    kept = r"\2" if any(name.startswith("--") for name in names.values()) else r"\1"
+    text = re.sub(rf"({before}(?:{known})(?:=(?:{value}))?) \((--[a-z][^()]*)\)", kept, text)
+    text = re.sub(rf"{before}(?P<name>{known})=(?P<value>{value})?", new, text)
+    bare = "|".join(name for name in names if "_" in name)  # others are words of the language as well
+    return re.sub(rf"{before}(?P<name>{bare})(?P<value>){after}", new, text) if bare else text

@@ -1,0 +1,39 @@
+"""Options of `openvla predict`, and those of every verb that runs a model."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from .fields import Options, option, required
+
+
+EMBEDDED_POLICY = str(Path(__file__).resolve().parents[1])  # the root of the package is a model
+
+
+@dataclass(kw_only=True)
+class ModelOptions(Options):
+    """Which model, and how it is loaded."""
+
+    model: str = option(
+        EMBEDDED_POLICY,
+        "Model: a folder, or a Hub id such as openvla/openvla-7b.",
+        shown="the policy that comes with the package",
+    )
+    unnorm_key: str | None = option(
+        None, "Dataset in whose units the action is, such as bridge_orig.", shown="the model's, if it has only one"
+    )
+    device: Literal["auto", "cpu", "cuda"] = option(
+        "auto", "Where the model runs; auto: the GPU where there is one, else the CPU.", neutral=True
+    )
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = option(
+        "auto", "Type of the weights in memory; auto: as they are stored."
+    )
+
+
+@dataclass(kw_only=True)
+class PredictOptions(ModelOptions):
+    """One prediction."""
+
+    image: Path = required("Camera frame of any size: PNG, JPEG or another format that PIL reads.")
+    instruction: str = required("What the robot shall do, for example 'open the drawer'.")
+    as_json: bool = option(False, "Print one JSON object instead of a table.", flag="--json")

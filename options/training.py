@@ -1,0 +1,144 @@
+"""Options of `openvla finetune` and `openvla merge`."""
+
+import importlib.util
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+from ..extras import remedy
+from .datasets import DatasetOptions
+from .fields import Options, option, required
+from .prediction import EMBEDDED_POLICY
+
+
+@dataclass(kw_only=True)
+class FinetuneOptions(DatasetOptions):
+    """A run; the defaults are those of the original's LoRA fine-tuning (batch 16, 5e-4 constant, rank 32)."""
+
+    output: str = required("Folder for the result.", neutral=True)
+    model: str = option(
+        EMBEDDED_POLICY,
+        "Model to start from: a folder or a Hub id; or an earlier run: lora and qlora let its adapter continue "
+        "learning (same rank), the others add it to its base first.",
+        shown="the policy that comes with the package",
+    )
+    strategy: Literal["full", "last_layer", "frozen_vision", "sandwich", "lora", "qlora"] = option(
+        "lora", "Which parameters learn (table 1 of the paper); qlora: lora on a 4-bit base."
+    )
+    steps: int = option(1000, "Updates of the weights, in all.", least=1, neutral=True)
+    batch_size: int = option(16, "Samples of one batch on one device.", least=1, neutral=True)
+    gradient_accumulation: int = option(
+        1, "Batches of one update, where one that is large enough does not fit the memory.", least=1, neutral=True
+    )
+    # Learning
+    learning_rate: float | None = option(
+        None, "Learning rate, after the warmup. Default: 5e-4 for lora and qlora, else 2e-5.", least=0
+    )
+    schedule: Literal["constant", "linear", "cosine"] = option(
+        "constant", "Course of the learning rate after the warmup; linear and cosine fall to 0."
+    )
+    warmup_steps: int = option(0, "Steps in which the learning rate rises from 0 to its value.", least=0)
+    weight_decay: float = option(0.0, "Weight decay of the optimizer.", least=0)
+    optimizer: Literal["adamw", "muon"] = option(
+        "adamw",
+        "Rule of the updates. muon, for training from scratch: those of matrices are orthogonalized, others are "
+        "AdamW's.",
+    )
+    max_grad_norm: float = option(1.0, "Norm that gradients are clipped to; 0: they are not.", least=0)
+    rank: int = option(32, "Inner dimension of an adapter (lora, qlora).", least=1)
+    alpha: int | None = option(None, "Scale of an adapter is alpha / rank. Default: min(rank, 16).", least=1)
+    action_chunk: int | None = option(
+        None,
+        "Steps that one prediction is for; their tokens follow one another. Default: as the model has it, 1.",
+        least=1,
+    )
+    dropout: float = option(
+        0.0, "Share of an adapter's inputs that is dropped at random (lora, qlora): 0 to below 1.", least=0, below=1
+    )
+    # Data
+    held_out: float = option(
+        0.05,
+        "Share of the episodes kept back for evaluation where there is no val split: 0.05 is 5%, 0 none.",
+        least=0,
+        below=1,
+    )
+    camera: str | None = option(
+        None, "Which of the cameras that are read the model sees through. Default: the first that is not on the wrist."
+    )
+    statistics: str | None = option(None, "A dataset_statistics.json to use instead of the data's own.")
+    keep_unlabeled: bool = option(
+        False, "Train also on steps without an instruction, with an empty one; else they are left out."
+    )
+    image_aug: bool = option(True, "Vary crop, brightness, contrast, saturation and hue of the images at random.")
+    shuffle_buffer: int = option(
+        5000, "Frames held in memory, from which samples are drawn in random order; images stay encoded.", least=0
+    )
+    workers: int = option(0, "Processes that decode images; 0: the training process does it.", least=0, neutral=True)
+    # Precision, memory, speed
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = option(
+        "auto", "Type of the weights in memory; auto: float32 where they learn, else as stored."
+    )
+    precision: Literal["auto", "bf16", "float32"] = option(
+        "auto", "Type of the computation; auto: bf16 autocast on a GPU that has it, else float32."
+    )
+    gradient_checkpointing: bool = option(
+        False, "Compute activations a second time for the gradient instead of keeping them: less memory, slower."
+    )
+    compile: bool = option(False, "Compile the model with torch.compile.", neutral=True)
+    fsdp: bool = option(False, "Shard weights, gradients and optimizer over the processes (FSDP2).")
+    # Watching
+    eval_every: int | None = option(
+        None, "Steps between evaluations on held-out frames. Default: as --save-every; 0: none.", least=0
+    )
+    eval_samples: int = option(256, "Held-out frames of one evaluation, spread evenly.", least=0)
+    save_every: int = option(500, "Steps between checkpoints.", least=1, neutral=True)
+    keep: int = option(2, "Checkpoints to keep, the newest; earlier ones are removed.", least=1, neutral=True)
+    logging: Literal["none", "tensorboard", "wandb"] = option(
+        "tensorboard",
+        "What keeps the log of losses and accuracies; tensorboard: tensorboard --logdir OUTPUT shows it.",
+        neutral=True,
+    )
+    log_every: int = option(10, "Steps between lines of the log, at most a tenth of --steps.", least=1, neutral=True)
+    seed: int = option(0, "Seed of the order of samples, of augmentation and of new weights.", least=0)
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for numbers that make no run, and for a log that nothing here can write."""
+        super().__post_init__()
+        if self.optimizer == "muon" and self.fsdp:
+            raise ValueError("optimizer='muon' takes complete matrices, and fsdp=True shards them: leave one out.")
+        if self.logging != "none" and importlib.util.find_spec(self.logging) is None:
+            missing = remedy(self.logging) or f"{self.logging}: pip install {self.logging}."
+            raise ValueError(f"logging={self.logging!r} needs {missing} Or give 'none'.")
+
+
+@dataclass(kw_only=True)
+class FinetuneVerb(FinetuneOptions):
+    """The run of `openvla finetune`, and what is done around it."""
+
+    resume: bool = option(
+        False,
+        "Continue from the last checkpoint in OUTPUT, or begin where there is none. Options, data and weights have to "
+        "be the same. A finished run only writes its result again.",
+        flag="--resume",
+    )
+    merge: Path | None = option(
+        None, "Folder to write the adapter added to its base to, at the end (lora, qlora); see merge."
+    )
+    dry_run: bool = option(False, "Print the plan (samples, parameters, memory, warnings) and stop.", flag="--dry-run")
+
+    @property
+    def run(self) -> FinetuneOptions:
+        """The options of the run alone, as they are saved."""
+        return FinetuneOptions(**{item.name: getattr(self, item.name) for item in fields(FinetuneOptions)})
+
+
+@dataclass(kw_only=True)
+class MergeOptions(Options):
+    """An adapter, added to its base."""
+
+    run: Path = required("OUTPUT of finetune with lora or qlora.", argument=True)
+    out: Path = required("Folder to write.", argument=True)
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = option(
+        "auto", "Type of the written weights; auto: as the base is stored."
+    )
+    base: str | None = option(None, "Base of the adapter: a folder or a Hub id.", shown="where it was in training")
