@@ -4,7 +4,7 @@ An adapter speaks the units of its own training, from its own prompts and pixels
 adapter's folder but what stands in adapter_config.json; there, under the free `auto_mapping`, a run keeps it:
 
     {"openvla": {"norm_stats": {...}, "processor": {"image_processor": {...}, "prompt_template": "..."},
-                 "model": {"action_chunk": 1}, "base_digest": "..."}}
+                 "model": {"action_chunk": 1, "camera_names": ["primary"]}, "base_digest": "..."}}
 """
 
 import os
@@ -27,6 +27,7 @@ from .weights_openvla import QUIET, WEIGHTS_FILES
 
 KEY = "openvla"
 ADAPTER = "adapter_config.json"
+OF_MODEL = ("action_chunk", "camera_names")  # fields of the configuration that training may change
 EMBEDDED_POLICY = "embedded policy"  # the name of the base that comes with the package
 PACKAGE = Path(__file__).resolve().parent
 
@@ -241,7 +242,8 @@ class AdapterBelongings:
             for config in merged:
                 _check_known(config)
             statistics, self._merged_processor = _together(merged, "norm_stats"), _together(merged, "processor")
-            self.config.action_chunk = self._adapter_chunk(merged)
+            for field in OF_MODEL:
+                setattr(self.config, field, self._of_adapters(field, merged))
         except ValueError as error:
             warnings.warn(f"The merged model has no action statistics. {error}", stacklevel=3)
             self.config.norm_stats = None
@@ -283,15 +285,16 @@ class AdapterBelongings:
     def _adapter_processor(self) -> dict[str, Any] | None:
         return _together(self._active_adapters(), "processor") or self.__dict__.get("_merged_processor")
 
-    def _adapter_chunk(self, configs: Iterable[Any]) -> int:
-        """Steps that one prediction of a model with these adapters is for; that of the base where they say nothing."""
-        base = self.config.action_chunk
-        chunks = {belongings(config).get("model", {}).get("action_chunk", base) for config in configs} or {base}
-        if len(chunks) > 1:
+    def _of_adapters(self, field: str, configs: Iterable[Any]) -> Any:
+        """A field of the configuration of a model with these adapters; that of the base where they say nothing."""
+        base = getattr(self.config, field)
+        values = [belongings(config).get("model", {}).get(field, base) for config in configs] or [base]
+        if any(value != values[0] for value in values):
             raise ValueError(
-                f"Adapters that are active together predict {sorted(chunks)} steps at once: activate one (set_adapter)."
+                f"Adapters that are active together differ in {field} ({', '.join(map(str, values))}): activate one of "
+                "them (set_adapter)."
             )
-        return chunks.pop()
+        return values[0]
 
     def _check_adapter(self, config: Any) -> None:
         """Raise a `ValueError` if the units of an adapter are not known; warn once if nothing is known of its training,

@@ -132,6 +132,7 @@ class OpenVLAConfig(transformers.PreTrainedConfig):
         n_action_bins: Number of action tokens; they are the last ids of the tokenizer's own vocabulary.
         action_head: How actions come out of the language model: "tokens".
         action_chunk: Steps that one prediction is for.
+        camera_names: What the model sees, one image of each in this order; see `cameras_openvla`.
         timm_model_kwargs: One dict per tower, passed on to `timm.create_model` (sizes of small models).
         image_token_id: Placeholder that stands for one image patch inside the model. Default: the last row of the
             embedding table, which no tokenizer of a published checkpoint uses.
@@ -159,6 +160,7 @@ class OpenVLAConfig(transformers.PreTrainedConfig):
     n_action_bins: int = 256
     action_head: str = "tokens"
     action_chunk: int = 1
+    camera_names: list = None  # type: ignore[assignment]
     timm_model_ids: list = None  # type: ignore[assignment]
     timm_override_act_layers: list = None  # type: ignore[assignment]
     image_sizes: list = None  # type: ignore[assignment]
@@ -175,6 +177,8 @@ class OpenVLAConfig(transformers.PreTrainedConfig):
         given: Any = self.text_config
         if not isinstance(given, (dict, transformers.PreTrainedConfig, type(None))):
             raise ValueError(f"text_config={given!r}: expected the configuration of a language model.")
+        if self.camera_names is None:
+            self.camera_names = ["primary"]
         self._complete_towers()
         self._complete_language_model()
         if self.pad_token_id is None:
@@ -249,6 +253,11 @@ class OpenVLAConfig(transformers.PreTrainedConfig):
                     f"{field} {found} for {towers} vision tower(s): give one entry per tower, or leave it out to take "
                     f"what vision_backbone_id='{self.vision_backbone_id}' means."
                 )
+        names = self.camera_names
+        if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) and name for name in names):
+            raise ValueError(f"camera_names={names!r}: expected a list of names, such as ['primary', 'wrist'].")
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"camera_names={names!r}: expected at least one camera, each once.")
         for field, kind in (("timm_model_ids", str), ("timm_model_kwargs", dict)):
             if not all(isinstance(entry, kind) for entry in getattr(self, field)):
                 raise ValueError(f"{field}={getattr(self, field)!r}: expected a {kind.__name__} per tower.")

@@ -38,7 +38,7 @@ class OpenVLAGeneration(GenerationMixin):
         if input_ids is None or not self._needs_patches(input_ids, attention_mask, pixel_values, kwargs):
             return with_both_names(super().generate(inputs, **kwargs))
 
-        num_patches = self.vision_backbone.num_patches
+        num_patches = self.num_patches
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         layout = PatchLayout(attention_mask, input_ids.shape, num_patches, device=input_ids.device)

@@ -5,14 +5,13 @@ prompt tokens.
 """
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
 from .configuration_openvla import OpenVLAConfig
-from .pixels_openvla import as_image_list, is_image_list, load_image
+from .pixels_openvla import as_image_list, is_image_list
 from .processing_openvla import OpenVLAProcessor
 from .prompts_openvla import check_prompt_ids
 
@@ -111,11 +110,6 @@ def check_pixel_values(pixel_values: torch.Tensor, shape: tuple[int, ...]) -> No
 
 def process_raw(processor: OpenVLAProcessor, image: Any, instruction: Any) -> tuple[bool, Any]:
     """Whether it was a single sample, and its model inputs; see `predict_action`."""
-    if isinstance(image, Mapping):
-        raise ValueError(
-            f"predict_action got a mapping of {', '.join(map(str, image))}: model inputs are given as "
-            "predict_action(**inputs), of several cameras the one that the model was trained on."
-        )
     if image is None:
         raise ValueError("No image given: OpenVLA acts on what it sees. Give predict_action(image, instruction).")
     if instruction is None:
@@ -129,7 +123,7 @@ def process_raw(processor: OpenVLAProcessor, image: Any, instruction: Any) -> tu
     if len(images) != len(instructions):
         raise ValueError(f"{len(images)} image(s) for {len(instructions)} instruction(s): give one for each.")
     prompts = processor.format_prompt(list(instructions))
-    return single, processor(prompts, [load_image(entry) for entry in images], return_tensors="pt")
+    return single, processor(prompts, images, return_tensors="pt")
 
 
 # Prompts --------------------------------------------------------------------------------------------------------------

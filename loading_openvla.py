@@ -208,7 +208,12 @@ class OpenVLAPreTrainedModel(AdapterBelongings, PreTrainedModel):
     @property
     def action_chunk(self) -> int:
         """Steps that one prediction is for, K: of an active adapter, else of the config."""
-        return self._adapter_chunk(self._active_adapters())
+        return self._of_adapters("action_chunk", self._active_adapters())
+
+    @property
+    def camera_names(self) -> list[str]:
+        """What the model sees: of an active adapter, else of the config."""
+        return self._of_adapters("camera_names", self._active_adapters())
 
     @property
     def processor(self) -> OpenVLAProcessor:
@@ -224,13 +229,16 @@ class OpenVLAPreTrainedModel(AdapterBelongings, PreTrainedModel):
             processor.check_fits(self.config)
             self._processor = processor
         if self._processor_is_set:
+            self._processor.camera_names = list(self.camera_names)
             return self._processor
         brought = self._adapter_processor()
         if brought != self._adapted_processor[0]:
             processor = with_belongings(self._processor, brought)
             processor.check_fits(self.config)
             self._adapted_processor = brought, processor
-        return self._adapted_processor[1] or self._processor
+        processor = self._adapted_processor[1] or self._processor
+        processor.camera_names = list(self.camera_names)
+        return processor
 
     @processor.setter
     def processor(self, value: OpenVLAProcessor) -> None:

@@ -36,6 +36,7 @@ from .vision_openvla import OpenVLAProjector, OpenVLAVisionBackbone
 
 if TYPE_CHECKING:  # of a local folder transformers 5.4 and 5.5 copy no more files than this one names
     from .adapters_openvla import AdapterBelongings  # noqa: F401
+    from .cameras_openvla import find_cameras  # noqa: F401
     from .choices_openvla import closest  # noqa: F401
     from .files_openvla import local_folder  # noqa: F401
     from .image_processing_openvla import OpenVLAImageProcessor  # noqa: F401
@@ -127,8 +128,14 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
 
     # Forward ----------------------------------------------------------------------------------------------------------
 
+    @property
+    def num_patches(self) -> int:
+        """Image patches of a prompt, of all cameras."""
+        return len(self.camera_names) * self.vision_backbone.num_patches
+
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(batch, 3 * towers, height, width) -> (batch, num_patches, hidden), in type and on device of the model."""
+        """(batch, cameras * 3 * towers, height, width) -> (batch, num_patches, hidden), in type and on device of the
+        model."""
         features = self.vision_backbone(pixel_values.to(self.device))
         projector = next((p.dtype for p in self.projector.parameters() if p.is_floating_point()), features.dtype)
         return self.projector(features.to(projector))
@@ -137,7 +144,7 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
         return find_placeholders(
             input_ids,
             inputs_embeds,
-            self.vision_backbone.num_patches,
+            self.num_patches,
             self.config.image_token_id,
             self.get_input_embeddings(),
         )
@@ -187,7 +194,7 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
         Args:
             input_ids: (batch, length) plain prompt, padded on either side, or one with placeholders.
             attention_mask: (batch, length), 0 marks padding.
-            pixel_values: (batch, 3 * towers, height, width) normalized images, or None for text alone.
+            pixel_values: (batch, cameras * 3 * towers, height, width) normalized images, or None for text alone.
             labels, position_ids: (batch, length) in the coordinates of `input_ids`; label -100 where no loss is wanted.
             inputs_embeds: (batch, length, hidden) instead of `input_ids`.
             output_projector_features: With `return_dict=False`, append the projected patches to the tuple.
@@ -281,8 +288,9 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
         published `predict_action(**processor(prompt, image))`.
 
         Args:
-            image: Anything `load_image` reads, or a list of such. A 2-D integer tensor, or whatever comes with
-                `pixel_values`, is taken as `input_ids`, the first argument of the published form.
+            image: Anything `load_image` reads, or `{camera: image}`, of which the model takes its `camera_names`; for a
+                batch a list of such. A 2-D integer tensor, or whatever comes with `pixel_values`, is taken as
+                `input_ids`, the first argument of the published form.
             instruction: What to do, for example "open the drawer"; one string for each image. See `format_prompt`.
             unnorm_key: Dataset whose statistics give the action its units; one, or one per sample. May be left out
                 where the model knows only one dataset.
@@ -333,10 +341,10 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
             single = input_ids.ndim == 2 and len(input_ids) == 1
         if pixel_values is None:
             raise ValueError("No image given (pixel_values is None): OpenVLA acts on what it sees.")
-        vision = self.vision_backbone
-        prompts = check_prompts(input_ids, attention_mask, self.config, vision.num_patches)
+        num_patches, (channels, *size) = self.num_patches, self.vision_backbone.input_shape
+        prompts = check_prompts(input_ids, attention_mask, self.config, num_patches)
         pixel_values = as_tensor("pixel_values", pixel_values)
-        check_pixel_values(pixel_values, (len(prompts), *vision.input_shape))
+        check_pixel_values(pixel_values, (len(prompts), len(self.camera_names) * channels, *size))
 
         # 2. What an action is
         keys = list(unnorm_key) if isinstance(unnorm_key, (list, tuple)) else [unnorm_key] * len(prompts)
@@ -351,7 +359,7 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
         )  # fmt: skip
         if self.config.empty_token_id is None:
             self.config.empty_token_id = self.processor.empty_token_id
-        input_ids, attention_mask = end_prompts(prompts, self.config, vision.num_patches, num_tokens)
+        input_ids, attention_mask = end_prompts(prompts, self.config, num_patches, num_tokens)
 
         # 3. Towers, projector, language model, head
         with evaluation_mode(self), one_type(self):

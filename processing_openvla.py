@@ -4,16 +4,18 @@ Token ids equal those of the published `processing_prismatic.py` (transformers 4
 """
 
 import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.processing_utils import ProcessingKwargs
 
+from .cameras_openvla import find_cameras
 from .configuration_openvla import OpenVLAConfig
 from .files_openvla import local_folder, read_json
 from .image_processing_openvla import OpenVLAImageProcessor
-from .pixels_openvla import load_image
+from .pixels_openvla import as_image_list, load_image
 from .prompts_openvla import PROMPT_TEMPLATES, check_prompt_ids, check_unicode, has_words, read_instruction
 
 
@@ -48,7 +50,9 @@ class OpenVLAProcessor(ProcessorMixin):
         if prompt_template is not None and "{instruction}" not in prompt_template:
             raise ValueError(f"prompt_template={prompt_template!r} has no {{instruction}} in it.")
         self.prompt_template = prompt_template
-        self.n_action_tokens = 256  # the last ids of the tokenizer's own; `check_fits` asks the model
+        # `check_fits` asks the model for these two
+        self.n_action_tokens = 256  # the last ids of the tokenizer's own
+        self.camera_names = ["primary"]
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     @classmethod
@@ -76,7 +80,7 @@ class OpenVLAProcessor(ProcessorMixin):
 
     def check_fits(self, config: OpenVLAConfig) -> None:
         """Raise a `ValueError` if a model of this configuration takes other images, tokens or prompts. If it fits, the
-        processor knows from then on how many tokens of the model stand for actions."""
+        processor knows from then on how many tokens of the model stand for actions, and which cameras it sees."""
         sizes = [kwargs.get("img_size", size) for size, kwargs in zip(config.image_sizes, config.timm_model_kwargs)]
         expected = [[3, size, size] if isinstance(size, int) else [3, *size] for size in sizes]
         if self.image_processor.input_sizes != expected:
@@ -99,7 +103,7 @@ class OpenVLAProcessor(ProcessorMixin):
                 "for actions: it is the tokenizer of another model, or the embedding table was resized without "
                 "adapting pad_to_multiple_of."
             )
-        self.n_action_tokens = config.n_action_bins
+        self.n_action_tokens, self.camera_names = config.n_action_bins, list(config.camera_names)
         try:
             check_prompt_ids(self.prompt_ids("open the drawer"), config)
         except ValueError as error:
@@ -244,12 +248,13 @@ class OpenVLAProcessor(ProcessorMixin):
         Args:
             text: A prompt or a list of prompts (see `format_prompt`). Names of special tokens in it and characters that
                 stand for actions are text; `split_special_tokens=False` reads them as tokens.
-            images: As many images as prompts, in any form `load_image` reads.
+            images: As many images as prompts, in any form `load_image` reads; of a model of several cameras as many
+                `{camera: image}`.
             kwargs: Options of the tokenizer (`padding`, `truncation`, `max_length`, ...) and of the image processor.
                 Prompts of a batch are padded to the longest unless `padding` says otherwise.
 
         Returns:
-            `input_ids` and `attention_mask` (N, length), `pixel_values` (N, 3 * towers, height, width).
+            `input_ids` and `attention_mask` (N, length), `pixel_values` (N, cameras * 3 * towers, height, width).
         """
         if text is None and images is None:
             raise ValueError("Nothing to process: give text, images or both.")
@@ -276,13 +281,37 @@ class OpenVLAProcessor(ProcessorMixin):
                 merged["text_kwargs"]["split_special_tokens"] = chosen
             data.update(self._tokenize(text, **merged["text_kwargs"]))
         if images is not None:
-            data["pixel_values"] = self.image_processor(images, **merged["images_kwargs"])["pixel_values"]
+            samples = camera_images(images, self.camera_names)
+            flat = [image for sample in samples for image in sample]
+            pixels = self.image_processor(flat, **merged["images_kwargs"])["pixel_values"]
+            data["pixel_values"] = pixels.reshape(len(samples), -1, *pixels.shape[2:])
             prompts = None if text is None else 1 if isinstance(text, str) else len(text)
             if prompts is not None and prompts != len(data["pixel_values"]):
                 raise ValueError(
                     f"{prompts} prompt(s) for {len(data['pixel_values'])} image(s): give one image for each prompt."
                 )
         return BatchFeature(data=data, tensor_type=return_tensors)
+
+
+def camera_images(images: Any, camera_names: Sequence[str]) -> list[list[Any]]:
+    """Images of samples, those of the cameras that a model sees in its order; see `OpenVLAProcessor.__call__`.
+
+    Raises:
+        ValueError: If a camera is missing, or an image does not say which camera it is of and the model sees several.
+    """
+    samples = []
+    for entry in as_image_list(images):
+        if isinstance(entry, Mapping):
+            if "pixel_values" in entry:
+                raise ValueError("Model inputs instead of images: give them as predict_action(**inputs).")
+            samples.append([entry[name] for name in find_cameras(list(entry), camera_names)])
+        elif len(camera_names) > 1:
+            raise ValueError(
+                f"The model sees {', '.join(camera_names)}: give {{camera: image}} with one of each, not one image."
+            )
+        else:
+            samples.append([entry])
+    return samples
 
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")

@@ -126,7 +126,7 @@ class OpenVLAVisionBackbone(nn.Module):
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
-        """Of the pixel values of one sample: (3 * towers, height, width)."""
+        """Of the pixel values of one image: (3 * towers, height, width)."""
         return (3 * len(self.towers), *self.image_size)
 
     @property
@@ -144,7 +144,7 @@ class OpenVLAVisionBackbone(nn.Module):
             tower.set_grad_checkpointing(enable)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(batch, 3 * towers, height, width) -> (batch, num_patches, embed_dim).
+        """(batch, cameras * 3 * towers, height, width) -> (batch, cameras * num_patches, embed_dim).
 
         Features are the output of the second-to-last block without final norm and without prefix tokens; the last block
         is not run.
@@ -152,18 +152,21 @@ class OpenVLAVisionBackbone(nn.Module):
         Raises:
             ValueError: If the pixels are no floats, or of another shape: those of another model's processor.
         """
-        expected = self.input_shape
-        if tuple(pixel_values.shape[1:]) != expected or not pixel_values.is_floating_point():
+        expected, found = self.input_shape, tuple(pixel_values.shape)
+        fits = len(found) == 4 and found[1] and found[1] % expected[0] == 0 and found[2:] == expected[1:]
+        if not fits or not pixel_values.is_floating_point():
             raise ValueError(
-                f"pixel_values are {pixel_values.dtype} of shape {tuple(pixel_values.shape)}, expected normalized "
-                f"floats (batch, {', '.join(map(str, expected))}): make them with the processor of the model."
+                f"pixel_values are {pixel_values.dtype} of shape {found}, expected normalized floats (batch, "
+                f"{', '.join(map(str, expected))}) for each camera: make them with the processor of the model."
             )
+        cameras = found[1] // expected[0]
+        pixel_values = pixel_values.unflatten(1, (cameras, expected[0])).flatten(0, 1)
         features = []
         for tower, pixels in zip(self.towers, pixel_values.split(3, dim=1)):
             # Position embeddings are not packed where towers are quantized, and keep their type where they are
             # offloaded.
             features += tower(pixels.to(tower.pos_embed.dtype))
-        return torch.cat(features, dim=2)
+        return torch.cat(features, dim=2).unflatten(0, (-1, cameras)).flatten(1, 2)
 
 
 class OpenVLAProjector(nn.Module):

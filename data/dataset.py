@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from .episode import DamagedDataError, Episode, make_episode, not_colour
+from ..cameras_openvla import not_colour
+from .episode import DamagedDataError, Episode, make_episode
 
 
 OnError = Literal["raise", "skip"]

@@ -4,7 +4,6 @@ Shapes: T steps, A action dimensions, S state dimensions.
 """
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -289,43 +288,3 @@ def _as_images(value: Any, origin: str) -> CameraImages:
     if isinstance(value, np.ndarray):
         raise _no_colours(f"{origin}: expected (T, H, W, 3) uint8 or T encoded images", value)
     raise DamagedDataError(f"{origin}: expected (T, H, W, 3) uint8 or T encoded images, found {type(value).__name__}")
-
-
-# The one table of words by which images are told to be something else than colours (docs/data.md lists them). Those in
-# WITHIN count as parts of others as well ("frontdepthcam"), the rest only by themselves.
-NOT_COLOUR = {
-    "a depth map": ("depth", "depths", "disparity", "pointcloud", "xyz"),
-    "a mask": (
-        "mask",
-        "masks",
-        "segmentation",
-        "segment",
-        "segmented",
-        "seg",
-        "semantic",
-        "instance",
-        "label",
-        "labels",
-    ),
-    "an infrared image": ("infrared", "infra", "ir", "nir", "thermal", "lwir"),
-    "no picture": ("normals", "flow", "heatmap"),
-}
-WITHIN = ("depth", "disparity", "pointcloud", "mask", "segment", "infrared", "heatmap")
-
-
-def words_of(name: str) -> list[str]:
-    """The words of a name, in small letters: "video.isDepth_map" has video, is, depth, map."""
-    return re.findall(r"[a-z]+\d*|\d+", re.sub(r"(?<=[a-z\d])(?=[A-Z])", "_", name).lower())
-
-
-def not_colour(name: str) -> str | None:
-    """What a name says that pixels are, where that is something else than colours: "a depth map", "a mask", ..."""
-    words = words_of(name)
-    within = [part for part in WITHIN if part in name.lower()]
-    found = {*words, *(word.rstrip("0123456789") for word in words), *within}
-    return next((kind for kind, known in NOT_COLOUR.items() if found & {*known}), None)
-
-
-def order_cameras(cameras: Sequence[str]) -> list[str]:
-    """Cameras that look at the scene first, those on the arm after them; by name within both."""
-    return sorted(cameras, key=lambda name: (any(word in name.lower() for word in ("wrist", "hand", "gripper")), name))

@@ -2,7 +2,7 @@
 
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,7 @@ class Recording:
     held_out: PreparedDataset | None
     everything: tuple[PreparedDataset, ...]  # all episodes that statistics are of, without images
     camera: str | None
+    camera_names: Sequence[str]  # what the model sees, by the names here where they are known
     standardize: str | None
     absolute: list[bool] | None
     gripper_dims: tuple[int, ...] | None  # that are grippers for certain
@@ -87,6 +88,7 @@ def open_recording(
     held_out: float,
     filters: list[str],
     camera: str | None,
+    camera_names: Sequence[str],
     name: str | None,
     gripper: str,
     gripper_dims: tuple[int, ...] | None,
@@ -113,7 +115,7 @@ def open_recording(
         name = name or (standard.name if standard and standardize == "auto" else plain.name)
         options = {"on_error": on_error, **reader}
         if standard:
-            camera, preset = _layout_options(standard, camera, name)
+            camera, camera_names, preset = _layout_options(standard, camera, camera_names, name)
             options = {**preset, **options, "standardize": standard}
 
         def opened(split: str, **more: Any) -> EpisodeDataset:
@@ -157,6 +159,7 @@ def open_recording(
         held_out=prepared(kept_back) if kept_back else None,
         everything=tuple(prepared(dataset) for dataset in everything),
         camera=camera,
+        camera_names=camera_names,
         standardize=standard.name if standard else None,
         absolute=standard.absolute.tolist() if standard and standard.absolute is not None else None,
         gripper_dims=gripper_dims,
@@ -215,18 +218,21 @@ def _standardization(folder: str, recorded: str, format: str, standardize: str |
     return Standardization(str(standardize), recipe, layout, absolute)
 
 
-def _layout_options(standard: Standardization, camera: str | None, name: str) -> tuple[str | None, dict[str, Any]]:
-    """The camera, and the reader's options, that a layout asks for."""
+def _layout_options(
+    standard: Standardization, camera: str | None, camera_names: Sequence[str], name: str
+) -> tuple[str | None, Sequence[str], dict[str, Any]]:
+    """The camera, those that the model sees by their names here, and the reader's options, that a layout asks for."""
     if standard.layout is None:
-        return camera, {}
+        return camera, camera_names, {}
     preset: dict[str, Any] = {"state_key": standard.layout.state_obs_keys}
     views = standard.layout.image_obs_keys
-    if camera is not None and camera not in views:
-        return camera, preset
-    key = views[camera or "primary"]
-    if key is None:
+    wanted = [(camera or view) if view == "primary" else view for view in camera_names]
+    if any(view not in views for view in wanted):
+        return camera, camera_names, preset
+    keys = [key for key in (views[view] for view in wanted) if key is not None]
+    if len(keys) < len(wanted):
         there = [view for view, field_name in views.items() if field_name]
-        raise UntrainableError(
-            f"'{name}' has no {camera or 'primary'} view, only {' and '.join(there)}: give camera='{there[0]}'."
-        )
-    return next(iter(name_cameras([key]))), {**preset, "cameras": [key]}
+        missing = next(view for view in wanted if views[view] is None)
+        raise UntrainableError(f"'{name}' has no {missing} view, only {' and '.join(there)}: give camera='{there[0]}'.")
+    named = list(name_cameras(keys))
+    return named[0], named if len(named) > 1 else camera_names, {**preset, "cameras": keys}

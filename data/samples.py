@@ -1,12 +1,14 @@
 """From frames to training samples: one camera image, the instruction and the normalized action."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
 
+from ..cameras_openvla import find_cameras, not_colour
 from .augment import ImageAugmentation, center_crop, resize_image
-from .episode import Episode, not_colour
+from .episode import Episode
 
 
 NAMED = "What is called or marked depth, mask or infrared, and gray images, are read only where cameras=... names them."
@@ -33,6 +35,18 @@ def main_camera(episode: Episode, camera: str | None = None) -> str:
             f"{episode.origin or episode}: {', '.join(names)} is {not_colour(names[0])} by name; give camera to use it."
         )
     return next((name for name in colours if "wrist" not in name and "hand" not in name), colours[0])
+
+
+def model_cameras(episode: Episode, camera_names: Sequence[str], camera: str | None = None) -> list[str]:
+    """Cameras of an episode that a model sees (`config.camera_names`), in its order; `camera` is its "primary", if
+    given."""
+    primary = main_camera(episode, camera)
+    if list(camera_names) == ["primary"]:
+        return [primary]
+    try:
+        return find_cameras(episode.images, [primary if name == "primary" else name for name in camera_names])
+    except ValueError as error:
+        raise ValueError(f"{episode.origin or episode}: {error} {NAMED}") from error
 
 
 class FrameSamples(Dataset):

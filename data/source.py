@@ -1,6 +1,6 @@
 """One dataset as training sees it: episodes with what makes frames of them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -14,7 +14,7 @@ from .dimensions import check_grippers, default_grippers
 from .episode import Episode
 from .filters import keep_labeled, removal_report
 from .oxe.conversions import droid_moves_raw
-from .samples import main_camera
+from .samples import model_cameras
 from .statistics import collect
 from .survey import Survey, largest_normalized, proprio_statistics
 from .trajectory import chunk_act_obs
@@ -40,6 +40,7 @@ class Source:
     recorded_names: list[str] | None = None  # of the dimensions of an action
     state_names: list[str] | None = None
     action_chunk: int = 1  # steps that one sample is for
+    camera_names: Sequence[str] = ("primary",)  # what the model sees
     mask_given: bool = False  # which dimensions are scaled was said, and not found from the data
 
     @property
@@ -122,7 +123,7 @@ class Source:
     def frames(self, episode: Episode, action_chunk: int | None = None) -> Iterator[Episode]:
         """The training frames of an episode of `dataset` or `held_out`; none where a filter drops it.
 
-        Each has one image, still encoded, of the camera that the model looks through, `actions` (action_chunk, A)
+        Each has an image, still encoded, of each camera that the model sees, in its order, `actions` (action_chunk, A)
         normalized to [-1, 1], and `state` (1, S) normalized where its statistics are known (None elsewhere). Past the
         end of the episode absolute dimensions (grippers) repeat, relative ones stand for no motion.
 
@@ -136,7 +137,7 @@ class Source:
         stats = self.statistics["action"]
         if self._drops(episode):
             return
-        camera = main_camera(episode, self.camera)
+        cameras = model_cameras(episode, self.camera_names, self.camera)
         absolute = ~np.array(stats.get("mask") or [True] * episode.actions.shape[1])
         absolute[list(self.grippers)] = True
         trajectory = {"action": episode.actions, "observation": {}, "absolute_action_mask": absolute}
@@ -149,7 +150,7 @@ class Source:
         kept = np.ones(len(episode), dtype=bool) if self.keep_unlabeled else keep_labeled(episode)
         if self.standardize == "droid":
             kept &= droid_moves_raw(episode.actions)
-        seen = replace(episode, images={camera: episode.images[camera]}, state=state)
+        seen = replace(episode, images={name: episode.images[name] for name in cameras}, state=state)
         for step in np.flatnonzero(kept):
             yield replace(seen[step : step + 1], actions=chunks[step].copy())
 

@@ -21,7 +21,7 @@ from .dimensions import parse_grippers, parse_mask
 from .mixture import check_weight, is_mixture_file, load_entries
 from .oxe.catalog import load_oxe_datasets, load_oxe_mixtures
 from .recording import READER_OPTIONS, Recording, UntrainableError, open_recording
-from .samples import main_camera
+from .samples import model_cameras
 from .source import Source
 from .survey import Survey, content_key, load_survey, store_survey, take_survey
 
@@ -50,6 +50,7 @@ def open_source(
     max_action: float | None = None,
     max_proprio: float | None = None,
     action_chunk: int = 1,
+    camera_names: Sequence[str] = ("primary",),
     on_error: OnError = "raise",
     cache: bool = True,
     progress: bool = False,
@@ -65,6 +66,8 @@ def open_source(
         held_out: Which part of the episodes to hold out where there is no "val"; 0 holds nothing out in either case.
         filters: Names of `RAW_FILTERS`, which act before statistics: "no-ops", "zero-actions".
         camera: Through which the model looks; with a standardization also "primary", "secondary" or "wrist".
+        camera_names: What the model sees, see `cameras_openvla`; "primary" is `camera`, if that is given.
+        action_chunk: Steps that one sample is for.
         name: The unnorm_key. Default: that of the dataset.
         gripper: Convention of the data, one of `GRIPPERS`.
         standardize: "auto" (RLDS datasets whose name is in `STANDARDIZE`), None or "none", or a name in it.
@@ -101,6 +104,7 @@ def open_source(
         held_out=held_out,
         filters=_filter_names(filters),
         camera=camera,
+        camera_names=camera_names,
         name=name,
         gripper=gripper,
         gripper_dims=parse_grippers(gripper_dims),
@@ -130,6 +134,7 @@ def open_source(
         state_names=recording.state_names,
         mask_given=scaled is not None,
         action_chunk=action_chunk,
+        camera_names=recording.camera_names,
     )
     if not source.num_frames:
         raise ValueError(
@@ -145,7 +150,7 @@ def open_source(
     if camera is not None:
         first = next(iter(source.dataset), None)
         if first is not None:
-            main_camera(first, source.camera)
+            model_cameras(first, source.camera_names, source.camera)
     return source
 
 

@@ -65,6 +65,10 @@ class FinetuneOptions(DatasetOptions):
     camera: str | None = option(
         None, "Which of the cameras that are read the model sees through. Default: the first that is not on the wrist."
     )
+    camera_names: str | None = option(
+        None,
+        "What the model sees, joined by commas: primary, or primary,wrist. Default: as the model has it, primary.",
+    )
     statistics: str | None = option(None, "A dataset_statistics.json to use instead of the data's own.")
     keep_unlabeled: bool = option(
         False, "Train also on steps without an instruction, with an empty one; else they are left out."

@@ -11,6 +11,7 @@ from openvla.conversion.hub_folder import CONFIG_AUTO_MAP
 ROOT = Path(__file__).resolve().parents[1]
 FLAT_FILES = [
     "choices_openvla",
+    "cameras_openvla",
     "tensors_openvla",
     "files_openvla",
     "configuration_openvla",

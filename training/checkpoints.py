@@ -85,7 +85,10 @@ def _complete_adapter(model: Any, folder: Path, processor: OpenVLAProcessor, sta
         },
     }
     write_json(folder / ADAPTER, content)
-    OpenVLAConfig.from_pretrained(model.get_base_model().config.name_or_path).save_pretrained(folder)
+    config = OpenVLAConfig.from_pretrained(model.get_base_model().config.name_or_path)
+    for field, value in content["auto_mapping"][KEY].get("model", {}).items():
+        setattr(config, field, value)
+    config.save_pretrained(folder)
 
 
 def starting_point(model: str | os.PathLike) -> tuple[str, Path | None]:
@@ -171,7 +174,8 @@ def merge_adapter(
     processor = starting_processor(source, folder)
     height, width = model.vision_backbone.image_size
     image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    inputs = processor(processor.format_prompt("pick up the cup"), image)
+    images = {name: image for name in model.camera_names}
+    inputs = processor(processor.format_prompt("pick up the cup"), images)
     with torch.inference_mode():
         before = model(**inputs).logits
         merged = model.merge_and_unload()

@@ -15,7 +15,6 @@ from ..configuration_openvla import OpenVLAConfig
 from ..data import Episode
 from ..data.collate import ActionCollator
 from ..data.mixture import mixture_probabilities
-from ..data.samples import main_camera
 from ..data.sources import Source, open_sources, source_options
 from ..extras import require
 from ..options.training import FinetuneOptions
@@ -115,12 +114,16 @@ def prepare(options: FinetuneOptions, processes: int = 1, data: Any = None) -> R
     config = starting_config(base, adapter)
     if options.action_chunk is not None:
         config.action_chunk = options.action_chunk
+    if options.camera_names is not None:
+        config.camera_names = [name.strip() for name in options.camera_names.split(",")]
+    config.check_fields()
     processor = starting_processor(base, adapter)
+    processor.camera_names = list(config.camera_names)
     sources = open_sources(
         options.dataset if data is None else data,
         data_root=options.data_root,
         progress=True,
-        **{**source_options(options), "action_chunk": config.action_chunk},
+        **{**source_options(options), "action_chunk": config.action_chunk, "camera_names": config.camera_names},
     )
     run = Run(options, sources, config, processor, processes)
     check_same_action_dim(run.statistics, list(run.statistics))
@@ -142,7 +145,8 @@ def check_samples(source: Source, episodes: int = 8) -> None:
         for episode in dataset.read(picked):
             frames = list(source.frames(episode))
             for step in sorted({*range(len(frames))} & {0, 1, len(frames) // 2, len(frames) - 1}):
-                frames[step].images[main_camera(frames[step])][0]
+                for images in frames[step].images.values():
+                    images[0]
 
 
 def check_instructions(source: Source, run: Run) -> None:
@@ -171,7 +175,7 @@ def num_patches(config: OpenVLAConfig) -> int:
     given = (config.timm_model_kwargs or [{}])[0].get("patch_size")
     named = re.search(r"_patch(\d+)", config.timm_model_ids[0])
     size = given or (int(named[1]) if named else 0)
-    return (config.image_sizes[0] // size) ** 2 if size else 0
+    return len(config.camera_names) * (config.image_sizes[0] // size) ** 2 if size else 0
 
 
 def check_libraries(options: FinetuneOptions) -> None:

@@ -12,7 +12,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, TrainingArguments, set_see
 from transformers.trainer_utils import IntervalStrategy
 
 from ..action_text import action_names
-from ..adapters_openvla import KEY, name_base, portable_model, portable_path
+from ..adapters_openvla import KEY, OF_MODEL, name_base, portable_model, portable_path
 from ..configuration_openvla import OpenVLAConfig
 from ..data.augment import ImageAugmentation
 from ..data.collate import ActionCollator
@@ -72,14 +72,16 @@ def load_model(run: Run, autocast: bool) -> Any:
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-        model.norm_stats, model.config.action_chunk = run.statistics, run.config.action_chunk
+        model.norm_stats = run.statistics
+        for field in OF_MODEL:
+            setattr(model.config, field, getattr(run.config, field))
         model = apply_strategy(model, options.strategy)
     else:
         made = {"rank": options.rank, "alpha": options.alpha, "dropout": options.dropout}
         model = apply_strategy(model, options.strategy, adapter=adapter, **made)
         config = model.peft_config["default"]
         config.base_model_name_or_path, digest = name_base(base, options.output)
-        of_model = {"action_chunk": run.config.action_chunk}
+        of_model = {field: getattr(run.config, field) for field in OF_MODEL}
         config.auto_mapping = {KEY: {"norm_stats": run.statistics, "model": of_model, "base_digest": digest}}
     if options.dtype == "auto":
         # Updates of 2e-5 vanish in bfloat16: what learns is float32, and computed with in `precision`.

@@ -69,7 +69,7 @@ def training_inputs(
     labels = ids.clone()
     labels[:, : -make_head(config).num_targets(shape)] = IGNORE_INDEX
     size = config.image_sizes[0]
-    pixels = torch.zeros(batch_size, 3 * len(config.image_sizes), size, size)
+    pixels = torch.zeros(batch_size, len(config.camera_names) * 3 * len(config.image_sizes), size, size)
     return {"input_ids": ids, "attention_mask": ids.bool(), "labels": labels, "pixel_values": pixels}
 
 

@@ -10,18 +10,9 @@ from typing import Any
 import h5py
 import numpy as np
 
+from ...cameras_openvla import not_colour, order_cameras
 from ..dataset import Cameras, EpisodeDataset, Keys, OnError, action_keys, key_list, name_cameras, warn_of_camera
-from ..episode import (
-    COPY_AGAIN,
-    CameraImages,
-    DamagedDataError,
-    Episode,
-    as_text,
-    check_data_file,
-    make_episode,
-    not_colour,
-    order_cameras,
-)
+from ..episode import COPY_AGAIN, CameraImages, DamagedDataError, Episode, as_text, check_data_file, make_episode
 from .handles import kept_open
 
 

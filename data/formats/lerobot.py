@@ -9,18 +9,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from ...cameras_openvla import order_cameras
 from ..dataset import Cameras, EpisodeDataset, Keys, OnError, action_keys, key_list, name_cameras, warn_of_camera
 from ..dimensions import dimension_names
-from ..episode import (
-    CameraImages,
-    DamagedDataError,
-    EncodedImages,
-    Episode,
-    as_text,
-    check_data_file,
-    make_episode,
-    order_cameras,
-)
+from ..episode import CameraImages, DamagedDataError, EncodedImages, Episode, as_text, check_data_file, make_episode
 from .lerobot_meta import (
     fill_path,
     is_colour,

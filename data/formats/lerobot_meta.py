@@ -11,8 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ...cameras_openvla import not_colour, words_of
 from ...files_openvla import check_file, read_json
-from ..episode import COPY_AGAIN, DamagedDataError, as_text, not_colour, words_of
+from ..episode import COPY_AGAIN, DamagedDataError, as_text
 from .lerobot_rows import DAMAGED_PARQUET
 
 

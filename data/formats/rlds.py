@@ -17,9 +17,10 @@ from google.protobuf.json_format import Error as ProtobufError
 from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_pb2
 
+from ...cameras_openvla import not_colour, order_cameras
 from ...files_openvla import read_json
 from ..dataset import Cameras, EpisodeDataset, Keys, OnError, action_keys, key_list, name_cameras, warn_of_camera
-from ..episode import DamagedDataError, Episode, MissingKeyError, as_text, make_episode, not_colour, order_cameras
+from ..episode import DamagedDataError, Episode, MissingKeyError, as_text, make_episode
 from ..images import is_colour_image
 from .tfrecord import read_record, record_checksums, scan
 

@@ -1,0 +1,91 @@
+"""Names of cameras: what a model sees by the names that data sets, simulators and robots give their views.
+
+`config.camera_names` says what a model sees: "primary" (the scene), "secondary", "wrist", "left_wrist", "right_wrist",
+or the very name of a camera. The standard library alone.
+"""
+
+import re
+from collections.abc import Collection, Sequence
+
+
+# The one table of words by which images are told to be something else than colours (docs/data.md lists them). Those in
+# WITHIN count as parts of others as well ("frontdepthcam"), the rest only by themselves.
+NOT_COLOUR = {
+    "a depth map": ("depth", "depths", "disparity", "pointcloud", "xyz"),
+    "a mask": (
+        "mask",
+        "masks",
+        "segmentation",
+        "segment",
+        "segmented",
+        "seg",
+        "semantic",
+        "instance",
+        "label",
+        "labels",
+    ),
+    "an infrared image": ("infrared", "infra", "ir", "nir", "thermal", "lwir"),
+    "no picture": ("normals", "flow", "heatmap"),
+}
+WITHIN = ("depth", "disparity", "pointcloud", "mask", "segment", "infrared", "heatmap")
+
+
+def words_of(name: str) -> list[str]:
+    """The words of a name, in small letters: "video.isDepth_map" has video, is, depth, map."""
+    return re.findall(r"[a-z]+\d*|\d+", re.sub(r"(?<=[a-z\d])(?=[A-Z])", "_", name).lower())
+
+
+def not_colour(name: str) -> str | None:
+    """What a name says that pixels are, where that is something else than colours: "a depth map", "a mask", ..."""
+    words = words_of(name)
+    within = [part for part in WITHIN if part in name.lower()]
+    found = {*words, *(word.rstrip("0123456789") for word in words), *within}
+    return next((kind for kind, known in NOT_COLOUR.items() if found & {*known}), None)
+
+
+def order_cameras(cameras: Sequence[str]) -> list[str]:
+    """Cameras that look at the scene first, those on the arm after them; by name within both."""
+    return sorted(cameras, key=lambda name: (any(word in name.lower() for word in ("wrist", "hand", "gripper")), name))
+
+
+# Views of a model -----------------------------------------------------------------------------------------------------
+
+
+VIEWS = ("primary", "secondary", "wrist", "left_wrist", "right_wrist")
+
+
+def find_cameras(names: Collection[str], views: Sequence[str]) -> list[str]:
+    """Which of the cameras `names` each of `views` is, in the order of `views`.
+
+    A name that is there is itself. Otherwise "primary" is the first camera in colour that is not on an arm (the first
+    of all where there is no other), "secondary" the second, "wrist" the first on an arm, "left_wrist" and "right_wrist"
+    the first on an arm that says so.
+
+    Raises:
+        ValueError: If there is no such camera, or two views are one camera; lists what there is.
+    """
+    colours = [name for name in names if not not_colour(name)]
+    on_arm = [name for name in colours if "wrist" in name or "hand" in name]
+    around = [name for name in colours if name not in on_arm]
+    found: list[str] = []
+    for view in views:
+        side = view.partition("_")[0]
+        candidates = {
+            "primary": around or colours,
+            "secondary": around[1:],
+            "wrist": on_arm,
+            "left_wrist": [name for name in on_arm if side in words_of(name)],
+            "right_wrist": [name for name in on_arm if side in words_of(name)],
+        }.get(view, [])
+        camera = view if view in names else next(iter(candidates), None)
+        if camera is None or camera in found:
+            problem = f"no camera for the view '{view}'" if camera is None else f"'{camera}' alone for two views"
+            raise ValueError(
+                f"The model sees {', '.join(views)}, and there is {problem}: there are {', '.join(names) or 'none'}. "
+                f"Views: {', '.join(VIEWS)}, or the name of a camera."
+            )
+        found.append(camera)
+    return found
+
+
+__all__ = ["VIEWS", "find_cameras", "not_colour", "order_cameras", "words_of"]

@@ -1,0 +1,154 @@
+"""What a model sees: cameras by name, from a data set to the model, and back in control."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_modeling_openvla import small_config
+from tiny import TINY
+
+from openvla import OpenVLAConfig, OpenVLAForActionPrediction, OpenVLAProcessor
+from openvla.cameras_openvla import find_cameras
+from openvla.data.sources import open_source
+from openvla.training import FinetuneOptions, finetune, merge_adapter
+
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMOS = Path(__file__).parent / "fixtures" / "demos" / "hdf5"
+RLDS = Path(__file__).parent / "fixtures" / "oxe_rlds"
+RNG = np.random.default_rng(0)
+SCENE, HAND = (RNG.integers(0, 256, (48, 64, 3), dtype=np.uint8) for _ in range(2))
+TWO = ["primary", "wrist"]
+
+
+@pytest.mark.parametrize(
+    ("names", "views", "found"),
+    [
+        (["image"], ["primary"], ["image"]),
+        (["wrist_image", "full_image"], TWO, ["full_image", "wrist_image"]),
+        (["agentview_rgb", "eye_in_hand_rgb"], TWO, ["agentview_rgb", "eye_in_hand_rgb"]),
+        (["robot0_eye_in_hand_image"], ["primary"], ["robot0_eye_in_hand_image"]),  # nothing else there
+        (
+            ["cam_high", "cam_left_wrist", "cam_right_wrist"],
+            ["primary", "right_wrist"],
+            ["cam_high", "cam_right_wrist"],
+        ),
+        (["front_depth", "front", "side"], ["primary", "secondary"], ["front", "side"]),
+        (["a", "b"], ["b", "a"], ["b", "a"]),
+    ],
+)
+def test_views_by_name(names, views, found):
+    assert find_cameras(names, views) == found
+
+
+@pytest.mark.parametrize(
+    ("names", "views", "message"),
+    [
+        (["image"], TWO, "no camera for the view 'wrist': there are image"),
+        (["wrist_image"], TWO, "'wrist_image' alone for two views"),
+        ([], ["primary"], "there are none"),
+        (["front_depth"], ["primary"], "no camera for the view 'primary'"),
+        (["image", "side"], ["top"], "Views: primary, secondary"),
+    ],
+)
+def test_views_that_are_not_there(names, views, message):
+    with pytest.raises(ValueError, match=message):
+        find_cameras(names, views)
+
+
+@pytest.mark.parametrize("names", ["primary", [], [1], ["a", "a"], [""]])
+def test_camera_names_of_a_config(names):
+    with pytest.raises(ValueError, match="camera_names="):
+        OpenVLAConfig(camera_names=names)
+
+
+def two_cameras(folder: Path) -> OpenVLAForActionPrediction:
+    """A tiny checkpoint that sees two cameras, saved and loaded again."""
+    model = TINY[0].load()
+    model.config.camera_names = TWO
+    model.save_pretrained(folder)
+    TINY[0].processor().save_pretrained(folder)
+    return OpenVLAForActionPrediction.from_pretrained(folder).eval()
+
+
+def test_a_model_of_two_cameras(tmp_path):
+    model = two_cameras(tmp_path)
+    processor = OpenVLAProcessor.from_pretrained(tmp_path)
+    images = {"wrist_image": HAND, "full_image": SCENE, "depth": SCENE[..., 0]}
+    inputs = processor(processor.format_prompt("open the drawer"), images)
+    single = TINY[0].processor()
+    parts = [single(images=image, return_tensors="pt")["pixel_values"] for image in (SCENE, HAND)]
+    assert torch.equal(inputs["pixel_values"], torch.cat(parts, dim=1))  # as in OpenVLA-OFT
+    # Patches of one camera after those of the other
+    with torch.inference_mode():
+        features = model.encode_images(inputs["pixel_values"])
+        one = torch.cat([model.encode_images(part) for part in parts], dim=1)
+        assert model.forward(**inputs).logits.shape[1] == inputs["input_ids"].shape[1] + model.num_patches
+    torch.testing.assert_close(features, one)
+    assert features.shape[1] == model.num_patches == 2 * model.vision_backbone.num_patches
+
+    key = {"unnorm_key": "bridge_orig"}
+    action = model.predict_action(images, "open the drawer", **key)
+    assert action.shape == (7,)
+    assert np.array_equal(action, model.predict_action(**inputs, **key))
+    swapped = {"wrist_image": SCENE, "full_image": HAND}
+    batch = model.predict_action([images, swapped], ["open the drawer"] * 2, **key)
+    np.testing.assert_allclose(batch[0], action, atol=1e-6)
+    assert not np.array_equal(batch[1], action)
+    generated = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    assert generated.shape[1] == inputs["input_ids"].shape[1] + 3
+
+
+def test_images_that_do_not_fit_the_cameras(tmp_path):
+    model = two_cameras(tmp_path)
+    for image, message in (
+        (SCENE, "The model sees primary, wrist: give {camera: image}"),
+        ({"full_image": SCENE}, "no camera for the view 'wrist'"),
+        ({"pixel_values": torch.zeros(1, 6, 224, 224)}, r"predict_action\(\*\*inputs\)"),
+        ([SCENE, HAND], r"2 image\(s\) for 1 instruction"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.predict_action(image, "open the drawer", unnorm_key="bridge_orig")
+    with pytest.raises(ValueError, match=r"expected \(1, 12, 224, 224\)"):
+        model.predict_action(
+            input_ids=torch.tensor([[1, 5, 6]]), pixel_values=torch.zeros(1, 6, 224, 224), unnorm_key="bridge_orig"
+        )
+
+
+def test_a_model_of_one_camera_takes_its_own():
+    model = OpenVLAForActionPrediction(small_config())
+    assert model.camera_names == ["primary"] and model.num_patches == 4
+    tiny = TINY[0].load()
+    tiny.processor = TINY[0].processor()
+    key = {"unnorm_key": "bridge_orig"}
+    expected = tiny.predict_action(SCENE, "open the drawer", **key)
+    named = tiny.predict_action({"wrist": HAND, "front": SCENE}, "open the drawer", **key)
+    assert np.array_equal(named, expected)
+
+
+def test_frames_hold_what_the_model_sees():
+    source = open_source(DEMOS, camera_names=TWO)
+    frame = next(source.frames(source.dataset[0]))
+    assert list(frame.images) == ["agentview_rgb", "eye_in_hand_rgb"]
+    source = open_source(RLDS / "libero_spatial_no_noops", camera_names=["wrist", "primary"])
+    assert list(next(source.frames(source.dataset[0])).images) == ["wrist_image", "image"]
+    with pytest.raises(ValueError, match="has no secondary view"):
+        open_source(RLDS / "libero_spatial_no_noops", camera_names=["primary", "secondary"])
+
+
+@pytest.mark.parametrize("strategy", ["last_layer", "lora"])
+def test_two_cameras_are_trained_saved_and_predicted(strategy, tmp_path):
+    pytest.importorskip("accelerate", reason="training needs the [train] extra")
+    pytest.importorskip("peft", reason="adapters need the [train] extra")
+    settings = {"steps": 1, "batch_size": 2, "rank": 4, "shuffle_buffer": 16, "name": "mine", "logging": "none"}
+    made = {"model": str(ROOT), "dataset": str(DEMOS), "output": str(tmp_path / "run"), "strategy": strategy}
+    finetune(FinetuneOptions(**made, **settings, camera_names="primary, wrist"))
+    folder = tmp_path / "run"
+    images = {"agentview_rgb": SCENE, "eye_in_hand_rgb": HAND}
+    action = OpenVLAForActionPrediction.from_pretrained(folder).eval().predict_action(images, "open the drawer")
+    assert action.shape == (7,) and OpenVLAConfig.from_pretrained(folder).camera_names == TWO
+    if strategy == "lora":
+        assert merge_adapter(folder, tmp_path / "merged") < 1e-3
+        merged = OpenVLAForActionPrediction.from_pretrained(tmp_path / "merged").eval()
+        assert merged.config.camera_names == TWO and merged.predict_action(images, "open the drawer").shape == (7,)
