@@ -21,7 +21,7 @@ from .action_tokenizer import check_statistics, read_statistics
 from .files_openvla import cache_folder, local_folder, read_json, weights_digest
 from .image_processing_openvla import OpenVLAImageProcessor
 from .modules_openvla import every_module
-from .processing_openvla import HUB_KWARGS, OpenVLAProcessor
+from .processing_openvla import HUB_KWARGS, OpenVLAProcessor, pixels_of_older_run
 from .weights_openvla import QUIET, WEIGHTS_FILES
 
 
@@ -65,6 +65,8 @@ def read_belongings(adapter: str | os.PathLike, **hub: Any) -> dict[str, Any]:
         found["processor"] = of_processor(read_json(processor))
     elif (images := file("preprocessor_config.json")) is not None:
         found["processor"] = of_processor({"image_processor": read_json(images)})
+    if images := found.get("processor", {}).get("image_processor"):
+        images |= pixels_of_older_run(Path(config).parent, images)
     return found
 
 

@@ -16,9 +16,11 @@ from .choices_openvla import check_choice
 from .configuration_openvla import IMAGE_RESIZE_STRATEGIES
 from .pixels_openvla import (
     INTERPOLATIONS,
+    RESIZE_FILTERS,
     as_image_list,
+    center_crop,
     channel_levels,
-    crop_center,
+    crop_to_size,
     load_image,
     look_up,
     pad_to_square,
@@ -55,6 +57,13 @@ class OpenVLAImageProcessor(BaseImageProcessor):
         interpolations: One of "bicubic", "bilinear", "lanczos", "nearest" per tower.
         means, stds: One triple per tower, for pixels in [0, 1].
         do_resize, do_rescale, rescale_factor, do_normalize: As in every image processor of the library.
+        resize_filter: What the model was trained to see: `"lanczos3"`, both sides to the input size first, as in the
+            original's training; None for the published way alone.
+        center_crop: Share of the area, in (0, 1], that is cut out of the middle of an image and stretched to its size:
+            0.9 for a model trained with random crops of 0.9; None for none.
+
+    Raises:
+        ValueError: If a field is none of these, or the towers are not described alike.
     """
 
     model_input_names = ["pixel_values"]
@@ -72,6 +81,8 @@ class OpenVLAImageProcessor(BaseImageProcessor):
         do_rescale: bool = True,
         rescale_factor: float = 1 / 255,
         do_normalize: bool = True,
+        resize_filter: str | None = None,
+        center_crop: float | None = None,
         **kwargs,
     ):
         # The code that `auto_map` names is that of the folder it came from, not of the one this will be saved to.
@@ -98,9 +109,44 @@ class OpenVLAImageProcessor(BaseImageProcessor):
             check_choice("interpolation", interpolation, list(INTERPOLATIONS))
         self.do_resize, self.do_rescale, self.do_normalize = do_resize, do_rescale, do_normalize
         self.rescale_factor = rescale_factor
+        if resize_filter is not None:
+            check_choice("resize_filter", resize_filter, list(RESIZE_FILTERS))
+        if center_crop is not None and (
+            isinstance(center_crop, bool) or not isinstance(center_crop, (int, float)) or not 0 < center_crop <= 1
+        ):
+            raise ValueError(f"center_crop={center_crop!r}: expected a share of the area above 0 and up to 1, or null.")
+        self.resize_filter = resize_filter
+        # The library has a method of this name, for its own way of cropping.
+        self.center_crop: float | None = center_crop  # type: ignore[assignment]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in every image processor; what the model was trained to see is said also where it is null."""
+        return {**super().to_dict(), "resize_filter": self.resize_filter, "center_crop": self.center_crop}
+
+    def trained_pixels(self, image: np.ndarray, do_resize: bool = True, do_center_crop: bool = True) -> np.ndarray:
+        """What `resize_filter` and `center_crop` make of an image; the image itself without them. Training and
+        prediction have this step in common, and the published way comes after it.
+
+        Args:
+            image: (H, W, 3) uint8.
+            do_center_crop: False where random crops take its place.
+
+        Returns:
+            (height, width, 3) uint8 of the input size with a filter, else (H, W, 3).
+        """
+        if do_resize and self.resize_filter is not None:
+            _, height, width = self.input_sizes[0]
+            image = RESIZE_FILTERS[self.resize_filter](image, (height, width))
+        if do_center_crop and self.center_crop is not None:
+            image = center_crop(image, self.center_crop)
+        return image
 
     def _planes(self, image: Image.Image, options: dict[str, Any]) -> list[np.ndarray]:
         """The 3 * towers channels of one RGB image, (height, width) float32 each."""
+        steps = {name: options[name] for name in ("do_resize", "do_center_crop")}
+        seen = np.asarray(image)
+        if (shown := self.trained_pixels(seen, **steps)) is not seen:
+            image = Image.fromarray(shown)
         strategy = options["image_resize_strategy"] if options["do_resize"] else None
         if strategy == "letterbox":
             image = pad_to_square(image, self.means[-1])  # of the last of two towers, as in the published code
@@ -115,7 +161,7 @@ class OpenVLAImageProcessor(BaseImageProcessor):
                 if strategy == "resize-naive":
                     resized[key] = resize(image, height, width, interpolation)
                 elif strategy is not None:
-                    resized[key] = crop_center(resize_shorter_side(image, width, interpolation), height, width)
+                    resized[key] = crop_to_size(resize_shorter_side(image, width, interpolation), height, width)
             levels = channel_levels(
                 mean if options["do_normalize"] else None,
                 std if options["do_normalize"] else None,
@@ -130,8 +176,8 @@ class OpenVLAImageProcessor(BaseImageProcessor):
         Args:
             images: Whatever `load_image` reads, a list of such, or a batched array.
             return_tensors: `"pt"` for a tensor, else a numpy array.
-            kwargs: `do_resize`, `do_rescale`, `rescale_factor`, `do_normalize`, `image_resize_strategy`, each for this
-                call only.
+            kwargs: `do_resize`, `do_center_crop`, `do_rescale`, `rescale_factor`, `do_normalize`,
+                `image_resize_strategy`, each for this call only.
 
         Returns:
             `pixel_values`: (N, 3 * towers, height, width) float32.
@@ -140,6 +186,7 @@ class OpenVLAImageProcessor(BaseImageProcessor):
             name: getattr(self, name) if kwargs.get(name) is None else kwargs[name]
             for name in ("do_resize", "do_rescale", "rescale_factor", "do_normalize", "image_resize_strategy")
         }
+        options["do_center_crop"] = kwargs.get("do_center_crop") is not False
         check_choice("image_resize_strategy", options["image_resize_strategy"], IMAGE_RESIZE_STRATEGIES)
         singles = as_image_list(images)
         if not singles:

@@ -11,6 +11,7 @@ from transformers.utils import cached_file, is_peft_available
 
 from .action_tokenizer import check_statistics, read_statistics
 from .adapters_openvla import (
+    ADAPTER,
     KEY,
     AdapterBelongings,
     belongings,
@@ -22,7 +23,7 @@ from .adapters_openvla import (
 )
 from .choices_openvla import closest
 from .configuration_openvla import TRANSFORMERS, OpenVLAConfig
-from .files_openvla import local_folder
+from .files_openvla import local_folder, read_json
 from .outputs_openvla import CACHE_NAMES
 from .processing_openvla import HUB_KWARGS, OpenVLAProcessor
 from .quantization_openvla import keep_split_blocks_from_packing, take_quantization, turn_block_scales_back
@@ -118,7 +119,7 @@ class OpenVLAPreTrainedModel(AdapterBelongings, PreTrainedModel):
         adapter_name = kwargs.pop("adapter_name", None) or "default"
         base = find_base(adapter)
         loaded = cls.from_pretrained(base, *model_args, **kwargs)
-        problem = check_base(base, read_belongings(adapter).get("base_digest"))
+        problem = check_base(base, belongings(read_json(adapter / ADAPTER)).get("base_digest"))
         if problem:
             raise ValueError(
                 f"{problem}. Put its own base back, or add '{adapter}' to this one yourself: model = "

@@ -1,7 +1,8 @@
 """Pixels: from whatever the robot's camera driver delivers to the normalized numbers that a vision tower takes.
 
 numpy and Pillow alone; tensors are read without torch being imported here. Pixel values equal those of the published
-`processing_prismatic.py` (torchvision's functions on Pillow images).
+`processing_prismatic.py` (torchvision's functions on Pillow images); those of "as in training" below equal the
+original's TensorFlow pipeline.
 """
 
 import io
@@ -11,6 +12,7 @@ import struct
 import threading
 import zlib
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -226,7 +228,7 @@ def resize_shorter_side(image: Image.Image, side: int, interpolation: str) -> Im
     return resize(image, height, width, interpolation)
 
 
-def crop_center(image: Image.Image, height: int, width: int) -> Image.Image:
+def crop_to_size(image: Image.Image, height: int, width: int) -> Image.Image:
     """The middle of `image`; black where it is smaller."""
 
     def start(size: int, kept: int) -> int:
@@ -242,6 +244,83 @@ def pad_to_square(image: Image.Image, mean: Sequence[float]) -> Image.Image:
     side = max(image.size)
     left, top = (side - image.size[0]) // 2, (side - image.size[1]) // 2
     return ImageOps.expand(image, (left, top, left, top), fill=tuple(int(channel * 255) for channel in mean))
+
+
+# As in training -------------------------------------------------------------------------------------------------------
+# Images of the original's training become float32 in [0, 1] once, every operation clips, and they become uint8 once, by
+# truncating `255.5 x`.
+
+
+@lru_cache(maxsize=64)
+def _lanczos3_weights(source: int, target: int) -> np.ndarray:
+    """(target, source) float32: lanczos3 with half-pixel centers, widened by the factor of a downscale (antialiasing),
+    renormalized at the borders."""
+    scale = source / target
+    centers = (np.arange(target) + 0.5) * scale  # in source pixels
+    distance = (np.arange(source)[None, :] + 0.5 - centers[:, None]) / max(scale, 1.0)
+    weights = np.where(np.abs(distance) < 3, np.sinc(distance) * np.sinc(distance / 3), 0.0)
+    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def resize_lanczos3(image: np.ndarray, size: tuple[int, int] = (224, 224)) -> np.ndarray:
+    """An image at (height, width) `size`, the aspect ratio not kept: lanczos3 with antialiasing, rounded half to even.
+
+    Args:
+        image: (H, W, 3) uint8.
+
+    Returns:
+        (*size, 3) uint8.
+    """
+    height, width, channels = image.shape
+    if (height, width) == tuple(size):
+        return image
+    rows = _lanczos3_weights(height, size[0]) @ image.reshape(height, -1).astype(np.float32)
+    rows = rows.reshape(size[0], width, channels).transpose(0, 2, 1)
+    pixels = (rows @ _lanczos3_weights(width, size[1]).T).transpose(0, 2, 1)
+    return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
+
+
+RESIZE_FILTERS = {"lanczos3": resize_lanczos3}  # what a processor may name as its `resize_filter`
+
+
+def to_float(image: np.ndarray) -> np.ndarray:
+    """uint8 -> float32 in [0, 1]."""
+    return image.astype(np.float32) / np.float32(255)
+
+
+def to_uint8(image: np.ndarray) -> np.ndarray:
+    """float32 in [0, 1] -> uint8: 255.5 times the value, truncated, as the original converts."""
+    return np.minimum(image * np.float32(255.5), np.float32(255)).astype(np.uint8)
+
+
+def crop_and_resize(image: np.ndarray, top: float, left: float, side: float) -> np.ndarray:
+    """A box of `side` times each axis, `top` and `left` as fractions of the axis, stretched to the size of the image.
+
+    Corners of the box are aligned with the corner pixels of the output, bilinear without antialiasing.
+
+    Args:
+        image: (H, W, 3) float32 in [0, 1].
+    """
+    for axis, start in enumerate((top, left)):
+        target = image.shape[axis]
+        step = np.float32(side) * np.float32(target - 1) / np.float32(max(target - 1, 1))
+        position = np.float32(start) * np.float32(target - 1) + np.arange(target, dtype=np.float32) * step
+        below = np.clip(np.floor(position).astype(int), 0, target - 1)
+        above = np.clip(np.ceil(position).astype(int), 0, target - 1)
+        fraction = (position - below.astype(np.float32))[
+            (slice(None), None, None) if axis == 0 else (slice(None), None)
+        ]
+        low, high = image.take(below, axis), image.take(above, axis)
+        image = low + (high - low) * fraction
+    return np.clip(image, 0, 1)
+
+
+def center_crop(image: np.ndarray, area: float) -> np.ndarray:
+    """The centered box of a share of the area, in (0, 1], stretched to the size of the image: what is shown to a model
+    that was trained with random crops. (H, W, 3) uint8."""
+    side = float(np.sqrt(area))
+    offset = (1 - side) / 2
+    return to_uint8(crop_and_resize(to_float(image), offset, offset, side))
 
 
 # Normalizing ----------------------------------------------------------------------------------------------------------
@@ -272,14 +351,20 @@ def look_up(image: Image.Image, levels: np.ndarray) -> list[np.ndarray]:
 
 __all__ = [
     "INTERPOLATIONS",
+    "RESIZE_FILTERS",
     "UNREADABLE",
     "as_image_list",
+    "center_crop",
     "channel_levels",
-    "crop_center",
+    "crop_and_resize",
+    "crop_to_size",
     "is_image_list",
     "load_image",
     "look_up",
     "pad_to_square",
     "resize",
+    "resize_lanczos3",
     "resize_shorter_side",
+    "to_float",
+    "to_uint8",
 ]

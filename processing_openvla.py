@@ -3,7 +3,9 @@
 Token ids equal those of the published `processing_prismatic.py` (transformers 4.40.1).
 """
 
+import copy
 import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,6 +61,9 @@ class OpenVLAProcessor(ProcessorMixin):
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """Load image processor, tokenizer and prompt form of a folder or Hub id, published layout or today's.
 
+        A run of an older version says only in finetune.json what its model was trained to see: a warning tells what is
+        assumed then (`pixels_of_older_run`).
+
         Raises:
             FileNotFoundError: If there is no such folder or Hub id, or a file of the processor is missing.
             ValueError: If a file is damaged, or the processor does not fit the config.json beside it.
@@ -71,11 +76,20 @@ class OpenVLAProcessor(ProcessorMixin):
             has_config = (folder / "config.json").is_file()
             _check_processor_files(folder)
         processor = super().from_pretrained(name, **kwargs)
+        if folder is not None and (pixels := pixels_of_older_run(folder, _image_fields(folder))):
+            processor = processor.with_pixels(**pixels)
         if processor.prompt_template is None or has_config:
             config, _ = OpenVLAConfig.get_config_dict(name, **hub)
             if processor.prompt_template is None:
                 processor.prompt_template = prompt_template_of(config)
             processor.check_fits(OpenVLAConfig.from_dict(config))
+        return processor
+
+    def with_pixels(self, resize_filter: str | None, center_crop: float | None) -> "OpenVLAProcessor":
+        """This processor for a model that was trained to see other pixels, see `OpenVLAImageProcessor`."""
+        processor, images = copy.copy(self), self.image_processor
+        fields = {**images.to_dict(), "resize_filter": resize_filter, "center_crop": center_crop}
+        processor.image_processor = type(images).from_dict(fields)
         return processor
 
     def check_fits(self, config: OpenVLAConfig) -> None:
@@ -338,6 +352,36 @@ def _check_processor_files(folder: Path) -> None:
         raise FileNotFoundError(
             f"'{folder}' has no preprocessor_config.json: copy the image processor of the model beside its weights."
         )
+
+
+def _image_fields(folder: Path) -> dict[str, Any]:
+    """Fields of the image processor in a folder, today's layout or the published one."""
+    files = [folder / name for name in PROCESSOR_FILES]
+    images, processor = (read_json(file) if file.is_file() else {} for file in files)
+    return processor.get("image_processor") or images
+
+
+def pixels_of_older_run(folder: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What `openvla finetune` of older versions trained a model to see, as fields of its image processor; empty where
+    `fields`, those that are stored, say it themselves, or `folder` is neither such a run nor one of its checkpoints.
+
+    Older versions stored it in finetune.json alone, as `image_aug`. Tells in a warning what is assumed.
+    """
+    places = [folder, *(folder.absolute().parents[1:2] if folder.absolute().parent.name == "checkpoints" else ())]
+    started = next((place / "finetune.json" for place in places if (place / "finetune.json").is_file()), None)
+    if started is None or fields.keys() & {"resize_filter", "center_crop"}:
+        return {}
+    with_crops = read_json(started).get("image_aug")
+    if with_crops is None:  # something else of that name
+        return {}
+    pixels = {"resize_filter": "lanczos3", "center_crop": 0.9 if with_crops else None}
+    warnings.warn(
+        f"'{folder}' was fine-tuned by an older version, and its processor does not say what it was trained to see. "
+        f"From '{started}' (image_aug={with_crops}): resize_filter='lanczos3', center_crop={pixels['center_crop']}. "
+        "Save the processor once to store that: OpenVLAProcessor.from_pretrained(folder).save_pretrained(folder).",
+        stacklevel=3,
+    )
+    return pixels
 
 
 def prompt_template_of(config: dict[str, Any]) -> str:

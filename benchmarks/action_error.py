@@ -1,6 +1,6 @@
 """How far predicted actions are from demonstrated ones, frame by frame, outside of training.
 
-    python benchmarks/action_error.py MODEL DATASET [--held-out-only] [--center-crop]
+    python benchmarks/action_error.py MODEL DATASET [--held-out-only] [--pixels published|libero]
 
 Every frame goes through `predict_action`, which decodes its own tokens. Prints the L1 of each action dimension,
 normalized and in the units of the dataset, and of predicting the mean action.
@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from openvla import OpenVLAForActionPrediction, normalize_actions
 from openvla.action_text import action_names
-from openvla.data.samples import FrameSamples
+from openvla.data.samples import main_camera
 from openvla.data.sources import open_sources
+from openvla.policy import PIXELS
 
 
 def main() -> None:
@@ -32,9 +33,7 @@ def main() -> None:
         "--held-out-only", action="store_true", help="only the episodes that training keeps back for evaluation"
     )
     parser.add_argument(
-        "--center-crop",
-        action="store_true",
-        help="show the middle nine tenths of images, as models trained with image augmentation expect",
+        "--pixels", choices=sorted(PIXELS), help="show other pixels than those that are stored with the model"
     )
     parser.add_argument("--batch-size", type=int, default=16, help="frames predicted at once; default: %(default)s")
     parser.add_argument("--threads", type=int, default=1, help="torch threads on a CPU; default: %(default)s")
@@ -47,16 +46,16 @@ def main() -> None:
     key = arguments.unnorm_key or next(iter(model.norm_stats))
     stats = model.norm_stats[key]["action"]
     (source,) = open_sources(arguments.dataset, split=arguments.split, statistics={"action": stats})
-    samples = FrameSamples(model.vision_backbone.image_size, crop=arguments.center_crop)
+    if arguments.pixels:
+        model.processor = model.processor.with_pixels(**PIXELS[arguments.pixels])
     parts = [source.held_out] if arguments.held_out_only else [source.dataset, source.held_out]
     frames = [frame for part in parts if part is not None for episode in part for frame in source.frames(episode)]
 
     predicted = []
     for start in tqdm(range(0, len(frames), arguments.batch_size)):
-        batch = [samples[0, frame] for frame in frames[start : start + arguments.batch_size]]
-        found = model.predict_action(
-            [sample["image"] for sample in batch], [sample["instruction"] for sample in batch], unnorm_key=key
-        )
+        batch = frames[start : start + arguments.batch_size]
+        images = [frame.images[main_camera(frame)][0] for frame in batch]
+        found = model.predict_action(images, [frame.instruction for frame in batch], unnorm_key=key)
         predicted.append(normalize_actions(found, stats))
     wanted = np.stack([frame.actions[0] for frame in frames])
     error = np.abs(np.concatenate(predicted) - wanted).mean(axis=0)

@@ -33,9 +33,9 @@ from matplotlib.figure import Figure
 from openvla.evaluation import make_environment
 from openvla.evaluation.control import effective_delays
 from openvla.evaluation.evaluate import SETTINGS, evaluate, single_latency
-from openvla.evaluation.policies import OpenVLAPolicy
 from openvla.evaluation.report import EpisodeResult, read_results, summarize
 from openvla.options.prediction import EMBEDDED_POLICY
+from openvla.policy import OpenVLAPolicy
 
 
 STUDIES = ("latency", "quantization", "policies")

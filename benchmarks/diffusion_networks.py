@@ -26,8 +26,8 @@ from transformers import PreTrainedTokenizerFast
 
 from openvla.action_tokenizer import get_action_stats, unnormalize_actions
 from openvla.choices_openvla import check_choice
-from openvla.data.augment import resize_image
-from openvla.evaluation.environment import Observation
+from openvla.observation import Observation
+from openvla.pixels_openvla import resize_lanczos3
 
 
 CONFIG = "config.json"
@@ -303,7 +303,7 @@ class DiffusionPolicy:
         images, config = observation.images, self.network.config
         if self.camera is not None and self.camera not in images:
             raise ValueError(f"No camera '{self.camera}' in the observation; there are {', '.join(images)}.")
-        image = resize_image(images[self.camera or next(iter(images))], (config.image_size, config.image_size))
+        image = resize_lanczos3(images[self.camera or next(iter(images))], (config.image_size, config.image_size))
         start = (config.image_size - config.crop_size) // 2
         return image[start : start + config.crop_size, start : start + config.crop_size]
 

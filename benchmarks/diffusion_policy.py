@@ -25,10 +25,11 @@ from torch.nn.functional import mse_loss
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
 
-from openvla.data.samples import FrameSamples
+from openvla.data.samples import main_camera
 from openvla.data.source import Source
 from openvla.data.sources import open_source
 from openvla.evaluation.evaluate import evaluate
+from openvla.pixels_openvla import resize_lanczos3
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,11 +67,9 @@ def read_frames(
         # More than comes: the file takes as much of the disk as is written.
         images = np.lib.format.open_memmap(file, "w+", np.uint8, (source.num_frames, *size, 3))
         chunks, instructions = [], []
-        samples = FrameSamples(size)
         for episode in tqdm(source.held_out or () if held_out else source.dataset, desc="reading", unit="episode"):
             for frame in source.frames(episode, config.horizon):
-                # `samples` takes one action of a frame, its first: the chunk is taken here
-                images[len(chunks)] = samples[0, frame]["image"]
+                images[len(chunks)] = resize_lanczos3(frame.images[main_camera(frame)][0], size)
                 chunks.append(frame.actions[:, list(config.dims)])
                 instructions.append(frame.instruction)
         images.flush()

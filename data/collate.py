@@ -47,7 +47,7 @@ class ActionCollator:
 
         Args:
             samples: Each with `instruction`, normalized `actions` (A,) or (K, A), and `image` in any form `load_image`
-                reads.
+                reads, not cropped here: `FrameSamples` or its augmentation did that.
 
         Returns:
             `input_ids`, `labels` (N, length) int64, `attention_mask` (N, length) bool, `pixel_values`.
@@ -60,7 +60,8 @@ class ActionCollator:
             input_ids[row, : len(ids)] = torch.tensor(ids)
             labels[row, : len(ids)] = torch.tensor(targets)
         lengths = torch.tensor([len(ids) for ids, _ in rows])
-        pixels = self.processor.image_processor([sample["image"] for sample in samples], return_tensors="pt")
+        images = [sample["image"] for sample in samples]
+        pixels = self.processor.image_processor(images, do_center_crop=False, return_tensors="pt")
         return {
             "input_ids": input_ids,
             "attention_mask": torch.arange(length)[None, :] < lengths[:, None],

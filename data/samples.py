@@ -7,7 +7,8 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from ..cameras_openvla import find_cameras, not_colour
-from .augment import ImageAugmentation, center_crop, resize_image
+from ..image_processing_openvla import OpenVLAImageProcessor
+from .augment import ImageAugmentation
 from .episode import Episode
 
 
@@ -52,32 +53,25 @@ def model_cameras(episode: Episode, camera_names: Sequence[str], camera: str | N
 class FrameSamples(Dataset):
     """`{"instruction", "actions", "image" (H, W, 3) uint8, "dataset"}` of `samples[position, frame]`.
 
-    Frames have one step, one camera and normalized actions, (A,) or (chunk, A). An image is decoded and resized as in
-    the published training, then augmented, or cropped at the center (`crop`) as augmented models are evaluated.
+    Frames have one step, one camera and normalized actions, (A,) or (chunk, A). An image is decoded and becomes what
+    the model is to see (`OpenVLAImageProcessor.trained_pixels`); with an augmentation, whose random crop takes the
+    place of the center crop, that is varied.
 
     Args:
-        size: (height, width) of the model's input.
-        augmentation: Applied after the resize. Its randomness hangs on the seed and the position in the stream alone:
+        images: The image processor of the model.
+        augmentation: Applied after the resize. Its randomness depends on the seed and the position in the stream alone:
             the same in every process, and after a resume.
-        crop: Cut out the center box of 0.9 of the area instead.
     """
 
-    def __init__(
-        self,
-        size: tuple[int, int] = (224, 224),
-        augmentation: ImageAugmentation | None = None,
-        crop: bool = False,
-        seed: int = 0,
-    ):
-        self.size, self.augmentation, self.crop, self.seed = size, augmentation, crop, seed
+    def __init__(self, images: OpenVLAImageProcessor, augmentation: ImageAugmentation | None = None, seed: int = 0):
+        self.images, self.augmentation, self.seed = images, augmentation, seed
 
     def __getitem__(self, item: tuple[int, Episode]) -> dict[str, Any]:
         position, frame = item
-        image = resize_image(frame.images[main_camera(frame)][0], self.size)
+        image = frame.images[main_camera(frame)][0]
+        image = self.images.trained_pixels(image, do_center_crop=self.augmentation is None)
         if self.augmentation is not None:
             image = self.augmentation(image, np.random.default_rng([self.seed, position]))
-        elif self.crop:
-            image = center_crop(image, size=self.size)
         return {
             "instruction": frame.instruction,
             "actions": frame.actions[0] if len(frame.actions) == 1 else frame.actions,

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..choices_openvla import check_choice
-from .environment import check_numbers
+from ..policy import check_numbers
 
 
 EPSILON = 1e-9  # times are sums of floats

@@ -2,13 +2,14 @@
 
 import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from ..choices_openvla import check_choice
+from ..observation import Observation
 from ..plugins import is_reference, load_class, options_known, read_options
+from ..policy import check_numbers, check_reach
 
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
@@ -20,19 +21,9 @@ ENVIRONMENTS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
 }
 AXES = ("visual", "motion", "physical", "semantic", "language")  # of generalization, in the paper's order
 ACTION_DIM = 7
-FARTHEST = 100.0  # numbers of an action beyond it are those of another unit, or of a policy that has gone wrong
 # A seed decides where everything in an episode begins. Demonstrations and evaluation share none.
 RECORDING_SEEDS = range(0, 1_000_000)
 EVALUATION_SEEDS = range(1_000_000, 2_000_000)
-
-
-@dataclass(frozen=True)
-class Observation:
-    """What is seen before an action is chosen."""
-
-    images: Mapping[str, np.ndarray]  # camera -> (H, W, 3) uint8, the right way up; empty where nothing is rendered
-    state: np.ndarray  # (S,) float32: proprioception, never the objects
-    instruction: str
 
 
 class Environment(Protocol):
@@ -200,24 +191,3 @@ def check_action(action: Sequence[float] | np.ndarray) -> np.ndarray:
     if checked.shape != (ACTION_DIM,):
         raise ValueError(f"action={checked.tolist()}: expected seven finite numbers.")
     return checked
-
-
-def check_numbers(actions: Any, expected: str = "finite numbers") -> np.ndarray:
-    """Actions of any shape as finite float64 numbers; a `ValueError` for anything else."""
-    try:
-        given = np.asarray(actions)
-    except (TypeError, ValueError, RuntimeError) as error:  # ragged lists; tensors of a GPU, with gradients, bfloat16
-        raise ValueError(f"action of type {type(actions).__name__}: expected {expected} ({error}).") from error
-    if given.dtype.kind not in "fiub" or not np.isfinite(given).all():
-        raise ValueError(f"action={given.tolist()}: expected {expected}.")
-    return given.astype(np.float64)
-
-
-def check_reach(actions: np.ndarray) -> np.ndarray:
-    """`actions` as they are; a `ValueError` if one is beyond `FARTHEST`."""
-    if (abs(actions) > FARTHEST).any():
-        raise ValueError(
-            f"action={actions.tolist()}: expected numbers within {FARTHEST:g} of 0, where 1 is the most that an arm "
-            "does in a step. Are they in other units (wrong unnorm_key or statistics)?"
-        )
-    return actions

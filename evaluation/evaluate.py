@@ -12,15 +12,17 @@ import numpy as np
 
 from ..action_tokenizer import get_action_stats
 from ..device import torch_device
+from ..files_openvla import read_json
 from ..folders import locked, read_settings, with_version, write_json
 from ..hub import file_digests, model_folder, published_name, statistics_of
+from ..observation import Observation
 from ..options.evaluation import EvaluateOptions, names_of
 from ..options.fields import decisive
+from ..policy import PIXELS, OpenVLAPolicy, Policy
 from .control import BlockingControl, RealtimeControl
 from .environment import (
     ACTION_DIM,
     EVALUATION_SEEDS,
-    Observation,
     choose_tasks,
     choose_variations,
     environment_options,
@@ -28,7 +30,7 @@ from .environment import (
     tasks_with,
 )
 from .loop import EPISODES, Job, run_episodes
-from .policies import ConstantPolicy, OpenVLAPolicy, Policy, RandomPolicy
+from .policies import ConstantPolicy, RandomPolicy
 from .rendering import opengl_backend
 from .report import REPORT, write_report
 
@@ -111,8 +113,10 @@ def evaluate(
                 dtype=options.dtype,
                 quantization=options.quantization,
                 unnorm_key=options.unnorm_key,
-                crop=options.center_crop,
+                pixels=options.pixels,
             )
+            if "center_crop" in before:
+                check_older_pixels(before["center_crop"], source, acting, getattr(here, "size", None))
         make_control: Any = BlockingControl
         if control == "realtime":
             make_control = partial(RealtimeControl, hz, STANDSTILL)
@@ -171,7 +175,7 @@ def earlier_settings(folder: Path, now: Mapping[str, Any], model: str) -> dict[s
         return {}
     before, version = read_settings(folder / SETTINGS)
     if version == 0:
-        before = _from_version_0(before)
+        before = {**_from_version_0(before), "pixels": now.get("pixels")}  # compared in `check_older_pixels`
     if before.get("model") == model:
         before["model"] = now.get("model")
     changed = [
@@ -194,13 +198,37 @@ def earlier_settings(folder: Path, now: Mapping[str, Any], model: str) -> dict[s
 
 def _from_version_0(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that were saved before they had a version: variations were called so, and joined by ", "; options of the
-    simulator stood among the others."""
-    known = {item.name for item in fields(EvaluateOptions)} | {"digests"}
+    simulator stood among the others; whether images were cropped was `center_crop`, see `check_older_pixels`."""
+    known = {item.name for item in fields(EvaluateOptions)} | {"digests", "center_crop"}
     renamed = {"axis" if name == "variations" else name: value for name, value in settings.items()}
     renamed = {name: value.replace(", ", ",") if name == "axis" else value for name, value in renamed.items()}
     own = {name: value for name, value in renamed.items() if name in known}
     more = {name: value for name, value in renamed.items() if name not in known}
-    return {**own, **({"env_options": more} if more else {})}
+    return {"center_crop": None, **own, **({"env_options": more} if more else {})}
+
+
+def check_older_pixels(crop: bool | None, folder: Path, policy: OpenVLAPolicy, size: int | None) -> None:
+    """Raise a `ValueError` if an evaluation that was begun before pixels were stored with a model, when all images were
+    resized with lanczos3, showed others than those that `policy` is shown now.
+
+    Args:
+        crop: Whether it was asked for the center of images; None: as finetune.json said in `image_aug`.
+        folder: Of the model.
+        size: Width and height of the images, where it is known.
+    """
+    started = folder / "finetune.json"
+    if crop is None:
+        crop = started.is_file() and bool(read_json(started).get("image_aug"))
+    then = PIXELS["libero"] if crop else {**PIXELS["libero"], "center_crop": None}
+    images = policy.model.processor.image_processor
+    now = {name: getattr(images, name) for name in then}
+    if now["resize_filter"] is None and images.input_sizes[0][1:] == [size, size]:
+        now["resize_filter"] = then["resize_filter"]  # nothing to resize
+    if now != then:
+        raise ValueError(
+            f"The evaluation was begun by an older version, which showed the model other pixels ({then}, now {now}): "
+            "choose another output folder."
+        )
 
 
 def reference_policy(name: str, stats: dict[str, Any]) -> Policy:

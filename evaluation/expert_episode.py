@@ -5,17 +5,14 @@ import zipfile
 import zlib
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ..data.episode import EncodedImages, Episode
 from ..data.images import ImageFormat, encode_image
+from ..policy import Policy, begin_episode
 from .environment import Environment, check_action
-
-
-if TYPE_CHECKING:
-    from .policies import Policy
 
 
 def record_episode(
@@ -25,7 +22,7 @@ def record_episode(
     *,
     variation: str = "",
     noise: float = 0.0,
-    student: "Policy | None" = None,
+    student: Policy | None = None,
     paraphrases: bool = False,
     after_success: int = 5,
     image_format: ImageFormat = "jpeg",
@@ -51,6 +48,8 @@ def record_episode(
     actions: list[np.ndarray] = []
     strength = noise * generator.random()
     driven = generator.integers(environment.max_steps // 2 + 1) if student is not None else 0
+    if student is not None:
+        begin_episode(student)
     left: int | None = None  # steps to go, once the task is done
     while left != 0:
         if left is None and len(actions) == environment.max_steps:

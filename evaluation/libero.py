@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from ..choices_openvla import check_choice
-from .environment import SUITES, Observation, check_action
+from ..observation import Observation
+from .environment import SUITES, check_action
 from .rendering import opengl_backend
 from .robosuite import to_state
 

@@ -3,16 +3,17 @@
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from ..observation import Observation
+from ..policy import Policy, begin_episode, check_numbers, check_reach
 from .control import BlockingControl, RealtimeControl
-from .environment import ACTION_DIM, Environment, Observation, check_numbers, check_reach
-from .policies import Policy
+from .environment import ACTION_DIM, Environment
 from .report import EpisodeResult, append_result, read_results, without_paths
 from .video import EpisodeVideo
 from .workers import EnvironmentFailure, EnvironmentProcess
@@ -142,6 +143,8 @@ def run_episodes(
             for slot, observation in answers(begun):
                 assert slot.job is not None
                 slot.observation, slot.instruction = observation, observation.instruction
+                if policy is not None:
+                    begin_episode(policy, slots.index(slot))
                 if slot.job.episode < videos:
                     parts = (slot.job.task, slot.job.variation.replace(":", "-"), f"{slot.job.episode:03d}")
                     name = "_".join(filter(None, parts))
@@ -154,7 +157,9 @@ def run_episodes(
                 asked = [slot for slot in due if ask(slot, "expert_action")]
                 decided = list(answers(asked))
             elif due and policy is not None:
-                seen = [slot.observation for slot in due if slot.observation is not None]
+                seen = [
+                    replace(slot.observation, slot=slots.index(slot)) for slot in due if slot.observation is not None
+                ]
                 decided = list(zip(due, checked(policy.act(seen), len(seen))))
             else:
                 decided = []

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from ..choices_openvla import check_choice
-from .environment import Observation, check_action
+from ..observation import Observation
+from .environment import check_action
 from .metaworld_variations import VARIED, VARIED_HEADLIGHT, Variation, choose_kind, kinds_of, reword
 from .rendering import Renderer
 

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -21,14 +21,11 @@ from ..folders import locked, read_settings, with_version, write_json
 from ..hub import file_digests, model_folder, published_name
 from ..options.evaluation import MOST_EPISODES, RecordOptions
 from ..options.fields import decisive
+from ..policy import OpenVLAPolicy, Policy
 from .environment import RECORDING_SEEDS, Environment, choose_tasks, make_environment, tasks_with
 from .expert_episode import is_episode, load_episode, record_episode, save_episode
 from .rendering import opengl_backend
 from .workers import EnvironmentProcess
-
-
-if TYPE_CHECKING:
-    from .policies import Policy
 
 
 ACTION_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
@@ -235,8 +232,6 @@ class Recorder:
         self.student: Policy | None = None
         self.blind: Environment | None = None
         if options.student is not None:
-            from .policies import OpenVLAPolicy  # loads torch, which nothing else here needs
-
             self.student = OpenVLAPolicy.load(options.student)
         elif options.noise:
             # The expert fails more often then; pictures take nearly all of the time, so a first try goes without.

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from ..choices_openvla import check_choice
-from .environment import Observation, check_action
+from ..observation import Observation
+from .environment import check_action
 from .rendering import Renderer
 
 

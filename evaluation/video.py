@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ..action_text import action_names
-from .environment import Observation
+from ..observation import Observation
 
 
 WIDTH, LINE, FPS = 448, 22, 20

@@ -139,10 +139,11 @@ class EvaluateOptions(ClosedLoopOptions):
         "episode draws one kind), one kind such as visual:light, all for the five of them, none for nothing. Each is "
         "run for the tasks that have it, and has a row in the report.",
     )
-    center_crop: bool | None = option(
+    pixels: Literal["published", "libero"] | None = option(
         None,
-        "Show the model the middle nine tenths of the image, as it needs after training with random crops.",
-        shown="as it was trained",
+        "Show the model other pixels than those stored with it: published, those of the published image processor; "
+        "libero, resized with lanczos3 and cropped to the middle nine tenths of the area.",
+        shown="as stored with the model",
     )
     quantization: Literal["int8", "int4"] | None = option(
         None, "Load the language model with fewer bits (bitsandbytes)."

@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 from openvla.cli import app
 from openvla.evaluation import demo as demo_module
 from openvla.evaluation.demo import demo
-from openvla.evaluation.environment import Observation
 from openvla.evaluation.rendering import NoOpenGL
 from openvla.evaluation.video import GREEN, RED, EpisodeVideo, Film, check_replaceable, draw_tile, save_tiles, wrap
+from openvla.observation import Observation
 
 
 def film(length: int, success: bool) -> Film:

@@ -11,8 +11,8 @@ from toy import SIZE, make_line
 
 from openvla.data.episode import make_episode
 from openvla.data.writers.lerobot import write_lerobot
-from openvla.evaluation.environment import Observation
 from openvla.evaluation.loop import Job, run_episodes
+from openvla.observation import Observation
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))

@@ -13,7 +13,6 @@ from openvla import OpenVLAForActionPrediction
 from openvla.cli import app
 from openvla.evaluation import evaluate as evaluate_module
 from openvla.evaluation.evaluate import evaluate
-from openvla.evaluation.policies import trained_with_crops
 from openvla.evaluation.rendering import NoOpenGL
 from openvla.evaluation.report import EpisodeResult
 from openvla.folders import locked
@@ -149,6 +148,26 @@ def test_an_adapter_is_known_by_its_base_as_well(tmp_path):
     evaluate_module.earlier_settings(tmp_path / "out", {"digests": after}, "mine")
 
 
+def test_pixels_are_compared_and_reported_where_they_were_given(tmp_path):
+    options = {"policy": "expert", "tasks": "reach-v3", "episodes": 1, "max_steps": 1}
+    run(tmp_path / "as_stored", **options)
+    run(tmp_path / "given", **options, pixels="libero")
+    for name, expected in (("as_stored", None), ("given", "libero")):
+        assert json.loads((tmp_path / name / "evaluation.json").read_text()).get("pixels") == expected
+        assert ("pixels: `libero`" in (tmp_path / name / "report.md").read_text()) == (expected is not None)
+    with pytest.raises(ValueError, match="pixels was 'libero', is None"):
+        run(tmp_path / "given", **options)
+    with pytest.raises(ValueError, match="pixels='center'.*published, libero"):
+        run(tmp_path / "other", **options, pixels="center")
+
+    settings = tmp_path / "as_stored" / "evaluation.json"  # of an older version
+    before = json.loads(settings.read_text())
+    del before["format_version"]
+    settings.write_text(json.dumps({**before, "center_crop": False}))
+    run(tmp_path / "as_stored", **options)  # an expert sees no pixels
+    assert "center_crop" not in json.loads(settings.read_text())
+
+
 def test_files_of_somebody_else_are_not_replaced(tmp_path):
     options = {"render": False, "progress": False, "episodes": 1, "tasks": "reach-v3"}
     for name in ("report.md", "videos"):
@@ -230,9 +249,3 @@ def test_a_fresh_policy_has_short_prompts_and_can_be_asked(tmp_path, monkeypatch
     prompt = model.processor.format_prompt("pick up the puck and bring it to the goal")
     assert len(model.processor.tokenizer(prompt).input_ids) <= 24  # a word, a token
     assert model.predict_action(np.zeros((64, 64, 3), np.uint8), "open the drawer").shape == (7,)
-
-
-def test_models_trained_with_crops_are_shown_crops(tmp_path):
-    assert not trained_with_crops(str(tmp_path))
-    (tmp_path / "finetune.json").write_text(json.dumps({"image_aug": True}))
-    assert trained_with_crops(str(tmp_path))

@@ -141,3 +141,26 @@ def test_films(tmp_path):
     assert len(frames) == record.steps + 20 and frames[0].shape[1] == 448
     border = frames[-1][200, 1].astype(int)
     assert border[1] > border[0] + 50  # green: success
+
+
+def test_a_policy_is_told_when_an_episode_begins_and_whose_observations_it_sees(tmp_path):
+    """What it keeps between two steps of an episode, it keeps by slot: others go on at the same time."""
+
+    class Counts(FromPixels):
+        def __init__(self):
+            super().__init__()
+            self.steps, self.begun = {}, 0
+
+        def reset(self, slot=0):
+            self.steps[slot], self.begun = 0, self.begun + 1
+
+        def act(self, observations):
+            for observation in observations:
+                self.steps[observation.slot] += 1
+            return super().act(observations)
+
+    policy = Counts()
+    records = run(tmp_path, policy=policy, workers=3)
+    assert policy.begun == len(JOBS) and sorted(policy.steps) == [0, 1, 2]
+    last = {record.predictions for record in records}
+    assert set(policy.steps.values()) <= last

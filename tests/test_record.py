@@ -13,10 +13,10 @@ from openvla.cli import app
 from openvla.data import open_dataset
 from openvla.evaluation import RECORDING_SEEDS, make_environment
 from openvla.evaluation import record as record_module
-from openvla.evaluation.environment import Observation
 from openvla.evaluation.expert_episode import load_episode, record_episode, save_episode
 from openvla.evaluation.record import Recorder, published, record
 from openvla.folders import locked
+from openvla.observation import Observation
 from openvla.options.evaluation import RecordOptions
 
 
@@ -361,7 +361,7 @@ from pathlib import Path
 import numpy as np
 import openvla.data.writers.lerobot, openvla.data.writers.hdf5
 from openvla.evaluation import record as record_module
-from openvla.evaluation.environment import Observation
+from openvla.observation import Observation
 from openvla.options.evaluation import RecordOptions
 
 @dataclass

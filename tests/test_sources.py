@@ -19,7 +19,6 @@ from tiny import FIXTURES
 
 from openvla import ActionTokenizer, normalize_actions
 from openvla.data import Episode, EpisodeDataset, open_dataset
-from openvla.data.augment import resize_image
 from openvla.data.collate import ActionCollator
 from openvla.data.oxe.conversions import droid_moves, droid_moves_raw
 from openvla.data.prepare import open_is_1
@@ -28,6 +27,7 @@ from openvla.data.source import Source
 from openvla.data.sources import open_source, open_sources
 from openvla.data.survey import cache_folder
 from openvla.data.trajectory import chunk_act_obs, relabel_goals
+from openvla.pixels_openvla import resize_lanczos3
 
 
 RLDS, GOLDENS, DEMOS = FIXTURES / "oxe_rlds", FIXTURES / "pipeline", FIXTURES / "demos"
@@ -131,7 +131,7 @@ def test_transitions_of_the_original(name, tiny_processor):
     np.testing.assert_array_equal(ActionTokenizer(32000).encode(actions), arrays["token_ids"])
     for step, expected in zip(arrays["image_step"], arrays["image"]):
         (images,) = frames[step].images.values()
-        difference = np.abs(resize_image(images[0]).astype(int) - expected)
+        difference = np.abs(resize_lanczos3(images[0]).astype(int) - expected)
         assert difference.max() <= 1 and (difference > 0).mean() < 1e-3
     if tiny_processor.format_prompt("x").startswith("In: "):
         collator = ActionCollator(tiny_processor)

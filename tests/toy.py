@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from openvla.evaluation.environment import Observation
+from openvla.observation import Observation
 
 
 SIZE = 16

@@ -171,7 +171,7 @@ def merge_adapter(
     if problem:
         warnings.warn(f"{problem}.", stacklevel=2)
     model = PeftModel.from_pretrained(model, folder).eval()
-    processor = starting_processor(source, folder)
+    processor = with_belongings(OpenVLAProcessor.from_pretrained(source), brought.get("processor"))
     height, width = model.vision_backbone.image_size
     image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     images = {name: image for name in model.camera_names}
@@ -186,5 +186,5 @@ def merge_adapter(
         card = model_card(output.resolve().name, merged.config, statistics, model_folder=card_folder(source))
         write_checkpoint(merged, work, processor, statistics, card)
         if (folder / STARTED).is_file():
-            shutil.copyfile(folder / STARTED, work / STARTED)  # how it was trained, image augmentation above all
+            shutil.copyfile(folder / STARTED, work / STARTED)  # how it was trained
     return difference

@@ -13,6 +13,7 @@ from ..action_heads_openvla import TokenHead, make_head
 from ..action_tokenizer import ActionTokenizer, check_same_action_dim
 from ..configuration_openvla import OpenVLAConfig
 from ..data import Episode
+from ..data.augment import ImageAugmentation
 from ..data.collate import ActionCollator
 from ..data.mixture import mixture_probabilities
 from ..data.sources import Source, open_sources, source_options
@@ -119,6 +120,8 @@ def prepare(options: FinetuneOptions, processes: int = 1, data: Any = None) -> R
     config.check_fields()
     processor = starting_processor(base, adapter)
     processor.camera_names = list(config.camera_names)
+    # The pixels of the original's training; who trained with random crops is shown the center (docs/training.md).
+    processor = processor.with_pixels("lanczos3", ImageAugmentation.crop_area if options.image_aug else None)
     sources = open_sources(
         options.dataset if data is None else data,
         data_root=options.data_root,

@@ -222,7 +222,7 @@ def train(options: FinetuneOptions, arguments: TrainingArguments, resume: bool, 
             tqdm.write(f"finished  at step {done}: only the result of '{checkpoint}' is written")
     freeze_unused(model)
     muon = make_muon(model, learning_rate(options), options.weight_decay) if options.optimizer == "muon" else None
-    size = model.vision_backbone.image_size
+    images = run.processor.image_processor
     trainer = ActionTrainer(
         model=model,
         args=arguments,
@@ -235,8 +235,8 @@ def train(options: FinetuneOptions, arguments: TrainingArguments, resume: bool, 
             rank=arguments.process_index,
             world_size=arguments.world_size,
         ),
-        samples=FrameSamples(size, ImageAugmentation() if options.image_aug else None, seed=options.seed),
-        eval_samples=FrameSamples(size, crop=options.image_aug),
+        samples=FrameSamples(images, ImageAugmentation() if options.image_aug else None, seed=options.seed),
+        eval_samples=FrameSamples(images),
         collator=ActionCollator(run.processor, run.head),
         held_out=held_out,
         statistics=run.statistics,

@@ -1,0 +1,156 @@
+"""What acts: the protocol of a policy, an OpenVLA model as one, and checks of the numbers that a policy gives.
+
+Light to import: the libraries of a model are loaded with it.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from .action_tokenizer import resolve_unnorm_key
+from .choices_openvla import check_choice
+from .extras import require
+from .observation import Observation
+
+
+if TYPE_CHECKING:
+    from .modeling_openvla import OpenVLAForActionPrediction
+
+
+FARTHEST = 100.0  # numbers of an action beyond it are those of another unit, or of a policy that has gone wrong
+QUANTIZATIONS: dict[str, dict[str, Any]] = {
+    "int8": {"load_in_8bit": True},
+    "int4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+}
+# What a model may be shown instead of what is stored with it: the pixels of the published image processor alone, or
+# those of the original's LIBERO evaluation of models trained with random crops.
+PIXELS: dict[str, dict[str, Any]] = {
+    "published": {"resize_filter": None, "center_crop": None},
+    "libero": {"resize_filter": "lanczos3", "center_crop": 0.9},
+}
+
+
+class Policy(Protocol):
+    """Observations in, actions out; for several episodes at once."""
+
+    def reset(self, slot: int = 0) -> None:
+        """An episode begins in `slot`: forget what was kept of the one before. Here: nothing was."""
+        return None
+
+    def act(self, observations: Sequence[Observation]) -> np.ndarray:
+        """(N, A) actions in the units of the environment; or (N, K, A), K for each to be executed one after another."""
+        ...
+
+
+def begin_episode(policy: Policy, slot: int = 0) -> None:
+    """Tell a policy that an episode begins in `slot`, if it asks for that: one that keeps nothing needs no `reset`."""
+    if hasattr(policy, "reset"):
+        policy.reset(slot)
+
+
+class OpenVLAPolicy(Policy):
+    """A model in control. It is shown what is stored with it, by its own processor.
+
+    Args:
+        unnorm_key: Dataset in whose units actions are. May be left out where the model knows only one.
+        camera: Which image of the observation it sees. Default: the first.
+
+    Raises:
+        KeyError: If `unnorm_key` is unknown.
+    """
+
+    def __init__(self, model: "OpenVLAForActionPrediction", unnorm_key: str | None = None, camera: str | None = None):
+        self.model, self.camera = model, camera
+        self.unnorm_key = resolve_unnorm_key(model.norm_stats, unnorm_key)
+
+    @classmethod
+    def load(
+        cls,
+        model: str,
+        *,
+        device: str = "cpu",
+        dtype: str = "auto",
+        quantization: str | None = None,
+        pixels: str | None = None,
+        **options: Any,
+    ) -> "OpenVLAPolicy":
+        """From a folder or Hub id; `options` of the class.
+
+        Args:
+            quantization: "int8" or "int4", see `load_model`.
+            pixels: "published" or "libero", see `PIXELS`. Default: as stored with the model.
+        """
+        if pixels is not None:
+            check_choice("pixels", pixels, PIXELS)
+        policy = cls(load_model(model, device=device, dtype=dtype, quantization=quantization), **options)
+        if pixels is not None:
+            policy.model.processor = policy.model.processor.with_pixels(**PIXELS[pixels])
+        return policy
+
+    def act(self, observations: Sequence[Observation]) -> np.ndarray:
+        """(N, A) actions in the units of `unnorm_key`.
+
+        Raises:
+            ValueError: If an observation holds no image, or not that of the camera.
+        """
+        images = [self._image(observation) for observation in observations]
+        instructions = [observation.instruction for observation in observations]
+        return np.asarray(self.model.predict_action(images, instructions, unnorm_key=self.unnorm_key))
+
+    def _image(self, observation: Observation) -> np.ndarray:
+        images = observation.images
+        if self.camera is not None and self.camera not in images:
+            raise ValueError(f"No camera '{self.camera}' in the observation; there are {', '.join(images)}.")
+        if not images:
+            raise ValueError("The observation holds no image: OpenVLA acts on what it sees.")
+        return images[self.camera or next(iter(images))]
+
+
+def load_model(
+    model: str, *, device: str = "cpu", dtype: str = "auto", quantization: str | None = None
+) -> "OpenVLAForActionPrediction":
+    """A model from a folder or Hub id, on a device and ready to predict.
+
+    Args:
+        dtype: "auto": as the weights are stored.
+        quantization: "int8" or "int4" (bitsandbytes).
+
+    Raises:
+        ModuleNotFoundError: If a library of the quantization is missing.
+    """
+    from transformers import BitsAndBytesConfig
+
+    from .modeling_openvla import OpenVLAForActionPrediction
+
+    if quantization is None:
+        # Not by `device_map`, which needs accelerate.
+        return OpenVLAForActionPrediction.from_pretrained(model, dtype=dtype).to(device).eval()
+    check_choice("quantization", quantization, QUANTIZATIONS)
+    require("bitsandbytes", "accelerate", purpose=f"quantization='{quantization}'", preferred="quant")
+    loading = {"dtype": dtype, "quantization_config": BitsAndBytesConfig(**QUANTIZATIONS[quantization])}
+    return OpenVLAForActionPrediction.from_pretrained(model, device_map={"": device}, **loading).eval()
+
+
+# Checks of actions ----------------------------------------------------------------------------------------------------
+
+
+def check_numbers(actions: Any, expected: str = "finite numbers") -> np.ndarray:
+    """Actions of any shape as finite float64 numbers; a `ValueError` for anything else."""
+    try:
+        given = np.asarray(actions)
+    except (TypeError, ValueError, RuntimeError) as error:  # ragged lists; tensors of a GPU, with gradients, bfloat16
+        raise ValueError(f"action of type {type(actions).__name__}: expected {expected} ({error}).") from error
+    if given.dtype.kind not in "fiub" or not np.isfinite(given).all():
+        raise ValueError(f"action={given.tolist()}: expected {expected}.")
+    return given.astype(np.float64)
+
+
+def check_reach(actions: np.ndarray) -> np.ndarray:
+    """`actions` as they are; a `ValueError` if one is beyond `FARTHEST`."""
+    if (abs(actions) > FARTHEST).any():
+        raise ValueError(
+            f"action={actions.tolist()}: expected numbers within {FARTHEST:g} of 0, where 1 is the most that an arm "
+            "does in a step. Are they in other units (wrong unnorm_key or statistics)?"
+        )
+    return actions

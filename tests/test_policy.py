@@ -1,0 +1,77 @@
+"""What acts: the protocol of a policy, a model as one, checks of the numbers it gives."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from openvla import OpenVLAForActionPrediction
+from openvla.observation import Observation
+from openvla.policy import FARTHEST, OpenVLAPolicy, begin_episode, check_numbers, check_reach, load_model
+
+
+ROOT = Path(__file__).resolve().parents[1]
+FRONT, WRIST = np.random.default_rng(0).integers(0, 256, (2, 64, 48, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def model() -> OpenVLAForActionPrediction:
+    return load_model(str(ROOT), dtype="float32")
+
+
+def seen(**images: np.ndarray) -> Observation:
+    return Observation(images, np.zeros(8, np.float32), "open the drawer")
+
+
+def test_a_policy_acts_as_its_model_predicts(model):
+    both = seen(front=FRONT, wrist=WRIST)
+    one, other = (model.predict_action(image, "open the drawer") for image in (FRONT, WRIST))
+    assert not np.array_equal(one, other)
+    np.testing.assert_allclose(OpenVLAPolicy(model).act([both, both]), [one, one], atol=1e-6)  # the first camera
+    np.testing.assert_allclose(OpenVLAPolicy(model, camera="wrist").act([both]), [other], atol=1e-6)
+    assert model.dtype.is_floating_point and not model.training
+
+
+def test_what_a_policy_cannot_act_on(model):
+    with pytest.raises(ValueError, match="No camera 'top' in the observation; there are front, wrist"):
+        OpenVLAPolicy(model, camera="top").act([seen(front=FRONT, wrist=WRIST)])
+    with pytest.raises(ValueError, match="holds no image"):
+        OpenVLAPolicy(model).act([seen()])
+    with pytest.raises(KeyError, match="unnorm_key='bridge'"):
+        OpenVLAPolicy(model, unnorm_key="bridge")
+    with pytest.raises(ValueError, match="quantization='int5' is unknown"):
+        load_model(str(ROOT), quantization="int5")
+
+
+def test_a_policy_that_keeps_nothing_needs_no_reset(model):
+    class Still:
+        def act(self, observations):
+            return np.zeros((len(observations), 7))
+
+    begin_episode(Still())
+    begin_episode(OpenVLAPolicy(model), slot=3)
+
+
+@pytest.mark.parametrize("dims", [6, 7, 14])
+def test_actions_of_any_dimension_are_checked(dims):
+    given = np.linspace(-1, 1, dims)
+    np.testing.assert_array_equal(check_reach(check_numbers(given.tolist())), given)
+    for wrong in (np.full(dims, np.nan), ["a"] * dims, [[0.0] * dims, [0.0]]):
+        with pytest.raises(ValueError, match="expected finite numbers"):
+            check_numbers(wrong)
+    with pytest.raises(ValueError, match="within 100 of 0"):
+        check_reach(np.full(dims, -FARTHEST - 1))
+
+
+def test_environments_load_no_model():
+    """`policy` and `observation` are imported by every process that runs a simulator."""
+    code = """
+import sys, types
+package = types.ModuleType("openvla"); package.__path__ = [sys.argv[1]]; sys.modules["openvla"] = package
+import openvla.policy, openvla.observation
+print([name for name in ("torch", "transformers", "timm") if name in sys.modules])
+"""
+    ran = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"
