@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from ..choices_openvla import check_choice
 from .dataset import EpisodeDataset, OnError, PartOfDataset, name_cameras
 from .episode import DamagedDataError
 from .formats.open import open_dataset, recognise
+from .formats.registry import has_option, standardizes
 from .oxe.catalog import OXEDataset, load_oxe_datasets
 from .oxe.conversions import Trajectory
 from .oxe.recipes import Recipe
@@ -20,8 +20,6 @@ from .oxe.standardize import STANDARDIZE
 from .prepare import PreparedDataset
 
 
-READER_OPTIONS = ("action_key", "state_key", "language_key", "cameras", "rotate_images", "tolerance_s")
-OF_ONE_FORMAT = {"rotate_images": ("hdf5", "HDF5 files"), "tolerance_s": ("lerobot", "LeRobot folders")}
 VALIDATION_SPLITS = ("val", "valid", "validation")
 ENOUGH_EPISODES = 5  # to hold one out
 
@@ -99,18 +97,15 @@ def open_recording(
     """See `sources.open_source`."""
     if not 0 <= held_out < 1:
         raise ValueError(f"held_out={held_out}: expected a part of the episodes, from 0 to below 1.")
-    for key in reader:
-        check_choice("option", key, READER_OPTIONS)
     standard: Standardization | None = None
+    without_images: dict[str, Any] = {}
     if isinstance(location, str | os.PathLike):
         path = Path(location).expanduser()
         if not path.exists():
             raise FileNotFoundError(f"{path.absolute()} does not exist: expected a folder or file of demonstrations.")
         format = format or recognise(path)
-        for key, (known, kind) in OF_ONE_FORMAT.items():
-            if key in reader and format != known:
-                raise ValueError(f"{key} is an option of {kind}; {path} is {format}.")
         plain = open_dataset(path, format, split, on_error=on_error, **reader)
+        without_images = {"cameras": []} if has_option(format, "cameras") else {}
         standard = _standardization(_folder_name(path), plain.name, format, standardize)
         name = name or (standard.name if standard and standardize == "auto" else plain.name)
         options = {"on_error": on_error, **reader}
@@ -150,9 +145,9 @@ def open_recording(
     elif boundary := split_boundary(len(train), held_out):
         kept_back = PartOfDataset(train, range(boundary, len(train)))
         train = PartOfDataset(train, range(boundary))
-    everything = [opened("all" if split == "train" else split, cameras=[])]
+    everything = [opened("all" if split == "train" else split, **without_images)]
     if validation and split != "train":
-        everything.append(opened(validation, cameras=[]))
+        everything.append(opened(validation, **without_images))
     return Recording(
         name=name,
         train=prepared(train),
@@ -203,10 +198,10 @@ def _standardization(folder: str, recorded: str, format: str, standardize: str |
     if standardize == "auto":
         # The folder first: Bridge comes as "bridge_dataset" and is renamed by its users.
         known = [name for name in (folder, recorded) if name in STANDARDIZE]
-        if format != "rlds" or not known:
+        if not standardizes(format) or not known:
             return None
         standardize = known[0]
-    elif format != "rlds":
+    elif not standardizes(format):
         raise ValueError(f"standardize='{standardize}' is of an RLDS dataset; '{folder}' is {format}: leave it out.")
     recipe = STANDARDIZE[str(standardize)]
     layouts = load_oxe_datasets()

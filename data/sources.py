@@ -18,9 +18,10 @@ from ..options.fields import respelled
 from .checks import check_clipped, check_converted, odd_grippers
 from .dataset import OnError
 from .dimensions import parse_grippers, parse_mask
+from .formats.registry import READER_OPTIONS
 from .mixture import check_weight, is_mixture_file, load_entries
 from .oxe.catalog import load_oxe_datasets, load_oxe_mixtures
-from .recording import READER_OPTIONS, Recording, UntrainableError, open_recording
+from .recording import Recording, UntrainableError, open_recording
 from .samples import model_cameras
 from .source import Source
 from .survey import Survey, content_key, load_survey, store_survey, take_survey
@@ -54,7 +55,8 @@ def open_source(
     on_error: OnError = "raise",
     cache: bool = True,
     progress: bool = False,
-    **reader: Any,
+    reader: Mapping[str, Any] | None = None,
+    **reader_options: Any,
 ) -> Source:
     """One dataset as training sees it.
 
@@ -80,8 +82,9 @@ def open_source(
         max_action, max_proprio: Drop episodes in which a normalized value, before it is clipped, exceeds this.
         on_error: What a damaged episode does: "raise", or "skip" with a warning.
         cache: Keep statistics for the next start, and use those kept.
-        reader: `action_key`, `state_key`, `language_key`, `cameras`, `rotate_images` (HDF5),
-            `tolerance_s` (LeRobot) of the readers.
+        reader: Options of the reader by their names, as a reader of your own needs them.
+        reader_options: `action_key`, `state_key`, `language_key`, `cameras`, `rotate_images` (HDF5), `tolerance_s`
+            (LeRobot): options of the readers of this package, by themselves.
 
     Raises:
         FileNotFoundError: If there is no dataset.
@@ -110,7 +113,7 @@ def open_source(
         gripper_dims=parse_grippers(gripper_dims),
         standardize=standardize,
         on_error=on_error,
-        reader=reader,
+        reader=_reader_options(reader, reader_options),
     )
     given = None if statistics is None else given_statistics(statistics, recording.name)
     if given is not None and scaled is not None:
@@ -160,6 +163,16 @@ def _check_kinds(kind: type, **options: Any) -> None:
     for option, value in options.items():
         if value is not None and (not isinstance(value, kind) or (kind is not bool and isinstance(value, bool))):
             raise ValueError(f"{option}={value!r}: expected {expected}.")
+
+
+def _reader_options(reader: Any, by_themselves: Mapping[str, Any]) -> dict[str, Any]:
+    """All options of a reader, each given once."""
+    reader = {} if reader is None else reader
+    if not isinstance(reader, Mapping):
+        raise ValueError(f"reader={reader!r}: expected a mapping of options to their values.")
+    if twice := sorted(reader.keys() & by_themselves.keys()):
+        raise ValueError(f"{', '.join(twice)}: given twice, by itself and with reader=... (--reader).")
+    return {**reader, **by_themselves}
 
 
 def _filter_names(filters: str | Sequence[str] | None) -> list[str]:
@@ -312,8 +325,11 @@ def _open_mixture(text: str, root: Path | None, options: dict[str, Any]) -> list
     located = _located(text, root)
     missing = [str(place) for _, place, _ in located if not os.path.exists(place)]
     if missing:
+        known = load_oxe_datasets()
+        unknown = [Path(place).name for place in missing if Path(place).name not in known]
+        hint = next(filter(None, (closest(name, known) for name in unknown)), "")
         raise FileNotFoundError(
-            f"'{text}' names datasets that are not there: {', '.join(missing)}. Give data_root=..., the folder "
+            f"'{text}' names datasets that are not there: {', '.join(missing)}.{hint} Give data_root=..., the folder "
             f"that holds them{f' (now {root})' if root else ''}, or a path for each in a YAML file."
         )
     _check_names(text, [str(entry.get("name") or name) for name, _, entry in located])

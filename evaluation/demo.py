@@ -7,6 +7,7 @@ from typing import Any
 
 from ..folders import locked, working_folder
 from ..options.evaluation import DemoOptions
+from .environment import environment_class, environment_options, renders
 from .evaluate import evaluate
 from .rendering import opengl_backend
 from .report import EpisodeResult, NoEpisodes, read_results
@@ -37,7 +38,9 @@ def demo(options: DemoOptions | None = None, *, progress: bool = True, **given: 
         BlockingIOError: If another process writes to the same folder.
     """
     options = options or DemoOptions.of(**given)
-    opengl_backend()  # before the model is loaded
+    environment_options(options.env, options.environment_options)  # says which there are
+    if renders(environment_class(options.env)):
+        opengl_backend()  # before the model is loaded
     folder = Path(options.output).expanduser()
     with locked(folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -116,6 +116,16 @@ def environment_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]
     return read_options(make, given, name, without=implied)
 
 
+def renders(environment: Any) -> bool:
+    """Whether an environment, or a class of one, renders with OpenGL: it has an option `render`, on by default."""
+    return "render" in options_known(environment if isinstance(environment, type) else type(environment))
+
+
+def environment_class(name: str) -> type:
+    """The class behind a name, or MODULE:CLASS. Raises a `ValueError` as `make_environment`."""
+    return _environment(name)[0]
+
+
 def _environment(name: str) -> tuple[Any, dict[str, Any], str]:
     """Class of an environment, options that its name stands for, and what to install for it."""
     if is_reference(name):

@@ -27,6 +27,7 @@ from .environment import (
     choose_variations,
     environment_options,
     make_environment,
+    renders,
     tasks_with,
 )
 from .loop import EPISODES, Job, run_episodes
@@ -82,7 +83,7 @@ def evaluate(
     hz = here.frequency if options.hz is None else options.hz
     here.close()
     RealtimeControl(hz, STANDSTILL)  # refuses a rate that is none
-    if of_environment.get("render", True):
+    if of_environment.get("render", renders(here)):
         opengl_backend()
 
     about = options.content() | {"episodes": options.episodes, "max_steps": max_steps}

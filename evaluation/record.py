@@ -22,7 +22,7 @@ from ..hub import file_digests, model_folder, published_name
 from ..options.evaluation import MOST_EPISODES, RecordOptions
 from ..options.fields import decisive
 from ..policy import OpenVLAPolicy, Policy
-from .environment import RECORDING_SEEDS, Environment, choose_tasks, make_environment, tasks_with
+from .environment import RECORDING_SEEDS, Environment, choose_tasks, make_environment, renders, tasks_with
 from .expert_episode import is_episode, load_episode, record_episode, save_episode
 from .rendering import opengl_backend
 from .workers import EnvironmentProcess
@@ -68,7 +68,8 @@ def _record(options: RecordOptions, output: Path, progress: bool) -> dict[str, A
     chosen = choose_tasks(environment, options.tasks)
     varied = [(task, axis) for axis in options.axes for task in tasks_with(environment, chosen, axis)]
     tasks = dict.fromkeys(task for task, _ in varied)
-    opengl_backend()
+    if renders(environment):
+        opengl_backend()
     if plan.exists():
         _check_same(content, read_settings(plan)[0], part)
     part.mkdir(exist_ok=True)
