@@ -62,7 +62,7 @@ def predict(options: PredictOptions) -> None:
     openvla predict --image frame.png --instruction "pick up the cup" \\
         --model openvla/openvla-7b --unnorm-key bridge_orig
     """
-    from .action_text import action_lines, action_record
+    from .action_spec import action_lines, action_record, spec_of
     from .action_tokenizer import resolve_unnorm_key
     from .device import torch_device
     from .hub import model_folder, statistics_of
@@ -74,11 +74,12 @@ def predict(options: PredictOptions) -> None:
     picture, device = load_image(options.image), torch_device(options.device)
     read_instruction(options.instruction)
     folder = model_folder(options.model)
-    unnorm_key = resolve_unnorm_key(statistics_of(Path(folder)), options.unnorm_key)
+    statistics = statistics_of(Path(folder))
+    unnorm_key = resolve_unnorm_key(statistics, options.unnorm_key)
     policy = OpenVLAForActionPrediction.from_pretrained(folder, dtype=options.dtype).to(device).eval()
     prediction = policy.predict_action(picture, options.instruction, unnorm_key=unnorm_key, return_dict=True)
     context = {"instruction": options.instruction, "image": str(options.image), "model": options.model}
-    record = action_record(prediction, unnorm_key=unnorm_key, **context)
+    record = action_record(prediction, spec_of(statistics, unnorm_key), unnorm_key=unnorm_key, **context)
     typer.echo(json.dumps(record) if options.as_json else action_lines(record))
 
 

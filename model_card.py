@@ -5,6 +5,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from .action_spec import spec_of
 from .action_tokenizer import get_action_stats
 from .configuration_openvla import OpenVLAConfig
 
@@ -65,8 +66,8 @@ BODY = """
 
 `unnorm_key` says whose units the action has.
 
-| unnorm_key | action dimensions | episodes | steps |
-| --- | --- | --- | --- |
+| unnorm_key | action dimensions | episodes | steps | numbers of an action |
+| --- | --- | --- | --- | --- |
 {datasets}
 
 ## Built from
@@ -116,7 +117,8 @@ def model_card(
     rows = []
     for key, entry in statistics.items():
         counts = [f"{entry[count]:,}" if count in entry else "?" for count in ("num_trajectories", "num_transitions")]
-        rows.append(f"| `{key}` | {len(get_action_stats(statistics, key)['q01'])} | {' | '.join(counts)} |")
+        dims = len(get_action_stats(statistics, key)["q01"])
+        rows.append(f"| `{key}` | {dims} | {' | '.join(counts)} | {spec_of(statistics, key).describe()} |")
     unnorm_key = "bridge_orig" if "bridge_orig" in statistics else next(iter(statistics))
     link = f"[{source}](https://huggingface.co/{source})" if source else None
     how = ADAPTER if adapter_of else WITH_CODE if carries_code else WITHOUT_CODE

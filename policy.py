@@ -3,7 +3,7 @@
 Light to import: the libraries of a model are loaded with it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -54,7 +54,7 @@ class OpenVLAPolicy(Policy):
 
     Args:
         unnorm_key: Dataset in whose units actions are. May be left out where the model knows only one.
-        camera: Which image of the observation it sees. Default: the first.
+        camera: Which image of the observation it sees. Default: as `camera_names` of the model say.
 
     Raises:
         KeyError: If `unnorm_key` is unknown.
@@ -89,22 +89,23 @@ class OpenVLAPolicy(Policy):
         return policy
 
     def act(self, observations: Sequence[Observation]) -> np.ndarray:
-        """(N, A) actions in the units of `unnorm_key`.
+        """(N, A) actions in the units of `unnorm_key`, or (N, K, A) of a model that predicts K steps.
 
         Raises:
             ValueError: If an observation holds no image, or not that of the camera.
         """
-        images = [self._image(observation) for observation in observations]
+        images = [self._images(observation) for observation in observations]
         instructions = [observation.instruction for observation in observations]
         return np.asarray(self.model.predict_action(images, instructions, unnorm_key=self.unnorm_key))
 
-    def _image(self, observation: Observation) -> np.ndarray:
+    def _images(self, observation: Observation) -> Mapping[str, np.ndarray]:
+        """What the model takes its cameras from; only that of `camera` where one was given."""
         images = observation.images
         if self.camera is not None and self.camera not in images:
             raise ValueError(f"No camera '{self.camera}' in the observation; there are {', '.join(images)}.")
         if not images:
             raise ValueError("The observation holds no image: OpenVLA acts on what it sees.")
-        return images[self.camera or next(iter(images))]
+        return images if self.camera is None else {self.camera: images[self.camera]}
 
 
 def load_model(

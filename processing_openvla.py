@@ -256,6 +256,14 @@ class OpenVLAProcessor(ProcessorMixin):
                 raise ValueError(f"The text holds {token!r}, which stands for a motion: say it in other words.")
         return spelled
 
+    def pixel_values(self, images: Any, **options: Any) -> Any:
+        """(N, cameras * 3 * towers, height, width) of images as `__call__` takes them; `options` are those of the image
+        processor."""
+        samples = camera_images(images, self.camera_names)
+        flat = [image for sample in samples for image in sample]
+        pixels = self.image_processor(flat, **options)["pixel_values"]
+        return pixels.reshape(len(samples), -1, *pixels.shape[2:])
+
     def __call__(self, text=None, images=None, **kwargs) -> BatchFeature:
         """Token ids of prompts and pixel values of images.
 
@@ -295,10 +303,7 @@ class OpenVLAProcessor(ProcessorMixin):
                 merged["text_kwargs"]["split_special_tokens"] = chosen
             data.update(self._tokenize(text, **merged["text_kwargs"]))
         if images is not None:
-            samples = camera_images(images, self.camera_names)
-            flat = [image for sample in samples for image in sample]
-            pixels = self.image_processor(flat, **merged["images_kwargs"])["pixel_values"]
-            data["pixel_values"] = pixels.reshape(len(samples), -1, *pixels.shape[2:])
+            data["pixel_values"] = self.pixel_values(images, **merged["images_kwargs"])
             prompts = None if text is None else 1 if isinstance(text, str) else len(text)
             if prompts is not None and prompts != len(data["pixel_values"]):
                 raise ValueError(

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from openvla import OpenVLAForActionPrediction, normalize_actions
-from openvla.action_text import action_names
+from openvla.action_spec import action_names
 from openvla.data.samples import main_camera
 from openvla.data.sources import open_sources
 from openvla.policy import PIXELS

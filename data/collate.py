@@ -47,7 +47,7 @@ class ActionCollator:
 
         Args:
             samples: Each with `instruction`, normalized `actions` (A,) or (K, A), and `image` in any form `load_image`
-                reads, not cropped here: `FrameSamples` or its augmentation did that.
+                reads (of several cameras `{camera: image}`), not cropped here: `FrameSamples` or its augmentation did.
 
         Returns:
             `input_ids`, `labels` (N, length) int64, `attention_mask` (N, length) bool, `pixel_values`.
@@ -61,10 +61,10 @@ class ActionCollator:
             labels[row, : len(ids)] = torch.tensor(targets)
         lengths = torch.tensor([len(ids) for ids, _ in rows])
         images = [sample["image"] for sample in samples]
-        pixels = self.processor.image_processor(images, do_center_crop=False, return_tensors="pt")
+        pixel_values = self.processor.pixel_values(images, do_center_crop=False, return_tensors="pt")
         return {
             "input_ids": input_ids,
             "attention_mask": torch.arange(length)[None, :] < lengths[:, None],
-            "pixel_values": pixels["pixel_values"],
+            "pixel_values": pixel_values,
             "labels": labels,
         }

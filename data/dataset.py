@@ -27,6 +27,7 @@ class EpisodeDataset:
     splits: Sequence[str] = ("train",)  # what is recorded beside the split that was opened
     action_names: list[str] | None = None  # of the dimensions, where the recording names them
     state_names: list[str] | None = None
+    hz: float | None = None  # steps in a second, where the recording says so
 
     def __init__(self, name: str, on_error: OnError = "raise"):
         if on_error not in ("raise", "skip"):

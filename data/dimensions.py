@@ -4,7 +4,7 @@ Shapes: N steps, A dimensions.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -48,20 +48,31 @@ def parse_grippers(given: str | int | Sequence[int] | None) -> tuple[int, ...] |
     Raises:
         ValueError: If it is none of these.
     """
+    return _parse_dims(given, "gripper_dims")
+
+
+def parse_absolute(given: str | int | Sequence[int] | None) -> tuple[int, ...] | Literal["all"] | None:
+    """The same of dimensions that are places, or "all" of them."""
+    if isinstance(given, str) and given.strip().lower() == "all":
+        return "all"
+    return _parse_dims(given, "absolute_dims")
+
+
+def _parse_dims(given: str | int | Sequence[int] | None, option: str) -> tuple[int, ...] | None:
     if given is None:
         return None
     parts: Sequence[Any] = [given] if isinstance(given, int) else given
     if isinstance(given, str):
         parts = [] if given.strip().lower() == "none" else given.split(",")
         if not given.strip():
-            raise ValueError("gripper_dims is empty: give numbers of dimensions such as 6 or 6,13, or none.")
+            raise ValueError(f"{option} is empty: give numbers of dimensions such as 6 or 6,13, or none.")
     try:
         dims = [int(part) for part in parts if not isinstance(part, bool) and float(part) == int(part)]
         if len(dims) != len(parts):
             raise ValueError("not whole numbers")
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"gripper_dims={given!r}: expected numbers of dimensions such as 6 or 6,13 (counted from 0), or none."
+            f"{option}={given!r}: expected numbers of dimensions such as 6 or 6,13 (counted from 0), or none."
         ) from error
     return tuple(dims)
 

@@ -75,6 +75,7 @@ class Recording:
     gripper_dims: tuple[int, ...] | None  # that are grippers for certain
     action_names: list[str] | None  # as recorded
     state_names: list[str] | None
+    hz: float | None  # as recorded
     options: dict[str, Any]  # everything that decides actions, states and instructions beside the files
 
 
@@ -160,6 +161,7 @@ def open_recording(
         gripper_dims=gripper_dims,
         action_names=names,
         state_names=None if standard else plain.state_names,
+        hz=plain.hz,
         options={
             **{key: value for key, value in reader.items() if key not in ("cameras", "rotate_images")},
             "split": [split, validation],

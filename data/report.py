@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from ..folders import locked_file, write_json
 from ..options.datasets import StatsOptions
 from .checks import check_data
+from .source import statistics_with_spec
 from .sources import open_sources, source_options
 from .statistics import check_plot, check_statistics_file, plot_statistics, statistics_table
 
@@ -33,5 +34,5 @@ def report_statistics(options: StatsOptions) -> Iterator[str]:
                 plot_statistics(source.actions(), source.statistics, path, source.names)
                 yield f"wrote {path}"
         if output is not None:
-            write_json(output, {source.name: source.statistics for source in sources})
+            write_json(output, {source.name: statistics_with_spec(source) for source in sources})
             yield f"wrote {output}"

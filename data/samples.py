@@ -51,30 +51,43 @@ def model_cameras(episode: Episode, camera_names: Sequence[str], camera: str | N
 
 
 class FrameSamples(Dataset):
-    """`{"instruction", "actions", "image" (H, W, 3) uint8, "dataset"}` of `samples[position, frame]`.
+    """`{"instruction", "actions", "image" (H, W, 3) uint8, "dataset"}` of `samples[position, frame]`; "image" of
+    several cameras is `{camera: image}`, "state" (S,) is there where the frame has one.
 
-    Frames have one step, one camera and normalized actions, (A,) or (chunk, A). An image is decoded and becomes what
-    the model is to see (`OpenVLAImageProcessor.trained_pixels`); with an augmentation, whose random crop takes the
-    place of the center crop, that is varied.
+    Frames are those of `Source.frames`: normalized actions of K steps, one image of each camera. An image is decoded
+    and becomes what the model is to see (`OpenVLAImageProcessor.trained_pixels`); with an augmentation, whose random
+    crop takes the place of the center crop, that is varied.
 
     Args:
         images: The image processor of the model.
         augmentation: Applied after the resize. Its randomness depends on the seed and the position in the stream alone:
             the same in every process, and after a resume.
+        camera_names: Of the model: what it calls the cameras of a frame, in their order.
     """
 
-    def __init__(self, images: OpenVLAImageProcessor, augmentation: ImageAugmentation | None = None, seed: int = 0):
+    def __init__(
+        self,
+        images: OpenVLAImageProcessor,
+        augmentation: ImageAugmentation | None = None,
+        seed: int = 0,
+        camera_names: Sequence[str] = ("primary",),
+    ):
         self.images, self.augmentation, self.seed = images, augmentation, seed
+        self.camera_names = camera_names
 
     def __getitem__(self, item: tuple[int, Episode]) -> dict[str, Any]:
         position, frame = item
-        image = frame.images[main_camera(frame)][0]
-        image = self.images.trained_pixels(image, do_center_crop=self.augmentation is None)
-        if self.augmentation is not None:
-            image = self.augmentation(image, np.random.default_rng([self.seed, position]))
+        images, seen = {}, list(frame.images) if len(self.camera_names) > 1 else [main_camera(frame)]
+        for number, (camera, name) in enumerate(zip(self.camera_names, seen, strict=True)):
+            image = self.images.trained_pixels(frame.images[name][0], do_center_crop=self.augmentation is None)
+            if self.augmentation is not None:
+                own = [number] if number else []  # each camera is varied by itself
+                image = self.augmentation(image, np.random.default_rng([self.seed, position, *own]))
+            images[camera] = image
         return {
             "instruction": frame.instruction,
             "actions": frame.actions[0] if len(frame.actions) == 1 else frame.actions,
-            "image": image,
+            "image": images if len(images) > 1 else image,
             "dataset": frame.dataset_name,
+            **({} if frame.state is None else {"state": frame.state[0]}),
         }

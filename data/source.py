@@ -3,11 +3,11 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from ..action_text import action_names
+from ..action_spec import ActionSpec, action_names
 from ..action_tokenizer import normalize_actions
 from .dataset import EpisodeDataset
 from .dimensions import check_grippers, default_grippers
@@ -37,6 +37,10 @@ class Source:
     max_action: float | None = None
     max_proprio: float | None = None
     gripper_dims: tuple[int, ...] | None = None  # that are grippers for certain
+    absolute_dims: tuple[int, ...] | Literal["all"] | None = None  # that are places for certain
+    frame: str | None = None  # see `ActionSpec`
+    unit: str | None = None
+    hz: float | None = None
     recorded_names: list[str] | None = None  # of the dimensions of an action
     state_names: list[str] | None = None
     action_chunk: int = 1  # steps that one sample is for
@@ -59,6 +63,26 @@ class Source:
         if self.gripper_dims is None:
             return default_grippers(self.action_dim, self.recorded_names)
         return check_grippers(self.gripper_dims, self.action_dim, self.name)
+
+    @property
+    def absolute(self) -> np.ndarray:
+        """(A,) bool, dimensions of an action that are places and not changes: grippers, and what was said to be so;
+        else what is not scaled."""
+        if self.absolute_dims == "all":
+            return np.ones(self.action_dim, dtype=bool)
+        if self.absolute_dims is None:
+            absolute = ~np.array(self.statistics["action"].get("mask") or [True] * self.action_dim)
+        else:
+            absolute = np.zeros(self.action_dim, dtype=bool)
+            absolute[list(check_grippers(self.absolute_dims, self.action_dim, self.name))] = True
+        absolute[list(self.grippers)] = True
+        return absolute
+
+    @property
+    def action_spec(self) -> ActionSpec:
+        """What the numbers of an action mean."""
+        relative = tuple((~self.absolute).tolist())
+        return ActionSpec(tuple(self.names), relative, self.grippers, self.frame, self.unit, self.hz)
 
     @property
     def num_episodes(self) -> int:
@@ -138,9 +162,7 @@ class Source:
         if self._drops(episode):
             return
         cameras = model_cameras(episode, self.camera_names, self.camera)
-        absolute = ~np.array(stats.get("mask") or [True] * episode.actions.shape[1])
-        absolute[list(self.grippers)] = True
-        trajectory = {"action": episode.actions, "observation": {}, "absolute_action_mask": absolute}
+        trajectory = {"action": episode.actions, "observation": {}, "absolute_action_mask": self.absolute}
         chunks = chunk_act_obs(trajectory, 1, action_chunk - 1)["action"]
         chunks = normalize_actions(chunks, stats).astype(np.float32)
         proprio = proprio_statistics(self.statistics, episode.state)
@@ -166,3 +188,8 @@ class Source:
             return False
         assert self.max_proprio is not None  # there are no statistics without
         return largest_normalized(episode.state, proprio) > self.max_proprio
+
+
+def statistics_with_spec(source: Source) -> dict[str, Any]:
+    """The statistics of a dataset, and what the numbers of its actions mean: what a model keeps of it."""
+    return {**source.statistics, "action_spec": source.action_spec.to_dict()}

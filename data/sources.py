@@ -17,7 +17,7 @@ from ..choices_openvla import check_choice, closest
 from ..options.fields import respelled
 from .checks import check_clipped, check_converted, odd_grippers
 from .dataset import OnError
-from .dimensions import parse_grippers, parse_mask
+from .dimensions import parse_absolute, parse_grippers, parse_mask
 from .formats.registry import READER_OPTIONS
 from .mixture import check_weight, is_mixture_file, load_entries
 from .oxe.catalog import load_oxe_datasets, load_oxe_mixtures
@@ -47,6 +47,10 @@ def open_source(
     statistics: str | os.PathLike | Mapping[str, Any] | None = None,
     mask: str | Sequence[bool] | None = None,
     gripper_dims: str | int | Sequence[int] | None = None,
+    absolute_dims: str | int | Sequence[int] | None = None,
+    frame: str | None = None,
+    unit: str | None = None,
+    hz: float | None = None,
     keep_unlabeled: bool = False,
     max_action: float | None = None,
     max_proprio: float | None = None,
@@ -78,6 +82,9 @@ def open_source(
         gripper_dims: Which dimensions are grippers, counted from 0, also as text ("6,13"; "none": there is none).
             Default: those that the recording names so; else the last, and of 14 or 16 (two arms) that of the
             first arm, where they look like one.
+        absolute_dims: Which dimensions are places and not changes, counted from 0, also as text ("all"). Default:
+            grippers, and what is not scaled.
+        frame, unit, hz: What else the numbers mean, see `ActionSpec`. Default: what the recording says.
         keep_unlabeled: Keep steps without an instruction: they are trained on with an empty one.
         max_action, max_proprio: Drop episodes in which a normalized value, before it is clipped, exceeds this.
         on_error: What a damaged episode does: "raise", or "skip" with a warning.
@@ -135,6 +142,10 @@ def open_source(
         gripper_dims=recording.gripper_dims,
         recorded_names=recording.action_names,
         state_names=recording.state_names,
+        absolute_dims=parse_absolute(absolute_dims),
+        frame=frame,
+        unit=unit,
+        hz=recording.hz if hz is None else float(hz),
         mask_given=scaled is not None,
         action_chunk=action_chunk,
         camera_names=recording.camera_names,

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ..action_text import action_names
+from ..action_spec import action_names
 from ..observation import Observation
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from transformers import AutoModel
 
-from openvla.action_text import action_names
+from openvla.action_spec import action_names
 
 
 matplotlib.use("Agg")

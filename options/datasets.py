@@ -75,6 +75,14 @@ class DatasetOptions(HDF5Options, LeRobotOptions):
         "Dimensions that are grippers, counted from 0: 6, or 6,13 of two arms, or none. Default: those with such a "
         "name, else the last where it looks like one.",
     )
+    absolute_dims: str | None = option(
+        None,
+        "Dimensions that are places and not changes, counted from 0: 0,1,2, or all, as of joint positions. They repeat "
+        "past the end of an episode, and where a robot waits. Default: grippers, and what is not scaled.",
+    )
+    frame: str | None = option(None, "Frame of the actions, in words: base, end effector. For card and predictions.")
+    unit: str | None = option(None, "Unit of the actions, in words: metres and radians. For card and predictions.")
+    hz: float | None = option(None, "Actions in a second. Default: as recorded, where the data says so.", least=1e-3)
     mask: str | None = option(
         None,
         "Which dimensions of an action are scaled by q01 and q99, 1 or 0 for each: 1,1,1,1,1,1,0. Default: all but "

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from openvla import OpenVLAConfig, OpenVLAProcessor
-from openvla.action_text import action_names
+from openvla.action_spec import action_names
 from openvla.data import PythonDataset
 from openvla.data.sources import open_source
 from openvla.training.checks import check_data, check_images, check_result, check_statistics

@@ -38,7 +38,7 @@ FLAT_FILES = [
 # Name -> floor. What stands on one floor does not import its neighbours; the flat files may import earlier ones.
 FLOORS = {
     **{name: 0 for name in FLAT_FILES},
-    "action_text": 1,
+    "action_spec": 1,
     "device": 1,
     "extras": 1,
     "folders": 1,

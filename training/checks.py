@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import timm
 
-from ..action_text import action_names
+from ..action_spec import action_names
 from ..configuration_openvla import OpenVLAConfig
 from ..data.checks import check_data
 from ..processing_openvla import OpenVLAProcessor

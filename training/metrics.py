@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from ..action_heads_openvla import Comparison
-from ..action_text import action_names
+from ..action_spec import action_names
 
 
 class ActionMetrics:

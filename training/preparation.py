@@ -16,6 +16,7 @@ from ..data import Episode
 from ..data.augment import ImageAugmentation
 from ..data.collate import ActionCollator
 from ..data.mixture import mixture_probabilities
+from ..data.source import statistics_with_spec
 from ..data.sources import Source, open_sources, source_options
 from ..extras import require
 from ..options.training import FinetuneOptions
@@ -50,7 +51,7 @@ class Run:
 
     @property
     def statistics(self) -> dict[str, Any]:
-        return {source.name: source.statistics for source in self.sources}
+        return {source.name: statistics_with_spec(source) for source in self.sources}
 
     @cached_property
     def mixture(self) -> tuple[np.ndarray, int]:

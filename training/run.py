@@ -11,7 +11,7 @@ from tqdm import tqdm
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, TrainingArguments, set_seed
 from transformers.trainer_utils import IntervalStrategy
 
-from ..action_text import action_names
+from ..action_spec import action_names
 from ..adapters_openvla import KEY, OF_MODEL, name_base, portable_model, portable_path
 from ..configuration_openvla import OpenVLAConfig
 from ..data.augment import ImageAugmentation
@@ -223,6 +223,7 @@ def train(options: FinetuneOptions, arguments: TrainingArguments, resume: bool, 
     freeze_unused(model)
     muon = make_muon(model, learning_rate(options), options.weight_decay) if options.optimizer == "muon" else None
     images = run.processor.image_processor
+    cameras = run.config.camera_names
     trainer = ActionTrainer(
         model=model,
         args=arguments,
@@ -235,8 +236,8 @@ def train(options: FinetuneOptions, arguments: TrainingArguments, resume: bool, 
             rank=arguments.process_index,
             world_size=arguments.world_size,
         ),
-        samples=FrameSamples(images, ImageAugmentation() if options.image_aug else None, seed=options.seed),
-        eval_samples=FrameSamples(images),
+        samples=FrameSamples(images, ImageAugmentation() if options.image_aug else None, options.seed, cameras),
+        eval_samples=FrameSamples(images, camera_names=cameras),
         collator=ActionCollator(run.processor, run.head),
         held_out=held_out,
         statistics=run.statistics,

@@ -101,6 +101,7 @@ class LeRobotDataset(EpisodeDataset):
         self.language_key = language_key
         if language_key and language_key not in self._episodes.column_names:
             self.language_key = self._key(language_key, undeclared=True)
+        self.hz = float(self.info["fps"])
         self.action_names = dimension_names(self.features, self.action_keys)
         self.state_names = dimension_names(self.features, self.state_keys)
 

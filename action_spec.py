@@ -1,0 +1,171 @@
+"""What the numbers of an action mean, and a predicted action in words.
+
+The meaning travels with the statistics of a dataset (`{dataset: {"action": ..., "action_spec": ...}}`): from readers
+and options through training to the model card, `openvla predict`, evaluation and serving.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+POSE_NAMES = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
+CONVENTION = "1 open, 0 closed"  # of every gripper, whatever the recording had
+MEANINGS = ("translation",) * 3 + ("rotation",) * 3 + (CONVENTION,)
+
+
+def action_names(action_dim: int) -> list[str]:
+    """Names of the numbers of an action: the end-effector pose and the gripper for seven, `action[i]` otherwise."""
+    return list(POSE_NAMES) if action_dim == len(POSE_NAMES) else [f"action[{index}]" for index in range(action_dim)]
+
+
+@dataclass(frozen=True)
+class ActionSpec:
+    """The meaning of an action of A numbers.
+
+    names: Of the numbers.
+    relative: Whether each is a change, of which 0 is no motion, and not a place.
+    grippers: Which of them are grippers, 1 open and 0 closed.
+    frame: In which frame translation and rotation are, as the data says ("base", "end effector"); None: unknown.
+    unit: Of the numbers, in words; None: unknown.
+    hz: Actions in a second; None: unknown.
+    """
+
+    names: tuple[str, ...]
+    relative: tuple[bool, ...]
+    grippers: tuple[int, ...] = ()
+    frame: str | None = None
+    unit: str | None = None
+    hz: float | None = None
+
+    def __post_init__(self) -> None:
+        dims = len(self.names)
+        if not dims or len(self.relative) != dims or not all(isinstance(name, str) for name in self.names):
+            raise ValueError(f"action_spec: {dims} names and {len(self.relative)} entries of relative, one for each.")
+        if not all(isinstance(dim, int) and 0 <= dim < dims for dim in self.grippers):
+            raise ValueError(f"action_spec: grippers={list(self.grippers)}, expected dimensions from 0 to {dims - 1}.")
+        if self.hz is not None and not (isinstance(self.hz, (int, float)) and 0 < self.hz < 1e6):
+            raise ValueError(f"action_spec: hz={self.hz!r}, expected actions in a second.")
+
+    @property
+    def action_dim(self) -> int:
+        return len(self.names)
+
+    def standstill(self) -> list[float]:
+        """The action that moves nothing and opens the grippers.
+
+        Raises:
+            ValueError: If a number is a place: then where the robot stands decides, and nothing here knows.
+        """
+        places = [name for i, name in enumerate(self.names) if not self.relative[i] and i not in self.grippers]
+        if places:
+            raise ValueError(
+                f"{', '.join(places)} are places and no changes, so that no action stands still by itself: the "
+                "environment has to say where the robot stands (standstill())."
+            )
+        return [1.0 if dim in self.grippers else 0.0 for dim in range(self.action_dim)]
+
+    def describe(self) -> str:
+        """Names, which of them are places, frame, unit and rate, in one line."""
+        names = [
+            f"{name} ({CONVENTION})" if dim in self.grippers else name if self.relative[dim] else f"{name} (a place)"
+            for dim, name in enumerate(self.names)
+        ]
+        said = [f"frame: {self.frame}"] if self.frame else []
+        said += [self.unit] if self.unit else []
+        said += [f"{self.hz:g} a second"] if self.hz else []
+        return "; ".join([", ".join(names), *said])
+
+    def to_dict(self) -> dict[str, Any]:
+        """As statistics hold it: lists, and what is known."""
+        made: dict[str, Any] = {
+            name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()
+        }
+        return {name: value for name, value in made.items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "ActionSpec":
+        """Raises a `ValueError` for what `to_dict` would not give."""
+        known: dict[str, Any] = {name: content[name] for name in cls.__dataclass_fields__ if name in content}
+        try:
+            for name in ("names", "relative", "grippers"):
+                known[name] = tuple(known.get(name, ()))
+            return cls(**known)
+        except TypeError as error:
+            raise ValueError(f"action_spec={dict(content)!r:.200}: {error}") from error
+
+
+def usual_spec(action_dim: int, **known: Any) -> ActionSpec:
+    """What is taken where nothing is said: changes, the last number a gripper."""
+    last = action_dim - 1
+    names, relative = tuple(action_names(action_dim)), (True,) * last + (False,)
+    return ActionSpec(**{"names": names, "relative": relative, "grippers": (last,), **known})
+
+
+def spec_of(statistics: Mapping[str, Any], unnorm_key: str) -> ActionSpec:
+    """The meaning of the actions of a dataset, as its statistics say it; else the usual one.
+
+    Raises:
+        ValueError: If it does not fit the statistics.
+    """
+    entry = statistics[unnorm_key]
+    dims = len(entry["action"]["q01"])
+    if "action_spec" not in entry:
+        return usual_spec(dims)
+    spec = ActionSpec.from_dict(entry["action_spec"])
+    if spec.action_dim != dims:
+        raise ValueError(f"action_spec of '{unnorm_key}' has {spec.action_dim} dimensions, the statistics {dims}.")
+    return spec
+
+
+# A prediction in words ------------------------------------------------------------------------------------------------
+
+
+def action_record(prediction: Any, spec: ActionSpec | None = None, /, **context: Any) -> dict[str, Any]:
+    """A prediction as plain numbers, ready for JSON.
+
+    Args:
+        prediction: `ActionPrediction` of one sample, from `predict_action(..., return_dict=True)`: (A,), or (K, A) of a
+            chunk.
+        spec: What the numbers mean. Default: the usual meaning.
+        context: What else belongs to it: `unnorm_key`, `instruction`, `image`, `model`.
+
+    Returns:
+        `action` in the units of the dataset, `names`, `normalized` in [-1, 1], `probabilities` of the chosen tokens,
+        `confidence` (the lowest of them), and the context. Those of a chunk are lists of lists.
+    """
+    probabilities = prediction.token_probabilities.astype(float).round(6)
+    action_dim = prediction.actions.shape[-1]
+    spec = usual_spec(action_dim) if spec is None else spec
+    meaning = {"frame": spec.frame, "unit": spec.unit, "hz": spec.hz}
+    return {
+        "action": prediction.actions.tolist(),
+        "names": list(spec.names),
+        "normalized": prediction.normalized_actions.tolist(),
+        "probabilities": probabilities.tolist(),
+        "confidence": float(probabilities.min()),
+        **{name: value for name, value in meaning.items() if value is not None},
+        **context,
+    }
+
+
+def action_lines(record: dict[str, Any]) -> str:
+    """The record as a small table, one line for each number of each step."""
+    names = record["names"]
+    meanings = MEANINGS if tuple(names) == POSE_NAMES else ("",) * len(names)
+    width = max(map(len, names))
+    chunk = isinstance(record["action"][0], Sequence)
+    steps = zip(record["action"], record["probabilities"]) if chunk else [(record["action"], record["probabilities"])]
+    lines, least = [], ("", 2.0)
+    for step, (action, probabilities) in enumerate(steps):
+        lines += [f"step {step + 1}"] if chunk else []
+        for name, number, probability, meaning in zip(names, action, probabilities, meanings, strict=True):
+            lines.append(f"  {name:<{width}}  {number:+.5f}  {probability:4.0%}  {meaning}".rstrip())
+            least = min(least, (name, probability), key=lambda entry: entry[1])
+    lines.append(f"confidence {record['confidence']:.0%}, that of the least certain number ({least[0]})")
+    said = [f"{record['hz']:g} actions a second"] if record.get("hz") else []
+    said += [f"frame: {record['frame']}"] if record.get("frame") else []
+    if record.get("unnorm_key"):
+        unit = record.get("unit") or "per step; metres and radians in most Open-X datasets"
+        said.insert(0, f"units of '{record['unnorm_key']}', {unit}")
+    return "\n".join(lines + (["; ".join(said)] if said else []))

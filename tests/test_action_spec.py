@@ -1,0 +1,131 @@
+"""Actions in words: names only where they are known, numbers unchanged."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from openvla import ActionPrediction, unnormalize_actions
+from openvla.action_spec import (
+    ActionSpec,
+    action_lines,
+    action_names,
+    action_record,
+    spec_of,
+    usual_spec,
+)
+from openvla.data.source import statistics_with_spec
+from openvla.data.sources import open_source
+
+
+DEMOS = Path(__file__).parent / "fixtures" / "demos"
+
+
+def prediction(action_dim: int) -> ActionPrediction:
+    values = np.linspace(-0.5, 1.0, action_dim)
+    probabilities = np.linspace(0.9, 0.25, action_dim, dtype=np.float32)
+    return ActionPrediction(
+        actions=values * 2, normalized_actions=values, token_ids=values, token_probabilities=probabilities
+    )
+
+
+def test_names():
+    assert action_names(7) == ["x", "y", "z", "roll", "pitch", "yaw", "gripper"]
+    assert action_names(2) == ["action[0]", "action[1]"]
+
+
+@pytest.mark.parametrize("action_dim", [7, 6])
+def test_record_is_json_and_keeps_the_numbers(action_dim):
+    record = action_record(prediction(action_dim), unnorm_key="bridge_orig", instruction="lift")
+    assert json.loads(json.dumps(record)) == record
+    assert record["action"] == (np.linspace(-0.5, 1.0, action_dim) * 2).tolist()
+    assert record["normalized"] == np.linspace(-0.5, 1.0, action_dim).tolist()
+    assert record["confidence"] == min(record["probabilities"]) == 0.25
+    assert (record["unnorm_key"], record["instruction"]) == ("bridge_orig", "lift")
+
+
+def test_lines():
+    lines = action_lines(action_record(prediction(7), unnorm_key="bridge_orig")).splitlines()
+    assert lines[0] == "  x        -1.00000   90%  translation"
+    assert lines[6] == "  gripper  +2.00000   25%  1 open, 0 closed"
+    assert lines[7] == "confidence 25%, that of the least certain number (gripper)"
+    assert lines[8].startswith("units of 'bridge_orig'")
+    lines = action_lines(action_record(prediction(2))).splitlines()
+    assert lines == [
+        "  action[0]  -1.00000   90%",
+        "  action[1]  +2.00000   25%",
+        "confidence 25%, that of the least certain number (action[1])",
+    ]
+
+
+SPEC = ActionSpec(("a", "b", "grip"), (True, False, False), (2,), frame="base", unit="metres", hz=5)
+
+
+def test_a_spec_goes_through_json_and_back():
+    content = json.loads(json.dumps(SPEC.to_dict()))
+    assert ActionSpec.from_dict(content) == SPEC
+    assert SPEC.describe() == "a, b (a place), grip (1 open, 0 closed); frame: base; metres; 5 a second"
+    usual = usual_spec(7)
+    assert "hz" not in usual.to_dict() and usual.standstill() == [0, 0, 0, 0, 0, 0, 1]
+    with pytest.raises(ValueError, match="b are places"):
+        SPEC.standstill()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"names": []},
+        {"relative": [True]},
+        {"grippers": [3]},
+        {"grippers": ["a"]},
+        {"hz": 0},
+        {"hz": "fast"},
+        {"hz": float("nan")},
+        {"names": None},
+        {"names": [1, 2, 3]},
+    ],
+)
+def test_a_spec_that_is_none(change):
+    with pytest.raises(ValueError, match="action_spec"):
+        ActionSpec.from_dict({**SPEC.to_dict(), **change})
+
+
+def test_the_spec_of_statistics():
+    entry = {"action": {"q01": [0.0] * 3, "q99": [1.0] * 3}}
+    assert spec_of({"x": entry}, "x") == usual_spec(3)
+    assert spec_of({"x": {**entry, "action_spec": SPEC.to_dict()}}, "x") == SPEC
+    with pytest.raises(ValueError, match="'x' has 3 dimensions, the statistics 2"):
+        spec_of({"x": {"action": {"q01": [0, 0], "q99": [1, 1]}, "action_spec": SPEC.to_dict()}}, "x")
+
+
+def test_a_chunk_in_words():
+    values = np.arange(6).reshape(2, 3) / 10
+    made = ActionPrediction(
+        actions=values, normalized_actions=values, token_ids=values, token_probabilities=0.5 + values
+    )
+    record = action_record(made, SPEC, unnorm_key="mine")
+    assert json.loads(json.dumps(record)) == record and record["action"] == values.tolist()
+    lines = action_lines(record).splitlines()
+    assert lines[0] == "step 1" and lines[1] == "  a     +0.00000   50%" and lines[4] == "step 2"
+    assert lines[-1] == "units of 'mine', metres; 5 actions a second; frame: base"
+
+
+def test_data_say_what_their_actions_mean():
+    """Names, rate and places go from the data to the statistics that a model keeps."""
+    source = open_source(DEMOS / "lerobot_image", unit="Meta-World's")
+    spec = source.action_spec
+    assert spec.hz == 10 and spec.grippers == (6,) and spec.unit == "Meta-World's"
+    assert spec.relative == (True,) * 6 + (False,)
+    joints = open_source(DEMOS / "lerobot_image", absolute_dims="all", hz=5)
+    assert not any(joints.action_spec.relative) and joints.action_spec.hz == 5
+    # Past the end of an episode places repeat, changes are none
+    for made, expected in ((joints, lambda last: last), (source, lambda last: [*[0.0] * 6, last[6]])):
+        episode = made.dataset[0]
+        last = list(made.frames(episode, action_chunk=2))[-1].actions
+        raw = unnormalize_actions(last[1], made.statistics["action"])
+        clipped = unnormalize_actions(last[0], made.statistics["action"])
+        np.testing.assert_allclose(raw, expected(clipped), atol=1e-5)
+    assert statistics_with_spec(source)["action_spec"] == spec.to_dict()
+    with pytest.raises(ValueError, match="absolute_dims='x'"):
+        open_source(DEMOS / "lerobot_image", absolute_dims="x")
