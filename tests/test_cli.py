@@ -89,16 +89,66 @@ def test_version():
     )
 
 
-def test_reading_the_command_line_needs_nothing_heavy():
-    program = (  # the package without its __init__, which registers classes with transformers
-        "import sys, types; package = types.ModuleType('openvla'); package.__path__ = [sys.argv[1]]; "
-        "sys.modules['openvla'] = package; import openvla.cli; "
-        "print({'torch', 'transformers', 'timm', 'numpy'} & set(sys.modules))"
-    )
-    ran = subprocess.run(
-        [sys.executable, "-c", program, str(Path(cli.__file__).parent)], capture_output=True, text=True
-    )
-    assert ran.stdout.strip() == "set()", ran.stderr
+CONSOLE = """
+import sys
+sys.path.append(sys.argv[1])  # also where the console script is of an older installation
+import openvla_console
+for line in sys.argv[2].split(";"):
+    sys.argv = ["openvla", *line.split()]
+    try:
+        openvla_console.main()
+    except SystemExit as end:
+        print("code", end.code)
+"""
+
+
+def console(lines: str, then: str) -> subprocess.CompletedProcess:
+    """What the console script does with command lines, one after the other, and what Python says `then`."""
+    command = [sys.executable, "-c", CONSOLE + then, str(Path(cli.__file__).parent), lines]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_help_and_mistakes_come_before_anything_heavy():
+    """Nothing of what takes seconds is imported for --help, for the versions, and for an option that is wrong."""
+    wrong = ["predict --imgae x", "evaluate --output o --policy none", "record --output o --noise -1"]
+    wrong += ["finetune --dataset d --output o --logging none --rank 0", "evaluate --output o --env-option x", "prdict"]
+    lines = ["--help", "--version", *(f"{verb} --help" for verb in VERBS), *wrong]
+    heavy = "print(sorted({'torch', 'transformers', 'timm', 'numpy', 'huggingface_hub'} & set(sys.modules)))"
+    ran = console(";".join(lines), heavy)
+    codes = [line for line in ran.stdout.splitlines() if line.startswith("code")]
+    assert codes == ["code 0"] * (2 + len(VERBS)) + ["code 2"] * len(wrong), ran.stderr
+    assert ran.stdout.splitlines()[-1] == "[]", ran.stdout
+    assert "Did you mean" in ran.stderr and "--noise -1.0: it must be a number of at least 0" in ran.stderr
+
+
+def test_a_verb_that_works_has_the_complete_package(tmp_path):
+    said = f"package {tmp_path / 'out'} --weights {tmp_path / 'none'}"
+    ran = console(said, "import openvla; print(openvla.OpenVLAForActionPrediction.__module__, 'torch' in sys.modules)")
+    assert "error: No folder at" in ran.stderr and "code 2" in ran.stdout, ran.stderr
+    assert ran.stdout.endswith("openvla.modeling_openvla True\n")
+
+
+LIGHT = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("openvla", sys.argv[1], submodule_search_locations=[sys.argv[2]])
+sys.modules["openvla"] = importlib.util.module_from_spec(spec)  # not executed, as by the console script
+heavy = {"timm", "torchvision", "torch._dynamo"}
+from openvla.action_tokenizer import ActionTokenizer
+from openvla.configuration_openvla import OpenVLAConfig
+print(sorted(heavy & set(sys.modules)))
+import transformers.processing_utils
+needed = set(sys.modules)
+from openvla.processing_openvla import OpenVLAProcessor
+print(sorted(heavy & (set(sys.modules) - needed)))
+"""
+
+
+def test_configuration_processor_and_action_tokenizer_need_no_towers():
+    """No timm, and of torchvision, whose operators bring torch's compiler, no more than transformers' own processors
+    import where it is installed."""
+    root = Path(cli.__file__).parent
+    ran = subprocess.run([sys.executable, "-c", LIGHT, root / "__init__.py", root], capture_output=True, text=True)
+    assert ran.stdout.splitlines() == ["[]", "[]"], ran.stdout + ran.stderr
 
 
 def test_predict(model, image):
