@@ -25,8 +25,8 @@ app = typer.Typer(cls=Group, no_args_is_help=True, add_completion=False, rich_ma
 def show_versions(asked: bool) -> None:
     if asked:
         libraries = (f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "timm", "torch"))
-        python = f"Python {platform.python_version()}"
-        typer.echo(f"openvla {importlib.metadata.version('openvla')} ({', '.join(libraries)}, {python})")
+        version, python = importlib.metadata.version("openvla"), platform.python_version()
+        typer.echo(f"openvla {version} ({', '.join(libraries)}, Python {python})")
         raise typer.Exit()
 
 
@@ -124,14 +124,10 @@ def finetune(options: FinetuneVerb) -> None:
     from .training.checkpoints import check_merged
 
     merge = options.merge
-    if merge is not None and options.strategy not in ("lora", "qlora"):
-        raise ValueError(f"--merge: strategy '{options.strategy}' has no adapter to merge.")
     first = int(os.environ.get("RANK", "0")) == 0  # of the processes that a launcher has started
     model_folder(options.model)
     if merge is not None:
         check_merged(merge)
-        if merge.expanduser().resolve() == Path(options.output).expanduser().resolve():
-            raise ValueError(f"--merge '{merge}' is the output of the run: give another folder.")
     if options.dry_run:
         if first:
             typer.echo(plan_run(options.run, int(os.environ.get("WORLD_SIZE", "1")), options.resume))
@@ -160,13 +156,12 @@ def record(options: RecordOptions) -> None:
     openvla record --env metaworld --tasks mt10 --episodes 100 --output data/mt10 --workers 8
     openvla record --tasks drawer-open-v3 --episodes 100 --seed 100 --noise 0.3 --paraphrases --output data/recovery
     """
+    from .data.statistics import counted
     from .evaluation.record import record as run
 
     for task, counts in run(options)["tasks"].items():
-        typer.echo(
-            f"{task}: {counts['episodes']} episode{'s'[: counts['episodes'] != 1]}, {counts['steps']:g} steps on "
-            f"average, {counts['failed_attempts']} failed attempt{'s'[: counts['failed_attempts'] != 1]}"
-        )
+        episodes, failed = counted(counts["episodes"], "episode"), counted(counts["failed_attempts"], "failed attempt")
+        typer.echo(f"{task}: {episodes}, {counts['steps']:g} steps on average, {failed}")
     typer.echo(f"wrote {options.output}")
 
 

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import mish, relu
@@ -217,6 +216,8 @@ class DiffusionNetwork(nn.Module):
         self, images: torch.Tensor, input_ids: torch.Tensor, noise: torch.Tensor, steps: int = 10
     ) -> torch.Tensor:
         """Actions (B, T, D) in [-1, 1] from `noise` of that shape, by DDIM in so many steps; the same from the same."""
+        from diffusers import DDIMScheduler  # not for --help
+
         scheduler = DDIMScheduler(**self.config.scheduler())
         scheduler.set_timesteps(steps)
         condition, chunk = self.encode(images, input_ids), noise
@@ -225,7 +226,9 @@ class DiffusionNetwork(nn.Module):
             chunk = scheduler.step(self.unet(chunk, times, condition).float(), int(time), chunk).prev_sample
         return chunk.clamp(-1, 1)
 
-    def training_scheduler(self) -> DDPMScheduler:
+    def training_scheduler(self) -> Any:
+        from diffusers import DDPMScheduler
+
         return DDPMScheduler(**self.config.scheduler())
 
 

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers.training_utils import EMAModel
 from diffusion_networks import DiffusionConfig, DiffusionNetwork, DiffusionPolicy, token_ids
 from torch.nn.functional import mse_loss
 from tqdm import tqdm
@@ -125,6 +124,8 @@ def train(arguments: argparse.Namespace) -> DiffusionPolicy:
     config = DiffusionConfig(dims, len(tokenizer), tokenizer.pad_token_id, prediction=arguments.prediction, **sizes)
     network = DiffusionNetwork(config).to(memory_format=torch.channels_last)
     print(f"{sum(parameter.numel() for parameter in network.parameters()) / 1e6:.2f}M parameters; {source.report()}")
+
+    from diffusers.training_utils import EMAModel  # not for --help
 
     # Those of the paper but for the rate, which is higher as the run is short.
     optimizer = torch.optim.AdamW(

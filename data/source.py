@@ -15,7 +15,7 @@ from .episode import Episode
 from .filters import keep_labeled, removal_report
 from .oxe.conversions import droid_moves_raw
 from .samples import model_cameras
-from .statistics import collect
+from .statistics import collect, counted
 from .survey import Survey, largest_normalized, proprio_statistics
 from .trajectory import chunk_act_obs
 
@@ -129,8 +129,8 @@ class Source:
         """How many episodes there are, how they were read, and what each filter took away."""
         kept_back = len(self.held_out) if self.held_out is not None else 0
         head = (
-            f"{self.name}: {self.num_episodes} episodes, {self.num_transitions} steps; "
-            f"{len(self.dataset)} episodes to train on, {kept_back} held out"
+            f"{self.name}: {counted(self.num_episodes, 'episode')}, {counted(self.num_transitions, 'step')}; "
+            f"{counted(len(self.dataset), 'episode')} to train on, {kept_back} held out"
         )
         if self.standardize:
             head += f"; standardized as '{self.standardize}' (--standardize none reads as recorded)"

@@ -12,6 +12,11 @@ from .dimensions import default_mask, loses_rare_values
 from .episode import Episode
 
 
+def counted(number: int, noun: str) -> str:
+    """ "1 episode", "2 episodes"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def describe(values: np.ndarray) -> dict[str, list[float]]:
     """Mean, population std, max, min and the 1st and 99th percentile (linear interpolation) of (N, A) float32 rows."""
     return {
@@ -118,7 +123,7 @@ def statistics_table(stats: dict[str, Any], names: Sequence[str] | None = None) 
         values = "".join(f"{action[column][index]:10.4f}" for column in columns)
         note = "  (never changes)" if action["min"][index] == action["max"][index] else ""
         lines.append(f"{name:<{width}}{values}  {'yes' if action['mask'][index] else 'no'}{note}")
-    lines.append(f"{stats['num_trajectories']} episodes, {stats['num_transitions']} steps")
+    lines.append(f"{counted(stats['num_trajectories'], 'episode')}, {counted(stats['num_transitions'], 'step')}")
     return "\n".join(lines)
 
 

@@ -130,6 +130,16 @@ class FinetuneVerb(FinetuneOptions):
     )
     dry_run: bool = option(False, "Print the plan (samples, parameters, memory, warnings) and stop.", flag="--dry-run")
 
+    def __post_init__(self) -> None:
+        """Raises ValueError where there is nothing to merge, or no place for it."""
+        super().__post_init__()
+        if self.merge is None:
+            return
+        if self.strategy not in ("lora", "qlora"):
+            raise ValueError(f"merge='{self.merge}': strategy '{self.strategy}' has no adapter to merge.")
+        if self.merge.expanduser().resolve() == Path(self.output).expanduser().resolve():
+            raise ValueError(f"merge='{self.merge}' is the output of the run: give another folder.")
+
     @property
     def run(self) -> FinetuneOptions:
         """The options of the run alone, as they are saved."""

@@ -190,6 +190,14 @@ def test_mistakes_in_predict(model, image, tmp_path, monkeypatch):
     assert "Missing option '--image'" in run("predict", "--instruction", "x", code=2).stderr
 
 
+def test_predict_refuses_before_weights_are_read(model, image, monkeypatch):
+    monkeypatch.setattr(OpenVLAForActionPrediction, "from_pretrained", lambda *a, **k: pytest.fail("weights were read"))
+    predict = ["predict", "--image", image, "--model", model, "--device", "cpu"]
+    wrong_key = error_of(*predict, "--instruction", "go", "--unnorm-key", "bridge")
+    assert "--unnorm-key 'bridge'" in wrong_key and "Did you mean 'bridge_orig'?" in wrong_key
+    assert "The instruction is empty" in error_of(*predict, "--instruction", " ", "--unnorm-key", "bridge_orig")
+
+
 def test_traceback_on_request(tmp_path):
     arguments = ["package", tmp_path / "out", "--weights", tmp_path / "none"]
     assert "No folder at" in error_of(*arguments)
@@ -245,7 +253,7 @@ def test_stats(tmp_path):
     pytest.importorskip("matplotlib", reason="the plot needs the [demo] extra")
     options = ["--output", tmp_path / "statistics.json", "--name", "mine", "--plot", tmp_path / "actions.png"]
     lines = run("stats", DEMO, *options).stdout.splitlines()
-    assert "1 episodes, 95 steps" in lines[0] and any("never changes" in line for line in lines)
+    assert "1 episode, 95 steps" in lines[0] and any("never changes" in line for line in lines)
     statistics = json.loads((tmp_path / "statistics.json").read_text())
     assert len(statistics["mine"]["action"]["q99"]) == 7
     assert (tmp_path / "actions.png").stat().st_size > 5000

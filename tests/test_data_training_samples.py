@@ -87,7 +87,7 @@ def test_table_and_plot(tmp_path):
     actions[:, 1] = 0
     stats = compute_statistics([actions])
     table = statistics_table(stats, ["x", "y", "gripper"])
-    assert "never changes" in table.splitlines()[2] and "1 episodes, 50 steps" in table
+    assert "never changes" in table.splitlines()[2] and "1 episode, 50 steps" in table
     plot_statistics(actions, stats, tmp_path / "plots" / "actions.png")
     assert (tmp_path / "plots" / "actions.png").stat().st_size > 5000
 

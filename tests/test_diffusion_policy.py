@@ -1,5 +1,6 @@
 """The Diffusion Policy of the benchmarks: it learns, it listens, it comes back from disk, it runs in the loop."""
 
+import runpy
 import sys
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,15 @@ from openvla.observation import Observation
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import diffusion_policy  # noqa: E402 - a script, not part of the package
 from diffusion_networks import DiffusionConfig, DiffusionNetwork, DiffusionPolicy  # noqa: E402
+
+
+def test_help_needs_no_diffusers(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "diffusers", None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, "diffusion_networks")
+    monkeypatch.setattr(sys, "argv", ["diffusion_policy.py", "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(diffusion_policy.__file__, run_name="__main__")
+    assert end.value.code == 0 and "evaluate" in capsys.readouterr().out
 
 
 WORDS = {"open the drawer": 0.1, "close the drawer": -0.1}

@@ -346,7 +346,7 @@ def test_two_processes_learn_what_one_does(fsdp, one_process, six_episodes, tmp_
 def test_the_plan(tmp_path):
     made = options(tmp_path / "run", steps=30, batch_size=4, gradient_accumulation=2, precision="float32")
     text = plan_run(made)
-    assert "mine: 1 episodes, 95 steps" in text and "30 steps x 8" in text and "= 240, 2.53 epochs" in text
+    assert "mine: 1 episode, 95 steps" in text and "30 steps x 8" in text and "= 240, 2.53 epochs" in text
     assert "droll, dpitch, dyaw, gripper never change" in text
     config = OpenVLAConfig.from_pretrained(ROOT)
     longest = len(ActionCollator(OpenVLAProcessor.from_pretrained(ROOT)).tokens("open the drawer", np.zeros(7))[0])
