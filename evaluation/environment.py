@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..action_spec import ActionSpec, usual_spec
 from ..choices_openvla import check_choice
 from ..observation import Observation
 from ..plugins import is_reference, load_class, options_known, read_options
@@ -20,7 +21,6 @@ ENVIRONMENTS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     **{suite: ("libero", "Libero", "hf-libero", {"suite": suite}) for suite in SUITES},
 }
 AXES = ("visual", "motion", "physical", "semantic", "language")  # of generalization, in the paper's order
-ACTION_DIM = 7
 # A seed decides where everything in an episode begins. Demonstrations and evaluation share none.
 RECORDING_SEEDS = range(0, 1_000_000)
 EVALUATION_SEEDS = range(1_000_000, 2_000_000)
@@ -29,8 +29,9 @@ EVALUATION_SEEDS = range(1_000_000, 2_000_000)
 class Environment(Protocol):
     """A simulated robot with tasks of its own.
 
-    Actions are those of the project, (7,): x, y, z translation, roll, pitch, yaw rotation, gripper (1 open, 0 closed);
-    the class says what a translation of 1 is.
+    Actions are (A,). An attribute `action_spec` (`ActionSpec`) says what they mean; without one they are x, y, z
+    translation, roll, pitch, yaw rotation and gripper (1 open, 0 closed), and the class says what a translation of 1
+    is. An environment whose actions are places has a method `standstill()` -> (A,), where the robot stands.
     """
 
     tasks: tuple[str, ...]
@@ -60,7 +61,7 @@ class Environment(Protocol):
         ...
 
     def step(self, action: np.ndarray) -> tuple[Observation, bool]:
-        """Execute an action, (7,): what is seen then, and whether the task is done in this moment.
+        """Execute an action, (A,): what is seen then, and whether the task is done in this moment.
 
         Raises:
             ValueError: If `check_action` refuses the action, or no episode has begun.
@@ -68,7 +69,7 @@ class Environment(Protocol):
         ...
 
     def expert_action(self) -> np.ndarray:
-        """(7,) what the scripted expert, who knows the state of the world, does next.
+        """(A,) what the scripted expert, who knows the state of the world, does next.
 
         Raises:
             ValueError: If the environment has no expert.
@@ -191,13 +192,26 @@ def tasks_with(environment: Environment, tasks: Sequence[str], variation: str) -
     return tuple(task for task in tasks if variation in having[task])
 
 
-def check_action(action: Sequence[float] | np.ndarray) -> np.ndarray:
-    """`action` as seven finite float64 numbers, none beyond `FARTHEST`.
+def action_spec_of(environment: Environment) -> ActionSpec:
+    """What the numbers of its actions mean."""
+    return getattr(environment, "action_spec", None) or usual_spec(7, hz=environment.frequency)
+
+
+def standstill(environment: Environment) -> np.ndarray:
+    """(A,) what is executed until a policy has answered. Raises a `ValueError` where nothing says what stands still."""
+    if hasattr(environment, "standstill"):
+        return check_numbers(environment.standstill())
+    return np.array(action_spec_of(environment).standstill())
+
+
+def check_action(action: Sequence[float] | np.ndarray, action_dim: int = 7) -> np.ndarray:
+    """`action` as `action_dim` finite float64 numbers, none beyond `FARTHEST`.
 
     Raises:
         ValueError: If it is anything else.
     """
-    checked = check_reach(check_numbers(action, "seven finite numbers"))
-    if checked.shape != (ACTION_DIM,):
-        raise ValueError(f"action={checked.tolist()}: expected seven finite numbers.")
+    expected = f"{action_dim} finite numbers"
+    checked = check_reach(check_numbers(action, expected))
+    if checked.shape != (action_dim,):
+        raise ValueError(f"action={checked.tolist()}: expected {expected}.")
     return checked

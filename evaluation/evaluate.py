@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from ..action_spec import ActionSpec
 from ..action_tokenizer import get_action_stats
+from ..configuration_openvla import OpenVLAConfig
 from ..device import torch_device
 from ..files_openvla import read_json
 from ..folders import locked, read_settings, with_version, write_json
@@ -18,16 +20,19 @@ from ..hub import file_digests, model_folder, published_name, statistics_of
 from ..observation import Observation
 from ..options.evaluation import EvaluateOptions, names_of
 from ..options.fields import decisive
+from ..plugins import options_known
 from ..policy import PIXELS, OpenVLAPolicy, Policy
 from .control import BlockingControl, RealtimeControl
 from .environment import (
-    ACTION_DIM,
     EVALUATION_SEEDS,
+    action_spec_of,
     choose_tasks,
     choose_variations,
+    environment_class,
     environment_options,
     make_environment,
     renders,
+    standstill,
     tasks_with,
 )
 from .loop import EPISODES, Job, run_episodes
@@ -37,7 +42,6 @@ from .report import REPORT, write_report
 
 
 SETTINGS = "evaluation.json"
-STANDSTILL = np.array([0.0, 0, 0, 0, 0, 0, 1.0])  # until the first action is there: the gripper stays open
 UNSAID: tuple[Any, ...] = (None, "", "auto", "none", {})  # values of options that a report leaves out
 OF_THIS_MACHINE = ("assets",)  # options of simulators that are places here: neither saved nor compared
 
@@ -81,8 +85,13 @@ def evaluate(
     varied = [(variation, task) for variation in variations for task in tasks_with(here, chosen, variation)]
     max_steps = here.max_steps if options.max_steps is None else options.max_steps
     hz = here.frequency if options.hz is None else options.hz
+    spec = action_spec_of(here)
+    make_control: Any = BlockingControl
+    if control == "realtime":
+        late, relative = options.late or "repeat", np.array(spec.relative)
+        make_control = partial(RealtimeControl, hz, standstill(here), late, relative)
+        make_control()  # refuses a rate that is none
     here.close()
-    RealtimeControl(hz, STANDSTILL)  # refuses a rate that is none
     if of_environment.get("render", renders(here)):
         opengl_backend()
 
@@ -101,7 +110,9 @@ def evaluate(
             if folder.resolve() == source.resolve():
                 raise ValueError(f"output='{folder}' is the model: give a folder of its own, it may lie inside.")
             stats = get_action_stats(statistics_of(source), options.unnorm_key)
-            check_dimensions(stats, options.model, options.env)
+            check_dimensions(stats, options.model, options.env, spec)
+            if options.policy == "model":
+                of_environment = with_cameras(of_environment, options.env, source)
             digests = file_digests(source, weights=options.policy == "model")
         before = earlier_settings(folder, {**about, "digests": digests}, options.model)
 
@@ -118,9 +129,7 @@ def evaluate(
             )
             if "center_crop" in before:
                 check_older_pixels(before["center_crop"], source, acting, getattr(here, "size", None))
-        make_control: Any = BlockingControl
         if control == "realtime":
-            make_control = partial(RealtimeControl, hz, STANDSTILL)
             if "latency" in before:
                 latency = before["latency"]  # a resumed run is one with the first
             elif latency is None:
@@ -140,6 +149,7 @@ def evaluate(
             partial(make_environment, options.env, **of_environment),
             jobs,
             folder,
+            action_dim=spec.action_dim,
             control=make_control,
             latency=latency if control == "realtime" else None,
             max_steps=max_steps,
@@ -150,13 +160,21 @@ def evaluate(
         return write_report(folder, records, about)
 
 
-def check_dimensions(stats: Mapping[str, Any], model: str, env: str) -> None:
+def with_cameras(of_environment: dict[str, Any], env: str, model: Path) -> dict[str, Any]:
+    """Options of the environment, with the camera on the gripper where the model sees it and nothing was said."""
+    sees = OpenVLAConfig.from_pretrained(model).camera_names
+    if any("wrist" in name for name in sees) and "wrist" in options_known(environment_class(env)):
+        return {"wrist": True, **of_environment}
+    return of_environment
+
+
+def check_dimensions(stats: Mapping[str, Any], model: str, env: str, spec: ActionSpec) -> None:
     """Raise a `ValueError` if the actions of a model are not those of the environment, before its weights are read."""
     dims = len(stats["q01"])
-    if dims != ACTION_DIM:
+    if dims != spec.action_dim:
         raise ValueError(
-            f"The actions of '{model}' have {dims} dimensions, those of '{env}' {ACTION_DIM}: another unnorm_key, or a "
-            "model that was trained for this environment?"
+            f"The actions of '{model}' have {dims} dimensions, those of '{env}' {spec.action_dim}: another unnorm_key, "
+            "or a model that was trained for this environment?"
         )
 
 
@@ -242,7 +260,7 @@ def reference_policy(name: str, stats: dict[str, Any]) -> Policy:
 def single_latency(policy: Policy, instruction: str, size: int) -> float:
     """Median seconds of ten predictions for one observation, after two to warm up."""
     image = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
-    observation = Observation({"image": image}, np.zeros(8, dtype=np.float32), instruction)
+    observation = Observation({"image": image, "wrist_image": image}, np.zeros(8, dtype=np.float32), instruction)
     times = []
     for _ in range(12):
         started = time.perf_counter()

@@ -61,7 +61,8 @@ def record_episode(
         actions.append(action)
         if student is not None and len(actions) <= driven:
             answer = student.act([replace(observation, instruction=instruction)])
-            executed = check_action(np.squeeze(np.asarray(answer), axis=0))
+            first = np.atleast_2d(np.squeeze(np.asarray(answer), axis=0))[0]  # of a chunk
+            executed = check_action(first, len(action))
         else:
             executed = action.copy()
             executed[:3] += strength * generator.standard_normal(3)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ..observation import Observation
 from ..policy import Policy, begin_episode, check_numbers, check_reach
 from .control import BlockingControl, RealtimeControl
-from .environment import ACTION_DIM, Environment
+from .environment import Environment
 from .report import EpisodeResult, append_result, read_results, without_paths
 from .video import EpisodeVideo
 from .workers import EnvironmentFailure, EnvironmentProcess
@@ -56,6 +56,7 @@ def run_episodes(
     jobs: Sequence[Job],
     folder: Path,
     *,
+    action_dim: int = 7,
     control: Callable[[], BlockingControl | RealtimeControl] = BlockingControl,
     latency: float | None = None,
     max_steps: int = 200,
@@ -68,6 +69,7 @@ def run_episodes(
     Args:
         policy: In control; None: the environment's scripted expert, which sees the state and shows what is possible.
         make: Makes an environment; has to be picklable.
+        action_dim: Numbers of an action of the environment, A.
         control: Makes the control mode of one episode.
         latency: Seconds from an observation to its action in real-time control. Default: as measured.
         max_steps: After which an episode has failed.
@@ -160,7 +162,7 @@ def run_episodes(
                 seen = [
                     replace(slot.observation, slot=slots.index(slot)) for slot in due if slot.observation is not None
                 ]
-                decided = list(zip(due, checked(policy.act(seen), len(seen))))
+                decided = list(zip(due, checked(policy.act(seen), len(seen), action_dim)))
             else:
                 decided = []
             elapsed = time.perf_counter() - started
@@ -186,14 +188,14 @@ def run_episodes(
     return [records[job.key] for job in jobs]
 
 
-def checked(actions: np.ndarray, count: int) -> np.ndarray:
-    """Actions (N, 7) or chunks (N, K, 7) of a policy, float64; a `ValueError` where they are something else, not
+def checked(actions: np.ndarray, count: int, dims: int) -> np.ndarray:
+    """Actions (N, A) or chunks (N, K, A) of a policy, float64; a `ValueError` where they are something else, not
     finite, or beyond `FARTHEST`."""
     given = check_numbers(actions)
-    if given.ndim not in (2, 3) or not given.size or len(given) != count or given.shape[-1] != ACTION_DIM:
+    if given.ndim not in (2, 3) or not given.size or len(given) != count or given.shape[-1] != dims:
         raise ValueError(
             f"The policy gave numbers of shape {given.shape} for {count} observations: expected finite "
-            f"({count}, {ACTION_DIM}) or ({count}, K, {ACTION_DIM}) numbers, as the environment executes them."
+            f"({count}, {dims}) or ({count}, K, {dims}) numbers, as the environment executes them."
         )
     return check_reach(given)
 

@@ -95,7 +95,7 @@ def _record(options: RecordOptions, output: Path, progress: bool) -> dict[str, A
             whole,
             fps=round(environment.frequency),
             robot_type=environment.robot,
-            action_names=ACTION_NAMES,
+            action_names=spec.names if (spec := getattr(environment, "action_spec", None)) else ACTION_NAMES,
             state_names=environment.state_names,
         )
     else:

@@ -133,6 +133,12 @@ class EvaluateOptions(ClosedLoopOptions):
     latency: float | None = option(
         None, "Seconds that a prediction takes (realtime).", least=0, neutral=True, shown="measured"
     )
+    late: Literal["repeat", "still"] | None = option(
+        None,
+        "What a step without an action of its own does (realtime): repeat the last one, or stand still, the gripper as "
+        "it is.",
+        shown="repeat",
+    )
     axis: str = option(
         "none",
         "What differs from the recorded episodes, joined by commas: visual, motion, physical, semantic, language (each "
@@ -152,10 +158,10 @@ class EvaluateOptions(ClosedLoopOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.control == "blocking" and (self.hz is not None or self.latency is not None):
-            raise ValueError(
-                f"hz={self.hz}, latency={self.latency}: they are options of control='realtime'; blocking waits."
-            )
+        given = {"hz": self.hz, "latency": self.latency, "late": self.late}
+        if self.control == "blocking" and any(value is not None for value in given.values()):
+            shown = ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
+            raise ValueError(f"{shown}: only for control='realtime'; blocking waits.")
 
 
 @dataclass(kw_only=True)

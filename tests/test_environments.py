@@ -158,7 +158,7 @@ def test_the_gripper_opens_at_1_and_closes_at_0(blind):
 
 def test_impossible_actions_are_refused(blind):
     for action in (np.zeros(4), np.full(7, np.nan)):
-        with pytest.raises(ValueError, match="expected seven finite numbers"):
+        with pytest.raises(ValueError, match="expected 7 finite numbers"):
             check_action(action)
     with pytest.raises(ValueError, match="call reset"):
         make_environment("metaworld", render=False).step(np.zeros(7))

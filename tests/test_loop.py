@@ -3,16 +3,19 @@
 import json
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
-from toy import FromPixels, make_line
+from toy import FromPixels, ToPose, make_line
 
 from openvla.evaluation.control import RealtimeControl
+from openvla.evaluation.evaluate import evaluate
 from openvla.evaluation.loop import Job, run_episodes
 from openvla.evaluation.report import append_result, read_results, summarize, write_report
 
 
+ROOT = Path(__file__).resolve().parents[1]
 START = np.array([0, 0, 0, 0, 0, 0, 1.0])
 JOBS = [Job(task, episode, seed=100 + episode) for task in ("left", "right") for episode in range(4)]
 
@@ -164,3 +167,31 @@ def test_a_policy_is_told_when_an_episode_begins_and_whose_observations_it_sees(
     assert policy.begun == len(JOBS) and sorted(policy.steps) == [0, 1, 2]
     last = {record.predictions for record in records}
     assert set(policy.steps.values()) <= last
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"control": "realtime", "latency": 0.15}, {"control": "realtime", "latency": 0.35, "late": "still"}],
+    ids=["blocking", "realtime", "still"],
+)
+def test_fourteen_numbers_drive_in_every_mode(options, tmp_path):
+    """Joint positions of two arms: places, of which standing still is no zero."""
+    given = {"env": "toy:TwoArms", "tasks": "all", "episodes": 2, "videos": 0, "workers": 2, "progress": False}
+    summary = evaluate(model=str(ROOT), output=tmp_path, policy=ToPose(), **given, **options)
+    assert summary["mean_success"] == 1.0
+    settings = json.loads((tmp_path / "evaluation.json").read_text())
+    assert settings.get("late") == options.get("late")
+    with pytest.raises(ValueError, match=r"expected finite \(\d+, 14\)"):
+        evaluate(model=str(ROOT), output=tmp_path / "seven", policy=FromPixels7(), **given)
+    with pytest.raises(ValueError, match="have 7 dimensions, those of 'toy:TwoArms' 14"):
+        evaluate(model=str(ROOT), output=tmp_path / "model", **given)
+
+
+class FromPixels7:
+    def act(self, observations):
+        return np.zeros((len(observations), 7))
+
+
+def test_late_is_an_option_of_real_time(tmp_path):
+    with pytest.raises(ValueError, match="late=still: only for control='realtime'"):
+        evaluate(model=str(ROOT), output=tmp_path, env="toy:TwoArms", tasks="all", late="still")

@@ -118,7 +118,7 @@ def test_a_student_acts_and_the_expert_answers():
         def act(self, observations):
             return np.full((1, 7), np.nan)
 
-    with pytest.raises(ValueError, match="seven finite numbers"):
+    with pytest.raises(ValueError, match="7 finite numbers"):
         record_episode(Point(), "go", 10_000, student=Broken())
 
 
