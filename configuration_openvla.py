@@ -132,6 +132,7 @@ class OpenVLAConfig(transformers.PreTrainedConfig):
         n_action_bins: Number of action tokens; they are the last ids of the tokenizer's own vocabulary.
         action_head: How actions come out of the language model: "tokens".
         action_chunk: Steps that one prediction is for.
+        proprio_dim: Numbers of the robot's state that the model sees beside the images; None: it sees none.
         camera_names: What the model sees, one image of each in this order; see `cameras_openvla`.
         timm_model_kwargs: One dict per tower, passed on to `timm.create_model` (sizes of small models).
         image_token_id: Placeholder that stands for one image patch inside the model. Default: the last row of the
@@ -160,6 +161,7 @@ class OpenVLAConfig(transformers.PreTrainedConfig):
     n_action_bins: int = 256
     action_head: str = "tokens"
     action_chunk: int = 1
+    proprio_dim: int | None = None
     camera_names: list = None  # type: ignore[assignment]
     timm_model_ids: list = None  # type: ignore[assignment]
     timm_override_act_layers: list = None  # type: ignore[assignment]
@@ -253,6 +255,8 @@ class OpenVLAConfig(transformers.PreTrainedConfig):
                     f"{field} {found} for {towers} vision tower(s): give one entry per tower, or leave it out to take "
                     f"what vision_backbone_id='{self.vision_backbone_id}' means."
                 )
+        if self.proprio_dim is not None and not _is_count(self.proprio_dim):
+            raise ValueError(f"proprio_dim={self.proprio_dim!r}: expected a positive integer, or null without a state.")
         names = self.camera_names
         if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) and name for name in names):
             raise ValueError(f"camera_names={names!r}: expected a list of names, such as ['primary', 'wrist'].")

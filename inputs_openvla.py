@@ -5,11 +5,13 @@ prompt tokens.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from .action_tokenizer import normalize_actions, resolve_unnorm_key
 from .configuration_openvla import OpenVLAConfig
 from .pixels_openvla import as_image_list, is_image_list
 from .processing_openvla import OpenVLAProcessor
@@ -126,6 +128,41 @@ def process_raw(processor: OpenVLAProcessor, image: Any, instruction: Any) -> tu
     return single, processor(prompts, images, return_tensors="pt")
 
 
+def read_state(
+    state: Any, proprio_dim: int | None, norm_stats: Mapping[str, Any] | None, unnorm_keys: Sequence[str | None]
+) -> torch.Tensor | None:
+    """(batch, proprio_dim) float32, the state of the robot as a model sees it: normalized as actions are; None for a
+    model that sees none.
+
+    Args:
+        state: (S,) of one sample or (batch, S), in the units of the dataset.
+        unnorm_keys: Dataset of each sample.
+
+    Raises:
+        ValueError: If it is missing, not wanted, not finite or of another shape, or its statistics are not known.
+    """
+    if proprio_dim is None:
+        if state is not None:
+            raise ValueError("The model sees no state (config.proprio_dim is null): leave state out.")
+        return None
+    if state is None:
+        raise ValueError(f"The model sees the state of the robot ({proprio_dim} numbers): give state=...")
+    rows = as_tensor("state", state).to(torch.float64)
+    rows = rows[None] if rows.ndim == 1 else rows
+    if tuple(rows.shape) != (len(unnorm_keys), proprio_dim) or not bool(rows.isfinite().all()):
+        raise ValueError(
+            f"state has shape {tuple(rows.shape)}, expected finite numbers ({len(unnorm_keys)}, {proprio_dim})."
+        )
+    normalized = []
+    for row, key in zip(rows.cpu().numpy(), unnorm_keys):
+        key = resolve_unnorm_key(norm_stats, key)
+        stats = (norm_stats or {})[key].get("proprio")
+        if stats is None:
+            raise ValueError(f"The statistics of '{key}' have no proprio, so that the state has no units.")
+        normalized.append(normalize_actions(row, stats))
+    return torch.from_numpy(np.stack(normalized)).float()
+
+
 # Prompts --------------------------------------------------------------------------------------------------------------
 
 
@@ -200,4 +237,5 @@ __all__ = [
     "largest_pixel",
     "process_raw",
     "prompt_rows",
+    "read_state",
 ]

@@ -25,13 +25,13 @@ from .action_tokenizer import check_same_action_dim, get_action_stats, resolve_u
 from .configuration_openvla import OpenVLAConfig
 from .decoding_openvla import Prefix
 from .generation_openvla import OpenVLAGeneration
-from .inputs_openvla import as_tensor, check_pixel_values, check_prompts, end_prompts, process_raw
+from .inputs_openvla import as_tensor, check_pixel_values, check_prompts, end_prompts, process_raw, read_state
 from .loading_openvla import OpenVLAPreTrainedModel
 from .modules_openvla import evaluation_mode, one_type
 from .outputs_openvla import CACHE, ActionPrediction, OpenVLAOutput, one_cache
 from .patches_openvla import IGNORE_INDEX, PatchLayout, find_placeholders
 from .sampling_openvla import check_flag, read_sampling
-from .vision_openvla import OpenVLAProjector, OpenVLAVisionBackbone
+from .vision_openvla import OpenVLAProjector, OpenVLAProprioProjector, OpenVLAVisionBackbone
 
 
 if TYPE_CHECKING:  # of a local folder transformers 5.4 and 5.5 copy no more files than this one names
@@ -63,6 +63,8 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
         self.projector = OpenVLAProjector(
             self.vision_backbone.embed_dim, config.text_config.hidden_size, config.use_fused_vision_backbone
         )
+        if config.proprio_dim is not None:
+            self.proprio_projector = OpenVLAProprioProjector(config.proprio_dim, config.text_config.hidden_size)
         # One dtype for the whole model, also where the config names another for its language model.
         try:
             self.language_model = AutoModelForCausalLM.from_config(config.text_config, dtype=torch.get_default_dtype())
@@ -130,15 +132,34 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
 
     @property
     def num_patches(self) -> int:
-        """Image patches of a prompt, of all cameras."""
-        return len(self.camera_names) * self.vision_backbone.num_patches
+        """Positions of a prompt that are no text: image patches of all cameras, and the state where it is seen."""
+        return len(self.camera_names) * self.vision_backbone.num_patches + (self.config.proprio_dim is not None)
 
-    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(batch, cameras * 3 * towers, height, width) -> (batch, num_patches, hidden), in type and on device of the
-        model."""
+    def encode_images(self, pixel_values: torch.Tensor, proprio: torch.Tensor | None = None) -> torch.Tensor:
+        """Images (batch, cameras * 3 * towers, height, width) and state (batch, proprio_dim), normalized, to
+        (batch, num_patches, hidden), in type and on device of the model.
+
+        Raises:
+            ValueError: If the state does not fit what the model sees.
+        """
         features = self.vision_backbone(pixel_values.to(self.device))
         projector = next((p.dtype for p in self.projector.parameters() if p.is_floating_point()), features.dtype)
-        return self.projector(features.to(projector))
+        features = self.projector(features.to(projector))
+        expected = None if self.config.proprio_dim is None else (len(features), self.config.proprio_dim)
+        found = None if proprio is None else tuple(proprio.shape)
+        if found != expected:
+            raise ValueError(f"The state of the robot (proprio) has shape {found}, the model sees {expected}.")
+        if proprio is None:
+            return features
+        state = self.proprio_projector(proprio.to(features.device, self.proprio_projector.fc1.weight.dtype))
+        return torch.cat([features, state.to(features)], dim=1)
+
+    def add_proprio_projector(self, proprio_dim: int) -> None:
+        """Let the model see the state of the robot from now on; the weights begin at random, to be trained."""
+        config, like = self.config, self.projector.fc1.weight
+        config.proprio_dim = proprio_dim
+        self.proprio_projector = OpenVLAProprioProjector(proprio_dim, config.text_config.hidden_size).to(like)
+        self.proprio_projector.apply(self._init_weights)
 
     def _placeholders(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor | None:
         return find_placeholders(
@@ -187,6 +208,7 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
         position_ids: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         cache: Cache | None = None,
+        proprio: torch.Tensor | None = None,
         **kwargs,
     ) -> OpenVLAOutput | tuple:
         """Logits (and loss) of prompts, with or without an image.
@@ -200,6 +222,7 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
             output_projector_features: With `return_dict=False`, append the projected patches to the tuple.
             logits_to_keep: Compute logits of the last so many positions only (0: of all).
             cache: Another name of `past_key_values`.
+            proprio: (batch, proprio_dim) normalized state of the robot, of a model that sees it; with an image only.
 
         Returns:
             `OpenVLAOutput`, or a tuple if `return_dict` is False.
@@ -212,7 +235,7 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
         return_dict = self.config.return_dict if return_dict is None else return_dict
         features = None
         if pixel_values is not None:
-            features = self.encode_images(pixel_values)
+            features = self.encode_images(pixel_values, proprio)
             inputs_embeds, layout = self._merge(input_ids, inputs_embeds, attention_mask, features)
             input_ids = None
             if layout is not None:
@@ -273,6 +296,7 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
+        state: Any = None,
         constrained: bool = True,
         do_sample: bool | None = None,
         temperature: float | None = None,
@@ -294,6 +318,7 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
             instruction: What to do, for example "open the drawer"; one string for each image. See `format_prompt`.
             unnorm_key: Dataset whose statistics give the action its units; one, or one per sample. May be left out
                 where the model knows only one dataset.
+            state: (S,) or (batch, S) state of the robot in the units of the dataset, of a model that sees it.
             input_ids, attention_mask, pixel_values: The published form, as tensors, arrays or lists.
             constrained: Choose among action tokens only. False: among the whole vocabulary, as the published code;
                 text tokens are then clipped to the nearest bin.
@@ -352,6 +377,7 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
             raise ValueError(f"{len(keys)} unnorm_keys for {len(prompts)} sample(s): give one, or one for each.")
         norm_stats, checked = self.norm_stats, self._checked_statistics
         shape = (self.action_chunk, check_same_action_dim(norm_stats, keys, checked))
+        proprio = read_state(state, self.config.proprio_dim, norm_stats, keys)
         num_tokens = self.action_head.num_tokens(shape)
         sampling = read_sampling(
             num_tokens, signature(self.predict_action).parameters, self.device, do_sample=do_sample,
@@ -363,7 +389,7 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
 
         # 3. Towers, projector, language model, head
         with evaluation_mode(self), one_type(self):
-            prefix = self._prefix(input_ids, attention_mask, self.encode_images(pixel_values))
+            prefix = self._prefix(input_ids, attention_mask, self.encode_images(pixel_values, proprio))
             found = self.action_head.actions(
                 self.language_model, prefix, shape, constrained=constrained, sampling=sampling
             )

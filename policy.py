@@ -96,7 +96,10 @@ class OpenVLAPolicy(Policy):
         """
         images = [self._images(observation) for observation in observations]
         instructions = [observation.instruction for observation in observations]
-        return np.asarray(self.model.predict_action(images, instructions, unnorm_key=self.unnorm_key))
+        state = None
+        if self.model.config.proprio_dim is not None:
+            state = np.stack([observation.state for observation in observations])
+        return np.asarray(self.model.predict_action(images, instructions, self.unnorm_key, state=state))
 
     def _images(self, observation: Observation) -> Mapping[str, np.ndarray]:
         """What the model takes its cameras from; only that of `camera` where one was given."""

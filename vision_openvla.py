@@ -189,6 +189,20 @@ class OpenVLAProjector(nn.Module):
         return projected if self.fc3 is None else self.fc3(nn.functional.gelu(projected))
 
 
+class OpenVLAProprioProjector(nn.Module):
+    """MLP from the robot's state to one position in the embedding space of the language model, after those of the
+    images (arXiv 2502.19645)."""
+
+    def __init__(self, proprio_dim: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(proprio_dim, hidden)
+        self.fc2 = nn.Linear(hidden, hidden)
+
+    def forward(self, proprio: torch.Tensor) -> torch.Tensor:
+        """(batch, proprio_dim), normalized, -> (batch, 1, hidden)."""
+        return self.fc2(nn.functional.gelu(self.fc1(proprio)))[:, None]
+
+
 @torch.no_grad()
 def init_vision_weights(module: nn.Module) -> None:
     """Initialize what a module of the towers itself owns and transformers does not know.
@@ -209,4 +223,4 @@ def init_vision_weights(module: nn.Module) -> None:
         nn.init.constant_(module.scale_factor, module.init_values)
 
 
-__all__ = ["OpenVLAProjector", "OpenVLAVisionBackbone", "init_vision_weights"]
+__all__ = ["OpenVLAProjector", "OpenVLAProprioProjector", "OpenVLAVisionBackbone", "init_vision_weights"]

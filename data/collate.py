@@ -20,10 +20,12 @@ class ActionCollator:
 
     Args:
         processor: Prompts, tokens and pixels of the model in training.
+        proprio: Whether the model sees the state of the robot.
         head: That of the model. Default: tokens of 256 bins on the processor's tokenizer.
     """
 
-    def __init__(self, processor: OpenVLAProcessor, head: TokenHead | None = None):
+    def __init__(self, processor: OpenVLAProcessor, head: TokenHead | None = None, proprio: bool = False):
+        self.proprio = proprio
         self.processor = processor
         self.tokenizer: Any = processor.tokenizer
         self.head = head or TokenHead(ActionTokenizer(self.tokenizer))
@@ -50,7 +52,8 @@ class ActionCollator:
                 reads (of several cameras `{camera: image}`), not cropped here: `FrameSamples` or its augmentation did.
 
         Returns:
-            `input_ids`, `labels` (N, length) int64, `attention_mask` (N, length) bool, `pixel_values`.
+            `input_ids`, `labels` (N, length) int64, `attention_mask` (N, length) bool, `pixel_values`, and `proprio`
+            (N, S) normalized states of a model that sees them.
         """
         rows = [self.tokens(sample["instruction"], sample["actions"]) for sample in samples]
         length = max(len(ids) for ids, _ in rows)
@@ -67,4 +70,5 @@ class ActionCollator:
             "attention_mask": torch.arange(length)[None, :] < lengths[:, None],
             "pixel_values": pixel_values,
             "labels": labels,
+            **({"proprio": torch.tensor(np.stack([sample["state"] for sample in samples]))} if self.proprio else {}),
         }

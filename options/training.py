@@ -69,6 +69,9 @@ class FinetuneOptions(DatasetOptions):
         None,
         "What the model sees, joined by commas: primary, or primary,wrist. Default: as the model has it, primary.",
     )
+    proprio: bool = option(
+        False, "Let the model see the state of the robot beside the images (not with lora and qlora)."
+    )
     statistics: str | None = option(None, "A dataset_statistics.json to use instead of the data's own.")
     keep_unlabeled: bool = option(
         False, "Train also on steps without an instruction, with an empty one; else they are left out."

@@ -11,7 +11,9 @@ from tiny import TINY
 from openvla import OpenVLAConfig, OpenVLAForActionPrediction, OpenVLAProcessor
 from openvla.cameras_openvla import find_cameras
 from openvla.data.sources import open_source
-from openvla.training import FinetuneOptions, finetune, merge_adapter
+from openvla.observation import Observation
+from openvla.policy import OpenVLAPolicy
+from openvla.training import FinetuneOptions, finetune, merge_adapter, plan_run
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -152,3 +154,75 @@ def test_two_cameras_are_trained_saved_and_predicted(strategy, tmp_path):
         assert merge_adapter(folder, tmp_path / "merged") < 1e-3
         merged = OpenVLAForActionPrediction.from_pretrained(tmp_path / "merged").eval()
         assert merged.config.camera_names == TWO and merged.predict_action(images, "open the drawer").shape == (7,)
+
+
+# State ----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_state_is_one_position_after_the_images(tmp_path):
+    model = OpenVLAForActionPrediction(small_config(proprio_dim=5)).eval()
+    assert model.num_patches == 5
+    inputs = {"input_ids": torch.tensor([[1, 5, 6], [1, 8, 9]]), "pixel_values": torch.randn(2, 6, 28, 28)}
+    states = torch.randn(2, 5)
+    with torch.inference_mode():
+        features = model.encode_images(inputs["pixel_values"], states)
+        torch.testing.assert_close(features[:, -1:], model.proprio_projector(states))
+        logits = model(**inputs, proprio=states).logits
+        assert logits.shape[1] == 3 + 5
+        other = model(**inputs, proprio=states + 1).logits
+        assert not torch.equal(logits[:, -1], other[:, -1]) and torch.equal(logits[:, :5], other[:, :5])
+        tokens = model.generate(**inputs, proprio=states, max_new_tokens=3, do_sample=False)
+    assert tokens.shape == (2, 6)
+    for proprio in (None, states[:1], states[:, :4]):
+        with pytest.raises(ValueError, match=r"The state of the robot \(proprio\) has shape"):
+            model(**inputs, proprio=proprio)
+    with pytest.raises(ValueError, match="the model sees None"):
+        OpenVLAForActionPrediction(small_config())(**inputs, proprio=states)
+    model.save_pretrained(tmp_path)
+    again = OpenVLAForActionPrediction.from_pretrained(tmp_path)
+    torch.testing.assert_close(again.proprio_projector.fc1.weight, model.proprio_projector.fc1.weight)
+
+
+@pytest.mark.parametrize("dim", [0, -1, "8", True, 1.5])
+def test_proprio_dim_of_a_config(dim):
+    with pytest.raises(ValueError, match="proprio_dim="):
+        OpenVLAConfig(proprio_dim=dim)
+
+
+def test_the_state_is_trained_saved_and_predicted(tmp_path):
+    pytest.importorskip("accelerate", reason="training needs the [train] extra")
+    settings = {"steps": 1, "batch_size": 2, "shuffle_buffer": 16, "name": "mine", "logging": "none"}
+    made = {"model": str(ROOT), "dataset": str(DEMOS), "output": str(tmp_path / "run")}
+    options = FinetuneOptions(**made, **settings, strategy="frozen_vision", proprio=True, camera_names="primary,wrist")
+    assert "trains" in plan_run(options)
+    finetune(options)
+    model = OpenVLAForActionPrediction.from_pretrained(tmp_path / "run").eval()
+    assert model.config.proprio_dim == 8
+    images = {"agentview_rgb": SCENE, "eye_in_hand_rgb": HAND}
+    low, high = (np.array(model.norm_stats["mine"]["proprio"][name]) for name in ("q01", "q99"))
+    action = model.predict_action(images, "open the drawer", state=low)
+    batch = model.predict_action([images] * 2, ["open the drawer"] * 2, state=np.stack([low, high]))
+    np.testing.assert_allclose(batch[0], action, atol=1e-6)
+    seen = [Observation(images, state.astype(np.float32), "open the drawer") for state in (low, high)]
+    np.testing.assert_allclose(OpenVLAPolicy(model).act(seen), batch, atol=1e-3)
+    for state, message in (
+        (None, r"sees the state of the robot \(8 numbers\)"),
+        (low[:7], r"state has shape \(1, 7\), expected finite numbers \(1, 8\)"),
+        (low * np.nan, "expected finite numbers"),
+        ("far", "state must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.predict_action(images, "open the drawer", state=state)
+    # A further run keeps it, and adapters say what they cannot
+    again = {**made, "model": str(tmp_path / "run"), "output": str(tmp_path / "again")}
+    finetune(FinetuneOptions(**again, **settings, strategy="last_layer"))
+    assert OpenVLAForActionPrediction.from_pretrained(tmp_path / "again").config.proprio_dim == 8
+    with pytest.raises(ValueError, match="an adapter does not hold the projector of the state"):
+        plan_run(FinetuneOptions(**{**made, "output": str(tmp_path / "x")}, **settings, strategy="lora", proprio=True))
+
+
+def test_a_model_that_sees_no_state_refuses_one():
+    tiny = TINY[0].load()
+    tiny.processor = TINY[0].processor()
+    with pytest.raises(ValueError, match="The model sees no state"):
+        tiny.predict_action(SCENE, "open the drawer", unnorm_key="bridge_orig", state=np.zeros(8))

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -129,12 +130,34 @@ def prepare(options: FinetuneOptions, processes: int = 1, data: Any = None) -> R
         progress=True,
         **{**source_options(options), "action_chunk": config.action_chunk, "camera_names": config.camera_names},
     )
+    if options.proprio or config.proprio_dim is not None:
+        config.proprio_dim = proprio_dim(options, sources, config)
     run = Run(options, sources, config, processor, processes)
     check_same_action_dim(run.statistics, list(run.statistics))
     for source in sources:
         check_samples(source)
         check_instructions(source, run)
     return run
+
+
+def proprio_dim(options: FinetuneOptions, sources: Sequence[Source], config: OpenVLAConfig) -> int:
+    """Numbers of the state that the model will see.
+
+    Raises:
+        ValueError: If a dataset has no states, or others than the model sees; or an adapter would have to bring them.
+    """
+    if options.strategy in LEARNING_RATES:
+        raise ValueError(
+            f"proprio=True with strategy '{options.strategy}': an adapter does not hold the projector of the state: "
+            "use full, last_layer, frozen_vision or sandwich."
+        )
+    dims = {source.name: len((source.statistics.get("proprio") or {}).get("q01", ())) for source in sources}
+    expected = config.proprio_dim or next(iter(dims.values()))
+    for name, dim in dims.items():
+        if not dim or dim != expected:
+            found = f"states of {dim} numbers" if dim else "no states (--state-key names them)"
+            raise ValueError(f"The model is to see the state, and '{name}' has {found}; expected {expected or 'some'}.")
+    return expected
 
 
 def check_samples(source: Source, episodes: int = 8) -> None:
@@ -179,7 +202,8 @@ def num_patches(config: OpenVLAConfig) -> int:
     given = (config.timm_model_kwargs or [{}])[0].get("patch_size")
     named = re.search(r"_patch(\d+)", config.timm_model_ids[0])
     size = given or (int(named[1]) if named else 0)
-    return len(config.camera_names) * (config.image_sizes[0] // size) ** 2 if size else 0
+    state = config.proprio_dim is not None
+    return len(config.camera_names) * (config.image_sizes[0] // size) ** 2 + state if size else 0
 
 
 def check_libraries(options: FinetuneOptions) -> None:

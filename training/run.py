@@ -67,6 +67,8 @@ def load_model(run: Run, autocast: bool) -> Any:
         loading["quantization_config"] = qlora_quantization()
     base, adapter = starting_point(options.model)
     model: Any = OpenVLAForActionPrediction.from_pretrained(base, **loading)
+    if run.config.proprio_dim is not None and model.config.proprio_dim is None:
+        model.add_proprio_projector(run.config.proprio_dim)
     if learns_itself:
         if adapter is not None:  # of an earlier run: it becomes part of the weights
             from peft import PeftModel
@@ -76,6 +78,8 @@ def load_model(run: Run, autocast: bool) -> Any:
         for field in OF_MODEL:
             setattr(model.config, field, getattr(run.config, field))
         model = apply_strategy(model, options.strategy)
+        if run.config.proprio_dim is not None:
+            model.proprio_projector.requires_grad_(True)  # new, whatever else learns
     else:
         made = {"rank": options.rank, "alpha": options.alpha, "dropout": options.dropout}
         model = apply_strategy(model, options.strategy, adapter=adapter, **made)
@@ -238,7 +242,7 @@ def train(options: FinetuneOptions, arguments: TrainingArguments, resume: bool, 
         ),
         samples=FrameSamples(images, ImageAugmentation() if options.image_aug else None, options.seed, cameras),
         eval_samples=FrameSamples(images, camera_names=cameras),
-        collator=ActionCollator(run.processor, run.head),
+        collator=ActionCollator(run.processor, run.head, run.config.proprio_dim is not None),
         held_out=held_out,
         statistics=run.statistics,
         shape=run.shape,

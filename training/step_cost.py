@@ -70,7 +70,8 @@ def training_inputs(
     labels[:, : -make_head(config).num_targets(shape)] = IGNORE_INDEX
     size = config.image_sizes[0]
     pixels = torch.zeros(batch_size, len(config.camera_names) * 3 * len(config.image_sizes), size, size)
-    return {"input_ids": ids, "attention_mask": ids.bool(), "labels": labels, "pixel_values": pixels}
+    state = {} if config.proprio_dim is None else {"proprio": torch.zeros(batch_size, config.proprio_dim)}
+    return {"input_ids": ids, "attention_mask": ids.bool(), "labels": labels, "pixel_values": pixels, **state}
 
 
 def run_step(
