@@ -29,7 +29,7 @@ class OpenVLAGeneration(GenerationMixin):
         attention_mask = kwargs.get("attention_mask")
         if pixel_values is not None and kwargs.get("inputs_embeds") is not None:
             # Images enter the embeddings here, once; generate keeps count of the merged length.
-            features = self.encode_images(kwargs.pop("pixel_values"), kwargs.pop("proprio", None))
+            features = self._encode(kwargs.pop("pixel_values"), kwargs.pop("proprio", None))
             kwargs["inputs_embeds"], layout = self._merge(None, kwargs["inputs_embeds"], attention_mask, features)
             if layout is not None:
                 kwargs["attention_mask"] = layout.insert(attention_mask, 1)

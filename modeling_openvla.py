@@ -135,16 +135,16 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
         """Positions of a prompt that are no text: image patches of all cameras, and the state where it is seen."""
         return len(self.camera_names) * self.vision_backbone.num_patches + (self.config.proprio_dim is not None)
 
-    def encode_images(self, pixel_values: torch.Tensor, proprio: torch.Tensor | None = None) -> torch.Tensor:
-        """Images (batch, cameras * 3 * towers, height, width) and state (batch, proprio_dim), normalized, to
-        (batch, num_patches, hidden), in type and on device of the model.
-
-        Raises:
-            ValueError: If the state does not fit what the model sees.
-        """
+    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(batch, cameras * 3 * towers, height, width) -> (batch, patches of all cameras, hidden), in type and on device
+        of the model."""
         features = self.vision_backbone(pixel_values.to(self.device))
         projector = next((p.dtype for p in self.projector.parameters() if p.is_floating_point()), features.dtype)
-        features = self.projector(features.to(projector))
+        return self.projector(features.to(projector))
+
+    def _encode(self, pixel_values: torch.Tensor, proprio: torch.Tensor | None) -> torch.Tensor:
+        """(batch, num_patches, hidden) of images and, where the model sees it, the state (batch, proprio_dim)."""
+        features = self.encode_images(pixel_values)
         expected = None if self.config.proprio_dim is None else (len(features), self.config.proprio_dim)
         found = None if proprio is None else tuple(proprio.shape)
         if found != expected:
@@ -235,7 +235,7 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
         return_dict = self.config.return_dict if return_dict is None else return_dict
         features = None
         if pixel_values is not None:
-            features = self.encode_images(pixel_values, proprio)
+            features = self._encode(pixel_values, proprio)
             inputs_embeds, layout = self._merge(input_ids, inputs_embeds, attention_mask, features)
             input_ids = None
             if layout is not None:
@@ -389,7 +389,7 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
 
         # 3. Towers, projector, language model, head
         with evaluation_mode(self), one_type(self):
-            prefix = self._prefix(input_ids, attention_mask, self.encode_images(pixel_values, proprio))
+            prefix = self._prefix(input_ids, attention_mask, self._encode(pixel_values, proprio))
             found = self.action_head.actions(
                 self.language_model, prefix, shape, constrained=constrained, sampling=sampling
             )

@@ -165,7 +165,7 @@ def test_the_state_is_one_position_after_the_images(tmp_path):
     inputs = {"input_ids": torch.tensor([[1, 5, 6], [1, 8, 9]]), "pixel_values": torch.randn(2, 6, 28, 28)}
     states = torch.randn(2, 5)
     with torch.inference_mode():
-        features = model.encode_images(inputs["pixel_values"], states)
+        features = model._encode(inputs["pixel_values"], states)
         torch.testing.assert_close(features[:, -1:], model.proprio_projector(states))
         logits = model(**inputs, proprio=states).logits
         assert logits.shape[1] == 3 + 5
