@@ -136,8 +136,8 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
         return len(self.camera_names) * self.vision_backbone.num_patches + (self.config.proprio_dim is not None)
 
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(batch, cameras * 3 * towers, height, width) -> (batch, patches of all cameras, hidden), in type and on device
-        of the model."""
+        """(batch, cameras * 3 * towers, height, width) -> (batch, patches of all cameras, hidden), in type and on
+        device of the model."""
         features = self.vision_backbone(pixel_values.to(self.device))
         projector = next((p.dtype for p in self.projector.parameters() if p.is_floating_point()), features.dtype)
         return self.projector(features.to(projector))
