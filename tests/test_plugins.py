@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -24,82 +25,17 @@ from openvla.training.preparation import prepare
 
 
 ROOT = Path(__file__).resolve().parents[1]
-READER = """
-import json
-from pathlib import Path
-
-import numpy as np
-
-
-class Lines:
-    "One episode a line."
-
-    def __init__(self, path: Path, *, scale: float = 1.0, reverse: bool = False):
-        self.episodes = [json.loads(line) for line in path.read_text().splitlines()][:: -1 if reverse else 1]
-        self.scale = scale
-
-    def __len__(self):
-        return len(self.episodes)
-
-    def __getitem__(self, index):
-        actions = np.array(self.episodes[index]) * self.scale
-        images = {"front": np.full((len(actions), 8, 8, 3), 99, np.uint8)}
-        return {"actions": actions, "instruction": f"lift {len(actions)}", "images": images}
-
-
-class NoReader:
-    pass
-"""
-SIMULATOR = """
-import numpy as np
-
-from openvla.evaluation import Observation
-
-
-class Slide:
-    "A point that is to reach 0."
-
-    tasks, task_sets, max_steps, frequency, robot, state_names = ("go",), {"all": ("go",)}, 20, 10.0, "point", ("x",)
-
-    def __init__(self, *, size: int = 16, start: float = 1.0):
-        self.size, self.start = size, start
-
-    def instructions(self, task, *, held_out=False):
-        return ("go home",)
-
-    def variations(self, task):
-        return ()
-
-    def reset(self, seed, task, variation=""):
-        self.position = self.start + seed % 7 / 10
-        return self.observe()
-
-    def observe(self):
-        image = np.full((self.size, self.size, 3), int(abs(self.position) * 100) % 256, np.uint8)
-        return Observation({"image": image}, np.array([self.position], np.float32), "go home")
-
-    def expert_action(self):
-        return np.array([-np.clip(self.position, -0.2, 0.2), 0, 0, 0, 0, 0, 1.0])
-
-    def step(self, action):
-        self.position += float(action[0])
-        return self.observe(), abs(self.position) < 0.05
-
-    def close(self):
-        pass
-
-
-class NoExpert:
-    def reset(self, seed, task, variation=""):
-        pass
-"""
+EXAMPLES = dict(re.findall(r"```python\n# (\w+)\.py\n(.*?)```", (ROOT / "docs/extending.md").read_text(), re.DOTALL))
+READER = EXAMPLES["my_reader"] + "\n\nclass NoReader:\n    pass\n"
+SIMULATOR = EXAMPLES["my_simulator"]
+NO_EXPERT = "\n\nclass NoExpert:\n    def reset(self, seed, task, variation=''):\n        pass\n"
 
 
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
     """A working directory with a reader, data for it, and a simulator."""
     (tmp_path / "my_reader.py").write_text(READER)
-    (tmp_path / "my_simulator.py").write_text(SIMULATOR)
+    (tmp_path / "my_simulator.py").write_text(SIMULATOR + NO_EXPERT)
     generator = np.random.default_rng(0)
     episodes = [generator.uniform(-0.4, 0.4, (4 + number, 7)).tolist() for number in range(6)]
     (tmp_path / "robot.jsonl").write_text("\n".join(map(json.dumps, episodes)))
