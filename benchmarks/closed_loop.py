@@ -391,7 +391,11 @@ def write(arguments: argparse.Namespace) -> str:
         parts.append(f"## Policies\n\n{policies_text(studies['policies'])}\n\n![success by policy](policies.png)")
     asked = {"tasks": arguments.tasks, "episodes": arguments.episodes, "max_steps": arguments.max_steps or "the usual"}
     asked |= blocking["settings"] if blocking else {}
-    device = torch.cuda.get_device_name() if arguments.device == "cuda" else f"{platform.machine()} CPU"
+    device = (
+        torch.cuda.get_device_name()
+        if arguments.device == "cuda"
+        else f"{platform.machine()} {arguments.device.upper()}"
+    )
     about = (
         f"`python {shlex.join(sys.argv)}`\n\n{asked['episodes']} episodes of each task (`{asked['tasks']}`), "
         f"at most {asked['max_steps']} steps, seeds that recording never uses. "

@@ -23,16 +23,12 @@ import transformers
 from PIL import Image
 
 from openvla import OpenVLAForActionPrediction, OpenVLAImageProcessor, OpenVLAProcessor
+from openvla.device import synchronize
 from openvla.presets import load_preset_config, load_preset_statistics
 
 
 ROOT = Path(__file__).resolve().parents[1]
 INSTRUCTION = "pick up the coffee mug and place it on the shelf"
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from peft import LoraConfig, get_peft_model
 
 from openvla import OpenVLAConfig, OpenVLAForActionPrediction
 from openvla.action_heads_openvla import make_head
+from openvla.device import synchronize
 from openvla.presets import load_preset_config
 from openvla.training import STRATEGIES, apply_strategy, qlora_quantization, trainable_parameters
 from openvla.training.plan import TEXT_TOKENS, estimate
@@ -38,11 +39,6 @@ from openvla.training.strategies import checkpoint_activations
 
 ROOT = Path(__file__).resolve().parents[1]
 ADAPTERS = ("lora", "qlora")
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype, size: int) -> float:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from ..data.episode import Episode
 from ..data.writers.hdf5 import write_hdf5
 from ..data.writers.lerobot import write_lerobot
+from ..device import torch_device
 from ..files_openvla import read_json
 from ..folders import locked, read_settings, with_version, write_json
 from ..hub import file_digests, model_folder, published_name
@@ -233,7 +234,7 @@ class Recorder:
         self.student: Policy | None = None
         self.blind: Environment | None = None
         if options.student is not None:
-            self.student = OpenVLAPolicy.load(options.student)
+            self.student = OpenVLAPolicy.load(options.student, device=torch_device(options.device))
         elif options.noise:
             # The expert fails more often then; pictures take nearly all of the time, so a first try goes without.
             self.blind = open_environment(options, render=False)

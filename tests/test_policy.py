@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from openvla import OpenVLAForActionPrediction
+from openvla.device import torch_device
 from openvla.observation import Observation
 from openvla.policy import FARTHEST, OpenVLAPolicy, begin_episode, check_numbers, check_reach, load_model
 
@@ -75,3 +76,35 @@ print([name for name in ("torch", "transformers", "timm") if name in sys.modules
 """
     ran = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"
+
+
+def test_a_model_of_two_cameras_is_given_both(model):
+    """Which image is which view is told by its name, as in training."""
+    asked = []
+
+    class TwoCameras:
+        norm_stats = model.norm_stats
+
+        def predict_action(self, images, instructions, unnorm_key):
+            asked.append(images)
+            return np.zeros((len(images), 7))
+
+    both = {"front": FRONT, "wrist": WRIST}
+    OpenVLAPolicy(TwoCameras()).act([seen(**both)])
+    OpenVLAPolicy(TwoCameras(), camera="wrist").act([seen(**both)])
+    assert asked[0] == [both]
+    assert asked[1] == [{"wrist": WRIST}]
+
+
+@pytest.mark.parametrize(("choice", "where"), [("auto", "cpu"), ("cpu", "cpu"), ("mps", "mps")])
+def test_where_a_model_runs(choice, where, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    assert torch_device(choice) == where
+
+
+@pytest.mark.parametrize("choice", ["cuda", "mps"])
+def test_a_gpu_that_is_not_there_is_refused(choice, monkeypatch):
+    monkeypatch.setattr(f"torch.{'backends.' if choice == 'mps' else ''}{choice}.is_available", lambda: False)
+    with pytest.raises(ValueError, match=f"device='{choice}': torch finds no GPU"):
+        torch_device(choice)
