@@ -18,7 +18,7 @@ help:
 	@echo "make check       ruff (format and lint) and mypy"
 	@echo "make format      let ruff format and fix"
 	@echo "make bench       time one prediction by stage, JSON in $(OUTPUTS)/"
-	@echo "make constraints pin the newest libraries in constraints.txt"
+	@echo "make constraints pin the newest libraries in constraints/newest.txt"
 
 # uv makes the environments; where it is missing pip fetches it into a folder of its own.
 UV := $(shell command -v uv 2>/dev/null || echo $(VENV)-uv/bin/uv)
@@ -35,14 +35,14 @@ define environment
 	touch $@
 endef
 
-$(VENV)/demo.stamp: pyproject.toml constraints.txt | $(UV)
-	$(call environment,$(VENV),constraints.txt,demo$(comma)sim)
+$(VENV)/demo.stamp: pyproject.toml constraints/newest.txt | $(UV)
+	$(call environment,$(VENV),constraints/newest.txt,demo$(comma)sim)
 
-$(VENV)/dev.stamp: pyproject.toml constraints.txt | $(UV)
-	$(call environment,$(VENV),constraints.txt,dev)
+$(VENV)/dev.stamp: pyproject.toml constraints/newest.txt | $(UV)
+	$(call environment,$(VENV),constraints/newest.txt,dev)
 
-$(VENV)-floor/dev.stamp: pyproject.toml constraints-floor.txt | $(UV)
-	$(call environment,$(VENV)-floor,constraints-floor.txt,dev)
+$(VENV)-floor/dev.stamp: pyproject.toml constraints/floor.txt | $(UV)
+	$(call environment,$(VENV)-floor,constraints/floor.txt,dev)
 
 # Where there is no OpenGL to render with (exit code 3) the prediction is the demo.
 demo: $(VENV)/demo.stamp
@@ -70,7 +70,7 @@ test-newest: | $(UV)
 test-install: | $(UV)
 	rm -rf build $(VENV)-install
 	$(UV) venv --quiet --python $(PYTHON) $(VENV)-install
-	$(UV) pip install --quiet --python $(VENV)-install/bin/python --constraints constraints.txt .
+	$(UV) pip install --quiet --python $(VENV)-install/bin/python --constraints constraints/newest.txt .
 	rm -rf build
 	HF_HUB_OFFLINE=1 $(VENV)-install/bin/python tests/check_install.py
 
@@ -92,7 +92,7 @@ PINNED := --extra dev --extra serve
 
 constraints: | $(UV)
 	$(UV) pip compile --quiet --upgrade --universal --python-version 3.11 $(PINNED) --generate-hashes \
-		--no-header --no-annotate --no-emit-index-url --output-file constraints.txt pyproject.toml
+		--no-header --no-annotate --no-emit-index-url --output-file constraints/newest.txt pyproject.toml
 
 clean:
 	rm -rf $(VENV) $(VENV)-floor $(VENV)-newest $(VENV)-install $(VENV)-uv $(OUTPUTS)

@@ -1,4 +1,4 @@
-"""The Diffusion Policy of the benchmarks: it learns, it listens, it comes back from disk, it runs in the loop."""
+"""The Diffusion Policy of the studies: it learns, it listens, it comes back from disk, it runs in the loop."""
 
 import runpy
 import sys
@@ -16,7 +16,7 @@ from openvla.evaluation.loop import Job, run_episodes
 from openvla.observation import Observation
 
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
 import diffusion_policy  # noqa: E402 - a script, not part of the package
 from diffusion_networks import DiffusionConfig, DiffusionNetwork, DiffusionPolicy  # noqa: E402
 

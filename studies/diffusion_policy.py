@@ -1,8 +1,8 @@
 """What OpenVLA is compared with: a Diffusion Policy of its size, trained on the same demonstrations, in the same loop.
 
     pip install -e '.[diffusion,sim,train]'
-    python benchmarks/diffusion_policy.py train data/mt10 --output outputs/diffusion --steps 8550
-    python benchmarks/diffusion_policy.py evaluate outputs/diffusion --output runs/diffusion --episodes 50
+    python studies/diffusion_policy.py train data/mt10 --output outputs/diffusion --steps 8550
+    python studies/diffusion_policy.py evaluate outputs/diffusion --output runs/diffusion --episodes 50
 
 Training continues from its last checkpoint when the same command is given again. Evaluation writes the report of
 `openvla evaluate`, from the same seeds. `diffusion_networks.py` says what the policy is.

@@ -1,6 +1,6 @@
 """The fine-tuning strategies side by side: `openvla finetune` with each on one dataset, a table and curves.
 
-    python benchmarks/compare_strategies.py DATASET docs/results/strategies --steps 300 --batch-size 16
+    python studies/compare_strategies.py DATASET docs/results/strategies --steps 300 --batch-size 16
 
 Writes OUT.md (what was run, loss, accuracy, L1, trainable parameters, peak memory, time) and OUT.png (curves). Every
 strategy runs in a process of its own, so that its memory is its own; runs that are finished are not repeated. Further

@@ -1,7 +1,7 @@
 """A policy in closed loop: how late its actions may come, what quantization costs, what it has to be better than.
 
-    python benchmarks/closed_loop.py docs/results/closed_loop --tasks mt10 --episodes 20
-    python benchmarks/closed_loop.py docs/results/closed_loop --other "Diffusion Policy=runs/diffusion_policy"
+    python studies/closed_loop.py docs/results/closed_loop --tasks mt10 --episodes 20
+    python studies/closed_loop.py docs/results/closed_loop --other "Diffusion Policy=runs/diffusion_policy"
 
 Three studies, each of evaluations as `openvla evaluate` runs them:
 
