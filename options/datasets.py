@@ -89,7 +89,9 @@ class DatasetOptions(HDF5Options, LeRobotOptions):
         "grippers in [0, 1].",
     )
     standardize: str = option(
-        "auto", "auto: RLDS datasets of Open-X, Bridge, DROID and LIBERO by their names; none; or such a name."
+        "auto",
+        "Standardization of RLDS datasets: auto finds it by their names (Open-X, Bridge, DROID, LIBERO); none reads as "
+        "recorded; or such a name.",
     )
     filters: str = option("", "Steps to leave out, joined by commas: no-ops, zero-actions.")
     on_error: Literal["raise", "skip"] = option("raise", "What to do with a damaged record; skip warns and counts.")
@@ -100,7 +102,9 @@ class StatsOptions(DatasetOptions):
     """The action statistics of a dataset."""
 
     dataset: str = required("Folder or file (RLDS, LeRobot, HDF5), or a mixture (see finetune).", argument=True)
-    split: str = option("train", "train: all splits together, as in training; or one split alone.")
+    split: str = option(
+        "train", "Split to read: train is all splits together, as in training; any other is read alone."
+    )
     name: str | None = option(None, "Name that --output gives the dataset: the model's unnorm_key.", shown="its own")
     output: Path | None = option(None, "File to write them to, such as dataset_statistics.json.", neutral=True)
     plot: Path | None = option(None, "File to draw the histograms in, such as actions.png.", neutral=True)
