@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from .fields import Options, option, pairs, required
-from .prediction import Device, ModelOptions
+from .prediction import ModelOptions
 
 
 # Episode k tries the seeds k, k + 10000, k + 20000, ...: each depends on its number alone, not on what failed before.
@@ -76,7 +76,7 @@ class RecordOptions(SimulatorOptions):
         "Model that acts first, for a number of steps that each episode draws, up to half of the longest; then the "
         "expert ends it. Recorded is the expert's answer throughout: what the model should have done (DAgger).",
     )
-    device: Device = option("cpu", "Where the student runs: auto, cpu, cuda or mps.", neutral=True)
+    device: str = option("cpu", "Where the student runs: auto, cpu, cuda or mps.", neutral=True)
     seed: int = option(
         0, "Number of the first episode; other numbers begin elsewhere. Evaluation has its own seeds.", least=0
     )

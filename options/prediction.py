@@ -7,7 +7,6 @@ from typing import Literal
 from .fields import Options, option, required
 
 
-Device = Literal["auto", "cpu", "cuda", "mps"]
 EMBEDDED_POLICY = str(Path(__file__).resolve().parents[1])  # the root of the package is a model
 
 
@@ -23,10 +22,10 @@ class ModelOptions(Options):
     unnorm_key: str | None = option(
         None, "Dataset in whose units the action is, such as bridge_orig.", shown="the model's, if it has only one"
     )
-    device: Device = option(
+    device: str = option(
         "auto",
-        "Where the model runs: cuda (a GPU of NVIDIA or AMD), mps (that of an Apple computer) or cpu; auto: cuda where "
-        "there is such a GPU, else the CPU.",
+        "Where the model runs: cuda (a GPU of NVIDIA or AMD; cuda:1 the second), mps (that of an Apple computer) or "
+        "cpu; auto: cuda where there is such a GPU, else the CPU.",
         neutral=True,
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = option(
