@@ -140,7 +140,7 @@ def make_head(config: OpenVLAConfig, tokenizer: ActionTokenizer | None = None) -
     Args:
         tokenizer: Default: of the vocabulary that `config` describes.
     """
-    check_choice("action_head", config.action_head, HEADS)
+    check_choice("action_head", config.action_head, HEADS, "One of your own: import what puts it into HEADS first.")
     return HEADS[config.action_head](tokenizer or ActionTokenizer(config.action_vocab_size, config.n_action_bins))
 
 

@@ -66,7 +66,10 @@ def create_vision_tower(model_id: str, image_size: int, act_layer: str | None, m
         with LinspaceOnCPU():
             tower = timm.create_model(model_id, pretrained=False, **arguments)
     except (TypeError, AttributeError, AssertionError, KeyError, ArithmeticError, RuntimeError) as error:
-        raise ValueError(f"timm cannot build the vision tower '{model_id}' with {model_kwargs}: {error}") from error
+        raise ValueError(
+            f"timm cannot build the vision tower '{model_id}' with {model_kwargs}: {error}. Towers are of timm's class "
+            "VisionTransformer (ViT, DeiT, DINOv2, SigLIP, CLIP), not EVA, DINOv3, BEiT or Swin."
+        ) from error
     if not isinstance(tower, VisionTransformer) or len(tower.blocks) < 2:
         raise ValueError(
             f"Vision tower '{model_id}' with {model_kwargs} must be a timm VisionTransformer of at least two blocks: "

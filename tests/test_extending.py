@@ -1,0 +1,95 @@
+"""docs/extending.md: every block of the page runs, in its order, in one folder."""
+
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from openvla.action_heads_openvla import HEADS, make_head
+from openvla.cli import app
+from openvla.configuration_openvla import OpenVLAConfig
+
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "extending.md"
+MODULES = ("my_reader", "my_simulator", "my_head")
+END = 2
+
+
+def sections() -> dict[str, list[tuple[str, str]]]:
+    """Of each section its blocks, (language, text) each."""
+    parts = re.split(r"^## (.+)$", PAGE.read_text(), flags=re.MULTILINE)
+    blocks = [re.findall(r"^```(\w+)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL) for text in parts[2::2]]
+    return dict(zip(parts[1::2], blocks, strict=True))
+
+
+def run_block(language: str, text: str, names: dict) -> None:
+    if file := re.match(r"# (\w+\.py)\n", text):
+        Path(file[1]).write_text(text)
+    elif language == "python":
+        exec(compile(text, PAGE.name, "exec"), names)
+    else:
+        for line in text.splitlines():
+            program, *arguments = shlex.split(line)
+            assert program == "openvla", line
+            found = CliRunner().invoke(app, arguments)
+            assert found.exit_code == 0, f"{line}\n{found.output}{found.exception!r}"
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory):
+    """What the page leaves behind: the variables of each section, after all blocks ran."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("extending"))
+        generator = np.random.default_rng(0)
+        episodes = [generator.uniform(-0.4, 0.4, (4 + number, 7)).tolist() for number in range(6)]
+        Path("robot.jsonl").write_text("\n".join(map(json.dumps, episodes)))
+        patch.setattr(sys, "path", [str(Path.cwd()), *(entry for entry in sys.path if entry)])
+        patch.setitem(HEADS, "gripper_first", None)  # restored afterwards
+        for name in MODULES:
+            patch.delitem(sys.modules, name, raising=False)
+        left: dict[str, dict] = {}
+        for section, blocks in sections().items():
+            left[section] = {}
+            for language, text in blocks:
+                run_block(language, text, left[section])
+        yield left
+        for name in MODULES:
+            sys.modules.pop(name, None)
+
+
+def test_every_section_has_examples_that_run(names):
+    assert list(names) == ["A format", "A simulator", "A camera", "A backbone", "A head"]
+    assert all(sections().values())
+
+
+def test_what_the_examples_make(names):
+    camera = names["A camera"]
+    assert camera["model"].config.camera_names == ["primary", "wrist"] and camera["action"].shape == (7,)
+    swapped = camera["model"].predict_action({"image": camera["hand"], "wrist": camera["scene"]}, "go home")
+    assert camera["action"].tolist() != swapped.tolist()
+    backbone = names["A backbone"]["model"]
+    assert backbone.language_model.config.model_type == "qwen3" and len(backbone.vision_backbone.towers) == 2
+    assert Path("my-policy/config.json").exists()
+
+
+def test_the_head_of_the_page(names):
+    """It gives its targets back: training and prediction agree on the order."""
+    model, action = (names["A head"][name] for name in ("model", "action"))
+    head = model.action_head
+    assert type(head).__name__ == "GripperFirst" and action.shape == (7,) and np.isfinite(action).all()
+    wanted = np.linspace(-0.9, 0.9, 7)
+    *tokens, _ = head.targets(wanted, END)
+    decoded = head.tokenizer.decode(np.array(tokens))
+    np.testing.assert_allclose(np.roll(decoded, -1), wanted, atol=1 / 128)
+    assert abs(decoded[0] - 0.9) < 1 / 128  # the gripper comes first
+
+
+def test_a_head_that_was_not_registered(monkeypatch):
+    monkeypatch.delitem(HEADS, "gripper_first", raising=False)
+    with pytest.raises(ValueError, match=r"action_head='gripper_first' is unknown.*HEADS"):
+        make_head(OpenVLAConfig(action_head="gripper_first"))
