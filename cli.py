@@ -256,7 +256,7 @@ def convert(options: ConvertOptions) -> None:
 def export(options: ExportOptions) -> None:
     """Turn a Hub folder into an original run.
 
-    The way back from convert, for the original's training code. The whole model is in memory once (15 GB for 7B in
+    The way back from convert, for the original's training code. The complete model is in memory once (15 GB for 7B in
     bfloat16).
 
     \b

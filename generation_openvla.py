@@ -64,13 +64,13 @@ class OpenVLAGeneration(GenerationMixin):
         return generated
 
     def _needs_patches(self, input_ids, attention_mask, pixel_values, kwargs) -> bool:
-        """Whether `generate` got a whole plain sequence with an image, or one whose image is in the cache already."""
+        """Whether `generate` got all of a plain sequence with an image, or one whose image is in the cache already."""
         if kwargs.get("inputs_embeds") is not None or self._placeholders(input_ids, None) is not None:
             return False
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
             return False  # only the tokens that follow those in the cache
         cache = kwargs.get(CACHE)
-        # A cache holds less than the whole sequence, unless it holds patches.
+        # A cache holds less than the complete sequence, unless it holds patches.
         return pixel_values is not None or (cache is not None and cache.get_seq_length() >= input_ids.shape[1])
 
     def prepare_inputs_for_generation(
@@ -100,7 +100,7 @@ class OpenVLAGeneration(GenerationMixin):
             if seen.shape != pixel_values.shape or not torch.equal(seen.to(pixel_values), pixel_values):
                 raise ValueError(
                     "The cache holds another image than pixel_values, and that one would be acted on: begin with an "
-                    "empty cache, or leave pixel_values out to go on with the image in the cache."
+                    "empty cache, or leave pixel_values out to continue with the image in the cache."
                 )
         model_inputs["pixel_values"] = pixel_values if prefill else None
         return model_inputs

@@ -65,7 +65,7 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
         )
         if config.proprio_dim is not None:
             self.proprio_projector = OpenVLAProprioProjector(config.proprio_dim, config.text_config.hidden_size)
-        # One dtype for the whole model, also where the config names another for its language model.
+        # One dtype for the complete model, also where the config names another for its language model.
         try:
             self.language_model = AutoModelForCausalLM.from_config(config.text_config, dtype=torch.get_default_dtype())
         except (TypeError, AttributeError, KeyError, ArithmeticError, RuntimeError) as error:
@@ -320,7 +320,7 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
                 where the model knows only one dataset.
             state: (S,) or (batch, S) state of the robot in the units of the dataset, of a model that sees it.
             input_ids, attention_mask, pixel_values: The published form, as tensors, arrays or lists.
-            constrained: Choose among action tokens only. False: among the whole vocabulary, as the published code;
+            constrained: Choose among action tokens only. False: among the complete vocabulary, as the published code;
                 text tokens are then clipped to the nearest bin.
             do_sample, temperature, top_k, top_p, generator: Sample instead of taking the most probable token.
             return_dict: Return an `ActionPrediction` with tokens, probabilities and entropies.

@@ -1,4 +1,4 @@
-"""What every written Hub folder has in common: it appears whole or not at all, carries its own code, configuration,
+"""What every written Hub folder has in common: it appears complete or not at all, carries its own code, configuration,
 processor, statistics and model card, and its weights are those the configuration calls for.
 """
 

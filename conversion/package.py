@@ -34,7 +34,7 @@ def package_checkpoint(
 
     Args:
         weights: Folder or Hub id with safetensors weights, published layout or ours; a merged fine-tune as well.
-        output: Folder to write; it appears whole or not at all.
+        output: Folder to write; it appears complete or not at all.
         revision: Branch, tag or commit of a Hub id.
         name: What the model card calls the model. Default: the name of `output`.
         overwrite: Replace the model files of an existing folder.

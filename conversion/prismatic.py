@@ -73,7 +73,7 @@ def convert_prismatic_checkpoint(
 
     Args:
         checkpoint: A .pt file, or the folder of its run.
-        output: Folder to write; it appears whole or not at all.
+        output: Folder to write; it appears complete or not at all.
         vision_backbone_id, llm_backbone_id, image_resize_strategy: Default: what the run's config.json says.
         config: Instead of the three, for models of other sizes.
         tokenizer: Folder or Hub id of the language model's tokenizer. Default: the language model's own Hub repository.
@@ -237,7 +237,7 @@ def export_prismatic_checkpoint(
 ) -> Path:
     """Write a Hub folder as a training run of the original: `checkpoints/latest-checkpoint.pt`, ids and statistics.
 
-    The whole model is in memory once.
+    The complete model is in memory once.
 
     Args:
         weights: Folder or Hub id, published layout or ours.

@@ -20,7 +20,7 @@ class EpisodeDataset:
     """A sequence of episodes. Subclasses implement `__len__` and `_load`.
 
     `dataset[i]` raises DamagedDataError for a damaged record. Iteration does so as well, or with `on_error="skip"`
-    warns, counts in `skipped` (each DataLoader worker for itself) and goes on; when nothing at all could be read it
+    warns, counts in `skipped` (each DataLoader worker for itself) and continues; when nothing at all could be read it
     raises nevertheless. Images are decoded later, where they are looked at: a damaged one raises there in either case.
     """
 

@@ -67,7 +67,7 @@ class EncodedImages(CameraImages):
         return len(self.encoded)
 
     def _select(self, steps: slice) -> "EncodedImages":
-        # a list of its own: a view of an object array would keep the whole episode in memory
+        # a list of its own: a view of an object array would keep the complete episode in memory
         return EncodedImages(list(self.encoded[steps]), self.origin)
 
     def _decode(self, step: int) -> np.ndarray:

@@ -89,7 +89,7 @@ class SelectedImages(CameraImages):
 
     def _select(self, steps: slice) -> Any:
         chosen = self.steps[steps]
-        if len(chosen) == 1:  # one frame is to hold its own image, not those of the whole episode
+        if len(chosen) == 1:  # one frame is to hold its own image, not those of the complete episode
             return self.frames[int(chosen[0]) : int(chosen[0]) + 1]
         return SelectedImages(self.frames, chosen)
 

@@ -1,4 +1,4 @@
-"""Episodes in the convention of the model, before anything is known about the whole dataset: gripper, raw filters."""
+"""Episodes in the convention of the model, before anything is known about all of a dataset: gripper, raw filters."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence

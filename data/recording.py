@@ -25,7 +25,7 @@ ENOUGH_EPISODES = 5  # to hold one out
 
 
 class UntrainableError(ValueError):
-    """A dataset that the model cannot be trained on as it is: a mixture goes on without it."""
+    """A dataset that the model cannot be trained on as it is: a mixture continues without it."""
 
 
 @dataclass(frozen=True)

@@ -177,7 +177,7 @@ class Source:
             yield replace(seen[step : step + 1], actions=chunks[step].copy())
 
     def _drops(self, episode: Episode) -> bool:
-        """Whether a filter of whole episodes drops this one."""
+        """Whether a filter of complete episodes drops this one."""
         if not len(episode) or not (self.keep_unlabeled or keep_labeled(episode).any()):
             return True
         if self.max_action is not None:

@@ -28,7 +28,7 @@ class EpisodeStream(IterableDataset):
 
     Rank and world size come from torch.distributed unless given. Parts differ in length by an episode; `repeat=True`
     never ends. `set_epoch` sets the order of the next pass; the passes after it count on (workers that do not persist
-    start anew each pass: call it before every pass there).
+    start again each pass: call it before every pass there).
     """
 
     def __init__(

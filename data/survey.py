@@ -212,7 +212,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all, also beside other processes that write the same; what a killed one left is removed."""
+    """Complete or not at all, also beside other processes that write the same; what a killed one left is removed."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for left in path.parent.glob("*.part"):
@@ -232,7 +232,7 @@ def _write(path: Path, content: dict[str, Any]) -> None:
                 raise
     except OSError as error:
         warnings.warn(
-            f"{path.parent} cannot be written ({error}): statistics will be computed anew at the next start. "
+            f"{path.parent} cannot be written ({error}): statistics will be computed again at the next start. "
             "Set OPENVLA_CACHE to a folder of yours.",
             RuntimeWarning,
             stacklevel=4,

@@ -37,7 +37,7 @@ class MetaWorld:
         camera: "corner4" looks closely over the table; "corner2" is the same from farther away.
         wrist: Add the camera on the gripper.
         render: False leaves images out, for state alone; needs no OpenGL.
-        simulators: How many tasks stay loaded, 150 MB each; loading one anew takes about a second.
+        simulators: How many tasks stay loaded, 150 MB each; loading one again takes about a second.
         frequency: Actions in a second; 80, one for each of the simulator's steps, is Meta-World's own.
 
     Raises:
@@ -147,7 +147,7 @@ class Simulator:
         from metaworld.policies import ENV_POLICY_MAP
 
         self.task, self.world, self.expert = task, ALL_V3_ENVIRONMENTS[task](), ENV_POLICY_MAP[task]()
-        # What its benchmark classes set: goals are drawn anew from the world's own generator, and its expert sees them.
+        # What its benchmark classes set: goals are drawn from the world's own generator, and its expert sees them.
         # `reset(seed=...)` of version 3.1 ignores the seed; a frozen draw comes with each `gym.make` instead.
         self.world._set_task_called = True
         self.world._freeze_rand_vec, self.world.seeded_rand_vec = False, True

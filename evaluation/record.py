@@ -37,7 +37,7 @@ SLOWEST_EPISODE = 3600.0  # seconds, all attempts together
 
 
 def record(options: RecordOptions, *, progress: bool = True) -> dict[str, Any]:
-    """Record episodes; one that was interrupted goes on where it stopped, and one that is there is left alone.
+    """Record episodes; one that was interrupted continues where it stopped, and one that is there is left alone.
 
     Returns:
         What `OUTPUT/recording.json` says: `options`, and for each of the `tasks` its `episodes`, `failed_attempts` of
@@ -240,7 +240,7 @@ class Recorder:
             self.blind = open_environment(options, render=False)
 
     def record(self, task: str, axis: str, number: int, file: Path) -> None:
-        """Try seeds until the expert succeeds; the file appears when it is whole."""
+        """Try seeds until the expert succeeds; the file appears when it is complete."""
         for attempt in range(ATTEMPTS):
             seed = RECORDING_SEEDS[attempt * MOST_EPISODES + number]
             if self.blind is not None and self._try(self.blind, task, axis, seed) is None:

@@ -21,7 +21,7 @@ from openvla.training import STRATEGIES
 from openvla.training.curves import plot_curves
 
 
-# The same for all would be unfair: adapters and a few layers take larger steps than the whole model.
+# The same for all would be unfair: adapters and a few layers take larger steps than the complete model.
 LEARNING_RATES = {"full": "1e-4", "frozen_vision": "1e-4", "sandwich": "1e-4", "last_layer": "1e-4"}
 
 

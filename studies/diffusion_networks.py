@@ -34,7 +34,7 @@ CONFIG = "config.json"
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """The whole policy but for weights, words and units."""
+    """The complete policy but for weights, words and units."""
 
     dims: tuple[int, ...]  # of the actions: those that ever change; the others keep their one value
     vocab_size: int

@@ -212,14 +212,14 @@ def first_action_error(network: DiffusionNetwork, frames: Frames) -> float:
 
 
 def save_checkpoint(path: Path, learning: dict, options: dict, step: int) -> None:
-    """Appears whole or not at all."""
+    """Appears complete or not at all."""
     state = {name: part.state_dict() for name, part in learning.items()}
     torch.save({**state, "step": step, "options": json.dumps(options)}, path.with_suffix(".part"))
     path.with_suffix(".part").replace(path)
 
 
 def load_checkpoint(path: Path, learning: dict, options: dict) -> int:
-    """The step to go on from; 0 where there is no checkpoint."""
+    """The step to continue from; 0 where there is no checkpoint."""
     if not path.exists():
         return 0
     state = torch.load(path, weights_only=True)

@@ -97,7 +97,7 @@ def test_an_adapter_brings_its_chunk(tmp_path):
     assert merge_adapter(tmp_path / "run", tmp_path / "merged") < 1e-4
     merged = OpenVLAForActionPrediction.from_pretrained(tmp_path / "merged")
     assert merged.config.action_chunk == CHUNK and act(merged).shape == (CHUNK, 7)
-    # Another run goes on with it
+    # Another run continues with it
     finetune(options(tmp_path / "again", model=str(tmp_path / "run"), strategy="lora", action_chunk=None))
     assert act(OpenVLAForActionPrediction.from_pretrained(tmp_path / "again")).shape == (CHUNK, 7)
 

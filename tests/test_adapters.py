@@ -439,7 +439,7 @@ def test_cards_say_what_is_true_of_their_folder(trained, merged):
         assert found["action"].shape == (7,)
 
 
-# Fine-tuning goes on from a run
+# Fine-tuning continues from a run
 
 
 def test_an_adapter_goes_on_learning(place):

@@ -189,7 +189,7 @@ if runs[0].fsdp:
     made = run.training_arguments
 
     def as_on_accelerators(*arguments):
-        # accelerate shards on accelerators only, and falls back to DDP on CPUs without a word
+        # accelerate shards on accelerators only, and falls back to DDP on CPUs silently
         made_arguments = made(*arguments)
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         return made_arguments

@@ -47,4 +47,4 @@ def test_means_over_batches_of_unlike_size():
     assert found["l1/x"] == pytest.approx(2 * distance[:, 0].mean())
     assert found["l1/gripper"] == pytest.approx(0.5 * distance[:, 2].mean())
     assert found["l1_normalized/y"] == pytest.approx(distance[:, 1].mean())
-    assert metrics.compute() == {}  # begun anew
+    assert metrics.compute() == {}  # begun again

@@ -59,7 +59,7 @@ def test_load_save_reload(name, tiny_checkpoint, tmp_path):
     tiny_checkpoint.processor().save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)
     assert quantized_layers(again) == layers
-    if name == "nf4 twice":  # the CPU path of bitsandbytes quantizes the scales anew when it saves
+    if name == "nf4 twice":  # the CPU path of bitsandbytes quantizes the scales again when it saves
         return
     for other in (again, model):
         reloaded = other.predict_action(image, "open the drawer", **arguments)

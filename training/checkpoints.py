@@ -49,11 +49,11 @@ def write_checkpoint(
     Args:
         model: The model, or the `PeftModel` around it.
         card: Text of README.md.
-        state_dict: Whole weights where those of `model` are sharded or of another type.
+        state_dict: Complete weights where those of `model` are sharded or of another type.
         dtype: That type.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # Without this PEFT stores whole embeddings because the output layer has an adapter.
+    # Without this PEFT stores complete embeddings because the output layer has an adapter.
     is_adapter = hasattr(model, "peft_config")
     options = {"save_embedding_layers": False} if is_adapter else {}
     try:
@@ -92,7 +92,7 @@ def _complete_adapter(model: Any, folder: Path, processor: OpenVLAProcessor, sta
 
 
 def starting_point(model: str | os.PathLike) -> tuple[str, Path | None]:
-    """Whole weights to begin with, a folder or Hub id, and the adapter to put on them, if `model` is one.
+    """Complete weights to begin with, a folder or Hub id, and the adapter to put on them, if `model` is one.
 
     Raises:
         FileNotFoundError: If the base of the adapter is not there.

@@ -42,7 +42,7 @@ class ActionMetrics:
         self._sums = new if self._sums is None else self._sums + new
 
     def compute(self, names: Sequence[str] | None = None) -> dict[str, float]:
-        """Means over the batches of all processes since the last call, and start anew.
+        """Means over the batches of all processes since the last call, and start again.
 
         Returns:
             `loss`, `action_accuracy` and `action_l1` (normalized) over all dimensions, `l1/x`... in the units of the

@@ -45,7 +45,7 @@ class MemoryEstimate:
         Muon one for those in matrices.
     activations: Kept for the backward pass, copies of weights that autocast makes included.
     communication: DDP's gradient buckets, or the blocks FSDP has gathered at one time.
-    parameters, trainable: Of the whole model; `trainable` counts as the paper does, unused last tower blocks included.
+    parameters, trainable: Of all the model; `trainable` counts as the paper does, unused last tower blocks included.
     flops_per_sample: Forward and backward, without what gradient checkpointing computes again.
     """
 
@@ -147,7 +147,7 @@ def estimate(
     states = [gradient * (1 if matrix else 2) for gradient, matrix in zip(learning, matrices)]
     communication = 0.0
     if sharded:
-        # Two units at a time (the next is fetched ahead) in the type of the computation, one's whole gradient.
+        # Two units at a time (the next is fetched ahead) in the type of the computation, one's complete gradient.
         size = 4 if precision == "float32" else 2
         communication = 2 * size * step.largest_unit + 4 * step.largest_learning_unit
     elif world_size > 1:
@@ -200,7 +200,7 @@ def _quantized(name: str, parameter: nn.Parameter) -> bool:
 
 
 def _stored(name: str, parameter: nn.Parameter, strategy: str, precision: str) -> tuple[float, bool]:
-    """Bytes of a parameter, and whether FSDP can share it out (accelerate leaves 4-bit weights whole)."""
+    """Bytes of a parameter, and whether FSDP can share it out (accelerate leaves 4-bit weights unsharded)."""
     if strategy == "qlora" and _quantized(name, parameter):
         return parameter.numel() * NF4_BYTES, False
     return parameter.numel() * (2 if precision == "pure-bf16" else parameter.element_size()), True

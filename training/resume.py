@@ -1,4 +1,4 @@
-"""What an output folder holds of a run: whether one may begin there, may go on, and from which checkpoint."""
+"""What an output folder holds of a run: whether one may begin there, may continue, and from which checkpoint."""
 
 import json
 import shutil
@@ -32,14 +32,14 @@ TENSORS = (".pt", ".pth", ".bin")  # torch.save writes zip archives
 
 
 def check_output(options: FinetuneOptions, resume: bool, dataset: bool = True) -> None:
-    """Whether a run may begin in its output folder, or go on there; nothing is made.
+    """Whether a run may begin in its output folder, or continue there; nothing is made.
 
     Args:
         dataset: Whether `options.dataset` may be a path.
 
     Raises:
         ValueError: If the output is a file, is or belongs to the model or the dataset, or holds something else.
-        FileExistsError: If it holds a run, and `resume` is False or nothing is left to go on from.
+        FileExistsError: If it holds a run, and `resume` is False or nothing is left to continue from.
         OSError: If it cannot be written.
     """
     output = Path(options.output).resolve()
@@ -60,7 +60,7 @@ def check_output(options: FinetuneOptions, resume: bool, dataset: bool = True) -
         raise FileExistsError(f"'{output}' holds {state} run: continue it with --resume, or choose another folder.")
     if begun and finished and not checkpoints(output / CHECKPOINTS):
         raise FileExistsError(
-            f"'{output}' holds a finished run without checkpoints to go on from: give another folder."
+            f"'{output}' holds a finished run without checkpoints to continue from: give another folder."
         )
     if not begun and output.is_dir():
         of_model = [
@@ -124,7 +124,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def check_checkpoint(folder: Path) -> None:
-    """Whether every file that a run goes on from is there and complete. Weights are not read.
+    """Whether every file that a run continues from is there and complete. Weights are not read.
 
     Raises:
         FileNotFoundError, ValueError: For the first file that is missing, cut off, or a Git LFS pointer.
@@ -206,7 +206,7 @@ def check_begun(
     statistics: Mapping[str, Any],
     checkpoint: Path | None,
 ) -> None:
-    """Whether a run goes on with the options and data that it was begun with.
+    """Whether a run continues with the options and data that it was begun with.
 
     Args:
         options: As they were given; so older versions stored paths.
@@ -253,7 +253,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def check_model(output: Path, now: Mapping[str, Any]) -> None:
-    """Whether a run goes on from the base that it was begun with: a ValueError where `model_digest` is another."""
+    """Whether a run continues from the base that it was begun with: a ValueError where `model_digest` is another."""
     if read_settings(output / STARTED)[0].get("model_digest") not in (None, now["model_digest"]):
         raise ValueError(
             f"'{output}' was begun with other weights than '{now['model']}' has now: take those that it was begun "

@@ -99,7 +99,7 @@ def load_model(run: Run, autocast: bool) -> Any:
 
 def sharding(config: OpenVLAConfig) -> dict[str, Any]:
     """FSDP2 settings: blocks of the language model and of the towers are gathered one at a time; a saved checkpoint is
-    whole. Only accelerators are sharded: on CPUs accelerate takes DDP without a word."""
+    whole. Only accelerators are sharded: on CPUs accelerate silently takes DDP."""
     blocks = MODEL_FOR_CAUSAL_LM_MAPPING[type(config.text_config)]._no_split_modules
     return {
         "version": 2,
@@ -138,7 +138,7 @@ def training_arguments(options: FinetuneOptions, config: OpenVLAConfig) -> Train
         label_names=["labels"],
         seed=options.seed,
         use_cpu=not on_gpu,
-        ignore_data_skip=True,  # the stream itself goes on where it was
+        ignore_data_skip=True,  # the stream itself continues where it was
         ddp_find_unused_parameters=False,  # see freeze_unused
         fsdp=options.fsdp,
         fsdp_config=sharding(config) if options.fsdp else None,
@@ -155,13 +155,13 @@ def finetune(options: FinetuneOptions, resume: bool = False, data: Any = None) -
     """Train, and write a checkpoint that `OpenVLAForActionPrediction.from_pretrained` loads.
 
     Args:
-        resume: Go on from the last checkpoint of `options.output`, or begin where there is none. Of a run that has made
-            all its steps only the result is written.
+        resume: Continue from the last checkpoint of `options.output`, or begin where there is none. Of a run that has
+            made all its steps only the result is written.
         data: Demonstrations as a Python object (see `data.PythonDataset`); `options.dataset` is then only a name.
 
     For lora and qlora the output folder holds the adapter with the statistics and the processor beside it; see
     `merge_adapter`. Checkpoints of the run lie in `output/checkpoints`; `curves.png` is drawn where matplotlib is
-    installed. A run that was stopped, however, goes on with `resume`; its result appears complete or not at all.
+    installed. A run that was stopped, however, continues with `resume`; its result appears complete or not at all.
 
     Raises:
         ValueError: If the dataset holds nothing to train on, the options do not fit together, or options, data or

@@ -73,7 +73,8 @@ def freeze_unused(model: Any) -> None:
 def _train_only(model: nn.Module, *parts: nn.Module) -> nn.Module:
     if any(not parameter.is_floating_point() for parameter in model.parameters()):
         raise ValueError(
-            "The weights are quantized and cannot learn themselves: use strategy 'qlora', or load them whole."
+            "The weights are quantized and cannot learn themselves: use strategy 'qlora', or load them without "
+            "quantization."
         )
     model.requires_grad_(False)
     for part in parts:
@@ -130,7 +131,7 @@ def lora(
         alpha: Numerator of its scale `alpha / rank`. Default: `min(rank, 16)`.
         dropout: On the input of an adapter.
         targets: Names of modules as PEFT takes them. Default: all linear layers and patch embeddings.
-        adapter: Folder of an adapter of this base that goes on learning, instead of a new one.
+        adapter: Folder of an adapter of this base that continues learning, instead of a new one.
 
     Raises:
         ValueError: If `rank` is below 1, or `adapter` has another rank, alpha or dropout.

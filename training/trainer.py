@@ -1,4 +1,4 @@
-"""The library's Trainer for actions: one stream on all ranks, metrics of actions, checkpoints that appear whole."""
+"""The library's Trainer for actions: one stream on all ranks, metrics of actions, checkpoints that appear complete."""
 
 import math
 import os
@@ -128,7 +128,7 @@ class ActionTrainer(Trainer):
         return {**self.head.prepare(self.collator(samples)), "action_scale": torch.stack(scales)}
 
     def get_train_dataloader(self) -> DataLoader:
-        """Not handed to accelerate: the stream knows its rank and where a resumed run goes on."""
+        """Not handed to accelerate: the stream knows its rank and where a resumed run continues."""
         left = (self.args.max_steps - self.done) * self.args.gradient_accumulation_steps
         return DataLoader(
             self.train_dataset,
@@ -254,8 +254,8 @@ class ActionTrainer(Trainer):
             )
 
     def save_result(self, folder: Path, dtype: torch.dtype | None) -> None:
-        """The trained model in `folder`, gathered from all ranks; weights of a whole model in `dtype` unless None. It
-        is written beside its place and moved there when it is complete."""
+        """The trained model in `folder`, gathered from all ranks; weights of a complete model in `dtype` unless None.
+        It is written beside its place and moved there when it is complete."""
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         state = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
         if not self.args.should_save:
@@ -273,7 +273,7 @@ class ActionTrainer(Trainer):
 
     @contextmanager
     def _explained(self, what: str) -> Iterator[None]:
-        """Where it cannot be written, the error says how to go on."""
+        """Where it cannot be written, the error says how to continue."""
         try:
             yield
         except (OSError, RuntimeError, SafetensorError) as error:  # a full disk speaks through all three
@@ -287,7 +287,7 @@ class ActionTrainer(Trainer):
         return str(Path(self.args.output_dir) / UNFINISHED / WORK)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """A checkpoint is written under another name and renamed when it is whole; only then older ones go."""
+        """A checkpoint is written under another name and renamed when it is complete; only then older ones go."""
         self._check_weights()
         folder = Path(self.args.output_dir)
         finished = folder / f"checkpoint-{self.state.global_step}"

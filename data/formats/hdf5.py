@@ -47,7 +47,7 @@ def hdf5_files(path: Path) -> list[Path]:
 class HDF5Dataset(EpisodeDataset):
     """Episodes of a file, or of all files in a folder, in the order of their names and numbers. Access is random.
 
-    `split` names a group of demonstrations under `mask/` (robomimic); files without masks belong to "train" as a whole,
+    `split` names a group of demonstrations under `mask/` (robomimic); files without masks belong to "train" completely,
     and "all" takes everything. The instruction is that of the `problem_info` attribute (LIBERO), else of `ep_meta`
     (RoboCasa) or an attribute or data set "language_instruction" of the demonstration or of `data`, else the name of a
     file `<words>_demo`. `rotate_images` turns images by 180 degrees; None does so for files that say they are upside

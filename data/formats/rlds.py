@@ -27,7 +27,7 @@ from .tfrecord import read_record, record_checksums, scan
 
 LANGUAGE_NAMES = ("language_instruction", "natural_language_instruction", "instruction")
 STATE_NAMES = ("observation/state", "observation/proprio", "state", "proprio")
-METADATA = "traj_metadata"  # what belongs to the episode as a whole, in a trajectory
+METADATA = "traj_metadata"  # what belongs to the episode and not to a step, in a trajectory
 # What tensorflow_datasets raises for a damaged description or record: it has no error of its own
 DAMAGED = (DecodeError, ProtobufError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, AssertionError)
 IMAGE_STARTS = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", b"GIF8")
@@ -51,7 +51,7 @@ class RLDSDataset(EpisodeDataset):
     `data.oxe.standardize` does; keys and cameras are then looked for in its result. `cameras`, `action_key`,
     `state_key`, `language_key`: paths such as "observation/image" ("image" finds it too). A list of keys is
     concatenated; None within it stands for a column of zeros; `state_key=[]` leaves the state out. Words are looked for
-    in the steps, then in what belongs to the episode as a whole ("episode_metadata/language_instruction"). Cameras are
+    in the steps, then in what belongs to the episode itself ("episode_metadata/language_instruction"). Cameras are
     colour images; depth, masks and infrared are none by themselves, nor is a gray camera: only where they are named.
     """
 
@@ -121,7 +121,7 @@ class RLDSDataset(EpisodeDataset):
 
     def trajectory(self, index: int) -> Trajectory:
         """Episode `index` as stored: a nested dict of arrays with a leading time axis. Strings are object arrays of
-        bytes, and so are images, still encoded. What belongs to the episode as a whole is repeated under
+        bytes, and so are images, still encoded. What belongs to the episode itself is repeated under
         `traj_metadata`."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"episode {index} of {self.name}, which has {len(self)}")

@@ -66,7 +66,7 @@ def record_checksums(path: Path) -> str:
 
 def read_record(path: Path, number: int, offset: int) -> bytes:
     """The record that starts at `offset`; `number` is for the message of a DamagedDataError."""
-    # The file is opened anew each time, so that a handle is never shared with a forked worker.
+    # The file is opened again each time, so that a handle is never shared with a forked worker.
     with open(path, "rb") as file:
         file.seek(offset)
         length, _ = HEADER.unpack(file.read(HEADER.size))

@@ -94,8 +94,8 @@ def load_oxe_mixtures() -> dict[str, dict[str, float]]:
 def allocate_threads(num_threads: int, weights: Sequence[float] | np.ndarray) -> np.ndarray:
     """Threads per dataset in proportion to its weight, at least one wherever the weight is not zero.
 
-    What a proportional share would leave below one thread gets one; the rest is shared out anew among the others, whole
-    parts first, then one each to the largest fractions.
+    What a proportional share would leave below one thread gets one; the rest is shared out again among the others,
+    full parts first, then one each to the largest fractions.
 
     Args:
         num_threads: Threads in all.

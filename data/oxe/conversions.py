@@ -131,7 +131,7 @@ def text_from_code_points(values: np.ndarray) -> np.ndarray:
     return texts
 
 
-# --- Whole trajectories ---
+# --- Complete trajectories ---
 
 
 def map_arrays(function: Callable[[np.ndarray], np.ndarray], trajectory: Trajectory) -> Trajectory:

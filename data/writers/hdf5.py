@@ -25,7 +25,7 @@ def write_hdf5(
     `data` says the instruction of the first demonstration (`problem_info`), and one that differs its own. Images are
     compressed frame by frame, so that any of them is read alone. States of 8 dimensions are stored as LIBERO's,
     `ee_states` (6) and `gripper_states` (2); others as `obs/state`. Actions stay as they are: here a gripper of 1 is
-    open, where LIBERO's own files have -1. The file appears when it is whole.
+    open, where LIBERO's own files have -1. The file appears when it is complete.
 
     Raises:
         FileExistsError: If it is there already.

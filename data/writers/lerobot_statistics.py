@@ -1,4 +1,4 @@
-"""Statistics that a LeRobot data set keeps of each feature, per episode and of the whole."""
+"""Statistics that a LeRobot data set keeps of each feature, per episode and of all together."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +14,7 @@ class FeatureStatistics:
     """Statistics of one feature that grow episode by episode.
 
     min, max, mean, std (of the population), count and quantiles, in the shapes of the real library: one number for each
-    dimension; for images (3, 1, 1) with colours from 0 to 1. Those of the whole are exact, where the real library
+    dimension; for images (3, 1, 1) with colours from 0 to 1. Those of all together are exact, where the real library
     averages the quantiles of episodes.
     """
 
