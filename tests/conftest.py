@@ -1,16 +1,33 @@
-"""Fixtures all tests share."""
+"""Fixtures all tests share. How a test starts a process: see processes.py."""
 
 import os
+import shutil
+import tempfile
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Thread pools of parallel test workers would fight for the same cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import pytest  # noqa: E402 - after the environment is set
+import processes  # noqa: E402 - after the environment is set
+import pytest  # noqa: E402
 import timm.optim  # noqa: E402
 import torch  # noqa: E402
 from tiny import TINY, TinyCheckpoint  # noqa: E402
+
+
+def pytest_configure(config):
+    """Servers for all test workers, which find them by the environment."""
+    if processes.FOLDER not in os.environ:
+        folder = os.environ[processes.FOLDER] = tempfile.mkdtemp(prefix="openvla-tests-")
+        config.servers = processes.start_servers(folder)
+
+
+def pytest_unconfigure(config):
+    if hasattr(config, "servers"):
+        config.servers.stdin.close()
+        config.servers.wait()
+        shutil.rmtree(os.environ.pop(processes.FOLDER))
 
 
 @pytest.fixture(autouse=True)

@@ -1,10 +1,10 @@
 """Without an extra: one line that names it, for libraries that extras bring and for no others."""
 
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
+import processes
 import pytest
 from typer.testing import CliRunner
 
@@ -17,6 +17,7 @@ DEMO = ROOT / "tests" / "fixtures" / "demos" / "lerobot_image"
 WITHOUT = """
 import sys
 for name in sys.argv[1].split(","):
+    assert name not in sys.modules
     sys.modules[name] = None  # as if it were not installed
 sys.argv[:2] = ["openvla"]
 from openvla.cli import main
@@ -56,8 +57,7 @@ def test_require():
     ],
 )
 def test_verbs_without_extras(arguments, extra, tmp_path):
-    command = [sys.executable, "-c", WITHOUT, ",".join(EXTRAS), *map(str, arguments)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    done = processes.run(WITHOUT, ",".join(EXTRAS), *arguments, cwd=tmp_path, server="libraries")
     (line,) = done.stderr.splitlines()
     assert done.returncode == 2 and line.startswith("error: ") and f"pip install 'openvla[{extra}]'" in line
     assert not list(tmp_path.iterdir())

@@ -1,18 +1,15 @@
 """Fine-tuning end to end on the embedded policy, a few steps each: strategies, formats, resume, processes, warnings."""
 
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import h5py
 import numpy as np
+import processes
 import pytest
 import timm.optim
 import torch
@@ -66,11 +63,12 @@ def losses(output: Path, key: str = "loss") -> dict[int, float]:
     return {entry["step"]: entry[key] for entry in log(output) if key in entry}
 
 
-# Every strategy on every format
+# Every strategy, every format: a strategy sees samples, which the readers give of each format alike
 
 
-@pytest.mark.parametrize("dataset", FORMATS)
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    "strategy, dataset", [*((strategy, "lerobot") for strategy in STRATEGIES), ("full", "rlds"), ("lora", "hdf5")]
+)
 def test_strategies_on_formats(strategy, dataset, tmp_path):
     if strategy == "qlora":
         pytest.importorskip("bitsandbytes", reason="qlora needs the [quant] extra")
@@ -184,8 +182,8 @@ from accelerate.utils import DistributedType
 from openvla.training import FinetuneOptions, finetune, run, trainer
 
 torch.set_num_threads(1)
-runs = [FinetuneOptions(**options) for options in json.loads(sys.argv[1])]
-if runs[0].fsdp:
+options = FinetuneOptions(**json.loads(sys.argv[1]))
+if options.fsdp:
     made = run.training_arguments
 
     def as_on_accelerators(*arguments):
@@ -200,18 +198,8 @@ if runs[0].fsdp:
             super().save_result(*arguments)
 
     run.training_arguments, run.ActionTrainer = as_on_accelerators, Sharded
-for options in runs:
-    finetune(options, resume=bool(int(sys.argv[2])))
+finetune(options, resume=bool(int(sys.argv[2])))
 """
-
-
-def process(*runs: FinetuneOptions, resume: bool = False, processes: int = 1, folder: Path) -> list[str]:
-    """A command that runs `finetune` in processes of its own, for one run after the other."""
-    script = folder / "run.py"
-    script.write_text(SCRIPT)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    rest = [str(script), json.dumps([vars(run) for run in runs]), str(int(resume))]
-    return [sys.executable, *(launch if processes > 1 else []), *rest]
 
 
 @pytest.mark.parametrize("strategy, optimizer", [("lora", "adamw"), ("last_layer", "muon")])
@@ -224,15 +212,13 @@ def test_killed_and_resumed_as_if_nothing_had_happened(strategy, optimizer, tmp_
         request.getfixturevalue("muon")
     finetune(options(tmp_path / "whole", **same))
     run = options(tmp_path / "killed", **same)
-    running = subprocess.Popen(process(run, folder=tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    running = processes.start(SCRIPT, json.dumps(vars(run)), 0)
     try:
-        deadline = time.monotonic() + 400
         while not (tmp_path / "killed" / "checkpoints" / "checkpoint-4").exists():
-            assert time.monotonic() < deadline and running.poll() is None
+            assert running.running()
             time.sleep(0.01)
     finally:
-        os.kill(running.pid, signal.SIGKILL)
-        running.wait()
+        running.kill()
     assert not (tmp_path / "killed" / "dataset_statistics.json").exists()
     finetune(run, resume=True)
     expected, found = losses(tmp_path / "whole"), losses(tmp_path / "killed")
@@ -298,8 +284,7 @@ def one_process(six_episodes, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
 def test_two_processes_learn_what_one_does(fsdp, one_process, six_episodes, tmp_path):
     """Two gloo processes of batch 2 against one of batch 4, plain (DDP) or sharded (FSDP2), the latter stopped and
-    resumed: the same losses, in training and evaluation, and a plain checkpoint in the published layout. DDP trains
-    with both strategies one after the other: starting processes takes the most time."""
+    resumed: the same losses, in training and evaluation, and a plain checkpoint in the published layout."""
     if fsdp and not hasattr(torch.cpu.Stream, "record_event"):
         pytest.skip("torch 2.6 runs FSDP2 on accelerators only")
     two = {
@@ -309,22 +294,21 @@ def test_two_processes_learn_what_one_does(fsdp, one_process, six_episodes, tmp_
         for strategy in ("full", "lora")
     }
 
-    def launch(*runs: FinetuneOptions, resume: bool):
-        command = process(*runs, processes=2, folder=tmp_path, resume=resume)
+    def launch(made: FinetuneOptions, resume: bool):
         before = set((tmp_path / "two").rglob("*"))
         for attempt in range(2):
             try:
-                result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=400)
+                ranks = processes.run_ranks(SCRIPT, json.dumps(vars(made)), int(resume), cwd=tmp_path, timeout=600)
                 break
-            except subprocess.TimeoutExpired:
+            except TimeoutError:
                 # Seen once in a dozen runs on a crowded machine (torch 2.15): gloo stalls inside an all-gather.
                 assert attempt == 0
                 for path in sorted(set((tmp_path / "two").rglob("*")) - before, reverse=True):
                     path.rmdir() if path.is_dir() else path.unlink()
-        assert result.returncode == 0, result.stderr[-5000:]
+        assert [rank.returncode for rank in ranks] == [0, 0], ranks[0].stderr[-5000:] + ranks[1].stderr[-5000:]
 
-    for runs in [[run] for run in two.values()] if fsdp else [two.values()]:  # sharded once in a process
-        launch(*runs, resume=False)
+    for made in two.values():
+        launch(made, resume=False)
     if fsdp:
         shutil.rmtree(tmp_path / "two" / "full" / "checkpoints" / "checkpoint-4")
         launch(two["full"], resume=True)

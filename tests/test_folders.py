@@ -3,12 +3,11 @@
 import hashlib
 import os
 import signal
-import subprocess
-import sys
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import huggingface_hub
+import processes
 import pytest
 
 from openvla.folders import (
@@ -29,18 +28,20 @@ import sys, time
 from openvla.folders import locked
 with locked(sys.argv[1]):
     print("held", flush=True)
-    time.sleep(60)
+    time.sleep(3000)
 """
 
 
 @pytest.fixture
 def holder(tmp_path):
     """A process that holds the lock of `tmp_path / 'out'`."""
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "out")], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    reading, writing = os.pipe()
+    process = processes.start(HOLD, tmp_path / "out", stdout=writing)
+    os.close(writing)
+    with open(reading) as said:
+        assert said.readline() == "held\n"
     yield process
     process.kill()
-    process.wait()
 
 
 def test_a_second_process_is_refused(tmp_path, holder):
@@ -49,8 +50,8 @@ def test_a_second_process_is_refused(tmp_path, holder):
 
 
 def test_a_killed_process_locks_nothing(tmp_path, holder):
-    holder.send_signal(signal.SIGKILL)
-    holder.wait()
+    os.kill(holder.pid, signal.SIGKILL)
+    assert holder.wait() == -signal.SIGKILL
     with locked(tmp_path / "out"):
         pass
     assert not list(tmp_path.iterdir())

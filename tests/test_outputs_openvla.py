@@ -2,15 +2,13 @@
 
 import copy
 import logging
-import os
 import pickle
-import subprocess
-import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 from PIL import Image
@@ -254,22 +252,14 @@ assert not hasattr(CausalLMOutputWithPast(), "past_key_values")
 """
 
 
-def test_a_library_without_the_old_name(tmp_path):
+def test_a_library_without_the_old_name():
     if CACHE == "past_key_values":
         pytest.skip("this transformers does not have the new name yet")
-    tests = Path(__file__).parent
-    program = tmp_path / "future.py"
-    program.write_text(
-        FUTURE + "import sys, pytest\n"
+    program = FUTURE + (
+        "import sys, pytest\n"
         "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-p', 'no:xdist', '-k', sys.argv[1], *sys.argv[2:]]))\n"
     )
-    ran = subprocess.run(
-        [sys.executable, program, "names or seen or prepare or predict or training_step",
-         str(tests / "test_outputs_openvla.py")],
-        cwd=tests.parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tests)},
-        capture_output=True,
-        text=True,
-    )  # fmt: skip
+    chosen = "names or seen or prepare or predict or training_step"
+    ran = processes.run(program, chosen, __file__, cwd=Path(__file__).parents[1], server="libraries")
     assert ran.returncode == 0, (ran.stdout[-4000:], ran.stderr[-2000:])
     assert " passed" in ran.stdout and "failed" not in ran.stdout

@@ -3,12 +3,11 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 from PIL import Image
@@ -145,6 +144,7 @@ def stored(folder: Path) -> dict:
 WITHOUT_THE_PACKAGE = """
 import json, sys
 import numpy as np
+import processes
 from transformers import AutoModel, AutoProcessor
 image = np.load("image.npy")
 processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
@@ -200,14 +200,7 @@ def test_every_door_shows_what_was_trained(runs, name, tmp_path):
     np.save(tmp_path / "image.npy", WIDE)
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(
-        [sys.executable, "-c", WITHOUT_THE_PACKAGE, str(packaged)],
-        cwd=tmp_path,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
+    ran = processes.run(WITHOUT_THE_PACKAGE, packaged, cwd=tmp_path, env=environment, server="libraries")
     assert ran.returncode == 0, ran.stderr[-3000:]
     found = json.loads(ran.stdout.splitlines()[-1])
     assert not found["openvla"]

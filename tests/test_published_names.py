@@ -1,10 +1,9 @@
 """What scripts written against the original import, register, pass and read."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 from tiny import golden_image
@@ -41,7 +40,7 @@ assert isinstance(AutoModel.from_pretrained({str(ROOT)!r}), OpenVLAForActionPred
 
 def test_registering_the_published_names_again():
     """As the original's fine-tuning and evaluation scripts begin; in a process of its own, because it lasts."""
-    result = subprocess.run([sys.executable, "-c", REGISTER], capture_output=True, text=True, timeout=500)
+    result = processes.run(REGISTER, server="libraries")
     assert result.returncode == 0, result.stderr[-3000:]
 
 

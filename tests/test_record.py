@@ -1,11 +1,10 @@
 """Recording: experts' episodes as a data set, the same whoever records it and however often it is interrupted."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
+import processes
 import pytest
 from typer.testing import CliRunner
 
@@ -434,6 +433,6 @@ print(changes)
 @pytest.mark.parametrize("format", ["lerobot", "hdf5"])
 def test_killed_at_any_change_of_a_file_a_recording_goes_on_to_the_same_bytes(format, tmp_path):
     """Before some of them here; before every single one it was tried as well."""
-    ran = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), format, "5"], capture_output=True, text=True)
+    ran = processes.run(KILLED, tmp_path, format, 5)
     assert ran.returncode == 0, ran.stderr
     assert int(ran.stdout) >= 20  # changes
