@@ -55,16 +55,16 @@ policy: $(VENV)/dev.stamp
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/policy.sh $(OUTPUTS)/policy
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 test-floor: $(VENV)-floor/dev.stamp
-	$(VENV)-floor/bin/python -m pytest -n $(JOBS) $(ARGS)
+	$(VENV)-floor/bin/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 # Resolved again each time: what an installation without constraints takes today.
 test-newest: | $(UV)
 	test -x $(VENV)-newest/bin/python || $(UV) venv --quiet --python $(PYTHON) $(VENV)-newest
 	$(UV) pip install --quiet --upgrade --python $(VENV)-newest/bin/python --editable '.[dev]'
-	$(VENV)-newest/bin/python -m pytest -n $(JOBS) $(ARGS)
+	$(VENV)-newest/bin/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 # Not editable: what a wheel holds. A build/ folder of an earlier time would add what is no longer there.
 test-install: | $(UV)

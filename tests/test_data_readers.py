@@ -10,7 +10,6 @@ import json
 import pickle
 import runpy
 import shutil
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 import av
 import h5py
 import numpy as np
+import processes
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -499,7 +499,7 @@ def test_lerobot_options(videos):
 
 def test_lerobot_needs_no_other_reader_to_be_imported_first():
     code = f"from openvla.data import open_dataset; print(len(open_dataset({str(DEMOS / 'lerobot_image')!r})[0]))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = processes.run(code, server="libraries")
     assert done.stdout == "95\n", done.stderr
 
 

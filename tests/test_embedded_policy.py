@@ -2,11 +2,10 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 from PIL import Image
 
@@ -93,12 +92,12 @@ def test_processor_of_the_root():
 
 def test_demo(tmp_path):
     pytest.importorskip("matplotlib", reason="the picture needs the [demo] extra")
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "examples/demo.py"), "--output", str(tmp_path)],
-        capture_output=True,
-        text=True,
+    result = processes.run(
+        "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')",
+        *(ROOT / "examples/demo.py", "--output", tmp_path),
         cwd=tmp_path,
         env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
+        server="libraries",
     )
     assert result.returncode == 0, result.stderr
     for frame in FRAMES:

@@ -28,7 +28,7 @@ import sys, time
 from openvla.folders import locked
 with locked(sys.argv[1]):
     print("held", flush=True)
-    time.sleep(3000)
+    time.sleep(600)
 """
 
 

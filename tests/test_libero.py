@@ -2,10 +2,10 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 
@@ -142,15 +142,10 @@ def test_without_the_package_the_error_says_what_to_install(monkeypatch):
 
 def test_importing_asks_nothing_and_downloads_nothing(package):
     code = (
+        f"import sys; sys.path.insert(1, {str(package.parents[1])!r});"
         "from pathlib import Path; from openvla.evaluation.libero import import_libero;"
         f"print(import_libero(Path({str(package)!r}), Path('/meshes')).assets)"
     )
     variables = {name: value for name, value in os.environ.items() if name != "LIBERO_CONFIG_PATH"}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**variables, "PYTHONPATH": str(package.parents[1])},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
+    done = processes.run(code, env=variables, server="libraries")
     assert done.stdout.strip() == "/meshes", done.stderr

@@ -44,9 +44,11 @@ def test_a_program_is_killed_or_too_late():
     reading, writing = os.pipe()
     process = start("print('here', flush=True); import time; time.sleep(600)", server="libraries", stdout=writing)
     os.close(writing)
-    assert os.read(reading, 20) == b"here\n" and process.running()
-    os.close(reading)
-    process.kill()
+    try:
+        with open(reading) as said:
+            assert said.readline() == "here\n" and process.running()
+    finally:
+        process.kill()
     assert process.wait() == -signal.SIGKILL and not process.running()
     with pytest.raises(TimeoutError):
         run("import time; time.sleep(600)", server="libraries", timeout=0.5)
