@@ -142,16 +142,18 @@ def main() -> None:
     parser.add_argument("--precision", choices=["bf16", "float32"], help="default: bf16 on cuda, float32 elsewhere")
     parser.add_argument("--batch", type=int, default=16, help="samples of a step; default: %(default)s")
     parser.add_argument(
-        "--text-tokens", type=int, default=TEXT_TOKENS, help="of a prompt with its action; default: %(default)s"
+        "--text-tokens", type=int, default=TEXT_TOKENS, help="tokens of a prompt with its action; default: %(default)s"
     )
-    parser.add_argument("--rank", type=int, default=32, help="of adapters (lora, qlora); default: %(default)s")
+    parser.add_argument("--rank", type=int, default=32, help="rank of adapters (lora, qlora); default: %(default)s")
     parser.add_argument(
         "--gradient-checkpointing", action="store_true", help="compute activations again instead of keeping them"
     )
     parser.add_argument("--threads", type=int, default=1, help="torch threads on a CPU; default: %(default)s")
-    parser.add_argument("--steps", type=int, default=5, help="that are timed; default: %(default)s")
+    parser.add_argument("--steps", type=int, default=5, help="steps that are timed; default: %(default)s")
     parser.add_argument("--warmup", type=int, default=2, help="steps before these; default: %(default)s")
-    parser.add_argument("--peak-tflops", type=float, help="of the device (default: measured with a matrix product)")
+    parser.add_argument(
+        "--peak-tflops", type=float, help="TFLOP/s of the device (default: measured with a matrix product)"
+    )
     parser.add_argument("--output", type=Path, help="a JSON file for the figures")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # what the processes are started with
     arguments = parser.parse_args()

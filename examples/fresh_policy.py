@@ -80,13 +80,13 @@ def main() -> None:
     parser.add_argument(
         "--patch", type=int, default=32, help="pixels of a patch, across: 32 makes 49 patches; default: %(default)s"
     )
-    parser.add_argument("--width", type=int, default=192, help="of the towers; default: %(default)s")
+    parser.add_argument("--width", type=int, default=192, help="width of the towers; default: %(default)s")
     parser.add_argument(
         "--depth", type=int, default=3, help="blocks of the towers, of which the last is not run; default: %(default)s"
     )
     parser.add_argument("--hidden", type=int, default=256, help="width of the language model; default: %(default)s")
-    parser.add_argument("--layers", type=int, default=3, help="of the language model; default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights; default: %(default)s")
+    parser.add_argument("--layers", type=int, default=3, help="layers of the language model; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights; default: %(default)s")
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
 

@@ -419,7 +419,7 @@ def main() -> None:
         nargs="*",
         default=list(STUDIES),
         choices=STUDIES,
-        help="which to run; default: all; none after it: only the report",
+        help="studies to run; default: all; none after it: only the report",
     )
     parser.add_argument("--model", default=EMBEDDED_POLICY, help="default: the policy of the repository")
     parser.add_argument("--name", default="this policy", help="what the report calls the model; default: %(default)s")
@@ -430,7 +430,7 @@ def main() -> None:
     parser.add_argument(
         "--tasks", default="mt10", help="tasks and sets of them, joined by commas; default: %(default)s"
     )
-    parser.add_argument("--episodes", type=int, default=20, help="of each task; default: %(default)s")
+    parser.add_argument("--episodes", type=int, default=20, help="episodes of each task; default: %(default)s")
     parser.add_argument("--max-steps", type=int, help="after which an episode has failed; default: the simulator's")
     parser.add_argument("--hz", type=float, help="steps of the world in a second; default: the environment's")
     parser.add_argument(
@@ -438,10 +438,10 @@ def main() -> None:
         type=float,
         nargs="+",
         default=[0, 0.05, 0.1, 0.2, 0.4, 0.8],
-        help="seconds; default: %(default)s",
+        help="latencies in seconds; default: %(default)s",
     )
     parser.add_argument("--other", action="append", default=[], metavar="NAME=FOLDER", help="an evaluation to compare")
-    parser.add_argument("--camera", help="of the simulator; default: its own")
+    parser.add_argument("--camera", help="camera of the simulator; default: its own")
     parser.add_argument(
         "--unnorm-key", help="dataset in whose units actions are; default: the model's, if it has only one"
     )

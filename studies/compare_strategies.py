@@ -75,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", help="demonstrations, as `openvla finetune` takes them")
     parser.add_argument("out", type=Path, help="path of the table and the picture, without ending")
-    parser.add_argument("--steps", type=int, default=300, help="of each run; default: %(default)s")
+    parser.add_argument("--steps", type=int, default=300, help="steps of each run; default: %(default)s")
     parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), help="default: all")
     parser.add_argument(
         "--runs", type=Path, default=Path("outputs/strategies"), help="folder for the runs; default: %(default)s"

@@ -281,13 +281,16 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         help="what the U-Net predicts: noise (epsilon) or actions",
     )
     training.add_argument(
-        "--learning-rate", type=float, default=5e-4, help="largest; falls as a cosine after a short warmup"
+        "--learning-rate",
+        type=float,
+        default=5e-4,
+        help="largest learning rate; falls as a cosine after a short warmup",
     )
     training.add_argument("--held-out", type=float, default=0.05, help="part of the episodes, as in `openvla finetune`")
     training.add_argument("--tokenizer", default=str(ROOT), help="folder (default: that of the embedded policy)")
-    training.add_argument("--precision", choices=["bf16", "float32"], default="bf16", help="of the computation")
+    training.add_argument("--precision", choices=["bf16", "float32"], default="bf16", help="type of the computation")
     training.add_argument("--save-every", type=int, default=250, help="steps between checkpoints")
-    training.add_argument("--seed", type=int, default=0, help="of weights, order and noise")
+    training.add_argument("--seed", type=int, default=0, help="seed of weights, order and noise")
     training.add_argument("--threads", type=int, default=1, help="torch threads on a CPU")
     trial = commands.add_parser(
         "evaluate", help="measure it in the closed loop", formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -297,15 +300,15 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     trial.add_argument("--output", required=True, help="folder for episodes, report and videos")
     trial.add_argument("--env", default="metaworld", help="simulator")
     trial.add_argument("--tasks", default="mt10", help="tasks and sets of them, joined by commas")
-    trial.add_argument("--episodes", type=int, default=50, help="of each task")
+    trial.add_argument("--episodes", type=int, default=50, help="episodes of each task")
     trial.add_argument("--axis", default="", help="variations of the environment, joined by commas")
     trial.add_argument("--execute", type=int, default=1, help="actions of a chunk before the next is predicted")
     trial.add_argument("--denoising-steps", type=int, default=10, help="steps of DDIM in one prediction")
-    trial.add_argument("--camera", help="of the simulator; default: its own")
+    trial.add_argument("--camera", help="camera of the simulator; default: its own")
     trial.add_argument("--max-steps", type=int, help="after which an episode has failed; default: the simulator's")
     trial.add_argument("--workers", type=int, help="environments side by side; default: cores")
     trial.add_argument("--videos", type=int, default=1, help="episodes of each task to film")
-    trial.add_argument("--seed", type=int, default=0, help="of the noise that chunks begin as")
+    trial.add_argument("--seed", type=int, default=0, help="seed of the noise that chunks begin as")
     trial.add_argument("--threads", type=int, default=1, help="torch threads on a CPU")
     return parser.parse_args(words)
 

@@ -234,7 +234,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("model", help="a preset (openvla-7b, openvla-v01-7b), a folder or a Hub id")
     parser.add_argument(
-        "--strategy", nargs="+", default=list(STRATEGIES), choices=list(STRATEGIES), help="which to plan; default: all"
+        "--strategy",
+        nargs="+",
+        default=list(STRATEGIES),
+        choices=list(STRATEGIES),
+        help="strategies to plan; default: all",
     )
     parser.add_argument(
         "--batch-size", type=int, default=16, help="samples of one device in a step; default: %(default)s"
@@ -249,13 +253,13 @@ def main(argv: list[str] | None = None) -> None:
         "--gradient-checkpointing", action="store_true", help="compute activations again instead of keeping them"
     )
     parser.add_argument(
-        "--precision", default="bf16", choices=PRECISIONS, help="of the computation; default: %(default)s"
+        "--precision", default="bf16", choices=PRECISIONS, help="type of the computation; default: %(default)s"
     )
     parser.add_argument("--optimizer", default="adamw", choices=OPTIMIZERS, help="default: %(default)s")
     parser.add_argument(
-        "--text-tokens", type=int, default=TEXT_TOKENS, help="of a prompt with its action; default: %(default)s"
+        "--text-tokens", type=int, default=TEXT_TOKENS, help="tokens of a prompt with its action; default: %(default)s"
     )
-    parser.add_argument("--rank", type=int, default=32, help="of adapters (lora, qlora); default: %(default)s")
+    parser.add_argument("--rank", type=int, default=32, help="rank of adapters (lora, qlora); default: %(default)s")
     given = vars(parser.parse_args(argv))
     model, strategies, rank = given.pop("model"), given.pop("strategy"), given.pop("rank")
     ignore_library_warnings()
