@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from openvla import OpenVLAForActionPrediction, OpenVLAProcessor
 from openvla.action_heads_openvla import HEADS, make_head
 from openvla.cli import app
 from openvla.configuration_openvla import OpenVLAConfig
 
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "extending.md"
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "extending.md"
 MODULES = ("my_reader", "my_simulator", "my_head")
 END = 2
 
@@ -93,3 +95,46 @@ def test_a_head_that_was_not_registered(monkeypatch):
     monkeypatch.delitem(HEADS, "gripper_first", raising=False)
     with pytest.raises(ValueError, match=r"action_head='gripper_first' is unknown.*HEADS"):
         make_head(OpenVLAConfig(action_head="gripper_first"))
+
+
+WIDE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+LANGUAGE_MODELS = {
+    "qwen2": {**WIDE, "num_key_value_heads": 2},
+    "gemma2": {**WIDE, "num_key_value_heads": 2, "head_dim": 8},
+    "gpt_neox": WIDE,
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512},
+    "opt": {**WIDE, "ffn_dim": 48, "word_embed_proj_dim": 32},
+}
+
+
+@pytest.mark.parametrize("model_type", LANGUAGE_MODELS)
+def test_language_models_of_other_families_act(model_type):
+    processor = OpenVLAProcessor.from_pretrained(ROOT)
+    images = processor.image_processor
+    tower = {"embed_dim": 24, "depth": 2, "num_heads": 3}
+    fields = {
+        "vocab_size": processor.tokenizer.vocab_size + 64,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    config = OpenVLAConfig(
+        vision_backbone_id="mine",
+        llm_backbone_id="mine",
+        timm_model_ids=["vit_tiny_patch16_224"] * 2,
+        image_sizes=[224] * 2,
+        timm_model_kwargs=[tower] * 2,
+        use_fused_vision_backbone=True,
+        image_resize_strategy=images.image_resize_strategy,
+        text_config={"model_type": model_type, **fields, **LANGUAGE_MODELS[model_type]},
+        norm_stats=json.loads((ROOT / "dataset_statistics.json").read_text()),
+    )
+    model = OpenVLAForActionPrediction(config).eval()
+    model.processor = processor
+    dark, light = np.zeros((8, 8, 3), np.uint8), np.full((8, 8, 3), 255, np.uint8)
+    both = model.predict_action([dark, light], ["open the drawer", "push the small puck"], return_dict=True)
+    one = model.predict_action(dark, "open the drawer", return_dict=True)
+    assert both.actions.shape == (2, 7) and both.token_ids[0].tolist() == one.token_ids.tolist()
+    inputs = processor("In: a\nOut:", dark)
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert all(p.grad is not None for p in model.language_model.parameters() if p.requires_grad)
