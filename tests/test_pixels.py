@@ -144,7 +144,6 @@ def stored(folder: Path) -> dict:
 WITHOUT_THE_PACKAGE = """
 import json, sys
 import numpy as np
-import processes
 from transformers import AutoModel, AutoProcessor
 image = np.load("image.npy")
 processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
