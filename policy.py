@@ -54,14 +54,24 @@ class OpenVLAPolicy(Policy):
 
     Args:
         unnorm_key: Dataset in whose units actions are. May be left out where the model knows only one.
+        crop: Of version 0.1.0: show the model images resized with lanczos3, and the middle of them or not, instead of
+            what is stored with it. Today: `pixels` of `load`.
         camera: Which image of the observation it sees. Default: as `camera_names` of the model say.
 
     Raises:
         KeyError: If `unnorm_key` is unknown.
     """
 
-    def __init__(self, model: "OpenVLAForActionPrediction", unnorm_key: str | None = None, camera: str | None = None):
+    def __init__(
+        self,
+        model: "OpenVLAForActionPrediction",
+        unnorm_key: str | None = None,
+        camera: str | None = None,
+        crop: bool | None = None,
+    ):
         self.model, self.camera = model, camera
+        if crop is not None:
+            model.processor = model.processor.with_pixels("lanczos3", 0.9 if crop else None)
         self.unnorm_key = resolve_unnorm_key(model.norm_stats, unnorm_key)
 
     @classmethod
@@ -96,10 +106,10 @@ class OpenVLAPolicy(Policy):
         """
         images = [self._images(observation) for observation in observations]
         instructions = [observation.instruction for observation in observations]
-        state = None
-        if self.model.config.proprio_dim is not None:
-            state = np.stack([observation.state for observation in observations])
-        return np.asarray(self.model.predict_action(images, instructions, self.unnorm_key, state=state))
+        more: dict[str, Any] = {}
+        if getattr(getattr(self.model, "config", None), "proprio_dim", None) is not None:
+            more["state"] = np.stack([observation.state for observation in observations])
+        return np.asarray(self.model.predict_action(images, instructions, unnorm_key=self.unnorm_key, **more))
 
     def _images(self, observation: Observation) -> Mapping[str, np.ndarray]:
         """What the model takes its cameras from; only that of `camera` where one was given."""

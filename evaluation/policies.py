@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..observation import Observation
-from ..policy import Policy
+from ..policy import OpenVLAPolicy, Policy
 
 
 class RandomPolicy(Policy):
@@ -26,3 +26,6 @@ class ConstantPolicy(Policy):
 
     def act(self, observations: Sequence[Observation]) -> np.ndarray:
         return np.tile(self.action, (len(observations), 1))
+
+
+__all__ = ["ConstantPolicy", "OpenVLAPolicy", "RandomPolicy"]  # scripts of version 0.1.0 find OpenVLAPolicy here

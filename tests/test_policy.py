@@ -108,3 +108,19 @@ def test_a_gpu_that_is_not_there_is_refused(choice, monkeypatch):
     monkeypatch.setattr(f"torch.{'backends.' if choice == 'mps' else ''}{choice}.is_available", lambda: False)
     with pytest.raises(ValueError, match=f"device='{choice}': torch finds no GPU"):
         torch_device(choice)
+
+
+def test_names_of_version_0_1_0():
+    """What scripts written against it import and call."""
+    from openvla.evaluation.options import RecordOptions
+    from openvla.evaluation.policies import OpenVLAPolicy as Policy
+    from openvla.training.options import FinetuneOptions
+
+    assert {RecordOptions.__module__, FinetuneOptions.__module__} == {
+        "openvla.options.evaluation",
+        "openvla.options.training",
+    }
+    model = OpenVLAForActionPrediction.from_pretrained(ROOT)
+    Policy(model, crop=True)
+    images = model.processor.image_processor
+    assert (images.resize_filter, images.center_crop) == ("lanczos3", 0.9)

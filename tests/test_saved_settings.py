@@ -29,7 +29,11 @@ def test_what_a_continued_run_may_change_is_said_by_its_fields():
     product = {"batch_size", "gradient_accumulation"}  # global_batch is compared
     names = {item.name for item in fields(FinetuneOptions)}
     assert names - decisive(FinetuneOptions).keys() == free | product
-    assert {item.name for item in fields(RecordOptions)} - decisive(RecordOptions).keys() == {"output", "workers"}
+    assert {item.name for item in fields(RecordOptions)} - decisive(RecordOptions).keys() == {
+        "output",
+        "workers",
+        "device",
+    }
     neutral = {item.name for item in fields(EvaluateOptions)} - decisive(EvaluateOptions).keys()
     assert neutral == {"output", "workers", "videos", "device", "episodes", "latency"}
 
