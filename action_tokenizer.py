@@ -295,12 +295,16 @@ def _mask(stats: Mapping[str, Any], dims: int) -> np.ndarray:
     return np.ones(dims, dtype=bool) if mask is None else np.asarray(mask, dtype=bool)
 
 
-def unnormalize_actions(actions: np.ndarray, stats: Mapping[str, Any]) -> np.ndarray:
+def unnormalize_actions(
+    actions: np.ndarray, stats: Mapping[str, Any], mode: str = "bounds_q99", margin: float = 0.0
+) -> np.ndarray:
     """From [-1, 1] to the units of the dataset: `0.5 (a + 1) (q99 - q01) + q01` where the mask is True.
 
     Args:
         actions: (..., A) normalized actions.
         stats: `"action"` entry of a dataset's statistics.
+        mode: `"bounds_q99"`, or `"bounds"` for min and max in place of q01 and q99.
+        margin: Added to q99 - q01: 1e-8 in OpenVLA-OFT, 0 in OpenVLA.
 
     Returns:
         (..., A) float64.
@@ -312,14 +316,26 @@ def unnormalize_actions(actions: np.ndarray, stats: Mapping[str, Any]) -> np.nda
     if not np.isfinite(actions).all():
         raise ValueError("Normalized actions are not finite (NaN or infinity): there is no motion for them.")
     mask = _mask(stats, actions.shape[-1])
-    low, high = np.asarray(stats["q01"], dtype=np.float64), np.asarray(stats["q99"], dtype=np.float64)
-    return np.where(mask, 0.5 * (actions + 1) * (high - low) + low, actions)
+    low, high = (np.asarray(stats[name], dtype=np.float64) for name in _scale("unnormalize", stats, mode))
+    return np.where(mask, 0.5 * (actions + 1) * (high - low + margin) + low, actions)
 
 
 NORMALIZATIONS = {"normal": ("mean", "std"), "bounds": ("min", "max"), "bounds_q99": ("q01", "q99")}
 
 
-def normalize_actions(actions: np.ndarray, stats: Mapping[str, Any], mode: str = "bounds_q99") -> np.ndarray:
+def _scale(verb: str, stats: Mapping[str, Any], mode: str) -> tuple[str, str]:
+    """The two statistics of a mode; a `ValueError` if they are not there."""
+    if mode not in NORMALIZATIONS or (verb == "unnormalize" and mode == "normal"):
+        raise ValueError(f"mode='{mode}' is unknown. Known: {', '.join(NORMALIZATIONS)}.")
+    missing = [name for name in NORMALIZATIONS[mode] if stats.get(name) is None]
+    if missing:
+        raise ValueError(f"The statistics have no {' and no '.join(missing)}, which normalization='{mode}' needs.")
+    return NORMALIZATIONS[mode]
+
+
+def normalize_actions(
+    actions: np.ndarray, stats: Mapping[str, Any], mode: str = "bounds_q99", constant: str = "zero"
+) -> np.ndarray:
     """From the units of the dataset to those of training.
 
     `"bounds_q99"`, which all published models were trained with: `2 (a - q01) / (q99 - q01 + 1e-8) - 1`, clipped to
@@ -329,19 +345,19 @@ def normalize_actions(actions: np.ndarray, stats: Mapping[str, Any], mode: str =
     Args:
         actions: (..., A) actions (or states) in the units of the dataset.
         stats: `"action"` (or `"proprio"`) entry of a dataset's statistics.
+        constant: `"clip"`: dimensions that never change become -1 or 1, as the formula has it (the evaluation of
+            OpenVLA-OFT).
 
     Returns:
         (..., A) float64.
     """
-    if mode not in NORMALIZATIONS:
-        raise ValueError(f"mode='{mode}' is unknown. Known: {', '.join(NORMALIZATIONS)}.")
     actions = np.asarray(actions, dtype=np.float64)
     mask = _mask(stats, actions.shape[-1])
-    first, second = (np.asarray(stats[name], dtype=np.float64) for name in NORMALIZATIONS[mode])
+    first, second = (np.asarray(stats[name], dtype=np.float64) for name in _scale("normalize", stats, mode))
     if mode == "normal":
         return np.where(mask, (actions - first) / (second + 1e-8), actions)
     scaled = np.where(mask, np.clip(2 * (actions - first) / (second - first + 1e-8) - 1, -1, 1), actions)
-    if "min" in stats and "max" in stats:
+    if constant == "zero" and "min" in stats and "max" in stats:
         scaled = np.where(np.asarray(stats["min"]) == np.asarray(stats["max"]), 0.0, scaled)
     return scaled
 

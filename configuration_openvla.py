@@ -64,6 +64,8 @@ LLM_BACKBONES: dict[str, tuple[str, str]] = {
 }
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
+HEADS_WITH_WEIGHTS = ("l1_regression", "diffusion")
+UNITS = ("bounds_q99", "bounds")  # of normalized numbers
 IMAGE_RESIZE_STRATEGIES = ("resize-naive", "resize-crop", "letterbox")
 
 
@@ -130,9 +132,16 @@ class OpenVLAConfig(transformers.PreTrainedConfig):
         output_projector_states: Published field, kept as it is.
         norm_stats: `{dataset: {"action": {"q01", "q99", "mask", ...}}}`, the statistics that un-normalize actions.
         n_action_bins: Number of action tokens; they are the last ids of the tokenizer's own vocabulary.
-        action_head: How actions come out of the language model: "tokens".
+        action_head: How actions come out of the language model: "tokens" (one after the other), or of OpenVLA-OFT, in
+            one pass: "parallel_tokens", "l1_regression", "diffusion".
         action_chunk: Steps that one prediction is for.
+        action_dim: Numbers of one action; needed by heads with weights ("l1_regression", "diffusion").
         proprio_dim: Numbers of the robot's state that the model sees beside the images; None: it sees none.
+        constant_state: What a number of the state becomes that never changed in training: "zero", as in training, or
+            "clip", -1 or 1, as in the evaluation of OpenVLA-OFT.
+        use_film: The words of the prompt scale and shift the features of every block of the towers (FiLM).
+        normalization: `{dataset: "bounds_q99" | "bounds"}`: which statistics -1 and 1 stand for, q01 and q99 or min and
+            max. A dataset that is not there: "bounds_q99".
         camera_names: What the model sees, one image of each in this order; see `cameras_openvla`.
         timm_model_kwargs: One dict per tower, passed on to `timm.create_model` (sizes of small models).
         image_token_id: Placeholder that stands for one image patch inside the model. Default: the last row of the
@@ -161,7 +170,11 @@ class OpenVLAConfig(transformers.PreTrainedConfig):
     n_action_bins: int = 256
     action_head: str = "tokens"
     action_chunk: int = 1
+    action_dim: int | None = None
     proprio_dim: int | None = None
+    constant_state: str = "zero"
+    use_film: bool = False
+    normalization: dict = None  # type: ignore[assignment]
     camera_names: list = None  # type: ignore[assignment]
     timm_model_ids: list = None  # type: ignore[assignment]
     timm_override_act_layers: list = None  # type: ignore[assignment]
@@ -181,6 +194,8 @@ class OpenVLAConfig(transformers.PreTrainedConfig):
             raise ValueError(f"text_config={given!r}: expected the configuration of a language model.")
         if self.camera_names is None:
             self.camera_names = ["primary"]
+        if self.normalization is None:
+            self.normalization = {}
         self._complete_towers()
         self._complete_language_model()
         if self.pad_token_id is None:
@@ -257,6 +272,20 @@ class OpenVLAConfig(transformers.PreTrainedConfig):
                 )
         if self.proprio_dim is not None and not _is_count(self.proprio_dim):
             raise ValueError(f"proprio_dim={self.proprio_dim!r}: expected a positive integer, or null without a state.")
+        if self.action_dim is not None and not _is_count(self.action_dim):
+            raise ValueError(f"action_dim={self.action_dim!r}: expected a positive integer.")
+        if self.action_head in HEADS_WITH_WEIGHTS and self.action_dim is None:
+            raise ValueError(f"action_head='{self.action_head}' has weights for action_dim numbers: give action_dim.")
+        if not isinstance(self.use_film, bool) or (self.use_film and self.action_head == "tokens"):
+            raise ValueError(
+                f"use_film={self.use_film!r} with action_head='{self.action_head}': expected true or false, and FiLM is "
+                "for heads that predict in one pass (parallel_tokens, l1_regression, diffusion)."
+            )
+        check_choice("constant_state", self.constant_state, ("zero", "clip"))
+        if not isinstance(self.normalization, dict):
+            raise ValueError(f"normalization={self.normalization!r}: expected {{dataset: 'bounds_q99' or 'bounds'}}.")
+        for dataset, mode in self.normalization.items():
+            check_choice(f"normalization of '{dataset}'", mode, UNITS)
         names = self.camera_names
         if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) and name for name in names):
             raise ValueError(f"camera_names={names!r}: expected a list of names, such as ['primary', 'wrist'].")
