@@ -4,7 +4,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import MISSING, fields
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -38,6 +38,7 @@ def options_of(kind: type) -> Callable[[Callable[[Any], None]], Callable[..., No
 def _parameter(item: Any) -> inspect.Parameter:
     about = item.metadata
     kind = list[str] | None if about.get("pairs") else item.type
+    kind = str | None if str in get_args(kind) else kind  # lists and mappings as well: by commas
     default = None if item.default is MISSING else item.default
     flags = [about["flag"]] if about.get("flag") else []
     shown = about.get("shown") or default is not None

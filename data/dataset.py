@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..cameras_openvla import not_colour
+from ..options.datasets import Keys
 from .episode import DamagedDataError, Episode, make_episode
 
 
 OnError = Literal["raise", "skip"]
-Cameras = str | Sequence[str] | Mapping[str, str] | None  # keys in the file, or {name in the episode: key in the file}
-# One key, or several that are concatenated ("a,b" or ["a", "b"]); None or "none" within them is a column of zeros
-Keys = str | Sequence[str | None] | None
 
 
 class EpisodeDataset:

@@ -90,8 +90,7 @@ def open_source(
         on_error: What a damaged episode does: "raise", or "skip" with a warning.
         cache: Keep statistics for the next start, and use those kept.
         reader: Options of the reader by their names, as a reader of your own needs them.
-        reader_options: `action_key`, `state_key`, `language_key`, `cameras`, `rotate_images` (HDF5), `tolerance_s`
-            (LeRobot): options of the readers of this package, by themselves.
+        reader_options: Options of the readers of this package (`options/datasets.py`), by themselves.
 
     Raises:
         FileNotFoundError: If there is no dataset.

@@ -1,5 +1,6 @@
 """Options of everything that opens demonstrations: `openvla stats`, `openvla finetune`, the entries of a mixture."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -7,21 +8,27 @@ from typing import Any, Literal
 from .fields import Options, option, pairs, required
 
 
+# Keys in the file ("a,b" or ["a", "b"]), or {name in the episode: key in the file}; [] reads none.
+Cameras = str | Sequence[str] | Mapping[str, str] | None
+# One key, or several that are concatenated ("a,b" or ["a", "b"]); None or "none" within them is a column of zeros, []
+# reads nothing.
+Keys = str | Sequence[str | None] | None
+
+
 @dataclass(kw_only=True)
 class ReaderOptions(Options):
-    """Options that the readers of all formats have."""
+    """Options that the readers of all formats have. Here and in its subclasses they are declared, for the constructors
+    in `data/formats/` and for the command line."""
 
-    cameras: str | None = option(
+    cameras: Cameras = option(
         None, "Cameras to read, by their keys in the data, joined by commas. Default: all in colour."
     )
-    action_key: str | None = option(
+    action_key: Keys = option(
         None,
         "What the action is, where it is not called action: a key, or several joined by commas that are put side by "
         "side; none among them is a column of zeros.",
     )
-    state_key: str | None = option(
-        None, "What the state of the robot is: keys as for the action; none alone: no state."
-    )
+    state_key: Keys = option(None, "What the state of the robot is: keys as for the action; none alone: no state.")
     language_key: str | None = option(
         None,
         "Where the instruction stands: a column, a path such as episode_metadata/language_instruction, or an attribute "

@@ -19,6 +19,7 @@ from openvla.data.sources import open_source, open_sources
 from openvla.evaluation import make_environment
 from openvla.evaluation.evaluate import evaluate
 from openvla.options.datasets import DatasetOptions
+from openvla.options.fields import default_of
 from openvla.options.training import FinetuneOptions
 from openvla.plugins import load_class, read_options
 from openvla.training.preparation import prepare
@@ -115,12 +116,14 @@ def test_options_of_readers_by_either_name(here):
 def test_every_reader_takes_what_its_format_says_and_every_verb_offers_it():
     offered = {item.name for item in fields(DatasetOptions)}
     for name, known in FORMATS.items():
-        said = {item.name for item in fields(known.options)}
-        taken = set(list(inspect.signature(reader_class(name)).parameters)[2:]) - {*GIVEN_OTHERWISE, "standardize"}
-        assert said == taken, name
-        assert said <= offered and ("standardize" in inspect.signature(reader_class(name)).parameters) == (
-            known.standardizes
-        )
+        said = {item.name: default_of(item) for item in fields(known.options)}
+        reader = reader_class(name)
+        with pytest.raises(FileNotFoundError):  # the options are read first, and all are known
+            reader("nowhere", **said)
+        with pytest.raises(TypeError, match="unexpected keyword argument 'camera'"):
+            reader("nowhere", camera="front")
+        taken = set(list(inspect.signature(reader).parameters)[2:]) - {*GIVEN_OTHERWISE, "options"}
+        assert said.keys() <= offered and taken == ({"standardize"} if known.standardizes else set())
 
 
 def test_a_format_is_known_by_its_entry_alone(here, monkeypatch):

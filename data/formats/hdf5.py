@@ -11,7 +11,8 @@ import h5py
 import numpy as np
 
 from ...cameras_openvla import not_colour, order_cameras
-from ..dataset import Cameras, EpisodeDataset, Keys, OnError, action_keys, key_list, name_cameras, warn_of_camera
+from ...options.datasets import HDF5Options, Keys
+from ..dataset import EpisodeDataset, OnError, action_keys, key_list, name_cameras, warn_of_camera
 from ..episode import COPY_AGAIN, CameraImages, DamagedDataError, Episode, as_text, check_data_file, make_episode
 from .handles import kept_open
 
@@ -51,10 +52,10 @@ class HDF5Dataset(EpisodeDataset):
     and "all" takes everything. The instruction is that of the `problem_info` attribute (LIBERO), else of `ep_meta`
     (RoboCasa) or an attribute or data set "language_instruction" of the demonstration or of `data`, else the name of a
     file `<words>_demo`. `rotate_images` turns images by 180 degrees; None does so for files that say they are upside
-    down, see `upside_down`. `cameras`, `action_key` and `state_key` are paths within a demonstration ("agentview_rgb"
-    finds "obs/agentview_rgb"); None in a list of keys stands for a column of zeros. `language_key` names an attribute
-    or data set of the demonstration or of `data`: one text, or one for each step. Cameras are (T, H, W, 3) uint8; what
-    is called depth, a mask or infrared is one only where it is named, with a warning.
+    down, see `upside_down`. Keys are paths within a demonstration ("agentview_rgb" finds "obs/agentview_rgb");
+    `language_key` names an attribute or data set of the demonstration or of `data`: one text, or one for each step.
+    Cameras are (T, H, W, 3) uint8; what is called depth, a mask or infrared is one only where it is named, with a
+    warning. Options: `HDF5Options`.
     """
 
     def __init__(
@@ -62,18 +63,13 @@ class HDF5Dataset(EpisodeDataset):
         path: str | os.PathLike,
         split: str = "train",
         *,
-        cameras: Cameras = None,
-        action_key: Keys = None,
-        state_key: Keys = None,
-        language_key: str | None = None,
-        rotate_images: bool | None = None,
         name: str | None = None,
         on_error: OnError = "raise",
+        **options: Any,
     ):
         super().__init__(name or Path(path).stem, on_error)
-        self.cameras, self.action_key, self.state_key, self.language_key = cameras, action_key, state_key, language_key
-        self.rotate_images = rotate_images
-        for key in name_cameras(cameras or ()).values():
+        self.options = HDF5Options(**options)
+        for key in name_cameras(self.options.cameras or ()).values():
             warn_of_camera(self.name, key)
         self.demos: list[tuple[Path, str]] = []
         masks: set[str] = set()
@@ -104,19 +100,18 @@ class HDF5Dataset(EpisodeDataset):
         origin = f"{file}, {demo}"
         try:
             group = open_file(file)["data"][demo]
-            actions = _columns(group, action_keys(self.action_key, "actions"), origin)
-            if not self.cameras:  # none: for statistics, which find what training would stop for
+            actions = _columns(group, action_keys(self.options.action_key, "actions"), origin)
+            if not self.options.cameras:  # none: for statistics, which find what training would stop for
                 self._check_cameras(group, 0 if actions is None else len(actions), origin)
-            cameras = name_cameras(self.cameras if self.cameras is not None else _cameras(group))
-            state_key = self.state_key
+            cameras = name_cameras(_cameras(group) if self.options.cameras is None else self.options.cameras)
+            state_key = self.options.state_key
             if state_key is None:
                 state_key = next((names for names in STATE_NAMES if all(n in group for n in names)), [])
-            turned = self.rotate_images if self.rotate_images is not None else bool(cameras) and upside_down(file)
+            turn = self.options.rotate_images
+            turn = bool(cameras) and upside_down(file) if turn is None else turn
             return make_episode(
                 actions=actions,
-                images={
-                    name: HDF5Images(file, _find(group, key, origin).name, turned) for name, key in cameras.items()
-                },
+                images={name: HDF5Images(file, _find(group, key, origin).name, turn) for name, key in cameras.items()},
                 state=_columns(group, state_key, origin),
                 instructions=self._instructions(file, group, origin),
                 dataset_name=self.name,
@@ -178,18 +173,18 @@ class HDF5Dataset(EpisodeDataset):
         if self._action_dim is None:
             file, demo = self.demos[0]
             try:
-                actions = _columns(open_file(file)["data"][demo], action_keys(self.action_key, "actions"), "")
+                actions = _columns(open_file(file)["data"][demo], action_keys(self.options.action_key, "actions"), "")
                 self._action_dim = 0 if actions is None else actions.shape[1]
             except DAMAGED:
                 self._action_dim = 0  # the first is damaged and says so itself: nothing to compare with
         return self._action_dim or None
 
     def _instructions(self, file: Path, group: h5py.Group, origin: str) -> str | list[str]:
-        if self.language_key:
-            found = _words(group, self.language_key, origin)
+        if key := self.options.language_key:
+            found = _words(group, key, origin)
             if found is None:
                 there = sorted({*group, *group.attrs, *group.parent.attrs})
-                raise DamagedDataError(f"{origin}: no attribute or data set {self.language_key!r}; there are {there}")
+                raise DamagedDataError(f"{origin}: no attribute or data set {key!r}; there are {there}")
             return found
         text = ""
         for attribute, key in (("problem_info", "language_instruction"), ("ep_meta", "lang")):

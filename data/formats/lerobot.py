@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 
 from ...cameras_openvla import order_cameras
-from ..dataset import Cameras, EpisodeDataset, Keys, OnError, action_keys, key_list, name_cameras, warn_of_camera
+from ...options.datasets import LeRobotOptions
+from ..dataset import EpisodeDataset, OnError, action_keys, key_list, name_cameras, warn_of_camera
 from ..dimensions import dimension_names
 from ..episode import CameraImages, DamagedDataError, EncodedImages, Episode, as_text, check_data_file, make_episode
 from .lerobot_meta import (
@@ -36,12 +37,12 @@ class LeRobotDataset(EpisodeDataset):
 
     `split` is one of `meta/info.json` ("train"), or "all". The instruction comes from the tasks table; `language_key`
     names a column instead: of texts, of numbers in the tasks table, or of the episodes table. Keys are columns ("image"
-    finds "observation.images.image"); a list of keys is concatenated; None within it stands for a column of zeros.
+    finds "observation.images.image").
 
     Rows are those of increasing frame_index. With videos, a row shows the frame of its time stamp, and both must lie
     within `tolerance_s` (seconds) of frame_index / fps, as in LeRobot: anything else is a DamagedDataError that names
-    episode and row. Depth maps are never taken for cameras; gray ones, masks and infrared
-    only where they are named, with a warning.
+    episode and row. Depth maps are never taken for cameras; gray ones, masks and infrared only where they are named,
+    with a warning. Options: `LeRobotOptions`.
     """
 
     def __init__(
@@ -49,14 +50,11 @@ class LeRobotDataset(EpisodeDataset):
         path: str | os.PathLike,
         split: str = "train",
         *,
-        cameras: Cameras = None,
-        action_key: Keys = None,
-        state_key: Keys = None,
-        language_key: str | None = None,
-        tolerance_s: float = TOLERANCE,
         name: str | None = None,
         on_error: OnError = "raise",
+        **options: Any,
     ):
+        given = LeRobotOptions(**options)
         self.folder = Path(path)
         info_file = self.folder / "meta" / "info.json"
         if not info_file.exists():
@@ -81,26 +79,26 @@ class LeRobotDataset(EpisodeDataset):
         of_images = [key for key, feature in self.features.items() if is_colour(key, feature)]
         self.cameras = {
             name: self._camera(key)
-            for name, key in name_cameras(order_cameras(of_images) if cameras is None else cameras).items()
+            for name, key in name_cameras(order_cameras(of_images) if given.cameras is None else given.cameras).items()
         }
         # Cameras that are not asked for count as well: statistics, which look at no image, find a wrong clock.
         seen = {*of_images, *self.cameras.values()}
         self._of_video = any(self.features[key]["dtype"] == "video" for key in seen)
-        self.tolerance_s = tolerance_s
+        self.tolerance_s = TOLERANCE if given.tolerance_s is None else given.tolerance_s
         self._shared: dict[str, dict[int, int]] = {}  # of each camera, see `shared_parts`
-        if self._of_video and not 0 < tolerance_s < 0.5 / self.info["fps"]:
+        if self._of_video and not 0 < self.tolerance_s < 0.5 / self.info["fps"]:
             raise ValueError(
-                f"tolerance_s={tolerance_s}: expected seconds above 0 and below half a frame, which is "
+                f"tolerance_s={self.tolerance_s}: expected seconds above 0 and below half a frame, which is "
                 f"{0.5 / self.info['fps']:.3g} s at the {self.info['fps']} frames a second of {info_file}"
             )
         default_action = next((key for key in ACTION_NAMES if key in self.features), ACTION_NAMES[0])
         default_state = next((key for key in STATE_NAMES if key in self.features), None)
-        self.action_keys = [key and self._key(key) for key in action_keys(action_key, default_action)]
-        state_keys = key_list(state_key if state_key is not None else default_state)
+        self.action_keys = [key and self._key(key) for key in action_keys(given.action_key, default_action)]
+        state_keys = key_list(default_state if given.state_key is None else given.state_key)
         self.state_keys = [key and self._key(key) for key in state_keys] if any(state_keys) else []
-        self.language_key = language_key
-        if language_key and language_key not in self._episodes.column_names:
-            self.language_key = self._key(language_key, undeclared=True)
+        self.language_key = given.language_key
+        if self.language_key and self.language_key not in self._episodes.column_names:
+            self.language_key = self._key(self.language_key, undeclared=True)
         self.hz = float(self.info["fps"])
         self.action_names = dimension_names(self.features, self.action_keys)
         self.state_names = dimension_names(self.features, self.state_keys)

@@ -19,9 +19,8 @@ def open_dataset(
 
     `path`: a TFDS folder (RLDS), a LeRobot folder, an HDF5 file or a folder of them, or any object with `__len__` and
     `__getitem__` (see `PythonDataset`). `format`: a name of `FORMATS`, or a reader of your own as MODULE:CLASS, which
-    is called with the path, and with `split` where it has such a parameter. `options` of all formats: `cameras`,
-    `action_key`, `state_key`, `language_key`, `name`, `on_error="raise" | "skip"`; of RLDS: `standardize`; of HDF5:
-    `rotate_images`; of LeRobot: `tolerance_s`; of your own: what its constructor takes.
+    is called with the path, and with `split` where it has such a parameter. `options`: `name`, `on_error="raise" |
+    "skip"`, of RLDS `standardize`, and those of the reader (`options/datasets.py`, or what your constructor takes).
     Raises FileNotFoundError where nothing is, ValueError for a format, split or option that is not known.
     """
     if not isinstance(path, str | os.PathLike):

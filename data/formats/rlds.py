@@ -19,7 +19,8 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from ...cameras_openvla import not_colour, order_cameras
 from ...files_openvla import read_json
-from ..dataset import Cameras, EpisodeDataset, Keys, OnError, action_keys, key_list, name_cameras, warn_of_camera
+from ...options.datasets import Keys, ReaderOptions
+from ..dataset import EpisodeDataset, OnError, action_keys, key_list, name_cameras, warn_of_camera
 from ..episode import DamagedDataError, Episode, MissingKeyError, as_text, make_episode
 from ..images import is_colour_image
 from .tfrecord import read_record, record_checksums, scan
@@ -48,11 +49,10 @@ class RLDSDataset(EpisodeDataset):
 
     `split` may be anything tensorflow_datasets reads: "train", "train[:95%]", "train+val", "all". `standardize` maps
     the raw trajectory (see `trajectory`) to one with `action` and `language_instruction`, as `STANDARDIZE` of
-    `data.oxe.standardize` does; keys and cameras are then looked for in its result. `cameras`, `action_key`,
-    `state_key`, `language_key`: paths such as "observation/image" ("image" finds it too). A list of keys is
-    concatenated; None within it stands for a column of zeros; `state_key=[]` leaves the state out. Words are looked for
-    in the steps, then in what belongs to the episode itself ("episode_metadata/language_instruction"). Cameras are
-    colour images; depth, masks and infrared are none by themselves, nor is a gray camera: only where they are named.
+    `data.oxe.standardize` does; keys and cameras are then looked for in its result. Keys are paths such as
+    "observation/image" ("image" finds it too). Words are looked for in the steps, then in what belongs to the episode
+    itself ("episode_metadata/language_instruction"). Cameras are colour images; depth, masks and infrared are none by
+    themselves, nor is a gray camera: only where they are named. Options: `ReaderOptions`.
     """
 
     def __init__(
@@ -61,13 +61,11 @@ class RLDSDataset(EpisodeDataset):
         split: str = "train",
         *,
         standardize: Callable[[Trajectory], Trajectory] | None = None,
-        cameras: Cameras = None,
-        action_key: Keys = None,
-        state_key: Keys = None,
-        language_key: str | None = None,
         name: str | None = None,
         on_error: OnError = "raise",
+        **options: Any,
     ):
+        self.options = ReaderOptions(**options)
         folder = find_version(Path(path))
         if folder is None:
             raise FileNotFoundError(
@@ -97,8 +95,7 @@ class RLDSDataset(EpisodeDataset):
         self.records_in_file = {Path(p.filename): p.examples_in_shard for p in parts}
         self.ends = np.cumsum([count for _, _, count in self.parts]).tolist()
         self.standardize = standardize
-        self.cameras, self.action_key, self.state_key, self.language_key = cameras, action_key, state_key, language_key
-        for key in name_cameras(cameras or ()).values():
+        for key in name_cameras(self.options.cameras or ()).values():
             warn_of_camera(self.name, key)
         self._decoders: dict[str, dict] = {"steps": {}}
         self._is_colour: dict[str, bool] = {}
@@ -203,17 +200,17 @@ class RLDSDataset(EpisodeDataset):
                 error.add_note(f"while standardizing {origin}")
                 raise
         flat = dict(_flatten({k: v for k, v in trajectory.items() if k != METADATA}))
-        if self.cameras is None:
+        if self.options.cameras is None:
             colours = [key for key, value in flat.items() if self._is_colour.get(key, _is_image(value))]
             keys = [key for key in colours if not not_colour(key)]
             cameras = name_cameras(order_cameras(keys))
         else:
-            cameras = name_cameras(self.cameras)
-        state_key = self.state_key
+            cameras = name_cameras(self.options.cameras)
+        state_key = self.options.state_key
         if state_key is None:
             state_key = next((n for n in STATE_NAMES if n in flat and flat[n].ndim == 2), [])
         return make_episode(
-            actions=_columns(flat, action_keys(self.action_key, "action"), origin),
+            actions=_columns(flat, action_keys(self.options.action_key, "action"), origin),
             images={name: flat[_find(flat, key, origin)] for name, key in cameras.items()},
             state=_columns(flat, state_key, origin),
             instructions=self._instructions(flat, dict(_flatten(trajectory.get(METADATA, {}))), origin),
@@ -224,7 +221,7 @@ class RLDSDataset(EpisodeDataset):
 
     def _instructions(self, flat: dict[str, np.ndarray], of_episode: dict[str, np.ndarray], origin: str) -> Any:
         """One text, or one for each step; "" where there is none."""
-        key = self.language_key
+        key = self.options.language_key
         if key is None:
             for values, end in ((flat, slice(None)), (of_episode, slice(1))):
                 texts = [name for name, value in values.items() if value.dtype.kind in "OSU" and _is_text(value)]
