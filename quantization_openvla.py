@@ -68,8 +68,8 @@ def keep_split_blocks_from_packing(model: nn.Module) -> None:
     layer: Any
     for layer in model.modules():
         if getattr(layer, "support_avx512bf16_for_cpu", False):
-            whole = layer.in_features % layer.weight.blocksize == 0 and layer.out_features % 32 == 0
-            layer.support_avx512bf16_for_cpu = whole
+            divides = layer.in_features % layer.weight.blocksize == 0 and layer.out_features % 32 == 0
+            layer.support_avx512bf16_for_cpu = divides
 
 
 __all__ = ["NOT_QUANTIZED"]

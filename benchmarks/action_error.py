@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument(
         "--unnorm-key", help="dataset in whose units actions are; default: the model's, if it has only one"
     )
-    parser.add_argument("--split", default="train", help="default: %(default)s")
+    parser.add_argument("--split", default="train", help="split to read; default: %(default)s")
     parser.add_argument(
         "--held-out-only", action="store_true", help="only the episodes that training keeps back for evaluation"
     )

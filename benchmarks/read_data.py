@@ -33,8 +33,8 @@ def resident_mib() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", help="demonstrations: a folder or file (RLDS, LeRobot, HDF5)")
-    parser.add_argument("--split", default="train", help="default: %(default)s")
-    parser.add_argument("--passes", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--split", default="train", help="split to read; default: %(default)s")
+    parser.add_argument("--passes", type=int, default=3, help="passes over the data; default: %(default)s")
     parser.add_argument("--copies", type=int, default=1, help="how often a pass reads the data; default: %(default)s")
     parser.add_argument("--buffer", type=int, default=1000, help="frames in the shuffle buffer; default: %(default)s")
     parser.add_argument(

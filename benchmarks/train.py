@@ -32,8 +32,8 @@ from openvla.action_heads_openvla import make_head
 from openvla.device import synchronize
 from openvla.presets import load_preset_config
 from openvla.training import STRATEGIES, apply_strategy, qlora_quantization, trainable_parameters
-from openvla.training.plan import TEXT_TOKENS, estimate
-from openvla.training.step_cost import training_inputs
+from openvla.training.plan import estimate
+from openvla.training.step_cost import TEXT_TOKENS, training_inputs
 from openvla.training.strategies import checkpoint_activations
 
 

@@ -70,7 +70,7 @@ def apply_filters(
 def removal_report(removed: Mapping[str, Mapping[str, int]]) -> str:
     """One line for each filter."""
     return "\n".join(
-        f"{name}: removed {counts.get('steps', 0)} steps, of these {counts.get('episodes', 0)} whole episodes"
+        f"{name}: removed {counts.get('steps', 0)} steps, of these {counts.get('episodes', 0)} complete episodes"
         for name, counts in removed.items()
     )
 

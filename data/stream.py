@@ -80,13 +80,13 @@ class EpisodeStream(IterableDataset):
         return indices
 
     def __iter__(self) -> Iterator[Any]:
-        whole = False
+        all_of_it = False
         while True:
             if self._counted_from != int(self._epoch):
                 self._counted_from, self._passes = int(self._epoch), 0
             epoch = self._counted_from + self._passes
             self._passes += 1
-            part, parts = self._part() if not whole else (0, 1)
+            part, parts = self._part() if not all_of_it else (0, 1)
             indices, came = self._indices(epoch, part, parts), 0
             items: Iterable[Any] = self.dataset.read(indices)
             if self.expand:
@@ -98,9 +98,9 @@ class EpisodeStream(IterableDataset):
                 yield item
             if not (self.repeat and indices):
                 return
-            if whole and not came:
+            if all_of_it and not came:
                 raise ValueError(f"{self.dataset.name}: nothing is left of its {len(self.dataset)} episodes.")
-            whole = not came  # filters can take all of one part, while others have plenty
+            all_of_it = not came  # filters can take all of one part, while others have plenty
 
 
 def shuffled(items: Iterable[Any], buffer_size: int, rng: np.random.Generator) -> Iterator[Any]:

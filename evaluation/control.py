@@ -1,6 +1,6 @@
 """Who waits for whom: the two control modes of the paper (section 5.4), for one environment.
 
-Blocking: the world stands still while the model thinks. Real time: the world goes on at its rate; an action takes
+Blocking: the world stands still while the model thinks. Real time: the world continues at its rate; an action takes
 effect when it is there, and until then the last one is held. Slow inference then shows as late actions, which is how
 8-bit quantization lost in the paper.
 """

@@ -174,7 +174,7 @@ def choose_variations(environment: Environment, tasks: Sequence[str], names: Seq
     chosen: dict[str, None] = {}
     for name in names:
         if name == "all" and not axes:
-            raise ValueError(f"variation='all': {', '.join(tasks)} have no variations.")
+            raise ValueError(f"axis='all': {', '.join(tasks)} have no variations.")
         chosen |= axes if name == "all" else {"" if name == "none" else name: None}
     return tuple(chosen)
 
@@ -188,7 +188,7 @@ def tasks_with(environment: Environment, tasks: Sequence[str], variation: str) -
     kinds = {task: environment.variations(task) if variation else () for task in tasks}
     having = {task: {"", *of_task, *(kind.partition(":")[0] for kind in of_task)} for task, of_task in kinds.items()}
     if variation:
-        check_choice("variation", variation, sorted(set().union(*having.values()) - {""}))
+        check_choice("axis", variation, sorted(set().union(*having.values()) - {""}))
     return tuple(task for task in tasks if variation in having[task])
 
 

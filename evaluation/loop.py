@@ -115,8 +115,8 @@ def run_episodes(
             tqdm.write(f"{record.task}, episode {record.episode} broke: {error}", file=sys.stderr)
         slot.job = slot.observation = slot.video = None
         bar.update()
-        whole = [known.success for known in records.values() if known.error is None]
-        bar.set_postfix(success=f"{np.mean(whole):.0%}" if whole else "")
+        finished = [known.success for known in records.values() if known.error is None]
+        bar.set_postfix(success=f"{np.mean(finished):.0%}" if finished else "")
 
     def answers(asked: Sequence[Slot]) -> Iterator[tuple[Slot, Any]]:
         for slot in asked:
@@ -201,11 +201,11 @@ def checked(actions: np.ndarray, count: int, dims: int) -> np.ndarray:
 
 
 def rewrite(file: Path, records: Sequence[EpisodeResult]) -> None:
-    """The whole records of a file, without a line that a killed run left half written."""
+    """The complete records of a file, without a line that a killed run left half written."""
     if file.exists():
-        whole = file.with_suffix(".part")
-        whole.unlink(missing_ok=True)
+        part = file.with_suffix(".part")
+        part.unlink(missing_ok=True)
         for record in records:
-            append_result(whole, record)
-        whole.touch()
-        whole.replace(file)
+            append_result(part, record)
+        part.touch()
+        part.replace(file)

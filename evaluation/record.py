@@ -31,7 +31,7 @@ from .workers import EnvironmentProcess
 
 ACTION_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
 PLAN = "options.json"  # of an unfinished recording: what is recorded
-WHOLE = "whole"  # in it: the data set that is being written
+COMPLETE = "whole"  # in it: the data set that is being written; a recording of version 0.1.0 continues
 ATTEMPTS = 20
 SLOWEST_EPISODE = 3600.0  # seconds, all attempts together
 
@@ -86,14 +86,14 @@ def _record(options: RecordOptions, output: Path, progress: bool) -> dict[str, A
     with tqdm(total=len(jobs), initial=len(jobs) - len(missing), unit="episode", disable=not progress) as bar:
         _run(partial(Recorder, options), missing, options.workers, bar.update)
 
-    whole = part / WHOLE
-    shutil.rmtree(whole, ignore_errors=True)  # of a run that was stopped while it wrote
+    complete = part / COMPLETE
+    shutil.rmtree(complete, ignore_errors=True)  # of a run that was stopped while it wrote
     summary = with_version({"options": content, "tasks": {task: _summary(files, task) for task in tasks}})
     if options.format == "lerobot":
         write_lerobot(
             # Tasks take turns: whatever part of the episodes is held out has all of them
             (load_episode(files[*case, number], options.env) for number in numbers for case in varied),
-            whole,
+            complete,
             fps=round(environment.frequency),
             robot_type=environment.robot,
             action_names=spec.names if (spec := getattr(environment, "action_spec", None)) else ACTION_NAMES,
@@ -103,13 +103,13 @@ def _record(options: RecordOptions, output: Path, progress: bool) -> dict[str, A
         for task in tasks:
             write_hdf5(
                 (load_episode(files[job], options.env) for job in jobs if job[0] == task),
-                whole / f"{environment.instructions(task)[0].replace(' ', '_')}_demo.hdf5",
+                complete / f"{environment.instructions(task)[0].replace(' ', '_')}_demo.hdf5",
                 env_name=task,
                 frequency=environment.frequency,
             )
     environment.close()
-    (whole / "recording.json").write_text(json.dumps(summary, indent=1))
-    whole.replace(output)  # also where `output` is an empty folder
+    (complete / "recording.json").write_text(json.dumps(summary, indent=1))
+    complete.replace(output)  # also where `output` is an empty folder
     _remove(part, content)
     return summary
 
@@ -121,13 +121,13 @@ def open_environment(options: RecordOptions, **more: Any) -> Environment:
 def _check_part(part: Path) -> None:
     """Raise a `FileExistsError` if the folder of an unfinished recording is none, but something of the user's."""
     if part.is_symlink() or (part.exists() and not part.is_dir()):
-        raise FileExistsError(f"{part} is in the way, where a recording waits until it is whole: move it away.")
+        raise FileExistsError(f"{part} is in the way, where a recording waits until it is complete: move it away.")
     if not part.is_dir() or (part / PLAN).is_file():
         return
     held = [path for path in part.rglob("*") if path.is_file() and path.name != f"{PLAN}.part"]
     if any(path.parent.name != "episodes" or not is_episode(path) for path in held):
         raise FileExistsError(
-            f"{part}, where a recording waits until it is whole, holds something else (no {PLAN}): move it away, or "
+            f"{part}, where a recording waits until it is complete, holds something else (no {PLAN}): move it away, or "
             "give another output."
         )
 
@@ -139,7 +139,7 @@ def _remove(part: Path, content: Mapping[str, Any]) -> None:
     except (OSError, ValueError):
         ours = False
     if ours:
-        shutil.rmtree(part / WHOLE, ignore_errors=True)
+        shutil.rmtree(part / COMPLETE, ignore_errors=True)
         for file in (*part.glob("episodes/*.npz"), *part.glob("episodes/*.part")):
             file.unlink()
     with contextlib.suppress(OSError):  # one that is not empty, or is not there

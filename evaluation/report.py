@@ -102,15 +102,15 @@ def without_paths(text: str) -> str:
 
 def _counts(group: Sequence[EpisodeResult]) -> dict[str, Any]:
     """What a row says of its episodes; no rates where all of them broke."""
-    whole = [record for record in group if record.error is None]
-    counts: dict[str, Any] = {"episodes": len(whole), "errors": len(group) - len(whole)}
-    if whole:
-        successes = sum(record.success for record in whole)
-        low, high = wilson_interval(successes, len(whole))
-        lengths = [record.steps for record in whole if record.success]
-        counts |= {"successes": successes, "success": successes / len(whole), "low": low, "high": high}
+    finished = [record for record in group if record.error is None]
+    counts: dict[str, Any] = {"episodes": len(finished), "errors": len(group) - len(finished)}
+    if finished:
+        successes = sum(record.success for record in finished)
+        low, high = wilson_interval(successes, len(finished))
+        lengths = [record.steps for record in finished if record.success]
+        counts |= {"successes": successes, "success": successes / len(finished), "low": low, "high": high}
         counts |= {"steps_of_successes": float(np.mean(lengths)) if lengths else None}
-        counts |= {"latency": float(np.mean([record.latency for record in whole]))}
+        counts |= {"latency": float(np.mean([record.latency for record in finished]))}
     return counts
 
 

@@ -147,7 +147,7 @@ def draw_tile(picture: Image.Image, instruction: str, success: bool | None) -> I
 
 
 def wrap(text: str, fits: Callable[[str], bool]) -> list[str]:
-    """Lines of whole words."""
+    """Lines that break between words."""
     lines: list[str] = []
     for word in text.split():
         if lines and fits(f"{lines[-1]} {word}"):
@@ -163,7 +163,7 @@ def draw(frame: np.ndarray, instruction: str, action: np.ndarray, success: bool 
     Args:
         frame: (H, W, 3) uint8.
         action: (A,) in [-1, 1] of what the episode saw.
-        success: None while it goes on.
+        success: None until it ends.
     """
     height = WIDTH * frame.shape[0] // frame.shape[1]
     names = action_names(len(action))

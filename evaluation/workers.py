@@ -73,7 +73,7 @@ class EnvironmentProcess:
         try:
             if not self._connection.poll(self.timeout):
                 raise EnvironmentFailure(f"no answer in {self.timeout:g} s")
-            whole, result = self._connection.recv()
+            done, result = self._connection.recv()
         except (EOFError, OSError) as error:
             self._process.join(timeout=1)
             code = self._process.exitcode
@@ -82,7 +82,7 @@ class EnvironmentProcess:
         except EnvironmentFailure:
             self.stop()
             raise
-        if not whole:
+        if not done:
             self.stop()
             raise EnvironmentFailure(result)
         return result

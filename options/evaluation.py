@@ -126,7 +126,7 @@ class EvaluateOptions(ClosedLoopOptions):
     output: Path = required("Folder for episodes, report and videos.", neutral=True)
     episodes: int = option(50, "Episodes of each task.", least=1, neutral=True)
     control: Literal["blocking", "realtime"] = option(
-        "blocking", "What the world does while the model thinks: blocking, it waits; realtime, it goes on."
+        "blocking", "What the world does while the model thinks: blocking, it waits; realtime, it continues."
     )
     hz: float | None = option(
         None, "Steps of the world in a second (realtime).", above=0, shown="the simulator's; metaworld: 20"

@@ -191,7 +191,7 @@ def policy_rows(runs: Path, model: str, others: dict[str, Path]) -> list[dict[st
     found = {name: outcome(folder) for name, folder in folders.items()}
     for name, folder in others.items():
         if found[name] is None:
-            raise FileNotFoundError(f"{folder} holds no episodes.jsonl with a whole episode: give an evaluation.")
+            raise FileNotFoundError(f"{folder} holds no episodes.jsonl with a complete episode: give an evaluation.")
     return [{"policy": name, **row} for name, row in found.items() if row is not None]
 
 
@@ -236,10 +236,10 @@ def latency_text(rows: Sequence[dict[str, Any]], blocking: dict[str, Any] | None
     ]
     header = ["latency", "age of what an action answers", "real time", "steps of successes", "an episode takes"]
     text = f"The world makes {rows[0]['hz']:g} steps in a second. " + (
-        "In real time it goes on while the model thinks, and the last action is held; the model looks again as soon as "
-        "it is done, so that an action answers what was seen up to two latencies ago. Blocking, it waits: success does "
-        "not depend on latency, but an episode takes the time of all predictions on top. Episode times are means over "
-        "all episodes, failures with their full length."
+        "In real time it continues while the model thinks, and the last action is held; the model looks again as soon "
+        "as it is done, so that an action answers what was seen up to two latencies ago. Blocking, it waits: success "
+        "does not depend on latency, but an episode takes the time of all predictions on top. Episode times are means "
+        "over all episodes, failures with their full length."
     )
     return f"{text}\n\n{table([*header, 'blocking', 'an episode takes, blocking'], lines)}"
 

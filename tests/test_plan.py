@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import run
 
 from openvla import OpenVLAConfig, OpenVLAForActionPrediction
 from openvla.action_heads_openvla import make_head
@@ -163,6 +164,12 @@ def test_parameters_of_the_published_models(preset, parameters):
     config = load_preset_config(preset)
     assert config_parameters(build(config, "lora")) == parameters
     assert config.text_config.use_cache is True  # the caller's config stays as it was
+
+
+def test_the_program_is_imported_once():
+    """`python -m openvla.training.plan` warns where the package has imported the module before it runs it."""
+    done = run("import sys, openvla.training; print('openvla.training.plan' in sys.modules)")
+    assert done.stdout.split() == ["False"], done.stderr
 
 
 def test_table_and_errors(config, capsys):

@@ -44,7 +44,7 @@ def test_steps_without_words_are_left_out_and_counted(tmp_path):
     words = [frame.instruction for episode in source.dataset for frame in source.frames(episode)]
     assert words == ["open the drawer"] * 19 + ["open it"]
     assert source.num_frames == 20
-    assert "unlabeled: removed 20 steps, of these 1 whole episodes" in run.describe()
+    assert "unlabeled: removed 20 steps, of these 1 complete episodes" in run.describe()
     assert text_tokens(run) > 8
     kept = prepare(options(tmp_path, held_out=0.0, keep_unlabeled=True), data=data)
     assert kept.sources[0].num_frames == 40

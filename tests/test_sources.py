@@ -431,7 +431,7 @@ def test_raw_filters_act_before_statistics():
     assert (source.num_episodes, source.num_transitions, source.statistics["num_transitions"]) == (2, 6, 6)
     assert source.statistics["action"]["mean"][0] == pytest.approx(4 / 3)
     assert [episode.index for episode in source.dataset] == [0, 2] and len(source.dataset[1]) == 0
-    assert "no-ops: removed 7 steps, of these 1 whole episodes" in source.report()
+    assert "no-ops: removed 7 steps, of these 1 complete episodes" in source.report()
     with pytest.raises(ValueError, match="filter='no-op' is unknown. Did you mean 'no-ops'"):
         open_source(Made([paused]), filters=["no-op"])
     with pytest.raises(ValueError, match="no step is left after the filters .'no-ops'."):

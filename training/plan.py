@@ -25,7 +25,7 @@ from ..modeling_openvla import OpenVLAForActionPrediction
 from ..presets import load_preset_config, preset_names
 from ..quantization_openvla import NOT_QUANTIZED
 from .muon import is_orthogonalized
-from .step_cost import ACTION_SHAPE, run_step
+from .step_cost import ACTION_SHAPE, TEXT_TOKENS, run_step
 from .strategies import STRATEGIES, apply_strategy, checkpoint_activations, trainable_parameters
 
 
@@ -33,7 +33,6 @@ PRECISIONS = ("bf16", "pure-bf16", "float32")
 OPTIMIZERS = ("adamw", "muon")
 # nf4 with double quantization: 4 bits, one 8-bit scale for 64 weights, one float32 scale for 256 of those.
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-TEXT_TOKENS = 30  # prompt and answer of a usual instruction
 PARTS = ("weights", "gradients", "optimizer", "activations", "communication")
 
 
@@ -255,7 +254,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--precision", default="bf16", choices=PRECISIONS, help="type of the computation; default: %(default)s"
     )
-    parser.add_argument("--optimizer", default="adamw", choices=OPTIMIZERS, help="default: %(default)s")
+    parser.add_argument(
+        "--optimizer", default="adamw", choices=OPTIMIZERS, help="rule of the updates; default: %(default)s"
+    )
     parser.add_argument(
         "--text-tokens", type=int, default=TEXT_TOKENS, help="tokens of a prompt with its action; default: %(default)s"
     )

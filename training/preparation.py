@@ -24,8 +24,8 @@ from ..options.training import FinetuneOptions
 from ..processing_openvla import OpenVLAProcessor
 from .checkpoints import starting_config, starting_point, starting_processor
 from .checks import check_data, check_images, check_statistics
-from .plan import TEXT_TOKENS, estimate
 from .resume import check_output
+from .step_cost import TEXT_TOKENS
 
 
 # Learning rates of the paper: adapters, and everything else.
@@ -219,6 +219,8 @@ def plan_run(options: FinetuneOptions, processes: int = 1, resume: bool = False)
     Raises:
         ValueError, FileExistsError, OSError, ModuleNotFoundError: As `finetune` before its first step.
     """
+    from .plan import estimate  # not above: `python -m openvla.training.plan` would be imported twice
+
     check_libraries(options)
     check_output(options, resume)
     run = prepare(options, processes)

@@ -177,7 +177,7 @@ def checkpoint_to_resume(output: Path, steps: int) -> Path | None:
         raise ValueError(f"The newest checkpoint is damaged: {str(error).rstrip('.')}. {remedy}.") from error
     if step_of(newest) > steps:
         raise ValueError(
-            f"'{newest}' is beyond steps={steps}: give --steps {step_of(newest)} for its result, more to go on, or "
+            f"'{newest}' is beyond steps={steps}: give --steps {step_of(newest)} for its result, more to continue, or "
             "another folder for a shorter run."
         )
     return newest

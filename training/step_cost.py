@@ -17,6 +17,7 @@ from ..patches_openvla import IGNORE_INDEX
 
 
 ACTION_SHAPE = (1, 7)  # (K, A) where no data says otherwise
+TEXT_TOKENS = 30  # prompt and answer of a usual instruction
 
 
 @dataclass

@@ -279,7 +279,7 @@ class ActionTrainer(Trainer):
         except (OSError, RuntimeError, SafetensorError) as error:  # a full disk speaks through all three
             last = last_checkpoint(Path(self.args.output_dir))
             remedy = (
-                f"The last good one is '{last}': make room, then go on with --resume." if last else "There is none."
+                f"The last good one is '{last}': make room, then continue with --resume." if last else "There is none."
             )
             raise OSError(f"{what} could not be written: {error}. {remedy}") from error
 

@@ -311,7 +311,7 @@ def _read_lines(file: Path, *keys: str) -> list[dict[str, Any]]:
 
 
 def _integer(value: Any, what: str, where: str) -> int:
-    whole = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value) and value == int(value))
-    if not whole or isinstance(value, bool) or not -(2**63) <= value < 2**63:
+    integer = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value) and value == int(value))
+    if not integer or isinstance(value, bool) or not -(2**63) <= value < 2**63:
         raise ValueError(f"{where}: {what} is {value!r}, expected an integer")
     return int(value)

@@ -122,8 +122,8 @@ def allocate_threads(num_threads: int, weights: Sequence[float] | np.ndarray) ->
         if not shares.any():
             break
         shares = shares / shares.sum()
-    fractions, whole = np.modf(shares * left)
-    allocation += whole.astype(np.int64)
-    for index in np.argsort(fractions, kind="stable")[::-1][: left - int(whole.sum())]:
+    fractions, integers = np.modf(shares * left)
+    allocation += integers.astype(np.int64)
+    for index in np.argsort(fractions, kind="stable")[::-1][: left - int(integers.sum())]:
         allocation[index] += 1
     return allocation

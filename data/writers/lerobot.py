@@ -178,8 +178,8 @@ class LeRobotWriter:
         (self.folder / EPISODES_PATH).parent.mkdir(parents=True)
         pq.write_table(pa.Table.from_pylist(self.episodes), self.folder / EPISODES_PATH)
         pq.write_table(tasks_table(list(self.tasks)), meta / "tasks.parquet")
-        whole = {key: statistics.whole() for key, statistics in self.statistics.items()}
-        (meta / "stats.json").write_text(json.dumps(whole, indent=4))
+        complete = {key: statistics.complete() for key, statistics in self.statistics.items()}
+        (meta / "stats.json").write_text(json.dumps(complete, indent=4))
         (meta / "info.part").write_text(json.dumps(info, indent=4))
         (meta / "info.part").replace(meta / "info.json")
 

@@ -35,7 +35,7 @@ class FeatureStatistics:
         self._values.append(numbers)
         return of_numbers(numbers)
 
-    def whole(self) -> dict[str, Any]:
+    def complete(self) -> dict[str, Any]:
         """Of everything so far."""
         if self.dtype == "image":
             return of_histogram(self._histogram, self._images)
