@@ -58,7 +58,8 @@ class Group(TyperGroup):
             missing = remedy(error.name, EXTRAS.get(verb or ""))
             if missing is None or ctx.params.get("traceback"):
                 raise  # no extra brings it: a fault of the installation, or of this package
-            typer.echo(f"error: openvla {verb} needs {missing}", err=True)
+            told = str(error) if "pip install 'openvla[" in str(error) else f"openvla {verb} needs {missing}"
+            typer.echo(f"error: {told}", err=True)
             raise typer.Exit(REFUSED) from error
 
 

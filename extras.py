@@ -7,9 +7,8 @@ import warnings
 # Library, by the name it is imported under -> the extras that bring it, the smallest first. Not here are libraries of
 # pyproject.toml's first list and names that nobody knows: where one of those is missing, something is broken.
 EXTRAS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(
-        ("av", "google_crc32c", "h5py", "pyarrow", "simplejpeg", "tensorflow_datasets"), ("data", "train", "sim")
-    ),
+    **dict.fromkeys(("av", "google_crc32c", "h5py", "pyarrow", "tensorflow_datasets"), ("data", "train", "sim")),
+    "simplejpeg": ("data", "train", "sim", "oft"),
     "accelerate": ("train", "quant"),
     **dict.fromkeys(("peft", "tensorboard"), ("train",)),
     "bitsandbytes": ("quant",),
@@ -17,7 +16,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "robosuite": ("robosuite",),
     **dict.fromkeys(("fastapi", "json_numpy", "uvicorn"), ("serve",)),
     "matplotlib": ("demo",),
-    "diffusers": ("diffusion",),
+    "diffusers": ("diffusion", "oft"),
 }
 
 

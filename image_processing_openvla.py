@@ -26,6 +26,7 @@ from .pixels_openvla import (
     pad_to_square,
     resize,
     resize_shorter_side,
+    through_jpeg,
 )
 
 
@@ -61,6 +62,8 @@ class OpenVLAImageProcessor(BaseImageProcessor):
             original's training; None for the published way alone.
         center_crop: Share of the area, in (0, 1], that is cut out of the middle of an image and stretched to its size:
             0.9 for a model trained with random crops of 0.9; None for none.
+        jpeg_quality: Images of another size than the input's are written as JPEG of this quality and read again before
+            they are resized, as OpenVLA-OFT evaluates (95): its demonstrations were stored so. None for none.
 
     Raises:
         ValueError: If a field is none of these, or the towers are not described alike.
@@ -83,6 +86,7 @@ class OpenVLAImageProcessor(BaseImageProcessor):
         do_normalize: bool = True,
         resize_filter: str | None = None,
         center_crop: float | None = None,
+        jpeg_quality: int | None = None,
         **kwargs,
     ):
         # The code that `auto_map` names is that of the folder it came from, not of the one this will be saved to.
@@ -111,33 +115,43 @@ class OpenVLAImageProcessor(BaseImageProcessor):
         self.rescale_factor = rescale_factor
         if resize_filter is not None:
             check_choice("resize_filter", resize_filter, list(RESIZE_FILTERS))
-        if center_crop is not None and (
-            isinstance(center_crop, bool) or not isinstance(center_crop, (int, float)) or not 0 < center_crop <= 1
+        _check_share(center_crop)
+        if jpeg_quality is not None and (
+            isinstance(jpeg_quality, bool) or not isinstance(jpeg_quality, int) or not 1 <= jpeg_quality <= 100
         ):
-            raise ValueError(f"center_crop={center_crop!r}: expected a share of the area above 0 and up to 1, or null.")
-        self.resize_filter = resize_filter
+            raise ValueError(f"jpeg_quality={jpeg_quality!r}: expected a whole number from 1 to 100, or null.")
+        self.resize_filter, self.jpeg_quality = resize_filter, jpeg_quality
         # The library has a method of this name, for its own way of cropping.
         self.center_crop: float | None = center_crop  # type: ignore[assignment]
 
     def to_dict(self) -> dict[str, Any]:
         """As in every image processor; what the model was trained to see is said also where it is null."""
-        return {**super().to_dict(), "resize_filter": self.resize_filter, "center_crop": self.center_crop}
+        fields = {**super().to_dict(), "resize_filter": self.resize_filter, "center_crop": self.center_crop}
+        if self.jpeg_quality is None:  # as in files of versions before the field
+            fields.pop("jpeg_quality", None)
+        return fields
 
-    def trained_pixels(self, image: np.ndarray, do_resize: bool = True, do_center_crop: bool = True) -> np.ndarray:
-        """What `resize_filter` and `center_crop` make of an image; the image itself without them. Training and
-        prediction have this step in common, and the published way comes after it.
+    def trained_pixels(
+        self, image: np.ndarray, do_resize: bool = True, do_center_crop: bool = True, do_jpeg: bool = True
+    ) -> np.ndarray:
+        """What `jpeg_quality`, `resize_filter` and `center_crop` make of an image; the image itself without them.
+        Training and prediction have this step in common, and the published way comes after it.
 
         Args:
             image: (H, W, 3) uint8.
             do_center_crop: False where random crops take its place.
+            do_jpeg: False for images of demonstrations, which went through JPEG when they were stored.
 
         Returns:
             (height, width, 3) uint8 of the input size with a filter, else (H, W, 3).
         """
+        _, *size = self.input_sizes[0]
+        if do_resize and do_jpeg and self.jpeg_quality is not None and list(image.shape[:2]) != size:
+            image = through_jpeg(image, self.jpeg_quality)
         if do_resize and self.resize_filter is not None:
-            _, height, width = self.input_sizes[0]
-            image = RESIZE_FILTERS[self.resize_filter](image, (height, width))
+            image = RESIZE_FILTERS[self.resize_filter](image, (size[0], size[1]))
         if do_center_crop and self.center_crop is not None:
+            _check_share(self.center_crop)  # may have been set since
             image = center_crop(image, self.center_crop)
         return image
 
@@ -198,6 +212,12 @@ class OpenVLAImageProcessor(BaseImageProcessor):
     def apply_transform(self, img: Image.Image):
         """Published name: (3 * towers, height, width) float32 of one image."""
         return self.preprocess(img, return_tensors="pt")["pixel_values"][0]
+
+
+def _check_share(center_crop: Any) -> None:
+    is_number = isinstance(center_crop, (int, float)) and not isinstance(center_crop, bool)
+    if center_crop is not None and not (is_number and 0 < center_crop <= 1):
+        raise ValueError(f"center_crop={center_crop!r}: expected a share of the area above 0 and up to 1, or null.")
 
 
 def _triples(field: str, rows: Any) -> list[list]:

@@ -252,14 +252,29 @@ def pad_to_square(image: Image.Image, mean: Sequence[float]) -> Image.Image:
 
 
 @lru_cache(maxsize=64)
-def _lanczos3_weights(source: int, target: int) -> np.ndarray:
-    """(target, source) float32: lanczos3 with half-pixel centers, widened by the factor of a downscale (antialiasing),
-    renormalized at the borders."""
-    scale = source / target
-    centers = (np.arange(target) + 0.5) * scale  # in source pixels
-    distance = (np.arange(source)[None, :] + 0.5 - centers[:, None]) / max(scale, 1.0)
-    weights = np.where(np.abs(distance) < 3, np.sinc(distance) * np.sinc(distance / 3), 0.0)
-    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+def _lanczos3_weights(source: int, target: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels of the source that make one of the target, (target, taps), and their weights, (target, taps) float32:
+    lanczos3 with half-pixel centers, widened by the factor of a downscale (antialiasing), renormalized at the borders.
+
+    In float32 throughout, in the order of the original's kernel (TensorFlow's ScaleAndTranslate).
+    """
+    one, half, radius, pi = (np.float32(number) for number in (1, 0.5, 3, math.pi))
+    scale = one / (np.float32(target) / np.float32(source))
+    widened = max(scale, one)
+    centers = (np.arange(target, dtype=np.float32) + half) * scale  # in source pixels
+    first = np.maximum(np.ceil(centers - radius * widened - half).astype(int), 0)
+    last = np.minimum(np.floor(centers + radius * widened - half).astype(int), source - 1)
+    taps = first[:, None] + np.arange((last - first).max() + 1)
+    distance = np.abs((taps.astype(np.float32) + half - centers[:, None]) * (one / widened))
+    near = np.maximum(distance, np.float32(1e-3))  # closer ones weigh 1
+    angle = pi * near
+    sines = [np.sin(value.astype(np.float64)).astype(np.float32) for value in (angle, angle / radius)]
+    weights = np.where(distance <= np.float32(1e-3), one, radius * sines[0] * sines[1] / (pi * pi * near * near))
+    weights = np.where((distance <= radius) & (taps <= last[:, None]), weights, np.float32(0))
+    total = np.zeros(target, np.float32)
+    for tap in range(taps.shape[1]):
+        total += weights[:, tap]
+    return np.minimum(taps, source - 1), weights * (one / total)[:, None]
 
 
 def resize_lanczos3(image: np.ndarray, size: tuple[int, int] = (224, 224)) -> np.ndarray:
@@ -271,21 +286,51 @@ def resize_lanczos3(image: np.ndarray, size: tuple[int, int] = (224, 224)) -> np
     Returns:
         (*size, 3) uint8.
     """
-    height, width, channels = image.shape
-    if (height, width) == tuple(size):
+    if image.shape[:2] == tuple(size):
         return image
-    rows = _lanczos3_weights(height, size[0]) @ image.reshape(height, -1).astype(np.float32)
-    rows = rows.reshape(size[0], width, channels).transpose(0, 2, 1)
-    pixels = (rows @ _lanczos3_weights(width, size[1]).T).transpose(0, 2, 1)
+    pixels = image.astype(np.float32)
+    for target in size:  # rows, then columns
+        taps, weights = _lanczos3_weights(len(pixels), target)
+        resized = np.zeros((target, *pixels.shape[1:]), np.float32)
+        for tap in range(taps.shape[1]):  # one after another: a matrix product would round otherwise
+            resized += weights[:, tap, None, None] * pixels[taps[:, tap]]
+        pixels = resized.transpose(1, 0, 2)
     return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
 
 
 RESIZE_FILTERS = {"lanczos3": resize_lanczos3}  # what a processor may name as its `resize_filter`
 
 
+def decode_jpeg(data: bytes) -> np.ndarray:
+    """(H, W, 3) uint8 of a JPEG file as TensorFlow decodes it by default (fast integer DCT, smooth chroma upsampling).
+    Pillow's accurate DCT differs from it by up to 12 levels.
+
+    Raises:
+        ModuleNotFoundError: If simplejpeg is not installed: no other decoder takes its place.
+        ValueError: If the file is damaged.
+    """
+    try:
+        import simplejpeg
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            "JPEG decoded as in training needs simplejpeg, which is not installed: pip install 'openvla[oft]' (or "
+            "pip install simplejpeg). Pillow's decoder gives other pixels.",
+            name="simplejpeg",
+        ) from error
+    return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=True, fastupsample=False)
+
+
+def through_jpeg(image: np.ndarray, quality: int) -> np.ndarray:
+    """An image written as JPEG, colours in half the resolution, and read again: what a camera frame lost in
+    demonstrations that were stored so. (H, W, 3) uint8."""
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, "JPEG", quality=quality, subsampling="4:2:0")
+    return decode_jpeg(stream.getvalue())
+
+
 def to_float(image: np.ndarray) -> np.ndarray:
     """uint8 -> float32 in [0, 1]."""
-    return image.astype(np.float32) / np.float32(255)
+    return image.astype(np.float32) * np.float32(1 / 255)
 
 
 def to_uint8(image: np.ndarray) -> np.ndarray:
@@ -301,10 +346,10 @@ def crop_and_resize(image: np.ndarray, top: float, left: float, side: float) -> 
     Args:
         image: (H, W, 3) float32 in [0, 1].
     """
-    for axis, start in enumerate((top, left)):
+    for axis, start in ((1, np.float32(left)), (0, np.float32(top))):
         target = image.shape[axis]
-        step = np.float32(side) * np.float32(target - 1) / np.float32(max(target - 1, 1))
-        position = np.float32(start) * np.float32(target - 1) + np.arange(target, dtype=np.float32) * step
+        step = (start + np.float32(side) - start) * np.float32(target - 1) / np.float32(max(target - 1, 1))
+        position = start * np.float32(target - 1) + np.arange(target, dtype=np.float32) * step
         below = np.clip(np.floor(position).astype(int), 0, target - 1)
         above = np.clip(np.ceil(position).astype(int), 0, target - 1)
         fraction = (position - below.astype(np.float32))[
@@ -318,7 +363,7 @@ def crop_and_resize(image: np.ndarray, top: float, left: float, side: float) -> 
 def center_crop(image: np.ndarray, area: float) -> np.ndarray:
     """The centered box of a share of the area, in (0, 1], stretched to the size of the image: what is shown to a model
     that was trained with random crops. (H, W, 3) uint8."""
-    side = float(np.sqrt(area))
+    side = np.sqrt(np.float32(area))
     offset = (1 - side) / 2
     return to_uint8(crop_and_resize(to_float(image), offset, offset, side))
 
@@ -358,6 +403,7 @@ __all__ = [
     "channel_levels",
     "crop_and_resize",
     "crop_to_size",
+    "decode_jpeg",
     "is_image_list",
     "load_image",
     "look_up",
@@ -365,6 +411,7 @@ __all__ = [
     "resize",
     "resize_lanczos3",
     "resize_shorter_side",
+    "through_jpeg",
     "to_float",
     "to_uint8",
 ]

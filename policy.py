@@ -23,11 +23,12 @@ QUANTIZATIONS: dict[str, dict[str, Any]] = {
     "int8": {"load_in_8bit": True},
     "int4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
 }
-# What a model may be shown instead of what is stored with it: the pixels of the published image processor alone, or
-# those of the original's LIBERO evaluation of models trained with random crops.
+# What a model may be shown instead of what is stored with it: the pixels of the published image processor alone, those
+# of the original's LIBERO evaluation of models trained with random crops, or those of OpenVLA-OFT's evaluation.
 PIXELS: dict[str, dict[str, Any]] = {
     "published": {"resize_filter": None, "center_crop": None},
     "libero": {"resize_filter": "lanczos3", "center_crop": 0.9},
+    "oft": {"resize_filter": "lanczos3", "center_crop": 0.9, "jpeg_quality": 95},
 }
 
 
@@ -89,7 +90,7 @@ class OpenVLAPolicy(Policy):
 
         Args:
             quantization: "int8" or "int4", see `load_model`.
-            pixels: "published" or "libero", see `PIXELS`. Default: as stored with the model.
+            pixels: "published", "libero" or "oft", see `PIXELS`. Default: as stored with the model.
         """
         if pixels is not None:
             check_choice("pixels", pixels, PIXELS)

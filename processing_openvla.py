@@ -85,10 +85,13 @@ class OpenVLAProcessor(ProcessorMixin):
             processor.check_fits(OpenVLAConfig.from_dict(config))
         return processor
 
-    def with_pixels(self, resize_filter: str | None, center_crop: float | None) -> "OpenVLAProcessor":
+    def with_pixels(
+        self, resize_filter: str | None, center_crop: float | None, jpeg_quality: int | None = None
+    ) -> "OpenVLAProcessor":
         """This processor for a model that was trained to see other pixels, see `OpenVLAImageProcessor`."""
         processor, images = copy.copy(self), self.image_processor
-        fields = {**images.to_dict(), "resize_filter": resize_filter, "center_crop": center_crop}
+        shown = {"resize_filter": resize_filter, "center_crop": center_crop, "jpeg_quality": jpeg_quality}
+        fields = {**images.to_dict(), **shown}
         processor.image_processor = type(images).from_dict(fields)
         return processor
 

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from ..files_openvla import LFS_POINTER
-from ..pixels_openvla import UNREADABLE, load_image
+from ..pixels_openvla import UNREADABLE, decode_jpeg, load_image
 
 
 JPEG_START = b"\xff\xd8\xff"
@@ -19,10 +19,9 @@ JPEG_QUALITY = 95
 def decode_image(data: bytes) -> np.ndarray:
     """Pixels of an encoded image: (H, W, 3) uint8, RGB, turned by its EXIF data, what is transparent over white.
 
-    JPEG decodes as TensorFlow does by default (fast integer DCT, smooth chroma upsampling), because the published
-    weights were trained on such pixels; Pillow's accurate DCT differs from it by up to 12 levels. Everything else is
-    what `load_image` makes of it in prediction. Raises ValueError for bytes that are no image, that are cut off, or
-    that hold something other than 8-bit colours (depth, for instance).
+    JPEG decodes as TensorFlow does (`decode_jpeg`), because the published weights were trained on such pixels.
+    Everything else is what `load_image` makes of it in prediction. Raises ValueError for bytes that are no image, that
+    are cut off, or that hold something other than 8-bit colours (depth, for instance).
     """
     try:
         if data.startswith(LFS_POINTER):
@@ -32,7 +31,7 @@ def decode_image(data: bytes) -> np.ndarray:
 
             _, _, colours, *_ = simplejpeg.decode_jpeg_header(data)
             if colours not in ("CMYK", "YCCK"):
-                pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=True, fastupsample=False)
+                pixels = decode_jpeg(data)
                 return _turn_by_exif(pixels, data) if EXIF_START in data[:EXIF_WITHIN] else pixels
         with Image.open(io.BytesIO(data)) as image:
             if image.mode.startswith(("I", "F")):

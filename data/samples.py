@@ -79,7 +79,9 @@ class FrameSamples(Dataset):
         position, frame = item
         images, seen = {}, list(frame.images) if len(self.camera_names) > 1 else [main_camera(frame)]
         for number, (camera, name) in enumerate(zip(self.camera_names, seen, strict=True)):
-            image = self.images.trained_pixels(frame.images[name][0], do_center_crop=self.augmentation is None)
+            image = self.images.trained_pixels(
+                frame.images[name][0], do_center_crop=self.augmentation is None, do_jpeg=False
+            )
             if self.augmentation is not None:
                 own = [number] if number else []  # each camera is varied by itself
                 image = self.augmentation(image, np.random.default_rng([self.seed, position, *own]))

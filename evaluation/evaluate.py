@@ -238,11 +238,13 @@ def check_older_pixels(crop: bool | None, folder: Path, policy: OpenVLAPolicy, s
     started = folder / "finetune.json"
     if crop is None:
         crop = started.is_file() and bool(read_json(started).get("image_aug"))
-    then = PIXELS["libero"] if crop else {**PIXELS["libero"], "center_crop": None}
+    then = {**PIXELS["libero"], "jpeg_quality": None}
+    if not crop:
+        then["center_crop"] = None
     images = policy.model.processor.image_processor
     now = {name: getattr(images, name) for name in then}
-    if now["resize_filter"] is None and images.input_sizes[0][1:] == [size, size]:
-        now["resize_filter"] = then["resize_filter"]  # nothing to resize
+    if images.input_sizes[0][1:] == [size, size]:  # nothing to resize
+        now |= {"resize_filter": then["resize_filter"], "jpeg_quality": None}
     if now != then:
         raise ValueError(
             f"The evaluation was begun by an older version, which showed the model other pixels ({then}, now {now}): "

@@ -146,10 +146,11 @@ class EvaluateOptions(ClosedLoopOptions):
         "episode draws one kind), one kind such as visual:light, all for the five of them, none for nothing. Each is "
         "run for the tasks that have it, and has a row in the report.",
     )
-    pixels: Literal["published", "libero"] | None = option(
+    pixels: Literal["published", "libero", "oft"] | None = option(
         None,
         "Show the model other pixels than those stored with it: published, those of the published image processor; "
-        "libero, resized with lanczos3 and cropped to the middle nine tenths of the area.",
+        "libero, resized with lanczos3 and cropped to the middle nine tenths of the area; oft, the same after a JPEG "
+        "round trip, as OpenVLA-OFT evaluates.",
         shown="as stored with the model",
     )
     quantization: Literal["int8", "int4"] | None = option(
