@@ -1,147 +1,52 @@
-"""How actions come out of the language model: one object that knows its targets, its loss and its actions.
+"""HEADS: how actions come out of the language model, one object each that knows its targets, its loss and its actions.
 
-A head has no weights of its own unless it says so, and no shape: that of an action, (K, A), K steps of A numbers each,
-comes from the model (`config.action_chunk`) and the statistics of a dataset.
-
-Shapes: `batch` samples, `length` prompt tokens, K `action_chunk`, A `action_dim`.
+The shape of an action, (K, A), K steps of A numbers each, comes from the model (`config.action_chunk`) and the
+statistics of a dataset. A head that has weights is a torch module, and its weights are those of the model.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from torch.nn import functional
 
 from .action_tokenizer import ActionTokenizer
 from .choices_openvla import check_choice
 from .configuration_openvla import OpenVLAConfig
-from .decoding_openvla import EagerSteps, Prefix, check_finite, decode_tokens
-from .outputs_openvla import ActionPrediction
-from .patches_openvla import IGNORE_INDEX
-from .sampling_openvla import Sampling
+from .parallel_heads_openvla import DiffusionHead, ParallelTokenHead, RegressionHead
+from .token_head_openvla import Comparison, TokenHead
 
 
-@dataclass
-class Comparison:
-    """Actions of a training batch as predicted and as recorded, normalized, (batch, K, A) each.
-
-    correct: Of actions that are tokens, whether the right one was the most probable; None of others.
-    """
-
-    predicted: torch.Tensor
-    wanted: torch.Tensor
-    correct: torch.Tensor | None = None
+HEADS: dict[str, Any] = {
+    "tokens": TokenHead,
+    "parallel_tokens": ParallelTokenHead,
+    "l1_regression": RegressionHead,
+    "diffusion": DiffusionHead,
+}
 
 
-class TokenHead:
-    """Each number of an action is one token; those of a chunk follow one another, step by step (arXiv 2406.09246)."""
-
-    def __init__(self, tokenizer: ActionTokenizer):
-        self.tokenizer = tokenizer
-
-    # Training ---------------------------------------------------------------------------------------------------------
-
-    def num_targets(self, shape: tuple[int, int]) -> int:
-        """Tokens that follow a prompt in training: K * A, and the end of the sequence."""
-        return self.num_tokens(shape) + 1
-
-    def targets(self, actions: np.ndarray, end_token_id: int) -> list[int]:
-        """What follows a prompt in training, and is learned.
-
-        Args:
-            actions: (K, A), or (A,) of one step, normalized to [-1, 1].
-            end_token_id: That ends a sequence.
-        """
-        return [*self.tokenizer.encode(np.asarray(actions)).reshape(-1).tolist(), end_token_id]
-
-    def prepare(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The batch with `logits_to_keep`: how many positions at its end see every label predicted.
-
-        All others, image patches first of all, would cost memory of the size of the vocabulary each. Reads labels:
-        before they are on a device.
-        """
-        first = int((batch["labels"] != IGNORE_INDEX).any(dim=0).int().argmax())
-        return {**batch, "logits_to_keep": batch["labels"].shape[1] - first + 1}
-
-    def loss(self, model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Mean cross entropy over the labels, as `model(**batch).loss`.
-
-        Args:
-            batch: Of `ActionCollator`, after `prepare`.
-
-        Returns:
-            The loss, and for `compare` the logits kept (batch, kept, vocab_size) and the labels of these positions
-            (batch, kept): the logits at position i predict label i + 1.
-        """
-        labels = batch["labels"][:, -batch["logits_to_keep"] :]
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        logits = model(**inputs, use_cache=False).logits.float()
-        loss = functional.cross_entropy(
-            logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX
-        )
-        return loss, {"logits": logits, "labels": labels}
-
-    def compare(self, logits: torch.Tensor, labels: torch.Tensor, shape: tuple[int, int]) -> Comparison:
-        """Actions as predicted with the tokens before them given (teacher forcing), and as recorded.
-
-        Args:
-            logits, labels: Of `loss`; every row holds its K * A action tokens in a row.
-        """
-        predicted, wanted = logits[:, :-1].argmax(dim=-1), labels[:, 1:]
-        first = (wanted != IGNORE_INDEX).int().argmax(dim=1, keepdim=True)
-        index = first + torch.arange(self.num_tokens(shape), device=first.device)
-        predicted, wanted = (tokens.gather(1, index).unflatten(1, shape) for tokens in (predicted, wanted))
-        return Comparison(self.tokenizer.decode(predicted), self.tokenizer.decode(wanted), predicted == wanted)
-
-    # Prediction -------------------------------------------------------------------------------------------------------
-
-    def num_tokens(self, shape: tuple[int, int]) -> int:
-        """Positions that actions take after a prompt."""
-        return shape[0] * shape[1]
-
-    def actions(
-        self,
-        language_model: Any,
-        prefix: Prefix,
-        shape: tuple[int, int],
-        *,
-        constrained: bool = True,
-        sampling: Sampling | None = None,
-    ) -> ActionPrediction:
-        """Normalized actions with what is known of their tokens, all (batch, K, A); see `ActionPrediction`.
-
-        Args:
-            constrained: Choose among action tokens only.
-            sampling: None for the most probable tokens.
-
-        Raises:
-            ValueError: If the model computed something that is not finite.
-        """
-        steps = EagerSteps(language_model, prefix, self.num_tokens(shape))
-        token_range = self.tokenizer.token_range if constrained else (0, None)
-        decoded = decode_tokens(steps, prefix.finite, self.num_tokens(shape), token_range, sampling)
-        token_ids, probabilities, entropies = (values.cpu().numpy().reshape(-1, *shape) for values in decoded)
-        check_finite(probabilities.reshape(len(probabilities), -1), prefix.inputs_embeds.dtype)
-        return ActionPrediction(
-            normalized_actions=self.tokenizer.decode(token_ids),
-            token_ids=token_ids,
-            token_probabilities=probabilities,
-            token_entropies=entropies,
-        )
-
-
-HEADS = {"tokens": TokenHead}
-
-
-def make_head(config: OpenVLAConfig, tokenizer: ActionTokenizer | None = None) -> TokenHead:
-    """The head that `config.action_head` names.
+def make_head(config: OpenVLAConfig, tokenizer: ActionTokenizer | None = None) -> Any:
+    """The head that `config.action_head` names, with weights at random if it has some.
 
     Args:
         tokenizer: Default: of the vocabulary that `config` describes.
     """
     check_choice("action_head", config.action_head, HEADS, "One of your own: import what puts it into HEADS first.")
-    return HEADS[config.action_head](tokenizer or ActionTokenizer(config.action_vocab_size, config.n_action_bins))
+    tokenizer = tokenizer or ActionTokenizer(config.action_vocab_size, config.n_action_bins)
+    return HEADS[config.action_head](tokenizer, config)
 
 
-__all__ = ["HEADS", "Comparison", "TokenHead", "make_head"]
+def head_without_weights(config: OpenVLAConfig, tokenizer: ActionTokenizer | None = None) -> Any:
+    """The same for what is done outside the model, in collator, trainer and plan: targets, loss, comparison."""
+    with torch.device("meta"):
+        return make_head(config, tokenizer)
+
+
+__all__ = [
+    "HEADS",
+    "Comparison",
+    "DiffusionHead",
+    "ParallelTokenHead",
+    "RegressionHead",
+    "TokenHead",
+    "head_without_weights",
+    "make_head",
+]

@@ -27,7 +27,9 @@ from .weights_openvla import QUIET, WEIGHTS_FILES
 
 KEY = "openvla"
 ADAPTER = "adapter_config.json"
-OF_MODEL = ("action_chunk", "camera_names")  # fields of the configuration that training may change
+# Fields of the configuration that training may change: of every run, and of one that gives the model new parts
+OF_MODEL = ("action_chunk", "camera_names", "normalization")
+PARTS = ("action_head", "action_dim", "proprio_dim", "use_film")
 EMBEDDED_POLICY = "embedded policy"  # the name of the base that comes with the package
 PACKAGE = Path(__file__).resolve().parent
 

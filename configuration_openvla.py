@@ -278,7 +278,7 @@ class OpenVLAConfig(transformers.PreTrainedConfig):
             raise ValueError(f"action_head='{self.action_head}' has weights for action_dim numbers: give action_dim.")
         if not isinstance(self.use_film, bool) or (self.use_film and self.action_head == "tokens"):
             raise ValueError(
-                f"use_film={self.use_film!r} with action_head='{self.action_head}': expected true or false, and FiLM is "
+                f"use_film={self.use_film!r}, action_head='{self.action_head}': expected true or false, and FiLM is "
                 "for heads that predict in one pass (parallel_tokens, l1_regression, diffusion)."
             )
         check_choice("constant_state", self.constant_state, ("zero", "clip"))

@@ -6,16 +6,31 @@ prompt tokens.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from .action_tokenizer import normalize_actions, resolve_unnorm_key
+from .action_tokenizer import normalize_actions
 from .configuration_openvla import OpenVLAConfig
 from .pixels_openvla import as_image_list, is_image_list
 from .processing_openvla import OpenVLAProcessor
 from .prompts_openvla import check_prompt_ids
+
+
+@dataclass
+class ModelInputs:
+    """What a head predicts from, checked.
+
+    prompts: Token ids of each sample, without padding.
+    pixel_values: (batch, cameras * 3 * towers, height, width).
+    proprio: (batch, proprio_dim) normalized state, of a model that sees it.
+    """
+
+    prompts: list[list[int]]
+    pixel_values: torch.Tensor
+    proprio: torch.Tensor | None = None
 
 
 # Pixels in [0, 1], normalized by any mean and a standard deviation of at least 0.05, stay within.
@@ -129,18 +144,24 @@ def process_raw(processor: OpenVLAProcessor, image: Any, instruction: Any) -> tu
 
 
 def read_state(
-    state: Any, proprio_dim: int | None, norm_stats: Mapping[str, Any] | None, unnorm_keys: Sequence[str | None]
+    state: Any,
+    config: OpenVLAConfig,
+    norm_stats: Mapping[str, Any] | None,
+    unnorm_keys: Sequence[str],
+    modes: Sequence[str],
 ) -> torch.Tensor | None:
     """(batch, proprio_dim) float32, the state of the robot as a model sees it: normalized as actions are; None for a
     model that sees none.
 
     Args:
         state: (S,) of one sample or (batch, S), in the units of the dataset.
-        unnorm_keys: Dataset of each sample.
+        config: Of the model: `proprio_dim`, `constant_state`.
+        unnorm_keys, modes: Dataset of each sample, and what its numbers are normalized by, see `normalize_actions`.
 
     Raises:
         ValueError: If it is missing, not wanted, not finite or of another shape, or its statistics are not known.
     """
+    proprio_dim = config.proprio_dim
     if proprio_dim is None:
         if state is not None:
             raise ValueError("The model sees no state (config.proprio_dim is null): leave state out.")
@@ -154,12 +175,11 @@ def read_state(
             f"state has shape {tuple(rows.shape)}, expected finite numbers ({len(unnorm_keys)}, {proprio_dim})."
         )
     normalized = []
-    for row, key in zip(rows.cpu().numpy(), unnorm_keys):
-        key = resolve_unnorm_key(norm_stats, key)
+    for row, key, mode in zip(rows.cpu().numpy(), unnorm_keys, modes):
         stats = (norm_stats or {})[key].get("proprio")
         if stats is None:
             raise ValueError(f"The statistics of '{key}' have no proprio, so that the state has no units.")
-        normalized.append(normalize_actions(row, stats))
+        normalized.append(normalize_actions(row, stats, mode, config.constant_state))
     return torch.from_numpy(np.stack(normalized)).float()
 
 
@@ -197,16 +217,23 @@ def check_prompts(
 
 
 def end_prompts(
-    prompts: list[list[int]], config: OpenVLAConfig, num_patches: int, num_tokens: int
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Prompts that end in the empty token `▁`, as in training, padded on the left to one length.
+    prompts: list[list[int]],
+    config: OpenVLAConfig,
+    num_patches: int,
+    num_tokens: int,
+    answer: Sequence[int] = (),
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Prompts that end in the empty token `▁`, as in training, padded to one length: on the left, or on the right where
+    an answer stands after them already.
 
     Args:
         config: Its `empty_token_id` is known; None: there is none.
         num_tokens: That follow.
+        answer: Tokens after each prompt.
 
     Returns:
-        Token ids (batch, length), and their attention mask; None where no row is padded.
+        Token ids (batch, length), their attention mask (None where no row is padded), and the index (batch,) where each
+        answer begins.
 
     Raises:
         ValueError: If a prompt says nothing, or is too long for the model.
@@ -221,19 +248,36 @@ def end_prompts(
     if longest + 1 > limit:
         raise ValueError(f"The prompt has {longest} tokens, the model takes {limit - 1}: shorten the instruction.")
     rows = [row if empty in (None, row[-1]) else [*row, empty] for row in prompts]
-    length = max(map(len, rows))
-    pad = config.pad_token_id or 0
-    padded = torch.tensor([[pad] * (length - len(row)) + row for row in rows])
-    if all(len(row) == length for row in rows):
-        return padded, None
-    return padded, torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+    length, pad = max(map(len, rows)), config.pad_token_id or 0
+    padding = [length - len(row) for row in rows]
+    first = torch.tensor([len(row) if answer else length for row in rows])
+
+    def padded(rows: list[list[int]], fill: int) -> torch.Tensor:
+        filled = [[fill] * missing for missing in padding]
+        return torch.tensor([row + more if answer else more + row for row, more in zip(rows, filled)])
+
+    rows = [[*row, *answer] for row in rows]
+    return padded(rows, pad), padded([[1] * len(row) for row in rows], 0) if any(padding) else None, first
+
+
+def end_token_id(config: OpenVLAConfig) -> int:
+    """The token that ends a sequence; a `ValueError` if the configuration does not say."""
+    end = config.text_config.eos_token_id
+    end = end[0] if isinstance(end, (list, tuple)) and end else end
+    if not isinstance(end, int):
+        raise ValueError(
+            f"text_config.eos_token_id={end!r}: a head that predicts in one pass ends its sequence with it."
+        )
+    return end
 
 
 __all__ = [
+    "ModelInputs",
     "as_tensor",
     "check_pixel_values",
     "check_prompts",
     "end_prompts",
+    "end_token_id",
     "largest_pixel",
     "process_raw",
     "prompt_rows",

@@ -217,6 +217,11 @@ class OpenVLAPreTrainedModel(AdapterBelongings, PreTrainedModel):
         return self._of_adapters("camera_names", self._active_adapters())
 
     @property
+    def normalization(self) -> dict[str, str]:
+        """Which statistics of a dataset -1 and 1 stand for: of an active adapter, else of the config."""
+        return self._of_adapters("normalization", self._active_adapters())
+
+    @property
     def processor(self) -> OpenVLAProcessor:
         """The processor of the folder the model came from, loaded when first needed, with the pixels and prompt form of
         an active adapter; may be set."""

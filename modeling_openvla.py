@@ -25,13 +25,23 @@ from .action_tokenizer import check_same_action_dim, get_action_stats, resolve_u
 from .configuration_openvla import OpenVLAConfig
 from .decoding_openvla import Prefix
 from .generation_openvla import OpenVLAGeneration
-from .inputs_openvla import as_tensor, check_pixel_values, check_prompts, end_prompts, process_raw, read_state
+from .inputs_openvla import (
+    ModelInputs,
+    as_tensor,
+    check_pixel_values,
+    check_prompts,
+    end_prompts,
+    end_token_id,
+    process_raw,
+    read_state,
+)
 from .loading_openvla import OpenVLAPreTrainedModel
 from .modules_openvla import evaluation_mode, one_type
 from .outputs_openvla import CACHE, ActionPrediction, OpenVLAOutput, one_cache
+from .parallel_openvla import ActionSequence, NoisyActionProjector, action_sequence
 from .patches_openvla import IGNORE_INDEX, PatchLayout, find_placeholders
 from .sampling_openvla import check_flag, read_sampling
-from .vision_openvla import OpenVLAProjector, OpenVLAProprioProjector, OpenVLAVisionBackbone
+from .vision_openvla import FILM, OpenVLAProjector, OpenVLAProprioProjector, OpenVLAVisionBackbone
 
 
 if TYPE_CHECKING:  # of a local folder transformers 5.4 and 5.5 copy no more files than this one names
@@ -40,11 +50,13 @@ if TYPE_CHECKING:  # of a local folder transformers 5.4 and 5.5 copy no more fil
     from .choices_openvla import closest  # noqa: F401
     from .files_openvla import local_folder  # noqa: F401
     from .image_processing_openvla import OpenVLAImageProcessor  # noqa: F401
+    from .parallel_heads_openvla import ParallelTokenHead  # noqa: F401
     from .pixels_openvla import load_image  # noqa: F401
     from .processing_openvla import OpenVLAProcessor  # noqa: F401
     from .prompts_openvla import check_prompt_ids  # noqa: F401
     from .quantization_openvla import take_quantization  # noqa: F401
     from .tensors_openvla import is_tensor  # noqa: F401
+    from .token_head_openvla import TokenHead  # noqa: F401
     from .weights_openvla import check_folder  # noqa: F401
 
 
@@ -63,15 +75,12 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
         self.projector = OpenVLAProjector(
             self.vision_backbone.embed_dim, config.text_config.hidden_size, config.use_fused_vision_backbone
         )
-        if config.proprio_dim is not None:
-            self.proprio_projector = OpenVLAProprioProjector(config.proprio_dim, config.text_config.hidden_size)
         # One dtype for the complete model, also where the config names another for its language model.
         try:
             self.language_model = AutoModelForCausalLM.from_config(config.text_config, dtype=torch.get_default_dtype())
         except (TypeError, AttributeError, KeyError, ArithmeticError, RuntimeError) as error:
             raise ValueError(f"text_config cannot be built as a language model: {error}") from error
-        self.action_head = make_head(config)
-        self.action_tokenizer = self.action_head.tokenizer
+        self._add_parts()
         # Published names, which clients of the original read
         self.vocab_size: int = config.action_vocab_size  # end of the action tokens
         self.bins: np.ndarray = self.action_tokenizer.bins
@@ -80,6 +89,19 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
         self.llm_dim: int = config.text_config.hidden_size
         self._checked_statistics: dict[str, Any] = {}
         self.post_init()
+
+    def _add_parts(self) -> None:
+        """What the configuration asks for beside the published model, as far as it is not there: head and projectors
+        of actions and state, FiLM; weights at random."""
+        config, hidden = self.config, self.config.text_config.hidden_size
+        if config.proprio_dim is not None and not hasattr(self, "proprio_projector"):
+            self.proprio_projector = OpenVLAProprioProjector(config.proprio_dim, hidden)
+        if config.action_head == "diffusion" and not hasattr(self, "noisy_action_projector"):
+            self.noisy_action_projector = NoisyActionProjector(hidden)
+        if config.use_film and not self.vision_backbone.use_film:
+            self.vision_backbone.add_film(hidden)
+        self.action_head = make_head(config)
+        self.action_tokenizer = self.action_head.tokenizer
 
     # Embeddings -------------------------------------------------------------------------------------------------------
 
@@ -135,16 +157,18 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
         """Positions of a prompt that are no text: image patches of all cameras, and the state where it is seen."""
         return len(self.camera_names) * self.vision_backbone.num_patches + (self.config.proprio_dim is not None)
 
-    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def encode_images(self, pixel_values: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
         """(batch, cameras * 3 * towers, height, width) -> (batch, patches of all cameras, hidden), in type and on
-        device of the model."""
-        features = self.vision_backbone(pixel_values.to(self.device))
+        device of the model. `condition` (batch, hidden) is the mean embedding of each prompt's words, for FiLM."""
+        features = self.vision_backbone(pixel_values.to(self.device), condition)
         projector = next((p.dtype for p in self.projector.parameters() if p.is_floating_point()), features.dtype)
         return self.projector(features.to(projector))
 
-    def _encode(self, pixel_values: torch.Tensor, proprio: torch.Tensor | None) -> torch.Tensor:
+    def _encode(
+        self, pixel_values: torch.Tensor, proprio: torch.Tensor | None, condition: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """(batch, num_patches, hidden) of images and, where the model sees it, the state (batch, proprio_dim)."""
-        features = self.encode_images(pixel_values)
+        features = self.encode_images(pixel_values, *([] if condition is None else [condition]))
         expected = None if self.config.proprio_dim is None else (len(features), self.config.proprio_dim)
         found = None if proprio is None else tuple(proprio.shape)
         if found != expected:
@@ -154,12 +178,29 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
         state = self.proprio_projector(proprio.to(features.device, self.proprio_projector.fc1.weight.dtype))
         return torch.cat([features, state.to(features)], dim=1)
 
-    def add_proprio_projector(self, proprio_dim: int) -> None:
-        """Let the model see the state of the robot from now on; the weights begin at random, to be trained."""
-        config, like = self.config, self.projector.fc1.weight
-        config.proprio_dim = proprio_dim
-        self.proprio_projector = OpenVLAProprioProjector(proprio_dim, config.text_config.hidden_size).to(like)
-        self.proprio_projector.apply(self._init_weights)
+    def add_parts(self, **fields: Any) -> None:
+        """Give the model what it lacks of `proprio_dim`, `action_head`, `action_chunk`, `action_dim` and `use_film`;
+        new weights begin at random, to be trained."""
+        config, like, before = self.config, self.projector.fc1.weight, {*self.state_dict()}
+        for name, value in fields.items():
+            setattr(config, name, value)
+        config.check_fields()
+        self._add_parts()
+        new = {name.rpartition(".")[0] for name in {*self.state_dict()} - before}
+        for name in sorted(new):
+            module = self.get_submodule(name).to(like)
+            if not name.startswith("action_head."):  # which begins as torch has it
+                self._init_weights(module)
+
+    def added_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """What is not of the published model, by name: head and projectors of actions and state, FiLM. It learns
+        whatever the strategy."""
+        own = ("action_head.", "proprio_projector.", "noisy_action_projector.")
+        return {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if name.startswith(own) or (name.startswith("vision_backbone.") and FILM.search(name))
+        }
 
     def _placeholders(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor | None:
         return find_placeholders(
@@ -209,9 +250,14 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
         logits_to_keep: int | torch.Tensor = 0,
         cache: Cache | None = None,
         proprio: torch.Tensor | None = None,
+        first_action: torch.Tensor | None = None,
+        num_actions: int | None = None,
+        noisy_actions: torch.Tensor | None = None,
+        times: torch.Tensor | None = None,
+        film_padding: bool = False,
         **kwargs,
     ) -> OpenVLAOutput | tuple:
-        """Logits (and loss) of prompts, with or without an image.
+        """Logits (and loss) of prompts, with or without an image; or in one pass what a parallel head answers.
 
         Args:
             input_ids: (batch, length) plain prompt, padded on either side, or one with placeholders.
@@ -223,6 +269,11 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
             logits_to_keep: Compute logits of the last so many positions only (0: of all).
             cache: Another name of `past_key_values`.
             proprio: (batch, proprio_dim) normalized state of the robot, of a model that sees it; with an image only.
+            first_action: (batch,) index of the first placeholder of an action in `input_ids`, which are plain prompts
+                with `num_actions` placeholders and the end after them, padded on the right: for a head that predicts
+                all in one pass. The output has `predicted`, or `logits` of the actions and the end.
+            noisy_actions, times: (batch, K, A) and (batch,), of a diffusion head.
+            film_padding: Padding counts as words of the prompt for FiLM, as in the training of OpenVLA-OFT.
 
         Returns:
             `OpenVLAOutput`, or a tuple if `return_dict` is False.
@@ -230,6 +281,21 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
         Raises:
             ValueError: If neither or both of `input_ids` and `inputs_embeds` are given, or images do not fit prompts.
         """
+        if first_action is not None:
+            if not self.action_head.parallel:
+                raise ValueError(
+                    f"first_action is for heads that predict in one pass, action_head='{self.config.action_head}' is "
+                    "none: leave it out."
+                )
+            if input_ids is None or pixel_values is None or num_actions is None:
+                raise ValueError("first_action goes with input_ids, pixel_values and num_actions: give all of them.")
+            sequence = action_sequence(
+                self, input_ids, attention_mask, pixel_values, proprio, first_action, num_actions,
+                with_time=times is not None, film_padding=film_padding,
+            )  # fmt: skip
+            return self.action_head.forward_sequence(
+                self, sequence, num_actions, noisy_actions=noisy_actions, times=times
+            )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         return_dict = self.config.return_dict if return_dict is None else return_dict
@@ -377,27 +443,26 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
             raise ValueError(f"{len(keys)} unnorm_keys for {len(prompts)} sample(s): give one, or one for each.")
         norm_stats, checked = self.norm_stats, self._checked_statistics
         shape = (self.action_chunk, check_same_action_dim(norm_stats, keys, checked))
-        proprio = read_state(state, self.config.proprio_dim, norm_stats, keys)
-        num_tokens = self.action_head.num_tokens(shape)
+        names = [resolve_unnorm_key(norm_stats, key) for key in keys]
+        modes = [self.normalization.get(name, "bounds_q99") for name in names]
+        inputs = ModelInputs(prompts, pixel_values, read_state(state, self.config, norm_stats, names, modes))
         sampling = read_sampling(
-            num_tokens, signature(self.predict_action).parameters, self.device, do_sample=do_sample,
-            temperature=temperature, top_k=top_k, top_p=top_p, generator=generator, **options,
+            self.action_head.num_tokens(shape), signature(self.predict_action).parameters, self.device,
+            do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator, **options,
         )  # fmt: skip
         if self.config.empty_token_id is None:
             self.config.empty_token_id = self.processor.empty_token_id
-        input_ids, attention_mask = end_prompts(prompts, self.config, num_patches, num_tokens)
 
         # 3. Towers, projector, language model, head
         with evaluation_mode(self), one_type(self):
-            prefix = self._prefix(input_ids, attention_mask, self._encode(pixel_values, proprio))
             found = self.action_head.actions(
-                self.language_model, prefix, shape, constrained=constrained, sampling=sampling
+                self, inputs, shape, constrained=constrained, sampling=sampling, generator=generator
             )
 
         # 4. Units
         actions = [
-            unnormalize_actions(rows, get_action_stats(norm_stats, key, checked))
-            for rows, key in zip(found["normalized_actions"], keys)
+            unnormalize_actions(rows, get_action_stats(norm_stats, name, checked), mode, self.action_head.margin)
+            for rows, name, mode in zip(found["normalized_actions"], names, modes)
         ]
         prediction = ActionPrediction(actions=np.stack(actions), **found)
         if self.action_chunk == 1:
@@ -406,15 +471,30 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
             prediction = ActionPrediction(**{name: value[0] for name, value in prediction.items()})
         return prediction if return_dict else prediction["actions"]
 
-    def _prefix(self, input_ids, attention_mask, features: torch.Tensor) -> Prefix:
-        """What the language model reads before it acts: prompts of `end_prompts` with (batch, num_patches, hidden)."""
+    def prefix(self, inputs: ModelInputs, num_tokens: int) -> Prefix:
+        """What the language model reads before it writes `num_tokens` tokens, one after the other."""
+        input_ids, attention_mask, _ = end_prompts(inputs.prompts, self.config, self.num_patches, num_tokens)
         input_ids = input_ids.to(self.device)
         attention_mask = None if attention_mask is None else attention_mask.to(self.device)
+        features = self._encode(inputs.pixel_values, inputs.proprio)
         inputs_embeds, layout = self._merge(input_ids, None, attention_mask, features)
         if layout is not None:
             attention_mask = layout.insert(attention_mask, 1)
         finite = features.isfinite().all(dim=(1, 2)).to(self.device)[:, None]
         return Prefix(inputs_embeds, attention_mask, finite)
+
+    def action_sequence(self, inputs: ModelInputs, num_actions: int, with_time: bool = False) -> ActionSequence:
+        """What the language model reads in one pass, with placeholders for `num_actions` numbers."""
+        config = self.config
+        prompts = [[token for token in prompt if token != config.image_token_id] for prompt in inputs.prompts]
+        answer = [end_token_id(config)] * (num_actions + 1)  # what the placeholders are does not matter
+        input_ids, attention_mask, first = end_prompts(
+            prompts, config, self.num_patches + with_time, len(answer), answer
+        )
+        return action_sequence(
+            self, input_ids, attention_mask, inputs.pixel_values, inputs.proprio, first, num_actions,
+            with_time=with_time,
+        )  # fmt: skip
 
 
 __all__ = ["ActionPrediction", "OpenVLAForActionPrediction", "OpenVLAOutput", "OpenVLAPreTrainedModel"]

@@ -60,9 +60,11 @@ class OpenVLAOutput(BothCacheNames, CausalLMOutputWithPast):
     logits: (batch, num_patches + length, vocab_size), or the last `logits_to_keep` positions of it.
     cache (also called past_key_values), hidden_states, attentions: As in every causal language model of the library.
     projector_features: (batch, num_patches, hidden), if an image was given.
+    predicted: (batch, action_chunk, action_dim) of a head with weights: normalized actions, or the noise in them.
     """
 
     projector_features: torch.Tensor | None = None
+    predicted: torch.Tensor | None = None
 
     def __init__(
         self,
@@ -73,10 +75,12 @@ class OpenVLAOutput(BothCacheNames, CausalLMOutputWithPast):
         attentions=None,
         projector_features=None,
         cache=None,
+        predicted=None,
     ):
         cache = {CACHE: one_cache(cache, past_key_values)}
         super().__init__(loss=loss, logits=logits, hidden_states=hidden_states, attentions=attentions, **cache)
         self.projector_features = projector_features
+        self.predicted = predicted
 
 
 class OpenVLAGenerateOutput(BothCacheNames, GenerateDecoderOnlyOutput):
@@ -106,6 +110,8 @@ class ActionPrediction(ModelOutput):
     token_ids: int64 ids of the chosen tokens.
     token_probabilities: float32 probability of each chosen token among those that could have been chosen.
     token_entropies: float32 entropy of that distribution in nats; log(256) = 5.5 means no idea.
+
+    Heads that give numbers and no tokens leave what is of tokens out (None).
     """
 
     actions: np.ndarray | None = None

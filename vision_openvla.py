@@ -4,15 +4,17 @@ Shapes: `batch` samples, `num_patches` image patches (256 at 224 pixels), `hidde
 tensors are those of the published weights.
 """
 
+import re
 from functools import partial
 
 import timm
 import torch
 from timm.layers import AttentionPoolLatent
+from timm.models.vision_transformer import Block, VisionTransformer
 from timm.models.vision_transformer import LayerScale as TimmLayerScale
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from .configuration_openvla import OpenVLAConfig
 
@@ -103,6 +105,50 @@ def create_vision_tower(model_id: str, image_size: int, act_layer: str | None, m
 DEFAULT_LAYER_SCALE = 1e-5  # of timm's DINOv2
 
 
+FILM = re.compile(r"\.blocks\.\d+\.(scale|shift)\.(weight|bias)$")  # names of its parameters in a tower
+
+
+def add_film(tower: VisionTransformer, hidden: int) -> None:
+    """Give every block of a tower the two projections of FiLM, from the words of the prompt to its features.
+
+    In the last block, which no feature passes, as well: the files of OpenVLA-OFT hold them.
+    """
+    for block in tower.blocks:
+        if not isinstance(block, Block):
+            raise ValueError(
+                f"use_film: a tower with blocks of timm's {type(block).__name__} has none, expected Block."
+            )
+        block.scale = nn.Linear(hidden, tower.embed_dim)
+        block.shift = nn.Linear(hidden, tower.embed_dim)
+        block.forward = partial(film_block, block)  # called as modules, with the hooks of sharding and offloading
+    tower.forward = partial(film_features, tower)
+
+
+def film_block(block: Block, features: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+    """A block of timm's with FiLM between its attention and its MLP (arXiv 2502.19645).
+
+    Args:
+        features: (images, tokens, dim), prefix tokens included.
+        condition: (images, hidden).
+    """
+    features = features + block.drop_path1(block.ls1(block.attn(block.norm1(features))))
+    condition = condition.to(block.scale.weight.dtype)
+    scale, shift = block.scale(condition)[:, None], block.shift(condition)[:, None]
+    features = (features * (1 + scale) + shift).to(features.dtype)
+    return features + block.drop_path2(block.ls2(block.mlp(block.norm2(features))))
+
+
+def film_features(tower: VisionTransformer, pixels: torch.Tensor, condition: torch.Tensor) -> list[torch.Tensor]:
+    """One (images, num_patches, dim) of a tower with FiLM, from its second-to-last block as without."""
+    features = tower.norm_pre(tower.patch_drop(tower._pos_embed(tower.patch_embed(pixels))))
+    for block in tower.blocks[:-1]:
+        if tower.grad_checkpointing and torch.is_grad_enabled():
+            features = checkpoint(block, features, condition, use_reentrant=False)
+        else:
+            features = block(features, condition)
+    return [features[:, tower.num_prefix_tokens :]]
+
+
 class OpenVLAVisionBackbone(nn.Module):
     """One or two vision towers; the patch features of both are concatenated channel-wise."""
 
@@ -121,11 +167,20 @@ class OpenVLAVisionBackbone(nn.Module):
         self.embed_dim = sum(tower.embed_dim for tower in towers)
         self.num_patches: int = towers[0].patch_embed.num_patches
         self.image_size: tuple[int, int] = towers[0].patch_embed.img_size
+        self.use_film = False
+        if config.use_film:
+            self.add_film(config.text_config.hidden_size)
         if any(tower.patch_embed.num_patches != self.num_patches for tower in towers):
             raise ValueError(
                 f"Towers see {[tower.patch_embed.num_patches for tower in towers]} patches: their features can be "
                 "concatenated only if image size and patch size agree."
             )
+
+    def add_film(self, hidden: int) -> None:
+        """Let the towers be modulated by the words of a prompt, whose embeddings are `hidden` wide."""
+        for tower in self.towers:
+            add_film(tower, hidden)
+        self.use_film = True
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -146,15 +201,26 @@ class OpenVLAVisionBackbone(nn.Module):
         for tower in self.towers:
             tower.set_grad_checkpointing(enable)
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixel_values: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
         """(batch, cameras * 3 * towers, height, width) -> (batch, cameras * num_patches, embed_dim).
 
         Features are the output of the second-to-last block without final norm and without prefix tokens; the last block
         is not run.
 
+        Args:
+            condition: (batch, hidden), the mean embedding of the words of each prompt, of towers with FiLM.
+
         Raises:
-            ValueError: If the pixels are no floats, or of another shape: those of another model's processor.
+            ValueError: If the pixels are no floats, or of another shape: those of another model's processor; or if
+                there is a condition without FiLM, or FiLM without a condition.
         """
+        if self.use_film != (condition is not None):
+            raise ValueError(
+                "The towers have FiLM and see the words of the prompt: such a model predicts in one pass, with its "
+                "action head."
+                if self.use_film
+                else "The towers have no FiLM (config.use_film): leave condition out."
+            )
         expected, found = self.input_shape, tuple(pixel_values.shape)
         fits = len(found) == 4 and found[1] and found[1] % expected[0] == 0 and found[2:] == expected[1:]
         if not fits or not pixel_values.is_floating_point():
@@ -168,7 +234,8 @@ class OpenVLAVisionBackbone(nn.Module):
         for tower, pixels in zip(self.towers, pixel_values.split(3, dim=1)):
             # Position embeddings are not packed where towers are quantized, and keep their type where they are
             # offloaded.
-            features += tower(pixels.to(tower.pos_embed.dtype))
+            pixels = pixels.to(tower.pos_embed.dtype)
+            features += tower(pixels) if condition is None else tower(pixels, condition.repeat_interleave(cameras, 0))
         return torch.cat(features, dim=2).unflatten(0, (-1, cameras)).flatten(1, 2)
 
 
@@ -226,4 +293,4 @@ def init_vision_weights(module: nn.Module) -> None:
         nn.init.constant_(module.scale_factor, module.init_values)
 
 
-__all__ = ["OpenVLAProjector", "OpenVLAProprioProjector", "OpenVLAVisionBackbone", "init_vision_weights"]
+__all__ = ["FILM", "OpenVLAProjector", "OpenVLAProprioProjector", "OpenVLAVisionBackbone", "init_vision_weights"]

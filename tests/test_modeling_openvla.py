@@ -640,7 +640,7 @@ def test_nothing_is_read_back_while_decoding(small_model, monkeypatch):
         decoding.clear()
         return result
 
-    monkeypatch.setattr("openvla.action_heads_openvla.decode_tokens", decode_and_stop_watching)
+    monkeypatch.setattr("openvla.token_head_openvla.decode_tokens", decode_and_stop_watching)
     for options in ({}, {"do_sample": True, "constrained": False}):
         small_model.predict_action(**small_inputs(), **options)
     assert not read

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..action_heads_openvla import make_head
+from ..action_heads_openvla import head_without_weights
 from ..choices_openvla import check_choice
 from ..configuration_openvla import OpenVLAConfig
 from ..extras import ignore_library_warnings
@@ -115,7 +115,7 @@ def estimate(
     for name, value, least in (
         ("batch_size", batch_size, 1),
         ("world_size", world_size, 1),
-        ("text_tokens", text_tokens, make_head(config).num_targets(shape) + 1),
+        ("text_tokens", text_tokens, head_without_weights(config).num_targets(shape) + 1),
     ):
         if value < least:
             raise ValueError(f"{name}={value} must be at least {least}.")

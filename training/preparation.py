@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..action_heads_openvla import TokenHead, make_head
+from ..action_heads_openvla import TokenHead, head_without_weights
 from ..action_tokenizer import ActionTokenizer, check_same_action_dim
 from ..configuration_openvla import OpenVLAConfig
 from ..data import Episode
@@ -63,7 +63,7 @@ class Run:
     @cached_property
     def head(self) -> TokenHead:
         """How actions come out of the model."""
-        return make_head(self.config, ActionTokenizer(self.processor.tokenizer, self.config.n_action_bins))
+        return head_without_weights(self.config, ActionTokenizer(self.processor.tokenizer, self.config.n_action_bins))
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, TrainingArguments, set_see
 from transformers.trainer_utils import IntervalStrategy
 
 from ..action_spec import action_names
-from ..adapters_openvla import KEY, OF_MODEL, name_base, portable_model, portable_path
+from ..adapters_openvla import KEY, OF_MODEL, PARTS, name_base, portable_model, portable_path
 from ..configuration_openvla import OpenVLAConfig
 from ..data.augment import ImageAugmentation
 from ..data.collate import ActionCollator
@@ -67,8 +67,7 @@ def load_model(run: Run, autocast: bool) -> Any:
         loading["quantization_config"] = qlora_quantization()
     base, adapter = starting_point(options.model)
     model: Any = OpenVLAForActionPrediction.from_pretrained(base, **loading)
-    if run.config.proprio_dim is not None and model.config.proprio_dim is None:
-        model.add_proprio_projector(run.config.proprio_dim)
+    model.add_parts(**{field: getattr(run.config, field) for field in PARTS})
     if learns_itself:
         if adapter is not None:  # of an earlier run: it becomes part of the weights
             from peft import PeftModel
@@ -77,9 +76,10 @@ def load_model(run: Run, autocast: bool) -> Any:
         model.norm_stats = run.statistics
         for field in OF_MODEL:
             setattr(model.config, field, getattr(run.config, field))
+        added = model.added_parameters().values()
         model = apply_strategy(model, options.strategy)
-        if run.config.proprio_dim is not None:
-            model.proprio_projector.requires_grad_(True)  # new, whatever else learns
+        for parameter in added:
+            parameter.requires_grad_(True)
     else:
         made = {"rank": options.rank, "alpha": options.alpha, "dropout": options.dropout}
         model = apply_strategy(model, options.strategy, adapter=adapter, **made)

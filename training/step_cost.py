@@ -11,7 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..action_heads_openvla import make_head
+from ..action_heads_openvla import head_without_weights
 from ..configuration_openvla import OpenVLAConfig
 from ..patches_openvla import IGNORE_INDEX
 
@@ -68,11 +68,14 @@ def training_inputs(
     """
     ids = torch.ones(batch_size, text_tokens, dtype=torch.long)
     labels = ids.clone()
-    labels[:, : -make_head(config).num_targets(shape)] = IGNORE_INDEX
+    head = head_without_weights(config)
+    labels[:, : -head.num_targets(shape)] = IGNORE_INDEX
     size = config.image_sizes[0]
     pixels = torch.zeros(batch_size, len(config.camera_names) * 3 * len(config.image_sizes), size, size)
     state = {} if config.proprio_dim is None else {"proprio": torch.zeros(batch_size, config.proprio_dim)}
-    return {"input_ids": ids, "attention_mask": ids.bool(), "labels": labels, "pixel_values": pixels, **state}
+    actions = {"actions": torch.zeros(batch_size, *shape)} if head.wants_actions else {}
+    inputs = {"input_ids": ids, "attention_mask": ids.bool(), "labels": labels, "pixel_values": pixels}
+    return {**inputs, **state, **actions}
 
 
 def run_step(
@@ -94,7 +97,7 @@ def run_step(
     """
     if dtype is not None:
         model = model.to(dtype)
-    head = make_head(config)
+    head = (model.get_base_model() if hasattr(model, "get_base_model") else model).action_head
     batch = head.prepare(training_inputs(config, batch_size, text_tokens, shape))  # looks at values
     # Tensors of the CPU and not of the meta device: autocast knows no meta tensors.
     with FakeTensorMode() as fake, FlopCounterMode(display=False) as counter:

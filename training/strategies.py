@@ -58,8 +58,15 @@ def checkpoint_activations(model: Any) -> None:
 
 def freeze_unused(model: Any) -> None:
     """Freeze what no forward pass reads, so that every parameter that learns has a gradient: of each vision tower the
-    last block, the final norm and the pooling, which the published files hold nevertheless. Sharded optimizers and DDP
-    need this. Counts of the paper's table 1 include them: count before."""
+    last block, the final norm and the pooling, which the published files hold nevertheless; the output layer, where the
+    head gives numbers and no tokens. Sharded optimizers and DDP need this. Counts of the paper's table 1 include them:
+    count before."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if base.action_head.wants_actions:
+        shared = {id(parameter) for parameter in base.get_input_embeddings().parameters()}
+        for parameter in base.get_output_embeddings().parameters():
+            if id(parameter) not in shared:
+                parameter.requires_grad_(False)
     for tower in model.modules():
         if not isinstance(tower, VisionTransformer):
             continue

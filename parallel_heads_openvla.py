@@ -1,0 +1,279 @@
+"""Heads of OpenVLA-OFT (arXiv 2502.19645): all numbers of a chunk come out of one pass of the language model.
+
+Shapes: `batch` samples, K `action_chunk`, A `action_dim`, `hidden` width of the language model.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from .action_tokenizer import ActionTokenizer
+from .configuration_openvla import OpenVLAConfig
+from .decoding_openvla import check_finite, choose_token
+from .inputs_openvla import ModelInputs
+from .outputs_openvla import ActionPrediction, OpenVLAOutput
+from .parallel_openvla import ActionSequence, time_embedding
+from .patches_openvla import IGNORE_INDEX
+from .sampling_openvla import Sampling
+from .token_head_openvla import Comparison, TokenHead
+
+
+class ParallelTokenHead(TokenHead):
+    """Each number of a chunk is one token, and all are chosen at once: none sees what the others became."""
+
+    parallel = True
+    margin = 1e-8  # in the units of an action, see `unnormalize_actions`
+
+    def prepare(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch with `first_action` (batch,), where its placeholders begin, and `num_actions`, how many there are.
+        Reads labels: before they are on a device."""
+        learned = batch["labels"] != IGNORE_INDEX
+        first = learned.int().argmax(dim=1)
+        return {**batch, "first_action": first, "num_actions": int(learned[0].sum()) - 1}
+
+    def loss(self, model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Mean cross entropy of the tokens of the actions and of the end.
+
+        Args:
+            batch: Of `ActionCollator`, after `prepare`.
+
+        Returns:
+            The loss, and for `compare` the logits (batch, K * A, vocab_size) and the tokens (batch, K * A).
+        """
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        logits = model(**inputs).logits.float()
+        places = batch["first_action"][:, None] + torch.arange(logits.shape[1], device=logits.device)
+        labels = batch["labels"].gather(1, places)
+        loss = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX)
+        return loss, {"logits": logits[:, :-1], "labels": labels[:, :-1]}
+
+    def compare(self, logits: torch.Tensor, labels: torch.Tensor, shape: tuple[int, int]) -> Comparison:
+        predicted, wanted = (tokens.unflatten(1, shape) for tokens in (logits.argmax(dim=-1), labels))
+        return Comparison(self.tokenizer.decode(predicted), self.tokenizer.decode(wanted), predicted == wanted)
+
+    def forward_sequence(self, model: Any, sequence: ActionSequence, num_actions: int, **_: Any) -> OpenVLAOutput:
+        """Logits (batch, num_actions + 1, vocab_size) of the actions and of the end."""
+        hidden = sequence.hidden_states(model.language_model, num_actions + 1)
+        return OpenVLAOutput(logits=model.get_output_embeddings()(hidden))
+
+    def actions(
+        self,
+        model: Any,
+        inputs: ModelInputs,
+        shape: tuple[int, int],
+        *,
+        constrained: bool = True,
+        sampling: Sampling | None = None,
+        generator: torch.Generator | None = None,
+    ) -> ActionPrediction:
+        count = self.num_tokens(shape)
+        sequence = model.action_sequence(inputs, count)
+        hidden = sequence.hidden_states(model.language_model, count)
+        logits = model.get_output_embeddings()(hidden).float()
+        finite = logits.isfinite().all(dim=-1).all(dim=1)
+        first, end = self.tokenizer.token_range if constrained else (0, None)
+        logits = logits[..., first:end].masked_fill(~finite[:, None, None], 0.0)
+        chosen, *others = choose_token(logits.flatten(0, 1), sampling)
+        token_ids = (chosen + first).reshape(-1, *shape).cpu().numpy()
+        probabilities, entropies = (values.reshape(-1, count) for values in others)
+        marked = probabilities.masked_fill(~finite[:, None], torch.nan).cpu().numpy()
+        check_finite(marked, sequence.inputs_embeds.dtype)
+        return ActionPrediction(
+            normalized_actions=self.tokenizer.decode(token_ids),
+            token_ids=token_ids,
+            token_probabilities=marked.reshape(-1, *shape),
+            token_entropies=entropies.cpu().numpy().reshape(-1, *shape),
+        )
+
+
+class ResidualBlock(nn.Module):
+    """x + ReLU(Linear(LayerNorm(x))); names of tensors are the original's."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.ffn = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.ReLU())
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return features + self.ffn(features)
+
+
+class ResidualMLP(nn.Module):
+    """From the hidden states of one step, A side by side, to its A numbers."""
+
+    def __init__(self, hidden: int, action_dim: int):
+        super().__init__()
+        self.action_dim = action_dim
+        self.layer_norm1 = nn.LayerNorm(action_dim * hidden)
+        self.fc1 = nn.Linear(action_dim * hidden, hidden)
+        self.mlp_resnet_blocks = nn.ModuleList(ResidualBlock(hidden) for _ in range(2))
+        self.layer_norm2 = nn.LayerNorm(hidden)
+        self.fc2 = nn.Linear(hidden, action_dim)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(batch, K * A, hidden) -> (batch, K, A)."""
+        steps = hidden_states.unflatten(1, (-1, self.action_dim)).flatten(2).to(self.fc1.weight.dtype)
+        features = functional.relu(self.fc1(self.layer_norm1(steps)))
+        for block in self.mlp_resnet_blocks:
+            features = block(features)
+        return self.fc2(self.layer_norm2(features))
+
+
+class RegressionHead(ParallelTokenHead, ResidualMLP):
+    """The numbers themselves, learned with the L1 distance; not clipped to [-1, 1]. The tokens of the actions are
+    placeholders in the sequence, whose embeddings are not read."""
+
+    wants_actions = True
+
+    def __init__(self, tokenizer: ActionTokenizer, config: OpenVLAConfig):
+        assert config.action_dim is not None  # the configuration checks it
+        ResidualMLP.__init__(self, config.text_config.hidden_size, config.action_dim)
+        self.tokenizer = tokenizer
+
+    def loss(self, model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Mean distance over all numbers of the batch.
+
+        Args:
+            batch: Of `ActionCollator`, after `prepare`, with the normalized `actions` (batch, K, A).
+
+        Returns:
+            The loss, and for `compare` the actions as predicted and as recorded.
+        """
+        wanted = batch["actions"]
+        predicted = model(**_inputs(batch)).predicted.float()
+        loss = (predicted - wanted.to(predicted)).abs().mean()
+        return loss, {"predicted": predicted, "wanted": wanted.to(predicted)}
+
+    def compare(self, predicted: torch.Tensor, wanted: torch.Tensor, shape: tuple[int, int]) -> Comparison:  # type: ignore[override]
+        return Comparison(predicted, wanted)
+
+    def forward_sequence(self, model: Any, sequence: ActionSequence, num_actions: int, **_: Any) -> OpenVLAOutput:
+        """`predicted` (batch, K, A)."""
+        return OpenVLAOutput(predicted=self(sequence.hidden_states(model.language_model, num_actions)))
+
+    def actions(
+        self,
+        model: Any,
+        inputs: ModelInputs,
+        shape: tuple[int, int],
+        *,
+        constrained: bool = True,
+        sampling: Sampling | None = None,
+        generator: torch.Generator | None = None,
+    ) -> ActionPrediction:
+        self._check(shape, sampling)
+        count = self.num_tokens(shape)
+        sequence = model.action_sequence(inputs, count)
+        predicted = self(sequence.hidden_states(model.language_model, count))
+        return _numbers(predicted, sequence.inputs_embeds.dtype)
+
+    def _check(self, shape: tuple[int, int], sampling: Sampling | None) -> None:
+        if shape[1] != self.action_dim:
+            raise ValueError(
+                f"The head was trained for actions of {self.action_dim} numbers, the statistics have {shape[1]}: wrong "
+                "unnorm_key?"
+            )
+        if sampling is not None:
+            raise ValueError("do_sample=True: this head gives numbers and chooses no tokens, leave it out.")
+
+
+class DiffusionHead(RegressionHead):
+    """The noise in noisy actions, which is taken away step by step; one pass of the language model for each step."""
+
+    TRAIN_STEPS = 50
+
+    def __init__(self, tokenizer: ActionTokenizer, config: OpenVLAConfig):
+        super().__init__(tokenizer, config)
+        self.num_inference_steps = self.TRAIN_STEPS
+        self._scheduler: Any = None
+
+    @property
+    def scheduler(self) -> Any:
+        """The original's, DDIM on squared cosines: it holds no weights."""
+        if self._scheduler is None:
+            try:
+                from diffusers import DDIMScheduler
+            except ImportError as error:
+                raise ModuleNotFoundError(
+                    "action_head='diffusion' takes its steps from diffusers, which is not installed: pip install "
+                    "'openvla[oft]', or pip install diffusers."
+                ) from error
+            self._scheduler = DDIMScheduler(num_train_timesteps=self.TRAIN_STEPS, beta_schedule="squaredcos_cap_v2")
+        return self._scheduler
+
+    def loss(self, model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Mean squared error of the noise. In evaluation noise and times are the same in every call.
+
+        Returns:
+            The loss, and for `compare` the actions that the predicted noise leaves, and those recorded.
+        """
+        wanted = batch["actions"].float()
+        generator = None if model.training else torch.Generator(wanted.device).manual_seed(0)
+        where = {"device": wanted.device, "generator": generator}
+        noise = torch.randn(wanted.shape, **where)  # type: ignore[call-overload]
+        times = torch.randint(0, self.TRAIN_STEPS, (len(wanted),), **where)  # type: ignore[call-overload]
+        noisy = self.scheduler.add_noise(wanted, noise, times)
+        predicted = model(**_inputs(batch), noisy_actions=noisy, times=times).predicted.float()
+        kept = self.scheduler.alphas_cumprod.to(wanted.device)[times][:, None, None]
+        clean = ((noisy - (1 - kept).sqrt() * predicted.detach()) / kept.sqrt()).clamp(-1, 1)
+        return functional.mse_loss(predicted, noise), {"predicted": clean, "wanted": wanted}
+
+    def forward_sequence(
+        self,
+        model: Any,
+        sequence: ActionSequence,
+        num_actions: int,
+        noisy_actions: torch.Tensor | None = None,
+        times: torch.Tensor | None = None,
+        **_: Any,
+    ) -> OpenVLAOutput:
+        """`predicted` (batch, K, A), the noise in `noisy_actions` (batch, K, A) at `times` (batch,)."""
+        if noisy_actions is None or times is None:
+            raise ValueError("A diffusion head predicts the noise in actions: give noisy_actions and times.")
+        hidden = sequence.hidden_states(
+            model.language_model,
+            num_actions,
+            actions=model.noisy_action_projector(noisy_actions.flatten(1)),
+            time=time_embedding(times, sequence.inputs_embeds.shape[2]),
+        )
+        return OpenVLAOutput(predicted=self(hidden))
+
+    def actions(
+        self,
+        model: Any,
+        inputs: ModelInputs,
+        shape: tuple[int, int],
+        *,
+        constrained: bool = True,
+        sampling: Sampling | None = None,
+        generator: torch.Generator | None = None,
+    ) -> ActionPrediction:
+        """Begins with noise of `generator`, by default torch's global one; samples draw one after the other."""
+        self._check(shape, sampling)
+        scheduler, count = self.scheduler, self.num_tokens(shape)
+        scheduler.set_timesteps(self.num_inference_steps)
+        sequence = model.action_sequence(inputs, count, with_time=True)
+        embeds = sequence.inputs_embeds
+        where = {"dtype": embeds.dtype, "device": embeds.device, "generator": generator}
+        sample = torch.cat([torch.randn(1, *shape, **where) for _ in inputs.prompts])  # type: ignore[call-overload]
+        for time in scheduler.timesteps.tolist():
+            times = torch.full((len(sample),), time, device=sample.device)
+            noise = self.forward_sequence(model, sequence, count, sample, times).predicted
+            sample = scheduler.step(noise, time, sample).prev_sample
+        return _numbers(sample, embeds.dtype)
+
+
+def _inputs(batch: dict[str, Any]) -> dict[str, Any]:
+    """What `forward` takes of a batch."""
+    return {name: value for name, value in batch.items() if name not in ("labels", "actions")}
+
+
+def _numbers(predicted: torch.Tensor, dtype: torch.dtype) -> ActionPrediction:
+    numbers = predicted.float().cpu().numpy()
+    check_finite(numbers.reshape(len(numbers), -1), dtype)
+    return ActionPrediction(normalized_actions=numbers.astype(np.float64))
+
+
+__all__ = ["DiffusionHead", "ParallelTokenHead", "RegressionHead", "ResidualMLP"]

@@ -1,0 +1,146 @@
+"""The head of OpenVLA: each number of an action is one token of the language model, and they follow one another.
+
+What a head is, see `action_heads_openvla`. Shapes: `batch` samples, `length` prompt tokens, K `action_chunk`, A
+`action_dim`.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from .action_tokenizer import ActionTokenizer
+from .configuration_openvla import OpenVLAConfig
+from .decoding_openvla import EagerSteps, check_finite, decode_tokens
+from .inputs_openvla import ModelInputs
+from .outputs_openvla import ActionPrediction
+from .patches_openvla import IGNORE_INDEX
+from .sampling_openvla import Sampling
+
+
+@dataclass
+class Comparison:
+    """Actions of a training batch as predicted and as recorded, normalized, (batch, K, A) each.
+
+    correct: Of actions that are tokens, whether the right one was the most probable; None of others.
+    """
+
+    predicted: torch.Tensor
+    wanted: torch.Tensor
+    correct: torch.Tensor | None = None
+
+
+class TokenHead:
+    """Each number of an action is one token; those of a chunk follow one another, step by step (arXiv 2406.09246).
+
+    Attributes:
+        parallel: Whether all answers come out of one pass, `model(..., first_action=...)`.
+        wants_actions: Whether `loss` needs the normalized `actions` (batch, K, A) of the collator.
+        margin: Of `unnormalize_actions`.
+    """
+
+    parallel = False
+    wants_actions = False
+    margin = 0.0
+
+    def __init__(self, tokenizer: ActionTokenizer, config: OpenVLAConfig | None = None):
+        self.tokenizer = tokenizer
+
+    # Training ---------------------------------------------------------------------------------------------------------
+
+    def num_targets(self, shape: tuple[int, int]) -> int:
+        """Tokens that follow a prompt in training: K * A, and the end of the sequence."""
+        return self.num_tokens(shape) + 1
+
+    def targets(self, actions: np.ndarray, end_token_id: int) -> list[int]:
+        """What follows a prompt in training, and is learned.
+
+        Args:
+            actions: (K, A), or (A,) of one step, normalized to [-1, 1].
+            end_token_id: That ends a sequence.
+        """
+        return [*self.tokenizer.encode(np.asarray(actions)).reshape(-1).tolist(), end_token_id]
+
+    def prepare(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch with `logits_to_keep`: how many positions at its end see every label predicted.
+
+        All others, image patches first of all, would cost memory of the size of the vocabulary each. Reads labels:
+        before they are on a device.
+        """
+        first = int((batch["labels"] != IGNORE_INDEX).any(dim=0).int().argmax())
+        return {**batch, "logits_to_keep": batch["labels"].shape[1] - first + 1}
+
+    def loss(self, model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Mean cross entropy over the labels, as `model(**batch).loss`.
+
+        Args:
+            batch: Of `ActionCollator`, after `prepare`.
+
+        Returns:
+            The loss, and for `compare` the logits kept (batch, kept, vocab_size) and the labels of these positions
+            (batch, kept): the logits at position i predict label i + 1.
+        """
+        labels = batch["labels"][:, -batch["logits_to_keep"] :]
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        logits = model(**inputs, use_cache=False).logits.float()
+        loss = functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX
+        )
+        return loss, {"logits": logits, "labels": labels}
+
+    def compare(self, logits: torch.Tensor, labels: torch.Tensor, shape: tuple[int, int]) -> Comparison:
+        """Actions as predicted with the tokens before them given (teacher forcing), and as recorded.
+
+        Args:
+            logits, labels: Of `loss`; every row holds its K * A action tokens in a row.
+        """
+        predicted, wanted = logits[:, :-1].argmax(dim=-1), labels[:, 1:]
+        first = (wanted != IGNORE_INDEX).int().argmax(dim=1, keepdim=True)
+        index = first + torch.arange(self.num_tokens(shape), device=first.device)
+        predicted, wanted = (tokens.gather(1, index).unflatten(1, shape) for tokens in (predicted, wanted))
+        return Comparison(self.tokenizer.decode(predicted), self.tokenizer.decode(wanted), predicted == wanted)
+
+    # Prediction -------------------------------------------------------------------------------------------------------
+
+    def num_tokens(self, shape: tuple[int, int]) -> int:
+        """Positions that actions take after a prompt."""
+        return shape[0] * shape[1]
+
+    def actions(
+        self,
+        model: Any,
+        inputs: ModelInputs,
+        shape: tuple[int, int],
+        *,
+        constrained: bool = True,
+        sampling: Sampling | None = None,
+        generator: torch.Generator | None = None,
+    ) -> ActionPrediction:
+        """Normalized actions with what is known of their tokens, all (batch, K, A); see `ActionPrediction`.
+
+        Args:
+            model: An `OpenVLAForActionPrediction`.
+            constrained: Choose among action tokens only.
+            sampling: None for the most probable tokens.
+            generator: Of the noise that a diffusion begins with.
+
+        Raises:
+            ValueError: If a prompt is empty or too long, or the model computed something that is not finite.
+        """
+        prefix = model.prefix(inputs, self.num_tokens(shape))
+        steps = EagerSteps(model.language_model, prefix, self.num_tokens(shape))
+        token_range = self.tokenizer.token_range if constrained else (0, None)
+        decoded = decode_tokens(steps, prefix.finite, self.num_tokens(shape), token_range, sampling)
+        token_ids, probabilities, entropies = (values.cpu().numpy().reshape(-1, *shape) for values in decoded)
+        check_finite(probabilities.reshape(len(probabilities), -1), prefix.inputs_embeds.dtype)
+        return ActionPrediction(
+            normalized_actions=self.tokenizer.decode(token_ids),
+            token_ids=token_ids,
+            token_probabilities=probabilities,
+            token_entropies=entropies,
+        )
+
+
+__all__ = ["Comparison", "TokenHead"]
