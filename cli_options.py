@@ -57,11 +57,8 @@ def _parameter(item: Any) -> inspect.Parameter:
 
 
 def execute_root() -> None:
-    """Execute the root of the package, where `openvla_console` has put it off."""
-    root = sys.modules[str(__package__)]
-    if not hasattr(root, "__all__"):
-        assert root.__spec__ is not None and root.__spec__.loader is not None
-        root.__spec__.loader.exec_module(root)
+    """Execute the root of the package, where `openvla_light` has put it off."""
+    sys.modules[str(__package__)].__all__  # noqa: B018 - to ask for a name is enough
 
 
 def options_in(verb: Any) -> dict[str, str]:

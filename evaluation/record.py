@@ -13,18 +13,16 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ..data.episode import Episode
 from ..data.writers.hdf5 import write_hdf5
 from ..data.writers.lerobot import write_lerobot
-from ..device import torch_device
 from ..files_openvla import read_json
 from ..folders import locked, read_settings, with_version, write_json
 from ..hub import file_digests, model_folder, published_name
-from ..options.evaluation import MOST_EPISODES, RecordOptions
+from ..options.evaluation import RecordOptions
 from ..options.fields import decisive
-from ..policy import OpenVLAPolicy, Policy
-from .environment import RECORDING_SEEDS, Environment, choose_tasks, make_environment, renders, tasks_with
-from .expert_episode import is_episode, load_episode, record_episode, save_episode
+from . import recorder
+from .environment import choose_tasks, renders, tasks_with
+from .expert_episode import is_episode, load_episode
 from .rendering import opengl_backend
 from .workers import EnvironmentProcess
 
@@ -32,7 +30,6 @@ from .workers import EnvironmentProcess
 ACTION_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
 PLAN = "options.json"  # of an unfinished recording: what is recorded
 COMPLETE = "whole"  # in it: the data set that is being written; a recording of version 0.1.0 continues
-ATTEMPTS = 20
 SLOWEST_EPISODE = 3600.0  # seconds, all attempts together
 
 
@@ -44,7 +41,7 @@ def record(options: RecordOptions, *, progress: bool = True) -> dict[str, Any]:
         the expert and mean `steps`.
 
     Raises:
-        ValueError: If a task is unknown, the environment has no expert, an episode fails `ATTEMPTS` times, or another
+        ValueError: If a task is unknown, the environment has no expert, an episode fails 20 times, or another
             recording was begun in the same place.
         FileExistsError: If the folder holds something else, or `OUTPUT.partial` does.
         FileNotFoundError: If there is no OpenGL to render with, or no such student.
@@ -65,7 +62,7 @@ def _record(options: RecordOptions, output: Path, progress: bool) -> dict[str, A
     if output.exists() and any(output.iterdir()):
         raise FileExistsError(f"{output} is not empty: give a new folder.")
     _check_part(part)
-    environment = open_environment(options, render=False)
+    environment = recorder.open_environment(options, render=False)
     chosen = choose_tasks(environment, options.tasks)
     varied = [(task, axis) for axis in options.axes for task in tasks_with(environment, chosen, axis)]
     tasks = dict.fromkeys(task for task, _ in varied)
@@ -84,7 +81,7 @@ def _record(options: RecordOptions, output: Path, progress: bool) -> dict[str, A
     }
     missing = [(job, file) for job, file in files.items() if not is_episode(file)]
     with tqdm(total=len(jobs), initial=len(jobs) - len(missing), unit="episode", disable=not progress) as bar:
-        _run(partial(Recorder, options), missing, options.workers, bar.update)
+        _run(partial(recorder.Recorder, options), missing, options.workers, bar.update)
 
     complete = part / COMPLETE
     shutil.rmtree(complete, ignore_errors=True)  # of a run that was stopped while it wrote
@@ -112,10 +109,6 @@ def _record(options: RecordOptions, output: Path, progress: bool) -> dict[str, A
     complete.replace(output)  # also where `output` is an empty folder
     _remove(part, content)
     return summary
-
-
-def open_environment(options: RecordOptions, **more: Any) -> Environment:
-    return make_environment(options.env, **{**options.environment_options, **more})
 
 
 def _check_part(part: Path) -> None:
@@ -186,11 +179,11 @@ def _run(
 ) -> None:
     """Record all jobs, in this process or in others; the first failure ends it."""
     if workers == 1 or len(jobs) < 2:
-        recorder = make()
+        own = make()
         for episode, file in jobs:
-            recorder.record(*episode, file)
+            own.record(*episode, file)
             done()
-        recorder.close()
+        own.close()
         return
     waiting: queue.SimpleQueue = queue.SimpleQueue()
     failures: list[BaseException] = []
@@ -224,50 +217,6 @@ def _run(
             thread.join()
     if failures:
         raise failures[0]
-
-
-class Recorder:
-    """Records single episodes to files."""
-
-    def __init__(self, options: RecordOptions):
-        self.options, self.environment = options, open_environment(options)
-        self.student: Policy | None = None
-        self.blind: Environment | None = None
-        if options.student is not None:
-            self.student = OpenVLAPolicy.load(options.student, device=torch_device(options.device))
-        elif options.noise:
-            # The expert fails more often then; pictures take nearly all of the time, so a first try goes without.
-            self.blind = open_environment(options, render=False)
-
-    def record(self, task: str, axis: str, number: int, file: Path) -> None:
-        """Try seeds until the expert succeeds; the file appears when it is complete."""
-        for attempt in range(ATTEMPTS):
-            seed = RECORDING_SEEDS[attempt * MOST_EPISODES + number]
-            if self.blind is not None and self._try(self.blind, task, axis, seed) is None:
-                continue
-            episode = self._try(self.environment, task, axis, seed)
-            if episode is not None:
-                save_episode(episode, file, seed=seed, failed=attempt)
-                return
-        raise ValueError(f"The expert failed {ATTEMPTS} times at '{task}', episode {number}: less noise may help.")
-
-    def _try(self, environment: Environment, task: str, axis: str, seed: int) -> Episode | None:
-        options = self.options
-        return record_episode(
-            environment,
-            task,
-            seed,
-            variation=axis,
-            noise=options.noise,
-            student=self.student,
-            paraphrases=options.paraphrases,
-            after_success=options.after_success,
-            image_format="png" if options.format == "hdf5" else options.images,
-        )
-
-    def close(self) -> None:
-        for environment in filter(None, (self.environment, self.blind)):
-            environment.close()
 
 
 def _summary(files: dict[tuple[str, str, int], Path], task: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Environments in processes of their own: they run side by side, and one that breaks breaks nothing else."""
 
 import multiprocessing
+import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -30,6 +31,16 @@ def _serve(make: Callable[[], Environment], connection: Connection) -> None:
         environment.close()
 
 
+def _preload() -> list[str]:
+    """What the server of the processes imports, once for all: what environments need, neither torch nor transformers. A
+    script other than our command is executed again by each process, and may import all of the package there."""
+    main: Any = sys.modules["__main__"]
+    spec, function = getattr(main, "__spec__", None), getattr(main, "main", None)
+    again = not spec.name.endswith("__main__") if spec is not None else hasattr(main, "__file__")
+    ours = getattr(function, "__module__", None) == "openvla_console"
+    return ["openvla" if again and not ours else "openvla_light", __name__]
+
+
 class EnvironmentProcess:
     """An environment behind a pipe: `ask` now, `answer` later.
 
@@ -50,9 +61,9 @@ class EnvironmentProcess:
             EnvironmentFailure: If the process is gone.
         """
         if self._process is None:
-            # Forked from a clean server: no threads, devices or graphics of this process, and no second import.
+            # Forked from a clean server: no threads, devices or graphics of this process, and nothing imported twice.
             context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload([__name__])
+            context.set_forkserver_preload(_preload())
             self._connection, theirs = context.Pipe()
             self._process = context.Process(target=_serve, args=(self.make, theirs), daemon=True)
             self._process.start()

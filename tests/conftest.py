@@ -1,7 +1,12 @@
-"""Fixtures all tests share. How a test starts a process: see processes.py."""
+"""Fixtures all tests share. How a test starts a process: see processes.py.
 
+Imported by the process that distributes tests to workers too, which needs no torch: what does is imported in fixtures.
+"""
+
+import gc
 import os
 import shutil
+import sys
 import tempfile
 
 
@@ -11,9 +16,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import processes  # noqa: E402 - after the environment is set
 import pytest  # noqa: E402
-import timm.optim  # noqa: E402
-import torch  # noqa: E402
-from tiny import TINY, TinyCheckpoint  # noqa: E402
 
 
 def pytest_configure(config):
@@ -24,21 +26,50 @@ def pytest_configure(config):
 
 
 def pytest_unconfigure(config):
+    gc.unfreeze()
     if hasattr(config, "servers"):
         config.servers.stdin.close()
         config.servers.wait()
         shutil.rmtree(os.environ.pop(processes.FOLDER))
 
 
+def pytest_collection_finish(session):
+    """Each training run collects garbage, half a second where the libraries' objects are looked through as well."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def reproducible():
+    import torch
+
     torch.manual_seed(0)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
-@pytest.fixture(params=TINY, ids=lambda checkpoint: checkpoint.name, scope="session")
-def tiny_checkpoint(request) -> TinyCheckpoint:
-    return request.param
+@pytest.fixture(autouse=True, scope="session")
+def no_curves():
+    """The picture that a run ends with takes as long as its few steps: `curves` is for tests that look at it."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "openvla.training.run" in sys.modules:
+            patch.setattr("openvla.training.run.plot_curves", lambda runs, path: False)
+        yield
+
+
+@pytest.fixture
+def curves(monkeypatch):
+    """Runs draw their picture."""
+    from openvla.training.curves import plot_curves
+
+    monkeypatch.setattr("openvla.training.run.plot_curves", plot_curves)
+
+
+@pytest.fixture(params=["tiny-openvla-fused", "tiny-openvla-siglip"], scope="session")
+def tiny_checkpoint(request):
+    """A `tiny.TinyCheckpoint`."""
+    from tiny import TINY
+
+    return next(checkpoint for checkpoint in TINY if checkpoint.name == request.param)
 
 
 @pytest.fixture(scope="session")
@@ -72,5 +103,7 @@ def opengl() -> str:
 @pytest.fixture(scope="session")
 def muon() -> None:
     """Skips where the installed timm does not have it."""
+    import timm.optim
+
     if "nmuon" not in getattr(timm.optim, "list_optimizers", list)():
         pytest.skip(f"timm {timm.__version__} has no Muon")

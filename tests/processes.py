@@ -5,15 +5,19 @@ what `subprocess.run` and `subprocess.Popen` do with `[sys.executable, "-c", pro
 process that has imported already
 
 - "package" (the default): `openvla` and `openvla.training`;
+- "transformers": what the package imports of the libraries, but not the package;
 - "libraries": torch, torchvision and timm; neither transformers nor `openvla`.
 
-Everything else is as in a fresh interpreter: arguments, environment, working folder, output, exit code, signals. Where
+Everything else is as in a fresh interpreter: arguments, environment, working folder, output, exit code, signals. Only
+taking the interpreter apart, 2 seconds of CPU time, is left out, after what `atexit` has to do. Where
 the interpreter is what is tested (what is imported, the console script, an environment variable that is read while
 importing), take `subprocess` and `sys.executable`.
 
 conftest.py starts the servers once, for all test workers; each imports when it is first asked.
 """
 
+import atexit
+import gc
 import json
 import os
 import select
@@ -27,7 +31,17 @@ from contextlib import suppress
 from importlib import import_module
 
 
-SERVERS = {"libraries": ("torch", "torchvision", "timm"), "package": ("openvla.training",)}
+SERVERS = {
+    "libraries": ("torch", "torchvision", "timm"),
+    "transformers": (
+        "transformers.image_processing_utils",
+        "transformers.modeling_utils",
+        "transformers.models.auto.processing_auto",
+        "transformers.models.llama.modeling_llama",
+        "transformers.tokenization_utils_tokenizers",
+    ),
+    "package": ("openvla.training",),
+}
 FOLDER = "OPENVLA_TEST_PROCESSES"  # environment variable: where the sockets of the servers are
 
 
@@ -124,6 +138,8 @@ def serve(listeners: list[tuple[socket.socket, tuple[str, ...]]]) -> dict:
     select.select(waiting, [], [])  # nobody may ask
     for module in modules:
         import_module(module)
+    gc.collect()
+    gc.freeze()  # what has been imported stays: forks do not look through it, nor copy it
     while True:
         ready = select.select(waiting, [], [])[0]
         with suppress(ChildProcessError):
@@ -165,11 +181,39 @@ def supervise(connection: socket.socket) -> dict:
     os.environ.clear()
     os.environ.update(job["env"])
     os.chdir(job["cwd"])
+    if modules := sys.modules.get("transformers.dynamic_module_utils"):  # it has read the variable
+        vars(modules)["HF_MODULES_CACHE"] = job["env"].get("HF_MODULES_CACHE", vars(modules)["HF_MODULES_CACHE"])
     sys.argv = ["-c", *job["program"][1:]]
     return job
 
 
+def execute(program: str, codes: list[int]) -> None:
+    """Run a program as the main module and append its exit code."""
+    sys.modules["__main__"] = main = types.ModuleType("__main__")
+    try:
+        exec(compile(program, "<string>", "exec"), main.__dict__)
+        codes.append(0)
+    except SystemExit as exit:
+        numbered = isinstance(exit.code, int | None)
+        if not numbered:
+            print(exit.code, file=sys.stderr)
+        codes.append((exit.code or 0) if numbered else 1)
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        codes.append(1)
+
+
+def end(codes: list[int]) -> None:
+    """The last that `atexit` does: it is the first to be registered."""
+    if codes:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(codes[0] & 0xFF)
+
+
 if __name__ == "__main__":
+    codes: list[int] = []
+    atexit.register(end, codes)
     made = []
     for name, modules in SERVERS.items():
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -178,6 +222,4 @@ if __name__ == "__main__":
         made.append((listener, modules))
     print("listening", flush=True)
     sys.path[0] = ""
-    job = serve(made)
-    sys.modules["__main__"] = main = types.ModuleType("__main__")
-    exec(compile(job["program"][0], "<string>", "exec"), main.__dict__)
+    execute(serve(made)["program"][0], codes)

@@ -499,7 +499,7 @@ def test_lerobot_options(videos):
 
 def test_lerobot_needs_no_other_reader_to_be_imported_first():
     code = f"from openvla.data import open_dataset; print(len(open_dataset({str(DEMOS / 'lerobot_image')!r})[0]))"
-    done = processes.run(code, server="libraries")
+    done = processes.run(code, server="transformers")
     assert done.stdout == "95\n", done.stderr
 
 

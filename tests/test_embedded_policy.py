@@ -97,7 +97,7 @@ def test_demo(tmp_path):
         *(ROOT / "examples/demo.py", "--output", tmp_path),
         cwd=tmp_path,
         env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
-        server="libraries",
+        server="transformers",
     )
     assert result.returncode == 0, result.stderr
     for frame in FRAMES:

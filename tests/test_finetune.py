@@ -148,7 +148,7 @@ def test_a_python_object(tmp_path):
     assert set(json.loads((tmp_path / "run" / "dataset_statistics.json").read_text())) == {"recorded"}
 
 
-def test_held_out_episodes_are_evaluated(six_episodes, tmp_path):
+def test_held_out_episodes_are_evaluated(six_episodes, tmp_path, curves):
     finetune(options(tmp_path / "run", six_episodes, eval_every=1, eval_samples=8, steps=2, save_every=2))
     found = losses(tmp_path / "run", "eval_action_l1")
     assert set(found) == {0, 1, 2} and all(0 < value < 2 for value in found.values())

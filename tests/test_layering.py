@@ -61,6 +61,7 @@ FLOORS = {
     "cli_options": 5,
     "cli_errors": 6,
     "cli": 7,
+    "openvla_light": 0,
     "openvla_console": 8,
 }
 

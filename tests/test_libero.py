@@ -147,5 +147,5 @@ def test_importing_asks_nothing_and_downloads_nothing(package):
         f"print(import_libero(Path({str(package)!r}), Path('/meshes')).assets)"
     )
     variables = {name: value for name, value in os.environ.items() if name != "LIBERO_CONFIG_PATH"}
-    done = processes.run(code, env=variables, server="libraries")
+    done = processes.run(code, env=variables)
     assert done.stdout.strip() == "/meshes", done.stderr

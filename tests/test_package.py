@@ -108,7 +108,7 @@ def test_loads_without_the_package(published, packaged, tmp_path, python):
     folders = json.dumps([[str(packaged[name]), INSTRUCTION] for name in NAMES])
     # Without standard input: nothing may ask whether to trust the code
     if python == sys.executable:
-        ran = processes.run(CLEAN_PROCESS, folders, cwd=tmp_path, env=environment, server="libraries")
+        ran = processes.run(CLEAN_PROCESS, folders, cwd=tmp_path, env=environment, server="transformers")
     else:
         more = {"cwd": tmp_path, "env": environment, "stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
         ran = subprocess.run([python, "-c", CLEAN_PROCESS, folders], **more)

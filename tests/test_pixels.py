@@ -199,7 +199,7 @@ def test_every_door_shows_what_was_trained(runs, name, tmp_path):
     np.save(tmp_path / "image.npy", WIDE)
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    ran = processes.run(WITHOUT_THE_PACKAGE, packaged, cwd=tmp_path, env=environment, server="libraries")
+    ran = processes.run(WITHOUT_THE_PACKAGE, packaged, cwd=tmp_path, env=environment, server="transformers")
     assert ran.returncode == 0, ran.stderr[-3000:]
     found = json.loads(ran.stdout.splitlines()[-1])
     assert not found["openvla"]

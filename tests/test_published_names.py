@@ -40,7 +40,7 @@ assert isinstance(AutoModel.from_pretrained({str(ROOT)!r}), OpenVLAForActionPred
 
 def test_registering_the_published_names_again():
     """As the original's fine-tuning and evaluation scripts begin; in a process of its own, because it lasts."""
-    result = processes.run(REGISTER, server="libraries")
+    result = processes.run(REGISTER, server="transformers")
     assert result.returncode == 0, result.stderr[-3000:]
 
 

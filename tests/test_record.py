@@ -10,10 +10,11 @@ from typer.testing import CliRunner
 
 from openvla.cli import app
 from openvla.data import open_dataset
-from openvla.evaluation import RECORDING_SEEDS, make_environment
+from openvla.evaluation import RECORDING_SEEDS, make_environment, recorder
 from openvla.evaluation import record as record_module
 from openvla.evaluation.expert_episode import load_episode, record_episode, save_episode
-from openvla.evaluation.record import Recorder, published, record
+from openvla.evaluation.record import published, record
+from openvla.evaluation.recorder import Recorder
 from openvla.folders import locked
 from openvla.observation import Observation
 from openvla.options.evaluation import RecordOptions
@@ -137,7 +138,7 @@ def test_trying_without_pictures_first_changes_nothing_in_what_is_recorded(tmp_p
             seen = super()._observe()
             return seen if self.render else replace(seen, images={})
 
-    monkeypatch.setattr(record_module, "open_environment", lambda options, **more: Seeing(**more))
+    monkeypatch.setattr(recorder, "open_environment", lambda options, **more: Seeing(**more))
     blind_first = Recorder(options(tmp_path, noise=0.05))
     blind_first.record("go", "", 3, tmp_path / "blind_first.npz")
     assert tried == [(False, 3), (False, RECORDING_SEEDS[10_003]), (True, RECORDING_SEEDS[10_003])]
@@ -167,11 +168,11 @@ def test_paraphrases_are_drawn_by_the_seed():
 
 def test_a_failed_attempt_is_counted_and_the_next_seed_tried(tmp_path, monkeypatch):
     assert record_episode(Point(), "go", 3) is None
-    monkeypatch.setattr(record_module, "open_environment", lambda options, **more: Point())
+    monkeypatch.setattr(recorder, "open_environment", lambda options, **more: Point())
     Recorder(options(tmp_path)).record("go", "", 3, tmp_path / "file.npz")
     with np.load(tmp_path / "file.npz") as file:
         assert (int(file["failed"]), int(file["seed"])) == (1, RECORDING_SEEDS[10_003])
-    monkeypatch.setattr(record_module, "ATTEMPTS", 1)
+    monkeypatch.setattr(recorder, "ATTEMPTS", 1)
     with pytest.raises(ValueError, match="failed 1 times at 'go'"):
         Recorder(options(tmp_path)).record("go", "", 3, tmp_path / "other.npz")
     assert [path.name for path in tmp_path.iterdir()] == ["file.npz"]
@@ -234,7 +235,7 @@ def test_interrupted_recordings_go_on_and_end_the_same(tmp_path, opengl, monkeyp
 
 
 def test_a_finished_recording_is_left_alone(tmp_path, monkeypatch, opengl):
-    monkeypatch.setattr(record_module, "open_environment", lambda options, **more: pytest.fail("recorded again"))
+    monkeypatch.setattr(recorder, "open_environment", lambda options, **more: pytest.fail("recorded again"))
     (tmp_path / "out").mkdir()
     found = {"options": options(tmp_path).content(), "tasks": {}}
     (tmp_path / "out" / "recording.json").write_text(json.dumps(found))
@@ -248,7 +249,7 @@ def test_a_finished_recording_is_left_alone(tmp_path, monkeypatch, opengl):
 
 
 def test_one_process_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(record_module, "open_environment", lambda options, **more: pytest.fail("recorded twice"))
+    monkeypatch.setattr(recorder, "open_environment", lambda options, **more: pytest.fail("recorded twice"))
     (tmp_path / "out.partial" / "episodes").mkdir(parents=True)
     with locked(tmp_path / "out"), pytest.raises(BlockingIOError, match="Another process"):
         record(options(tmp_path))
@@ -316,7 +317,7 @@ def test_the_verb(tmp_path):
 @pytest.mark.parametrize("files", [["notes.txt"], ["episodes/mine.npz"], ["options.json", "notes.txt"], "a link"])
 def test_a_folder_of_the_user_is_never_removed(files, finished, tmp_path, monkeypatch):
     """`OUTPUT.partial` that is no recording, or one of other options, when the data set is recorded or is there."""
-    monkeypatch.setattr(record_module, "open_environment", lambda options, **more: pytest.fail("recorded"))
+    monkeypatch.setattr(recorder, "open_environment", lambda options, **more: pytest.fail("recorded"))
     part = tmp_path / "out.partial"
     if files == "a link":
         (tmp_path / "elsewhere").mkdir()
@@ -333,9 +334,7 @@ def test_a_folder_of_the_user_is_never_removed(files, finished, tmp_path, monkey
         (tmp_path / "out" / "recording.json").write_text(json.dumps(found))
         assert record(options(tmp_path)) == found
     elif "options.json" in files:
-        monkeypatch.setattr(
-            record_module, "open_environment", lambda options, **more: make_environment("metaworld", **more)
-        )
+        monkeypatch.setattr(recorder, "open_environment", lambda options, **more: make_environment("metaworld", **more))
         monkeypatch.setattr(record_module, "opengl_backend", lambda: "none")
         with pytest.raises(ValueError, match="recorded with other options"):
             record(options(tmp_path))
@@ -360,6 +359,7 @@ from pathlib import Path
 import numpy as np
 import openvla.data.writers.lerobot, openvla.data.writers.hdf5
 from openvla.evaluation import record as record_module
+from openvla.evaluation import recorder
 from openvla.observation import Observation
 from openvla.options.evaluation import RecordOptions
 
@@ -381,7 +381,7 @@ class Point:
         return self._observe(), abs(self.position) < 0.05
     def close(self): pass
 
-record_module.open_environment = lambda options, **more: Point(**more)
+recorder.open_environment = lambda options, **more: Point(**more)
 record_module.opengl_backend = lambda: "none"
 folder, form, tried, left = sys.argv[1], sys.argv[2], int(sys.argv[3]), 10**9
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from openvla.evaluation import record as record_module
+from openvla.evaluation import recorder
 from openvla.evaluation.evaluate import earlier_settings, evaluate
 from openvla.evaluation.record import record
 from openvla.folders import FORMAT_VERSION, read_settings
@@ -90,7 +90,7 @@ def test_an_evaluation_of_an_older_version_is_continued(tmp_path):
 
 
 def test_a_recording_of_an_older_version_is_known(tmp_path, monkeypatch):
-    monkeypatch.setattr(record_module, "open_environment", lambda *a, **k: pytest.fail("recorded again"))
+    monkeypatch.setattr(recorder, "open_environment", lambda *a, **k: pytest.fail("recorded again"))
     (tmp_path / "out").mkdir()
     shutil.copy(OLDER / "recording.json", tmp_path / "out")
     options = RecordOptions(output=str(tmp_path / "out"), tasks="reach-v3", episodes=1, size=32)

@@ -1,0 +1,62 @@
+"""Records single episodes, in processes that import neither torch nor transformers (see `workers`)."""
+
+from pathlib import Path
+from typing import Any
+
+from ..data.episode import Episode
+from ..device import torch_device
+from ..options.evaluation import MOST_EPISODES, RecordOptions
+from ..policy import OpenVLAPolicy, Policy
+from .environment import RECORDING_SEEDS, Environment, make_environment
+from .expert_episode import record_episode, save_episode
+
+
+ATTEMPTS = 20  # of the expert at an episode
+
+
+def open_environment(options: RecordOptions, **more: Any) -> Environment:
+    return make_environment(options.env, **{**options.environment_options, **more})
+
+
+class Recorder:
+    """Records single episodes to files."""
+
+    def __init__(self, options: RecordOptions):
+        self.options, self.environment = options, open_environment(options)
+        self.student: Policy | None = None
+        self.blind: Environment | None = None
+        if options.student is not None:
+            self.student = OpenVLAPolicy.load(options.student, device=torch_device(options.device))
+        elif options.noise:
+            # The expert fails more often then; pictures take nearly all of the time, so a first try goes without.
+            self.blind = open_environment(options, render=False)
+
+    def record(self, task: str, axis: str, number: int, file: Path) -> None:
+        """Try seeds until the expert succeeds; the file appears when it is complete."""
+        for attempt in range(ATTEMPTS):
+            seed = RECORDING_SEEDS[attempt * MOST_EPISODES + number]
+            if self.blind is not None and self._try(self.blind, task, axis, seed) is None:
+                continue
+            episode = self._try(self.environment, task, axis, seed)
+            if episode is not None:
+                save_episode(episode, file, seed=seed, failed=attempt)
+                return
+        raise ValueError(f"The expert failed {ATTEMPTS} times at '{task}', episode {number}: less noise may help.")
+
+    def _try(self, environment: Environment, task: str, axis: str, seed: int) -> Episode | None:
+        options = self.options
+        return record_episode(
+            environment,
+            task,
+            seed,
+            variation=axis,
+            noise=options.noise,
+            student=self.student,
+            paraphrases=options.paraphrases,
+            after_success=options.after_success,
+            image_format="png" if options.format == "hdf5" else options.images,
+        )
+
+    def close(self) -> None:
+        for environment in filter(None, (self.environment, self.blind)):
+            environment.close()
