@@ -63,7 +63,7 @@ def original(tmp_path_factory) -> Path:
         (shutil.copyfile if file.suffix == ".json" else os.symlink)(file, folder / file.name)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "timm_model_kwargs": TINY[1].timm_model_kwargs}))
-    # Without its 61,000 merges, which are most of the time that a folder takes to load, a tokenizer has the same tokens.
+    # A tokenizer has the same tokens without its 61,000 merges, which take most of the time of loading a folder.
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     tokenizer["model"]["merges"] = []
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))

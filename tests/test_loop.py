@@ -1,18 +1,25 @@
 """The closed loop on a world whose outcome is known: modes, failures, resume, films, reports."""
 
+import importlib
 import json
+import sys
 from dataclasses import replace
 from functools import partial
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
-from toy import FromPixels, ToPose, make_line
+from toy import FromPixels, Imports, ToPose, make_line
 
+import openvla_console
+import openvla_light
 from openvla.evaluation.control import RealtimeControl
 from openvla.evaluation.evaluate import evaluate
 from openvla.evaluation.loop import Job, run_episodes
 from openvla.evaluation.report import append_result, read_results, summarize, write_report
+from openvla.evaluation.workers import EnvironmentProcess, _preload
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,6 +76,48 @@ def test_an_environment_that_breaks_breaks_nothing_else(tmp_path):
     assert "the arm fell off in arm.xml" in records[0].error  # no path of this machine: others read it
     assert "exit code 3" in records[2].error
     assert summarize(records)["errors"] == 2 and all(record.success for record in records if record.error is None)
+
+
+def test_simulators_import_neither_torch_nor_transformers():
+    process = EnvironmentProcess(Imports)
+    process.ask("heavy")
+    assert process.answer() == []
+    process.stop()
+
+
+def test_a_package_that_is_put_off_is_executed_when_it_is_asked_for_a_name(tmp_path, monkeypatch):
+    (tmp_path / "later").mkdir()
+    (tmp_path / "later" / "__init__.py").write_text("from .part import value\nname = 'executed'\n")
+    (tmp_path / "later" / "part.py").write_text("value = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    package = openvla_light.put_off("later")
+    part = importlib.import_module("later.part")
+    with pytest.raises(AttributeError, match="'later' has no attribute '__wrapped__'"):
+        package.__wrapped__  # noqa: B018
+    assert part.value == 1 and "name" not in vars(package)
+    from later import name
+
+    assert name == "executed" and package.value == 1
+    with pytest.raises(AttributeError):
+        package.other  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "main, expected",
+    [
+        ({}, "openvla_light"),
+        ({"__file__": "/usr/bin/openvla", "main": openvla_console.main}, "openvla_light"),
+        ({"__file__": "mine.py"}, "openvla"),
+        ({"__spec__": ModuleSpec("pytest.__main__", None)}, "openvla_light"),
+        ({"__spec__": ModuleSpec("mine", None), "__file__": "mine.py"}, "openvla"),
+    ],
+)
+def test_a_script_that_each_simulator_executes_again_finds_its_imports(main, expected, monkeypatch):
+    """Once for all processes, instead of once in each."""
+    module = ModuleType("__main__")
+    vars(module).update(main)
+    monkeypatch.setitem(sys.modules, "__main__", module)
+    assert _preload()[0] == expected
 
 
 def test_a_killed_run_goes_on_and_reports_the_same(tmp_path):

@@ -1,5 +1,7 @@
 """A world small enough to know what must happen: a point on a line that is to be moved to a goal."""
 
+import sys
+
 import numpy as np
 
 from openvla.action_spec import ActionSpec
@@ -36,6 +38,13 @@ class Line:
 
     def close(self) -> None:
         pass
+
+
+class Imports(Line):
+    """What its process has imported."""
+
+    def heavy(self) -> list[str]:
+        return [name for name in ("torch", "transformers", "timm", "huggingface_hub") if name in sys.modules]
 
 
 def make_line() -> Line:
