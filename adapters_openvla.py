@@ -18,11 +18,11 @@ import torch
 from transformers.utils import cached_file
 
 from .action_tokenizer import check_statistics, read_statistics
-from .files_openvla import cache_folder, local_folder, read_json, weights_digest
+from .files_openvla import QUIET, cache_folder, local_folder, read_json, weights_digest
 from .image_processing_openvla import OpenVLAImageProcessor
 from .modules_openvla import every_module
 from .processing_openvla import HUB_KWARGS, OpenVLAProcessor, pixels_of_older_run
-from .weights_openvla import QUIET, WEIGHTS_FILES
+from .weights_openvla import WEIGHTS_FILES
 
 
 KEY = "openvla"

@@ -7,7 +7,7 @@ fine-tuned from them, and names three things those files leave implicit: the siz
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,6 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from .choices_openvla import check_choice
 from .files_openvla import local_folder, read_json
+from .oft_openvla import HUB, OFTFolder, find_oft, oft_folder
 
 
 MINIMUM_TRANSFORMERS = (5, 4)
@@ -67,34 +68,6 @@ DTYPES = ("bfloat16", "float16", "float32", "float64")
 HEADS_WITH_WEIGHTS = ("l1_regression", "diffusion")
 UNITS = ("bounds_q99", "bounds")  # of normalized numbers
 IMAGE_RESIZE_STRATEGIES = ("resize-naive", "resize-crop", "letterbox")
-
-
-# Files that OpenVLA-OFT saves beside its weights (`vla-scripts/finetune.py` of moojink/openvla-oft).
-OFT_FILES = (
-    "action_head--*.pt",
-    "noisy_action_projector--*.pt",
-    "proprio_projector--*.pt",
-    "vision_backbone--*.pt",
-    "lora_adapter/adapter_config.json",
-)
-
-
-def refuse_oft(folder: Path) -> None:
-    """Raise a `ValueError` if `folder` is a checkpoint of OpenVLA-OFT, whose weights give wrong actions here.
-
-    Its discrete variant without an adapter beside it has nothing that tells it apart.
-    """
-    found = [file.relative_to(folder).as_posix() for pattern in OFT_FILES for file in sorted(folder.glob(pattern))]
-    if found:
-        raise ValueError(oft_message(folder, found))
-
-
-def oft_message(where: str | os.PathLike, found: Sequence[str]) -> str:
-    return (
-        f"'{os.fspath(where)}' is a checkpoint of OpenVLA-OFT ({', '.join(found)}): it predicts chunks of actions in "
-        "parallel, which is not supported yet, and taken for an OpenVLA model it would move the arm wrongly. Use an "
-        "OpenVLA checkpoint, or the code of OpenVLA-OFT."
-    )
 
 
 def check_model_type(content: dict[str, Any], where: str, expected: str) -> None:
@@ -323,17 +296,19 @@ class OpenVLAConfig(transformers.PreTrainedConfig):
     def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> tuple[dict, dict]:
         """Content of the config.json of a folder or Hub id (or of that file itself), and unused arguments.
 
+        Of a folder of OpenVLA-OFT with what its parts say; `base` in `kwargs` is then what its adapter was trained on.
+
         Raises:
             FileNotFoundError: If there is neither folder nor repository, or no config.json in it.
-            ValueError: If config.json is damaged, a Git LFS pointer or of another kind of model, or the folder is of
-                OpenVLA-OFT.
+            ValueError: If config.json is damaged, a Git LFS pointer or of another kind of model, or the parts of an
+                OpenVLA-OFT folder do not tell what it is.
         """
         name, subfolder = os.fspath(pretrained_model_name_or_path), kwargs.get("subfolder") or ""
         file = Path(name)
         if file.suffix != ".json" or not file.is_file():
+            if (oft := find_oft(oft_folder(name, **kwargs), kwargs.get("action_head"))) is not None:
+                return cls._of_oft(oft, kwargs)
             folder = local_folder(name)
-            if folder is not None:
-                refuse_oft(folder / subfolder)
             file = Path(folder or name, subfolder, "config.json")
             if folder is not None and not file.is_file():
                 raise FileNotFoundError(no_config(file.parent))
@@ -353,6 +328,20 @@ class OpenVLAConfig(transformers.PreTrainedConfig):
         for field in ("dtype", "torch_dtype"):
             if content.get(field) is not None:
                 check_choice(f"{field} of '{file}'", content[field], DTYPES)
+        return content, unused
+
+    @classmethod
+    def _of_oft(cls, oft: OFTFolder, given: dict[str, Any]) -> tuple[dict, dict]:
+        """`get_config_dict` of a folder of OpenVLA-OFT."""
+        base = oft.find_base(given.pop("base", None))
+        given = {key: value for key, value in given.items() if key not in (*HUB, "subfolder")}
+        config = oft.folder / "config.json"
+        if base is None and not config.is_file():
+            raise FileNotFoundError(no_config(oft.folder))
+        content, unused = cls.get_config_dict(config if base is None else base, **given)
+        content |= oft.fields(given)
+        if isinstance(unused.get("normalization"), str):  # one name for all datasets
+            unused["normalization"] = content["normalization"]
         return content, unused
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:

@@ -13,6 +13,10 @@ from typing import Any
 
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # first bytes of every pointer (git-lfs docs/spec.md)
+QUIET: dict[str, Any] = {  # transformers' `cached_file` returns None for what is not there
+    "_raise_exceptions_for_missing_entries": False,
+    "_raise_exceptions_for_connection_errors": False,
+}
 WEIGHTS = ("*.safetensors", "*model*.bin", "*_checkpoint.pt")  # ours and the Hub's, older ones, parts of OFT
 
 

@@ -32,6 +32,7 @@ from .pixels_openvla import (
 
 if TYPE_CHECKING:  # of a local folder transformers 5.4 and 5.5 copy no more files than this one names
     from .files_openvla import read_json  # noqa: F401
+    from .oft_openvla import find_oft  # noqa: F401
     from .tensors_openvla import is_tensor  # noqa: F401
 
 

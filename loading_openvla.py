@@ -1,12 +1,14 @@
 """From a folder or Hub id to a model and back: weights, adapters, statistics and the processor that belongs to them."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import cached_file, is_peft_available
 
 from .action_tokenizer import check_statistics, read_statistics
@@ -23,12 +25,13 @@ from .adapters_openvla import (
 )
 from .choices_openvla import closest
 from .configuration_openvla import TRANSFORMERS, OpenVLAConfig
-from .files_openvla import local_folder, read_json
+from .files_openvla import QUIET, local_folder, read_json
+from .oft_openvla import OFTFolder, find_oft, oft_folder, with_weights
 from .outputs_openvla import CACHE_NAMES
 from .processing_openvla import HUB_KWARGS, OpenVLAProcessor
 from .quantization_openvla import keep_split_blocks_from_packing, take_quantization, turn_block_scales_back
 from .vision_openvla import init_vision_weights
-from .weights_openvla import LOADING, QUIET, check_filled, check_folder, check_loaded, check_placed
+from .weights_openvla import LOADING, check_filled, check_folder, check_loaded, check_placed, read_tensors
 
 
 class OpenVLAPreTrainedModel(AdapterBelongings, PreTrainedModel):
@@ -66,9 +69,14 @@ class OpenVLAPreTrainedModel(AdapterBelongings, PreTrainedModel):
         """Load a folder or Hub id, published layout or ours; `dataset_statistics.json` wins over `config.norm_stats`.
 
         With a `quantization_config` that names no exceptions, vision towers, projector and lm_head stay unquantized.
-        A folder that holds a PEFT adapter is loaded together with the base it names.
+        A folder that holds a PEFT adapter is loaded together with the base it names. A folder of OpenVLA-OFT is known
+        by its parts (`action_head--*_checkpoint.pt`, ...) and loaded with the pixels of its evaluation.
 
         Args:
+            action_chunk, camera_names, normalization: Of a folder of OpenVLA-OFT, instead of what its platforms have
+                (`oft_openvla`); `normalization` may be one name for all datasets.
+            action_head: "parallel_tokens" of a folder of OpenVLA-OFT's discrete variant, which does not tell it.
+            base: What the adapter of a folder of OpenVLA-OFT was trained on, if it was not merged.
             ignore_mismatched_sizes: Let tensors of another shape than the stored ones begin at random.
             norm_stats: Statistics that count instead of those of the folder.
             output_loading_info: Return the model, and a dict of the names that are missing, unexpected or of another
@@ -98,9 +106,13 @@ class OpenVLAPreTrainedModel(AdapterBelongings, PreTrainedModel):
                 (loaded[0] if isinstance(loaded, tuple) else loaded).norm_stats = given
             return loaded
         take_quantization(kwargs)
-        loaded = cls._load(name, *model_args, **kwargs)
+        oft = None
+        if name is not None:
+            head = kwargs.get("action_head", getattr(kwargs.get("config"), "action_head", None))
+            oft = find_oft(oft_folder(name, **hub), head)
+        loaded = cls._load(name, *model_args, **kwargs) if oft is None else cls._load_oft(oft, name, hub, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model._hub_kwargs = hub
+        model._hub_kwargs |= hub
         keep_split_blocks_from_packing(model)
         if given is not None:
             model.config.norm_stats = given
@@ -111,6 +123,35 @@ class OpenVLAPreTrainedModel(AdapterBelongings, PreTrainedModel):
             elif model.config.norm_stats:
                 where = f"norm_stats of '{model.config.name_or_path}'"
                 model.config.norm_stats = check_statistics(model.config.norm_stats, where)
+        if oft is not None:
+            oft.check_statistics(model.config.norm_stats, model.config)
+        return loaded
+
+    @classmethod
+    def _load_oft(cls, oft: OFTFolder, name, hub: dict[str, Any], config=None, **kwargs):
+        """A folder or Hub id of OpenVLA-OFT; the weights are mapped from disk until they are where they compute."""
+        base = oft.find_base(kwargs.pop("base", None))
+        if config is None:
+            fields = OpenVLAConfig().to_dict().keys() - {"dtype", "quantization_config"}
+            given = {key: kwargs.pop(key) for key in fields & kwargs.keys()}
+            config = OpenVLAConfig.from_pretrained(name, **hub, **given, **({} if base is None else {"base": base}))
+        config = oft.complete(config)
+        if base is None:
+            weights = read_tensors(with_weights(name, oft.folder, **hub))
+        else:
+            with_weights(name, oft.folder, **hub)
+            weights = read_tensors(
+                local_folder(base) or Path(snapshot_download(str(base), allow_patterns=["*model*.safetensors*"]))
+            )
+        kwargs = {key: value for key, value in kwargs.items() if key not in HUB_KWARGS}
+        loaded = cls._load(None, config=config, state_dict=oft.tensors(weights), where=name, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.name_or_path = model.config.name_or_path = os.fspath(name)
+        model._hub_kwargs = {"action_head": model.config.action_head, "camera_names": model.config.camera_names}
+        if base is not None:
+            model._hub_kwargs["base"] = base
+        if (oft.folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(oft.folder)
         return loaded
 
     @classmethod
@@ -129,8 +170,12 @@ class OpenVLAPreTrainedModel(AdapterBelongings, PreTrainedModel):
         return loaded
 
     @classmethod
-    def _load(cls, name, *model_args, ignore_mismatched_sizes=False, output_loading_info=False, **kwargs):
-        """`from_pretrained` of the library, after which every tensor of the model is known to come from the weights."""
+    def _load(cls, name, *model_args, ignore_mismatched_sizes=False, output_loading_info=False, where=None, **kwargs):
+        """`from_pretrained` of the library, after which every tensor of the model is known to come from the weights.
+
+        Args:
+            where: What holds the weights, where that is not `name`.
+        """
         if name is not None:
             check_folder(name, {**kwargs, "output_loading_info": output_loading_info})
         try:
@@ -149,8 +194,8 @@ class OpenVLAPreTrainedModel(AdapterBelongings, PreTrainedModel):
         if output_loading_info:
             return model, info
         if name is not None or kwargs.get("state_dict"):  # an empty state_dict: all random on purpose
-            check_loaded(name, info, ignore_mismatched_sizes)
-            check_filled(name, model.named_parameters())
+            check_loaded(where or name, info, ignore_mismatched_sizes)
+            check_filled(where or name, model.named_parameters())
         return model
 
     def save_pretrained(self, save_directory, **kwargs):

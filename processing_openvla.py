@@ -17,6 +17,8 @@ from .cameras_openvla import find_cameras
 from .configuration_openvla import OpenVLAConfig
 from .files_openvla import local_folder, read_json
 from .image_processing_openvla import OpenVLAImageProcessor
+from .oft_openvla import PIXELS as OFT_PIXELS
+from .oft_openvla import find_oft, oft_folder
 from .pixels_openvla import as_image_list, load_image
 from .prompts_openvla import PROMPT_TEMPLATES, check_prompt_ids, check_unicode, has_words, read_instruction
 
@@ -62,13 +64,19 @@ class OpenVLAProcessor(ProcessorMixin):
         """Load image processor, tokenizer and prompt form of a folder or Hub id, published layout or today's.
 
         A run of an older version says only in finetune.json what its model was trained to see: a warning tells what is
-        assumed then (`pixels_of_older_run`).
+        assumed then (`pixels_of_older_run`). A folder of OpenVLA-OFT gives its evaluation pixels.
+
+        Args:
+            action_head, base, camera_names: Of a folder of OpenVLA-OFT, as in `from_pretrained` of the model.
 
         Raises:
             FileNotFoundError: If there is no such folder or Hub id, or a file of the processor is missing.
             ValueError: If a file is damaged, or the processor does not fit the config.json beside it.
         """
         name, hub = pretrained_model_name_or_path, {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
+        given: dict[str, Any] = {
+            key: kwargs.pop(key) for key in ("action_head", "base", "camera_names") if key in kwargs
+        }
         folder = local_folder(name)
         has_config = False
         if folder is not None:
@@ -78,8 +86,13 @@ class OpenVLAProcessor(ProcessorMixin):
         processor = super().from_pretrained(name, **kwargs)
         if folder is not None and (pixels := pixels_of_older_run(folder, _image_fields(folder))):
             processor = processor.with_pixels(**pixels)
-        if processor.prompt_template is None or has_config:
-            config, _ = OpenVLAConfig.get_config_dict(name, **hub)
+        oft = find_oft(oft_folder(name, **hub), given.get("action_head"))
+        if oft is not None:
+            if not _image_fields(oft.folder).keys() & OFT_PIXELS.keys():
+                processor = processor.with_pixels(**OFT_PIXELS)
+            given["action_chunk"] = 1  # which pixels and prompts do not depend on, and no file says
+        if processor.prompt_template is None or has_config or oft is not None:
+            config, _ = OpenVLAConfig.get_config_dict(name, **hub, **given)
             if processor.prompt_template is None:
                 processor.prompt_template = prompt_template_of(config)
             processor.check_fits(OpenVLAConfig.from_dict(config))

@@ -13,25 +13,18 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from transformers.utils import cached_file
 
-from .configuration_openvla import OFT_FILES, oft_message
 from .files_openvla import check_file, local_folder, read_json
-from .processing_openvla import HUB_KWARGS
 
 
 WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")  # in the order in which the library looks for them
-QUIET: dict[str, Any] = {  # `cached_file` returns None for what is not there
-    "_raise_exceptions_for_missing_entries": False,
-    "_raise_exceptions_for_connection_errors": False,
-}
 LOADING = (  # arguments of `from_pretrained` that scripts give, for a hint at a misspelt one
     "adapter_name", "attn_implementation", "cache_dir", "config", "device_map", "dtype", "load_in_4bit", "load_in_8bit",
     "low_cpu_mem_usage", "max_memory", "offload_folder", "quantization_config", "revision", "state_dict", "subfolder",
     "token", "torch_dtype", "trust_remote_code", "use_safetensors",
 )  # fmt: skip
 # What a part of an unexpected name says about where the weights come from; the first that is found is told.
-_OFT = "they hold parts of OpenVLA-OFT, which is not supported yet"
+_OFT = "they hold parts of OpenVLA-OFT, which loads from the folder it was saved in, with its *_checkpoint.pt files"
 _PEFT = "a PEFT model was saved unmerged: save model.merge_and_unload() instead"
 _BITSANDBYTES = "they are quantized by bitsandbytes, and config.json has no quantization_config"
 _ORIGINAL = "they have the names of the original's training code: see `openvla convert`"
@@ -113,6 +106,24 @@ def check_weight_file(file: Path, whole_numbers: bool = False) -> None:
             raise ValueError(damaged)
 
 
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a folder's safetensors files, mapped from disk.
+
+    Raises:
+        FileNotFoundError: If there are none, or one is missing.
+        ValueError: If one is damaged or a Git LFS pointer.
+    """
+    files = find_weight_files(folder, WEIGHTS_FILES[:1])
+    if not files:
+        raise FileNotFoundError(f"'{folder}' holds no {WEIGHTS_FILES[0]} and no index of its parts: copy the weights.")
+    tensors: dict[str, torch.Tensor] = {}
+    for file in files:
+        check_weight_file(file)
+        with safe_open(file, framework="pt") as stored:
+            tensors |= {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a dict
+    return tensors
+
+
 def check_folder(name: str | os.PathLike, loading: Mapping[str, Any]) -> None:
     """Raise an error that names the file, if a local folder cannot be loaded because of a missing or damaged one.
 
@@ -122,14 +133,10 @@ def check_folder(name: str | os.PathLike, loading: Mapping[str, Any]) -> None:
 
     Raises:
         FileNotFoundError: If `name` is neither folder nor Hub id, or a weight file of an index is missing.
-        ValueError: If a weight file or generation_config.json is damaged or a Git LFS pointer, or a repository is of
-            OpenVLA-OFT (folders are refused with their configuration).
+        ValueError: If a weight file or generation_config.json is damaged or a Git LFS pointer.
     """
     folder = local_folder(name)
     if folder is None:
-        hub = {key: loading[key] for key in HUB_KWARGS if key in loading}
-        if cached_file(name, OFT_FILES[-1], **QUIET, **hub) is not None:
-            raise ValueError(oft_message(name, OFT_FILES[-1:]))
         return
     folder /= loading.get("subfolder") or ""
     if (folder / "generation_config.json").is_file():
@@ -259,4 +266,5 @@ __all__ = [
     "check_tensors",
     "check_weight_file",
     "find_weight_files",
+    "read_tensors",
 ]

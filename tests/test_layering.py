@@ -14,6 +14,7 @@ FLAT_FILES = [
     "cameras_openvla",
     "tensors_openvla",
     "files_openvla",
+    "oft_openvla",
     "configuration_openvla",
     "action_tokenizer",
     "pixels_openvla",
