@@ -52,6 +52,17 @@ def order_cameras(cameras: Sequence[str]) -> list[str]:
 
 
 VIEWS = ("primary", "secondary", "wrist", "left_wrist", "right_wrist")
+OF_OFT = {  # what models of OpenVLA-OFT call them
+    "full_image": "primary",
+    "wrist_image": "wrist",
+    "left_wrist_image": "left_wrist",
+    "right_wrist_image": "right_wrist",
+}
+
+
+def view_of(name: str) -> str:
+    """The view that a model means by a name of its cameras: one of `VIEWS`, or the name itself."""
+    return OF_OFT.get(name, name)
 
 
 def find_cameras(names: Collection[str], views: Sequence[str]) -> list[str]:
@@ -59,7 +70,7 @@ def find_cameras(names: Collection[str], views: Sequence[str]) -> list[str]:
 
     A name that is there is itself. Otherwise "primary" is the first camera in colour that is not on an arm (the first
     of all where there is no other), "secondary" the second, "wrist" the first on an arm, "left_wrist" and "right_wrist"
-    the first on an arm that says so.
+    the first on an arm that says so. Names of OpenVLA-OFT ("full_image") are such views as well.
 
     Raises:
         ValueError: If there is no such camera, or two views are one camera; lists what there is.
@@ -69,14 +80,15 @@ def find_cameras(names: Collection[str], views: Sequence[str]) -> list[str]:
     around = [name for name in colours if name not in on_arm]
     found: list[str] = []
     for view in views:
-        side = view.partition("_")[0]
+        meant = view_of(view)
+        side = meant.partition("_")[0]
         candidates = {
             "primary": around or colours,
             "secondary": around[1:],
             "wrist": on_arm,
             "left_wrist": [name for name in on_arm if side in words_of(name)],
             "right_wrist": [name for name in on_arm if side in words_of(name)],
-        }.get(view, [])
+        }.get(meant, [])
         camera = view if view in names else next(iter(candidates), None)
         if camera is None or camera in found:
             problem = f"no camera for the view '{view}'" if camera is None else f"'{camera}' alone for two views"
@@ -88,4 +100,4 @@ def find_cameras(names: Collection[str], views: Sequence[str]) -> list[str]:
     return found
 
 
-__all__ = ["VIEWS", "find_cameras", "not_colour", "order_cameras", "words_of"]
+__all__ = ["VIEWS", "find_cameras", "not_colour", "order_cameras", "view_of", "words_of"]

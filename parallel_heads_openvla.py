@@ -133,7 +133,7 @@ class RegressionHead(ParallelTokenHead, ResidualMLP):
         self.tokenizer = tokenizer
 
     def loss(self, model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Mean distance over all numbers of the batch.
+        """Mean distance over all numbers of the batch that are no padding (`action_is_pad`).
 
         Args:
             batch: Of `ActionCollator`, after `prepare`, with the normalized `actions` (batch, K, A).
@@ -143,7 +143,7 @@ class RegressionHead(ParallelTokenHead, ResidualMLP):
         """
         wanted = batch["actions"]
         predicted = model(**_inputs(batch)).predicted.float()
-        loss = (predicted - wanted.to(predicted)).abs().mean()
+        loss = _mean((predicted - wanted.to(predicted)).abs(), batch)
         return loss, {"predicted": predicted, "wanted": wanted.to(predicted)}
 
     def compare(self, predicted: torch.Tensor, wanted: torch.Tensor, shape: tuple[int, int]) -> Comparison:  # type: ignore[override]
@@ -218,7 +218,8 @@ class DiffusionHead(RegressionHead):
         predicted = model(**_inputs(batch), noisy_actions=noisy, times=times).predicted.float()
         kept = self.scheduler.alphas_cumprod.to(wanted.device)[times][:, None, None]
         clean = ((noisy - (1 - kept).sqrt() * predicted.detach()) / kept.sqrt()).clamp(-1, 1)
-        return functional.mse_loss(predicted, noise), {"predicted": clean, "wanted": wanted}
+        loss = _mean(functional.mse_loss(predicted, noise, reduction="none"), batch)
+        return loss, {"predicted": clean, "wanted": wanted}
 
     def forward_sequence(
         self,
@@ -267,7 +268,15 @@ class DiffusionHead(RegressionHead):
 
 def _inputs(batch: dict[str, Any]) -> dict[str, Any]:
     """What `forward` takes of a batch."""
-    return {name: value for name, value in batch.items() if name not in ("labels", "actions")}
+    return {name: value for name, value in batch.items() if name not in ("labels", "actions", "action_is_pad")}
+
+
+def _mean(values: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
+    """The mean of values (batch, K, A) over steps that are recorded."""
+    if "action_is_pad" not in batch:
+        return values.mean()
+    real = (~batch["action_is_pad"])[..., None].to(values)
+    return (values * real).sum() / (real.sum() * values.shape[-1])
 
 
 def _numbers(predicted: torch.Tensor, dtype: torch.dtype) -> ActionPrediction:

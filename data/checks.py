@@ -22,7 +22,7 @@ GRIPPER_DIMS = "--gripper-dims"
 def check_data(source: "Source") -> list[str]:
     """What looks wrong with the actions of a dataset."""
     action, name, names = source.statistics["action"], source.name, source.names
-    own = source.survey.statistics["action"]
+    own, bounds = source.survey.statistics["action"], source.normalization == "bounds"
     found = []
     still = [label for label, low, high in zip(names, own["min"], own["max"]) if low == high]
     if still:
@@ -37,7 +37,12 @@ def check_data(source: "Source") -> list[str]:
         if max(abs(least), abs(most)) > 20 * max(abs(q01), abs(q99), 1e-6) and q01 < q99
     ]
     if wide:
-        found.append(f"{name}: outliers in {', '.join(wide)}; they are clipped in training. Are they real?")
+        fate = (
+            "min and max, which become -1 and 1, leave little for all else"
+            if bounds
+            else "they are clipped in training"
+        )
+        found.append(f"{name}: outliers in {', '.join(wide)}; {fate}. Are they real?")
     return found
 
 
@@ -45,15 +50,16 @@ def check_rare(source: "Source") -> list[str]:
     """Dimensions that nearly always have one value, with what becomes of the others."""
     action, own = source.statistics["action"], source.survey.statistics["action"]
     mask = action.get("mask") or [True] * source.action_dim
+    first, last = source.bounds(action)
     kept, lost = [], []
     for dim, name in enumerate(source.names):
         low, high, share = own["min"][dim], own["max"][dim], source.survey.action["changed"][dim]
         if low == high or share > 2 * RARE:
             continue
         text = f"{name} ({share:.2%} of the steps, {low:.3g} to {high:.3g})"
-        if mask[dim] and action["q01"][dim] == action["q99"][dim]:
+        if mask[dim] and first[dim] == last[dim]:
             lost.append(text)
-        elif not mask[dim] or (action["q01"][dim] <= low and high <= action["q99"][dim]):
+        elif not mask[dim] or (first[dim] <= low and high <= last[dim]):
             kept.append(text)
     found = []
     if kept:
@@ -174,7 +180,7 @@ def check_clipped(source: "Source") -> list[str]:
                 "and clipped. Are they of another dataset, controller or unit?"
             )
         elif clipped and others:
-            narrow = [name for name, used in zip(names, _used(stats, own)) if used < NARROW]
+            narrow = [name for name, used in zip(names, _used(source, stats, own)) if used < NARROW]
             if narrow:
                 found.append(
                     f"{source.name}: the data takes less than {NARROW:.0%} of the range of the {part} statistics in "
@@ -183,10 +189,10 @@ def check_clipped(source: "Source") -> list[str]:
     return found
 
 
-def _used(stats: dict[str, Sequence[float]], own: dict[str, Sequence[float]]) -> list[float]:
-    """What part of [q01, q99] the data takes; 1 where nothing is scaled or nothing moves."""
+def _used(source: "Source", stats: dict[str, Sequence[float]], own: dict[str, Sequence[float]]) -> list[float]:
+    """What part of its scale the data takes; 1 where nothing is scaled or nothing moves."""
     mask = stats.get("mask") or [True] * len(stats["q01"])
     return [
-        (high - low) / (q99 - q01) if scaled and q99 > q01 and high > low else 1.0
-        for q01, q99, low, high, scaled in zip(stats["q01"], stats["q99"], own["min"], own["max"], mask)
+        (high - low) / (last - first) if scaled and last > first and high > low else 1.0
+        for first, last, low, high, scaled in zip(*source.bounds(stats), own["min"], own["max"], mask)
     ]

@@ -50,10 +50,14 @@ class ActionCollator:
         Args:
             samples: Each with `instruction`, normalized `actions` (A,) or (K, A), and `image` in any form `load_image`
                 reads (of several cameras `{camera: image}`), not cropped here: `FrameSamples` or its augmentation did.
+                `state` (S,) of a model that sees it; `action_is_pad` (K,) bool where a chunk is padded.
 
         Returns:
-            `input_ids`, `labels` (N, length) int64, `attention_mask` (N, length) bool, `pixel_values`, and `proprio`
-            (N, S) normalized states of a model that sees them.
+            `input_ids`, `labels` (N, length) int64, `attention_mask` (N, length) bool, `pixel_values` (N, channels,
+            height, width), images of several cameras one after the other; `proprio` (N, S) float32, normalized states
+            of a model that sees them. For a head whose `wants_actions` is True, `actions` (N, K, A) float32,
+            normalized; and where the chunk of a sample is padded, `action_is_pad` (N, K) bool: steps that are not
+            recorded, which its loss leaves out. The key is absent where nothing is padded.
         """
         rows = [self.tokens(sample["instruction"], sample["actions"]) for sample in samples]
         length = max(len(ids) for ids, _ in rows)
@@ -71,4 +75,14 @@ class ActionCollator:
             "pixel_values": pixel_values,
             "labels": labels,
             **({"proprio": torch.tensor(np.stack([sample["state"] for sample in samples]))} if self.proprio else {}),
+            **(self._actions(samples) if getattr(self.head, "wants_actions", False) else {}),
         }
+
+    def _actions(self, samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """`actions`, and where there is padding `action_is_pad`."""
+        actions = np.stack([np.atleast_2d(sample["actions"]) for sample in samples])
+        batch = {"actions": torch.tensor(actions, dtype=torch.float32)}
+        if any("action_is_pad" in sample for sample in samples):
+            none = np.zeros(actions.shape[1], dtype=bool)
+            batch["action_is_pad"] = torch.tensor(np.stack([sample.get("action_is_pad", none) for sample in samples]))
+        return batch

@@ -102,8 +102,8 @@ def parse_mask(given: str | Sequence[Any] | None) -> list[bool] | None:
     return [word in YES for word in words]
 
 
-def shares(values: np.ndarray, q01: Sequence[float], q99: Sequence[float], mask: Sequence[bool]) -> dict[str, list]:
-    """What part of the steps (N, A) does what, for each dimension.
+def shares(values: np.ndarray, least: Sequence[float], most: Sequence[float], mask: Sequence[bool]) -> dict[str, list]:
+    """What part of the steps (N, A) does what, for each dimension; `least` and `most` become -1 and 1.
 
     Returns:
         `changed`: differs from the usual value (the median) by more than one bin of the range that the data takes;
@@ -111,7 +111,7 @@ def shares(values: np.ndarray, q01: Sequence[float], q99: Sequence[float], mask:
         `clipped`: more than one bin outside of what tokens cover with these statistics.
     """
     low, high = values.min(0).astype(np.float64), values.max(0).astype(np.float64)
-    first, last = np.where(mask, q01, -1.0), np.where(mask, q99, 1.0)
+    first, last = np.where(mask, least, -1.0), np.where(mask, most, 1.0)
     near, bin_, grid = TOLERANCE * (high - low), (high - low) / BINS, (last - first) / BINS + 1e-6
     usual = np.median(values, axis=0)
     return {

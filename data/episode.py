@@ -123,6 +123,9 @@ class Episode:
     index: int  # within its dataset
     step_instructions: tuple[str, ...] | None = None  # only where they change along the way
     origin: str = ""  # file and record, for messages
+    padded: int = (
+        0  # of a training frame, whose actions are a chunk (K, A): its last steps, where they are not recorded
+    )
 
     def __len__(self) -> int:
         return len(self.actions)

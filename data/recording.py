@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..cameras_openvla import view_of
 from .dataset import EpisodeDataset, OnError, PartOfDataset, name_cameras
 from .episode import DamagedDataError
 from .formats.open import open_dataset, recognise
@@ -223,7 +224,7 @@ def _layout_options(
         return camera, camera_names, {}
     preset: dict[str, Any] = {"state_key": standard.layout.state_obs_keys}
     views = standard.layout.image_obs_keys
-    wanted = [(camera or view) if view == "primary" else view for view in camera_names]
+    wanted = [(camera or view) if view == "primary" else view for view in map(view_of, camera_names)]
     if any(view not in views for view in wanted):
         return camera, camera_names, preset
     keys = [key for key in (views[view] for view in wanted) if key is not None]

@@ -26,7 +26,7 @@ def report_statistics(options: StatsOptions) -> Iterator[str]:
         given = {**source_options(options), "keep_unlabeled": True}
         sources = open_sources(options.dataset, data_root=options.data_root, progress=True, **given)
         for source in sources:
-            yield f"{source.report()}\n{statistics_table(source.statistics, source.names)}"
+            yield f"{source.report()}\n{statistics_table(source.statistics, source.names, source.state_names)}"
             for warning in check_data(source):
                 yield f"warning   {warning}"
             if plot is not None:

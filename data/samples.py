@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from ..cameras_openvla import find_cameras, not_colour
+from ..cameras_openvla import find_cameras, not_colour, view_of
 from ..image_processing_openvla import OpenVLAImageProcessor
 from .augment import ImageAugmentation
 from .episode import Episode
@@ -42,17 +42,19 @@ def model_cameras(episode: Episode, camera_names: Sequence[str], camera: str | N
     """Cameras of an episode that a model sees (`config.camera_names`), in its order; `camera` is its "primary", if
     given."""
     primary = main_camera(episode, camera)
-    if list(camera_names) == ["primary"]:
+    scene = [name for name in camera_names if name == "primary" or (camera and view_of(name) == "primary")]
+    if list(camera_names) == scene:
         return [primary]
     try:
-        return find_cameras(episode.images, [primary if name == "primary" else name for name in camera_names])
+        return find_cameras(episode.images, [primary if name in scene else name for name in camera_names])
     except ValueError as error:
         raise ValueError(f"{episode.origin or episode}: {error} {NAMED}") from error
 
 
 class FrameSamples(Dataset):
     """`{"instruction", "actions", "image" (H, W, 3) uint8, "dataset"}` of `samples[position, frame]`; "image" of
-    several cameras is `{camera: image}`, "state" (S,) is there where the frame has one.
+    several cameras is `{camera: image}`, "state" (S,) is there where the frame has one, "action_is_pad" (K,) bool where
+    its last steps are not recorded.
 
     Frames are those of `Source.frames`: normalized actions of K steps, one image of each camera. An image is decoded
     and becomes what the model is to see (`OpenVLAImageProcessor.trained_pixels`); with an augmentation, whose random
@@ -92,4 +94,5 @@ class FrameSamples(Dataset):
             "image": images if len(images) > 1 else image,
             "dataset": frame.dataset_name,
             **({} if frame.state is None else {"state": frame.state[0]}),
+            **({"action_is_pad": np.arange(-len(frame.actions), 0) >= -frame.padded} if frame.padded else {}),
         }

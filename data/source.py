@@ -1,6 +1,6 @@
 """One dataset as training sees it: episodes with what makes frames of them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, Literal
@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..action_spec import ActionSpec, action_names
-from ..action_tokenizer import normalize_actions
+from ..action_tokenizer import NORMALIZATIONS, normalize_actions
 from .dataset import EpisodeDataset
 from .dimensions import check_grippers, default_grippers
 from .episode import Episode
@@ -18,6 +18,14 @@ from .samples import model_cameras
 from .statistics import collect, counted
 from .survey import Survey, largest_normalized, proprio_statistics
 from .trajectory import chunk_act_obs
+
+
+# What follows in a chunk that begins less than `action_chunk` steps before the end of its episode.
+CHUNK_ENDS = {
+    "still": "no motion: relative dimensions are 0, absolute ones (grippers) repeat; learned like all else",
+    "repeat": "the last action again; not learned",
+    "drop": "there are no such chunks: each lies inside its episode, as in OpenVLA-OFT",
+}
 
 
 @dataclass
@@ -44,12 +52,19 @@ class Source:
     recorded_names: list[str] | None = None  # of the dimensions of an action
     state_names: list[str] | None = None
     action_chunk: int = 1  # steps that one sample is for
+    chunk_end: str = "still"  # one of `CHUNK_ENDS`
+    normalization: str = "bounds_q99"  # what -1 and 1 stand for, of actions and states; or "bounds", min and max
     camera_names: Sequence[str] = ("primary",)  # what the model sees
     mask_given: bool = False  # which dimensions are scaled was said, and not found from the data
 
     @property
     def action_dim(self) -> int:
         return len(self.survey.statistics["action"]["q01"])
+
+    @property
+    def state_dim(self) -> int:
+        """Numbers of a state; 0 where there are none, or no statistics of them."""
+        return len((proprio_statistics(self.statistics) or {"q01": ()})["q01"])
 
     @property
     def names(self) -> list[str]:
@@ -77,6 +92,17 @@ class Source:
             absolute[list(check_grippers(self.absolute_dims, self.action_dim, self.name))] = True
         absolute[list(self.grippers)] = True
         return absolute
+
+    def bounds(self, stats: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        """What becomes -1 and 1, (D,) float64 each, by statistics of actions or states."""
+        low, high = (np.asarray(stats[name], dtype=np.float64) for name in NORMALIZATIONS[self.normalization])
+        return low, high
+
+    @property
+    def action_scale(self) -> np.ndarray:
+        """(A,) float64: units of the dataset in one unit of normalized action."""
+        low, high = self.bounds(self.statistics["action"])
+        return np.where(self.statistics["action"].get("mask") or [True] * self.action_dim, (high - low) / 2, 1.0)
 
     @property
     def action_spec(self) -> ActionSpec:
@@ -123,6 +149,11 @@ class Source:
         if self.standardize == "droid":
             moving = np.array(survey.moving if self.keep_unlabeled else survey.moving_labeled)[left]
             counts["standstill"] = {"steps": int((steps[left] - moving).sum()), "episodes": int((moving == 0).sum())}
+            steps[left] = moving
+        if self.chunk_end == "drop" and self.action_chunk > 1:  # at least: those left out may be earlier ones
+            inside = np.minimum(steps, np.maximum(np.array(survey.steps) - self.action_chunk + 1, 0))[left]
+            gone = int((steps[left] - inside).sum())
+            counts["chunk_end"] = {"steps": gone, "episodes": int(((inside == 0) & (steps[left] > 0)).sum())}
         return counts
 
     def report(self) -> str:
@@ -148,8 +179,8 @@ class Source:
         """The training frames of an episode of `dataset` or `held_out`; none where a filter drops it.
 
         Each has an image, still encoded, of each camera that the model sees, in its order, `actions` (action_chunk, A)
-        normalized to [-1, 1], and `state` (1, S) normalized where its statistics are known (None elsewhere). Past the
-        end of the episode absolute dimensions (grippers) repeat, relative ones stand for no motion.
+        normalized to [-1, 1], and `state` (1, S) normalized where its statistics are known (None elsewhere). What comes
+        past the end of the episode says `chunk_end`; `padded` counts steps that are not to be learned.
 
         Args:
             action_chunk: Default: that of the source.
@@ -162,32 +193,36 @@ class Source:
         if self._drops(episode):
             return
         cameras = model_cameras(episode, self.camera_names, self.camera)
-        trajectory = {"action": episode.actions, "observation": {}, "absolute_action_mask": self.absolute}
+        absolute = self.absolute if self.chunk_end == "still" else np.ones(self.action_dim, dtype=bool)
+        trajectory = {"action": episode.actions, "observation": {}, "absolute_action_mask": absolute}
         chunks = chunk_act_obs(trajectory, 1, action_chunk - 1)["action"]
-        chunks = normalize_actions(chunks, stats).astype(np.float32)
-        proprio = proprio_statistics(self.statistics, episode.state)
+        chunks = normalize_actions(chunks, stats, self.normalization).astype(np.float32)
+        beyond = np.maximum(np.arange(len(episode)) + action_chunk - len(episode), 0)  # steps past the end, of a chunk
+        proprio = proprio_statistics(self.statistics)
         state = None
         if proprio is not None and episode.state is not None:
-            state = normalize_actions(episode.state, proprio).astype(np.float32)
+            state = normalize_actions(episode.state, proprio, self.normalization).astype(np.float32)
         kept = np.ones(len(episode), dtype=bool) if self.keep_unlabeled else keep_labeled(episode)
         if self.standardize == "droid":
             kept &= droid_moves_raw(episode.actions)
+        if self.chunk_end == "drop":
+            kept &= beyond == 0
         seen = replace(episode, images={name: episode.images[name] for name in cameras}, state=state)
         for step in np.flatnonzero(kept):
-            yield replace(seen[step : step + 1], actions=chunks[step].copy())
+            padded = int(beyond[step]) if self.chunk_end == "repeat" else 0
+            yield replace(seen[step : step + 1], actions=chunks[step].copy(), padded=padded)
 
     def _drops(self, episode: Episode) -> bool:
         """Whether a filter of complete episodes drops this one."""
         if not len(episode) or not (self.keep_unlabeled or keep_labeled(episode).any()):
             return True
         if self.max_action is not None:
-            if largest_normalized(episode.actions, self.statistics["action"]) > self.max_action:
+            if largest_normalized(episode.actions, self.statistics["action"], self.normalization) > self.max_action:
                 return True
-        proprio = proprio_statistics(self.statistics, episode.state) if self.max_proprio is not None else None
-        if proprio is None or episode.state is None:
+        proprio = proprio_statistics(self.statistics)
+        if self.max_proprio is None or proprio is None or episode.state is None:
             return False
-        assert self.max_proprio is not None  # there are no statistics without
-        return largest_normalized(episode.state, proprio) > self.max_proprio
+        return largest_normalized(episode.state, proprio, self.normalization) > self.max_proprio
 
 
 def statistics_with_spec(source: Source) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..action_tokenizer import check_statistics, read_statistics
 from ..choices_openvla import check_choice, closest
+from ..configuration_openvla import UNITS
 from ..options.fields import respelled
 from .checks import check_clipped, check_converted, odd_grippers
 from .dataset import OnError
@@ -23,7 +24,7 @@ from .mixture import check_weight, is_mixture_file, load_entries
 from .oxe.catalog import load_oxe_datasets, load_oxe_mixtures
 from .recording import Recording, UntrainableError, open_recording
 from .samples import model_cameras
-from .source import Source
+from .source import CHUNK_ENDS, Source
 from .survey import Survey, content_key, load_survey, store_survey, take_survey
 
 
@@ -55,6 +56,8 @@ def open_source(
     max_action: float | None = None,
     max_proprio: float | None = None,
     action_chunk: int = 1,
+    chunk_end: str = "still",
+    normalization: str | Mapping[str, str] = "bounds_q99",
     camera_names: Sequence[str] = ("primary",),
     on_error: OnError = "raise",
     cache: bool = True,
@@ -74,6 +77,9 @@ def open_source(
         camera: Through which the model looks; with a standardization also "primary", "secondary" or "wrist".
         camera_names: What the model sees, see `cameras_openvla`; "primary" is `camera`, if that is given.
         action_chunk: Steps that one sample is for.
+        chunk_end: What follows in a chunk past the end of an episode, one of `CHUNK_ENDS`.
+        normalization: What -1 and 1 stand for, of actions and states: "bounds_q99" (q01 and q99) or "bounds" (min and
+            max); or that of several datasets by their names, "bounds_q99" of others.
         name: The unnorm_key. Default: that of the dataset.
         gripper: Convention of the data, one of `GRIPPERS`.
         standardize: "auto" (RLDS datasets whose name is in `STANDARDIZE`), None or "none", or a name in it.
@@ -99,6 +105,7 @@ def open_source(
     """
     _check_kinds(bool, keep_unlabeled=keep_unlabeled, cache=cache, progress=progress)
     _check_kinds(str, format=format, split=split, camera=camera, name=name, gripper=gripper, standardize=standardize)
+    check_choice("chunk_end", chunk_end, CHUNK_ENDS)
     _check_kinds(Real, held_out=held_out, max_action=max_action, max_proprio=max_proprio)
     for option, value in (("max_action", max_action), ("max_proprio", max_proprio)):
         if value is not None and not value > 0:
@@ -124,7 +131,17 @@ def open_source(
     given = None if statistics is None else given_statistics(statistics, recording.name)
     if given is not None and scaled is not None:
         raise ValueError(f"{recording.name}: the statistics given have a mask of their own; leave mask out.")
-    survey = _survey(recording, scaled, given, cache, progress)
+    by_name = normalization if isinstance(normalization, Mapping) else {recording.name: normalization}
+    normalization = by_name.get(recording.name, "bounds_q99")
+    check_choice("normalization", normalization, UNITS)
+    if given is not None and normalization == "bounds":
+        for part in filter(given.get, ("action", "proprio")):
+            if not {"min", "max"} <= given[part].keys():
+                raise ValueError(
+                    f"{recording.name}: the {part} statistics given have no min and max, which normalization='bounds' "
+                    "needs: take those of `openvla stats`, or leave it out."
+                )
+    survey = _survey(recording, scaled, given, normalization, cache, progress)
     source = Source(
         name=recording.name,
         dataset=recording.train,
@@ -147,6 +164,8 @@ def open_source(
         hz=recording.hz if hz is None else float(hz),
         mask_given=scaled is not None,
         action_chunk=action_chunk,
+        chunk_end=chunk_end,
+        normalization=normalization,
         camera_names=recording.camera_names,
     )
     if not source.num_frames:
@@ -194,15 +213,20 @@ def _filter_names(filters: str | Sequence[str] | None) -> list[str]:
 
 
 def _survey(
-    recording: Recording, mask: Sequence[bool] | None, given: dict | None, cache: bool, progress: bool
+    recording: Recording,
+    mask: Sequence[bool] | None,
+    given: dict | None,
+    normalization: str,
+    cache: bool,
+    progress: bool,
 ) -> Survey:
     """The statistics and counts of all episodes, from the cache where they are known."""
     units = {part: given[part] for part in ("action", "proprio") if part in given} if given else None
-    options = {**recording.options, "mask": mask, "units": units}
+    options = {**recording.options, "mask": mask, "units": units, "normalization": normalization}
     key = content_key(recording.everything, options) if cache else None
     survey = load_survey(key) if key else None
     if survey is None:
-        survey = take_survey(recording, mask, units, progress)
+        survey = take_survey(recording, mask, units, progress, normalization)
         if key:
             store_survey(key, survey)
     return survey

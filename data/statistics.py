@@ -112,17 +112,25 @@ def _keep_rare_values(stats: dict[str, list[float]], values: np.ndarray, mask: S
         stats["q01"][dim], stats["q99"][dim] = stats["min"][dim], stats["max"][dim]
 
 
-def statistics_table(stats: dict[str, Any], names: Sequence[str] | None = None) -> str:
-    """The action statistics as text, one line for each dimension."""
-    action = stats["action"]
+def statistics_table(
+    stats: dict[str, Any], names: Sequence[str] | None = None, state_names: Sequence[str] | None = None
+) -> str:
+    """The statistics of actions, and of states where there are some, as text: one line for each dimension."""
     columns = ("q01", "q99", "min", "max", "mean", "std")
-    names = names or [f"action[{index}]" for index in range(len(action["mean"]))]
-    width = max(map(len, names))
+    rows: list[tuple[str, dict[str, Any], int]] = []
+    for what, given in (("action", names), ("proprio", state_names)):
+        known = stats.get(what) or {"mean": ()}
+        if what == "action" or any(map(any, (known.get("min", ()), known.get("max", ())))):  # zeros: no states
+            dims = range(len(known["mean"]))
+            labels = given if given and len(given) == len(dims) else [f"{what}[{index}]" for index in dims]
+            rows += [(label, known, index) for index, label in enumerate(labels)]
+    width = max(len(label) for label, _, _ in rows)
     lines = [" " * width + "".join(f"{column:>10}" for column in columns) + "  scaled"]
-    for index, name in enumerate(names):
-        values = "".join(f"{action[column][index]:10.4f}" for column in columns)
-        note = "  (never changes)" if action["min"][index] == action["max"][index] else ""
-        lines.append(f"{name:<{width}}{values}  {'yes' if action['mask'][index] else 'no'}{note}")
+    for label, known, index in rows:
+        values = "".join(f"{known[column][index]:10.4f}" for column in columns)
+        note = "  (never changes)" if known["min"][index] == known["max"][index] else ""
+        scaled = known.get("mask") or [True] * len(known["mean"])
+        lines.append(f"{label:<{width}}{values}  {'yes' if scaled[index] else 'no'}{note}")
     lines.append(f"{counted(stats['num_trajectories'], 'episode')}, {counted(stats['num_transitions'], 'step')}")
     return "\n".join(lines)
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from ..action_tokenizer import NORMALIZATIONS
 from ..files_openvla import cache_folder as cache_folder
 from ..prompts_openvla import has_words
 from .dataset import EpisodeDataset
@@ -59,6 +60,7 @@ def take_survey(
     mask: Sequence[bool] | None = None,
     given: Mapping[str, Any] | None = None,
     progress: bool = False,
+    normalization: str = "bounds_q99",
 ) -> Survey:
     """Read every episode of a recording.
 
@@ -66,6 +68,7 @@ def take_survey(
         mask: (A,) which dimensions are scaled. Default: all but those that the layout of a standardized dataset names,
             or but grippers in [0, 1]; dimensions that never change are scaled in any case.
         given: Statistics to normalize with instead of the dataset's own.
+        normalization: "bounds_q99" or "bounds", see `normalize_actions`.
     """
     datasets, droid = recording.everything, recording.standardize == "droid"
     labeled: list[np.ndarray] = []
@@ -99,7 +102,7 @@ def take_survey(
     if len(units["action"]["q01"]) != dims:
         known = len(units["action"]["q01"])
         raise ValueError(f"{datasets[0].name}: actions have {dims} dimensions, the statistics given {known}.")
-    proprio = proprio_statistics(units, states[0] if states else None)
+    proprio = proprio_statistics(units) if states else None
     if proprio is not None and states and len(proprio["q01"]) != states[0].shape[1]:
         raise ValueError(
             f"{datasets[0].name}: states have {states[0].shape[1]} dimensions, the proprio statistics given "
@@ -116,36 +119,36 @@ def take_survey(
         removed=removed,
         steps=[len(part) for part in actions],
         labeled=[int(words.sum()) for words in labeled],
-        largest_action=[largest_normalized(part, units["action"]) for part in actions],
-        largest_proprio=[largest_normalized(part, proprio) for part in states or ()]
+        largest_action=[largest_normalized(part, units["action"], normalization) for part in actions],
+        largest_proprio=[largest_normalized(part, proprio, normalization) for part in states or ()]
         if proprio
         else [0.0] * len(actions),
         moving=[int(moves.sum()) for moves in moving],
         moving_labeled=[int((moves & words).sum()) for moves, words in zip(moving, labeled)],
-        action=_shares(actions, units["action"]),
-        proprio=_shares(states, proprio) if states and proprio else {},
+        action=_shares(actions, units["action"], normalization),
+        proprio=_shares(states, proprio, normalization) if states and proprio else {},
         instructions=sorted(filter(has_words, instructions)),
     )
 
 
-def _shares(values: Sequence[np.ndarray], stats: Mapping[str, Any]) -> dict[str, list[float]]:
-    mask = stats.get("mask") or [True] * len(stats["q01"])
-    return shares(np.concatenate(values), stats["q01"], stats["q99"], mask)
+def _shares(values: Sequence[np.ndarray], stats: Mapping[str, Any], normalization: str) -> dict[str, list[float]]:
+    low, high = (stats[name] for name in NORMALIZATIONS[normalization])
+    return shares(np.concatenate(values), low, high, stats.get("mask") or [True] * len(low))
 
 
-def proprio_statistics(statistics: Mapping[str, Any], state: np.ndarray | None) -> Mapping[str, Any] | None:
-    """The statistics of states (T, S), where there are some."""
+def proprio_statistics(statistics: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The statistics of states, of a dataset that has some."""
     proprio = statistics.get("proprio")
-    if state is None or not isinstance(proprio, Mapping) or not {"q01", "q99"} <= proprio.keys():
+    if not isinstance(proprio, Mapping) or not {"q01", "q99"} <= proprio.keys():
         return None
     return proprio if any(proprio["q01"]) or any(proprio["q99"]) else None  # zeros stand for no states at all
 
 
-def largest_normalized(values: np.ndarray, stats: Mapping[str, Any]) -> float:
-    """Largest magnitude of (T, D) values normalized by q01 and q99, as `normalize_actions` does but for the clipping,
-    after which nothing could exceed a limit of 1."""
+def largest_normalized(values: np.ndarray, stats: Mapping[str, Any], normalization: str = "bounds_q99") -> float:
+    """Largest magnitude of (T, D) values, normalized as `normalize_actions` does but for the clipping, after which
+    nothing could exceed a limit of 1."""
     values = values.astype(np.float64)
-    low, high = np.asarray(stats["q01"]), np.asarray(stats["q99"])
+    low, high = (np.asarray(stats[name]) for name in NORMALIZATIONS[normalization])
     scaled = np.where(stats.get("mask") or [True] * len(low), 2 * (values - low) / (high - low + 1e-8) - 1, values)
     if "min" in stats and "max" in stats:
         scaled = np.where(np.asarray(stats["min"]) == np.asarray(stats["max"]), 0.0, scaled)

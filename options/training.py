@@ -52,6 +52,12 @@ class FinetuneOptions(DatasetOptions):
         "Steps that one prediction is for; their tokens follow one another. Default: as the model has it, 1.",
         least=1,
     )
+    chunk_end: Literal["still", "repeat", "drop"] | None = option(
+        None,
+        "What a chunk of several steps holds past the end of its episode: still, no motion, learned like all else; "
+        "repeat, the last action again, not learned; drop, there are no such chunks, as in OpenVLA-OFT. Default: "
+        "repeat for heads that learn numbers, still for those of tokens.",
+    )
     dropout: float = option(
         0.0, "Share of an adapter's inputs that is dropped at random (lora, qlora): 0 to below 1.", least=0, below=1
     )
@@ -73,6 +79,11 @@ class FinetuneOptions(DatasetOptions):
         False, "Let the model see the state of the robot beside the images (not with lora and qlora)."
     )
     statistics: str | None = option(None, "A dataset_statistics.json to use instead of the data's own.")
+    normalization: Literal["bounds_q99", "bounds"] | None = option(
+        None,
+        "What -1 and 1 stand for in actions and states: bounds_q99, q01 and q99 of the data; bounds, its min and max. "
+        "Default: as the model has it for a dataset of this name, bounds_q99.",
+    )
     keep_unlabeled: bool = option(
         False, "Train also on steps without an instruction, with an empty one; else they are left out."
     )

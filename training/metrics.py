@@ -19,17 +19,20 @@ class ActionMetrics:
         self.action_dim = action_dim
         self._sums: torch.Tensor | None = None
 
-    def update(self, loss: torch.Tensor, actions: Comparison, scale: torch.Tensor) -> None:
+    def update(
+        self, loss: torch.Tensor, actions: Comparison, scale: torch.Tensor, is_pad: torch.Tensor | None = None
+    ) -> None:
         """Add a batch.
 
         Args:
             loss: () mean of the batch.
             actions: (N, K, A) as predicted and as recorded; the steps of a chunk count alike.
             scale: (N, A) units of the dataset in one unit of normalized action.
+            is_pad: (N, K) bool, steps that do not count; not all of a row. Default: all count.
         """
-        distance = (actions.predicted - actions.wanted).abs().to(torch.float64).mean(dim=1)
+        distance = _mean((actions.predicted - actions.wanted).abs(), is_pad)
         # Of a head without tokens none are correct.
-        correct = torch.zeros_like(distance) if actions.correct is None else actions.correct.to(torch.float64).mean(1)
+        correct = torch.zeros_like(distance) if actions.correct is None else _mean(actions.correct, is_pad)
         rows = torch.ones((), dtype=torch.float64, device=loss.device) * len(distance)
         new = torch.cat(
             [
@@ -67,3 +70,12 @@ class ActionMetrics:
             **{f"l1/{name}": value for name, value in zip(names, units)},
             **{f"l1_normalized/{name}": value for name, value in zip(names, distance)},
         }
+
+
+def _mean(values: torch.Tensor, is_pad: torch.Tensor | None) -> torch.Tensor:
+    """(N, A) float64, the mean over the steps of (N, K, A) that are no padding."""
+    values = values.to(torch.float64)
+    if is_pad is None:
+        return values.mean(dim=1)
+    real = (~is_pad)[..., None].to(torch.float64)
+    return (values * real).sum(dim=1) / real.sum(dim=1)

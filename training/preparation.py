@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..action_heads_openvla import TokenHead, head_without_weights
+from ..action_heads_openvla import HEADS, TokenHead, head_without_weights
 from ..action_tokenizer import ActionTokenizer, check_same_action_dim
 from ..configuration_openvla import OpenVLAConfig
 from ..data import Episode
@@ -124,12 +124,26 @@ def prepare(options: FinetuneOptions, processes: int = 1, data: Any = None) -> R
     processor.camera_names = list(config.camera_names)
     # The pixels of the original's training; who trained with random crops is shown the center (docs/training.md).
     processor = processor.with_pixels("lanczos3", ImageAugmentation.crop_area if options.image_aug else None)
+    learns_numbers = getattr(HEADS.get(config.action_head), "wants_actions", False)
     sources = open_sources(
         options.dataset if data is None else data,
         data_root=options.data_root,
         progress=True,
-        **{**source_options(options), "action_chunk": config.action_chunk, "camera_names": config.camera_names},
+        **{
+            **source_options(options),
+            "action_chunk": config.action_chunk,
+            "camera_names": config.camera_names,
+            "chunk_end": options.chunk_end or ("repeat" if learns_numbers else "still"),
+            "normalization": options.normalization or config.normalization,
+        },
     )
+    if not learns_numbers and any(source.chunk_end == "repeat" for source in sources):
+        raise ValueError(
+            f"chunk_end='repeat' leaves steps out of the loss, which action_head='{config.action_head}' cannot: give "
+            "'still' or 'drop'."
+        )
+    modes = {**config.normalization, **{source.name: source.normalization for source in sources}}
+    config.normalization = {name: mode for name, mode in modes.items() if mode != "bounds_q99"}
     if options.proprio or config.proprio_dim is not None:
         config.proprio_dim = proprio_dim(options, sources, config)
     run = Run(options, sources, config, processor, processes)
@@ -151,7 +165,7 @@ def proprio_dim(options: FinetuneOptions, sources: Sequence[Source], config: Ope
             f"proprio=True with strategy '{options.strategy}': an adapter does not hold the projector of the state: "
             "use full, last_layer, frozen_vision or sandwich."
         )
-    dims = {source.name: len((source.statistics.get("proprio") or {}).get("q01", ())) for source in sources}
+    dims = {source.name: source.state_dim for source in sources}
     expected = config.proprio_dim or next(iter(dims.values()))
     for name, dim in dims.items():
         if not dim or dim != expected:

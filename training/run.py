@@ -182,7 +182,7 @@ def finetune(options: FinetuneOptions, resume: bool = False, data: Any = None) -
             if arguments.process_index == 0:
                 last = last_checkpoint(output / CHECKPOINTS)
                 tqdm.write(
-                    f"stopped   --resume goes on from {last}" if last else "stopped   before the first checkpoint"
+                    f"stopped   --resume continues from {last}" if last else "stopped   before the first checkpoint"
                 )
             raise
     return output
@@ -245,6 +245,7 @@ def train(options: FinetuneOptions, arguments: TrainingArguments, resume: bool, 
         collator=ActionCollator(run.processor, run.head, run.config.proprio_dim is not None),
         held_out=held_out,
         statistics=run.statistics,
+        scales={source.name: torch.from_numpy(source.action_scale) for source in run.sources},
         shape=run.shape,
         frames=run.mixture[1],
         done=done,

@@ -75,7 +75,8 @@ class ActionTrainer(Trainer):
         samples, eval_samples: How frames become samples in training and evaluation.
         collator: Makes batches.
         held_out: Frames to evaluate on, the same on all ranks, which share them out.
-        statistics: `{dataset: statistics}`, written beside every checkpoint; the scale of the L1 in units.
+        statistics: `{dataset: statistics}`, written beside every checkpoint.
+        scales: `{dataset: (A,)}` units in one unit of normalized action, of the L1 in units.
         shape: (K, A) of the actions of a sample.
         frames: Training frames, which make an epoch.
         done: Steps that a resumed run has made before; where they are all, `train` makes none.
@@ -91,6 +92,7 @@ class ActionTrainer(Trainer):
         collator: ActionCollator,
         held_out: Sequence[Episode],
         statistics: dict[str, Any],
+        scales: dict[str, torch.Tensor],
         shape: tuple[int, int],
         frames: int,
         done: int,
@@ -104,7 +106,7 @@ class ActionTrainer(Trainer):
         vars(config).pop("use_cache", None)
         vars(config).update(before)
         self.stream, self.eval_samples, self.collator, self.held_out = stream, eval_samples, collator, list(held_out)
-        self.statistics, self.frames, self.done, self.card = statistics, frames, done, card
+        self.statistics, self.scales, self.frames, self.done, self.card = statistics, scales, frames, done, card
         self._last_batch: dict[str, Any] = {}
         self.head, self.shape = collator.head, shape
         self.train_metrics, self.eval_metrics = ActionMetrics(shape[1]), ActionMetrics(shape[1])
@@ -124,8 +126,8 @@ class ActionTrainer(Trainer):
     # Data -------------------------------------------------------------------------------------------------------------
 
     def _collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        scales = [action_scale(self.statistics[sample["dataset"]]["action"]) for sample in samples]
-        return {**self.head.prepare(self.collator(samples)), "action_scale": torch.stack(scales)}
+        scales = torch.stack([self.scales[sample["dataset"]] for sample in samples])
+        return {**self.head.prepare(self.collator(samples)), "action_scale": scales}
 
     def get_train_dataloader(self) -> DataLoader:
         """Not handed to accelerate: the stream knows its rank and where a resumed run continues."""
@@ -158,7 +160,7 @@ class ActionTrainer(Trainer):
             self._last_batch = inputs
         metrics = self.train_metrics if model.training else self.eval_metrics
         with torch.no_grad():
-            metrics.update(loss, self.head.compare(**answer, shape=self.shape), scale)
+            metrics.update(loss, self.head.compare(**answer, shape=self.shape), scale, inputs.get("action_is_pad"))
         return (loss, answer) if return_outputs else loss
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
@@ -302,9 +304,3 @@ class ActionTrainer(Trainer):
                 for old in checkpoints(folder)[: -self.args.save_total_limit]:
                     shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
-
-
-def action_scale(stats: dict[str, Any]) -> torch.Tensor:
-    """(A,) float64: units of the dataset in one unit of normalized action."""
-    half = (torch.tensor(stats["q99"], dtype=torch.float64) - torch.tensor(stats["q01"], dtype=torch.float64)) / 2
-    return torch.where(torch.tensor(stats.get("mask", [True] * len(half))), half, 1.0)
