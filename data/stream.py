@@ -118,7 +118,7 @@ def shuffled(items: Iterable[Any], buffer_size: int, rng: np.random.Generator) -
 
 
 class FrameSource(Protocol):
-    """What a mixture draws from: `data.sources.Source`."""
+    """What a mixture draws from: `data.source.Source`."""
 
     @property
     def dataset(self) -> EpisodeDataset: ...

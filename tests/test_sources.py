@@ -537,10 +537,10 @@ def test_goals_are_drawn_evenly_from_the_steps_to_come():
 @pytest.fixture
 def passes(monkeypatch) -> list:
     """Grows with every pass over a dataset."""
-    import openvla.data.sources as sources
+    import openvla.data.open_source as opening
 
-    made, take = [], sources.take_survey
-    monkeypatch.setattr(sources, "take_survey", lambda *args: made.append(1) or take(*args))
+    made, take = [], opening.take_survey
+    monkeypatch.setattr(opening, "take_survey", lambda *args: made.append(1) or take(*args))
     return made
 
 

@@ -1,14 +1,15 @@
 """From the demonstrations of each format to a batch: several cameras, states, chunks and what heads learn from."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from tiny import FIXTURES, TINY
 
-from openvla import ActionTokenizer, normalize_actions, unnormalize_actions
-from openvla.action_heads_openvla import HEADS, Comparison, TokenHead
+from openvla import ActionTokenizer, OpenVLAConfig, normalize_actions, unnormalize_actions
+from openvla.action_heads_openvla import HEADS, Comparison, TokenHead, head_without_weights
 from openvla.data import PythonDataset, open_sources
 from openvla.data.augment import ImageAugmentation
 from openvla.data.collate import ActionCollator
@@ -242,3 +243,26 @@ def test_a_head_of_numbers_is_trained(monkeypatch, tmp_path):
         FinetuneOptions(**{**options, "output": str(tmp_path / "drop")}, chunk_end="drop"), data=in_memory(steps=5)
     )
     assert not any("action_is_pad" in batch for batch in Numbers.seen)
+
+
+@pytest.mark.parametrize("name", ["l1_regression", "diffusion"])
+def test_padding_is_not_in_the_loss(name):
+    if name == "diffusion":
+        pytest.importorskip("diffusers", reason="its schedule needs the [oft] extra")
+    head = head_without_weights(OpenVLAConfig(action_head=name, action_dim=2, action_chunk=3))
+    actions, is_pad = torch.zeros(2, 3, 2), torch.tensor([[False] * 3, [False, True, True]])
+    answer = torch.tensor([1.0, 2.0, 4.0])[None, :, None].expand(2, 3, 2).clone()
+
+    def model(**inputs):
+        assert "action_is_pad" not in inputs and "actions" not in inputs
+        return SimpleNamespace(predicted=answer)
+
+    model.training = False
+    batch = {"actions": actions, "labels": torch.zeros(2, 7, dtype=torch.long)}
+    loss, _ = head.loss(model, {**batch, "action_is_pad": is_pad})
+    complete, _ = head.loss(model, batch)
+    if name == "l1_regression":
+        assert complete == answer.mean() and loss == 2.0  # (1 + 2 + 4 + 1) / 4
+    answer[1, 1:] = 100.0
+    assert torch.equal(loss, head.loss(model, {**batch, "action_is_pad": is_pad})[0])
+    assert not torch.equal(complete, head.loss(model, batch)[0])
