@@ -21,15 +21,14 @@ from .action_tokenizer import check_statistics, read_statistics
 from .files_openvla import QUIET, cache_folder, local_folder, read_json, weights_digest
 from .image_processing_openvla import OpenVLAImageProcessor
 from .modules_openvla import every_module
+from .parts_openvla import PARTS
 from .processing_openvla import HUB_KWARGS, OpenVLAProcessor, pixels_of_older_run
 from .weights_openvla import WEIGHTS_FILES
 
 
 KEY = "openvla"
 ADAPTER = "adapter_config.json"
-# Fields of the configuration that training may change: of every run, and of one that gives the model new parts
-OF_MODEL = ("action_chunk", "camera_names", "normalization")
-PARTS = ("action_head", "action_dim", "proprio_dim", "use_film")
+OF_MODEL = ("action_chunk", "camera_names", "normalization")  # fields of the configuration that training may change
 EMBEDDED_POLICY = "embedded policy"  # the name of the base that comes with the package
 PACKAGE = Path(__file__).resolve().parent
 
@@ -244,7 +243,7 @@ class AdapterBelongings:
             return
         try:  # the base is now what they make of it
             for config in merged:
-                _check_known(config)
+                self._check_known(config)
             statistics, self._merged_processor = _together(merged, "norm_stats"), _together(merged, "processor")
             for field in OF_MODEL:
                 setattr(self.config, field, self._of_adapters(field, merged))
@@ -300,10 +299,27 @@ class AdapterBelongings:
             )
         return values[0]
 
+    def _check_known(self, config: Any) -> None:
+        """Raise a `ValueError` if the units of an adapter are not known, or parts it was trained with are missing."""
+        if why := belongings(config).get("unknown"):
+            raise ValueError(
+                f"{why}, so the units of its actions are not known: load an adapter under a name of its own, or say "
+                "them while it is active, model.norm_stats = {dataset: {'action': {'q01': [...], 'q99': [...]}}} (in "
+                "PEFT model.get_base_model().norm_stats = ...)."
+            )
+        wanted = belongings(config).get("model", {})
+        for field in PARTS:
+            if wanted.get(field, own := getattr(self.config, field)) != own:
+                raise ValueError(
+                    f"The adapter was trained with {field}={wanted[field]!r}, the model has {own!r}: PEFT loads no "
+                    "weights of added parts. Load both with OpenVLAForActionPrediction.from_pretrained(RUN), or the "
+                    "adapter with model.load_adapter(RUN)."
+                )
+
     def _check_adapter(self, config: Any) -> None:
         """Raise a `ValueError` if the units of an adapter are not known; warn once if nothing is known of its training,
         or it had another base."""
-        _check_known(config)
+        self._check_known(config)
         if getattr(config, "_openvla_checked", False):
             return
         config._openvla_checked = True
@@ -402,15 +418,6 @@ def _units(config: Any) -> tuple[Any, Any]:
 def _forget(config: Any, why: str) -> None:
     """Let a configuration say that its units are not known, also where it is saved."""
     config.auto_mapping = {**(config.auto_mapping or {}), KEY: {"unknown": why}}
-
-
-def _check_known(config: Any) -> None:
-    if why := belongings(config).get("unknown"):
-        raise ValueError(
-            f"{why}, so the units of its actions are not known: load an adapter under a name of its own, or say them "
-            "while it is active, model.norm_stats = {dataset: {'action': {'q01': [...], 'q99': [...]}}} (in PEFT "
-            "model.get_base_model().norm_stats = ...)."
-        )
 
 
 def _together(configs: Iterable[Any], what: str) -> Any:

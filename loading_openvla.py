@@ -28,13 +28,14 @@ from .configuration_openvla import TRANSFORMERS, OpenVLAConfig
 from .files_openvla import QUIET, local_folder, read_json
 from .oft_openvla import OFTFolder, find_oft, oft_folder, with_weights
 from .outputs_openvla import CACHE_NAMES
+from .parts_openvla import PARTS_FILE, ModelParts
 from .processing_openvla import HUB_KWARGS, OpenVLAProcessor
 from .quantization_openvla import keep_split_blocks_from_packing, take_quantization, turn_block_scales_back
 from .vision_openvla import init_vision_weights
 from .weights_openvla import LOADING, check_filled, check_folder, check_loaded, check_placed, read_tensors
 
 
-class OpenVLAPreTrainedModel(AdapterBelongings, PreTrainedModel):
+class OpenVLAPreTrainedModel(AdapterBelongings, ModelParts, PreTrainedModel):
     """What the library asks of a model, and the part of ours that reads and writes folders."""
 
     config: OpenVLAConfig
@@ -230,6 +231,9 @@ class OpenVLAPreTrainedModel(AdapterBelongings, PreTrainedModel):
                 name.removeprefix("base_model.model."): weight
                 for name, weight in load_peft_weights(peft_model_id, device="cpu", **where).items()
             }
+        if brought.get("model") and peft_model_id is not None:
+            parts = cached_file(peft_model_id, PARTS_FILE, **QUIET, **hub)
+            self.load_parts(Path(parts).parent if parts else peft_model_id, brought["model"])
         loaded = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
         self._bring(adapter_name or "default", brought)
         return loaded

@@ -20,7 +20,6 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, Cache, GenerationMixin
 
-from .action_heads_openvla import make_head
 from .action_tokenizer import check_same_action_dim, get_action_stats, resolve_unnorm_key, unnormalize_actions
 from .configuration_openvla import OpenVLAConfig
 from .decoding_openvla import Prefix
@@ -38,13 +37,14 @@ from .inputs_openvla import (
 from .loading_openvla import OpenVLAPreTrainedModel
 from .modules_openvla import evaluation_mode, one_type
 from .outputs_openvla import CACHE, ActionPrediction, OpenVLAOutput, one_cache
-from .parallel_openvla import ActionSequence, NoisyActionProjector, action_sequence
+from .parallel_openvla import ActionSequence, action_sequence
 from .patches_openvla import IGNORE_INDEX, PatchLayout, find_placeholders
 from .sampling_openvla import check_flag, read_sampling
-from .vision_openvla import FILM, OpenVLAProjector, OpenVLAProprioProjector, OpenVLAVisionBackbone
+from .vision_openvla import OpenVLAProjector, OpenVLAVisionBackbone
 
 
 if TYPE_CHECKING:  # of a local folder transformers 5.4 and 5.5 copy no more files than this one names
+    from .action_heads_openvla import make_head  # noqa: F401
     from .adapters_openvla import AdapterBelongings  # noqa: F401
     from .cameras_openvla import find_cameras  # noqa: F401
     from .choices_openvla import closest  # noqa: F401
@@ -52,6 +52,7 @@ if TYPE_CHECKING:  # of a local folder transformers 5.4 and 5.5 copy no more fil
     from .image_processing_openvla import OpenVLAImageProcessor  # noqa: F401
     from .oft_openvla import find_oft  # noqa: F401
     from .parallel_heads_openvla import ParallelTokenHead  # noqa: F401
+    from .parts_openvla import ModelParts  # noqa: F401
     from .pixels_openvla import load_image  # noqa: F401
     from .processing_openvla import OpenVLAProcessor  # noqa: F401
     from .prompts_openvla import check_prompt_ids  # noqa: F401
@@ -81,7 +82,8 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
             self.language_model = AutoModelForCausalLM.from_config(config.text_config, dtype=torch.get_default_dtype())
         except (TypeError, AttributeError, KeyError, ArithmeticError, RuntimeError) as error:
             raise ValueError(f"text_config cannot be built as a language model: {error}") from error
-        self._add_parts()
+        self._make_parts()
+        self.action_tokenizer = self.action_head.tokenizer
         # Published names, which clients of the original read
         self.vocab_size: int = config.action_vocab_size  # end of the action tokens
         self.bins: np.ndarray = self.action_tokenizer.bins
@@ -90,19 +92,6 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
         self.llm_dim: int = config.text_config.hidden_size
         self._checked_statistics: dict[str, Any] = {}
         self.post_init()
-
-    def _add_parts(self) -> None:
-        """What the configuration asks for beside the published model, as far as it is not there: head and projectors
-        of actions and state, FiLM; weights at random."""
-        config, hidden = self.config, self.config.text_config.hidden_size
-        if config.proprio_dim is not None and not hasattr(self, "proprio_projector"):
-            self.proprio_projector = OpenVLAProprioProjector(config.proprio_dim, hidden)
-        if config.action_head == "diffusion" and not hasattr(self, "noisy_action_projector"):
-            self.noisy_action_projector = NoisyActionProjector(hidden)
-        if config.use_film and not self.vision_backbone.use_film:
-            self.vision_backbone.add_film(hidden)
-        self.action_head = make_head(config)
-        self.action_tokenizer = self.action_head.tokenizer
 
     # Embeddings -------------------------------------------------------------------------------------------------------
 
@@ -178,30 +167,6 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
             return features
         state = self.proprio_projector(proprio.to(features.device, self.proprio_projector.fc1.weight.dtype))
         return torch.cat([features, state.to(features)], dim=1)
-
-    def add_parts(self, **fields: Any) -> None:
-        """Give the model what it lacks of `proprio_dim`, `action_head`, `action_chunk`, `action_dim` and `use_film`;
-        new weights begin at random, to be trained."""
-        config, like, before = self.config, self.projector.fc1.weight, {*self.state_dict()}
-        for name, value in fields.items():
-            setattr(config, name, value)
-        config.check_fields()
-        self._add_parts()
-        new = {name.rpartition(".")[0] for name in {*self.state_dict()} - before}
-        for name in sorted(new):
-            module = self.get_submodule(name).to(like)
-            if not name.startswith("action_head."):  # which begins as torch has it
-                self._init_weights(module)
-
-    def added_parameters(self) -> dict[str, torch.nn.Parameter]:
-        """What is not of the published model, by name: head and projectors of actions and state, FiLM. It learns
-        whatever the strategy."""
-        own = ("action_head.", "proprio_projector.", "noisy_action_projector.")
-        return {
-            name: parameter
-            for name, parameter in self.named_parameters()
-            if name.startswith(own) or (name.startswith("vision_backbone.") and FILM.search(name))
-        }
 
     def _placeholders(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor | None:
         return find_placeholders(

@@ -8,7 +8,15 @@ from transformers import BitsAndBytesConfig
 from transformers.quantizers import AutoQuantizationConfig
 
 
-NOT_QUANTIZED = ["vision_backbone", "projector", "lm_head"]
+# "projector" is part of the names of those of state and noisy actions too.
+NOT_QUANTIZED = [
+    "vision_backbone",
+    "projector",
+    "lm_head",
+    "action_head",
+    "proprio_projector",
+    "noisy_action_projector",
+]
 
 
 def take_quantization(kwargs: dict[str, Any]) -> None:

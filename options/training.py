@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..extras import remedy
-from .datasets import DatasetOptions
+from .datasets import Cameras, DatasetOptions
 from .fields import Options, option, required
 from .prediction import EMBEDDED_POLICY
 
@@ -30,6 +30,33 @@ class FinetuneOptions(DatasetOptions):
     gradient_accumulation: int = option(
         1, "Batches of one update, where one that is large enough does not fit the memory.", least=1, neutral=True
     )
+    # What the model is to be
+    head: str | None = option(
+        None,
+        "How actions come out of the model: tokens, one after the other; or all in one pass, as in OpenVLA-OFT: "
+        "parallel_tokens, l1_regression, diffusion. Default: as the model has it, tokens.",
+    )
+    action_chunk: int | None = option(
+        None, "Steps that one prediction is for. Default: as the model has it, 1.", least=1, flag="--chunk"
+    )
+    chunk_end: Literal["still", "repeat", "drop"] | None = option(
+        None,
+        "What a chunk of several steps holds past the end of its episode: still, no motion, learned like all else; "
+        "repeat, the last action again, not learned; drop, there are no such chunks, as in OpenVLA-OFT. Default: "
+        "repeat for heads that learn numbers, still for those of tokens.",
+    )
+    camera_names: str | None = option(
+        None,
+        "What the model sees, joined by commas: primary, or primary,wrist. Default: as the model has it, primary.",
+        flag="--cameras",
+    )
+    proprio: bool = option(False, "Let the model see the state of the robot beside the images.", flag="--state")
+    film: bool = option(
+        False,
+        "Let the words of the prompt scale and shift the features of the vision towers (FiLM); for heads that predict "
+        "in one pass.",
+        flag="--film",
+    )
     # Learning
     learning_rate: float | None = option(
         None, "Learning rate, after the warmup. Default: 5e-4 for lora and qlora, else 2e-5.", least=0
@@ -47,17 +74,6 @@ class FinetuneOptions(DatasetOptions):
     max_grad_norm: float = option(1.0, "Norm that gradients are clipped to; 0: they are not.", least=0)
     rank: int = option(32, "Inner dimension of an adapter (lora, qlora).", least=1)
     alpha: int | None = option(None, "Scale of an adapter is alpha / rank. Default: min(rank, 16).", least=1)
-    action_chunk: int | None = option(
-        None,
-        "Steps that one prediction is for; their tokens follow one another. Default: as the model has it, 1.",
-        least=1,
-    )
-    chunk_end: Literal["still", "repeat", "drop"] | None = option(
-        None,
-        "What a chunk of several steps holds past the end of its episode: still, no motion, learned like all else; "
-        "repeat, the last action again, not learned; drop, there are no such chunks, as in OpenVLA-OFT. Default: "
-        "repeat for heads that learn numbers, still for those of tokens.",
-    )
     dropout: float = option(
         0.0, "Share of an adapter's inputs that is dropped at random (lora, qlora): 0 to below 1.", least=0, below=1
     )
@@ -68,15 +84,13 @@ class FinetuneOptions(DatasetOptions):
         least=0,
         below=1,
     )
+    cameras: Cameras = option(
+        None,
+        "Cameras to read, by their keys in the data, joined by commas. Default: all in colour.",
+        flag="--read-cameras",
+    )
     camera: str | None = option(
         None, "Which of the cameras that are read the model sees through. Default: the first that is not on the wrist."
-    )
-    camera_names: str | None = option(
-        None,
-        "What the model sees, joined by commas: primary, or primary,wrist. Default: as the model has it, primary.",
-    )
-    proprio: bool = option(
-        False, "Let the model see the state of the robot beside the images (not with lora and qlora)."
     )
     statistics: str | None = option(None, "A dataset_statistics.json to use instead of the data's own.")
     normalization: Literal["bounds_q99", "bounds"] | None = option(

@@ -35,6 +35,7 @@ FLAT_FILES = [
     "modules_openvla",
     "generation_openvla",
     "weights_openvla",
+    "parts_openvla",
     "adapters_openvla",
     "loading_openvla",
     "modeling_openvla",

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from transformers.utils import cached_file
 
 from ..adapters_openvla import (
@@ -24,10 +25,12 @@ from ..adapters_openvla import (
     with_belongings,
 )
 from ..configuration_openvla import OpenVLAConfig
+from ..data.collate import ActionCollator
 from ..files_openvla import read_json
 from ..folders import new_folder, write_json
 from ..model_card import model_card
 from ..modeling_openvla import OpenVLAForActionPrediction
+from ..parts_openvla import PARTS_FILE
 from ..processing_openvla import OpenVLAProcessor
 
 
@@ -61,6 +64,7 @@ def write_checkpoint(
     except SafetensorError as error:  # a full disk, mostly
         raise OSError(f"Cannot write '{folder}': {error}") from error
     if is_adapter:
+        _write_parts(model.get_base_model(), folder, state_dict)
         _complete_adapter(model, folder, processor, statistics)
     if dtype is not None:  # the library writes that of the model in memory
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -69,6 +73,14 @@ def write_checkpoint(
     processor.save_pretrained(folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
     write_json(folder / "dataset_statistics.json", statistics)
+
+
+def _write_parts(model: Any, folder: Path, state_dict: dict[str, torch.Tensor] | None) -> None:
+    """The parts of the model that learn beside an adapter, which PEFT does not know."""
+    given = {name.removeprefix("base_model.model."): value for name, value in (state_dict or {}).items()}
+    parts = {name: given.get(name, value).detach().contiguous() for name, value in model.added_parameters().items()}
+    if parts:
+        save_file(parts, folder / PARTS_FILE, metadata={"format": "pt"})
 
 
 def _complete_adapter(model: Any, folder: Path, processor: OpenVLAProcessor, statistics: dict[str, Any]) -> None:
@@ -142,7 +154,8 @@ def merge_adapter(
             trained on are then taken with a warning.
 
     Returns:
-        The largest difference between logits with the adapter and merged, relative to the largest logit.
+        The largest difference between what the head answers (logits, or numbers) with the adapter and merged, relative
+        to the largest answer.
 
     Raises:
         FileNotFoundError: If `folder` holds no adapter, its statistics are missing, or its base is not found.
@@ -170,16 +183,14 @@ def merge_adapter(
         raise ValueError(f"{problem}. Put its own base back, or say with --base which one to take nevertheless.")
     if problem:
         warnings.warn(f"{problem}.", stacklevel=2)
+    model.load_parts(folder, brought.get("model", {}))
     model = PeftModel.from_pretrained(model, folder).eval()
     processor = with_belongings(OpenVLAProcessor.from_pretrained(source), brought.get("processor"))
-    height, width = model.vision_backbone.image_size
-    image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    images = {name: image for name in model.camera_names}
-    inputs = processor(processor.format_prompt("pick up the cup"), images)
+    batch = _probe(model.get_base_model(), processor)
     with torch.inference_mode():
-        before = model(**inputs).logits
+        before = _answer(model.get_base_model(), batch)
         merged = model.merge_and_unload()
-        after = merged(**inputs).logits
+        after = _answer(merged, batch)
     difference = ((after - before).abs().max() / before.abs().max()).item()
     statistics = merged.norm_stats = brought["norm_stats"]
     with new_folder(output) as work:
@@ -188,3 +199,24 @@ def merge_adapter(
         if (folder / STARTED).is_file():
             shutil.copyfile(folder / STARTED, work / STARTED)  # how it was trained
     return difference
+
+
+def _probe(model: Any, processor: OpenVLAProcessor) -> dict[str, Any]:
+    """A training batch of one sample, for `model` to answer."""
+    height, width = model.vision_backbone.image_size
+    image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    action_dim = model.config.action_dim or model.get_action_dim(next(iter(model.norm_stats)))
+    sample = {
+        "instruction": "pick up the cup",
+        "actions": np.zeros((model.action_chunk, action_dim)),
+        "image": {name: image for name in model.camera_names},
+        "state": np.zeros(model.config.proprio_dim or 0, dtype=np.float32),
+    }
+    processor.camera_names = list(model.camera_names)
+    collator = ActionCollator(processor, model.action_head, model.config.proprio_dim is not None)
+    return model.action_head.prepare(collator([sample]))
+
+
+def _answer(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    _, found = model.action_head.loss(model, batch)
+    return next(iter(found.values())).float()

@@ -18,6 +18,7 @@ class ActionMetrics:
     def __init__(self, action_dim: int):
         self.action_dim = action_dim
         self._sums: torch.Tensor | None = None
+        self._has_tokens = False
 
     def update(
         self, loss: torch.Tensor, actions: Comparison, scale: torch.Tensor, is_pad: torch.Tensor | None = None
@@ -31,7 +32,7 @@ class ActionMetrics:
             is_pad: (N, K) bool, steps that do not count; not all of a row. Default: all count.
         """
         distance = _mean((actions.predicted - actions.wanted).abs(), is_pad)
-        # Of a head without tokens none are correct.
+        self._has_tokens = actions.correct is not None
         correct = torch.zeros_like(distance) if actions.correct is None else _mean(actions.correct, is_pad)
         rows = torch.ones((), dtype=torch.float64, device=loss.device) * len(distance)
         new = torch.cat(
@@ -48,8 +49,8 @@ class ActionMetrics:
         """Means over the batches of all processes since the last call, and start again.
 
         Returns:
-            `loss`, `action_accuracy` and `action_l1` (normalized) over all dimensions, `l1/x`... in the units of the
-            dataset, `l1_normalized/x`... in [0, 2]. Empty where nothing was added.
+            `loss`, `action_accuracy` (of a head of tokens) and `action_l1` (normalized) over all dimensions, `l1/x`...
+            in the units of the dataset, `l1_normalized/x`... in [0, 2]. Empty where nothing was added.
         """
         sums, self._sums = self._sums, None
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -65,7 +66,7 @@ class ActionMetrics:
         names = names or action_names(self.action_dim)
         return {
             "loss": loss,
-            "action_accuracy": sum(correct) / self.action_dim,
+            **({"action_accuracy": sum(correct) / self.action_dim} if self._has_tokens else {}),
             "action_l1": sum(distance) / self.action_dim,
             **{f"l1/{name}": value for name, value in zip(names, units)},
             **{f"l1_normalized/{name}": value for name, value in zip(names, distance)},

@@ -179,7 +179,10 @@ def build(config: OpenVLAConfig, strategy: str, precision: str = "bf16", **optio
                 if not _quantized(name, parameter):
                     parameter.data = parameter.data.float()  # as PEFT prepares a quantized model
         # A quantized base cannot be made on the meta device; its adapters are those of lora.
+        added = list(model.added_parameters().values())
         model = apply_strategy(model, "lora" if strategy == "qlora" else strategy, **options)
+        for parameter in added:
+            parameter.requires_grad_(True)
         if precision == "bf16":
             for parameter in model.parameters():
                 if parameter.requires_grad:

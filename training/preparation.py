@@ -12,7 +12,8 @@ import torch
 
 from ..action_heads_openvla import HEADS, TokenHead, head_without_weights
 from ..action_tokenizer import ActionTokenizer, check_same_action_dim
-from ..configuration_openvla import OpenVLAConfig
+from ..choices_openvla import check_choice
+from ..configuration_openvla import HEADS_WITH_WEIGHTS, OpenVLAConfig
 from ..data import Episode
 from ..data.augment import ImageAugmentation
 from ..data.collate import ActionCollator
@@ -119,6 +120,12 @@ def prepare(options: FinetuneOptions, processes: int = 1, data: Any = None) -> R
         config.action_chunk = options.action_chunk
     if options.camera_names is not None:
         config.camera_names = [name.strip() for name in options.camera_names.split(",")]
+    config.use_film |= options.film
+    if options.head is not None:
+        check_choice("head", options.head, HEADS, "One of your own: import what puts it into HEADS first.")
+        config.action_head = options.head
+        if options.head in HEADS_WITH_WEIGHTS and config.action_dim is None:
+            config.action_dim = 1  # until the data says
     config.check_fields()
     processor = starting_processor(base, adapter)
     processor.camera_names = list(config.camera_names)
@@ -146,6 +153,8 @@ def prepare(options: FinetuneOptions, processes: int = 1, data: Any = None) -> R
     config.normalization = {name: mode for name, mode in modes.items() if mode != "bounds_q99"}
     if options.proprio or config.proprio_dim is not None:
         config.proprio_dim = proprio_dim(options, sources, config)
+    if config.action_head in HEADS_WITH_WEIGHTS:
+        config.action_dim = sources[0].action_dim
     run = Run(options, sources, config, processor, processes)
     check_same_action_dim(run.statistics, list(run.statistics))
     for source in sources:
@@ -158,13 +167,8 @@ def proprio_dim(options: FinetuneOptions, sources: Sequence[Source], config: Ope
     """Numbers of the state that the model will see.
 
     Raises:
-        ValueError: If a dataset has no states, or others than the model sees; or an adapter would have to bring them.
+        ValueError: If a dataset has no states, or others than the model sees.
     """
-    if options.strategy in LEARNING_RATES:
-        raise ValueError(
-            f"proprio=True with strategy '{options.strategy}': an adapter does not hold the projector of the state: "
-            "use full, last_layer, frozen_vision or sandwich."
-        )
     dims = {source.name: source.state_dim for source in sources}
     expected = config.proprio_dim or next(iter(dims.values()))
     for name, dim in dims.items():

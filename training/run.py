@@ -12,7 +12,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, TrainingArguments, set_see
 from transformers.trainer_utils import IntervalStrategy
 
 from ..action_spec import action_names
-from ..adapters_openvla import KEY, OF_MODEL, PARTS, name_base, portable_model, portable_path
+from ..adapters_openvla import KEY, OF_MODEL, name_base, portable_model, portable_path, read_belongings
 from ..configuration_openvla import OpenVLAConfig
 from ..data.augment import ImageAugmentation
 from ..data.collate import ActionCollator
@@ -23,6 +23,7 @@ from ..folders import locked, weights_digest, with_version, write_json
 from ..model_card import model_card
 from ..modeling_openvla import OpenVLAForActionPrediction
 from ..options.training import FinetuneOptions
+from ..parts_openvla import PARTS
 from .checkpoints import STARTED, card_folder, starting_point
 from .checks import check_result
 from .curves import plot_curves
@@ -52,11 +53,12 @@ from .strategies import apply_strategy, checkpoint_activations, freeze_unused, q
 from .trainer import ActionTrainer
 
 
-def load_model(run: Run, autocast: bool) -> Any:
-    """The model, with the parameters of the strategy trainable.
+def load_model(run: Run, autocast: bool, checkpoint: Path | None = None) -> Any:
+    """The model, with the parameters of the strategy trainable, and those of its added parts.
 
     Args:
         autocast: Whether it will be computed with in bfloat16, whatever the types of its weights.
+        checkpoint: From which a run with an adapter continues: the Trainer loads the adapter, not the parts beside it.
     """
     options = run.options
     learns_itself = options.strategy not in LEARNING_RATES
@@ -67,7 +69,13 @@ def load_model(run: Run, autocast: bool) -> Any:
         loading["quantization_config"] = qlora_quantization()
     base, adapter = starting_point(options.model)
     model: Any = OpenVLAForActionPrediction.from_pretrained(base, **loading)
-    model.add_parts(**{field: getattr(run.config, field) for field in PARTS})
+    fields = {field: getattr(run.config, field) for field in PARTS}
+    if adapter is not None:
+        model.load_parts(adapter, read_belongings(adapter).get("model", {}))
+    model.add_parts(**fields)
+    if checkpoint is not None and not learns_itself:
+        model.load_parts(checkpoint, fields)
+    added = list(model.added_parameters().values())
     if learns_itself:
         if adapter is not None:  # of an earlier run: it becomes part of the weights
             from peft import PeftModel
@@ -76,17 +84,16 @@ def load_model(run: Run, autocast: bool) -> Any:
         model.norm_stats = run.statistics
         for field in OF_MODEL:
             setattr(model.config, field, getattr(run.config, field))
-        added = model.added_parameters().values()
         model = apply_strategy(model, options.strategy)
-        for parameter in added:
-            parameter.requires_grad_(True)
     else:
         made = {"rank": options.rank, "alpha": options.alpha, "dropout": options.dropout}
         model = apply_strategy(model, options.strategy, adapter=adapter, **made)
         config = model.peft_config["default"]
         config.base_model_name_or_path, digest = name_base(base, options.output)
-        of_model = {field: getattr(run.config, field) for field in OF_MODEL}
+        of_model = fields | {field: getattr(run.config, field) for field in OF_MODEL}
         config.auto_mapping = {KEY: {"norm_stats": run.statistics, "model": of_model, "base_digest": digest}}
+    for parameter in added:
+        parameter.requires_grad_(True)
     if options.dtype == "auto":
         # Updates of 2e-5 vanish in bfloat16: what learns is float32, and computed with in `precision`.
         for parameter in model.parameters():
@@ -210,7 +217,7 @@ def train(options: FinetuneOptions, arguments: TrainingArguments, resume: bool, 
     if begun:
         check_begun(output, options, made, run.statistics, checkpoint)
     set_seed(options.seed)  # adapters are made before the Trainer sets it
-    model = load_model(run, arguments.bf16)
+    model = load_model(run, arguments.bf16, checkpoint)
     if main:
         made["model_digest"] = weights_digest(options.model)  # a Hub id's weights are there only now
         if begun:

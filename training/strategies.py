@@ -14,6 +14,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from ..choices_openvla import check_choice
+from ..parts_openvla import is_added
 from ..quantization_openvla import NOT_QUANTIZED
 
 
@@ -161,7 +162,11 @@ def lora(
     if targets is None:
         # Not PEFT's "all-linear", which leaves out the output layer. The convolution of the patch embedding is among
         # them: the original chose modules by the last part of their names, and "proj" is that of both.
-        targets = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+        targets = [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear | nn.Conv2d) and not is_added(f"{name}.weight")  # those learn themselves
+        ]
     config = LoraConfig(
         r=rank,
         lora_alpha=min(rank, 16) if alpha is None else alpha,

@@ -46,7 +46,8 @@ class ProgressBar(ProgressCallback):
         if self.training_bar is None or not logs:
             return
         if "eval_loss" in logs:
-            held_out = ", ".join(f"{text} {logs['eval_' + name]:.4f}" for name, text in SHOWN.items())
+            known = {text: logs[f"eval_{name}"] for name, text in SHOWN.items() if f"eval_{name}" in logs}
+            held_out = ", ".join(f"{text} {value:.4f}" for text, value in known.items())
             self.training_bar.write(f"step {state.global_step}, held out: {held_out}")
         elif "loss" in logs:
             shown = {text: f"{logs[name]:.4f}" for name, text in SHOWN.items() if name in logs}

@@ -1,0 +1,112 @@
+"""Parts of a model that the published one does not have: projectors of state and noisy actions, a head with weights,
+FiLM. They begin at random, learn whatever the strategy, and belong to an adapter that was trained with them.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from .action_heads_openvla import make_head
+from .configuration_openvla import OpenVLAConfig
+from .parallel_openvla import NoisyActionProjector
+from .vision_openvla import FILM, OpenVLAProprioProjector
+from .weights_openvla import check_tensors, check_weight_file
+
+
+PARTS = ("action_head", "action_dim", "proprio_dim", "use_film")  # fields of the configuration that ask for them
+PARTS_FILE = "added_parts.safetensors"  # beside an adapter
+PREFIXES = ("action_head.", "proprio_projector.", "noisy_action_projector.")
+
+
+def is_added(name: str) -> bool:
+    """Whether a parameter of this name is of a part that the published model does not have."""
+    return name.startswith(PREFIXES) or (name.startswith("vision_backbone.") and FILM.search(name) is not None)
+
+
+class ModelParts:
+    """The part of `OpenVLAForActionPrediction` that builds them."""
+
+    if TYPE_CHECKING:  # what the model has
+        config: OpenVLAConfig
+        vision_backbone: Any
+        projector: Any
+        state_dict: Any
+        get_submodule: Any
+        load_state_dict: Any
+        named_parameters: Any
+        _init_weights: Any
+
+    def _make_parts(self) -> None:
+        """What the configuration asks for, as far as it is not there; weights at random."""
+        config, hidden = self.config, self.config.text_config.hidden_size
+        if config.proprio_dim is not None and not hasattr(self, "proprio_projector"):
+            self.proprio_projector = OpenVLAProprioProjector(config.proprio_dim, hidden)
+        if config.action_head == "diffusion" and not hasattr(self, "noisy_action_projector"):
+            self.noisy_action_projector = NoisyActionProjector(hidden)
+        if config.use_film and not self.vision_backbone.use_film:
+            self.vision_backbone.add_film(hidden)
+        made = (config.action_head, config.action_dim)
+        if getattr(self, "_made_head", None) != made:
+            self.action_head = make_head(config)
+            self._made_head = made
+
+    def add_parts(self, **fields: Any) -> None:
+        """Give the model what it lacks of `PARTS`; new weights begin at random, to be trained.
+
+        Raises:
+            ValueError: If it has such a part of another size already, or loses one.
+        """
+        config, like = self.config, self.projector.fc1.weight
+        for name, value in fields.items():
+            before = getattr(config, name)
+            if before not in (None, False, "tokens", value):
+                raise ValueError(
+                    f"The model has {name}={before!r}, asked for {name}={value!r}: begin with a model without it."
+                )
+            setattr(config, name, value)
+        config.check_fields()
+        known = {*self.state_dict()}
+        self._make_parts()
+        for name in sorted({name.rpartition(".")[0] for name in {*self.state_dict()} - known}):
+            module = self.get_submodule(name).to(like)
+            if not name.startswith("action_head."):  # which begins as torch has it
+                self._init_weights(module)
+
+    def added_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters of these parts, by name."""
+        return {name: parameter for name, parameter in self.named_parameters() if is_added(name)}
+
+    def load_parts(self, folder: str | os.PathLike, fields: Mapping[str, Any]) -> None:
+        """Take the parts that an adapter in a local folder was trained with.
+
+        Args:
+            fields: Of the configuration in its training.
+
+        Raises:
+            FileNotFoundError, ValueError: If their file is missing or damaged, or does not hold what `fields` ask for.
+        """
+        before = {name: getattr(self.config, name) for name in PARTS}
+        wanted = {name: fields.get(name, before[name]) for name in PARTS}
+        file = Path(folder) / PARTS_FILE
+        if wanted == before and not file.is_file():
+            return
+        check_weight_file(file, whole_numbers=False)
+        self.add_parts(**wanted)
+        stored, own = load_file(file), self.added_parameters()
+        shapes = {
+            name: (stored[name].shape, own[name].shape)
+            for name in stored.keys() & own.keys()
+            if stored[name].shape != own[name].shape
+        }
+        check_tensors(f"'{file}'", own.keys() - stored.keys(), stored.keys() - own.keys(), shapes)
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(stored[name])
+
+
+__all__ = ["PARTS", "PARTS_FILE", "PREFIXES", "ModelParts", "is_added"]
