@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import tempfile
+from functools import partial
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -107,3 +108,13 @@ def muon() -> None:
 
     if "nmuon" not in getattr(timm.optim, "list_optimizers", list)():
         pytest.skip(f"timm {timm.__version__} has no Muon")
+
+
+@pytest.fixture
+def float32_muon(muon, monkeypatch) -> None:
+    """Muon for tests that are not about its products: CPUs without bfloat16 take ten times as long for them."""
+    import timm.optim.muon
+    import torch
+
+    products = partial(timm.optim.muon.zeropower_via_newtonschulz, dtype=torch.float32)
+    monkeypatch.setattr(timm.optim.muon, "zeropower_via_newtonschulz", products)

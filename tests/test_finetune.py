@@ -183,6 +183,10 @@ from openvla.training import FinetuneOptions, finetune, run, trainer
 
 torch.set_num_threads(1)
 options = FinetuneOptions(**json.loads(sys.argv[1]))
+if options.optimizer == "muon":  # as the fixture float32_muon
+    from functools import partial
+    from timm.optim import muon
+    muon.zeropower_via_newtonschulz = partial(muon.zeropower_via_newtonschulz, dtype=torch.float32)
 if options.fsdp:
     made = run.training_arguments
 
@@ -209,7 +213,7 @@ def test_killed_and_resumed_as_if_nothing_had_happened(strategy, optimizer, tmp_
     same |= {"learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 2, "dropout": 0.3, "keep": 9}
     same |= {"optimizer": optimizer}
     if optimizer == "muon":
-        request.getfixturevalue("muon")
+        request.getfixturevalue("float32_muon")
     finetune(options(tmp_path / "whole", **same))
     run = options(tmp_path / "killed", **same)
     running = processes.start(SCRIPT, json.dumps(vars(run)), 0)

@@ -79,7 +79,7 @@ def test_a_step_without_values_keeps_what_a_real_one_keeps(config, strategy, pre
 
 
 @pytest.mark.parametrize(("strategy", "adapter"), [("full", {}), ("lora", {"rank": 2}), ("lora", {"rank": 8})])
-def test_muon_keeps_one_number_for_a_weight_of_a_matrix(config, muon, strategy, adapter):
+def test_muon_keeps_one_number_for_a_weight_of_a_matrix(config, float32_muon, strategy, adapter):
     """Adapters of rank 2 are too thin for it and go to AdamW."""
     arguments = {"batch_size": BATCH, "text_tokens": TOKENS, "precision": "float32", **adapter}
     plan = estimate(config, strategy, optimizer="muon", **arguments)

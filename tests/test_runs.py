@@ -90,7 +90,7 @@ def losses_that_are_nan_from(batch: int, monkeypatch) -> None:
 def test_weights_that_are_too_large_are_not_saved(changes, dataset, tmp_path, request):
     """The step that makes them has a finite loss and a finite gradient: the next would find out too late."""
     if changes.get("optimizer") == "muon":
-        request.getfixturevalue("muon")
+        request.getfixturevalue("float32_muon")
     with pytest.raises(DivergedError, match=r"diverged at step 1: .*no checkpoint.*lower learning_rate \(1e\+30\)"):
         finetune(options(tmp_path / "run", dataset, learning_rate=1e30, **changes))
     assert {path.name for path in (tmp_path / "run").rglob("*")} == {"finetune.json", "checkpoints"}
