@@ -78,7 +78,7 @@ check: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	@mkdir -p $(VENV)/types && ln -sfn ../.. $(VENV)/types/openvla
-	MYPYPATH=$(VENV)/types $(BIN)/mypy -m openvla -m openvla.cli -p openvla.conversion -p openvla.data -p openvla.evaluation -p openvla.options -p openvla.presets -p openvla.training
+	MYPYPATH=$(VENV)/types $(BIN)/mypy -m openvla -m openvla.cli -m openvla_light -p openvla.conversion -p openvla.data -p openvla.evaluation -p openvla.options -p openvla.presets -p openvla.training
 
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff format .
