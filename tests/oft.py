@@ -100,7 +100,7 @@ def save_sharded(weights: dict[str, torch.Tensor], folder: Path) -> None:
 
 
 def given(variant: str, folder: Path) -> dict:
-    """Arguments of `from_pretrained` for a variant in `folder`; the published config.json has no field for the towers."""
+    """Arguments of `from_pretrained` for a variant in `folder`; a published config.json says nothing of the towers."""
     told = {name: str(folder / value) if name == "base" else value for name, value in GIVEN[variant].items()}
     return {**told, "timm_model_kwargs": TIMM}
 

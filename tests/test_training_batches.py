@@ -1,5 +1,6 @@
 """From the demonstrations of each format to a batch: several cameras, states, chunks and what heads learn from."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -237,6 +238,10 @@ def test_a_head_of_numbers_is_trained(monkeypatch, tmp_path):
     Numbers.seen.clear()
     finetune(FinetuneOptions(**options), data=in_memory(steps=5))
     assert all(batch["actions"].shape == (8, 4, 7) for batch in Numbers.seen)
+    log = json.loads((tmp_path / "run" / "checkpoints" / "checkpoint-2" / "trainer_state.json").read_text())[
+        "log_history"
+    ]
+    assert "action_l1" in log[-1] and "action_accuracy" not in log[-1]  # of tokens alone
     assert any("action_is_pad" in batch for batch in Numbers.seen)
     Numbers.seen.clear()
     finetune(
