@@ -188,6 +188,7 @@ class DiffusionHead(RegressionHead):
         super().__init__(tokenizer, config)
         self.num_inference_steps = self.TRAIN_STEPS
         self._scheduler: Any = None
+        self.initial_noise = torch.randn  # (shape, dtype=, device=, generator=) -> what a prediction begins with
 
     @property
     def scheduler(self) -> Any:
@@ -258,7 +259,7 @@ class DiffusionHead(RegressionHead):
         sequence = model.action_sequence(inputs, count, with_time=True)
         embeds = sequence.inputs_embeds
         where = {"dtype": embeds.dtype, "device": embeds.device, "generator": generator}
-        sample = torch.cat([torch.randn(1, *shape, **where) for _ in inputs.prompts])  # type: ignore[call-overload]
+        sample = torch.cat([self.initial_noise(torch.Size((1, *shape)), **where) for _ in inputs.prompts])  # type: ignore[call-overload]
         for time in scheduler.timesteps.tolist():
             times = torch.full((len(sample),), time, device=sample.device)
             noise = self.forward_sequence(model, sequence, count, sample, times).predicted

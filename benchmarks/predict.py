@@ -3,6 +3,7 @@
     python benchmarks/predict.py                                        # the embedded policy
     python benchmarks/predict.py --model DIR_OR_ID --device cuda --dtype bfloat16
     python benchmarks/predict.py --preset openvla-7b --device cuda      # full size, random weights: no download
+    python benchmarks/predict.py --preset openvla-7b --device cuda --head l1_regression --chunk 8 --cameras 2 --state 8
 
 Stages are timed inside `predict_action`, with the device synchronized at their borders; the total is timed in separate
 runs without that. Prints a table and writes JSON.
@@ -24,6 +25,7 @@ from PIL import Image
 
 from openvla import OpenVLAForActionPrediction, OpenVLAImageProcessor, OpenVLAProcessor
 from openvla.device import synchronize
+from openvla.parts_openvla import PARTS
 from openvla.presets import load_preset_config, load_preset_statistics
 
 
@@ -55,6 +57,8 @@ def stage_clock(model, stages: dict[str, list[float]]):
         return hook
 
     modules = {"towers": model.vision_backbone, "projector": model.projector, "language_model": model.language_model}
+    if model.action_head.parallel:
+        modules["language_model"] = model.get_decoder()
     for name, module in modules.items():
         handles += [module.register_forward_pre_hook(before(name)), module.register_forward_hook(after(name))]
     try:
@@ -64,9 +68,12 @@ def stage_clock(model, stages: dict[str, list[float]]):
             handle.remove()
 
 
-def random_model(preset: str, device: str, dtype: torch.dtype) -> OpenVLAForActionPrediction:
-    """A published configuration with random weights, made on the device itself."""
+def random_model(preset: str, device: str, dtype: torch.dtype, **fields) -> OpenVLAForActionPrediction:
+    """A published configuration, with `fields` changed, and random weights, made on the device itself."""
     config = load_preset_config(preset)
+    for name, value in fields.items():
+        setattr(config, name, value)
+    config.check_fields()
     config.norm_stats = {"bridge_orig": load_preset_statistics("openvla-7b")["bridge_orig"]}
     config.empty_token_id = 29871
     default = torch.get_default_dtype()
@@ -84,8 +91,30 @@ def random_inputs(model, batch: int) -> dict[str, torch.Tensor]:
     towers, size = len(model.config.timm_model_ids), model.config.image_sizes[0]
     input_ids = torch.randint(3, 30000, (batch, 20), device=model.device)
     input_ids[:, 0] = model.config.text_config.bos_token_id
-    pixel_values = torch.randn(batch, 3 * towers, size, size, device=model.device, dtype=model.dtype)
+    channels = 3 * towers * len(model.camera_names)
+    pixel_values = torch.randn(batch, channels, size, size, device=model.device, dtype=model.dtype)
     return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "pixel_values": pixel_values}
+
+
+def add_part_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("of a preset")
+    group.add_argument("--head", default="tokens", help="tokens, parallel_tokens, l1_regression or diffusion")
+    group.add_argument("--chunk", type=int, default=1, help="steps of one prediction; default: %(default)s")
+    group.add_argument("--cameras", type=int, default=1, help="images of one prediction; default: %(default)s")
+    group.add_argument("--state", type=int, default=0, help="numbers of the state; default: %(default)s, none")
+    group.add_argument("--film", action="store_true", help="towers with FiLM")
+
+
+def parts_asked_for(arguments) -> dict:
+    """Fields of the configuration for the options of `add_part_options`."""
+    return {
+        "action_head": arguments.head,
+        "action_chunk": arguments.chunk,
+        "action_dim": 7,
+        "camera_names": ["primary", *(f"camera{number}" for number in range(1, arguments.cameras))],
+        "proprio_dim": arguments.state or None,
+        "use_film": arguments.film,
+    }
 
 
 def summary(values: list[float]) -> dict[str, float]:
@@ -104,12 +133,17 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=20, help="predictions that are timed; default: %(default)s")
     parser.add_argument("--warmup", type=int, default=3, help="predictions before these; default: %(default)s")
     parser.add_argument("--output", type=Path, help="a JSON file for the figures")
+    add_part_options(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
 
     if arguments.preset:
-        model = random_model(arguments.preset, arguments.device, getattr(torch, arguments.dtype or "bfloat16"))
+        dtype = getattr(torch, arguments.dtype or "bfloat16")
+        model = random_model(arguments.preset, arguments.device, dtype, **parts_asked_for(arguments))
+        if arguments.state:
+            proprio = {"q01": [-1.0] * arguments.state, "q99": [1.0] * arguments.state}
+            model.config.norm_stats["bridge_orig"]["proprio"] = proprio
         image_processor = OpenVLAImageProcessor.from_pretrained(ROOT / "presets" / arguments.preset)
         inputs = random_inputs(model, arguments.batch)
         processor = None
@@ -119,14 +153,17 @@ def main() -> None:
         processor = OpenVLAProcessor.from_pretrained(arguments.model)
         image_processor, inputs = processor.image_processor, None
     frame = Image.fromarray(np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8))
-    frames, key = [frame] * arguments.batch, next(iter(model.norm_stats))
+    frames, key = [frame] * arguments.batch * len(model.camera_names), next(iter(model.norm_stats))
 
     def process():
         if processor is None:
             return image_processor(frames, return_tensors="pt")
-        return processor(processor.format_prompt([INSTRUCTION] * arguments.batch), frames)
+        prompts = processor.format_prompt([INSTRUCTION] * arguments.batch)
+        return processor(prompts, [dict.fromkeys(model.camera_names, frame)] * arguments.batch)
 
     inputs = inputs or process()
+    if model.config.proprio_dim:
+        inputs = {**inputs, "state": np.zeros((arguments.batch, model.config.proprio_dim))}
     stages: dict[str, list[float]] = {}
     if arguments.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
@@ -157,6 +194,9 @@ def main() -> None:
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": model.language_model.config._attn_implementation,
         "batch": arguments.batch,
+        **{name: getattr(model.config, name) for name in PARTS},
+        "action_chunk": model.action_chunk,
+        "cameras": len(model.camera_names),
         "prompt_tokens": inputs["input_ids"].shape[1],
         "runs": arguments.runs,
         "versions": {library.__name__: library.__version__ for library in (torch, transformers, timm)},
@@ -167,7 +207,7 @@ def main() -> None:
     }
     for name, times in [*report["stages"].items(), ("total", report["total"])]:
         print(f"{name:<10} {times['median_ms']:9.2f} ms   {times['median_ms'] / report['total']['median_ms']:5.0%}")
-    print(f"{report['actions_per_second']:.2f} actions/s")
+    print(f"{report['actions_per_second']:.2f} predictions/s of {model.action_chunk} step(s)")
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(report, indent=2) + "\n")

@@ -1,8 +1,10 @@
-"""Time training steps by strategy: samples/s, peak memory, and the share of the device's peak that the model uses.
+r"""Time training steps by strategy: samples/s, peak memory, and the share of the device's peak that the model uses.
 
     python benchmarks/train.py                                                  # the embedded policy, all strategies
     python benchmarks/train.py --model DIR_OR_ID --strategy lora --device cuda
     python benchmarks/train.py --preset openvla-7b --device cuda --strategy lora    # full size, random weights
+    python benchmarks/train.py --preset openvla-7b --device cuda --strategy lora --batch 8 --text-tokens 100 \
+        --head l1_regression --chunk 8 --cameras 2 --state 8                        # as OpenVLA-OFT trains
 
 A step is forward, backward, clipping and AdamW on random inputs. Every strategy runs in a process of its own, so that
 none inherits the memory of another. The FLOPs are those of `openvla.training.plan` (recomputation not counted); the
@@ -26,9 +28,9 @@ import timm
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from predict import add_part_options, parts_asked_for
 
 from openvla import OpenVLAConfig, OpenVLAForActionPrediction
-from openvla.action_heads_openvla import make_head
 from openvla.device import synchronize
 from openvla.presets import load_preset_config
 from openvla.training import STRATEGIES, apply_strategy, qlora_quantization, trainable_parameters
@@ -71,7 +73,10 @@ def load(arguments, strategy: str):
                 model = OpenVLAForActionPrediction.from_pretrained(folder, **loading)
     else:
         model = OpenVLAForActionPrediction.from_pretrained(arguments.model, **loading)
+    added = list(model.added_parameters().values())
     model = apply_strategy(model, strategy, **options)
+    for parameter in added:
+        parameter.requires_grad_(True)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -83,9 +88,16 @@ def random_model(arguments, dtype: torch.dtype):
     torch.set_default_dtype(dtype)
     try:
         with torch.device(arguments.device):
-            return OpenVLAForActionPrediction(load_preset_config(arguments.preset))
+            return OpenVLAForActionPrediction(preset_config(arguments))
     finally:
         torch.set_default_dtype(default)
+
+
+def preset_config(arguments) -> OpenVLAConfig:
+    config = load_preset_config(arguments.preset)
+    for name, value in parts_asked_for(arguments).items():
+        setattr(config, name, value)
+    return config
 
 
 def measure(arguments, strategy: str) -> dict:
@@ -103,9 +115,10 @@ def measure(arguments, strategy: str) -> dict:
         checkpoint_activations(model)
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=1e-6, weight_decay=0.0)
-    inputs = training_inputs(model.config, arguments.batch, arguments.text_tokens)
+    shape = (arguments.chunk, 7)
+    inputs = training_inputs(model.config, arguments.batch, arguments.text_tokens, shape)
     inputs["pixel_values"].normal_()
-    head = make_head(model.config)
+    head = (model.get_base_model() if hasattr(model, "get_base_model") else model).action_head
     batch = head.prepare({name: value.to(device) for name, value in inputs.items()})
     times = []
     for step in range(-arguments.warmup, arguments.steps):
@@ -155,6 +168,7 @@ def main() -> None:
         "--peak-tflops", type=float, help="TFLOP/s of the device (default: measured with a matrix product)"
     )
     parser.add_argument("--output", type=Path, help="a JSON file for the figures")
+    add_part_options(parser)
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # what the processes are started with
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
@@ -166,9 +180,7 @@ def main() -> None:
         print(json.dumps(measure(arguments, arguments.strategy[0])))
         return
 
-    config = (
-        load_preset_config(arguments.preset) if arguments.preset else OpenVLAConfig.from_pretrained(arguments.model)
-    )
+    config = preset_config(arguments) if arguments.preset else OpenVLAConfig.from_pretrained(arguments.model)
     dtype = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
     peak = (arguments.peak_tflops or measured_peak(device, dtype, 8192 if cuda else 2048) / 1e12) * 1e12
     if cuda:
@@ -193,6 +205,7 @@ def main() -> None:
             batch_size=arguments.batch,
             precision=arguments.precision,
             text_tokens=arguments.text_tokens,
+            shape=(arguments.chunk, 7),
             gradient_checkpointing=arguments.gradient_checkpointing,
             **options,
         )
@@ -213,6 +226,7 @@ def main() -> None:
         "threads": arguments.threads,
         "precision": arguments.precision,
         "batch": arguments.batch,
+        **(parts_asked_for(arguments) if arguments.preset else {}),
         "text_tokens": arguments.text_tokens,
         "gradient_checkpointing": arguments.gradient_checkpointing,
         "steps": arguments.steps,

@@ -210,3 +210,68 @@ def test_a_compiled_forward_gives_the_logits():
         for _ in range(3):
             logits = compiled(inputs_embeds=embeds, use_cache=False).logits
     torch.testing.assert_close(logits, expected, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("head", ["parallel_tokens", "l1_regression", "diffusion"])
+def test_heads_of_one_pass(head):
+    """Numbers and gradients of the CPU, for one sample and a batch; in bfloat16 near them."""
+    pytest.importorskip("diffusers" if head == "diffusion" else "torch", reason="needs the [oft] extra")
+    torch.manual_seed(0)
+    model = OpenVLAForActionPrediction.from_pretrained(ROOT)
+    model.add_parts(action_head=head, action_dim=7, proprio_dim=3, use_film=True)
+    model.config.action_chunk = 4
+    stats = next(iter(model.norm_stats.values()))
+    stats["proprio"] = {"q01": [-1.0] * 3, "q99": [1.0] * 3}
+    model.eval()
+    images, states = [golden_image(index) for index in range(3)], np.linspace(-1, 1, 9).reshape(3, 3)
+
+    def act(device, count=3):
+        noise = {"generator": torch.Generator("cpu").manual_seed(0)} if device == "cpu" else {}
+        if head == "diffusion":  # a device has random numbers of its own
+            model.action_head.initial_noise = lambda shape, **where: (
+                torch.linspace(-2, 2, shape.numel(), dtype=where["dtype"]).reshape(shape).to(where["device"])
+            )
+        return model.predict_action(
+            images[:count], INSTRUCTIONS[:count], state=states[:count], return_dict=True, **noise
+        )
+
+    def gradient(device):
+        generator = torch.Generator().manual_seed(1)
+        rows = torch.randint(3, 900, (2, 40), generator=generator)
+        labels = torch.full_like(rows, -100)
+        labels[:, -29:] = rows[:, -29:] = 800
+        batch = {
+            "input_ids": rows, "labels": labels, "attention_mask": torch.ones_like(rows).bool(),
+            "pixel_values": torch.randn(2, *model.vision_backbone.input_shape, generator=generator),
+            "proprio": torch.randn(2, 3, generator=generator), "actions": torch.rand(2, 4, 7, generator=generator),
+        }  # fmt: skip
+        if not model.action_head.wants_actions:
+            del batch["actions"]
+        batch = {
+            name: value.to(device) if torch.is_tensor(value) else value
+            for name, value in model.action_head.prepare(batch).items()
+        }
+        if head == "diffusion":
+            return None  # noise of the device
+        loss, _ = model.action_head.loss(model, batch)
+        loss.backward()
+        found = {name: value.grad.norm().item() for name, value in model.named_parameters() if value.grad is not None}
+        model.zero_grad()
+        return loss.item(), found
+
+    on_cpu, learned = act("cpu"), gradient("cpu")
+    model.cuda()
+    on_gpu = act("cuda")
+    tolerance = 3e-3 if head == "diffusion" else 2e-4
+    np.testing.assert_allclose(on_gpu.normalized_actions, on_cpu.normalized_actions, atol=tolerance)
+    single = act("cuda", 1)
+    np.testing.assert_allclose(single.normalized_actions[0], on_gpu.normalized_actions[0], atol=tolerance)
+    if learned is not None:
+        loss, gradients = gradient("cuda")
+        assert loss == pytest.approx(learned[0], rel=1e-4)
+        assert gradients == pytest.approx(learned[1], rel=5e-3, abs=1e-5)
+    model.to(torch.bfloat16)
+    half = act("cuda")
+    assert np.isfinite(half.actions).all() and half.actions.shape == (3, 4, 7)
+    if head == "l1_regression":
+        assert np.abs(half.normalized_actions - on_cpu.normalized_actions).mean() < 0.05
