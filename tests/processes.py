@@ -4,7 +4,7 @@ A fresh interpreter takes 15 to 30 seconds of CPU time for torch, transformers a
 what `subprocess.run` and `subprocess.Popen` do with `[sys.executable, "-c", program, *arguments]`, but in a fork of a
 process that has imported already
 
-- "package" (the default): `openvla` and `openvla.training`;
+- "package" (the default): `openvla`, `openvla.training` and what a run imports;
 - "transformers": what the package imports of the libraries, but not the package;
 - "libraries": torch, torchvision and timm; neither transformers nor `openvla`.
 
@@ -40,7 +40,7 @@ SERVERS = {
         "transformers.models.llama.modeling_llama",
         "transformers.tokenization_utils_tokenizers",
     ),
-    "package": ("openvla.training",),
+    "package": ("openvla.training", "matplotlib.backends.backend_agg", "pyarrow.dataset", "av"),
 }
 FOLDER = "OPENVLA_TEST_PROCESSES"  # environment variable: where the sockets of the servers are
 
@@ -137,7 +137,8 @@ def serve(listeners: list[tuple[socket.socket, tuple[str, ...]]]) -> dict:
     waiting: list = [sys.stdin, own, *(listener for listener, _ in later)]
     select.select(waiting, [], [])  # nobody may ask
     for module in modules:
-        import_module(module)
+        with suppress(ImportError):  # of an extra; who needs it finds out
+            import_module(module)
     gc.collect()
     gc.freeze()  # what has been imported stays: forks do not look through it, nor copy it
     while True:
