@@ -238,17 +238,17 @@ def convert(options: ConvertOptions) -> None:
     """Turn an original checkpoint into a Hub folder.
 
     The original's training code writes .pt files of its own layout. Backbone ids come from the run's config.json where
-    it has them.
+    it has them. OpenVLA-OFT writes heads and projectors beside the weights: they become one model.
 
     \b
     openvla convert runs/prism-dinosiglip-224px+mx-bridge+n1+b32+x7 my-openvla
     openvla convert step-010000.pt my-openvla --vision-backbone-id siglip-vit-so400m --llm-backbone-id vicuna-v15-7b \\
         --image-resize-strategy letterbox --tokenizer openvla/openvla-v01-7b --statistics dataset_statistics.json
+    openvla convert path/to/openvla-oft-checkpoint my-openvla
     """
-    from .conversion import convert_prismatic_checkpoint
+    from .conversion import convert
 
-    given = options.without("checkpoint", "out")
-    typer.echo(f"wrote {convert_prismatic_checkpoint(options.checkpoint, options.out, **given)}")
+    typer.echo(f"wrote {convert(options)}")
 
 
 @app.command()

@@ -323,7 +323,7 @@ def read_checkpoint(file: Path) -> dict[str, torch.Tensor]:
     check_file(file, "weights file")
     try:
         content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
         raise ValueError(
             f"'{file}' cannot be read as a torch checkpoint of tensors alone: {str(error).splitlines()[0]} Was it cut "
             "off? Copy or download it again."

@@ -35,6 +35,7 @@ CONFIG_AUTO_MAP = {
 }
 PACKAGE = Path(__file__).resolve().parents[1]
 PROCESSOR_AUTO_MAP = {name: CONFIG_AUTO_MAP[name] for name in ("AutoProcessor", "AutoImageProcessor")}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 WEIGHTS_FILE, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -141,13 +142,16 @@ def check_weights(config: OpenVLAConfig, shapes: Mapping[str, tuple[int, ...]], 
 
 
 def write_weights(
-    folder: Path, tensors: Mapping[str, LazyTensor], dtype: torch.dtype, max_shard_size: int | str
+    folder: Path, tensors: Mapping[str, LazyTensor], dtype: torch.dtype | None, max_shard_size: int | str
 ) -> None:
-    """Write `tensors` as safetensors in `dtype`; no more than one shard is in memory."""
-    sizes = {name: torch.empty(tensor.shape, dtype=dtype, device="meta") for name, tensor in tensors.items()}
+    """Write `tensors` as safetensors in `dtype` (None: each as it is); no more than one shard is in memory."""
+    sizes = {
+        name: torch.empty(tensor.shape, dtype=dtype or tensor.read().dtype, device="meta")
+        for name, tensor in tensors.items()
+    }
     split = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_size)
     for file, names in split.filename_to_tensors.items():
-        shard = {name: tensors[name].read().to(dtype, copy=True).contiguous() for name in names}
+        shard = {name: tensors[name].read().to(sizes[name].dtype, copy=True).contiguous() for name in names}
         try:
             save_file(shard, folder / file, metadata={"format": "pt"})
         except SafetensorError as error:  # a full disk, mostly

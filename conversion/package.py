@@ -7,6 +7,7 @@ from pathlib import Path
 from ..configuration_openvla import OpenVLAConfig
 from ..folders import new_folder
 from ..hub import model_folder, statistics_of
+from ..oft_openvla import find_oft
 from ..processing_openvla import OpenVLAProcessor
 from .hub_folder import (
     WEIGHTS_FILE,
@@ -47,6 +48,11 @@ def package_checkpoint(
         ValueError: If `output` is not empty, or the weights do not fit the configuration.
     """
     source = model_folder(weights, revision)
+    if find_oft(source) is not None:
+        raise ValueError(
+            f"'{weights}' is a checkpoint of OpenVLA-OFT: `openvla convert FOLDER OUT` makes one model of its parts, "
+            "which carries its own code as well."
+        )
     config = OpenVLAConfig.from_pretrained(source)
     statistics = statistics_of(source, config)
     processor = OpenVLAProcessor.from_pretrained(source)

@@ -21,6 +21,7 @@ from ..image_processing_openvla import OpenVLAImageProcessor
 from ..presets import load_base_vlms
 from ..processing_openvla import OpenVLAProcessor, prompt_template_of
 from .hub_folder import (
+    DTYPES,
     LazyTensor,
     check_replaced,
     check_weights,
@@ -31,7 +32,6 @@ from .hub_folder import (
 from .training_run import LATEST, PARTS, find_checkpoint, lazy, name_table, read_checkpoint, rename, run_ids
 
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # Where the defaults of the transformers configuration classes (7B) are not the sizes of the id.
 _LLM_13B = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40}
 LLM_SIZES: dict[str, dict[str, Any]] = {

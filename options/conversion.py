@@ -19,9 +19,12 @@ class OverwriteOptions(Options):
 
 @dataclass(kw_only=True)
 class ConvertOptions(OverwriteOptions):
-    """From a checkpoint of the original's training code to a Hub folder."""
+    """From a checkpoint of the original's training code, or of OpenVLA-OFT, to a Hub folder."""
 
-    checkpoint: Path = required("A .pt of the original's training code, or the folder of its run.", argument=True)
+    checkpoint: Path = required(
+        "A .pt of the original's training code, or the folder of its run; or a folder or Hub id of OpenVLA-OFT.",
+        argument=True,
+    )
     out: Path = required("Hub folder to write.", argument=True)
     vision_backbone_id: str | None = option(None, "Vision backbone, for example dinosiglip-vit-so-224px.")
     llm_backbone_id: str | None = option(None, "Language model, for example llama2-7b-pure.")
@@ -33,10 +36,28 @@ class ConvertOptions(OverwriteOptions):
     base: str | None = option(
         None,
         "What supplies parts that were frozen and so are not in CHECKPOINT: a checkpoint, run, Hub folder or id, or "
-        "'timm'.",
+        "'timm'. Of OpenVLA-OFT: what an adapter that was not merged was trained on.",
     )
-    dtype: SavedDtype = option("bfloat16", "Type of the written weights.")
-    max_shard_size: str = option("5GB", "Size of the largest weight file, and of the memory that is needed.")
+    action_head: Literal["parallel_tokens"] | None = option(
+        None, "Say that CHECKPOINT is of OpenVLA-OFT's discrete variant, which does not tell it."
+    )
+    action_chunk: int | None = option(
+        None, "Steps that one prediction is for (OpenVLA-OFT).", least=1, shown="8 for 7 numbers, 25 for 14"
+    )
+    camera_names: str | None = option(
+        None, "What the model sees, joined by commas (OpenVLA-OFT).", shown="by the numbers of the state"
+    )
+    normalization: Literal["bounds_q99", "bounds"] | None = option(
+        None,
+        "Which statistics -1 and 1 stand for, q01 and q99 or min and max (OpenVLA-OFT).",
+        shown="bounds for 14 numbers, else bounds_q99",
+    )
+    dtype: SavedDtype | None = option(None, "Type of the written weights.", shown="bfloat16; of OpenVLA-OFT as stored")
+    max_shard_size: str | None = option(
+        None,
+        "Size of the largest weight file, and of the memory that is needed.",
+        shown="5GB; of OpenVLA-OFT one file",
+    )
 
 
 @dataclass(kw_only=True)

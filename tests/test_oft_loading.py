@@ -1,0 +1,343 @@
+"""Folders that OpenVLA-OFT saved: recognised, loaded with their pixels, converted; what does not fit is refused."""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import processes
+import pytest
+import torch
+from oft import ADAPTER, GIVEN, OFT, TIMM, given, load_oft, saved_by_oft
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, BitsAndBytesConfig
+from typer.testing import CliRunner
+
+from openvla import OpenVLAConfig, OpenVLAForActionPrediction, OpenVLAProcessor
+from openvla.cli import app
+from openvla.conversion import convert_oft_checkpoint, package_checkpoint
+from openvla.oft_openvla import find_oft
+from openvla.policy import PIXELS
+from openvla.weights_openvla import read_tensors
+
+
+IMAGES = [Image.open(OFT / "images" / f"raw{index}.png") for index in (0, 2, 4)]
+INSTRUCTION = "push the plate to the front of the stove"
+STATES = {None: None, 8: np.linspace(-0.4, 0.4, 8), 14: np.linspace(-0.4, 0.4, 14)}
+PUBLISHED_PATH = "/home/user/.cache/huggingface/hub/models--openvla--openvla-7b/snapshots/31f0"
+
+
+def digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("oft")
+    for variant in ("base", *GIVEN):
+        saved_by_oft(variant, folder)
+    return folder
+
+
+@pytest.fixture
+def broken(saved, tmp_path):
+    """Copies of a variant, to be broken."""
+
+    def copy(variant: str) -> Path:
+        return Path(shutil.copytree(saved / variant, tmp_path / variant))
+
+    return copy
+
+
+def act(model: OpenVLAForActionPrediction) -> np.ndarray:
+    images = dict(zip(model.camera_names, IMAGES))
+    state = STATES[model.config.proprio_dim]
+    torch.manual_seed(0)
+    return model.predict_action(images, INSTRUCTION, **({} if state is None else {"state": state}))
+
+
+# Recognised -----------------------------------------------------------------------------------------------------------
+
+
+EXPECTED = {
+    "libero-l1": ("l1_regression", 8, 7, ["full_image", "wrist_image"], 8, False, {}),
+    "aloha-film-l1": (
+        "l1_regression", 25, 14, ["full_image", "left_wrist_image", "right_wrist_image"], 14, True,
+        {"aloha1_put_X_into_pot_300_demos": "bounds"},
+    ),
+    "libero-discrete": ("parallel_tokens", 8, None, ["full_image"], None, False, {}),
+    "libero-diffusion": ("diffusion", 8, 7, ["full_image", "wrist_image"], 8, False, {}),
+}  # fmt: skip
+FIELDS = ("action_head", "action_chunk", "action_dim", "camera_names", "proprio_dim", "use_film", "normalization")
+
+
+@pytest.mark.parametrize("variant", GIVEN)
+def test_the_configuration_follows_from_the_parts(saved, variant):
+    config = OpenVLAConfig.from_pretrained(saved / variant, **given(variant, saved))
+    assert tuple(getattr(config, field) for field in FIELDS) == EXPECTED[variant]
+    assert config.constant_state == "clip"
+
+
+def test_what_no_file_says_can_be_given(saved):
+    told = {"action_chunk": 5, "camera_names": ["front", "hand"], "normalization": "bounds"}
+    config = OpenVLAConfig.from_pretrained(saved / "libero-l1", **told)
+    assert (config.action_chunk, config.camera_names) == (5, ["front", "hand"])
+    assert config.normalization == {"libero_spatial_no_noops": "bounds"}
+    config = OpenVLAConfig.from_pretrained(saved / "libero-l1", normalization={"mine": "bounds"})
+    assert config.normalization == {"mine": "bounds"}
+
+
+def test_the_discrete_variant_is_taken_for_an_ordinary_model_unless_it_is_named(saved):
+    config = OpenVLAConfig.from_pretrained(saved / "libero-discrete")
+    assert (config.action_head, config.action_chunk, config.camera_names) == ("tokens", 1, ["primary"])
+
+
+# Loaded ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", GIVEN)
+def test_loads_with_its_pixels_and_acts(saved, variant):
+    model = load_oft(variant, saved)
+    shown = model.processor.image_processor
+    assert {name: getattr(shown, name) for name in PIXELS["oft"]} == PIXELS["oft"]
+    assert model.processor.camera_names == model.camera_names
+    statistics = json.loads((saved / variant / "dataset_statistics.json").read_text())
+    assert list(model.norm_stats) == list(statistics)  # not those of the base in config.json
+    key = next(iter(statistics))
+    size = len(statistics[key]["action"]["q01"])
+    if len(statistics) == 1:
+        assert act(model).shape == (model.action_chunk, size)
+
+
+def test_merging_gives_the_tensors_that_the_original_saved(saved):
+    """Bit for bit, also those of convolutions and of the pooling."""
+    goldens = json.loads((OFT / "merged_sha256.json").read_text())
+    for variant, tensors in goldens.items():
+        folder = saved / variant
+        weights = read_tensors(saved / "base" if variant == "libero-diffusion" else folder)
+        merged = find_oft(folder).tensors(weights) if variant == "libero-diffusion" else weights
+        assert [name for name, golden in tensors.items() if digest(merged[name]) != golden] == []
+        assert len(tensors) > 150
+
+
+def test_towers_of_a_film_folder_are_not_those_of_its_weights(saved):
+    """Its merged file holds the towers of the base."""
+    name = "vision_backbone.fused_featurizer.attn_pool.kv.weight"
+    found = find_oft(saved / "aloha-film-l1").tensors(read_tensors(saved / "aloha-film-l1"))
+    towers = torch.load(next((saved / "aloha-film-l1").glob("vision_backbone--*")), weights_only=True)
+    base, low, high = (towers[name.replace(".weight", f".{part}.weight")] for part in
+                       ("base_layer", "lora_A.default", "lora_B.default"))  # fmt: skip
+    torch.testing.assert_close(found[name], base + 0.5 * high @ low)
+    assert not torch.equal(found[name], base)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_type_of_the_weights(saved, dtype):
+    model = load_oft("libero-l1", saved, dtype=dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+
+
+def test_through_the_auto_class(saved):
+    model = AutoModel.from_pretrained(str(saved / "libero-l1"), timm_model_kwargs=TIMM, dtype=torch.float32)
+    np.testing.assert_array_equal(act(model.eval()), act(load_oft("libero-l1", saved)))
+
+
+def test_statistics_that_are_given_win(saved):
+    own = json.loads((saved / "libero-l1" / "dataset_statistics.json").read_text())["libero_spatial_no_noops"]
+    assert list(load_oft("libero-l1", saved, norm_stats={"mine": own}).norm_stats) == ["mine"]
+
+
+def test_quantized(saved):
+    pytest.importorskip("bitsandbytes", reason="needs the [quant] extra")
+    model = load_oft("libero-l1", saved, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+    assert model.action_head.fc1.weight.dtype.is_floating_point and act(model).shape == (8, 7)
+
+
+# Refused --------------------------------------------------------------------------------------------------------------
+
+
+def refused(folder: Path, message: str, error: type[Exception] = ValueError, **options) -> None:
+    with pytest.raises(error, match=message):
+        OpenVLAForActionPrediction.from_pretrained(folder, timm_model_kwargs=TIMM, **options)
+
+
+def rewrite(file: Path, change) -> None:
+    tensors = torch.load(file, weights_only=True)
+    change(tensors)
+    torch.save(tensors, file)
+
+
+def test_two_files_of_one_part(broken):
+    folder = broken("libero-l1")
+    shutil.copyfile(next(folder.glob("action_head--*")), folder / "action_head--latest_checkpoint.pt")
+    refused(folder, "2 files for action_head .action_head--150000_checkpoint.pt, action_head--latest_checkpoint.pt")
+    (folder / "action_head--150000_checkpoint.pt").unlink()
+    assert OpenVLAConfig.from_pretrained(folder).action_head == "l1_regression"  # "latest" is a step as well
+
+
+@pytest.mark.parametrize("part", ["action_head", "proprio_projector"])
+def test_parts_that_are_damaged(broken, part):
+    folder = broken("libero-l1")
+    file = next(folder.glob(f"{part}--*"))
+    content = file.read_bytes()
+    for damage, message in (
+        (content[: len(content) // 2], "cannot be read as a torch checkpoint"),
+        (b"", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "is a Git LFS pointer"),
+    ):
+        file.write_bytes(damage)
+        refused(folder, message)
+
+
+def test_no_pickles(broken):
+    class Evil:
+        def __reduce__(self):
+            return (os.system, ("touch evil",))
+
+    folder = broken("libero-l1")
+    torch.save({"module.model.fc2.weight": Evil()}, next(folder.glob("action_head--*")))
+    refused(folder, "cannot be read as a torch checkpoint of tensors alone")
+    assert not Path("evil").exists()
+
+
+def test_parts_of_another_kind_or_size(broken):
+    folder = broken("libero-l1")
+    head, state = next(folder.glob("action_head--*")), next(folder.glob("proprio_projector--*"))
+    kept = head.read_bytes(), state.read_bytes()
+    for change, message in (
+        (lambda t: t.pop("module.model.layer_norm2.bias"), "1 missing: action_head.layer_norm2.bias"),
+        (lambda t: t.update({"module.model.more": torch.ones(1)}), "1 unexpected: action_head.more"),
+        (lambda t: t.update({"module.model.fc1.weight": torch.randn(16, 90)}), r"\[16, 90\] instead of \[16, 112\]"),
+        (lambda t: t.clear(), "holds no head of OpenVLA-OFT"),
+    ):
+        rewrite(head, change)
+        refused(folder, message)
+        head.write_bytes(kept[0])
+    rewrite(state, lambda t: t.clear())
+    refused(folder, "holds no proprio_projector")
+    state.write_bytes(kept[1])
+    rewrite(state, lambda t: t.update({"module.fc1.weight": torch.randn(16, 6)}))
+    refused(folder, "a state of 6 numbers is that of no platform.*give camera_names")
+    refused(folder, "'libero_spatial_no_noops' are of 8 numbers .proprio., the weights in .* of 6",
+            camera_names=["full_image"])  # fmt: skip
+
+
+def test_actions_of_no_platform(broken):
+    folder = broken("libero-l1")
+    rewrite(next(folder.glob("action_head--*")), lambda t: t.update({"module.model.fc2.weight": torch.randn(10, 16)}))
+    refused(folder, "actions of 10 numbers are those of no platform.*give action_chunk")
+
+
+def test_another_head_than_that_of_the_weights(saved):
+    refused(saved / "libero-l1", "action_head='parallel_tokens'.*is one of 'l1_regression'",
+            action_head="parallel_tokens")  # fmt: skip
+
+
+def test_statistics_that_are_missing(broken):
+    folder = broken("libero-l1")
+    (folder / "dataset_statistics.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"norm_stats": None}))
+    refused(folder, "has no dataset_statistics.json", FileNotFoundError)
+
+
+def test_bases(saved, broken):
+    refused(saved / "libero-diffusion", "holds an adapter and no weights.*trained on 'openvla/openvla-7b'")
+    refused(saved / "libero-l1", "merged already.*leave base out", base=str(saved / "base"))
+    folder = broken("libero-diffusion")
+    weights = load_file(folder / ADAPTER)
+    name = "base_model.model.projector.fc1.lora_B.weight"
+    save_file(weights | {name: torch.ones(4, 2)}, folder / ADAPTER)
+    refused(folder, "projector.fc1 has an adapter of .* is it the adapter of another base", base=str(saved / "base"))
+    save_file({key: value for key, value in weights.items() if key != name}, folder / ADAPTER)
+    refused(folder, "projector.fc1.lora_A.weight has no counterpart", base=str(saved / "base"))
+    config = json.loads((folder / "lora_adapter/adapter_config.json").read_text())
+    (folder / "lora_adapter/adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    refused(folder, "adapters with use_dora are not merged here", base=str(saved / "base"))
+
+
+def test_film_without_the_strength_of_its_adapter(broken):
+    folder = broken("aloha-film-l1")
+    (folder / "lora_adapter/adapter_config.json").unlink()
+    refused(folder, "No lora_adapter/adapter_config.json", FileNotFoundError)
+
+
+# Converted ------------------------------------------------------------------------------------------------------------
+
+
+WITHOUT_THE_PACKAGE = """
+import json, sys
+import numpy as np, torch
+from PIL import Image
+from transformers import AutoModel
+model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True, dtype=torch.float32).eval()
+images = {name: Image.open(file) for name, file in zip(model.config.camera_names, sys.argv[2:])}
+torch.manual_seed(0)
+actions = model.predict_action(images, "push the plate to the front of the stove", state=np.linspace(-0.4, 0.4, 14))
+print(json.dumps({"actions": actions.tolist(), "openvla": "openvla" in sys.modules}))
+"""
+
+
+@pytest.mark.parametrize("variant", GIVEN)
+def test_converted_it_acts_the_same(saved, variant, tmp_path):
+    """And saved again, and packaged; nothing of OFT's layout is left."""
+    model = load_oft(variant, saved)
+    several = len(model.norm_stats) > 1
+    out = convert_oft_checkpoint(saved / variant, tmp_path / "out", **given(variant, saved))
+    assert [file.name for file in out.glob("*.safetensors")] == ["model.safetensors"]
+    assert not list(out.glob("*.pt")) and not (out / "lora_adapter").exists()
+    again = OpenVLAForActionPrediction.from_pretrained(out, dtype=torch.float32).eval()
+    again.save_pretrained(tmp_path / "saved")
+    again.processor.save_pretrained(tmp_path / "saved")
+    third = OpenVLAForActionPrediction.from_pretrained(tmp_path / "saved", dtype=torch.float32).eval()
+    for other in (again, third):
+        assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values()))
+        assert {field: getattr(other.config, field) for field in FIELDS} == {
+            field: getattr(model.config, field) for field in FIELDS
+        }
+        shown = other.processor.image_processor
+        assert {name: getattr(shown, name) for name in PIXELS["oft"]} == PIXELS["oft"]
+        if not several:
+            # Equal weights, mapped from disk at other places: sums of float32 round differently.
+            np.testing.assert_allclose(act(other), act(model), rtol=0, atol=2e-4)
+    if variant != "aloha-film-l1":
+        return  # one process without the package is enough
+    packaged = package_checkpoint(out, tmp_path / "packaged")
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    images = [str(OFT / "images" / f"raw{index}.png") for index in (0, 2, 4)]
+    ran = processes.run(WITHOUT_THE_PACKAGE, packaged, *images, cwd=tmp_path, env=environment, server="libraries")
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    found = json.loads(ran.stdout.splitlines()[-1])
+    assert not found["openvla"]
+    np.testing.assert_allclose(found["actions"], act(model), rtol=0, atol=2e-4)
+
+
+def test_verb(saved, broken, tmp_path):
+    """`openvla convert`, of folders whose config.json names the sizes of the towers."""
+    folder, base = broken("libero-diffusion"), broken("base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"timm_model_kwargs": TIMM}))
+    out = str(tmp_path / "out")
+    run = CliRunner().invoke(app, ["convert", str(folder), out])
+    assert run.exit_code == 2 and "--base" in run.stderr
+    run = CliRunner().invoke(app, ["convert", str(folder), out, "--base", str(base), "--dtype", "bfloat16",
+                                   "--action-chunk", "4"])  # fmt: skip
+    assert run.exit_code == 0, run.output
+    with safe_open(Path(out) / "model.safetensors", framework="pt") as tensors:
+        assert {tensors.get_slice(name).get_dtype() for name in tensors.keys()} == {"BF16"}  # noqa: SIM118
+    assert OpenVLAConfig.from_pretrained(out).action_chunk == 4
+    run = CliRunner().invoke(app, ["convert", str(saved / "libero-l1"), out, "--tokenizer", "x"])
+    assert run.exit_code == 2 and "is of OpenVLA-OFT, which does not take --tokenizer" in run.stderr
+    run = CliRunner().invoke(app, ["package", str(tmp_path / "packaged"), "--weights", str(saved / "libero-l1")])
+    assert run.exit_code == 2 and "openvla convert FOLDER OUT" in run.stderr
+
+
+def test_processor_alone(saved):
+    processor = OpenVLAProcessor.from_pretrained(saved / "libero-l1", camera_names=["a", "b"])
+    assert processor.image_processor.jpeg_quality == 95
+    assert OpenVLAProcessor.from_pretrained(saved / "libero-discrete").image_processor.jpeg_quality is None
