@@ -39,13 +39,20 @@ class ConvertOptions(OverwriteOptions):
         "'timm'. Of OpenVLA-OFT: what an adapter that was not merged was trained on.",
     )
     action_head: Literal["parallel_tokens"] | None = option(
-        None, "Say that CHECKPOINT is of OpenVLA-OFT's discrete variant, which does not tell it."
+        None, "Say that CHECKPOINT is of OpenVLA-OFT's discrete variant, which does not tell it.", flag="--head"
     )
     action_chunk: int | None = option(
-        None, "Steps that one prediction is for (OpenVLA-OFT).", least=1, shown="8 for 7 numbers, 25 for 14"
+        None,
+        "Steps that one prediction is for (OpenVLA-OFT).",
+        least=1,
+        shown="8 for 7 numbers, 25 for 14",
+        flag="--chunk",
     )
     camera_names: str | None = option(
-        None, "What the model sees, joined by commas (OpenVLA-OFT).", shown="by the numbers of the state"
+        None,
+        "What the model sees, joined by commas (OpenVLA-OFT).",
+        shown="by the numbers of the state",
+        flag="--cameras",
     )
     normalization: Literal["bounds_q99", "bounds"] | None = option(
         None,

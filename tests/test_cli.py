@@ -223,11 +223,11 @@ def test_package_export_convert(model, tmp_path):
 
 
 def test_convert_passes_everything_on(tmp_path, monkeypatch):
-    from openvla import conversion
+    from openvla.conversion import oft
 
     seen = {}
     monkeypatch.setattr(
-        conversion,
+        oft,
         "convert_prismatic_checkpoint",
         lambda checkpoint, out, **kwargs: seen.update(checkpoint=checkpoint, **kwargs) or out,
     )

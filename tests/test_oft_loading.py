@@ -326,7 +326,7 @@ def test_verb(saved, broken, tmp_path):
     run = CliRunner().invoke(app, ["convert", str(folder), out])
     assert run.exit_code == 2 and "--base" in run.stderr
     run = CliRunner().invoke(app, ["convert", str(folder), out, "--base", str(base), "--dtype", "bfloat16",
-                                   "--action-chunk", "4"])  # fmt: skip
+                                   "--chunk", "4"])  # fmt: skip
     assert run.exit_code == 0, run.output
     with safe_open(Path(out) / "model.safetensors", framework="pt") as tensors:
         assert {tensors.get_slice(name).get_dtype() for name in tensors.keys()} == {"BF16"}  # noqa: SIM118
