@@ -296,7 +296,7 @@ def test_an_interrupted_run_says_how_it_goes_on(dataset, tmp_path, capsys, monke
     monkeypatch.setattr(trainer_module.ActionTrainer, "_check_weights", interrupted)
     with pytest.raises(KeyboardInterrupt):
         finetune(options(tmp_path / "run", dataset))
-    assert f"stopped   --resume goes on from {tmp_path / 'run/checkpoints/checkpoint-1'}" in capsys.readouterr().out
+    assert f"stopped   --resume continues from {tmp_path / 'run/checkpoints/checkpoint-1'}" in capsys.readouterr().out
 
 
 # The output folder
