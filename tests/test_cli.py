@@ -275,7 +275,7 @@ def test_stats_of_dimensions():
 def test_finetune_has_an_option_for_every_field():
     text = run("finetune", "--help").stdout
     for item in fields(FinetuneOptions):
-        assert f"--{item.name.replace('_', '-')}" in text, item.name
+        assert (item.metadata.get("flag") or f"--{item.name.replace('_', '-')}") in text, item.name
     assert set(get_args(FinetuneOptions.__annotations__["strategy"])) == set(STRATEGIES)
 
 
