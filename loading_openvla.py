@@ -130,7 +130,7 @@ class OpenVLAPreTrainedModel(AdapterBelongings, ModelParts, PreTrainedModel):
 
     @classmethod
     def _load_oft(cls, oft: OFTFolder, name, hub: dict[str, Any], config=None, **kwargs):
-        """A folder or Hub id of OpenVLA-OFT; the weights are mapped from disk until they are where they compute."""
+        """A folder or Hub id of OpenVLA-OFT; the weights are mapped from disk until all is known to fit."""
         base = oft.find_base(kwargs.pop("base", None))
         if config is None:
             fields = OpenVLAConfig().to_dict().keys() - {"dtype", "quantization_config"}
@@ -147,6 +147,9 @@ class OpenVLAPreTrainedModel(AdapterBelongings, ModelParts, PreTrainedModel):
         kwargs = {key: value for key, value in kwargs.items() if key not in HUB_KWARGS}
         loaded = cls._load(None, config=config, state_dict=oft.tensors(weights), where=name, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for parameter in model.parameters():  # not mapped any more: the folder may be written to while the model lives
+            if type(parameter.data) is torch.Tensor and parameter.device.type == "cpu":
+                parameter.data = parameter.data.clone()
         model.name_or_path = model.config.name_or_path = os.fspath(name)
         model._hub_kwargs = {"action_head": model.config.action_head, "camera_names": model.config.camera_names}
         if base is not None:
