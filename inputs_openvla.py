@@ -26,11 +26,13 @@ class ModelInputs:
     prompts: Token ids of each sample, without padding.
     pixel_values: (batch, cameras * 3 * towers, height, width).
     proprio: (batch, proprio_dim) normalized state, of a model that sees it.
+    committed: (batch, n, A) normalized actions, the first n steps of each chunk, which are decided already.
     """
 
     prompts: list[list[int]]
     pixel_values: torch.Tensor
     proprio: torch.Tensor | None = None
+    committed: np.ndarray | None = None
 
 
 # Pixels in [0, 1], normalized by any mean and a standard deviation of at least 0.05, stay within.
@@ -221,19 +223,19 @@ def end_prompts(
     config: OpenVLAConfig,
     num_patches: int,
     num_tokens: int,
-    answer: Sequence[int] = (),
+    answers: Sequence[Sequence[int]] = (),
+    pad_right: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """Prompts that end in the empty token `▁`, as in training, padded to one length: on the left, or on the right where
-    an answer stands after them already.
+    """Prompts that end in the empty token `▁`, as in training, padded to one length.
 
     Args:
         config: Its `empty_token_id` is known; None: there is none.
         num_tokens: That follow.
-        answer: Tokens after each prompt.
+        answers: Tokens of each sample that stand after its prompt already.
 
     Returns:
-        Token ids (batch, length), their attention mask (None where no row is padded), and the index (batch,) where each
-        answer begins.
+        Token ids (batch, length), their attention mask (None where no row is padded), and the index (batch,) where the
+        answer of each begins.
 
     Raises:
         ValueError: If a prompt says nothing, or is too long for the model.
@@ -247,17 +249,51 @@ def end_prompts(
     longest = max(map(len, prompts))
     if longest + 1 > limit:
         raise ValueError(f"The prompt has {longest} tokens, the model takes {limit - 1}: shorten the instruction.")
-    rows = [row if empty in (None, row[-1]) else [*row, empty] for row in prompts]
+    ended = [row if empty in (None, row[-1]) else [*row, empty] for row in prompts]
+    rows = [[*row, *answer] for row, answer in zip(ended, answers, strict=True)] if answers else ended
     length, pad = max(map(len, rows)), config.pad_token_id or 0
     padding = [length - len(row) for row in rows]
-    first = torch.tensor([len(row) if answer else length for row in rows])
+    first = torch.tensor([len(row) + (0 if pad_right else missing) for row, missing in zip(ended, padding)])
 
     def padded(rows: list[list[int]], fill: int) -> torch.Tensor:
         filled = [[fill] * missing for missing in padding]
-        return torch.tensor([row + more if answer else more + row for row, more in zip(rows, filled)])
+        return torch.tensor([row + more if pad_right else more + row for row, more in zip(rows, filled)])
 
-    rows = [[*row, *answer] for row in rows]
-    return padded(rows, pad), padded([[1] * len(row) for row in rows], 0) if any(padding) else None, first
+    mask = padded([[1] * len(row) for row in rows], 0) if any(padding) else None
+    return padded(rows, pad), mask, first
+
+
+def read_committed(
+    committed: Any,
+    shape: tuple[int, int],
+    norm_stats: Mapping[str, Any],
+    unnorm_keys: Sequence[str],
+    modes: Sequence[str],
+) -> np.ndarray | None:
+    """(batch, n, A) normalized actions that are decided already; None without any.
+
+    Args:
+        committed: (n, A) of one sample or (batch, n, A), in the units of the dataset; n below K.
+        shape: (K, A) of a prediction.
+        unnorm_keys, modes: As in `read_state`.
+
+    Raises:
+        ValueError: If they are not finite, or of another shape.
+    """
+    if committed is None:
+        return None
+    rows = as_tensor("committed", committed).to(torch.float64).cpu().numpy()
+    rows = rows[None] if rows.ndim == 2 else rows
+    fits = rows.ndim == 3 and len(rows) == len(unnorm_keys) and rows.shape[2] == shape[1] and rows.shape[1] < shape[0]
+    if not fits or not np.isfinite(rows).all():
+        raise ValueError(
+            f"committed has shape {np.shape(committed)}, expected finite actions ({len(unnorm_keys)}, n, {shape[1]}), "
+            f"the first n of the {shape[0]} steps of a prediction, n below {shape[0]}."
+        )
+    if not rows.shape[1]:
+        return None
+    keys = zip(rows, unnorm_keys, modes)
+    return np.stack([normalize_actions(row, norm_stats[key]["action"], mode) for row, key, mode in keys])
 
 
 def end_token_id(config: OpenVLAConfig) -> int:
@@ -280,6 +316,7 @@ __all__ = [
     "end_token_id",
     "largest_pixel",
     "process_raw",
+    "read_committed",
     "prompt_rows",
     "read_state",
 ]

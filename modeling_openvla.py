@@ -12,6 +12,7 @@ published code are listed in the README.
 """
 
 import warnings
+from collections.abc import Sequence
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ from .inputs_openvla import (
     end_prompts,
     end_token_id,
     process_raw,
+    read_committed,
     read_state,
 )
 from .loading_openvla import OpenVLAPreTrainedModel
@@ -220,6 +222,7 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
         num_actions: int | None = None,
         noisy_actions: torch.Tensor | None = None,
         times: torch.Tensor | None = None,
+        num_committed: torch.Tensor | int = 0,
         film_padding: bool = False,
         **kwargs,
     ) -> OpenVLAOutput | tuple:
@@ -239,6 +242,8 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
                 with `num_actions` placeholders and the end after them, padded on the right: for a head that predicts
                 all in one pass. The output has `predicted`, or `logits` of the actions and the end.
             noisy_actions, times: (batch, K, A) and (batch,), of a diffusion head.
+            num_committed: How many of the placeholders, at the beginning, keep the embeddings of their tokens: (batch,
+                1), or one number.
             film_padding: Padding counts as words of the prompt for FiLM, as in the training of OpenVLA-OFT.
 
         Returns:
@@ -257,7 +262,7 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
                 raise ValueError("first_action goes with input_ids, pixel_values and num_actions: give all of them.")
             sequence = action_sequence(
                 self, input_ids, attention_mask, pixel_values, proprio, first_action, num_actions,
-                with_time=times is not None, film_padding=film_padding,
+                num_committed=num_committed, with_time=times is not None, film_padding=film_padding,
             )  # fmt: skip
             return self.action_head.forward_sequence(
                 self, sequence, num_actions, noisy_actions=noisy_actions, times=times
@@ -329,6 +334,7 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         state: Any = None,
+        committed: Any = None,
         constrained: bool = True,
         do_sample: bool | None = None,
         temperature: float | None = None,
@@ -352,6 +358,9 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
                 where the model knows only one dataset.
             state: (S,) or (batch, S) state of the robot in the units of the dataset, of a model that sees it.
             input_ids, attention_mask, pixel_values: The published form, as tensors, arrays or lists.
+            committed: (n, A) or (batch, n, A) in the units of the dataset: the first n actions of the chunk, which are
+                decided already (they are executed while the model thinks). They come back as they are, the rest of the
+                chunk continues them.
             constrained: Choose among action tokens only. False: among the complete vocabulary, as the published code;
                 text tokens are then clipped to the nearest bin.
             do_sample, temperature, top_k, top_p, generator: Sample instead of taking the most probable token.
@@ -411,7 +420,9 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
         shape = (self.action_chunk, check_same_action_dim(norm_stats, keys, checked))
         names = [resolve_unnorm_key(norm_stats, key) for key in keys]
         modes = [self.normalization.get(name, "bounds_q99") for name in names]
-        inputs = ModelInputs(prompts, pixel_values, read_state(state, self.config, norm_stats, names, modes))
+        proprio = read_state(state, self.config, norm_stats, names, modes)
+        decided = read_committed(committed, shape, norm_stats or {}, names, modes)
+        inputs = ModelInputs(prompts, pixel_values, proprio, decided)
         sampling = read_sampling(
             self.action_head.num_tokens(shape), signature(self.predict_action).parameters, self.device,
             do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator, **options,
@@ -431,15 +442,20 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
             for rows, name, mode in zip(found["normalized_actions"], names, modes)
         ]
         prediction = ActionPrediction(actions=np.stack(actions), **found)
+        if decided is not None:
+            prediction["normalized_actions"][:, : decided.shape[1]] = decided
+            prediction["actions"][:, : decided.shape[1]] = np.asarray(committed, dtype=np.float64)
         if self.action_chunk == 1:
             prediction = ActionPrediction(**{name: value[:, 0] for name, value in prediction.items()})
         if single:
             prediction = ActionPrediction(**{name: value[0] for name, value in prediction.items()})
         return prediction if return_dict else prediction["actions"]
 
-    def prefix(self, inputs: ModelInputs, num_tokens: int) -> Prefix:
-        """What the language model reads before it writes `num_tokens` tokens, one after the other."""
-        input_ids, attention_mask, _ = end_prompts(inputs.prompts, self.config, self.num_patches, num_tokens)
+    def prefix(self, inputs: ModelInputs, num_tokens: int, answers: Sequence[Sequence[int]] = ()) -> Prefix:
+        """What the language model reads before it writes the rest of `num_tokens` tokens; `answers` are
+        those of each sample that are decided already."""
+        prompts, config = inputs.prompts, self.config
+        input_ids, attention_mask, _ = end_prompts(prompts, config, self.num_patches, num_tokens, answers)
         input_ids = input_ids.to(self.device)
         attention_mask = None if attention_mask is None else attention_mask.to(self.device)
         features = self._encode(inputs.pixel_values, inputs.proprio)
@@ -449,17 +465,21 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
         finite = features.isfinite().all(dim=(1, 2)).to(self.device)[:, None]
         return Prefix(inputs_embeds, attention_mask, finite)
 
-    def action_sequence(self, inputs: ModelInputs, num_actions: int, with_time: bool = False) -> ActionSequence:
-        """What the language model reads in one pass, with placeholders for `num_actions` numbers."""
-        config = self.config
+    def action_sequence(
+        self, inputs: ModelInputs, num_actions: int, decided: Sequence[Sequence[int]] = (), with_time: bool = False
+    ) -> ActionSequence:
+        """What the language model reads in one pass, with placeholders for `num_actions` numbers; `decided` are the
+        tokens of the first ones of each sample, where they are known."""
+        config, end = self.config, end_token_id(self.config)
         prompts = [[token for token in prompt if token != config.image_token_id] for prompt in inputs.prompts]
-        answer = [end_token_id(config)] * (num_actions + 1)  # what the placeholders are does not matter
+        decided = decided or [[]] * len(prompts)
+        answers = [[*tokens, *[end] * (num_actions + 1 - len(tokens))] for tokens in decided]
         input_ids, attention_mask, first = end_prompts(
-            prompts, config, self.num_patches + with_time, len(answer), answer
+            prompts, config, self.num_patches + with_time, num_actions + 1, answers, pad_right=True
         )
         return action_sequence(
             self, input_ids, attention_mask, inputs.pixel_values, inputs.proprio, first, num_actions,
-            with_time=with_time,
+            num_committed=len(decided[0]), with_time=with_time,
         )  # fmt: skip
 
 

@@ -13,4 +13,6 @@ class Observation:
     images: Mapping[str, np.ndarray]  # camera -> (H, W, 3) uint8, the right way up; empty where nothing is rendered
     state: np.ndarray  # (S,) float32: proprioception, never the objects
     instruction: str
+    # (n, A): actions of the next steps that are decided already, because they are executed while the policy thinks.
+    committed: np.ndarray | None = None
     slot: int = 0  # which of the episodes that run side by side: what a policy keeps of an episode, it keeps by slot

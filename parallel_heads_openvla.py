@@ -26,6 +26,10 @@ class ParallelTokenHead(TokenHead):
 
     parallel = True
     margin = 1e-8  # in the units of an action, see `unnormalize_actions`
+    action_dim: int = 1  # A, for `prefix_training`
+    # In training the first steps of each sample, drawn from 0 to this many, are decided already and not learned, as
+    # where the model thinks while the robot moves.
+    prefix_training = 0
 
     def prepare(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The batch with `first_action` (batch,), where its placeholders begin, and `num_actions`, how many there are.
@@ -43,14 +47,23 @@ class ParallelTokenHead(TokenHead):
         Returns:
             The loss, and for `compare` the logits (batch, K * A, vocab_size) and the tokens (batch, K * A).
         """
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        logits = model(**inputs).logits.float()
-        places = batch["first_action"][:, None] + torch.arange(logits.shape[1], device=logits.device)
-        labels = batch["labels"].gather(1, places)
+        committed = self.draw_prefixes(model, batch)
+        logits = model(**_inputs(batch), num_committed=committed * self.action_dim).logits.float()
+        place = torch.arange(logits.shape[1], device=logits.device)
+        labels = batch["labels"].gather(1, batch["first_action"][:, None] + place)
+        labels = labels.masked_fill(place < committed * self.action_dim, IGNORE_INDEX)
         loss = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX)
         return loss, {"logits": logits[:, :-1], "labels": labels[:, :-1]}
 
+    def draw_prefixes(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
+        """(batch, 1) steps of each sample that are decided already; in evaluation none."""
+        like = batch["input_ids"][:, :1]
+        if not (model.training and self.prefix_training):
+            return torch.zeros_like(like)
+        return torch.randint(0, self.prefix_training + 1, like.shape).to(like.device)
+
     def compare(self, logits: torch.Tensor, labels: torch.Tensor, shape: tuple[int, int]) -> Comparison:
+        labels = labels.clamp(min=0)
         predicted, wanted = (tokens.unflatten(1, shape) for tokens in (logits.argmax(dim=-1), labels))
         return Comparison(self.tokenizer.decode(predicted), self.tokenizer.decode(wanted), predicted == wanted)
 
@@ -70,7 +83,7 @@ class ParallelTokenHead(TokenHead):
         generator: torch.Generator | None = None,
     ) -> ActionPrediction:
         count = self.num_tokens(shape)
-        sequence = model.action_sequence(inputs, count)
+        sequence = model.action_sequence(inputs, count, self.committed_tokens(inputs).tolist())
         hidden = sequence.hidden_states(model.language_model, count)
         logits = model.get_output_embeddings()(hidden).float()
         finite = logits.isfinite().all(dim=-1).all(dim=1)
@@ -142,9 +155,12 @@ class RegressionHead(ParallelTokenHead, ResidualMLP):
             The loss, and for `compare` the actions as predicted and as recorded.
         """
         wanted = batch["actions"]
-        predicted = model(**_inputs(batch)).predicted.float()
-        loss = _mean((predicted - wanted.to(predicted)).abs(), batch)
-        return loss, {"predicted": predicted, "wanted": wanted.to(predicted)}
+        committed = self.draw_prefixes(model, batch)
+        predicted = model(**_inputs(batch), num_committed=committed * self.action_dim).predicted.float()
+        wanted = wanted.to(predicted)
+        decided = _steps(predicted) < committed[..., None]
+        loss = _mean((predicted - wanted).abs(), batch, decided)
+        return loss, {"predicted": torch.where(decided, wanted, predicted), "wanted": wanted}
 
     def compare(self, predicted: torch.Tensor, wanted: torch.Tensor, shape: tuple[int, int]) -> Comparison:  # type: ignore[override]
         return Comparison(predicted, wanted)
@@ -165,7 +181,7 @@ class RegressionHead(ParallelTokenHead, ResidualMLP):
     ) -> ActionPrediction:
         self._check(shape, sampling)
         count = self.num_tokens(shape)
-        sequence = model.action_sequence(inputs, count)
+        sequence = model.action_sequence(inputs, count, self.committed_tokens(inputs).tolist())
         predicted = self(sequence.hidden_states(model.language_model, count))
         return _numbers(predicted, sequence.inputs_embeds.dtype)
 
@@ -215,12 +231,13 @@ class DiffusionHead(RegressionHead):
         where = {"device": wanted.device, "generator": generator}
         noise = torch.randn(wanted.shape, **where)  # type: ignore[call-overload]
         times = torch.randint(0, self.TRAIN_STEPS, (len(wanted),), **where)  # type: ignore[call-overload]
-        noisy = self.scheduler.add_noise(wanted, noise, times)
+        decided = _steps(wanted) < self.draw_prefixes(model, batch)[..., None]
+        noisy = torch.where(decided, wanted, self.scheduler.add_noise(wanted, noise, times))
         predicted = model(**_inputs(batch), noisy_actions=noisy, times=times).predicted.float()
         kept = self.scheduler.alphas_cumprod.to(wanted.device)[times][:, None, None]
         clean = ((noisy - (1 - kept).sqrt() * predicted.detach()) / kept.sqrt()).clamp(-1, 1)
-        loss = _mean(functional.mse_loss(predicted, noise, reduction="none"), batch)
-        return loss, {"predicted": clean, "wanted": wanted}
+        loss = _mean(functional.mse_loss(predicted, noise, reduction="none"), batch, decided)
+        return loss, {"predicted": torch.where(decided, wanted, clean), "wanted": wanted}
 
     def forward_sequence(
         self,
@@ -260,7 +277,10 @@ class DiffusionHead(RegressionHead):
         embeds = sequence.inputs_embeds
         where = {"dtype": embeds.dtype, "device": embeds.device, "generator": generator}
         sample = torch.cat([self.initial_noise(torch.Size((1, *shape)), **where) for _ in inputs.prompts])  # type: ignore[call-overload]
+        decided = None if inputs.committed is None else torch.from_numpy(inputs.committed).to(sample)
         for time in scheduler.timesteps.tolist():
+            if decided is not None:
+                sample[:, : decided.shape[1]] = decided
             times = torch.full((len(sample),), time, device=sample.device)
             noise = self.forward_sequence(model, sequence, count, sample, times).predicted
             sample = scheduler.step(noise, time, sample).prev_sample
@@ -272,12 +292,18 @@ def _inputs(batch: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in batch.items() if name not in ("labels", "actions", "action_is_pad")}
 
 
-def _mean(values: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
-    """The mean of values (batch, K, A) over steps that are recorded."""
-    if "action_is_pad" not in batch:
-        return values.mean()
-    real = (~batch["action_is_pad"])[..., None].to(values)
-    return (values * real).sum() / (real.sum() * values.shape[-1])
+def _steps(actions: torch.Tensor) -> torch.Tensor:
+    """(1, K, 1) numbers of the steps of actions (batch, K, A)."""
+    return torch.arange(actions.shape[1], device=actions.device)[None, :, None]
+
+
+def _mean(values: torch.Tensor, batch: dict[str, Any], decided: torch.Tensor) -> torch.Tensor:
+    """The mean of values (batch, K, A) over steps that are recorded and not `decided` (batch, K, 1) already."""
+    learned = ~decided
+    if "action_is_pad" in batch:
+        learned = learned & ~batch["action_is_pad"][..., None]
+    learned = learned.expand_as(values).to(values)
+    return (values * learned).sum() / learned.sum().clamp(min=1)
 
 
 def _numbers(predicted: torch.Tensor, dtype: torch.dtype) -> ActionPrediction:

@@ -1,8 +1,9 @@
 """One pass for all actions: every token sees every other, and what stands before a placeholder is the answer for it.
 
 The sequence of OpenVLA-OFT (arXiv 2502.19645): the first token, image patches of every camera, the state, the time of a
-diffusion, the other tokens of the prompt, K * A placeholders, the end. Their embeddings are zero, or what the head puts
-there. Shapes: `batch` samples, `length` tokens and patches, `hidden` width of the language model.
+diffusion, the other tokens of the prompt, K * A placeholders, the end. The embeddings of placeholders are zero, or what
+the head puts there, or those of actions that are decided already. Shapes: `batch` samples, `length` tokens and patches,
+`hidden` width of the language model.
 """
 
 from dataclasses import dataclass
@@ -70,6 +71,7 @@ def action_sequence(
     first: torch.Tensor,
     count: int,
     *,
+    num_committed: int | torch.Tensor = 0,
     with_time: bool = False,
     film_padding: bool = False,
 ) -> ActionSequence:
@@ -79,6 +81,8 @@ def action_sequence(
         model: An `OpenVLAForActionPrediction`.
         input_ids: (batch, length) plain prompts with `count` placeholders and the end after them, padded on the right.
         first: (batch,) index of the first placeholder of each.
+        num_committed: How many of them, at the beginning, (batch, 1) or one number, stand for actions that are decided
+            already: they keep the embeddings of their tokens.
         with_time: Whether a time token follows the state.
         film_padding: Padding counts as words of the prompt for FiLM, as in the original's training; its evaluation has
             none.
@@ -99,7 +103,8 @@ def action_sequence(
         time = features.shape[1] + 1  # after the first token and all features
         features = torch.cat([features, torch.zeros_like(features[:, :1])], dim=1)
     layout = PatchLayout(None, input_ids.shape, features.shape[1], device=embeds.device)
-    inserted = layout.insert(embeds.masked_fill(is_action[..., None], 0.0), 0.0)
+    open_places = is_action & (position >= first[:, None] + num_committed)
+    inserted = layout.insert(embeds.masked_fill(open_places[..., None], 0.0), 0.0)
     assert inserted is not None  # there are embeddings
     embeds = inserted.masked_scatter(layout.is_patch[..., None], features.to(embeds))
     return ActionSequence(embeds, layout.insert(attention_mask, 1), first + features.shape[1], time)

@@ -105,11 +105,22 @@ class OpenVLAPolicy(Policy):
         Raises:
             ValueError: If an observation holds no image, or not that of the camera.
         """
-        images = [self._images(observation) for observation in observations]
-        instructions = [observation.instruction for observation in observations]
+        given = [0 if seen.committed is None else len(seen.committed) for seen in observations]
+        actions: list[Any] = [None] * len(given)
+        for count in dict.fromkeys(given):  # one batch for each number of steps that are decided already
+            rows = [row for row, n in enumerate(given) if n == count]
+            for row, found in zip(rows, self._predict([observations[row] for row in rows])):
+                actions[row] = found
+        return np.stack(actions)
+
+    def _predict(self, observations: Sequence[Observation]) -> np.ndarray:
         more: dict[str, Any] = {}
         if getattr(getattr(self.model, "config", None), "proprio_dim", None) is not None:
             more["state"] = np.stack([observation.state for observation in observations])
+        if observations[0].committed is not None and len(observations[0].committed):
+            more["committed"] = np.stack([observation.committed for observation in observations])  # type: ignore[misc]
+        images = [self._images(observation) for observation in observations]
+        instructions = [observation.instruction for observation in observations]
         return np.asarray(self.model.predict_action(images, instructions, unnorm_key=self.unnorm_key, **more))
 
     def _images(self, observation: Observation) -> Mapping[str, np.ndarray]:

@@ -108,6 +108,15 @@ class TokenHead:
         """Positions that actions take after a prompt."""
         return shape[0] * shape[1]
 
+    def committed_tokens(self, inputs: ModelInputs) -> np.ndarray:
+        """(batch, n * A) tokens of the actions that are decided already; (batch, 0) without any."""
+        if inputs.committed is None:
+            return np.zeros((len(inputs.prompts), 0), dtype=np.int64)
+        # Two tokens are decoded to the last bin center; that of 1.0 is the one of most recorded actions there.
+        last = self.tokenizer.bin_centers[-1]
+        actions = np.where(inputs.committed >= last - 1e-6, 1.0, inputs.committed)
+        return np.asarray(self.tokenizer.encode(actions)).reshape(len(inputs.prompts), -1)
+
     def actions(
         self,
         model: Any,
@@ -129,12 +138,18 @@ class TokenHead:
         Raises:
             ValueError: If a prompt is empty or too long, or the model computed something that is not finite.
         """
-        prefix = model.prefix(inputs, self.num_tokens(shape))
-        steps = EagerSteps(model.language_model, prefix, self.num_tokens(shape))
+        decided = self.committed_tokens(inputs)
+        count = self.num_tokens(shape) - decided.shape[1]
+        prefix = model.prefix(inputs, self.num_tokens(shape), decided.tolist() if decided.size else ())
+        steps = EagerSteps(model.language_model, prefix, count)
         token_range = self.tokenizer.token_range if constrained else (0, None)
-        decoded = decode_tokens(steps, prefix.finite, self.num_tokens(shape), token_range, sampling)
-        token_ids, probabilities, entropies = (values.cpu().numpy().reshape(-1, *shape) for values in decoded)
-        check_finite(probabilities.reshape(len(probabilities), -1), prefix.inputs_embeds.dtype)
+        decoded = decode_tokens(steps, prefix.finite, count, token_range, sampling)
+        found = [values.cpu().numpy() for values in decoded]
+        check_finite(found[1], prefix.inputs_embeds.dtype)
+        given = (decided, np.ones(decided.shape, np.float32), np.zeros(decided.shape, np.float32))
+        token_ids, probabilities, entropies = (
+            np.concatenate([before, after], axis=1).reshape(-1, *shape) for before, after in zip(given, found)
+        )
         return ActionPrediction(
             normalized_actions=self.tokenizer.decode(token_ids),
             token_ids=token_ids,

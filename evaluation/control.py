@@ -5,6 +5,7 @@ effect when it is there, and until then the last one is held. Slow inference the
 8-bit quantization lost in the paper.
 """
 
+import copy
 import math
 from collections.abc import Sequence
 
@@ -18,11 +19,11 @@ EPSILON = 1e-9  # times are sums of floats
 
 
 class BlockingControl:
-    """Every observation gets its action, whatever it takes. Of a policy that gives several actions, all are executed
-    before it looks again: a receding horizon."""
+    """Every observation gets its action, whatever it takes. Of a policy that gives several actions, all (or the first
+    `execute`) are executed before it looks again: a receding horizon."""
 
-    def __init__(self) -> None:
-        self._begin, self._actions = 0, np.zeros((0, 0))
+    def __init__(self, execute: int | None = None) -> None:
+        self._begin, self._actions, self._execute = 0, np.zeros((0, 0)), execute
 
     def wants_action(self, step: int) -> bool:
         """Whether the model looks at the observation of `step` (0, 1, ...)."""
@@ -31,8 +32,11 @@ class BlockingControl:
     def give(self, step: int, action: np.ndarray, latency: float) -> None:
         """The model's answer to the observation of `step`: (A,), or (K, A) for K steps; a `ValueError` otherwise, or if
         `check_numbers` refuses it."""
-        actions = _chunk(action)
-        self._begin, self._actions = step, actions
+        self._begin, self._actions = step, _chunk(action)[: self._execute]
+
+    def committed(self, step: int, latency: float) -> np.ndarray | None:
+        """What is executed while the model thinks about `step`: nothing, the world waits."""
+        return None
 
     def action(self, step: int) -> np.ndarray:
         """(A,) what is executed at `step`."""
@@ -40,6 +44,8 @@ class BlockingControl:
 
 
 LATE = ("repeat", "still")
+CHUNKING = ("switch", "hold", "ensemble", "prefix")
+ENSEMBLE_DECAY = 0.01  # of the weights exp(-0.01 i) of answers, i = 0 the oldest (ACT, arXiv 2304.13705)
 
 
 class RealtimeControl:
@@ -58,12 +64,25 @@ class RealtimeControl:
         start: (A,) what is executed until the first answer is there; standstill, usually.
         late: "repeat" the last action, or stand "still": relative dimensions become 0, others keep their value.
         relative: (A,) bool, dimensions of an action that are changes and not places. Default: all but the last.
+        chunking: One of `CHUNKING`.
+        execute: Of each chunk only the first so many actions count. Default: all.
     """
 
-    def __init__(self, hz: float, start: np.ndarray, late: str = "repeat", relative: np.ndarray | None = None):
+    def __init__(
+        self,
+        hz: float,
+        start: np.ndarray,
+        late: str = "repeat",
+        relative: np.ndarray | None = None,
+        chunking: str = "switch",
+        execute: int | None = None,
+    ):
         if not 0 < hz < math.inf:
             raise ValueError(f"hz={hz}: the world needs a finite rate above 0.")
         check_choice("late", late, LATE)
+        check_choice("chunking", chunking, CHUNKING)
+        self._chunking, self._execute = chunking, 1 if chunking == "hold" else execute
+        self._answers: list[tuple[int, np.ndarray]] = []  # (step seen, actions) of those in effect, for the ensemble
         self.period, self._current = 1.0 / hz, check_numbers(start)
         self._late = late
         self._relative = np.arange(len(self._current)) < len(self._current) - 1 if relative is None else relative
@@ -80,16 +99,34 @@ class RealtimeControl:
         """See `BlockingControl.give`; `latency` in seconds."""
         if not 0 <= latency < math.inf:
             raise ValueError(f"latency={latency}: expected seconds, 0 or more.")
-        actions = _chunk(action)
+        actions = _chunk(action)[: self._execute]
         self._ready = max(self._ready, step * self.period) + latency
         self._coming.append((self._ready, step, actions))
+
+    def committed(self, step: int, latency: float) -> np.ndarray | None:
+        """(n, A) what is executed from `step` on, until an answer that takes `latency` seconds is there; at most one
+        step less than a chunk holds. None unless `chunking` is "prefix", and before the first answer."""
+        if self._chunking != "prefix" or not (len(self._actions) or self._coming):
+            return None
+        longest = max(len(self._actions), *(len(actions) for *_, actions in self._coming), 0)
+        there = max(self._ready, step * self.period) + latency
+        steps = max(0, math.ceil((there - EPSILON) / self.period) - step)
+        ahead = copy.deepcopy(self)
+        decided = [ahead.action(number) for number in range(step, step + min(steps, longest - 1))]
+        return np.stack(decided) if decided else None
 
     def action(self, step: int) -> np.ndarray:
         """(A,) what is executed at `step`; ask for each step once, in order."""
         while self._coming and self._coming[0][0] <= step * self.period + EPSILON:
             _, seen, self._actions = self._coming.pop(0)
             self._next = min(step - seen, len(self._actions) - 1)
-        if self._next < len(self._actions):
+            self._answers.append((seen, self._actions))
+        self._answers = [(seen, actions) for seen, actions in self._answers if step < seen + len(actions)]
+        if self._chunking == "ensemble" and self._answers:
+            answers = np.stack([actions[step - seen] for seen, actions in self._answers])
+            weights = np.exp(-ENSEMBLE_DECAY * np.arange(len(answers)))
+            self._current = weights @ answers / weights.sum()
+        elif self._next < len(self._actions):
             self._current = self._actions[self._next]
             self._next += 1
         elif self._late == "still":

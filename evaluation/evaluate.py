@@ -86,10 +86,11 @@ def evaluate(
     max_steps = here.max_steps if options.max_steps is None else options.max_steps
     hz = here.frequency if options.hz is None else options.hz
     spec = action_spec_of(here)
-    make_control: Any = BlockingControl
+    make_control: Any = partial(BlockingControl, options.execute)
     if control == "realtime":
         late, relative = options.late or "repeat", np.array(spec.relative)
-        make_control = partial(RealtimeControl, hz, standstill(here), late, relative)
+        chunking = options.chunking or "switch"
+        make_control = partial(RealtimeControl, hz, standstill(here), late, relative, chunking, options.execute)
         make_control()  # refuses a rate that is none
     here.close()
     if of_environment.get("render", renders(here)):

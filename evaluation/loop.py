@@ -159,9 +159,12 @@ def run_episodes(
                 asked = [slot for slot in due if ask(slot, "expert_action")]
                 decided = list(answers(asked))
             elif due and policy is not None:
-                seen = [
-                    replace(slot.observation, slot=slots.index(slot)) for slot in due if slot.observation is not None
-                ]
+                seen = []
+                for slot in due:
+                    assert slot.observation is not None  # it is running
+                    expected = latency if latency is not None else (slot.seconds[-1] if slot.seconds else 0.0)
+                    decided_already = slot.control.committed(slot.step, expected)
+                    seen.append(replace(slot.observation, slot=slots.index(slot), committed=decided_already))
                 decided = list(zip(due, checked(policy.act(seen), len(seen), action_dim)))
             else:
                 decided = []

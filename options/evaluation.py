@@ -140,6 +140,16 @@ class EvaluateOptions(ClosedLoopOptions):
         "it is.",
         shown="repeat",
     )
+    chunking: Literal["switch", "hold", "ensemble", "prefix"] | None = option(
+        None,
+        "What becomes of chunks (realtime). switch: the newest answer counts alone. prefix: the model is given the "
+        "actions that are executed while it thinks, and continues them. ensemble: the weighted mean of all answers. "
+        "hold: of each chunk the first action, repeated.",
+        shown="switch",
+    )
+    execute: int | None = option(
+        None, "Actions of a chunk that are executed before the model looks again. Default: all.", least=1
+    )
     axis: str = option(
         "none",
         "What differs from the recorded episodes, joined by commas: visual, motion, physical, semantic, language (each "
@@ -160,7 +170,7 @@ class EvaluateOptions(ClosedLoopOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = {"hz": self.hz, "latency": self.latency, "late": self.late}
+        given = {"hz": self.hz, "latency": self.latency, "late": self.late, "chunking": self.chunking}
         if self.control == "blocking" and any(value is not None for value in given.values()):
             shown = ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
             raise ValueError(f"{shown}: only for control='realtime'; blocking waits.")

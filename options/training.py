@@ -57,6 +57,12 @@ class FinetuneOptions(DatasetOptions):
         "in one pass.",
         flag="--film",
     )
+    prefix_training: int | None = option(
+        None,
+        "Let a head that predicts in one pass learn to continue: in each sample the first steps, up to this many, are "
+        "given and not learned. For real-time control with --chunking prefix, where they are executed meanwhile.",
+        least=0,
+    )
     # Learning
     learning_rate: float | None = option(
         None, "Learning rate, after the warmup. Default: 5e-4 for lora and qlora, else 2e-5.", least=0

@@ -97,3 +97,71 @@ def test_what_is_no_action_never_takes_effect(action):
             RealtimeControl(5, np.zeros(7)).give(0, np.zeros(7), latency)
     with pytest.raises(ValueError, match="hz=inf"):
         RealtimeControl(np.inf, np.zeros(7))
+
+
+def counting(first: float, steps: int = 4) -> np.ndarray:
+    """Actions that count up from `first`."""
+    return np.arange(first, first + steps)[:, None]
+
+
+def drive_and_tell(control: RealtimeControl, latency: float, steps: int, answer) -> tuple[list[float], list]:
+    """What is executed, and what the model was told to be decided whenever it looked."""
+    executed, told = [], []
+    for step in range(steps):
+        if control.wants_action(step):
+            committed = control.committed(step, latency)
+            told.append((step, None if committed is None else committed[:, 0].tolist()))
+            control.give(step, answer(step, committed), latency)
+        executed.append(float(control.action(step)[0]))
+    return executed, told
+
+
+def test_what_is_executed_while_the_model_thinks_is_what_it_is_told():
+    """A model that thinks for two steps, and begins its chunks with what it was told."""
+    given = []
+
+    def answer(step, committed):
+        own = counting(100 * (step + 1), 6)
+        if committed is not None:
+            own[: len(committed)] = committed
+        given.append((step, own[:, 0].tolist()))
+        return own
+
+    executed, told = drive_and_tell(RealtimeControl(10, np.zeros(1), chunking="prefix"), 0.2, 14, answer)
+    assert told[0] == (0, None)
+    for step, committed in told[2:]:
+        assert committed == executed[step : step + 2]
+    # So no answer changes what was announced: each chunk is executed as it is until the next one is there
+    for (step, actions), (following, _) in zip(given[1:], given[2:]):
+        assert executed[step : following + 2] == actions[: following + 2 - step]
+
+
+def test_without_being_told_a_chunk_breaks_off():
+    executed, told = drive_and_tell(RealtimeControl(10, np.zeros(1)), 0.2, 6, lambda step, _: counting(100 * (step + 1)))
+    assert executed == [0, 0, 102, 103, 302, 303] and all(committed is None for _, committed in told)
+
+
+def test_hold_takes_the_first_action_of_a_counting():
+    executed, _ = drive_and_tell(RealtimeControl(10, np.zeros(1), chunking="hold"), 0.2, 6, lambda step, _: counting(step + 1))
+    assert executed == [0, 0, 1, 1, 3, 3]
+
+
+def test_ensemble_is_the_weighted_mean_of_answers_for_a_step():
+    executed, _ = drive_and_tell(RealtimeControl(10, np.zeros(1), chunking="ensemble"), 0.0, 3, lambda step, _: counting(10 * step))
+    weights = np.exp(-0.01 * np.arange(3))
+    assert executed[:1] == [0.0]
+    assert executed[1] == pytest.approx((weights[:2] @ [1, 10]) / weights[:2].sum())
+    assert executed[2] == pytest.approx((weights @ [2, 11, 20]) / weights.sum())
+
+
+def test_only_the_first_actions_of_a_counting():
+    control = BlockingControl(execute=2)
+    looked = []
+    for step in range(5):
+        if control.wants_action(step):
+            looked.append(step)
+            control.give(step, counting(step), 9.0)
+        assert control.action(step)[0] == step
+    assert looked == [0, 2, 4] and control.committed(0, 1.0) is None
+    with pytest.raises(ValueError, match="chunking='swich' is unknown. Did you mean 'switch'"):
+        RealtimeControl(10, np.zeros(1), chunking="swich")

@@ -188,6 +188,84 @@ def test_diffusion_begins_with_its_generator(models):
     assert few.shape == found[0].shape and not np.array_equal(few, found[0])
 
 
+@pytest.mark.parametrize("head", ["tokens", "parallel_tokens", "l1_regression", "diffusion"])
+def test_actions_that_are_decided_come_back_and_are_continued(head, models):
+    """The rest of the chunk depends on them; a head of tokens continues its own beginning as it would have."""
+    if head == "tokens":
+        model = OpenVLAForActionPrediction.from_pretrained(ROOT).eval()
+        model.config.action_chunk = CHUNK
+    else:
+        model = models[head]
+
+    def act(committed, images=IMAGES, words=WORDS):
+        torch.manual_seed(0)
+        return model.predict_action(images, words, committed=committed)
+
+    free = act(None)
+    own, other = free[:, :1], np.full((2, 2, 7), 0.1)
+    continued = act(own)
+    np.testing.assert_allclose(continued[:, :1], own, atol=1e-12)
+    if head == "tokens":
+        np.testing.assert_allclose(continued, free, atol=1e-6)
+    forced = act(other)
+    assert np.array_equal(forced[:, :2], other) and np.isfinite(forced).all()
+    assert head == "parallel_tokens" or not np.allclose(forced[:, 2], free[:, 2])
+    single = act(other[0], IMAGES[0], WORDS[0])
+    assert single.shape == (CHUNK, 7)
+    np.testing.assert_allclose(single, forced[0], atol=1e-3 if head == "diffusion" else 3e-5)
+    assert np.array_equal(act(np.zeros((2, 0, 7))), free)
+    for wrong in (np.zeros((2, CHUNK, 7)), np.zeros((1, 1, 7)), np.zeros((2, 1, 6)), np.full((2, 1, 7), np.nan)):
+        with pytest.raises(ValueError, match="committed has shape"):
+            act(wrong)
+
+
+@pytest.mark.parametrize("head", ["parallel_tokens", "l1_regression", "diffusion"])
+def test_prefixes_are_given_and_not_learned(head, models):
+    model = models[head].train()
+    head_of = model.action_head
+    head_of.action_dim, head_of.prefix_training = 7, CHUNK - 1
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randint(744, 1000, (4, 40), generator=generator)
+    labels = torch.full_like(rows, -100)
+    labels[:, -(CHUNK * 7 + 1) :] = rows[:, -(CHUNK * 7 + 1) :]
+    batch = {
+        "input_ids": rows, "labels": labels, "attention_mask": torch.ones_like(rows).bool(),
+        "pixel_values": torch.randn(4, *model.vision_backbone.input_shape, generator=generator),
+        **({"actions": torch.rand(4, CHUNK, 7, generator=generator)} if head_of.wants_actions else {}),
+    }  # fmt: skip
+    batch = head_of.prepare(batch)
+    try:
+        torch.manual_seed(0)
+        drawn = head_of.draw_prefixes(model, batch)
+        assert drawn.shape == (4, 1) and 0 < int(drawn.max()) <= CHUNK - 1
+        if head != "diffusion":
+            # What is recorded in the steps that are given does not count
+            torch.manual_seed(0)
+            loss, _ = head_of.loss(model, batch)
+            row = int(drawn.argmax())
+            changed = {name: value.clone() if torch.is_tensor(value) else value for name, value in batch.items()}
+            if head == "l1_regression":
+                changed["actions"][row, 0] += 5
+            else:
+                changed["labels"][row, 40 - CHUNK * 7 - 1] = 800
+            torch.manual_seed(0)
+            assert torch.equal(head_of.loss(model, changed)[0], loss)
+        else:
+            assert torch.isfinite(head_of.loss(model, batch)[0])
+        model.eval()
+        assert not head_of.draw_prefixes(model, batch).any()
+    finally:
+        head_of.prefix_training = 0
+        model.eval()
+
+
+def test_what_prefix_training_refuses(tmp_path):
+    with pytest.raises(ValueError, match="prefix_training=1: action_head='tokens' continues what it is given"):
+        finetune(options(tmp_path / "a", prefix_training=1))
+    with pytest.raises(ValueError, match="prefix_training=3: fewer steps than the 3 of a chunk"):
+        finetune(options(tmp_path / "b", prefix_training=3, head="l1_regression"))
+
+
 def test_what_a_head_of_numbers_refuses(models):
     model = models["l1_regression"]
     with pytest.raises(ValueError, match="do_sample=True: this head gives numbers"):

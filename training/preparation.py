@@ -64,7 +64,10 @@ class Run:
     @cached_property
     def head(self) -> TokenHead:
         """How actions come out of the model."""
-        return head_without_weights(self.config, ActionTokenizer(self.processor.tokenizer, self.config.n_action_bins))
+        head = head_without_weights(self.config, ActionTokenizer(self.processor.tokenizer, self.config.n_action_bins))
+        if head.parallel:
+            head.action_dim, head.prefix_training = self.shape[1], self.options.prefix_training or 0
+        return head
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -127,6 +130,16 @@ def prepare(options: FinetuneOptions, processes: int = 1, data: Any = None) -> R
         if options.head in HEADS_WITH_WEIGHTS and config.action_dim is None:
             config.action_dim = 1  # until the data says
     config.check_fields()
+    if options.prefix_training:
+        if not getattr(HEADS.get(config.action_head), "parallel", False):
+            raise ValueError(
+                f"prefix_training={options.prefix_training}: action_head='{config.action_head}' continues what it is "
+                "given without that, leave it out."
+            )
+        if options.prefix_training >= config.action_chunk:
+            raise ValueError(
+                f"prefix_training={options.prefix_training}: fewer steps than the {config.action_chunk} of a chunk."
+            )
     processor = starting_processor(base, adapter)
     processor.camera_names = list(config.camera_names)
     # The pixels of the original's training; who trained with random crops is shown the center (docs/training.md).
