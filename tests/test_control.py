@@ -137,17 +137,23 @@ def test_what_is_executed_while_the_model_thinks_is_what_it_is_told():
 
 
 def test_without_being_told_a_chunk_breaks_off():
-    executed, told = drive_and_tell(RealtimeControl(10, np.zeros(1)), 0.2, 6, lambda step, _: counting(100 * (step + 1)))
+    executed, told = drive_and_tell(
+        RealtimeControl(10, np.zeros(1)), 0.2, 6, lambda step, _: counting(100 * (step + 1))
+    )
     assert executed == [0, 0, 102, 103, 302, 303] and all(committed is None for _, committed in told)
 
 
 def test_hold_takes_the_first_action_of_a_counting():
-    executed, _ = drive_and_tell(RealtimeControl(10, np.zeros(1), chunking="hold"), 0.2, 6, lambda step, _: counting(step + 1))
+    executed, _ = drive_and_tell(
+        RealtimeControl(10, np.zeros(1), chunking="hold"), 0.2, 6, lambda step, _: counting(step + 1)
+    )
     assert executed == [0, 0, 1, 1, 3, 3]
 
 
 def test_ensemble_is_the_weighted_mean_of_answers_for_a_step():
-    executed, _ = drive_and_tell(RealtimeControl(10, np.zeros(1), chunking="ensemble"), 0.0, 3, lambda step, _: counting(10 * step))
+    executed, _ = drive_and_tell(
+        RealtimeControl(10, np.zeros(1), chunking="ensemble"), 0.0, 3, lambda step, _: counting(10 * step)
+    )
     weights = np.exp(-0.01 * np.arange(3))
     assert executed[:1] == [0.0]
     assert executed[1] == pytest.approx((weights[:2] @ [1, 10]) / weights[:2].sum())
