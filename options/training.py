@@ -3,7 +3,7 @@
 import importlib.util
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ..extras import remedy
 from .datasets import Cameras, DatasetOptions
@@ -11,9 +11,29 @@ from .fields import Options, option, required
 from .prediction import EMBEDDED_POLICY
 
 
+# Options that are not given, by recipe. What is not here has one default for all of them: adapters with their rank,
+# alpha, dropout and learning rate, which OpenVLA and OpenVLA-OFT have in common.
+RECIPES: dict[str, dict[str, Any]] = {
+    "openvla": {"schedule": "constant", "weight_decay": 0.0, "max_grad_norm": 1.0},
+    "oft": {
+        "head": "l1_regression",
+        "action_chunk": 8,
+        "chunk_end": "drop",
+        "schedule": "step",
+        "weight_decay": 0.01,
+        "max_grad_norm": 0.0,
+    },
+}
+DECAY_AFTER = 100_000  # of 150,005 steps, in OpenVLA-OFT's runs on LIBERO
+
+
 @dataclass(kw_only=True)
 class FinetuneOptions(DatasetOptions):
-    """A run; the defaults are those of the original's LoRA fine-tuning (batch 16, 5e-4 constant, rank 32)."""
+    """A run; the defaults are those of the original's LoRA fine-tuning (batch 16, 5e-4 constant, rank 32).
+
+    What `recipe` decides is None until the options are made, and then has its value: what is saved does not depend on
+    what a recipe is in a later version.
+    """
 
     output: str = required("Folder for the result.", neutral=True)
     model: str = option(
@@ -24,6 +44,13 @@ class FinetuneOptions(DatasetOptions):
     )
     strategy: Literal["full", "last_layer", "frozen_vision", "sandwich", "lora", "qlora"] = option(
         "lora", "Which parameters learn (table 1 of the paper); qlora: lora on a 4-bit base."
+    )
+    recipe: Literal["openvla", "oft"] = option(
+        "openvla",
+        "Whose training the defaults are those of. oft, OpenVLA-OFT: --head l1_regression --chunk 8 --chunk-end drop "
+        "--schedule step --weight-decay 0.01 --max-grad-norm 0. What is given goes before. Cameras, --state and --film "
+        "depend on the data: give them beside it.",
+        neutral=True,  # its values are compared
     )
     steps: int = option(1000, "Updates of the weights, in all.", least=1, neutral=True)
     batch_size: int = option(16, "Samples of one batch on one device.", least=1, neutral=True)
@@ -67,17 +94,27 @@ class FinetuneOptions(DatasetOptions):
     learning_rate: float | None = option(
         None, "Learning rate, after the warmup. Default: 5e-4 for lora and qlora, else 2e-5.", least=0
     )
-    schedule: Literal["constant", "linear", "cosine"] = option(
-        "constant", "Course of the learning rate after the warmup; linear and cosine fall to 0."
+    schedule: Literal["constant", "linear", "cosine", "step"] = option(
+        None,
+        "Course of the learning rate after the warmup; linear and cosine fall to 0; step: a tenth after --decay-after "
+        "steps.",
+        shown="constant; step with --recipe oft",
     )
     warmup_steps: int = option(0, "Steps in which the learning rate rises from 0 to its value.", least=0)
-    weight_decay: float = option(0.0, "Weight decay of the optimizer.", least=0)
+    decay_after: int | None = option(
+        None,
+        "Steps after which the learning rate of --schedule step is a tenth. Default: 100000, of OpenVLA-OFT's 150005.",
+        least=1,
+    )
+    weight_decay: float = option(None, "Weight decay of the optimizer.", least=0, shown="0.0; 0.01 with --recipe oft")
     optimizer: Literal["adamw", "muon"] = option(
         "adamw",
         "Rule of the updates. muon, for training from scratch: those of matrices are orthogonalized, others are "
         "AdamW's.",
     )
-    max_grad_norm: float = option(1.0, "Norm that gradients are clipped to; 0: they are not.", least=0)
+    max_grad_norm: float = option(
+        None, "Norm that gradients are clipped to; 0: they are not.", least=0, shown="1.0; 0.0 with --recipe oft"
+    )
     rank: int = option(32, "Inner dimension of an adapter (lora, qlora).", least=1)
     alpha: int | None = option(None, "Scale of an adapter is alpha / rank. Default: min(rank, 16).", least=1)
     dropout: float = option(
@@ -141,7 +178,16 @@ class FinetuneOptions(DatasetOptions):
 
     def __post_init__(self) -> None:
         """Raises ValueError for numbers that make no run, and for a log that nothing here can write."""
+        for name, value in RECIPES.get(self.recipe, {}).items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        if self.schedule == "step" and self.decay_after is None:
+            self.decay_after = DECAY_AFTER
         super().__post_init__()
+        if self.decay_after is not None and self.schedule != "step":
+            raise ValueError(
+                f"decay_after={self.decay_after}: schedule='{self.schedule}' has no such step, give schedule='step'."
+            )
         if self.optimizer == "muon" and self.fsdp:
             raise ValueError("optimizer='muon' takes complete matrices, and fsdp=True shards them: leave one out.")
         if self.logging != "none" and importlib.util.find_spec(self.logging) is None:

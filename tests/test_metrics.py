@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from openvla import ActionTokenizer
-from openvla.action_heads_openvla import TokenHead
+from openvla.action_heads_openvla import Comparison, TokenHead
 from openvla.training.metrics import ActionMetrics
 
 
@@ -48,3 +48,21 @@ def test_means_over_batches_of_unlike_size():
     assert found["l1/gripper"] == pytest.approx(0.5 * distance[:, 2].mean())
     assert found["l1_normalized/y"] == pytest.approx(distance[:, 1].mean())
     assert metrics.compute() == {}  # begun again
+
+
+def test_first_steps_of_chunks_and_those_after_them():
+    """Steps that are no record count in neither."""
+    wanted = torch.zeros(2, 3, 2)
+    predicted = torch.tensor([[1.0, 2.0, 3.0], [5.0, 7.0, 9.0]])[..., None].expand(2, 3, 2)
+    is_pad = torch.tensor([[False, False, True], [False, True, True]])
+    metrics, scale = ActionMetrics(2), torch.ones(2, 2)
+    metrics.update(torch.tensor(1.0), Comparison(predicted, wanted), scale)
+    found = metrics.compute()
+    assert (found["action_l1_current"], found["action_l1_next"]) == (3.0, (2 + 3 + 7 + 9) / 4)
+    metrics.update(torch.tensor(1.0), Comparison(predicted, wanted), scale, is_pad)
+    found = metrics.compute()
+    assert (found["action_l1_current"], found["action_l1_next"]) == (3.0, 2.0)
+    metrics.update(torch.tensor(1.0), Comparison(predicted, wanted), scale, torch.tensor([[False, True, True]] * 2))
+    assert "action_l1_next" not in metrics.compute()
+    metrics.update(torch.tensor(1.0), Comparison(predicted[:, :1], wanted[:, :1]), scale)
+    assert not {"action_l1_current", "action_l1_next"} & metrics.compute().keys()

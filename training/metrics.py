@@ -19,6 +19,7 @@ class ActionMetrics:
         self.action_dim = action_dim
         self._sums: torch.Tensor | None = None
         self._has_tokens = False
+        self._has_chunks = False
 
     def update(
         self, loss: torch.Tensor, actions: Comparison, scale: torch.Tensor, is_pad: torch.Tensor | None = None
@@ -32,7 +33,7 @@ class ActionMetrics:
             is_pad: (N, K) bool, steps that do not count; not all of a row. Default: all count.
         """
         distance = _mean((actions.predicted - actions.wanted).abs(), is_pad)
-        self._has_tokens = actions.correct is not None
+        self._has_tokens, self._has_chunks = actions.correct is not None, actions.wanted.shape[1] > 1
         correct = torch.zeros_like(distance) if actions.correct is None else _mean(actions.correct, is_pad)
         rows = torch.ones((), dtype=torch.float64, device=loss.device) * len(distance)
         new = torch.cat(
@@ -41,6 +42,7 @@ class ActionMetrics:
                 correct.sum(0),
                 distance.sum(0),
                 (distance * scale).sum(0),
+                _now_and_next(actions, is_pad),
             ]
         )
         self._sums = new if self._sums is None else self._sums + new
@@ -50,7 +52,8 @@ class ActionMetrics:
 
         Returns:
             `loss`, `action_accuracy` (of a head of tokens) and `action_l1` (normalized) over all dimensions, `l1/x`...
-            in the units of the dataset, `l1_normalized/x`... in [0, 2]. Empty where nothing was added.
+            in the units of the dataset, `l1_normalized/x`... in [0, 2]; of chunks also `action_l1_current`, of their
+            first step, and `action_l1_next`, of the others that are recorded. Empty where nothing was added.
         """
         sums, self._sums = self._sums, None
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -59,6 +62,7 @@ class ActionMetrics:
         if sums is None:
             return {}
         values = (sums[1:] / sums[0]).tolist()
+        *_, current, following, share = values
         loss, (correct, distance, units) = (
             values[0],
             (values[1 + part * self.action_dim : 1 + (part + 1) * self.action_dim] for part in range(3)),
@@ -68,9 +72,19 @@ class ActionMetrics:
             "loss": loss,
             **({"action_accuracy": sum(correct) / self.action_dim} if self._has_tokens else {}),
             "action_l1": sum(distance) / self.action_dim,
+            **({"action_l1_current": current} if self._has_chunks else {}),
+            **({"action_l1_next": following / share} if self._has_chunks and share else {}),
             **{f"l1/{name}": value for name, value in zip(names, units)},
             **{f"l1_normalized/{name}": value for name, value in zip(names, distance)},
         }
+
+
+def _now_and_next(actions: Comparison, is_pad: torch.Tensor | None) -> torch.Tensor:
+    """(3,) float64: sums over the batch of the L1 of first steps and of later ones that are no padding, and how many
+    the latter are."""
+    distance = (actions.predicted - actions.wanted).abs().to(torch.float64).mean(dim=2)
+    real = (torch.ones_like(distance) if is_pad is None else (~is_pad).to(distance))[:, 1:]
+    return torch.stack([distance[:, 0].sum(), (distance[:, 1:] * real).sum(), real.sum()])
 
 
 def _mean(values: torch.Tensor, is_pad: torch.Tensor | None) -> torch.Tensor:

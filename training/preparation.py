@@ -97,13 +97,30 @@ class Run:
             lines.append(f"data      {report}; drawn {share:.1%}" if len(self.sources) > 1 else f"data      {report}")
         seen = options.steps * self.global_batch
         lines += [
+            f"predicts  {self.describe_model()}",
             f"samples   {options.steps} steps x {self.global_batch} ({options.batch_size} per device, "
             f"{options.gradient_accumulation} accumulated, {self.processes} processes) = {seen}, "
             f"{seen / epoch:.2f} epochs",
-            f"learning  {options.strategy}, {options.optimizer} {learning_rate(options):g} {options.schedule}, "
-            f"warmup {options.warmup_steps}, image augmentation {'on' if options.image_aug else 'off'}",
+            f"learning  {options.strategy}, {options.optimizer} {learning_rate(options):g} {self.describe_schedule()}, "
+            f"warmup {options.warmup_steps}, weight decay {options.weight_decay:g}, "
+            f"{f'clipped at {options.max_grad_norm:g}' if options.max_grad_norm else 'not clipped'}, "
+            f"image augmentation {'on' if options.image_aug else 'off'}",
         ]
         return "\n".join(lines + [f"warning   {warning}" for warning in self.warnings])
+
+    def describe_model(self) -> str:
+        config, chunk = self.config, self.config.action_chunk
+        ends = ", ".join(sorted({source.chunk_end for source in self.sources}))
+        steps = f"chunks of {chunk} (past the end of an episode: {ends})" if chunk > 1 else "single actions"
+        state = "" if config.proprio_dim is None else f", a state of {config.proprio_dim}"
+        film = ", FiLM" if config.use_film else ""
+        return f"{steps} with {config.action_head} from {', '.join(config.camera_names)}{state}{film}"
+
+    def describe_schedule(self) -> str:
+        after, steps = self.options.decay_after, self.options.steps
+        if after is None:
+            return self.options.schedule
+        return f"step (a tenth after {after}{', which is not reached' if after >= steps else ''})"
 
 
 def prepare(options: FinetuneOptions, processes: int = 1, data: Any = None) -> Run:

@@ -243,7 +243,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     have was as it is by default.
     """
     known = decisive(FinetuneOptions) | ({"global_batch": before["global_batch"]} if "global_batch" in before else {})
-    if now["schedule"] != "constant":
+    if now["schedule"] in ("linear", "cosine"):
         known["steps"] = before["steps"]  # the learning rate depends on them
     return [
         f"{name} was {before.get(name, default)!r}, is {now[name]!r}"

@@ -29,6 +29,7 @@ from .checkpoints import write_checkpoint
 from .checks import DivergedError
 from .metrics import ActionMetrics
 from .resume import UNFINISHED, checkpoints, last_checkpoint
+from .schedule import step_decay
 
 
 SHOWN = {"loss": "loss", "action_accuracy": "accuracy", "action_l1": "L1"}
@@ -80,6 +81,7 @@ class ActionTrainer(Trainer):
         scales: `{dataset: (A,)}` units in one unit of normalized action, of the L1 in units.
         shape: (K, A) of the actions of a sample.
         frames: Training frames, which make an epoch.
+        decay_after: Updates after which the learning rate is a tenth; None: the schedule of the arguments.
         done: Steps that a resumed run has made before; where they are all, `train` makes none.
         card: Text of the model card beside every checkpoint.
     """
@@ -96,6 +98,7 @@ class ActionTrainer(Trainer):
         scales: dict[str, torch.Tensor],
         shape: tuple[int, int],
         frames: int,
+        decay_after: int | None,
         done: int,
         card: str,
         **kwargs: Any,
@@ -109,6 +112,7 @@ class ActionTrainer(Trainer):
         self.stream, self.eval_samples, self.collator, self.held_out = stream, eval_samples, collator, list(held_out)
         self.statistics, self.scales, self.frames, self.done, self.card = statistics, scales, frames, done, card
         self._last_batch: dict[str, Any] = {}
+        self.decay_after = decay_after
         self.head, self.shape = collator.head, shape
         self.train_metrics, self.eval_metrics = ActionMetrics(shape[1]), ActionMetrics(shape[1])
         self.last_metrics: dict[str, float] = {}
@@ -149,6 +153,13 @@ class ActionTrainer(Trainer):
         mine = [self.held_out[(rank + ranks * turn) % len(self.held_out)] for turn in range(count)]
         for start in range(0, count, size):
             yield self._collate([self.eval_samples[start, frame] for frame in mine[start : start + size]])
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        if self.decay_after is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        warmup_steps = self.args.get_warmup_steps(num_training_steps)
+        self.lr_scheduler: Any = step_decay(optimizer or self.optimizer, warmup_steps, self.decay_after)
+        return self.lr_scheduler
 
     # Loss and metrics -------------------------------------------------------------------------------------------------
 
