@@ -160,7 +160,7 @@ def prepare(options: FinetuneOptions, processes: int = 1, data: Any = None) -> R
     processor = starting_processor(base, adapter)
     processor.camera_names = list(config.camera_names)
     # The pixels of the original's training; who trained with random crops is shown the center (docs/training.md).
-    # The JPEG round trip of OpenVLA-OFT is one of its evaluation: frames of demonstrations were through it when recorded.
+    # The JPEG round trip of OpenVLA-OFT is one of its evaluation: demonstrations were through it when recorded.
     crop, quality = ImageAugmentation.crop_area if options.image_aug else None, processor.image_processor.jpeg_quality
     processor = processor.with_pixels("lanczos3", crop, quality)
     learns_numbers = getattr(HEADS.get(config.action_head), "wants_actions", False)
