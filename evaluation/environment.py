@@ -13,7 +13,7 @@ from ..plugins import is_reference, load_class, options_known, read_options
 from ..policy import check_numbers, check_reach
 
 
-SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
+SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
 # Name -> (module of this room, its class, what to install for it, options that the name stands for)
 ENVIRONMENTS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "metaworld": ("metaworld", "MetaWorld", "openvla[sim]", {}),
@@ -24,6 +24,7 @@ AXES = ("visual", "motion", "physical", "semantic", "language")  # of generaliza
 # A seed decides where everything in an episode begins. Demonstrations and evaluation share none.
 RECORDING_SEEDS = range(0, 1_000_000)
 EVALUATION_SEEDS = range(1_000_000, 2_000_000)
+POLICY_SEED = 7  # of what a model draws (diffusion begins with noise), as in the evaluation of OpenVLA-OFT
 
 
 class Environment(Protocol):
@@ -31,7 +32,9 @@ class Environment(Protocol):
 
     Actions are (A,). An attribute `action_spec` (`ActionSpec`) says what they mean; without one they are x, y, z
     translation, roll, pitch, yaw rotation and gripper (1 open, 0 closed), and the class says what a translation of 1
-    is. An environment whose actions are places has a method `standstill()` -> (A,), where the robot stands.
+    is. An environment whose actions are places has a method `standstill()` -> (A,), where the robot stands. An
+    attribute `unnorm_keys` names the datasets that were recorded in it: of a model of several datasets, the first that
+    it knows gives the units.
     """
 
     tasks: tuple[str, ...]
@@ -146,6 +149,11 @@ def _explain(name: str, package: str, error: ModuleNotFoundError) -> None:
         raise ValueError(
             f"The environment '{name}' needs {error.name}, which is not installed: pip install '{package}'."
         ) from error
+
+
+def usual_tasks(environment: Environment) -> str:
+    """What is evaluated where no tasks are named: the first of its sets of tasks, or all tasks where it has no set."""
+    return next(iter(environment.task_sets), ",".join(environment.tasks))
 
 
 def choose_tasks(environment: Environment, tasks: str) -> tuple[str, ...]:

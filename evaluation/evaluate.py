@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..action_spec import ActionSpec
 from ..action_tokenizer import get_action_stats
@@ -25,6 +26,8 @@ from ..policy import PIXELS, OpenVLAPolicy, Policy
 from .control import BlockingControl, RealtimeControl
 from .environment import (
     EVALUATION_SEEDS,
+    POLICY_SEED,
+    Environment,
     action_spec_of,
     choose_tasks,
     choose_variations,
@@ -34,6 +37,7 @@ from .environment import (
     renders,
     standstill,
     tasks_with,
+    usual_tasks,
 )
 from .loop import EPISODES, Job, run_episodes
 from .policies import ConstantPolicy, RandomPolicy
@@ -55,7 +59,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Run every task for some episodes and write episodes.jsonl, report.json, report.md, report.png and videos.
 
-    The same call continues a stopped one. Seeds are those of `EVALUATION_SEEDS`, which recording never uses.
+    The same call continues a stopped one. Seeds are those of `EVALUATION_SEEDS`, which recording never uses; torch's
+    global generator is seeded with `POLICY_SEED`.
 
     Args:
         options: What is evaluated; or its fields and options of the simulator as keywords, see `SimulatorOptions.of`.
@@ -80,7 +85,8 @@ def evaluate(
     control, device = options.control, torch_device(options.device)
     of_environment = environment_options(options.env, options.environment_options)
     here = make_environment(options.env, **{**of_environment, "render": False})
-    chosen = choose_tasks(here, options.tasks)
+    tasks = options.tasks or usual_tasks(here)
+    chosen = choose_tasks(here, tasks)
     variations = choose_variations(here, chosen, names_of(options.axis))
     varied = [(variation, task) for variation in variations for task in tasks_with(here, chosen, variation)]
     max_steps = here.max_steps if options.max_steps is None else options.max_steps
@@ -96,13 +102,13 @@ def evaluate(
     if of_environment.get("render", renders(here)):
         opengl_backend()
 
-    about = options.content() | {"episodes": options.episodes, "max_steps": max_steps}
+    about = options.content() | {"tasks": tasks, "episodes": options.episodes, "max_steps": max_steps}
     about |= {"model": published_name(options.model), "axis": ",".join(name or "none" for name in variations)}
     about |= {"policy": options.policy if acting is None else repr(acting), "hz": hz if control == "realtime" else None}
     kept = {name: of_environment[name] for name in options.env_options if name not in OF_THIS_MACHINE}
     about = {name: value for name, value in {**about, "env_options": kept}.items() if value not in UNSAID}
 
-    folder, latency = Path(options.output).expanduser(), options.latency
+    folder, latency, unnorm_key = Path(options.output).expanduser(), options.latency, options.unnorm_key
     with locked(folder):
         digests: dict[str, str] = {}
         stats: dict[str, Any] = {}
@@ -110,7 +116,10 @@ def evaluate(
             source = model_folder(options.model)
             if folder.resolve() == source.resolve():
                 raise ValueError(f"output='{folder}' is the model: give a folder of its own, it may lie inside.")
-            stats = get_action_stats(statistics_of(source), options.unnorm_key)
+            statistics = statistics_of(source)
+            if unnorm_key is None and len(statistics) > 1:
+                about["unnorm_key"] = unnorm_key = dataset_of(here, statistics)
+            stats = get_action_stats(statistics, unnorm_key)
             check_dimensions(stats, options.model, options.env, spec)
             if options.policy == "model":
                 of_environment = with_cameras(of_environment, options.env, source)
@@ -125,7 +134,7 @@ def evaluate(
                 device=device,
                 dtype=options.dtype,
                 quantization=options.quantization,
-                unnorm_key=options.unnorm_key,
+                unnorm_key=unnorm_key,
                 pixels=options.pixels,
             )
             if "center_crop" in before:
@@ -145,6 +154,7 @@ def evaluate(
             for variation, task in varied
             for episode in range(options.episodes)
         ]
+        torch.manual_seed(POLICY_SEED)
         records = run_episodes(
             acting,
             partial(make_environment, options.env, **of_environment),
@@ -167,6 +177,11 @@ def with_cameras(of_environment: dict[str, Any], env: str, model: Path) -> dict[
     if any("wrist" in name for name in sees) and "wrist" in options_known(environment_class(env)):
         return {"wrist": True, **of_environment}
     return of_environment
+
+
+def dataset_of(environment: Environment, statistics: Mapping[str, Any]) -> str | None:
+    """Which of the datasets of a model was recorded in the environment; None where nothing says so."""
+    return next((name for name in getattr(environment, "unnorm_keys", ()) if name in statistics), None)
 
 
 def check_dimensions(stats: Mapping[str, Any], model: str, env: str, spec: ActionSpec) -> None:

