@@ -11,8 +11,8 @@ from .fields import Options, option, required
 from .prediction import EMBEDDED_POLICY
 
 
-# Options that are not given, by recipe. What is not here has one default for all of them: adapters with their rank,
-# alpha, dropout and learning rate, which OpenVLA and OpenVLA-OFT have in common.
+# Options that are not given, by recipe. What OpenVLA and OpenVLA-OFT have in common is not here: rank, alpha, dropout
+# and learning rate of adapters.
 RECIPES: dict[str, dict[str, Any]] = {
     "openvla": {"schedule": "constant", "weight_decay": 0.0, "max_grad_norm": 1.0},
     "oft": {
@@ -47,9 +47,9 @@ class FinetuneOptions(DatasetOptions):
     )
     recipe: Literal["openvla", "oft"] = option(
         "openvla",
-        "Whose training the defaults are those of. oft, OpenVLA-OFT: --head l1_regression --chunk 8 --chunk-end drop "
-        "--schedule step --weight-decay 0.01 --max-grad-norm 0. What is given goes before. Cameras, --state and --film "
-        "depend on the data: give them beside it.",
+        "Training that the defaults come from. oft is that of OpenVLA-OFT: --head l1_regression --chunk 8 --chunk-end "
+        "drop --schedule step --weight-decay 0.01 --max-grad-norm 0; options that are given override these. --cameras, "
+        "--state and --film depend on the data: give them beside it.",
         neutral=True,  # its values are compared
     )
     steps: int = option(1000, "Updates of the weights, in all.", least=1, neutral=True)

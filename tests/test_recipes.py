@@ -1,4 +1,4 @@
-"""`--recipe oft`: the defaults of OpenVLA-OFT's training, and what goes before them."""
+"""`--recipe oft`: the defaults of OpenVLA-OFT's training, and what overrides them."""
 
 import json
 from dataclasses import asdict, fields
@@ -82,7 +82,7 @@ def test_what_a_recipe_decides():
     ],
     ids=str,
 )
-def test_what_is_given_goes_before(given):
+def test_what_is_given_overrides_it(given):
     before, found = asdict(options(recipe="oft")), asdict(options(recipe="oft", **given))
     others = {"decay_after"} if "schedule" in given else set()
     assert {name for name in before if before[name] != found[name]} == given.keys() | others
