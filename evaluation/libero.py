@@ -181,7 +181,7 @@ def check_mujoco() -> None:
     if tuple(int(part) for part in found.split(".")[:3] if part.isdigit()) > MUJOCO:
         warnings.warn(
             f"mujoco {found}: from 3.3.3 the floor of libero_object is darker, from 3.4.0 a bowl of libero_spatial "
-            "begins tilted, and success rates are lower than published: pip install mujoco==3.3.2.",
+            "begins beside its place, and success rates are lower than published: pip install mujoco==3.3.2.",
             stacklevel=2,
         )
 
