@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 
 POSE_NAMES = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
 CONVENTION = "1 open, 0 closed"  # of every gripper, whatever the recording had
@@ -132,9 +134,13 @@ def action_record(prediction: Any, spec: ActionSpec | None = None, /, **context:
 
     Returns:
         `action` in the units of the dataset, `names`, `normalized` in [-1, 1], `probabilities` of the chosen tokens,
-        `confidence` (the lowest of them), and the context. Those of a chunk are lists of lists.
+        `confidence` (the lowest of them), and the context. Those of a chunk are lists of lists. A head that gives
+        numbers and no tokens has no probabilities.
     """
-    probabilities = prediction.token_probabilities.astype(float).round(6)
+    certainty: dict[str, Any] = {}
+    if prediction.token_probabilities is not None:
+        probabilities = prediction.token_probabilities.astype(float).round(6)
+        certainty = {"probabilities": probabilities.tolist(), "confidence": float(probabilities.min())}
     action_dim = prediction.actions.shape[-1]
     spec = usual_spec(action_dim) if spec is None else spec
     meaning = {"frame": spec.frame, "unit": spec.unit, "hz": spec.hz}
@@ -142,8 +148,7 @@ def action_record(prediction: Any, spec: ActionSpec | None = None, /, **context:
         "action": prediction.actions.tolist(),
         "names": list(spec.names),
         "normalized": prediction.normalized_actions.tolist(),
-        "probabilities": probabilities.tolist(),
-        "confidence": float(probabilities.min()),
+        **certainty,
         **{name: value for name, value in meaning.items() if value is not None},
         **context,
     }
@@ -155,14 +160,18 @@ def action_lines(record: dict[str, Any]) -> str:
     meanings = MEANINGS if tuple(names) == POSE_NAMES else ("",) * len(names)
     width = max(map(len, names))
     chunk = isinstance(record["action"][0], Sequence)
-    steps = zip(record["action"], record["probabilities"]) if chunk else [(record["action"], record["probabilities"])]
+    certain = "probabilities" in record
+    given = record["probabilities"] if certain else np.ones(np.shape(record["action"]))
+    steps = zip(record["action"], given) if chunk else [(record["action"], given)]
     lines, least = [], ("", 2.0)
     for step, (action, probabilities) in enumerate(steps):
         lines += [f"step {step + 1}"] if chunk else []
         for name, number, probability, meaning in zip(names, action, probabilities, meanings, strict=True):
-            lines.append(f"  {name:<{width}}  {number:+.5f}  {probability:4.0%}  {meaning}".rstrip())
+            shown = f"  {probability:4.0%}" if certain else ""
+            lines.append(f"  {name:<{width}}  {number:+.5f}{shown}  {meaning}".rstrip())
             least = min(least, (name, probability), key=lambda entry: entry[1])
-    lines.append(f"confidence {record['confidence']:.0%}, that of the least certain number ({least[0]})")
+    if certain:
+        lines.append(f"confidence {record['confidence']:.0%}, that of the least certain number ({least[0]})")
     said = [f"{record['hz']:g} actions a second"] if record.get("hz") else []
     said += [f"frame: {record['frame']}"] if record.get("frame") else []
     if record.get("unnorm_key"):

@@ -21,14 +21,15 @@ from .action_tokenizer import check_statistics, read_statistics
 from .files_openvla import QUIET, cache_folder, local_folder, read_json, weights_digest
 from .image_processing_openvla import OpenVLAImageProcessor
 from .modules_openvla import every_module
-from .parts_openvla import PARTS
+from .parts_openvla import PARTS, asks_for_parts
 from .processing_openvla import HUB_KWARGS, OpenVLAProcessor, pixels_of_older_run
 from .weights_openvla import WEIGHTS_FILES
 
 
 KEY = "openvla"
 ADAPTER = "adapter_config.json"
-OF_MODEL = ("action_chunk", "camera_names", "normalization")  # fields of the configuration that training may change
+# Fields of the configuration that training may change
+OF_MODEL = ("action_chunk", "camera_names", "normalization", "constant_state")
 EMBEDDED_POLICY = "embedded policy"  # the name of the base that comes with the package
 PACKAGE = Path(__file__).resolve().parent
 
@@ -243,7 +244,9 @@ class AdapterBelongings:
             return
         try:  # the base is now what they make of it
             for config in merged:
-                self._check_known(config)
+                self._check_known(config, configs)
+            self._check_parts(merged, configs)
+            self.__dict__.pop("_parts_owner", None)
             statistics, self._merged_processor = _together(merged, "norm_stats"), _together(merged, "processor")
             for field in OF_MODEL:
                 setattr(self.config, field, self._of_adapters(field, merged))
@@ -283,6 +286,7 @@ class AdapterBelongings:
         active = self._active_adapters()
         for config in active:
             self._check_adapter(config)
+        self._check_parts(active, self.__dict__.get("_peft_config") or {})
         return _together(active, "norm_stats")
 
     def _adapter_processor(self) -> dict[str, Any] | None:
@@ -299,7 +303,19 @@ class AdapterBelongings:
             )
         return values[0]
 
-    def _check_known(self, config: Any) -> None:
+    def _check_parts(self, active: Collection[Any], configs: Mapping[str, Any]) -> None:
+        """Raise a `ValueError` if the added parts (`load_parts`) are those of an adapter that is not active: one that
+        is disabled, deleted, or had them before another one brought its own."""
+        if "_parts_owner" not in self.__dict__:
+            return
+        name = self.__dict__["_parts_owner"]
+        if not any(config is configs.get(name) for config in active):
+            raise ValueError(
+                f"Head, state projector or FiLM of the model came with the adapter '{name}', which is not active: "
+                "activate it (set_adapter, enable_adapters), or load the base, or the other adapter, by itself."
+            )
+
+    def _check_known(self, config: Any, configs: Mapping[str, Any] | None = None) -> None:
         """Raise a `ValueError` if the units of an adapter are not known, or parts it was trained with are missing."""
         if why := belongings(config).get("unknown"):
             raise ValueError(
@@ -315,6 +331,13 @@ class AdapterBelongings:
                     "weights of added parts. Load both with OpenVLAForActionPrediction.from_pretrained(RUN), or the "
                     "adapter with model.load_adapter(RUN)."
                 )
+        configs = self.__dict__.get("_peft_config") or {} if configs is None else configs
+        if asks_for_parts(wanted) and configs.get(self.__dict__.get("_parts_owner")) is not config:
+            raise ValueError(
+                "The adapter was trained with a head, state projector or FiLM of its own, and those of the model are "
+                "not its: PEFT loads no weights of added parts, and a model has those of one adapter. Load the adapter "
+                "(again) with model.load_adapter(RUN), or both with OpenVLAForActionPrediction.from_pretrained(RUN)."
+            )
 
     def _check_adapter(self, config: Any) -> None:
         """Raise a `ValueError` if the units of an adapter are not known; warn once if nothing is known of its training,

@@ -151,14 +151,16 @@ def read_state(
     norm_stats: Mapping[str, Any] | None,
     unnorm_keys: Sequence[str],
     modes: Sequence[str],
+    constant: str = "zero",
 ) -> torch.Tensor | None:
     """(batch, proprio_dim) float32, the state of the robot as a model sees it: normalized as actions are; None for a
     model that sees none.
 
     Args:
         state: (S,) of one sample or (batch, S), in the units of the dataset.
-        config: Of the model: `proprio_dim`, `constant_state`.
+        config: Of the model: `proprio_dim`.
         unnorm_keys, modes: Dataset of each sample, and what its numbers are normalized by, see `normalize_actions`.
+        constant: `constant_state` of the model.
 
     Raises:
         ValueError: If it is missing, not wanted, not finite or of another shape, or its statistics are not known.
@@ -181,7 +183,7 @@ def read_state(
         stats = (norm_stats or {})[key].get("proprio")
         if stats is None:
             raise ValueError(f"The statistics of '{key}' have no proprio, so that the state has no units.")
-        normalized.append(normalize_actions(row, stats, mode, config.constant_state))
+        normalized.append(normalize_actions(row, stats, mode, constant))
     return torch.from_numpy(np.stack(normalized)).float()
 
 

@@ -236,8 +236,10 @@ class OpenVLAPreTrainedModel(AdapterBelongings, ModelParts, PreTrainedModel):
             }
         if brought.get("model") and peft_model_id is not None:
             parts = cached_file(peft_model_id, PARTS_FILE, **QUIET, **hub)
-            self.load_parts(Path(parts).parent if parts else peft_model_id, brought["model"])
+            self.load_parts(Path(parts).parent if parts else peft_model_id, brought["model"], owner=None)
         loaded = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
+        if "_parts_owner" in self.__dict__ and self.__dict__["_parts_owner"] is None:
+            self.__dict__["_parts_owner"] = adapter_name or "default"
         self._bring(adapter_name or "default", brought)
         return loaded
 
@@ -272,6 +274,12 @@ class OpenVLAPreTrainedModel(AdapterBelongings, ModelParts, PreTrainedModel):
     def normalization(self) -> dict[str, str]:
         """Which statistics of a dataset -1 and 1 stand for: of an active adapter, else of the config."""
         return self._of_adapters("normalization", self._active_adapters())
+
+    @property
+    def constant_state(self) -> str:
+        """What a number of the state becomes that never changed in training: of an active adapter, else of the
+        config."""
+        return self._of_adapters("constant_state", self._active_adapters())
 
     @property
     def processor(self) -> OpenVLAProcessor:

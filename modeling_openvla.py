@@ -420,7 +420,7 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
         shape = (self.action_chunk, check_same_action_dim(norm_stats, keys, checked))
         names = [resolve_unnorm_key(norm_stats, key) for key in keys]
         modes = [self.normalization.get(name, "bounds_q99") for name in names]
-        proprio = read_state(state, self.config, norm_stats, names, modes)
+        proprio = read_state(state, self.config, norm_stats, names, modes, self.constant_state)
         decided = read_committed(committed, shape, norm_stats or {}, names, modes)
         inputs = ModelInputs(prompts, pixel_values, proprio, decided)
         sampling = read_sampling(

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from .action_heads_openvla import make_head
-from .configuration_openvla import OpenVLAConfig
+from .configuration_openvla import HEADS_WITH_WEIGHTS, OpenVLAConfig
 from .parallel_openvla import NoisyActionProjector
 from .vision_openvla import FILM, OpenVLAProprioProjector
 from .weights_openvla import check_tensors, check_weight_file
@@ -26,6 +26,12 @@ PREFIXES = ("action_head.", "proprio_projector.", "noisy_action_projector.")
 def is_added(name: str) -> bool:
     """Whether a parameter of this name is of a part that the published model does not have."""
     return name.startswith(PREFIXES) or (name.startswith("vision_backbone.") and FILM.search(name) is not None)
+
+
+def asks_for_parts(fields: Mapping[str, Any]) -> bool:
+    """Whether a model with these fields of the configuration has such parts."""
+    head = fields.get("action_head") in HEADS_WITH_WEIGHTS
+    return head or fields.get("proprio_dim") is not None or bool(fields.get("use_film"))
 
 
 class ModelParts:
@@ -81,11 +87,13 @@ class ModelParts:
         """Parameters of these parts, by name."""
         return {name: parameter for name, parameter in self.named_parameters() if is_added(name)}
 
-    def load_parts(self, folder: str | os.PathLike, fields: Mapping[str, Any]) -> None:
-        """Take the parts that an adapter in a local folder was trained with.
+    def load_parts(self, folder: str | os.PathLike, fields: Mapping[str, Any], owner: str | None = "default") -> None:
+        """Take the parts that an adapter in a local folder was trained with, in place of those that are there.
 
         Args:
             fields: Of the configuration in its training.
+            owner: Name of the adapter; None while it is not loaded. The model predicts with these parts only while this
+                adapter is active, see `AdapterBelongings`.
 
         Raises:
             FileNotFoundError, ValueError: If their file is missing or damaged, or does not hold what `fields` ask for.
@@ -93,9 +101,10 @@ class ModelParts:
         before = {name: getattr(self.config, name) for name in PARTS}
         wanted = {name: fields.get(name, before[name]) for name in PARTS}
         file = Path(folder) / PARTS_FILE
-        if wanted == before and not file.is_file():
+        if wanted == before and not asks_for_parts(fields) and not file.is_file():
             return
         check_weight_file(file, whole_numbers=False)
+        self.__dict__["_parts_owner"] = None  # nobody's until all are there: they begin at random
         self.add_parts(**wanted)
         stored, own = load_file(file), self.added_parameters()
         shapes = {
@@ -107,6 +116,7 @@ class ModelParts:
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(stored[name])
+        self.__dict__["_parts_owner"] = owner
 
 
-__all__ = ["PARTS", "PARTS_FILE", "PREFIXES", "ModelParts", "is_added"]
+__all__ = ["PARTS", "PARTS_FILE", "PREFIXES", "ModelParts", "asks_for_parts", "is_added"]

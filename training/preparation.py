@@ -140,6 +140,7 @@ def prepare(options: FinetuneOptions, processes: int = 1, data: Any = None) -> R
         config.action_chunk = options.action_chunk
     if options.camera_names is not None:
         config.camera_names = [name.strip() for name in options.camera_names.split(",")]
+    config.constant_state = "zero"  # as `Source.frames` normalizes states, also where the model had OpenVLA-OFT's
     config.use_film |= options.film
     if options.head is not None:
         check_choice("head", options.head, HEADS, "One of your own: import what puts it into HEADS first.")

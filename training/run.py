@@ -91,6 +91,8 @@ def load_model(run: Run, autocast: bool, checkpoint: Path | None = None) -> Any:
         config = model.peft_config["default"]
         config.base_model_name_or_path, digest = name_base(base, options.output)
         of_model = fields | {field: getattr(run.config, field) for field in OF_MODEL}
+        if added:
+            model.get_base_model().__dict__["_parts_owner"] = "default"
         config.auto_mapping = {KEY: {"norm_stats": run.statistics, "model": of_model, "base_digest": digest}}
     for parameter in added:
         parameter.requires_grad_(True)
@@ -261,6 +263,8 @@ def train(options: FinetuneOptions, arguments: TrainingArguments, resume: bool, 
         card=card(run),
         optimizers=(muon, None),
     )
+    if arguments.process_index:  # noise, times and prefixes of its own; the weights were made with the common seed
+        torch.manual_seed(options.seed + arguments.process_index)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_result(output, run.config.dtype if options.dtype == "auto" else None)
     if main:
