@@ -308,7 +308,7 @@ class AdapterBelongings:
         is disabled, deleted, or had them before another one brought its own."""
         if "_parts_owner" not in self.__dict__:
             return
-        name = self.__dict__["_parts_owner"]
+        name = self.__dict__["_parts_owner"] or "that could not be loaded"
         if not any(config is configs.get(name) for config in active):
             raise ValueError(
                 f"Head, state projector or FiLM of the model came with the adapter '{name}', which is not active: "
@@ -332,7 +332,7 @@ class AdapterBelongings:
                     "adapter with model.load_adapter(RUN)."
                 )
         configs = self.__dict__.get("_peft_config") or {} if configs is None else configs
-        if asks_for_parts(wanted) and configs.get(self.__dict__.get("_parts_owner")) is not config:
+        if asks_for_parts(wanted) and configs.get(self.__dict__.get("_parts_owner") or "") is not config:
             raise ValueError(
                 "The adapter was trained with a head, state projector or FiLM of its own, and those of the model are "
                 "not its: PEFT loads no weights of added parts, and a model has those of one adapter. Load the adapter "

@@ -76,11 +76,22 @@ def predict(options: PredictOptions) -> None:
     folder = model_folder(options.model)
     statistics = statistics_of(Path(folder))
     unnorm_key = resolve_unnorm_key(statistics, options.unnorm_key)
+    state = None if options.state is None else read_numbers("state", options.state)
     policy = OpenVLAForActionPrediction.from_pretrained(folder, dtype=options.dtype).to(device).eval()
-    prediction = policy.predict_action(picture, options.instruction, unnorm_key=unnorm_key, return_dict=True)
+    prediction = policy.predict_action(
+        picture, options.instruction, unnorm_key=unnorm_key, state=state, return_dict=True
+    )
     context = {"instruction": options.instruction, "image": str(options.image), "model": options.model}
     record = action_record(prediction, spec_of(statistics, unnorm_key), unnorm_key=unnorm_key, **context)
     typer.echo(json.dumps(record) if options.as_json else action_lines(record))
+
+
+def read_numbers(name: str, text: str) -> list[float]:
+    """Numbers with commas between them; a `ValueError` for anything else."""
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"{name}='{text}': expected numbers with commas between them, such as 0.1,-0.2.") from error
 
 
 @app.command()

@@ -20,8 +20,8 @@ model = AutoModel.from_pretrained("{name}", trust_remote_code=True, dtype="auto"
 processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
 
 prompt = processor.format_prompt("pick up the cup")
-inputs = processor(prompt, Image.open("frame.png"))
-action = model.predict_action(**inputs, unnorm_key="{unnorm_key}")  # ({action_dim},) float64, units of that dataset
+inputs = processor(prompt, {images})
+action = model.predict_action(**inputs, unnorm_key="{unnorm_key}"{state})  # {shape} float64, units of that dataset
 ```
 
 It needs `torch`, `torchvision`, `timm` and `transformers` >= 5.4.
@@ -34,8 +34,8 @@ from openvla import OpenVLAForActionPrediction  # the Python package, which this
 from PIL import Image
 
 model = OpenVLAForActionPrediction.from_pretrained("{name}", dtype="auto").eval()
-action = model.predict_action(Image.open("frame.png"), "pick up the cup", unnorm_key="{unnorm_key}")
-# ({action_dim},) float64, units of that dataset
+action = model.predict_action({images}, "pick up the cup", unnorm_key="{unnorm_key}"{state})
+# {shape} float64, units of that dataset
 ```
 
 `openvla package OUT --weights {name}` writes a folder that loads without the package.
@@ -49,8 +49,8 @@ from openvla import OpenVLAForActionPrediction
 from PIL import Image
 
 model = OpenVLAForActionPrediction.from_pretrained("{name}", dtype="auto").eval()  # the base, and the adapter on it
-action = model.predict_action(Image.open("frame.png"), "pick up the cup", unnorm_key="{unnorm_key}")
-# ({action_dim},) float64, units of that dataset
+action = model.predict_action({images}, "pick up the cup", unnorm_key="{unnorm_key}"{state})
+# {shape} float64, units of that dataset
 ```
 
 On a base that is loaded already: `model.load_adapter("{name}")`. While the adapter is active, units, prompt form and
@@ -64,7 +64,7 @@ BODY = """
 {loading}
 ## Actions
 
-`unnorm_key` says whose units the action has.
+`unnorm_key` says whose units the action has. {head}
 
 | unnorm_key | action dimensions | episodes | steps | numbers of an action |
 | --- | --- | --- | --- | --- |
@@ -126,11 +126,14 @@ def model_card(
         name=name,
         base=link or adapter_of,
         unnorm_key=unnorm_key,
-        action_dim=len(get_action_stats(statistics, unnorm_key)["q01"]),
+        images=_images(config),
+        state="" if config.proprio_dim is None else ", state=state",
+        shape=_shape(config, len(get_action_stats(statistics, unnorm_key)["q01"])),
     )
     body = BODY.format(
         name=name,
         loading=loading,
+        head=_head(config),
         datasets="\n".join(rows),
         source=link or weights or "this folder",
         vision=", ".join(f"`{model_id}`" for model_id in config.timm_model_ids or []),
@@ -143,3 +146,22 @@ def model_card(
         width=config.text_config.hidden_size,
     )
     return f"---\n{data.to_yaml()}\n---\n{body}"
+
+
+def _images(config: OpenVLAConfig) -> str:
+    """What the example shows the model."""
+    if len(config.camera_names) == 1:
+        return 'Image.open("frame.png")'
+    return "{" + ", ".join(f'"{name}": Image.open("{name}.png")' for name in config.camera_names) + "}"
+
+
+def _shape(config: OpenVLAConfig, action_dim: int) -> str:
+    return f"({action_dim},)" if config.action_chunk == 1 else f"({config.action_chunk}, {action_dim})"
+
+
+def _head(config: OpenVLAConfig) -> str:
+    """What the model predicts, and what it sees beside images."""
+    said = f"The action head is `{config.action_head}`; one prediction is for {config.action_chunk} step(s)."
+    if config.proprio_dim is not None:
+        said += f" The model sees the robot's state as well: {config.proprio_dim} numbers, in the units of the dataset."
+    return f"{said} FiLM lets the words of the prompt change the image features." if config.use_film else said

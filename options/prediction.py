@@ -39,4 +39,9 @@ class PredictOptions(ModelOptions):
 
     image: Path = required("Camera frame of any size: PNG, JPEG or another format that PIL reads.")
     instruction: str = required("What the robot shall do, for example 'open the drawer'.")
+    state: str | None = option(
+        None,
+        "State of the robot, for a model that sees it, in the units of the dataset: numbers with commas between them.",
+        shown="none",
+    )
     as_json: bool = option(False, "Print one JSON object instead of a table.", flag="--json")

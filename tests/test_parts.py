@@ -1,17 +1,22 @@
 """Parts that an adapter brings: whose they are, and that nobody predicts with those of another."""
 
 import copy
+import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_parallel_heads import IMAGES, ROOT, WORDS, options, state_of
+from typer.testing import CliRunner
 
 from openvla import OpenVLAConfig, OpenVLAForActionPrediction
 from openvla.action_spec import action_lines, action_record
+from openvla.cli import app
+from openvla.model_card import model_card
 from openvla.training import finetune, merge_adapter
 
 
@@ -144,6 +149,28 @@ def test_numbers_without_probabilities_are_shown(merged):
     assert "probabilities" not in record and len(record["action"]) == 3
     lines = action_lines(record)
     assert lines.count("gripper") == 3 and "%" not in lines and "confidence" not in lines
+
+
+def test_predict_and_the_model_card_know_state_and_chunk(merged, tmp_path):
+    image = tmp_path / "frame.png"
+    Image.fromarray(IMAGES[0]).save(image)
+    model = OpenVLAForActionPrediction.from_pretrained(merged)
+    state = state_of(model).round(3)
+    told = ["predict", "--model", str(merged), "--image", str(image), "--instruction", WORDS[0], "--device", "cpu"]
+    said = CliRunner().invoke(app, [*told, "--json", "--state", ",".join(map(str, state))])
+    assert said.exit_code == 0, said.output
+    expected = model.predict_action(Image.open(image), WORDS[0], state=state)
+    np.testing.assert_allclose(json.loads(said.stdout)["action"], expected, atol=1e-5)
+    wrong = CliRunner().invoke(app, [*told, "--state", "left"])
+    assert wrong.exit_code and "'left': expected numbers" in wrong.output
+    card = (merged / "README.md").read_text()
+    assert "`l1_regression`; one prediction is for 3 step(s)" in card and "# (3, 7) float64" in card
+    assert f"{len(state)} numbers" in card and "state=state)" in card and "FiLM" in card
+    code = model_card("two", model.config, model.norm_stats, carries_code=True)
+    assert 'processor(prompt, Image.open("frame.png"))' in code
+    model.config.camera_names = ["a", "b"]
+    code = model_card("two", model.config, model.norm_stats, carries_code=True)
+    assert '{"a": Image.open("a.png"), "b": Image.open("b.png")}' in code
 
 
 def test_a_copy_is_a_model_of_its_own(merged):
