@@ -53,19 +53,24 @@ class ParallelTokenHead(TokenHead):
         labels = batch["labels"].gather(1, batch["first_action"][:, None] + place)
         labels = labels.masked_fill(place < committed * self.action_dim, IGNORE_INDEX)
         loss = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX)
-        return loss, {"logits": logits[:, :-1], "labels": labels[:, :-1]}
+        recorded = batch["labels"].gather(1, batch["first_action"][:, None] + place)[:, :-1]
+        return loss, {"logits": logits[:, :-1], "labels": recorded, "committed": committed}
 
     def draw_prefixes(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
         """(batch, 1) steps of each sample that are decided already; in evaluation none."""
-        like = batch["input_ids"][:, :1]
+        values = next(value for value in batch.values() if torch.is_tensor(value))
         if not (model.training and self.prefix_training):
-            return torch.zeros_like(like)
-        return torch.randint(0, self.prefix_training + 1, like.shape).to(like.device)
+            return torch.zeros(len(values), 1, dtype=torch.long, device=values.device)
+        return torch.randint(0, self.prefix_training + 1, (len(values), 1)).to(values.device)
 
-    def compare(self, logits: torch.Tensor, labels: torch.Tensor, shape: tuple[int, int]) -> Comparison:
-        labels = labels.clamp(min=0)
+    def compare(  # type: ignore[override]
+        self, logits: torch.Tensor, labels: torch.Tensor, committed: torch.Tensor, shape: tuple[int, int]
+    ) -> Comparison:
         predicted, wanted = (tokens.unflatten(1, shape) for tokens in (logits.argmax(dim=-1), labels))
-        return Comparison(self.tokenizer.decode(predicted), self.tokenizer.decode(wanted), predicted == wanted)
+        decided = _steps(predicted)[..., 0] < committed
+        return Comparison(
+            self.tokenizer.decode(predicted), self.tokenizer.decode(wanted), predicted == wanted, decided=decided
+        )
 
     def forward_sequence(self, model: Any, sequence: ActionSequence, num_actions: int, **_: Any) -> OpenVLAOutput:
         """Logits (batch, num_actions + 1, vocab_size) of the actions and of the end."""
@@ -160,10 +165,12 @@ class RegressionHead(ParallelTokenHead, ResidualMLP):
         wanted = wanted.to(predicted)
         decided = _steps(predicted) < committed[..., None]
         loss = _mean((predicted - wanted).abs(), batch, decided)
-        return loss, {"predicted": torch.where(decided, wanted, predicted), "wanted": wanted}
+        return loss, {"predicted": predicted, "wanted": wanted, "decided": decided[..., 0]}
 
-    def compare(self, predicted: torch.Tensor, wanted: torch.Tensor, shape: tuple[int, int]) -> Comparison:  # type: ignore[override]
-        return Comparison(predicted, wanted)
+    def compare(  # type: ignore[override]
+        self, predicted: torch.Tensor, wanted: torch.Tensor, decided: torch.Tensor, shape: tuple[int, int]
+    ) -> Comparison:
+        return Comparison(predicted, wanted, decided=decided)
 
     def forward_sequence(self, model: Any, sequence: ActionSequence, num_actions: int, **_: Any) -> OpenVLAOutput:
         """`predicted` (batch, K, A)."""
@@ -237,7 +244,7 @@ class DiffusionHead(RegressionHead):
         kept = self.scheduler.alphas_cumprod.to(wanted.device)[times][:, None, None]
         clean = ((noisy - (1 - kept).sqrt() * predicted.detach()) / kept.sqrt()).clamp(-1, 1)
         loss = _mean(functional.mse_loss(predicted, noise, reduction="none"), batch, decided)
-        return loss, {"predicted": torch.where(decided, wanted, clean), "wanted": wanted}
+        return loss, {"predicted": clean, "wanted": wanted, "decided": decided[..., 0]}
 
     def forward_sequence(
         self,

@@ -25,11 +25,13 @@ class Comparison:
     """Actions of a training batch as predicted and as recorded, normalized, (batch, K, A) each.
 
     correct: Of actions that are tokens, whether the right one was the most probable; None of others.
+    decided: (batch, K) bool, steps that were given and not learned; None: no step.
     """
 
     predicted: torch.Tensor
     wanted: torch.Tensor
     correct: torch.Tensor | None = None
+    decided: torch.Tensor | None = None
 
 
 class TokenHead:

@@ -30,8 +30,10 @@ class ActionMetrics:
             loss: () mean of the batch.
             actions: (N, K, A) as predicted and as recorded; the steps of a chunk count alike.
             scale: (N, A) units of the dataset in one unit of normalized action.
-            is_pad: (N, K) bool, steps that do not count; not all of a row. Default: all count.
+            is_pad: (N, K) bool, steps that do not count, beside those that were `decided`. Default: all count.
         """
+        left_out = [steps for steps in (is_pad, actions.decided) if steps is not None]
+        is_pad = torch.stack(left_out).any(dim=0) if left_out else None
         distance = _mean((actions.predicted - actions.wanted).abs(), is_pad)
         self._has_tokens, self._has_chunks = actions.correct is not None, actions.wanted.shape[1] > 1
         correct = torch.zeros_like(distance) if actions.correct is None else _mean(actions.correct, is_pad)
@@ -62,7 +64,7 @@ class ActionMetrics:
         if sums is None:
             return {}
         values = (sums[1:] / sums[0]).tolist()
-        *_, current, following, share = values
+        *_, first, first_share, following, share = values
         loss, (correct, distance, units) = (
             values[0],
             (values[1 + part * self.action_dim : 1 + (part + 1) * self.action_dim] for part in range(3)),
@@ -72,7 +74,7 @@ class ActionMetrics:
             "loss": loss,
             **({"action_accuracy": sum(correct) / self.action_dim} if self._has_tokens else {}),
             "action_l1": sum(distance) / self.action_dim,
-            **({"action_l1_current": current} if self._has_chunks else {}),
+            **({"action_l1_current": first / first_share} if self._has_chunks and first_share else {}),
             **({"action_l1_next": following / share} if self._has_chunks and share else {}),
             **{f"l1/{name}": value for name, value in zip(names, units)},
             **{f"l1_normalized/{name}": value for name, value in zip(names, distance)},
@@ -80,11 +82,12 @@ class ActionMetrics:
 
 
 def _now_and_next(actions: Comparison, is_pad: torch.Tensor | None) -> torch.Tensor:
-    """(3,) float64: sums over the batch of the L1 of first steps and of later ones that are no padding, and how many
-    the latter are."""
+    """(4,) float64: sums over the batch of the L1 of first steps that count and how many these are; the same of later
+    ones."""
     distance = (actions.predicted - actions.wanted).abs().to(torch.float64).mean(dim=2)
-    real = (torch.ones_like(distance) if is_pad is None else (~is_pad).to(distance))[:, 1:]
-    return torch.stack([distance[:, 0].sum(), (distance[:, 1:] * real).sum(), real.sum()])
+    real = torch.ones_like(distance) if is_pad is None else (~is_pad).to(distance)
+    sums, counts = distance * real, real
+    return torch.stack([sums[:, 0].sum(), counts[:, 0].sum(), sums[:, 1:].sum(), counts[:, 1:].sum()])
 
 
 def _mean(values: torch.Tensor, is_pad: torch.Tensor | None) -> torch.Tensor:
@@ -93,4 +96,4 @@ def _mean(values: torch.Tensor, is_pad: torch.Tensor | None) -> torch.Tensor:
     if is_pad is None:
         return values.mean(dim=1)
     real = (~is_pad)[..., None].to(torch.float64)
-    return (values * real).sum(dim=1) / real.sum(dim=1)
+    return (values * real).sum(dim=1) / real.sum(dim=1).clamp(min=1)  # a row of which nothing counts is 0
