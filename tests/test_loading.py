@@ -329,7 +329,9 @@ def test_parts_of_oft_that_do_not_tell_the_head(folder, tmp_path, part):
     (folder / part).touch()
     expected = rf"checkpoint of OpenVLA-OFT \({part}\) without an action_head"
     for door in doors(folder, tmp_path):
-        with pytest.raises(ValueError, match="is empty" if part.startswith("action_head") else expected):
+        with pytest.raises(
+            ValueError, match="is empty|openvla convert FOLDER OUT" if part.startswith("action_head") else expected
+        ):
             door()
 
 

@@ -26,7 +26,11 @@ DEMO = ROOT / "tests/fixtures/demos/lerobot_image"
 def test_what_a_continued_run_may_change_is_said_by_its_fields():
     """As it was when lists beside the fields said it."""
     free = {"output", "steps", "keep", "logging", "log_every", "workers", "compile", "save_every"}
-    product = {"batch_size", "gradient_accumulation"}  # global_batch is compared
+    product = {
+        "batch_size",
+        "gradient_accumulation",
+        "recipe",
+    }  # global_batch, and what the recipe decides, are compared
     names = {item.name for item in fields(FinetuneOptions)}
     assert names - decisive(FinetuneOptions).keys() == free | product
     assert {item.name for item in fields(RecordOptions)} - decisive(RecordOptions).keys() == {
