@@ -68,14 +68,18 @@ class ModelParts:
             ValueError: If it has such a part of another size already, or loses one.
         """
         config, like = self.config, self.projector.fc1.weight
+        before = {name: getattr(config, name) for name in fields}
         for name, value in fields.items():
-            before = getattr(config, name)
-            if before not in (None, False, "tokens", value):
+            if before[name] not in (None, False, "tokens", value):
                 raise ValueError(
-                    f"The model has {name}={before!r}, asked for {name}={value!r}: begin with a model without it."
+                    f"The model has {name}={before[name]!r}, asked for {name}={value!r}: begin with a model without it."
                 )
-            setattr(config, name, value)
-        config.check_fields()
+        config.__dict__.update(fields)
+        try:
+            config.check_fields()
+        except ValueError:
+            config.__dict__.update(before)  # refused: it stays the model that it was
+            raise
         known = {*self.state_dict()}
         self._make_parts()
         for name in sorted({name.rpartition(".")[0] for name in {*self.state_dict()} - known}):

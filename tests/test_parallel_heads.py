@@ -336,6 +336,12 @@ def test_min_and_max_as_units(models):
 def test_parts_of_another_size_are_refused(models):
     with pytest.raises(ValueError, match="has action_head='l1_regression', asked for action_head='diffusion'"):
         models["l1_regression"].add_parts(action_head="diffusion")
+    model = models["parallel_tokens"]
+    before = model.config.to_dict()
+    for wrong in ({"proprio_dim": 3, "action_dim": 0}, {"proprio_dim": 3, "action_head": "tokens"}):
+        with pytest.raises(ValueError, match="action_dim=0|asked for action_head='tokens'"):
+            model.add_parts(**wrong)
+    assert model.config.to_dict() == before  # refused, it is the model that it was
 
 
 def test_sizes_of_the_published_heads():
