@@ -41,7 +41,7 @@ from .modules_openvla import evaluation_mode, one_type
 from .outputs_openvla import CACHE, ActionPrediction, OpenVLAOutput, one_cache
 from .parallel_openvla import ActionSequence, action_sequence
 from .patches_openvla import IGNORE_INDEX, PatchLayout, find_placeholders
-from .sampling_openvla import check_flag, read_sampling
+from .sampling_openvla import Choice, check_flag, read_sampling
 from .vision_openvla import OpenVLAProjector, OpenVLAVisionBackbone
 
 
@@ -432,9 +432,7 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
 
         # 3. Towers, projector, language model, head
         with evaluation_mode(self), one_type(self):
-            found = self.action_head.actions(
-                self, inputs, shape, constrained=constrained, sampling=sampling, generator=generator
-            )
+            found = self.action_head.actions(self, inputs, shape, Choice(bool(constrained), sampling, generator))
 
         # 4. Units
         actions = [

@@ -26,8 +26,6 @@ PARTS = ("action_head", "noisy_action_projector", "proprio_projector", "vision_b
 ADAPTER = "lora_adapter"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = f"{ADAPTER}/adapter_config.json", f"{ADAPTER}/adapter_model.safetensors"
 HEADS = {"model.": "l1_regression", "noise_predictor.mlp_resnet.": "diffusion"}  # by the names of their tensors
-# What its evaluation shows a model, as fields of the image processor
-PIXELS: dict[str, Any] = {"resize_filter": "lanczos3", "center_crop": 0.9, "jpeg_quality": 95}
 # What no file says: by the numbers of an action (LIBERO 7, ALOHA 14) and of the state (None: no state is seen)
 CHUNKS = {7: 8, 14: 25}
 BOUNDS = (14,)  # normalized by min and max, others by q01 and q99
@@ -379,4 +377,4 @@ def merge_lora(
     return merged
 
 
-__all__ = ["PIXELS", "OFTFolder", "find_oft", "oft_folder", "with_weights"]
+__all__ = ["OFTFolder", "find_oft", "oft_folder", "with_weights"]

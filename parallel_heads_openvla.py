@@ -17,7 +17,7 @@ from .inputs_openvla import ModelInputs
 from .outputs_openvla import ActionPrediction, OpenVLAOutput
 from .parallel_openvla import ActionSequence, time_embedding
 from .patches_openvla import IGNORE_INDEX
-from .sampling_openvla import Sampling
+from .sampling_openvla import Choice, check_generator
 from .token_head_openvla import Comparison, TokenHead
 
 
@@ -77,34 +77,18 @@ class ParallelTokenHead(TokenHead):
         hidden = sequence.hidden_states(model.language_model, num_actions + 1)
         return OpenVLAOutput(logits=model.get_output_embeddings()(hidden))
 
-    def actions(
-        self,
-        model: Any,
-        inputs: ModelInputs,
-        shape: tuple[int, int],
-        *,
-        constrained: bool = True,
-        sampling: Sampling | None = None,
-        generator: torch.Generator | None = None,
-    ) -> ActionPrediction:
-        count = self.num_tokens(shape)
-        sequence = model.action_sequence(inputs, count, self.committed_tokens(inputs).tolist())
-        hidden = sequence.hidden_states(model.language_model, count)
+    def actions(self, model: Any, inputs: ModelInputs, shape: tuple[int, int], choice: Choice) -> ActionPrediction:
+        decided, count = self.committed_tokens(inputs), self.num_tokens(shape)
+        sequence = model.action_sequence(inputs, count, decided.tolist())
+        hidden = sequence.hidden_states(model.language_model, count)[:, decided.shape[1] :]
         logits = model.get_output_embeddings()(hidden).float()
-        finite = logits.isfinite().all(dim=-1).all(dim=1)
-        first, end = self.tokenizer.token_range if constrained else (0, None)
-        logits = logits[..., first:end].masked_fill(~finite[:, None, None], 0.0)
-        chosen, *others = choose_token(logits.flatten(0, 1), sampling)
-        token_ids = (chosen + first).reshape(-1, *shape).cpu().numpy()
-        probabilities, entropies = (values.reshape(-1, count) for values in others)
-        marked = probabilities.masked_fill(~finite[:, None], torch.nan).cpu().numpy()
-        check_finite(marked, sequence.inputs_embeds.dtype)
-        return ActionPrediction(
-            normalized_actions=self.tokenizer.decode(token_ids),
-            token_ids=token_ids,
-            token_probabilities=marked.reshape(-1, *shape),
-            token_entropies=entropies.cpu().numpy().reshape(-1, *shape),
-        )
+        finite = logits.isfinite().all(dim=-1).all(dim=1, keepdim=True)
+        first, end = self.tokenizer.token_range if choice.constrained else (0, None)
+        logits = logits[..., first:end].masked_fill(~finite[..., None], 0.0)
+        tokens, *others = choose_token(logits.flatten(0, 1), choice.sampling)
+        probabilities, entropies = (values.reshape(len(logits), -1) for values in others)
+        chosen = ((tokens + first).reshape(len(logits), -1), probabilities.masked_fill(~finite, torch.nan), entropies)
+        return self.prediction(decided, chosen, shape, sequence.inputs_embeds.dtype)
 
 
 class ResidualBlock(nn.Module):
@@ -176,29 +160,20 @@ class RegressionHead(ParallelTokenHead, ResidualMLP):
         """`predicted` (batch, K, A)."""
         return OpenVLAOutput(predicted=self(sequence.hidden_states(model.language_model, num_actions)))
 
-    def actions(
-        self,
-        model: Any,
-        inputs: ModelInputs,
-        shape: tuple[int, int],
-        *,
-        constrained: bool = True,
-        sampling: Sampling | None = None,
-        generator: torch.Generator | None = None,
-    ) -> ActionPrediction:
-        self._check(shape, sampling)
+    def actions(self, model: Any, inputs: ModelInputs, shape: tuple[int, int], choice: Choice) -> ActionPrediction:
+        self._check(shape, choice)
         count = self.num_tokens(shape)
         sequence = model.action_sequence(inputs, count, self.committed_tokens(inputs).tolist())
         predicted = self(sequence.hidden_states(model.language_model, count))
         return _numbers(predicted, sequence.inputs_embeds.dtype)
 
-    def _check(self, shape: tuple[int, int], sampling: Sampling | None) -> None:
+    def _check(self, shape: tuple[int, int], choice: Choice) -> None:
         if shape[1] != self.action_dim:
             raise ValueError(
                 f"The head was trained for actions of {self.action_dim} numbers, the statistics have {shape[1]}: wrong "
                 "unnorm_key?"
             )
-        if sampling is not None:
+        if choice.sampling is not None:
             raise ValueError("do_sample=True: this head gives numbers and chooses no tokens, leave it out.")
 
 
@@ -266,23 +241,15 @@ class DiffusionHead(RegressionHead):
         )
         return OpenVLAOutput(predicted=self(hidden))
 
-    def actions(
-        self,
-        model: Any,
-        inputs: ModelInputs,
-        shape: tuple[int, int],
-        *,
-        constrained: bool = True,
-        sampling: Sampling | None = None,
-        generator: torch.Generator | None = None,
-    ) -> ActionPrediction:
-        """Begins with noise of `generator`, by default torch's global one; samples draw one after the other."""
-        self._check(shape, sampling)
+    def actions(self, model: Any, inputs: ModelInputs, shape: tuple[int, int], choice: Choice) -> ActionPrediction:
+        """Begins with noise, for which samples draw one after the other."""
+        self._check(shape, choice)
+        check_generator(choice.generator, model.device)
         scheduler, count = self.scheduler, self.num_tokens(shape)
         scheduler.set_timesteps(self.num_inference_steps)
         sequence = model.action_sequence(inputs, count, with_time=True)
         embeds = sequence.inputs_embeds
-        where = {"dtype": embeds.dtype, "device": embeds.device, "generator": generator}
+        where = {"dtype": embeds.dtype, "device": embeds.device, "generator": choice.generator}
         sample = torch.cat([self.initial_noise(torch.Size((1, *shape)), **where) for _ in inputs.prompts])  # type: ignore[call-overload]
         decided = None if inputs.committed is None else torch.from_numpy(inputs.committed).to(sample)
         for time in scheduler.timesteps.tolist():

@@ -299,6 +299,13 @@ def resize_lanczos3(image: np.ndarray, size: tuple[int, int] = (224, 224)) -> np
 
 
 RESIZE_FILTERS = {"lanczos3": resize_lanczos3}  # what a processor may name as its `resize_filter`
+# What a model may be shown instead of what is stored with it: the pixels of the published image processor alone, those
+# of the original's LIBERO evaluation of models trained with random crops, or those of OpenVLA-OFT's evaluation.
+PIXELS: dict[str, dict[str, Any]] = {
+    "published": {"resize_filter": None, "center_crop": None},
+    "libero": {"resize_filter": "lanczos3", "center_crop": 0.9},
+    "oft": {"resize_filter": "lanczos3", "center_crop": 0.9, "jpeg_quality": 95},
+}
 
 
 def decode_jpeg(data: bytes) -> np.ndarray:

@@ -12,6 +12,7 @@ from .action_tokenizer import resolve_unnorm_key
 from .choices_openvla import check_choice
 from .extras import require
 from .observation import Observation
+from .pixels_openvla import PIXELS
 
 
 if TYPE_CHECKING:
@@ -22,13 +23,6 @@ FARTHEST = 100.0  # numbers of an action beyond it are those of another unit, or
 QUANTIZATIONS: dict[str, dict[str, Any]] = {
     "int8": {"load_in_8bit": True},
     "int4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
-}
-# What a model may be shown instead of what is stored with it: the pixels of the published image processor alone, those
-# of the original's LIBERO evaluation of models trained with random crops, or those of OpenVLA-OFT's evaluation.
-PIXELS: dict[str, dict[str, Any]] = {
-    "published": {"resize_filter": None, "center_crop": None},
-    "libero": {"resize_filter": "lanczos3", "center_crop": 0.9},
-    "oft": {"resize_filter": "lanczos3", "center_crop": 0.9, "jpeg_quality": 95},
 }
 
 

@@ -17,9 +17,8 @@ from .cameras_openvla import find_cameras
 from .configuration_openvla import OpenVLAConfig
 from .files_openvla import local_folder, read_json
 from .image_processing_openvla import OpenVLAImageProcessor
-from .oft_openvla import PIXELS as OFT_PIXELS
 from .oft_openvla import find_oft, oft_folder
-from .pixels_openvla import as_image_list, load_image
+from .pixels_openvla import PIXELS, as_image_list, load_image
 from .prompts_openvla import PROMPT_TEMPLATES, check_prompt_ids, check_unicode, has_words, read_instruction
 
 
@@ -88,8 +87,8 @@ class OpenVLAProcessor(ProcessorMixin):
             processor = processor.with_pixels(**pixels)
         oft = find_oft(oft_folder(name, **hub), given.get("action_head"))
         if oft is not None:
-            if not _image_fields(oft.folder).keys() & OFT_PIXELS.keys():
-                processor = processor.with_pixels(**OFT_PIXELS)
+            if not _image_fields(oft.folder).keys() & PIXELS["oft"].keys():
+                processor = processor.with_pixels(**PIXELS["oft"])
             given["action_chunk"] = 1  # which pixels and prompts do not depend on, and no file says
         if processor.prompt_template is None or has_config or oft is not None:
             config, _ = OpenVLAConfig.get_config_dict(name, **hub, **given)

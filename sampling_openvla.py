@@ -23,6 +23,28 @@ class Sampling:
     generator: torch.Generator | None = None
 
 
+@dataclass(frozen=True)
+class Choice:
+    """How a head chooses actions.
+
+    constrained: Among action tokens only.
+    sampling: None for the most probable tokens.
+    generator: Of the noise that a diffusion begins with; None: torch's global one.
+    """
+
+    constrained: bool = True
+    sampling: Sampling | None = None
+    generator: torch.Generator | None = None
+
+
+def check_generator(generator: Any, device: torch.device) -> None:
+    """Raise a `ValueError` unless it is None, or a generator of the kind of `device`, where the model is."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ValueError(f"generator must be a torch.Generator, got {type(generator).__name__}.")
+    if generator is not None and generator.device.type != device.type:
+        raise ValueError(f"The generator is on {generator.device}, the model on {device}: torch.Generator('{device}').")
+
+
 # Options of `generate` that change no action here, whatever their value.
 WITHOUT_EFFECT = ("use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "transformers_version")
 # Those that `generate` takes beside the fields of its configuration.
@@ -111,10 +133,7 @@ def read_sampling(
                 stacklevel=3,
             )
         return None
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise ValueError(f"generator must be a torch.Generator, got {type(generator).__name__}.")
-    if generator is not None and generator.device.type != device.type:
-        raise ValueError(f"The generator is on {generator.device}, the model on {device}: torch.Generator('{device}').")
+    check_generator(generator, device)
     temperature = 1.0 if sampling["temperature"] is None else float(sampling["temperature"])
     return Sampling(temperature, sampling["top_k"], sampling["top_p"], generator)
 
@@ -133,4 +152,4 @@ def _check_number(name: str, value: Any, kind: Any, low: float, high: float, exp
         raise ValueError(f"{name}={value!r:.100} must be {expected}{hint}.")
 
 
-__all__ = ["Sampling", "check_flag", "read_sampling"]
+__all__ = ["Choice", "Sampling", "check_flag", "check_generator", "read_sampling"]

@@ -4,6 +4,7 @@ What a head is, see `action_heads_openvla`. Shapes: `batch` samples, `length` pr
 `action_dim`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from .decoding_openvla import EagerSteps, check_finite, decode_tokens
 from .inputs_openvla import ModelInputs
 from .outputs_openvla import ActionPrediction
 from .patches_openvla import IGNORE_INDEX
-from .sampling_openvla import Sampling
+from .sampling_openvla import Choice
 
 
 @dataclass
@@ -119,23 +120,11 @@ class TokenHead:
         actions = np.where(inputs.committed >= last - 1e-6, 1.0, inputs.committed)
         return np.asarray(self.tokenizer.encode(actions)).reshape(len(inputs.prompts), -1)
 
-    def actions(
-        self,
-        model: Any,
-        inputs: ModelInputs,
-        shape: tuple[int, int],
-        *,
-        constrained: bool = True,
-        sampling: Sampling | None = None,
-        generator: torch.Generator | None = None,
-    ) -> ActionPrediction:
+    def actions(self, model: Any, inputs: ModelInputs, shape: tuple[int, int], choice: Choice) -> ActionPrediction:
         """Normalized actions with what is known of their tokens, all (batch, K, A); see `ActionPrediction`.
 
         Args:
             model: An `OpenVLAForActionPrediction`.
-            constrained: Choose among action tokens only.
-            sampling: None for the most probable tokens.
-            generator: Of the noise that a diffusion begins with.
 
         Raises:
             ValueError: If a prompt is empty or too long, or the model computed something that is not finite.
@@ -144,10 +133,23 @@ class TokenHead:
         count = self.num_tokens(shape) - decided.shape[1]
         prefix = model.prefix(inputs, self.num_tokens(shape), decided.tolist() if decided.size else ())
         steps = EagerSteps(model.language_model, prefix, count)
-        token_range = self.tokenizer.token_range if constrained else (0, None)
-        decoded = decode_tokens(steps, prefix.finite, count, token_range, sampling)
-        found = [values.cpu().numpy() for values in decoded]
-        check_finite(found[1], prefix.inputs_embeds.dtype)
+        token_range = self.tokenizer.token_range if choice.constrained else (0, None)
+        decoded = decode_tokens(steps, prefix.finite, count, token_range, choice.sampling)
+        return self.prediction(decided, decoded, shape, prefix.inputs_embeds.dtype)
+
+    def prediction(
+        self, decided: np.ndarray, chosen: Sequence[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype
+    ) -> ActionPrediction:
+        """From tokens to normalized actions.
+
+        Args:
+            decided: (batch, n * A) tokens that were given, of probability 1.
+            chosen: Tokens after them, their probabilities and entropies, (batch, K * A - n * A) each; probabilities are
+                NaN where the model computed something that is not finite.
+            dtype: In which it computed.
+        """
+        found = [values.cpu().numpy() for values in chosen]
+        check_finite(found[1], dtype)
         given = (decided, np.ones(decided.shape, np.float32), np.zeros(decided.shape, np.float32))
         token_ids, probabilities, entropies = (
             np.concatenate([before, after], axis=1).reshape(-1, *shape) for before, after in zip(given, found)

@@ -182,6 +182,8 @@ def test_diffusion_begins_with_its_generator(models):
         model.predict_action(IMAGES[0], WORDS[0], generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
     ]
     assert np.array_equal(found[0], found[1]) and not np.allclose(found[0], found[2])
+    with pytest.raises(ValueError, match="generator must be a torch.Generator"):
+        model.predict_action(IMAGES[0], WORDS[0], generator=3)
     model.action_head.num_inference_steps = 5
     few = model.predict_action(IMAGES[0], WORDS[0], generator=torch.Generator().manual_seed(1))
     model.action_head.num_inference_steps = 50
@@ -209,6 +211,10 @@ def test_actions_that_are_decided_come_back_and_are_continued(head, models):
         np.testing.assert_allclose(continued, free, atol=1e-6)
     forced = act(other)
     assert np.array_equal(forced[:, :2], other) and np.isfinite(forced).all()
+    if "tokens" in head:  # those that were given are their tokens, and sure
+        shown = model.predict_action(IMAGES, WORDS, committed=other, return_dict=True)
+        given = model.action_tokenizer.encode(shown.normalized_actions[:, :2])
+        assert np.array_equal(shown.token_ids[:, :2], given) and (shown.token_probabilities[:, :2] == 1).all()
     assert head == "parallel_tokens" or not np.allclose(forced[:, 2], free[:, 2])
     single = act(other[0], IMAGES[0], WORDS[0])
     assert single.shape == (CHUNK, 7)
