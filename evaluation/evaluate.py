@@ -160,7 +160,7 @@ def evaluate(
             partial(make_environment, options.env, **of_environment),
             jobs,
             folder,
-            action_dim=spec.action_dim,
+            spec=spec,
             control=make_control,
             latency=latency if control == "realtime" else None,
             max_steps=max_steps,

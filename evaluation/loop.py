@@ -10,16 +10,19 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ..action_spec import ActionSpec, usual_spec
 from ..observation import Observation
 from ..policy import Policy, begin_episode, check_numbers, check_reach
 from .control import BlockingControl, RealtimeControl
 from .environment import Environment
 from .report import EpisodeResult, append_result, read_results, without_paths
+from .smoothness import mean_jerk
 from .video import EpisodeVideo
 from .workers import EnvironmentFailure, EnvironmentProcess
 
 
 EPISODES = "episodes.jsonl"  # one record a line, in the folder of an evaluation
+SEVEN = usual_spec(7)
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,8 @@ class Slot:
     observation: Observation | None = None
     instruction: str = ""
     step: int = 0
-    seconds: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)  # of each prediction
+    executed: list[np.ndarray] = field(default_factory=list)  # the action of each step
     video: EpisodeVideo | None = None
 
 
@@ -56,7 +60,7 @@ def run_episodes(
     jobs: Sequence[Job],
     folder: Path,
     *,
-    action_dim: int = 7,
+    spec: ActionSpec = SEVEN,
     control: Callable[[], BlockingControl | RealtimeControl] = BlockingControl,
     latency: float | None = None,
     max_steps: int = 200,
@@ -69,7 +73,7 @@ def run_episodes(
     Args:
         policy: In control; None: the environment's scripted expert, which sees the state and shows what is possible.
         make: Makes an environment; has to be picklable.
-        action_dim: Numbers of an action of the environment, A.
+        spec: What the actions of the environment mean.
         control: Makes the control mode of one episode.
         latency: Seconds from an observation to its action in real-time control. Default: as measured.
         max_steps: After which an episode has failed.
@@ -105,6 +109,7 @@ def run_episodes(
             latency=float(np.mean(slot.seconds)) if slot.seconds else 0.0,
             error=None if error is None else without_paths(error),
             variation=slot.job.variation,
+            jerk=mean_jerk(np.array(slot.executed), spec),
         )
         if slot.video is not None:
             slot.video.save(success)
@@ -138,8 +143,8 @@ def run_episodes(
             begun = []
             for slot in slots:
                 if slot.job is None and waiting:
-                    slot.job, slot.control, slot.step, slot.seconds = waiting.pop(0), control(), 0, []
-                    slot.instruction = ""
+                    slot.job, slot.control, slot.step, slot.instruction = waiting.pop(0), control(), 0, ""
+                    slot.seconds, slot.executed = [], []
                     if ask(slot, "reset", slot.job.seed, slot.job.task, slot.job.variation):
                         begun.append(slot)
             for slot, observation in answers(begun):
@@ -165,7 +170,7 @@ def run_episodes(
                     expected = latency if latency is not None else (slot.seconds[-1] if slot.seconds else 0.0)
                     decided_already = slot.control.committed(slot.step, expected)
                     seen.append(replace(slot.observation, slot=slots.index(slot), committed=decided_already))
-                decided = list(zip(due, checked(policy.act(seen), len(seen), action_dim)))
+                decided = list(zip(due, checked(policy.act(seen), len(seen), spec.action_dim)))
             else:
                 decided = []
             elapsed = time.perf_counter() - started
@@ -178,6 +183,7 @@ def run_episodes(
                 action = slot.control.action(slot.step)
                 if slot.video is not None and slot.observation is not None:
                     slot.video.add(slot.observation, action)
+                slot.executed.append(np.asarray(action))
                 if ask(slot, "step", action):
                     stepped.append(slot)
             for slot, (observation, success) in answers(stepped):

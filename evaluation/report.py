@@ -29,7 +29,8 @@ class NoEpisodes(OSError):
 @dataclass(frozen=True)
 class EpisodeResult:
     """One episode as it went. `steps` of the world; `latency` mean seconds of one prediction; `error` where the
-    environment broke, which counts as neither success nor failure."""
+    environment broke, which counts as neither success nor failure; `jerk` of the executed actions, see
+    `smoothness.mean_jerk`."""
 
     task: str
     episode: int
@@ -41,6 +42,7 @@ class EpisodeResult:
     latency: float
     error: str | None = None
     variation: str = ""
+    jerk: float | None = None
 
 
 def wilson_interval(successes: int, episodes: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -111,29 +113,42 @@ def _counts(group: Sequence[EpisodeResult]) -> dict[str, Any]:
         counts |= {"successes": successes, "success": successes / len(finished), "low": low, "high": high}
         counts |= {"steps_of_successes": float(np.mean(lengths)) if lengths else None}
         counts |= {"latency": float(np.mean([record.latency for record in finished]))}
+        jerks = [record.jerk for record in finished if record.jerk is not None]
+        counts |= {"jerk": float(np.mean(jerks)) if jerks else None}
     return counts
 
 
 def markdown(summary: Mapping[str, Any], about: Mapping[str, Any]) -> str:
     """The report as text: what was run, a line for each axis where there are variations, a line for each task."""
     varied = any(row["variation"] for row in summary["rows"])
-    header = ["task", *(["variation"] if varied else []), "success", "95% interval", "episodes", "steps", "latency"]
+    header = [
+        "task",
+        *(["variation"] if varied else []),
+        "success",
+        "95% interval",
+        "episodes",
+        "steps",
+        "latency",
+        "jerk",
+    ]
     lines = [f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
     for row in summary["rows"]:
         cells = [row["task"], *([row["variation"] or "none"] if varied else [])]
         if "success" in row:
             steps = "" if row["steps_of_successes"] is None else f"{row['steps_of_successes']:.0f}"
             cells += [f"{row['success']:.0%}", f"{row['low']:.0%} to {row['high']:.0%}", f"{row['episodes']}", steps]
-            cells += [f"{row['latency'] * 1000:.0f} ms"]
+            jerk = "" if row["jerk"] is None else f"{row['jerk']:.3g}"
+            cells += [f"{row['latency'] * 1000:.0f} ms", jerk]
         else:
-            cells += ["", "", "0", "", ""]
+            cells += ["", "", "0", "", "", ""]
         lines.append(f"| {' | '.join(cells)} |")
     mean = "no episode was finished" if summary["mean_success"] is None else f"{summary['mean_success']:.1%}"
     broken = f", {summary['errors']} more broke: given again, the command runs them again" if summary["errors"] else ""
     head = "\n".join(f"- {name}: `{value}`" for name, value in about.items())
     return (
         f"# Evaluation\n\n{head}\n\nMean success over rows: **{mean}** ({summary['episodes']} episodes{broken}). "
-        "Steps are those of successes; latency is that of one batched prediction.\n\n"
+        "Steps are those of successes; latency is that of one batched prediction; jerk is the mean third difference of "
+        "the places that actions command, in their unit: the lower, the smoother.\n\n"
         + (f"Why environments broke:\n\n{reasons_list(summary['reasons'])}\n\n" if summary["errors"] else "")
         + (axes_table(summary["axes"]) + "\n\n" if varied else "")
         + "\n".join(lines)
