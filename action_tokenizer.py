@@ -362,6 +362,29 @@ def normalize_actions(
     return scaled
 
 
+def check_state_given(state: Any, proprio_dim: int | None) -> None:
+    """Raise a `ValueError` if a model that sees `proprio_dim` numbers of the robot's state (None: that sees none) is
+    given no state (or one)."""
+    if proprio_dim is None and state is not None:
+        raise ValueError("The model sees no state (config.proprio_dim is null): leave state out.")
+    if proprio_dim is not None and state is None:
+        raise ValueError(f"The model sees the state of the robot ({proprio_dim} numbers): give state=...")
+
+
+def normalize_state(
+    state: np.ndarray, norm_stats: Mapping[str, Any], unnorm_key: str, mode: str, constant: str = "zero"
+) -> np.ndarray:
+    """(S,) float64, a state in the units of a dataset as a model sees it; see `normalize_actions`.
+
+    Raises:
+        ValueError: If the statistics of the dataset hold none of the state.
+    """
+    stats = norm_stats[unnorm_key].get("proprio")
+    if stats is None:
+        raise ValueError(f"The statistics of '{unnorm_key}' have no proprio, so that the state has no units.")
+    return normalize_actions(state, stats, mode, constant)
+
+
 def check_same_action_dim(
     norm_stats: Mapping[str, Any] | None, unnorm_keys: Sequence[str | None], checked: dict[str, Any] | None = None
 ) -> int:
@@ -378,9 +401,11 @@ def check_same_action_dim(
 __all__ = [
     "ActionTokenizer",
     "check_same_action_dim",
+    "check_state_given",
     "check_statistics",
     "get_action_stats",
     "normalize_actions",
+    "normalize_state",
     "read_statistics",
     "resolve_unnorm_key",
     "unnormalize_actions",

@@ -1,4 +1,4 @@
-"""A name that is not known is answered with the nearest one that is.
+"""A name that is not known is answered with the nearest one that is; and names that several files know.
 
 The standard library alone.
 """
@@ -6,6 +6,9 @@ The standard library alone.
 import difflib
 from collections.abc import Iterable
 from typing import Any
+
+
+IMAGE_RESIZE_STRATEGIES = ("resize-naive", "resize-crop", "letterbox")
 
 
 def closest(name: Any, known: Iterable[Any]) -> str:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 
-from .choices_openvla import check_choice
+from .choices_openvla import IMAGE_RESIZE_STRATEGIES, check_choice
 from .files_openvla import local_folder, read_json
 from .oft_openvla import HUB, OFTFolder, find_oft, oft_folder
 
@@ -67,7 +67,6 @@ LLM_BACKBONES: dict[str, tuple[str, str]] = {
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 HEADS_WITH_WEIGHTS = ("l1_regression", "diffusion")
 UNITS = ("bounds_q99", "bounds")  # of normalized numbers
-IMAGE_RESIZE_STRATEGIES = ("resize-naive", "resize-crop", "letterbox")
 
 
 def check_model_type(content: dict[str, Any], where: str, expected: str) -> None:

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from .action_tokenizer import normalize_actions
+from .action_tokenizer import check_state_given, normalize_actions, normalize_state
 from .configuration_openvla import OpenVLAConfig
-from .pixels_openvla import as_image_list, is_image_list
+from .frames_openvla import read_samples
+from .pixels_openvla import check_largest_pixel
 from .processing_openvla import OpenVLAProcessor
-from .prompts_openvla import check_prompt_ids
+from .prompts_openvla import check_prompt_ids, end_with_empty
 
 
 @dataclass
@@ -33,10 +34,6 @@ class ModelInputs:
     pixel_values: torch.Tensor
     proprio: torch.Tensor | None = None
     committed: np.ndarray | None = None
-
-
-# Pixels in [0, 1], normalized by any mean and a standard deviation of at least 0.05, stay within.
-LARGEST_PIXEL = 20.0
 
 
 def as_tensor(name: str, values: Any) -> torch.Tensor:
@@ -99,11 +96,8 @@ def _without_padding(row: list, pad_token_id: int | None) -> list:
 
 def largest_pixel(pixel_values: torch.Tensor) -> float:
     """The largest absolute value, 0 without any; a `ValueError` if one is NaN or infinite."""
-    if not pixel_values.numel():
-        return 0.0
-    largest = float(pixel_values.float().abs().amax())  # NaN if one value is
-    if not math.isfinite(largest):
-        raise ValueError("pixel_values contain NaN or infinite values: the camera frame is broken, do not act on it.")
+    largest = float(pixel_values.float().abs().amax()) if pixel_values.numel() else 0.0  # NaN if one value is
+    check_largest_pixel(largest, limit=math.inf)
     return largest
 
 
@@ -116,12 +110,7 @@ def check_pixel_values(pixel_values: torch.Tensor, shape: tuple[int, ...]) -> No
         )
     if tuple(pixel_values.shape) != shape:
         raise ValueError(f"pixel_values have shape {tuple(pixel_values.shape)}, expected {shape}.")
-    largest = largest_pixel(pixel_values)
-    if largest > LARGEST_PIXEL:
-        raise ValueError(
-            f"pixel_values reach {largest:g}; normalized pixels stay within {LARGEST_PIXEL:g}: make them with the "
-            "processor, or give the raw image, predict_action(image, instruction)."
-        )
+    check_largest_pixel(largest_pixel(pixel_values))
 
 
 # Raw images and instructions, to the tensors of a processor -----------------------------------------------------------
@@ -129,20 +118,8 @@ def check_pixel_values(pixel_values: torch.Tensor, shape: tuple[int, ...]) -> No
 
 def process_raw(processor: OpenVLAProcessor, image: Any, instruction: Any) -> tuple[bool, Any]:
     """Whether it was a single sample, and its model inputs; see `predict_action`."""
-    if image is None:
-        raise ValueError("No image given: OpenVLA acts on what it sees. Give predict_action(image, instruction).")
-    if instruction is None:
-        raise ValueError("No instruction given: say what to do, for example 'open the drawer'.")
-    single = isinstance(instruction, str)
-    instructions = [instruction] if single else instruction
-    if not isinstance(instructions, (list, tuple)) or not instructions:
-        raise ValueError(f"instruction must be a string or a list of strings, got {instruction!r}.")
-    images = as_image_list(image)
-    single = single and not is_image_list(image)
-    if len(images) != len(instructions):
-        raise ValueError(f"{len(images)} image(s) for {len(instructions)} instruction(s): give one for each.")
-    prompts = processor.format_prompt(list(instructions))
-    return single, processor(prompts, images, return_tensors="pt")
+    single, images, instructions = read_samples(image, instruction)
+    return single, processor(processor.format_prompt(instructions), images, return_tensors="pt")
 
 
 def read_state(
@@ -166,24 +143,17 @@ def read_state(
         ValueError: If it is missing, not wanted, not finite or of another shape, or its statistics are not known.
     """
     proprio_dim = config.proprio_dim
+    check_state_given(state, proprio_dim)
     if proprio_dim is None:
-        if state is not None:
-            raise ValueError("The model sees no state (config.proprio_dim is null): leave state out.")
         return None
-    if state is None:
-        raise ValueError(f"The model sees the state of the robot ({proprio_dim} numbers): give state=...")
     rows = as_tensor("state", state).to(torch.float64)
     rows = rows[None] if rows.ndim == 1 else rows
     if tuple(rows.shape) != (len(unnorm_keys), proprio_dim) or not bool(rows.isfinite().all()):
         raise ValueError(
             f"state has shape {tuple(rows.shape)}, expected finite numbers ({len(unnorm_keys)}, {proprio_dim})."
         )
-    normalized = []
-    for row, key, mode in zip(rows.cpu().numpy(), unnorm_keys, modes):
-        stats = (norm_stats or {})[key].get("proprio")
-        if stats is None:
-            raise ValueError(f"The statistics of '{key}' have no proprio, so that the state has no units.")
-        normalized.append(normalize_actions(row, stats, mode, constant))
+    entries = zip(rows.cpu().numpy(), unnorm_keys, modes)
+    normalized = [normalize_state(row, norm_stats or {}, key, mode, constant) for row, key, mode in entries]
     return torch.from_numpy(np.stack(normalized)).float()
 
 
@@ -242,16 +212,7 @@ def end_prompts(
     Raises:
         ValueError: If a prompt says nothing, or is too long for the model.
     """
-    empty, limit = config.empty_token_id, config.llm_max_length
-    positions = getattr(config.text_config, "max_position_embeddings", None)
-    if positions is not None:
-        limit = min(limit, positions - num_patches - num_tokens)
-    if any(set(prompt) <= {config.text_config.bos_token_id, empty} for prompt in prompts):
-        raise ValueError("No instruction given: a prompt holds no token but the start of the sequence.")
-    longest = max(map(len, prompts))
-    if longest + 1 > limit:
-        raise ValueError(f"The prompt has {longest} tokens, the model takes {limit - 1}: shorten the instruction.")
-    ended = [row if empty in (None, row[-1]) else [*row, empty] for row in prompts]
+    ended = [end_with_empty(prompt, config, num_patches, num_tokens) for prompt in prompts]
     rows = [[*row, *answer] for row, answer in zip(ended, answers, strict=True)] if answers else ended
     length, pad = max(map(len, rows)), config.pad_token_id or 0
     padding = [length - len(row) for row in rows]

@@ -51,6 +51,7 @@ if TYPE_CHECKING:  # of a local folder transformers 5.4 and 5.5 copy no more fil
     from .cameras_openvla import find_cameras  # noqa: F401
     from .choices_openvla import closest  # noqa: F401
     from .files_openvla import local_folder  # noqa: F401
+    from .frames_openvla import PixelSteps  # noqa: F401
     from .image_processing_openvla import OpenVLAImageProcessor  # noqa: F401
     from .oft_openvla import find_oft  # noqa: F401
     from .parallel_heads_openvla import ParallelTokenHead  # noqa: F401

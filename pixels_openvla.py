@@ -396,6 +396,21 @@ def channel_levels(
     return (levels - np.asarray(mean, dtype=np.float32)[:, None]) / np.asarray(std, dtype=np.float32)[:, None]
 
 
+# Pixels in [0, 1], normalized by any mean and a standard deviation of at least 0.05, stay within.
+LARGEST_PIXEL = 20.0
+
+
+def check_largest_pixel(largest: float, limit: float = LARGEST_PIXEL) -> None:
+    """Raise a `ValueError` if the largest absolute value of normalized pixels is NaN, infinite or above `limit`."""
+    if not math.isfinite(largest):
+        raise ValueError("pixel_values contain NaN or infinite values: the camera frame is broken, do not act on it.")
+    if largest > limit:
+        raise ValueError(
+            f"pixel_values reach {largest:g}; normalized pixels stay within {limit:g}: make them with the "
+            "processor, or give the raw image, predict_action(image, instruction)."
+        )
+
+
 def look_up(image: Image.Image, levels: np.ndarray) -> list[np.ndarray]:
     """The three channels of an RGB image through `channel_levels`, (height, width) float32 each."""
     return [np.take(row, channel) for row, channel in zip(levels, np.asarray(image).transpose(2, 0, 1))]
@@ -408,6 +423,7 @@ __all__ = [
     "as_image_list",
     "center_crop",
     "channel_levels",
+    "check_largest_pixel",
     "crop_and_resize",
     "crop_to_size",
     "decode_jpeg",

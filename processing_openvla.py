@@ -6,23 +6,33 @@ Token ids equal those of the published `processing_prismatic.py` (transformers 4
 import copy
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.processing_utils import ProcessingKwargs
 
-from .cameras_openvla import find_cameras
 from .configuration_openvla import OpenVLAConfig
 from .files_openvla import local_folder, read_json
+from .frames_openvla import camera_images
 from .image_processing_openvla import OpenVLAImageProcessor
 from .oft_openvla import find_oft, oft_folder
-from .pixels_openvla import PIXELS, as_image_list, load_image
-from .prompts_openvla import PROMPT_TEMPLATES, check_prompt_ids, check_unicode, has_words, read_instruction
+from .pixels_openvla import PIXELS, load_image
+from .prompts_openvla import (
+    PROMPT_TEMPLATES,
+    check_prompt_ids,
+    check_unicode,
+    has_words,
+    make_prompt,
+    read_instruction,
+    special_tokens_of,
+    spell_action_tokens,
+)
 
 
 if TYPE_CHECKING:  # of a local folder transformers 5.4 and 5.5 copy no more files than this one names
+    from .cameras_openvla import find_cameras  # noqa: F401
     from .choices_openvla import closest  # noqa: F401
     from .tensors_openvla import is_tensor  # noqa: F401
 
@@ -178,19 +188,13 @@ class OpenVLAProcessor(ProcessorMixin):
         if isinstance(instruction, (list, tuple)):
             return [self.format_prompt(single) for single in instruction]
         template = self.prompt_template or PROMPT_TEMPLATES["openvla"]
-        text = read_instruction(instruction, template)
-        if any(token in text for token in self._special_tokens_of_template):
-            raise ValueError(
-                f"The instruction {text!r:.200} holds a special token, and so does the prompt form: leave it out."
-            )
-        return template.replace("{instruction}", text)
+        return make_prompt(instruction, template, self._special_tokens_of_template)
 
     @property
     def _special_tokens_of_template(self) -> list[str]:
         """All special tokens, if the prompt form is made with some: its prompts cannot be read as text alone."""
         tokens = [token.content for token in self.tokenizer.added_tokens_decoder.values()]
-        template = self.prompt_template or ""
-        return tokens if any(token in template for token in tokens) else []
+        return special_tokens_of(self.prompt_template or "", tokens)
 
     def prompt_ids(self, instruction: str, allow_empty: bool = False) -> list[int]:
         """Token ids of the prompt of one instruction, the end that `predict_action` adds included: what training and
@@ -252,24 +256,8 @@ class OpenVLAProcessor(ProcessorMixin):
         return any(end - self.n_action_tokens <= token_id < end for token_id in ids)
 
     def _spell_action_tokens(self, ids: list[int]) -> list[int]:
-        """Action tokens, which text may hold as ordinary characters, spelled in the tokens of their bytes."""
-        spelled: list[int] = []
-        for token_id in ids:
-            if not self._has_action_tokens([token_id]):
-                spelled.append(token_id)
-                continue
-            token = self.tokenizer.backend_tokenizer.id_to_token(token_id)
-            for pieces in (
-                [f"<0x{byte:02X}>" for byte in token.encode()],
-                list(token),
-            ):  # SentencePiece, byte-level BPE
-                piece_ids = [self.tokenizer.backend_tokenizer.token_to_id(piece) for piece in pieces]
-                if None not in piece_ids and not self._has_action_tokens(piece_ids):
-                    spelled += piece_ids
-                    break
-            else:
-                raise ValueError(f"The text holds {token!r}, which stands for a motion: say it in other words.")
-        return spelled
+        end = self.tokenizer.vocab_size
+        return spell_action_tokens(ids, range(end - self.n_action_tokens, end), self.tokenizer.backend_tokenizer)
 
     def pixel_values(self, images: Any, **options: Any) -> Any:
         """(N, cameras * 3 * towers, height, width) of images as `__call__` takes them; `options` are those of the image
@@ -325,27 +313,6 @@ class OpenVLAProcessor(ProcessorMixin):
                     f"{prompts} prompt(s) for {len(data['pixel_values'])} image(s): give one image for each prompt."
                 )
         return BatchFeature(data=data, tensor_type=return_tensors)
-
-
-def camera_images(images: Any, camera_names: Sequence[str]) -> list[list[Any]]:
-    """Images of samples, those of the cameras that a model sees in its order; see `OpenVLAProcessor.__call__`.
-
-    Raises:
-        ValueError: If a camera is missing, or an image does not say which camera it is of and the model sees several.
-    """
-    samples = []
-    for entry in as_image_list(images):
-        if isinstance(entry, Mapping):
-            if "pixel_values" in entry:
-                raise ValueError("Model inputs instead of images: give them as predict_action(**inputs).")
-            samples.append([entry[name] for name in find_cameras(list(entry), camera_names)])
-        elif len(camera_names) > 1:
-            raise ValueError(
-                f"The model sees {', '.join(camera_names)}: give {{camera: image}} with one of each, not one image."
-            )
-        else:
-            samples.append([entry])
-    return samples
 
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")

@@ -6,6 +6,7 @@ The standard library alone.
 import re
 import unicodedata
 import warnings
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -85,6 +86,52 @@ def read_instruction(instruction: Any, prompt_template: str | None = None) -> st
     return text
 
 
+def make_prompt(instruction: Any, template: str, special_tokens: Sequence[str] = ()) -> str:
+    """The prompt of an instruction, see `read_instruction`.
+
+    Args:
+        special_tokens: Of the tokenizer, if the template is made with some: see `special_tokens_of`.
+
+    Raises:
+        ValueError: As `read_instruction`, or if the instruction holds such a token as well.
+    """
+    text = read_instruction(instruction, template)
+    if any(token in text for token in special_tokens):
+        raise ValueError(
+            f"The instruction {text!r:.200} holds a special token, and so does the prompt form: leave it out."
+        )
+    return template.replace("{instruction}", text)
+
+
+def special_tokens_of(template: str, known: Sequence[str]) -> list[str]:
+    """All special tokens that are `known`, if the prompt form is made with some: its prompts cannot be read as text
+    alone."""
+    return list(known) if any(token in template for token in known) else []
+
+
+def spell_action_tokens(ids: Sequence[int], actions: range, tokenizer: Any) -> list[int]:
+    """Action tokens, which text may hold as ordinary characters, spelled in the tokens of their bytes.
+
+    Args:
+        actions: Ids of the action tokens.
+        tokenizer: Of the library `tokenizers`.
+    """
+    spelled: list[int] = []
+    for token_id in ids:
+        if token_id not in actions:
+            spelled.append(token_id)
+            continue
+        token = tokenizer.id_to_token(token_id)
+        for pieces in ([f"<0x{byte:02X}>" for byte in token.encode()], list(token)):  # SentencePiece, byte-level BPE
+            piece_ids = [tokenizer.token_to_id(piece) for piece in pieces]
+            if None not in piece_ids and not any(piece_id in actions for piece_id in piece_ids):
+                spelled += piece_ids
+                break
+        else:
+            raise ValueError(f"The text holds {token!r}, which stands for a motion: say it in other words.")
+    return spelled
+
+
 def _inside(text: str, template: str) -> str | None:
     """What stands in the place of `{instruction}`, None if `text` is no such prompt."""
     before, _, after = map(plain_text, template.partition("{instruction}"))
@@ -100,6 +147,27 @@ def check_unicode(text: str) -> None:
         raise ValueError(
             f"The text {ascii(text):.200} is not valid Unicode: it was decoded wrongly (errors='surrogateescape'?)."
         ) from error
+
+
+def end_with_empty(prompt: list[int], config: Any, num_patches: int, num_tokens: int) -> list[int]:
+    """A prompt, without padding, that ends in the empty token `▁`, as in training.
+
+    Args:
+        config: `OpenVLAConfig` of the model, whose `empty_token_id` is known; None: there is none.
+        num_tokens: That follow.
+
+    Raises:
+        ValueError: If the prompt says nothing, or is too long for the model.
+    """
+    empty, limit = config.empty_token_id, config.llm_max_length
+    positions = getattr(config.text_config, "max_position_embeddings", None)
+    if positions is not None:
+        limit = min(limit, positions - num_patches - num_tokens)
+    if set(prompt) <= {config.text_config.bos_token_id, empty}:
+        raise ValueError("No instruction given: a prompt holds no token but the start of the sequence.")
+    if len(prompt) + 1 > limit:
+        raise ValueError(f"The prompt has {len(prompt)} tokens, the model takes {limit - 1}: shorten the instruction.")
+    return prompt if empty in (None, prompt[-1]) else [*prompt, empty]
 
 
 def check_prompt_ids(ids: list[int], config: Any, warn_without_bos: bool = False) -> None:
@@ -140,4 +208,14 @@ def check_prompt_ids(ids: list[int], config: Any, warn_without_bos: bool = False
         )
 
 
-__all__ = ["PROMPT_TEMPLATES", "check_prompt_ids", "has_words", "plain_text", "read_instruction"]
+__all__ = [
+    "PROMPT_TEMPLATES",
+    "check_prompt_ids",
+    "end_with_empty",
+    "has_words",
+    "make_prompt",
+    "plain_text",
+    "read_instruction",
+    "special_tokens_of",
+    "spell_action_tokens",
+]

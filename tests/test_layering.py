@@ -18,6 +18,7 @@ FLAT_FILES = [
     "configuration_openvla",
     "action_tokenizer",
     "pixels_openvla",
+    "frames_openvla",
     "prompts_openvla",
     "image_processing_openvla",
     "processing_openvla",
