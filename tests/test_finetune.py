@@ -182,12 +182,12 @@ from accelerate.utils import DistributedType
 from openvla.training import FinetuneOptions, finetune, run, trainer
 
 torch.set_num_threads(1)
-options = FinetuneOptions(**json.loads(sys.argv[1]))
-if options.optimizer == "muon":  # as the fixture float32_muon
+jobs = [FinetuneOptions(**job) for job in json.loads(sys.argv[1])]
+if jobs[0].optimizer == "muon":  # as the fixture float32_muon
     from functools import partial
     from timm.optim import muon
     muon.zeropower_via_newtonschulz = partial(muon.zeropower_via_newtonschulz, dtype=torch.float32)
-if options.fsdp:
+if jobs[0].fsdp:
     made = run.training_arguments
 
     def as_on_accelerators(*arguments):
@@ -202,7 +202,8 @@ if options.fsdp:
             super().save_result(*arguments)
 
     run.training_arguments, run.ActionTrainer = as_on_accelerators, Sharded
-finetune(options, resume=bool(int(sys.argv[2])))
+for options in jobs:
+    finetune(options, resume=bool(int(sys.argv[2])))
 """
 
 
@@ -216,7 +217,7 @@ def test_killed_and_resumed_as_if_nothing_had_happened(strategy, optimizer, tmp_
         request.getfixturevalue("float32_muon")
     finetune(options(tmp_path / "whole", **same))
     run = options(tmp_path / "killed", **same)
-    running = processes.start(SCRIPT, json.dumps(vars(run)), 0)
+    running = processes.start(SCRIPT, json.dumps([vars(run)]), 0)
     try:
         while not (tmp_path / "killed" / "checkpoints" / "checkpoint-4").exists():
             assert running.running()
@@ -273,36 +274,42 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
 
 
 STEPS_OF_BOTH = {"dtype": "float32", "learning_rate": 1e-3, "save_every": 2, "log_every": 1, "steps": 4, "keep": 9}
-STEPS_OF_BOTH |= {"eval_every": 4, "eval_samples": 8}
+STEPS_OF_BOTH |= {"eval_every": 4, "eval_samples": 4}  # one batch of one process, and one of each of two
+RUNS_OF_BOTH = {
+    "full": {"strategy": "full"},
+    "lora": {"strategy": "lora"},
+    "head": {"strategy": "lora", "head": "l1_regression", "action_chunk": 3, "chunk_end": "drop", "film": True},
+}
 
 
 @pytest.fixture(scope="module")
 def one_process(six_episodes, tmp_path_factory) -> Path:
-    """Runs of one process and batch 4, by strategy."""
+    """Runs of one process and batch 4."""
     folder = tmp_path_factory.mktemp("one")
-    for strategy in ("full", "lora"):
-        finetune(options(folder / strategy, six_episodes, batch_size=4, strategy=strategy, **STEPS_OF_BOTH))
+    for name, changes in RUNS_OF_BOTH.items():
+        finetune(options(folder / name, six_episodes, batch_size=4, **changes, **STEPS_OF_BOTH))
     return folder
 
 
 @pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
 def test_two_processes_learn_what_one_does(fsdp, one_process, six_episodes, tmp_path):
     """Two gloo processes of batch 2 against one of batch 4, plain (DDP) or sharded (FSDP2), the latter stopped and
-    resumed: the same losses, in training and evaluation, and a plain checkpoint in the published layout."""
+    resumed: the same losses, in training and evaluation, and a plain checkpoint in the published layout; also with a
+    head that has weights of its own, beside an adapter."""
     if fsdp and not hasattr(torch.cpu.Stream, "record_event"):
         pytest.skip("torch 2.6 runs FSDP2 on accelerators only")
     two = {
-        strategy: options(
-            tmp_path / "two" / strategy, six_episodes, batch_size=2, fsdp=fsdp, strategy=strategy, **STEPS_OF_BOTH
-        )
-        for strategy in ("full", "lora")
+        name: options(tmp_path / "two" / name, six_episodes, batch_size=2, fsdp=fsdp, **changes, **STEPS_OF_BOTH)
+        for name, changes in RUNS_OF_BOTH.items()
     }
 
-    def launch(made: FinetuneOptions, resume: bool):
+    def launch(*made: FinetuneOptions, resume: bool):
         before = set((tmp_path / "two").rglob("*"))
         for attempt in range(2):
             try:
-                ranks = processes.run_ranks(SCRIPT, json.dumps(vars(made)), int(resume), cwd=tmp_path, timeout=600)
+                ranks = processes.run_ranks(
+                    SCRIPT, json.dumps([*map(vars, made)]), int(resume), cwd=tmp_path, timeout=600
+                )
                 break
             except TimeoutError:
                 # Seen once in a dozen runs on a crowded machine (torch 2.15): gloo stalls inside an all-gather.
@@ -311,20 +318,21 @@ def test_two_processes_learn_what_one_does(fsdp, one_process, six_episodes, tmp_
                     path.rmdir() if path.is_dir() else path.unlink()
         assert [rank.returncode for rank in ranks] == [0, 0], ranks[0].stderr[-5000:] + ranks[1].stderr[-5000:]
 
-    for made in two.values():
-        launch(made, resume=False)
+    launch(*two.values(), resume=False)
     if fsdp:
         shutil.rmtree(tmp_path / "two" / "full" / "checkpoints" / "checkpoint-4")
         launch(two["full"], resume=True)
-    for strategy in two:
+    for name in two:
         for key in ("loss", "action_l1", "eval_loss"):
-            expected = losses(one_process / strategy, key)
-            assert expected and losses(tmp_path / "two" / strategy, key) == pytest.approx(expected, abs=1e-4), key
+            expected = losses(one_process / name, key)
+            assert expected and losses(tmp_path / "two" / name, key) == pytest.approx(expected, abs=1e-4), key
         # Not the weights: Adam makes steps of full size out of gradients that are zero but for rounding (key biases).
-        file = "adapter_model.safetensors" if strategy == "lora" else "model.safetensors"
-        one, other = (load_file(folder / strategy / file) for folder in (one_process, tmp_path / "two"))
-        assert {name: t.shape for name, t in one.items()} == {name: t.shape for name, t in other.items()}
-        for folder in (tmp_path / "two" / strategy, tmp_path / "two" / strategy / "checkpoints" / "checkpoint-2"):
+        files = ["model.safetensors" if name == "full" else "adapter_model.safetensors"]
+        files += ["added_parts.safetensors"] if name == "head" else []
+        for file in files:
+            one, other = (load_file(folder / name / file) for folder in (one_process, tmp_path / "two"))
+            assert {key: t.shape for key, t in one.items()} == {key: t.shape for key, t in other.items()}
+        for folder in (tmp_path / "two" / name, tmp_path / "two" / name / "checkpoints" / "checkpoint-2"):
             assert OpenVLAForActionPrediction.from_pretrained(folder).norm_stats.keys() == {"mine"}
 
 

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 from oft import GIVEN, OFT, TIMM, saved_by_oft
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from openvla import OpenVLAForActionPrediction
 from openvla.data.collate import ActionCollator
@@ -61,6 +63,10 @@ def variant(request):
 
 @pytest.fixture(scope="module")
 def model(variant, folders) -> OpenVLAForActionPrediction:
+    return load_variant(variant, folders)
+
+
+def load_variant(variant, folders) -> OpenVLAForActionPrediction:
     told = {name: str(folders / value) if name == "base" else value for name, value in GIVEN[variant].items()}
     loaded = OpenVLAForActionPrediction.from_pretrained(
         folders / variant, dtype=torch.float32, timm_model_kwargs=TIMM, **told
@@ -174,34 +180,13 @@ def test_what_lies_between(model, cases, variant, monkeypatch):
 
 def test_a_training_batch(model, variant):
     """The original's collated batch, its loss and the norm of every gradient."""
-    folder = goldens_of(variant)
-    if not (folder / "train.json").is_file():
-        pytest.skip("the loss over the complete vocabulary needs the complete reference, see OPENVLA_OFT_REFERENCE")
-    told, arrays = json.loads((folder / "train.json").read_text()), np.load(folder / "train.npz")
-    head, images = model.action_head, model.processor.image_processor
-    images.center_crop = None
-    samples = []
-    for row, (numbers, words) in enumerate(zip(told["image_ids"], told["instructions"])):
-        cameras = dict(zip(model.camera_names, (images.trained_pixels(image_of(number)) for number in numbers)))
-        samples.append({"instruction": words, "actions": arrays["actions"][row], "image": cameras})
-        if model.config.proprio_dim:
-            samples[-1]["state"] = arrays["proprio"][row]
-    batch = ActionCollator(model.processor, head, model.config.proprio_dim is not None)(samples)
+    told, arrays = golden_batch(variant)
+    batch = collated(model, told, arrays)
     for name in ("input_ids", "labels", "attention_mask"):
         assert np.array_equal(batch[name].numpy(), arrays[name]), name
-    if model.config.use_film:
-        batch["film_padding"] = True  # the original takes padding for words
-    model.train()
-    try:
-        torch.manual_seed(told["torch_seed"])
-        loss, answer = head.loss(model, head.prepare(batch))
-        loss.backward()
-        norms = {name: value.grad.norm().item() for name, value in model.named_parameters() if value.grad is not None}
-    finally:
-        model.zero_grad()
-        model.eval()
-    expected = told["all_parameters"]
-    assert loss.item() == pytest.approx(expected["loss"], rel=1e-5)
+    head, expected = model.action_head, told["all_parameters"]
+    answer, norms = one_step(model, model, batch, told)
+    assert answer.pop("loss") == pytest.approx(expected["loss"], rel=1e-5)
     compared = 0
     for name, norm in expected["grad_norms"].items():
         if norm and "lora_" not in name:
@@ -213,6 +198,73 @@ def test_a_training_batch(model, variant):
         distance = (found.predicted - found.wanted).abs()
         assert distance[:, 0].mean().item() == pytest.approx(expected["metrics"]["curr_action_l1_loss"], rel=1e-4)
         assert distance[:, 1:].mean().item() == pytest.approx(expected["metrics"]["next_actions_l1_loss"], rel=1e-4)
+
+
+def test_a_training_batch_with_an_adapter(folders):
+    """The same where an adapter learns beside the head, on the base it is not merged into."""
+    pytest.importorskip("diffusers", reason="needs the [oft] extra")
+    peft = pytest.importorskip("peft", reason="adapters need the [train] extra")
+    told, arrays = golden_batch("libero-diffusion")
+    if "lora_unmerged" not in told:
+        pytest.skip("the loss with an adapter needs the complete reference, see OPENVLA_OFT_REFERENCE")
+    folder, expected = folders / "libero-diffusion", told["lora_unmerged"]
+    model = load_variant("libero-diffusion", folders)  # merged: the weights of the base come back
+    model.load_state_dict(load_file(folders / "base" / "model.safetensors"), strict=False)
+    config = peft.LoraConfig.from_pretrained(folder / "lora_adapter")
+    with safe_open(folder / "lora_adapter" / "adapter_model.safetensors", framework="pt") as tensors:
+        adapted = {name.partition(".lora_")[0].removeprefix("base_model.model.") for name in tensors.keys()}  # noqa: SIM118
+    config.target_modules = adapted  # not by the ends of names, which those of the head have as well
+    wrapped = peft.PeftModel.from_pretrained(model, folder / "lora_adapter", config=config, is_trainable=True)
+    for parameter in model.added_parameters().values():
+        parameter.requires_grad_(True)
+    answer, norms = one_step(model, wrapped, collated(model, told, arrays), told)
+    assert answer["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    compared = 0
+    for name, norm in expected["grad_norms"].items():
+        if norm:
+            own = name.removeprefix("vla.")
+            assert norms[own if "lora_" in name else f"base_model.model.{own_name(name)}"] == pytest.approx(
+                norm, rel=1e-3
+            ), name
+            compared += 1
+    assert compared > 100
+
+
+def golden_batch(variant) -> tuple[dict, dict]:
+    folder = goldens_of(variant)
+    if not (folder / "train.json").is_file():
+        pytest.skip("the loss over the complete vocabulary needs the complete reference, see OPENVLA_OFT_REFERENCE")
+    return json.loads((folder / "train.json").read_text()), np.load(folder / "train.npz")
+
+
+def collated(model, told, arrays) -> dict:
+    """The samples of the golden batch as ours."""
+    images = model.processor.image_processor
+    images.center_crop = None
+    samples = []
+    for row, (numbers, words) in enumerate(zip(told["image_ids"], told["instructions"])):
+        cameras = dict(zip(model.camera_names, (images.trained_pixels(image_of(number)) for number in numbers)))
+        samples.append({"instruction": words, "actions": arrays["actions"][row], "image": cameras})
+        if model.config.proprio_dim:
+            samples[-1]["state"] = arrays["proprio"][row]
+    batch = ActionCollator(model.processor, model.action_head, model.config.proprio_dim is not None)(samples)
+    if model.config.use_film:
+        batch["film_padding"] = True  # the original takes padding for words
+    return batch
+
+
+def one_step(model, learns, batch, told) -> tuple[dict, dict[str, float]]:
+    """What the head answers, with its loss, and the norms of the gradients in `learns`, the model or what wraps it."""
+    learns.train()
+    try:
+        torch.manual_seed(told["torch_seed"])
+        loss, answer = model.action_head.loss(model, model.action_head.prepare(batch))
+        loss.backward()
+        norms = {name: value.grad.norm().item() for name, value in learns.named_parameters() if value.grad is not None}
+    finally:
+        learns.zero_grad()
+        learns.eval()
+    return {**answer, "loss": loss.item()}, norms
 
 
 def own_name(name: str) -> str:

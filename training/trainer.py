@@ -67,6 +67,17 @@ class Curves(TensorBoardCallback):
             self._init_summary_writer(args)
 
 
+class TrainingBatches:
+    """Samples to a batch of a step. By itself, because a worker process that is spawned receives a copy of it."""
+
+    def __init__(self, collator: ActionCollator, scales: dict[str, torch.Tensor]):
+        self.collator, self.scales = collator, scales
+
+    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        scales = torch.stack([self.scales[sample["dataset"]] for sample in samples])
+        return {**self.collator.head.prepare(self.collator(samples)), "action_scale": scales}
+
+
 class ActionTrainer(Trainer):
     """Trains on a `MixtureStream`, whose frames DataLoader workers decode; evaluates on held-out frames.
 
@@ -110,7 +121,8 @@ class ActionTrainer(Trainer):
         vars(config).pop("use_cache", None)
         vars(config).update(before)
         self.stream, self.eval_samples, self.collator, self.held_out = stream, eval_samples, collator, list(held_out)
-        self.statistics, self.scales, self.frames, self.done, self.card = statistics, scales, frames, done, card
+        self.statistics, self.frames, self.done, self.card = statistics, frames, done, card
+        self.batches = TrainingBatches(collator, scales)
         self._last_batch: dict[str, Any] = {}
         self.decay_after = decay_after
         self.head, self.shape = collator.head, shape
@@ -130,17 +142,13 @@ class ActionTrainer(Trainer):
 
     # Data -------------------------------------------------------------------------------------------------------------
 
-    def _collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        scales = torch.stack([self.scales[sample["dataset"]] for sample in samples])
-        return {**self.head.prepare(self.collator(samples)), "action_scale": scales}
-
     def get_train_dataloader(self) -> DataLoader:
         """Not handed to accelerate: the stream knows its rank and where a resumed run continues."""
         left = (self.args.max_steps - self.done) * self.args.gradient_accumulation_steps
         return DataLoader(
             self.train_dataset,
             batch_sampler=Batches(self.stream, self.args.per_device_train_batch_size, left),
-            collate_fn=self._collate,
+            collate_fn=self.batches,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=not self.args.use_cpu,
             generator=torch.Generator().manual_seed(0),  # its draws would move the global one, which dropout uses
@@ -152,7 +160,7 @@ class ActionTrainer(Trainer):
         count = max(1, len(self.held_out) // ranks)
         mine = [self.held_out[(rank + ranks * turn) % len(self.held_out)] for turn in range(count)]
         for start in range(0, count, size):
-            yield self._collate([self.eval_samples[start, frame] for frame in mine[start : start + size]])
+            yield self.batches([self.eval_samples[start, frame] for frame in mine[start : start + size]])
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         if self.decay_after is None:
