@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 OUTPUTS := outputs
 JOBS ?= 2
 
-.PHONY: help demo policy test test-floor test-newest test-install check format bench constraints clean
+.PHONY: help demo policy test test-floor test-newest test-install test-runtime check format bench constraints clean
 
 help:
 	@echo "make demo        the embedded policy: predictions on example frames, films of it in simulation, in $(OUTPUTS)/"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-floor  the same with the oldest supported libraries"
 	@echo "make test-newest the same with the newest of everything, without constraints"
 	@echo "make test-install  an installation without extras: files, verbs, and what they say is missing"
+	@echo "make test-runtime  openvla-runtime as its wheel gives it, without torch, acts as the model does"
 	@echo "make check       ruff (format and lint) and mypy"
 	@echo "make format      let ruff format and fix"
 	@echo "make bench       time one prediction by stage, JSON in $(OUTPUTS)/"
@@ -74,11 +75,20 @@ test-install: | $(UV)
 	rm -rf build
 	HF_HUB_OFFLINE=1 $(VENV)-install/bin/python tests/check_install.py
 
+# The wheel of packages/openvla-runtime where nothing else is installed, against what the model answers here.
+test-runtime: $(VENV)/dev.stamp
+	rm -rf $(VENV)-runtime
+	$(UV) venv --quiet --python $(PYTHON) $(VENV)-runtime
+	$(UV) pip install --quiet --python $(VENV)-runtime/bin/python packages/openvla-runtime
+	$(BIN)/openvla export . $(OUTPUTS)/onnx --to onnx --overwrite
+	$(BIN)/python tests/check_runtime.py --write $(OUTPUTS)/onnx
+	$(VENV)-runtime/bin/python tests/check_runtime.py $(OUTPUTS)/onnx
+
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	@mkdir -p $(VENV)/types && ln -sfn ../.. $(VENV)/types/openvla
-	MYPYPATH=$(VENV)/types $(BIN)/mypy -m openvla -m openvla.cli -m openvla_light -p openvla.conversion -p openvla.data -p openvla.evaluation -p openvla.options -p openvla.presets -p openvla.training
+	MYPYPATH=$(VENV)/types:packages/openvla-runtime $(BIN)/mypy -p openvla_runtime -m openvla -m openvla.cli -m openvla_light -p openvla.conversion -p openvla.data -p openvla.evaluation -p openvla.options -p openvla.presets -p openvla.training
 
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff format .
@@ -95,4 +105,4 @@ constraints: | $(UV)
 		--no-header --no-annotate --no-emit-index-url --output-file constraints/newest.txt pyproject.toml
 
 clean:
-	rm -rf $(VENV) $(VENV)-floor $(VENV)-newest $(VENV)-install $(VENV)-uv $(OUTPUTS)
+	rm -rf $(VENV) $(VENV)-floor $(VENV)-newest $(VENV)-install $(VENV)-runtime $(VENV)-uv $(OUTPUTS)

@@ -265,18 +265,20 @@ def convert(options: ConvertOptions) -> None:
 @app.command()
 @options_of(ExportOptions)
 def export(options: ExportOptions) -> None:
-    """Turn a Hub folder into an original run.
+    """Turn a Hub folder into an original run, or into graphs without torch.
 
-    The way back from convert, for the original's training code. The complete model is in memory once (15 GB for 7B in
-    bfloat16).
+    prismatic: the way back from convert, for the original's training code. onnx: what openvla-runtime acts with where
+    there is no torch (robot, Mac, edge box); models whose actions are tokens. The complete model is in memory once (15
+    GB for 7B in 16 bits).
 
     \b
     openvla export openvla/openvla-7b runs/openvla-7b --dtype float32
+    openvla export runs/merged my-robot-onnx --to onnx
     """
-    from .conversion import export_prismatic_checkpoint
+    from .conversion import export_onnx, export_prismatic_checkpoint
 
-    given = options.without("weights", "out")
-    typer.echo(f"wrote {export_prismatic_checkpoint(options.weights, options.out, **given)}")
+    write = {"prismatic": export_prismatic_checkpoint, "onnx": export_onnx}[options.to]
+    typer.echo(f"wrote {write(options.weights, options.out, **options.without('weights', 'out', 'to'))}")
 
 
 @app.command()

@@ -15,6 +15,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("gymnasium", "metaworld", "mujoco"), ("sim",)),
     "robosuite": ("robosuite",),
     **dict.fromkeys(("fastapi", "json_numpy", "uvicorn"), ("serve",)),
+    **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), ("onnx",)),
     "matplotlib": ("demo",),
     "diffusers": ("diffusion", "oft"),
 }

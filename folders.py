@@ -17,7 +17,7 @@ from .files_openvla import weights_digest as weights_digest
 
 FORMAT_VERSION = 1  # of saved settings: finetune.json, evaluation.json, and those of a recording
 # What makes a folder load, and what says that it is complete: gone while files are replaced, and written last.
-MARKS = ("config.json", "adapter_config.json", "dataset_statistics.json")
+MARKS = ("config.json", "adapter_config.json", "dataset_statistics.json", "runtime.json")
 INSTALLED = {"site-packages", "dist-packages"}  # folders that pip fills
 OURS = ".openvla"  # empty file in a working folder: what lies beside it was made here and may be removed
 WORK = "work"  # the part of a working folder that is written into

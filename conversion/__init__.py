@@ -1,7 +1,8 @@
-"""Checkpoints of the original's training code <-> Hub folders, folders of OpenVLA-OFT -> Hub folders, and Hub folders
-that carry their own code."""
+"""Checkpoints of the original's training code <-> Hub folders, folders of OpenVLA-OFT -> Hub folders, Hub folders that
+carry their own code, and Hub folders -> graphs that run without torch."""
 
 from .oft import convert, convert_oft_checkpoint
+from .onnx_export import export_onnx
 from .package import package_checkpoint
 from .prismatic import convert_prismatic_checkpoint, export_prismatic_checkpoint
 
@@ -10,6 +11,7 @@ __all__ = [
     "convert",
     "convert_oft_checkpoint",
     "convert_prismatic_checkpoint",
+    "export_onnx",
     "export_prismatic_checkpoint",
     "package_checkpoint",
 ]

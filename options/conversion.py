@@ -69,12 +69,18 @@ class ConvertOptions(OverwriteOptions):
 
 @dataclass(kw_only=True)
 class ExportOptions(OverwriteOptions):
-    """From a Hub folder to a run of the original's training code."""
+    """From a Hub folder to a run of the original's training code, or to graphs that run without torch."""
 
     weights: str = required("Model to export: a folder or a Hub id.", argument=True)
-    out: Path = required("Run folder to write.", argument=True)
-    dtype: SavedDtype | None = option(
-        None, "Type of the written weights; the original trains from float32.", shown="as stored"
+    out: Path = required("Folder to write.", argument=True)
+    to: Literal["prismatic", "onnx"] = option(
+        "prismatic", "A run of the original's training code, or ONNX graphs for openvla-runtime."
+    )
+    dtype: Literal["bfloat16", "float16", "float32", "int8"] | None = option(
+        None,
+        "Type of the written weights: bfloat16, float16 or float32 of a run (the original trains from float32); "
+        "float32 (exact), float16 or int8 of ONNX graphs.",
+        shown="as stored; of ONNX graphs float32",
     )
 
 

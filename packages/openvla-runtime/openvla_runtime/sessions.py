@@ -1,0 +1,126 @@
+"""One interface to what runs a graph: ONNX Runtime, or OpenVINO."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from .choices_openvla import check_choice
+
+
+PROVIDERS = {  # of ONNX Runtime, by the names that people say
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+    "coreml": "CoreMLExecutionProvider",
+    "directml": "DmlExecutionProvider",
+}
+OPENVINO = "openvino"
+
+
+class Session(Protocol):
+    """A graph that is ready to run.
+
+    inputs: Shape of each, None where a size is free, and type.
+    """
+
+    inputs: dict[str, tuple[tuple[int | None, ...], np.dtype]]
+
+    def run(self, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """All outputs by name."""
+        ...
+
+
+class OnnxSession:
+    """A graph in ONNX Runtime."""
+
+    def __init__(self, file: Path, provider: str, threads: int | None):
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        if threads is not None:
+            options.intra_op_num_threads = options.inter_op_num_threads = threads
+        # What a provider cannot do the CPU does.
+        providers = list(dict.fromkeys([PROVIDERS[provider], PROVIDERS["cpu"]]))
+        self._session = onnxruntime.InferenceSession(file, options, providers=providers)
+        self._outputs = [output.name for output in self._session.get_outputs()]
+        types = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
+        self.inputs = {
+            given.name: (
+                tuple(size if isinstance(size, int) else None for size in given.shape),
+                np.dtype(types.get(given.type, bool)),
+            )
+            for given in self._session.get_inputs()
+        }
+
+    def run(self, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return dict(zip(self._outputs, self._session.run(self._outputs, dict(values)), strict=True))
+
+
+class OpenVinoSession:
+    """A graph in OpenVINO, on the CPU, in the precision that it was exported in."""
+
+    def __init__(self, file: Path, threads: int | None):
+        import openvino
+
+        # Otherwise a processor that knows bfloat16 computes in it: other tokens than those of the model.
+        options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+        if threads is not None:
+            options["INFERENCE_NUM_THREADS"] = threads
+        self._model = openvino.Core().compile_model(file, "CPU", options)
+        self.inputs = {
+            given.any_name: (
+                tuple(None if size.is_dynamic else size.get_length() for size in given.partial_shape),
+                np.dtype(given.element_type.to_dtype()),
+            )
+            for given in self._model.inputs
+        }
+
+    def run(self, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        found = self._model(dict(values), share_inputs=True)
+        return {name: values for output, values in found.items() for name in output.names}
+
+
+def open_session(file: Path, provider: str, threads: int | None) -> Session:
+    """A graph, ready to run.
+
+    Args:
+        provider: One of `PROVIDERS`, or "openvino".
+        threads: None: as many as the library chooses.
+
+    Raises:
+        ValueError: If nothing of that name is there, or the library cannot read the graph.
+        ModuleNotFoundError: If OpenVINO is asked for and not installed.
+    """
+    check_choice("provider", provider, [*PROVIDERS, OPENVINO])
+    if provider == OPENVINO:
+        try:
+            return OpenVinoSession(file, threads)
+        except ImportError as error:
+            raise ModuleNotFoundError(
+                "provider='openvino' needs openvino, which is not installed: pip install 'openvla-runtime[openvino]'.",
+                name="openvino",
+            ) from error
+        except RuntimeError as error:
+            raise ValueError(f"OpenVINO cannot read '{file}': export it again. {str(error)[:500]}") from error
+    import onnxruntime
+
+    there = onnxruntime.get_available_providers()
+    if PROVIDERS[provider] not in there:
+        known = [name for name, theirs in PROVIDERS.items() if theirs in there]
+        raise ValueError(
+            f"provider='{provider}' is not in this build of onnxruntime, which has {', '.join(known)}: install the "
+            "build that has it (for CUDA onnxruntime-gpu)."
+        )
+    errors = onnxruntime.capi.onnxruntime_pybind11_state
+    try:
+        return OnnxSession(file, provider, threads)
+    except (
+        errors.Fail,
+        errors.InvalidProtobuf,
+        errors.InvalidGraph,
+        errors.NotImplemented,
+        errors.NoSuchFile,
+    ) as error:
+        raise ValueError(f"ONNX Runtime cannot read '{file}': export it again. {str(error)[:500]}") from error

@@ -1,0 +1,374 @@
+"""`openvla export --to onnx` and `packages/openvla-runtime`, which acts with it where there is no torch."""
+
+import ast
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import TINY, TinyCheckpoint
+
+import openvla
+from openvla import OpenVLAConfig, OpenVLAForActionPrediction, OpenVLAProcessor
+from openvla.conversion import export_onnx, export_prismatic_checkpoint
+from openvla.conversion.onnx_export import check_exportable
+from openvla.folders import write_json
+
+
+for library in ("onnx", "onnxscript", "onnxruntime"):
+    pytest.importorskip(library, reason="needs the [onnx] extra")
+
+ROOT = Path(__file__).resolve().parents[1]
+RUNTIME = ROOT / "packages/openvla-runtime"
+FRAMES = json.loads((ROOT / "examples/frames/frames.json").read_text())
+STATE = np.array([0.1, 0.6, 0.2, 0, 0, 0, 0, 0.5])
+sys.path.append(str(RUNTIME))
+
+from openvla_runtime import OnnxPolicy  # noqa: E402
+from openvla_runtime import __version__ as runtime_version  # noqa: E402
+
+
+BLOCKED = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "torchvision", "transformers", "timm", "openvla", "onnx"):
+            raise ModuleNotFoundError(f"{name} is not here")
+sys.meta_path.insert(0, Blocked())
+"""
+ACT = """
+import numpy, json
+from openvla_runtime import OnnxPolicy
+policy = OnnxPolicy(sys.argv[1], threads=1)
+image = numpy.full((48, 64, 3), 90, numpy.uint8)
+print(json.dumps(policy.predict(image, "open the drawer", state=json.loads(sys.argv[2])).token_ids.tolist()))
+"""
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    """A model of random weights, two steps and a state, with the embedded policy's tokenizer, pixels and units."""
+    folder = tmp_path_factory.mktemp("runtime") / "model"
+    config = OpenVLAConfig.from_pretrained(ROOT)
+    config.action_chunk, config.proprio_dim = 2, 8
+    config.timm_model_kwargs = [{**sizes, "depth": 2, "embed_dim": 48} for sizes in config.timm_model_kwargs]
+    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 12}
+    for name, value in {**sizes, "initializer_range": 0.4}.items():
+        setattr(config.text_config, name, value)
+    torch.manual_seed(3)
+    OpenVLAForActionPrediction(config).save_pretrained(folder)
+    OpenVLAProcessor.from_pretrained(ROOT).save_pretrained(folder)
+    shutil.copyfile(ROOT / "dataset_statistics.json", folder / "dataset_statistics.json")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(small) -> Path:
+    return export_onnx(small, small.with_name("exported"))
+
+
+@pytest.fixture(scope="module")
+def model(small) -> OpenVLAForActionPrediction:
+    return OpenVLAForActionPrediction.from_pretrained(small).eval()
+
+
+@pytest.fixture(scope="module")
+def policy(exported) -> OnnxPolicy:
+    return OnnxPolicy(exported, threads=1)
+
+
+def frames(count: int) -> list[np.ndarray]:
+    """Camera frames that change slowly."""
+    generator = np.random.default_rng(0)
+    image, frames = generator.uniform(0, 255, (12, 16, 3)), []
+    for _ in range(count):
+        image = np.clip(image + generator.normal(0, 6, image.shape), 0, 255)
+        frames.append(np.kron(image, np.ones((4, 4, 1))).astype(np.uint8))
+    return frames
+
+
+# The same as the model ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("provider", ["cpu", "openvino"])
+def test_the_tokens_of_the_model(provider, exported, model):
+    if provider == "openvino":
+        pytest.importorskip("openvino")
+    policy = OnnxPolicy(exported, provider=provider, threads=1)
+    plain = OnnxPolicy(exported, provider=provider, threads=1, drafts=False)
+    passes = set()
+    for index, image in enumerate(frames(12)):
+        state = STATE + index * 0.01
+        instruction = f"Open  the {'drawer' if index % 2 else 'window'}, <s> 抽屉"
+        expected = model.predict_action(image, instruction, state=state, return_dict=True)
+        for one in (policy, plain):
+            found = one.predict(image, instruction, state=state)
+            assert found.token_ids.tolist() == expected.token_ids.tolist()
+            assert found.actions.tolist() == expected.actions.tolist() and found.actions.dtype == np.float64
+            assert found.normalized_actions.tolist() == expected.normalized_actions.tolist()
+            np.testing.assert_allclose(found.token_probabilities, expected.token_probabilities, atol=2e-4)
+            np.testing.assert_allclose(found.token_entropies, expected.token_entropies, atol=1e-3)
+            passes.add(found.passes)
+        assert found.passes == 14  # without drafts as many as tokens
+    assert len(passes) > 1  # some drafts were right
+
+
+def test_prompts_and_pixels_are_those_of_the_processor(policy, model):
+    processor = model.processor
+    for text in ("open the drawer", "öffne die Schublade 抽屉 🤖 </s>", "Lift\tthe LID", FRAMES[0]["instruction"]):
+        assert policy.prompt_ids(text, 14) == processor.prompt_ids(text)
+    actions = processor.tokenizer.convert_ids_to_tokens([900])[0]  # a character that stands for a motion
+    assert policy.prompt_ids(f"draw {actions}", 14) == processor.prompt_ids(f"draw {actions}")
+    image = ROOT / "examples/frames" / FRAMES[0]["file"]
+    expected = processor.image_processor(image, return_tensors="np")["pixel_values"]
+    assert np.array_equal(policy.pixel_values([image]), expected)
+
+
+def test_a_draft_costs_passes_and_changes_nothing(policy):
+    """One wrong token: one more pass, with the right one in its place."""
+    image = frames(1)[0]
+    policy.reset()
+    right = policy.predict(image, "open the drawer", state=STATE)
+    assert right.passes == 14
+    assert policy.predict(image, "open the drawer", state=STATE, executed=0).passes == 1
+    for wrong in range(14):
+        draft = right.token_ids.copy().reshape(-1)
+        draft[wrong] = 700 if draft[wrong] != 700 else 701
+        policy._draft = draft.reshape(2, 7)
+        found = policy.predict(image, "open the drawer", state=STATE, executed=0)
+        assert found.token_ids.tolist() == right.token_ids.tolist()
+        assert found.passes == (1 if wrong == 13 else 2)
+    policy._draft = np.full((2, 7), 700)
+    assert policy.predict(image, "open the drawer", state=STATE).token_ids.tolist() == right.token_ids.tolist()
+
+
+def test_what_remains_of_a_chunk_is_the_draft(policy):
+    policy._draft = np.arange(700, 714).reshape(2, 7)
+    assert policy._shifted((2, 7), 0) == [*range(700, 714)]
+    assert policy._shifted((2, 7), 1) == policy._shifted((2, 7), None) == [*range(707, 714)] * 2
+    assert policy._shifted((1, 7), None) == []  # of a model of another dataset
+    with pytest.raises(ValueError, match="from 0 to 2"):
+        policy._shifted((2, 7), 3)
+    policy.reset()
+    assert policy._shifted((2, 7), None) == []
+
+
+# Without torch --------------------------------------------------------------------------------------------------------
+
+
+def act_without_torch(packages: Path, exported: Path) -> list:
+    arguments = [sys.executable, "-c", BLOCKED + f"sys.path.insert(0, {str(packages)!r})" + ACT, exported]
+    done = subprocess.run([*arguments, json.dumps(STATE.tolist())], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_it_acts_where_torch_is_missing(exported, model):
+    image = np.full((48, 64, 3), 90, np.uint8)
+    expected = model.predict_action(image, "open the drawer", state=STATE, return_dict=True).token_ids
+    assert act_without_torch(RUNTIME, exported) == expected.tolist()
+
+
+def build(source: Path, target: str, folder: Path) -> Path:
+    arguments = [sys.executable, "-m", "hatchling", "build", "--target", target, "--directory", folder]
+    done = subprocess.run(arguments, cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (file,) = folder.glob("*.whl" if target == "wheel" else "*.tar.gz")
+    return file
+
+
+def test_the_wheel_holds_the_shared_files(exported, tmp_path):
+    """From the checkout, and from the sdist."""
+    pytest.importorskip("hatchling")
+    source = build(RUNTIME, "sdist", tmp_path / "sdist")
+    with tarfile.open(source) as archive:
+        archive.extractall(tmp_path, filter="data")
+    wheels = [
+        build(RUNTIME, "wheel", tmp_path / "wheel"),
+        build(tmp_path / source.name.removesuffix(".tar.gz"), "wheel", tmp_path / "again"),
+    ]
+    for wheel in wheels:
+        with zipfile.ZipFile(wheel) as archive:
+            names = [name for name in archive.namelist() if name.endswith(".py")]
+            for name in names:
+                shared = ROOT / Path(name).name
+                place = RUNTIME / name if (RUNTIME / name).exists() else shared
+                assert archive.read(name) == place.read_bytes(), name
+            assert {f"openvla_runtime/{name}.py" for name in shared_files()} < set(names)
+            archive.extractall(tmp_path / "installed")
+    assert len(act_without_torch(tmp_path / "installed", exported)) == 2
+    assert not list((RUNTIME / "openvla_runtime").glob("*_openvla.py"))  # nothing is left behind
+
+
+def shared_files() -> tuple[str, ...]:
+    tree = ast.parse((RUNTIME / "hatch_build.py").read_text())
+    (shared,) = (
+        node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SHARED"
+    )
+    return ast.literal_eval(shared)
+
+
+def test_shared_files_are_those_that_are_imported_and_need_no_torch():
+    needed, waiting = set(), {"policy", "sessions", "decoding"}
+    while waiting:
+        name = waiting.pop()
+        own = RUNTIME / "openvla_runtime" / f"{name}.py"
+        tree = ast.walk(ast.parse((own if own.exists() else ROOT / f"{name}.py").read_text()))
+        modules = {str(node.module) for node in tree if isinstance(node, ast.ImportFrom) and node.level}
+        needed |= {module for module in modules if not (RUNTIME / "openvla_runtime" / f"{module}.py").exists()}
+        waiting |= modules & needed - {name} if own.exists() else modules - needed
+        if not own.exists():
+            needed |= modules
+            waiting |= modules
+    assert needed == set(shared_files())
+    assert runtime_version == openvla.__version__
+
+
+# What is refused ------------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_acted_on(policy, monkeypatch):
+    image = frames(1)[0]
+    for error, message, call in (
+        (ValueError, "No image given", lambda: policy.act(None, "open the drawer", state=STATE)),
+        (ValueError, "No instruction given", lambda: policy.act(image, None, state=STATE)),
+        (ValueError, "The instruction is empty", lambda: policy.act(image, " ", state=STATE)),
+        (ValueError, "shorten the instruction", lambda: policy.act(image, "a drawer " * 200, state=STATE)),
+        (ValueError, "one robot", lambda: policy.act([image] * 2, ["open", "close"], state=STATE)),
+        (ValueError, "sees the state", lambda: policy.act(image, "open the drawer")),
+        (ValueError, "finite numbers", lambda: policy.act(image, "open the drawer", state=STATE * np.nan)),
+        (ValueError, "finite numbers", lambda: policy.act(image, "open the drawer", state=STATE[:7])),
+        (ValueError, "NaN or infinite pixels", lambda: policy.act(image * np.nan, "open the drawer", state=STATE)),
+        (KeyError, "Did you mean 'metaworld'", lambda: policy.act(image, "open", unnorm_key="metaworl", state=STATE)),
+        (FileNotFoundError, "No image file", lambda: policy.act("none.png", "open the drawer", state=STATE)),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+    broken = {"features": np.full((1, 50, 48), np.nan, np.float32)}
+    monkeypatch.setattr(policy._vision, "run", lambda values: broken)
+    with pytest.raises(ValueError, match="NaN or infinite values"):
+        policy.act(image, "open the drawer", state=STATE)
+    assert policy._draft is None
+
+
+def test_folders_that_are_no_export(exported, tmp_path):
+    def damaged(name: str, change) -> Path:
+        folder = tmp_path / name
+        shutil.copytree(exported, folder)
+        change(folder)
+        return folder
+
+    def fields(**changed):
+        return lambda folder: write_json(
+            folder / "runtime.json", {**json.loads((exported / "runtime.json").read_text()), **changed}
+        )
+
+    for error, message, folder in (
+        (FileNotFoundError, "openvla export MODEL FOLDER --to onnx", tmp_path),
+        (ValueError, "format_version 2", damaged("newer", fields(format_version=2))),
+        (ValueError, "is damaged", damaged("fields", fields(pixels={}))),
+        (
+            ValueError,
+            "not a finite number",
+            damaged("units", fields(statistics={"a": {"action": {"q01": [None], "q99": [1]}}})),
+        ),
+        (FileNotFoundError, "No graph at", damaged("graph", lambda folder: (folder / "vision.onnx").unlink())),
+        (ValueError, "export it again", damaged("cut", lambda folder: (folder / "vision.onnx").write_bytes(b"x" * 99))),
+        (ValueError, "export it again", damaged("data", lambda folder: (folder / "vision.onnx.data").unlink())),
+        (ValueError, "holds no tokenizer", damaged("words", lambda folder: write_json(folder / "tokenizer.json", {}))),
+    ):
+        with pytest.raises(error, match=message):
+            OnnxPolicy(folder)
+    with pytest.raises(ValueError, match="Did you mean 'cuda'"):
+        OnnxPolicy(exported, provider="cudaa")
+    with pytest.raises(ValueError, match="not in this build"):
+        OnnxPolicy(exported, provider="coreml" if sys.platform != "darwin" else "directml")
+    with pytest.raises(KeyError, match="unnorm_key"):
+        OnnxPolicy(exported, "none")
+
+
+def test_what_is_not_exported(small, tmp_path, monkeypatch):
+    config = OpenVLAConfig.from_pretrained(small)
+    for name, value, message in (
+        ("action_head", "parallel_tokens", "only token heads"),
+        ("quantization_config", {"load_in_8bit": True}, "are quantized"),
+        ("use_film", True, "have FiLM"),
+    ):
+        changed = OpenVLAConfig.from_dict(config.to_dict())
+        setattr(changed, name, value)
+        with pytest.raises(ValueError, match=message):
+            check_exportable(changed)
+    config.text_config.sliding_window = 16
+    with pytest.raises(ValueError, match="sliding_window"):
+        check_exportable(config)
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match="dtype='bfloat16' is unknown"):
+        export_onnx(small, out, dtype="bfloat16")
+    with pytest.raises(ValueError, match="dtype='int8' is unknown"):
+        export_prismatic_checkpoint(small, out, dtype="int8")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    write_json(adapter / "adapter_config.json", {"peft_type": "LORA"})
+    with pytest.raises(ValueError, match="openvla merge RUN OUT"):
+        export_onnx(adapter, out)
+    with pytest.raises(ValueError, match="is not of an ONNX export"):
+        export_onnx(small, shutil.copytree(small, tmp_path / "other"), overwrite=True)
+    there = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else there(name))
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'openvla\[onnx\]'"):
+        export_onnx(small, out)
+    assert not out.exists()
+
+
+def test_a_graph_says_nothing_about_the_machine_it_was_made_on(exported):
+    for file in exported.iterdir():
+        assert str(ROOT).encode() not in file.read_bytes() and sys.prefix.encode() not in file.read_bytes(), file
+
+
+# Minutes --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "checkpoint", [None, *TINY], ids=lambda checkpoint: checkpoint.name if checkpoint else "embedded"
+)
+def test_policies_act_as_in_torch(checkpoint: TinyCheckpoint | None, tmp_path):
+    """The embedded policy, and what the original saved."""
+    source = ROOT
+    if checkpoint is not None:
+        source = tmp_path / "model"
+        checkpoint.load().save_pretrained(source)
+        checkpoint.processor().save_pretrained(source)
+    model = OpenVLAForActionPrediction.from_pretrained(source).eval()
+    policy = OnnxPolicy(export_onnx(source, tmp_path / "exported"), threads=1)
+    key = next(iter(model.norm_stats))
+    for frame in FRAMES:
+        image = ROOT / "examples/frames" / frame["file"]
+        expected = model.predict_action(str(image), frame["instruction"], unnorm_key=key, return_dict=True)
+        for _ in range(2):
+            found = policy.predict(image, frame["instruction"], unnorm_key=key)
+            assert found.token_ids.tolist() == expected.token_ids.tolist()
+            assert found.actions.tolist() == expected.actions.tolist()
+        assert found.passes == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_smaller_weights_act_nearly_the_same(dtype, tmp_path):
+    model = OpenVLAForActionPrediction.from_pretrained(ROOT).eval()
+    policy = OnnxPolicy(export_onnx(ROOT, tmp_path / "exported", dtype=dtype), threads=1)
+    differences = []
+    for frame in FRAMES:
+        image = ROOT / "examples/frames" / frame["file"]
+        expected = model.predict_action(str(image), frame["instruction"], return_dict=True)
+        differences.append(
+            np.abs(policy.predict(image, frame["instruction"]).normalized_actions - expected.normalized_actions)
+        )
+    assert np.mean(differences) < {"float16": 0.002, "int8": 0.03}[dtype]
