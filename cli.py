@@ -265,7 +265,7 @@ def convert(options: ConvertOptions) -> None:
 @app.command()
 @options_of(ExportOptions)
 def export(options: ExportOptions) -> None:
-    """Turn a Hub folder into an original run, or into graphs without torch.
+    """Turn a Hub folder into an original run, or ONNX graphs.
 
     prismatic: the way back from convert, for the original's training code. onnx: what openvla-runtime acts with where
     there is no torch (robot, Mac, edge box); models whose actions are tokens. The complete model is in memory once (15

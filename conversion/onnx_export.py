@@ -218,8 +218,8 @@ class LanguageModelGraph(nn.Module):
 def keep_action_rows(model: OpenVLAForActionPrediction) -> None:
     """Let the language model compute logits of action tokens only: no other may be chosen."""
     first, end = model.action_tokenizer.token_range
-    head = model.get_output_embeddings()
-    rows = nn.Linear(head.in_features, end - first, bias=head.bias is not None, dtype=head.weight.dtype)  # type: ignore[arg-type]
+    head: Any = model.get_output_embeddings()
+    rows = nn.Linear(head.in_features, end - first, bias=head.bias is not None, dtype=head.weight.dtype)
     rows.weight = nn.Parameter(head.weight[first:end].detach().clone())
     if head.bias is not None:
         rows.bias = nn.Parameter(head.bias[first:end].detach().clone())

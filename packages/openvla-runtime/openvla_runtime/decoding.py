@@ -30,14 +30,13 @@ class LanguageModel:
 
     def __init__(self, session: Session):
         self._session = session
-        kept = [name for name in session.inputs if name.startswith("past.")]
         self._empty = {
-            name: np.zeros([0 if size is None else size for size in shape], kind)
+            name: np.zeros([size or 0 for size in shape], kind)
             for name, (shape, kind) in session.inputs.items()
-            if name in kept
+            if name.startswith("past.")
         }
-        *_, hidden = session.inputs["features"][0]
-        self._no_features = np.zeros((1, 0, hidden), session.inputs["features"][1])
+        shape, kind = session.inputs["features"]
+        self._no_features = np.zeros((1, 0, shape[-1] or 0), kind)
 
     def decode(
         self,
