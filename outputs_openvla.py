@@ -4,6 +4,7 @@ transformers 5.24 calls it `cache` in every output and forward, `past_key_values
 the old name. Here both names work on every version and without a warning, and the library is given the one it knows.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -77,6 +78,9 @@ class OpenVLAOutput(BothCacheNames, CausalLMOutputWithPast):
         cache=None,
         predicted=None,
     ):
+        if isinstance(loss, Mapping):  # as outputs of the library, of the items of another: accelerate does so in bf16
+            self.__init__(**loss)  # type: ignore[misc]
+            return
         cache = {CACHE: one_cache(cache, past_key_values)}
         super().__init__(loss=loss, logits=logits, hidden_states=hidden_states, attentions=attentions, **cache)
         self.projector_features = projector_features

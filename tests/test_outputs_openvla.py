@@ -94,6 +94,16 @@ def test_output_under_both_names(name):
         empty[name]
 
 
+def test_an_output_is_built_of_the_items_of_another():
+    """accelerate does so with what a model returns in bf16, and torch when it gathers the outputs of replicas."""
+    output = OpenVLAOutput(
+        loss=torch.zeros(()), logits=torch.ones(1, 2, 3), cache=DynamicCache(), predicted=torch.ones(2)
+    )
+    output.projector_features = torch.ones(1, 4, 5)
+    again = type(output)({name: value for name, value in output.items()})
+    assert dict(again) == dict(output) and set(again) == {"loss", "logits", CACHE, "projector_features", "predicted"}
+
+
 @pytest.mark.parametrize("name", CACHE_NAMES)
 def test_forward_under_both_names(small_model, name):
     inputs, cache = small_inputs(), DynamicCache(config=small_model.config.text_config)
