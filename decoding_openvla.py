@@ -1,6 +1,10 @@
 """Token decoding: functions over one step object, which computes the next logits however it likes.
 
-Shapes: `batch` samples, `length` tokens and patches of a prompt, `hidden` width of the language model.
+Plain decoding reads one token after the other. With a draft, guesses of the tokens to come, several are read in one
+pass, and what the model would have chosen itself says which of them were right: the tokens are those of plain decoding.
+
+Shapes: `batch` samples, `length` tokens and patches of a prompt, `hidden` width of the language model, `tokens` those
+that may be chosen.
 """
 
 from dataclasses import dataclass
@@ -29,27 +33,54 @@ class Prefix:
     finite: torch.Tensor
 
 
-class Steps(Protocol):
-    """Logits of one token after the other, (batch, vocab_size) float32 each. Nothing leaves the device."""
+@dataclass
+class Decoded:
+    """Tokens of an answer, (batch, num_tokens) each.
 
-    def prefill(self) -> torch.Tensor:
-        """Read the prompts: logits of the first token."""
+    token_ids: int64.
+    probabilities: Of these tokens, float32; all of a sample are NaN if a feature or a logit of it is not finite, for
+        `check_finite`, which reads them on the host, where they go anyway.
+    entropies: Of their distributions, in nats, float32.
+    passes: In which pass of the language model each was decided, from 1.
+    """
+
+    token_ids: torch.Tensor
+    probabilities: torch.Tensor
+    entropies: torch.Tensor
+    passes: torch.Tensor
+
+
+class Steps(Protocol):
+    """Logits of the tokens that may be chosen, (batch, n, tokens) float32. Nothing leaves the device.
+
+    Attributes:
+        verifies: Whether it reads several tokens in one pass, and reads again from an earlier place on.
+    """
+
+    verifies: bool
+
+    def prefill(self, token_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """Read the prompts, and after them tokens (batch, n - 1): logits of the first n tokens."""
         ...
 
-    def step(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Read the tokens just chosen, (batch, 1): logits of the next."""
+    def step(self, token_ids: torch.Tensor, begin: int) -> torch.Tensor:
+        """Read tokens (batch, n), the first of which is number `begin` of the answer: logits of the token after each.
+        What was read at these places and behind them before is forgotten."""
         ...
 
 
 class EagerSteps:
-    """Steps of a language model of the library, with a cache that grows.
+    """Steps of a language model of the library, any of them, with a cache that grows.
 
     Args:
         num_tokens: How many will be decoded.
+        token_range: First id that may be chosen, and the end of those.
     """
 
-    def __init__(self, language_model: Any, prefix: Prefix, num_tokens: int):
-        self.language_model, self.prefix = language_model, prefix
+    verifies = False
+
+    def __init__(self, language_model: Any, prefix: Prefix, num_tokens: int, token_range: tuple[int, int | None]):
+        self.language_model, self.prefix, self.token_range = language_model, prefix, token_range
         self.cache = DynamicCache(config=language_model.config)
         self.begin, self.stop = 0, prefix.inputs_embeds.shape[1]  # positions of the tokens that come next
         self.attention_mask = self.position_ids = None
@@ -57,10 +88,11 @@ class EagerSteps:
             self.attention_mask = nn.functional.pad(prefix.attention_mask, (0, num_tokens), value=1)
             self.position_ids = (self.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
 
-    def prefill(self) -> torch.Tensor:
+    def prefill(self, token_ids: torch.Tensor | None = None) -> torch.Tensor:
+        assert token_ids is None  # it verifies nothing
         return self._logits(inputs_embeds=self.prefix.inputs_embeds)
 
-    def step(self, token_ids: torch.Tensor) -> torch.Tensor:
+    def step(self, token_ids: torch.Tensor, begin: int) -> torch.Tensor:
         return self._logits(input_ids=token_ids)
 
     def _logits(self, **tokens: torch.Tensor) -> torch.Tensor:
@@ -71,46 +103,98 @@ class EagerSteps:
             **{CACHE: self.cache},
             use_cache=True,
             logits_to_keep=1,
-        ).logits[:, -1]
+        ).logits[:, -1:]
         self.begin, self.stop = self.stop, self.stop + 1
-        return logits.float()
+        first, end = self.token_range
+        return logits[..., first:end].float()
 
 
 def decode_tokens(
-    steps: Steps, finite: torch.Tensor, num_tokens: int, token_range: tuple[int, int | None], sampling: Sampling | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Exactly `num_tokens` tokens, one after the other; nothing leaves the device.
+    steps: Steps,
+    finite: torch.Tensor,
+    num_tokens: int,
+    first: int,
+    sampling: Sampling | None = None,
+    draft: torch.Tensor | None = None,
+) -> Decoded:
+    """Exactly `num_tokens` tokens. Nothing leaves the device; with a draft one number a pass does.
 
     Args:
         finite: (batch, 1) of the `Prefix`.
-        token_range: First id that may be chosen, and the end of those.
+        first: Id of the first token that may be chosen.
         sampling: None for the most probable token.
-
-    Returns:
-        Token ids, their probabilities and the entropies (nats) of their distributions, each (batch, num_tokens). All
-        probabilities of a sample are NaN if a feature or a logit of it is not finite: `check_finite` reads them on the
-        host, where they go anyway.
+        draft: (batch, num_tokens - 1) guesses of the first tokens, any ids that the model knows. Right ones save
+            passes; no guess changes a token. Without `sampling`, and for steps that verify.
     """
-    first, end = token_range
+    if sampling is not None:
+        return _sample(steps, finite, num_tokens, first, sampling)
+    logits, passes = (
+        _one_by_one(steps, num_tokens, first) if draft is None else _verify(steps, num_tokens, first, draft)
+    )
+    finite = finite.to(logits.device) & logits.isfinite().flatten(1).all(dim=1, keepdim=True)
+    chosen, probabilities, entropies = choose_token(logits.masked_fill(~finite[..., None], 0.0), None)
+    return Decoded(
+        chosen[..., 0] + first, probabilities[..., 0].masked_fill(~finite, torch.nan), entropies[..., 0], passes
+    )
+
+
+def _one_by_one(steps: Steps, num_tokens: int, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The most probable tokens: logits (batch, num_tokens, tokens) and passes (batch, num_tokens)."""
+    logits = [steps.prefill()]
+    while len(logits) < num_tokens:
+        logits.append(steps.step(logits[-1].argmax(dim=-1) + first, len(logits) - 1))
+    passes = torch.arange(1, num_tokens + 1, device=logits[0].device).expand(len(logits[0]), -1)
+    return torch.cat(logits, dim=1), passes
+
+
+def _verify(steps: Steps, num_tokens: int, first: int, draft: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same tokens, several a pass.
+
+    A pass reads all that is not certain yet, of every row from the same place on. What the model chooses behind tokens
+    that are certain is certain as well, and so on up to the first guess that it would not have chosen; the next pass
+    has the right token there, and the rest of the draft behind it. A row that is ahead of others reads what it knows
+    again, and keeps it.
+    """
+    place = torch.arange(num_tokens, device=draft.device)[None]
+    token_ids = nn.functional.pad(draft, (0, 1))  # the last one is chosen and never read
+    passes = torch.zeros_like(token_ids)
+    known = passes[:, :1]  # how many tokens of each row are certain
+    logits = steps.prefill(draft)
+    begin, count = 0, 1
+    while True:
+        certain = place < known
+        chosen = torch.where(certain, token_ids, logits.argmax(dim=-1) + first)
+        known = (token_ids == chosen)[:, :-1].long().cumprod(dim=1).sum(dim=1, keepdim=True) + 1
+        passes = passes.masked_fill(~certain & (place < known), count)
+        token_ids = torch.where(place < known, chosen, token_ids)
+        begin, count = int(known.min()), count + 1  # the one number that a pass reads from the device
+        if begin == num_tokens:
+            return logits, passes
+        found = torch.cat([logits[:, :begin], steps.step(token_ids[:, begin - 1 : -1], begin - 1)], dim=1)
+        logits = torch.where((place < known)[..., None], logits, found)
+
+
+def _sample(steps: Steps, finite: torch.Tensor, num_tokens: int, first: int, sampling: Sampling) -> Decoded:
     token_ids: list[torch.Tensor] = []
     probabilities, entropies = [], []
-    for _ in range(num_tokens):
-        logits = steps.step(token_ids[-1]) if token_ids else steps.prefill()
+    for number in range(num_tokens):
+        logits = (steps.step(token_ids[-1], number - 1) if number else steps.prefill())[:, 0]
         finite = finite.to(logits.device) & logits.isfinite().all(dim=-1, keepdim=True)
         # Zeros instead of NaN, for which sampling on a GPU aborts the process.
-        chosen, probability, entropy = choose_token(logits[:, first:end].masked_fill(~finite, 0.0), sampling)
+        chosen, probability, entropy = choose_token(logits.masked_fill(~finite, 0.0), sampling)
         token_ids.append(chosen + first)
         probabilities.append(probability)
         entropies.append(entropy)
+    passes = torch.arange(1, num_tokens + 1, device=finite.device).expand(len(finite), -1)
     marked = torch.cat(probabilities, dim=1).masked_fill(~finite, torch.nan)
-    return torch.cat(token_ids, dim=1), marked, torch.cat(entropies, dim=1)
+    return Decoded(torch.cat(token_ids, dim=1), marked, torch.cat(entropies, dim=1), passes)
 
 
 def choose_token(logits: torch.Tensor, sampling: Sampling | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Index of the chosen token, its probability and the entropy (nats) of the distribution, each (batch, 1).
+    """Index of the chosen token, its probability and the entropy (nats) of the distribution, each (..., 1).
 
     Args:
-        logits: (batch, number of tokens) float32, finite.
+        logits: (..., tokens) float32, finite; (batch, tokens) for sampling.
         sampling: None for the most probable token.
     """
     if sampling is not None:
@@ -133,7 +217,7 @@ def choose_token(logits: torch.Tensor, sampling: Sampling | None) -> tuple[torch
         chosen = torch.multinomial(distribution, num_samples=1, generator=sampling.generator)
     # 0 * -inf is 0 here: a token that cannot come adds nothing to the entropy.
     entropy = -(distribution * log_probabilities.clamp(min=-1e4)).sum(dim=-1, keepdim=True)
-    return chosen, distribution.gather(1, chosen), entropy
+    return chosen, distribution.gather(-1, chosen), entropy
 
 
 def check_finite(probabilities: np.ndarray, dtype: torch.dtype) -> None:
@@ -149,4 +233,4 @@ def check_finite(probabilities: np.ndarray, dtype: torch.dtype) -> None:
         )
 
 
-__all__ = ["EagerSteps", "Prefix", "Steps", "check_finite", "choose_token", "decode_tokens"]
+__all__ = ["Decoded", "EagerSteps", "Prefix", "Steps", "check_finite", "choose_token", "decode_tokens"]

@@ -53,6 +53,7 @@ if TYPE_CHECKING:  # of a local folder transformers 5.4 and 5.5 copy no more fil
     from .files_openvla import local_folder  # noqa: F401
     from .frames_openvla import PixelSteps  # noqa: F401
     from .image_processing_openvla import OpenVLAImageProcessor  # noqa: F401
+    from .llama_openvla import open_steps  # noqa: F401
     from .oft_openvla import find_oft  # noqa: F401
     from .parallel_heads_openvla import ParallelTokenHead  # noqa: F401
     from .parts_openvla import ModelParts  # noqa: F401
@@ -455,14 +456,23 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
         those of each sample that are decided already."""
         prompts, config = inputs.prompts, self.config
         input_ids, attention_mask, _ = end_prompts(prompts, config, self.num_patches, num_tokens, answers)
-        input_ids = input_ids.to(self.device)
-        attention_mask = None if attention_mask is None else attention_mask.to(self.device)
+        # Where patches stand is found on the host: what is on a device would have to be waited for.
+        is_patch = input_ids == config.image_token_id
+        plain = config.image_token_id not in prompts[0]
+        if plain and attention_mask is not None:
+            layout = PatchLayout(attention_mask, input_ids.shape, self.num_patches, device=input_ids.device)
+            is_patch, attention_mask = layout.is_patch, layout.insert(attention_mask, 1)
+            input_ids = layout.insert(input_ids, config.image_token_id)  # type: ignore[assignment]
         features = self._encode(inputs.pixel_values, inputs.proprio)
-        inputs_embeds, layout = self._merge(input_ids, None, attention_mask, features)
-        if layout is not None:
-            attention_mask = layout.insert(attention_mask, 1)
         finite = features.isfinite().all(dim=(1, 2)).to(self.device)[:, None]
-        return Prefix(inputs_embeds, attention_mask, finite)
+        embeds = self.get_input_embeddings()(input_ids.to(self.device))
+        features = features.to(embeds.device, embeds.dtype)
+        if plain and attention_mask is None:
+            embeds = torch.cat([embeds[:, :1], features, embeds[:, 1:]], dim=1)
+        else:
+            embeds = embeds.masked_scatter(is_patch[..., None].to(embeds.device), features)
+        attention_mask = None if attention_mask is None else attention_mask.to(embeds.device)
+        return Prefix(embeds, attention_mask, finite)
 
     def action_sequence(
         self, inputs: ModelInputs, num_actions: int, decided: Sequence[Sequence[int]] = (), with_time: bool = False

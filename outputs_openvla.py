@@ -114,6 +114,8 @@ class ActionPrediction(ModelOutput):
     token_ids: int64 ids of the chosen tokens.
     token_probabilities: float32 probability of each chosen token among those that could have been chosen.
     token_entropies: float32 entropy of that distribution in nats; log(256) = 5.5 means no idea.
+    token_passes: int64 number of the pass of the language model in which each token was decided, from 1 on (0: before,
+        see `committed`). The largest of a sample says how many it took: without a draft one for each token.
 
     Heads that give numbers and no tokens leave what is of tokens out (None).
     """
@@ -123,6 +125,7 @@ class ActionPrediction(ModelOutput):
     token_ids: np.ndarray | None = None
     token_probabilities: np.ndarray | None = None
     token_entropies: np.ndarray | None = None
+    token_passes: np.ndarray | None = None
 
 
 __all__ = ["ActionPrediction", "OpenVLAOutput"]

@@ -87,7 +87,8 @@ class ParallelTokenHead(TokenHead):
         logits = logits[..., first:end].masked_fill(~finite[..., None], 0.0)
         tokens, *others = choose_token(logits.flatten(0, 1), choice.sampling)
         probabilities, entropies = (values.reshape(len(logits), -1) for values in others)
-        chosen = ((tokens + first).reshape(len(logits), -1), probabilities.masked_fill(~finite, torch.nan), entropies)
+        token_ids = (tokens + first).reshape(len(logits), -1)
+        chosen = (token_ids, probabilities.masked_fill(~finite, torch.nan), entropies, torch.ones_like(token_ids))
         return self.prediction(decided, chosen, shape, sequence.inputs_embeds.dtype)
 
 

@@ -14,8 +14,9 @@ from torch.nn import functional
 
 from .action_tokenizer import ActionTokenizer
 from .configuration_openvla import OpenVLAConfig
-from .decoding_openvla import EagerSteps, check_finite, decode_tokens
+from .decoding_openvla import check_finite, decode_tokens
 from .inputs_openvla import ModelInputs
+from .llama_openvla import open_steps
 from .outputs_openvla import ActionPrediction
 from .patches_openvla import IGNORE_INDEX
 from .sampling_openvla import Choice
@@ -132,10 +133,23 @@ class TokenHead:
         decided = self.committed_tokens(inputs)
         count = self.num_tokens(shape) - decided.shape[1]
         prefix = model.prefix(inputs, self.num_tokens(shape), decided.tolist() if decided.size else ())
-        steps = EagerSteps(model.language_model, prefix, count)
         token_range = self.tokenizer.token_range if choice.constrained else (0, None)
-        decoded = decode_tokens(steps, prefix.finite, count, token_range, choice.sampling)
-        return self.prediction(decided, decoded, shape, prefix.inputs_embeds.dtype)
+        with open_steps(model.language_model, prefix, count, token_range) as steps:
+            guesses = self.guesses(choice.draft or [], decided.shape[1], count) if steps.verifies else None
+            if guesses is not None:
+                guesses = guesses.to(prefix.inputs_embeds.device)
+            decoded = decode_tokens(steps, prefix.finite, count, token_range[0], choice.sampling, guesses)
+            chosen = (decoded.token_ids, decoded.probabilities, decoded.entropies, decoded.passes)
+            return self.prediction(decided, chosen, shape, prefix.inputs_embeds.dtype)
+
+    def guesses(self, draft: list[list[int]], decided: int, count: int) -> torch.Tensor | None:
+        """(batch, count - 1) of a draft of the complete chunk, of which `decided` tokens are known; None without any.
+        What it does not say is guessed to be the first action token, so that all rows have a length."""
+        rows = [row[decided : decided + count - 1] for row in draft]
+        if not any(rows):
+            return None
+        fill = self.tokenizer.token_range[0]
+        return torch.tensor([[*row, *[fill] * (count - 1 - len(row))] for row in rows])
 
     def prediction(
         self, decided: np.ndarray, chosen: Sequence[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype
@@ -144,21 +158,25 @@ class TokenHead:
 
         Args:
             decided: (batch, n * A) tokens that were given, of probability 1.
-            chosen: Tokens after them, their probabilities and entropies, (batch, K * A - n * A) each; probabilities are
-                NaN where the model computed something that is not finite.
+            chosen: Tokens after them, their probabilities, entropies and passes, (batch, K * A - n * A) each;
+                probabilities are NaN where the model computed something that is not finite.
             dtype: In which it computed.
         """
-        found = [values.cpu().numpy() for values in chosen]
+        # One transfer for all of them: float32 holds every token id.
+        found = torch.stack([values.float() for values in chosen]).cpu().numpy()
         check_finite(found[1], dtype)
-        given = (decided, np.ones(decided.shape, np.float32), np.zeros(decided.shape, np.float32))
-        token_ids, probabilities, entropies = (
-            np.concatenate([before, after], axis=1).reshape(-1, *shape) for before, after in zip(given, found)
+        ones, zeros = np.ones(decided.shape, np.float32), np.zeros(decided.shape, np.float32)
+        token_ids, probabilities, entropies, passes = (
+            np.concatenate([before, after], axis=1).reshape(-1, *shape)
+            for before, after in zip((decided, ones, zeros, zeros), found)
         )
+        token_ids = token_ids.astype(np.int64)
         return ActionPrediction(
             normalized_actions=self.tokenizer.decode(token_ids),
             token_ids=token_ids,
             token_probabilities=probabilities,
             token_entropies=entropies,
+            token_passes=passes.astype(np.int64),
         )
 
 

@@ -28,6 +28,7 @@ FLAT_FILES = [
     "sampling_openvla",
     "inputs_openvla",
     "decoding_openvla",
+    "llama_openvla",
     "token_head_openvla",
     "parallel_openvla",
     "parallel_heads_openvla",

@@ -1,0 +1,263 @@
+"""Steps of a Llama: the library's weights and formulas, with a cache of fixed size that is kept between predictions.
+
+It saves what the library's forward does for every use of a model that a prediction does not have: masks of tokens that
+are all seen, a cache that grows, the last layer of positions that nobody asks, logits of tokens that cannot be chosen.
+All linear layers are called as modules: adapters and quantized weights compute as ever. Any other language model, and a
+Llama that is watched or changed, has the library's own steps (`EagerSteps`).
+
+Shapes: `batch` samples, `length` tokens and patches of a prompt, `hidden` width of the language model.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers.models.llama import modeling_llama as llama
+
+from .decoding_openvla import EagerSteps, Prefix, Steps
+
+
+PLACES = 64  # caches have a multiple of so many, to serve prompts of several lengths
+KEPT = 4  # caches of a model that wait for the next prediction: one for each thread that predicts
+
+
+class CachePool:
+    """Key/value caches of one language model, (layers, 2, batch, heads, places, head_dim).
+
+    Each serves one prediction at a time, and any that is not larger. They hold nothing of the weights, so that nothing
+    but their type and device can be out of date.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[torch.Tensor] = []
+        self._lock = threading.Lock()
+
+    def take(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+        """One that is at least as large, of the type and on the device of `like`."""
+        with self._lock:
+            self._free = [cache for cache in self._free if cache.dtype == like.dtype and cache.device == like.device]
+            for place, cache in enumerate(self._free):
+                if all(there >= wanted for there, wanted in zip(cache.shape, shape)) and cache.shape[-1] == shape[-1]:
+                    return self._free.pop(place)
+            if self._free:  # smaller ones make room
+                other = self._free.pop()
+                shape = tuple(max(sizes) for sizes in zip(shape, other.shape))
+                del other
+        with torch.inference_mode(False):  # to be written into in any mode
+            return torch.zeros(shape, dtype=like.dtype, device=like.device)
+
+    def give_back(self, cache: torch.Tensor) -> None:
+        with self._lock:
+            self._free = [*self._free, cache][-KEPT:]
+
+
+_POOLS: WeakKeyDictionary[nn.Module, CachePool] = WeakKeyDictionary()
+_SETTING = threading.Lock()
+
+
+@contextmanager
+def open_steps(
+    language_model: Any, prefix: Prefix, num_tokens: int, token_range: tuple[int, int | None]
+) -> Iterator[Steps]:
+    """The fastest steps that a language model has.
+
+    Args:
+        num_tokens: How many will be decoded.
+        token_range: First id that may be chosen, and the end of those.
+    """
+    if not is_plain_llama(language_model):
+        yield EagerSteps(language_model, prefix, num_tokens, token_range)
+        return
+    with _SETTING:
+        pool = _POOLS.setdefault(language_model, CachePool())
+    config, embeds = language_model.config, prefix.inputs_embeds
+    places = -(-(embeds.shape[1] + num_tokens) // PLACES) * PLACES
+    attention = language_model.model.layers[0].self_attn
+    cache = pool.take(
+        (config.num_hidden_layers, 2, len(embeds), config.num_key_value_heads, places, attention.head_dim), embeds
+    )
+    try:
+        yield LlamaSteps(language_model, prefix, num_tokens, token_range, cache)
+    finally:
+        pool.give_back(cache)
+
+
+def is_plain_llama(language_model: Any) -> bool:
+    """Whether its modules are those of the library's Llama, and nothing watches or replaces the calls that are left
+    out here."""
+    if type(language_model) is not llama.LlamaForCausalLM or type(language_model.model) is not llama.LlamaModel:
+        return False
+    model = language_model.model
+    layers = model.layers[: model.config.num_hidden_layers]
+    if type(model.rotary_emb) is not llama.LlamaRotaryEmbedding or model.rotary_emb.rope_type not in STATIC_ROPE:
+        return False
+    modules = [language_model, model, model.norm]
+    for layer in layers:
+        modules += [layer, layer.self_attn, layer.input_layernorm, layer.post_attention_layernorm]
+    kinds = {llama.LlamaForCausalLM, llama.LlamaModel, *LAYER}
+    return all(type(module) in kinds and _is_plain(module) for module in modules) and all(
+        layer.self_attn.config._attn_implementation in ("sdpa", "eager") for layer in layers
+    )
+
+
+LAYER = (llama.LlamaDecoderLayer, llama.LlamaAttention, llama.LlamaRMSNorm)
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # whose frequencies do not depend on the length of a sequence
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a call of a module is its class's forward and no more."""
+    if "forward" in module.__dict__ or module._forward_pre_hooks or module.__dict__.get("_compiled_call_impl"):
+        return False
+    # The library leaves hooks behind that do nothing until hidden states are asked for.
+    return all(
+        getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
+        for hook in module._forward_hooks.values()
+    )
+
+
+class Layer:
+    """What a pass calls of one layer of the library's Llama, looked up once for all passes of a prediction."""
+
+    def __init__(self, layer: Any, cache: torch.Tensor):
+        attention, mlp = layer.self_attn, layer.mlp
+        self.keys, self.values = cache
+        self.query, self.key, self.value, self.output = (
+            as_function(getattr(attention, name)) for name in ("q_proj", "k_proj", "v_proj", "o_proj")
+        )
+        self.before_attention, self.before_mlp = layer.input_layernorm, layer.post_attention_layernorm
+        self.mlp = mlp
+        if type(mlp) is llama.LlamaMLP and _is_plain(mlp):
+            gate, up, down = (as_function(getattr(mlp, name)) for name in ("gate_proj", "up_proj", "down_proj"))
+            self.mlp = lambda hidden: down(mlp.act_fn(gate(hidden)) * up(hidden))
+        self.head_dim, self.scaling = attention.head_dim, attention.scaling
+        self.groups, self.eager = attention.num_key_value_groups, attention.config._attn_implementation == "eager"
+
+    def heads(self, vectors: torch.Tensor) -> torch.Tensor:
+        """(batch, n, width) -> (batch, heads, n, head_dim)."""
+        return vectors.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+class LlamaSteps:
+    """Steps over the library's Llama weights. See `open_steps`.
+
+    Args:
+        cache: Of a `CachePool`, (layers, 2, at least batch, heads, at least length + num_tokens, head_dim).
+    """
+
+    verifies = True
+
+    def __init__(
+        self,
+        language_model: Any,
+        prefix: Prefix,
+        num_tokens: int,
+        token_range: tuple[int, int | None],
+        cache: torch.Tensor,
+    ):
+        model, first, end = language_model.model, *token_range
+        batch, self.length = prefix.inputs_embeds.shape[:2]
+        self.prefix, self.embed, self.norm = prefix, model.embed_tokens, model.norm
+        self.layers = [Layer(layer, part[:, :batch]) for layer, part in zip(model.layers, cache)]
+        lm_head = language_model.lm_head
+        self.logits: Callable[[torch.Tensor], torch.Tensor] = lambda hidden: lm_head(hidden)[..., first:end]
+        if type(lm_head) is nn.Linear and lm_head.bias is None and _is_plain(lm_head):
+            rows = lm_head.weight[first:end]
+            self.logits = lambda hidden: functional.linear(hidden, rows)
+        self.total = self.length + num_tokens - 1  # the last token is not read
+        padding = prefix.attention_mask
+        if padding is None:
+            position_ids = torch.arange(self.total, device=cache.device)[None]
+        else:
+            padding = functional.pad(padding.to(cache.device), (0, num_tokens - 1), value=1)
+            position_ids = (padding.cumsum(dim=1) - 1).clamp(min=0)
+        cos, sin = model.rotary_emb(prefix.inputs_embeds, position_ids)
+        half = cos.shape[-1] // 2
+        # For a product with the halves of a vector in the other order; the library changes the sign of the first one.
+        self.cos, self.sin = cos[:, None], torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)[:, None]
+        self.padding: torch.Tensor | None = padding
+        self._mask: torch.Tensor | None = None
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """(batch or 1, 1, total, total): who sees whom, as the attention of the model takes it."""
+        if self._mask is None:
+            mask = torch.ones(self.total, self.total, dtype=torch.bool, device=self.cos.device).tril()[None, None]
+            if self.padding is not None:  # which sees itself: the softmax of nothing is NaN
+                own = torch.eye(self.total, dtype=torch.bool, device=mask.device)
+                mask = mask & self.padding.bool()[:, None, None] | own
+            if self.layers[0].eager:
+                least = torch.finfo(self.cos.dtype).min
+                mask = torch.zeros_like(mask, dtype=self.cos.dtype).masked_fill(~mask, least)
+            self._mask = mask
+        return self._mask
+
+    def prefill(self, token_ids: torch.Tensor | None = None) -> torch.Tensor:
+        embeds, keep = self.prefix.inputs_embeds, 1
+        if token_ids is not None and token_ids.shape[1]:
+            embeds, keep = torch.cat([embeds, self.embed(token_ids)], dim=1), 1 + token_ids.shape[1]
+        return self._pass(embeds, 0, keep)
+
+    def step(self, token_ids: torch.Tensor, begin: int) -> torch.Tensor:
+        return self._pass(self.embed(token_ids), self.length + begin, token_ids.shape[1])
+
+    def _pass(self, hidden: torch.Tensor, begin: int, keep: int) -> torch.Tensor:
+        """Logits of what follows the last `keep` of the positions from `begin` on."""
+        stop = begin + hidden.shape[1]
+        cos, sin = self.cos[:, :, begin:stop], self.sin[:, :, begin:stop]
+        for layer in self.layers:
+            last = keep if layer is self.layers[-1] else stop - begin
+            normed = norm(layer.before_attention, hidden)
+            layer.keys[:, :, begin:stop] = rotated(layer.heads(layer.key(normed)), cos, sin)
+            layer.values[:, :, begin:stop] = layer.heads(layer.value(normed))
+            if last < stop - begin:
+                hidden, normed, cos, sin = hidden[:, -last:], normed[:, -last:], cos[:, :, -last:], sin[:, :, -last:]
+            query = rotated(layer.heads(layer.query(normed)), cos, sin)
+            attended = self._attended(layer, query, stop).transpose(1, 2).flatten(2)
+            hidden = hidden + layer.output(attended)
+            hidden = hidden + layer.mlp(norm(layer.before_mlp, hidden))
+        return self.logits(norm(self.norm, hidden)).float()
+
+    def _attended(self, layer: Layer, query: torch.Tensor, stop: int) -> torch.Tensor:
+        """(batch, heads, n, head_dim) of the last n of `stop` positions."""
+        count, keys, values = query.shape[2], layer.keys[:, :, :stop], layer.values[:, :, :stop]
+        if layer.groups > 1:
+            keys, values = (part.repeat_interleave(layer.groups, dim=1) for part in (keys, values))
+        # Without padding one position alone sees all before it, and for all positions there is a kernel.
+        masked = self.padding is not None or (count > 1 and (layer.eager or count < stop))
+        mask = self.mask[:, :, stop - count : stop, :stop] if masked else None
+        if not layer.eager:
+            return functional.scaled_dot_product_attention(
+                query, keys, values, mask, is_causal=not masked and count > 1, scale=layer.scaling
+            )
+        weights = query @ keys.transpose(2, 3) * layer.scaling
+        weights = weights if mask is None else weights + mask
+        return functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype) @ values
+
+
+def as_function(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What a call of a linear layer does, without the way through the module where nothing happens on it."""
+    if type(module) is nn.Linear and _is_plain(module):
+        return partial(functional.linear, weight=module.weight, bias=module.bias)
+    return module
+
+
+def rotated(vectors: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """(batch, heads, n, head_dim) with the rotary embedding of their positions, see `LlamaSteps`."""
+    swapped = vectors.roll(vectors.shape[-1] // 2, dims=-1)
+    return (vectors * cos).add_(swapped.mul_(sin))
+
+
+def norm(module: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """The library's RMS norm; in float32 as one call, in half precision with its roundings."""
+    if hidden.dtype != torch.float32 or module.weight.dtype != torch.float32:
+        return module(hidden)
+    return functional.rms_norm(hidden, module.weight.shape, module.weight, module.variance_epsilon)
+
+
+__all__ = ["CachePool", "LlamaSteps", "is_plain_llama", "open_steps"]
