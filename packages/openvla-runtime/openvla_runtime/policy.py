@@ -227,6 +227,10 @@ class OnnxPolicy:
         text = make_prompt(instruction, self.prompt_template, self._special_tokens)
         first, end = self.action_tokenizer.token_range
         ids = spell_action_tokens(self.tokenizer.encode(text).ids, range(first, end), self.tokenizer)
+        if self.config.image_token_id in ids or max(ids) >= self.config.text_config.vocab_size:
+            raise ValueError(
+                f"The prompt {text!r:.200} holds tokens that stand for no text here: say it in other words."
+            )
         check_prompt_ids(ids, self.config, warn_without_bos=True)
         return end_with_empty(ids, self.config, self.num_patches, num_tokens)
 

@@ -1,0 +1,147 @@
+"""The two graphs of an ONNX export: what goes in and out of them, and how they are written."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from ..modeling_openvla import OpenVLAForActionPrediction
+from ..outputs_openvla import CACHE
+
+
+class VisionGraph(nn.Module):
+    """Images (and the state) to what the language model sees of them."""
+
+    def __init__(self, model: OpenVLAForActionPrediction):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: torch.Tensor, state: torch.Tensor | None = None) -> torch.Tensor:
+        """(batch, cameras * 3 * towers, height, width) and (batch, proprio_dim) -> (batch, num_patches, hidden)."""
+        return self.model._encode(pixel_values, state)
+
+
+class LanguageModelGraph(nn.Module):
+    """Tokens, and before the second of them image features, to logits of action tokens, over a key/value cache.
+
+    Steps and verify passes give no features, (1, 0, hidden). A position of the cache that turned out wrong need not be
+    cut off: `attention_mask` says what is seen.
+    """
+
+    def __init__(self, model: OpenVLAForActionPrediction):
+        super().__init__()
+        self.language_model = model.language_model
+        self.dtype = next(model.language_model.parameters()).dtype
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        features: torch.Tensor,
+        position_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        rows: torch.Tensor,
+        past: list[torch.Tensor],
+    ) -> tuple[torch.Tensor, ...]:
+        """Logits (1, rows, n_action_bins) float32, then key and value of each layer, what was given included.
+
+        Args:
+            input_ids: (1, length).
+            features: (1, patches, hidden), or (1, 0, hidden); `new` is length + patches.
+            position_ids: (1, new).
+            attention_mask: (1, 1, new, old + new) bool: which positions (columns) a position sees.
+            rows: Indices in [0, new) of the positions whose logits are wanted.
+            past: Key and value of each layer, (1, heads, old, head_dim) each.
+        """
+        words = self.language_model.get_input_embeddings()(input_ids)
+        cache = DynamicCache()
+        for layer, (keys, values) in enumerate(zip(past[::2], past[1::2])):
+            cache.update(keys, values, layer)
+        seen = torch.zeros((), dtype=self.dtype)
+        logits = self.language_model(
+            inputs_embeds=torch.cat([words[:, :1], features.to(self.dtype), words[:, 1:]], dim=1),
+            position_ids=position_ids,
+            attention_mask=torch.where(attention_mask, seen, torch.finfo(self.dtype).min),
+            use_cache=True,
+            logits_to_keep=rows,
+            **{CACHE: cache},
+        ).logits
+        return (logits.float(), *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values)))
+
+
+def keep_action_rows(model: OpenVLAForActionPrediction) -> None:
+    """Let the language model compute logits of action tokens only: no other may be chosen."""
+    first, end = model.action_tokenizer.token_range
+    head: Any = model.get_output_embeddings()
+    rows = nn.Linear(head.in_features, end - first, bias=head.bias is not None, dtype=head.weight.dtype)
+    rows.weight = nn.Parameter(head.weight[first:end].detach().clone())
+    if head.bias is not None:
+        rows.bias = nn.Parameter(head.bias[first:end].detach().clone())
+    model.set_output_embeddings(rows)
+
+
+@torch.no_grad()
+def write_vision(file: Path, model: OpenVLAForActionPrediction) -> None:
+    """Towers, projector and, where the model sees it, the state; weights in a file beside it."""
+    channels, *size = model.vision_backbone.input_shape
+    example, names = [torch.zeros(1, len(model.camera_names) * channels, *size)], ["pixel_values"]
+    if model.config.proprio_dim is not None:
+        example.append(torch.zeros(1, model.config.proprio_dim))
+        names.append("state")
+    _write_graph(file, VisionGraph(model), tuple(example), names, ["features"])
+
+
+@torch.no_grad()
+def write_language_model(file: Path, model: OpenVLAForActionPrediction) -> None:
+    """The language model; weights in a file beside it. Changes the model: it knows action tokens only afterwards."""
+    keep_action_rows(model)
+    text, dtype = model.config.text_config, next(model.language_model.parameters()).dtype
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    words, patches, old = 3, 5, 4  # of an example; none of them stays fixed
+    new = words + patches
+    past = [torch.zeros(1, heads, old, head_dim, dtype=dtype) for _ in range(2 * text.num_hidden_layers)]
+    example = (
+        torch.ones(1, words, dtype=torch.long),
+        torch.zeros(1, patches, text.hidden_size, dtype=dtype),
+        torch.arange(old, old + new)[None],
+        torch.ones(1, 1, new, old + new, dtype=torch.bool),
+        torch.tensor([new - 2, new - 1]),
+        past,
+    )
+    cache = [f"{layer}.{kind}" for layer in range(text.num_hidden_layers) for kind in ("key", "value")]
+    inputs = ["input_ids", "features", "position_ids", "attention_mask", "rows", *(f"past.{name}" for name in cache)]
+    outputs = ["logits", *(f"present.{name}" for name in cache)]
+    free = torch.export.Dim.DYNAMIC
+    sizes = ({1: free}, {1: free}, {1: free}, {2: free, 3: free}, {0: free}, [{2: free}] * len(past))
+    _write_graph(file, LanguageModelGraph(model), example, inputs, outputs, sizes)
+
+
+def _write_graph(
+    file: Path, module: nn.Module, example: tuple, inputs: list[str], outputs: list[str], free: Any = None
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch.export, about names of free sizes
+        program = torch.onnx.export(
+            module.eval(), example, dynamo=True, input_names=inputs, output_names=outputs, dynamic_shapes=free,
+            verbose=False,
+        )  # fmt: skip
+    assert program is not None  # with dynamo=True
+    program.model.metadata_props.clear()
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()  # where in which file on this machine it comes from
+    program.save(file, external_data=True)
+
+
+def quantize(file: Path, target: Path) -> None:
+    """Weights of matrix products in 8 bits (one scale for each column), their inputs quantized as they come."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    quantize_dynamic(
+        file, target, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, weight_type=QuantType.QInt8,
+        use_external_data_format=True,
+    )  # fmt: skip
+    data = target.with_name(f"{target.name}.data")
+    data.chmod(target.stat().st_mode)  # written for nobody else to read
