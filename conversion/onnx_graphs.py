@@ -6,8 +6,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import DynamicCache
+from transformers.models.llama import modeling_llama as llama
 
+from ..llama_openvla import is_plain_llama
 from ..modeling_openvla import OpenVLAForActionPrediction
 from ..outputs_openvla import CACHE
 
@@ -24,6 +27,44 @@ class VisionGraph(nn.Module):
         return self.model._encode(pixel_values, state)
 
 
+class AskedPositions(nn.Module):
+    """The last layer of the library's Llama: keys and values of all positions, all else of those in `rows` alone, whose
+    logits are wanted. Of a prompt these are a few of hundreds."""
+
+    rows: torch.Tensor  # set by `LanguageModelGraph` before each pass
+
+    def __init__(self, layer: Any):
+        super().__init__()
+        self.layer = layer
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """(1, new, hidden) -> (1, rows, hidden)."""
+        layer, attention, rows = self.layer, self.layer.self_attn, self.rows
+        normed, (cos, sin) = layer.input_layernorm(hidden_states), position_embeddings
+        asked = normed.index_select(1, rows)
+
+        def heads(vectors: torch.Tensor) -> torch.Tensor:
+            return vectors.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+
+        keys, _ = llama.apply_rotary_pos_emb(*[heads(attention.k_proj(normed))] * 2, cos, sin)
+        queries, _ = llama.apply_rotary_pos_emb(
+            *[heads(attention.q_proj(asked))] * 2, cos.index_select(1, rows), sin.index_select(1, rows)
+        )
+        keys, values = kwargs[CACHE].update(keys, heads(attention.v_proj(normed)), attention.layer_idx)
+        keys, values = (llama.repeat_kv(part, attention.num_key_value_groups) for part in (keys, values))
+        attended = functional.scaled_dot_product_attention(
+            queries, keys, values, attention_mask.index_select(2, rows), scale=attention.scaling
+        )
+        hidden = hidden_states.index_select(1, rows) + attention.o_proj(attended.transpose(1, 2).flatten(2))
+        return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+
+
 class LanguageModelGraph(nn.Module):
     """Tokens, and before the second of them image features, to logits of action tokens, over a key/value cache.
 
@@ -35,6 +76,10 @@ class LanguageModelGraph(nn.Module):
         super().__init__()
         self.language_model = model.language_model
         self.dtype = next(model.language_model.parameters()).dtype
+        self.last: Any = None
+        if is_plain_llama(self.language_model):
+            layers = self.language_model.model.layers
+            self.last = layers[-1] = AskedPositions(layers[-1])
 
     def forward(
         self,
@@ -60,12 +105,14 @@ class LanguageModelGraph(nn.Module):
         for layer, (keys, values) in enumerate(zip(past[::2], past[1::2])):
             cache.update(keys, values, layer)
         seen = torch.zeros((), dtype=self.dtype)
+        if self.last is not None:
+            self.last.rows = rows
         logits = self.language_model(
             inputs_embeds=torch.cat([words[:, :1], features.to(self.dtype), words[:, 1:]], dim=1),
             position_ids=position_ids,
             attention_mask=torch.where(attention_mask, seen, torch.finfo(self.dtype).min),
             use_cache=True,
-            logits_to_keep=rows,
+            logits_to_keep=rows if self.last is None else 0,
             **{CACHE: cache},
         ).logits
         return (logits.float(), *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values)))
@@ -95,7 +142,7 @@ def write_vision(file: Path, model: OpenVLAForActionPrediction) -> None:
 
 @torch.no_grad()
 def write_language_model(file: Path, model: OpenVLAForActionPrediction) -> None:
-    """The language model; weights in a file beside it. Changes the model: it knows action tokens only afterwards."""
+    """The language model; weights in a file beside it. Changes the model, which predicts no more afterwards."""
     keep_action_rows(model)
     text, dtype = model.config.text_config, next(model.language_model.parameters()).dtype
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads

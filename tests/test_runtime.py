@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from openvla_runtime import OnnxPolicy
+from openvla_runtime import __version__ as runtime_version
 from tiny import TINY, TinyCheckpoint
 
 import openvla
@@ -29,11 +31,6 @@ ROOT = Path(__file__).resolve().parents[1]
 RUNTIME = ROOT / "packages/openvla-runtime"
 FRAMES = json.loads((ROOT / "examples/frames/frames.json").read_text())
 STATE = np.array([0.1, 0.6, 0.2, 0, 0, 0, 0, 0.5])
-sys.path.append(str(RUNTIME))
-
-from openvla_runtime import OnnxPolicy  # noqa: E402
-from openvla_runtime import __version__ as runtime_version  # noqa: E402
-
 
 BLOCKED = """
 import sys
