@@ -12,7 +12,7 @@ import typer
 
 from .cli_errors import FAILED, Group, show_warnings_as_lines
 from .cli_options import options_of
-from .options.conversion import ConvertOptions, ExportOptions, PackageOptions
+from .options.conversion import ConvertOptions, ExportOptions, PackageOptions, QuantizeOptions
 from .options.datasets import StatsOptions
 from .options.evaluation import DemoOptions, EvaluateOptions, RecordOptions
 from .options.prediction import PredictOptions
@@ -66,8 +66,8 @@ def predict(options: PredictOptions) -> None:
     from .action_tokenizer import resolve_unnorm_key
     from .device import torch_device
     from .hub import model_folder, statistics_of
-    from .modeling_openvla import OpenVLAForActionPrediction
     from .pixels_openvla import load_image
+    from .policy import load_model
     from .prompts_openvla import read_instruction
 
     # What can be refused is refused before the weights are read.
@@ -77,7 +77,7 @@ def predict(options: PredictOptions) -> None:
     statistics = statistics_of(Path(folder))
     unnorm_key = resolve_unnorm_key(statistics, options.unnorm_key)
     state = None if options.state is None else read_numbers("state", options.state)
-    policy = OpenVLAForActionPrediction.from_pretrained(folder, dtype=options.dtype).to(device).eval()
+    policy = load_model(str(folder), device=device, dtype=options.dtype, quantization=options.quantization)
     prediction = policy.predict_action(
         picture, options.instruction, unnorm_key=unnorm_key, state=state, return_dict=True
     )
@@ -297,6 +297,24 @@ def package(options: PackageOptions) -> None:
 
     given = options.without("weights", "out")
     typer.echo(f"wrote {package_checkpoint(options.weights, options.out, **given)}")
+
+
+@app.command()
+@options_of(QuantizeOptions)
+def quantize(options: QuantizeOptions) -> None:
+    """Write a folder with weights of 8 or 4 bits.
+
+    It loads as every other folder does, also where this package is not installed. Layers of the language model are
+    quantized; towers, projector, heads and output layer stay as they are. Measure what it costs: evaluate --model OUT.
+
+    \b
+    openvla quantize openvla/openvla-7b openvla-7b-int8 --dtype bfloat16
+    openvla quantize runs/merged my-robot-int4 --bits 4
+    """
+    from .conversion import quantize_checkpoint
+
+    given = options.without("model", "out")
+    typer.echo(f"wrote {quantize_checkpoint(options.model, options.out, **given)}")
 
 
 def main() -> None:

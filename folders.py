@@ -15,7 +15,7 @@ from .files_openvla import read_json
 from .files_openvla import weights_digest as weights_digest
 
 
-FORMAT_VERSION = 1  # of saved settings: finetune.json, evaluation.json, and those of a recording
+FORMAT_VERSION = 2  # of saved settings: finetune.json, evaluation.json, and those of a recording
 # What makes a folder load, and what says that it is complete: gone while files are replaced, and written last.
 MARKS = ("config.json", "adapter_config.json", "dataset_statistics.json", "runtime.json")
 INSTALLED = {"site-packages", "dist-packages"}  # folders that pip fills

@@ -30,7 +30,14 @@ from .oft_openvla import OFTFolder, find_oft, oft_folder, with_weights
 from .outputs_openvla import CACHE_NAMES
 from .parts_openvla import PARTS_FILE, ModelParts
 from .processing_openvla import HUB_KWARGS, OpenVLAProcessor
-from .quantization_openvla import keep_split_blocks_from_packing, take_quantization, turn_block_scales_back
+from .quantization_openvla import (
+    METHOD,
+    check_quantized,
+    has_quantized_layers,
+    keep_split_blocks_from_packing,
+    take_quantization,
+    turn_block_scales_back,
+)
 from .vision_openvla import init_vision_weights
 from .weights_openvla import LOADING, check_filled, check_folder, check_loaded, check_placed, read_tensors
 
@@ -115,6 +122,7 @@ class OpenVLAPreTrainedModel(AdapterBelongings, ModelParts, PreTrainedModel):
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model._hub_kwargs |= hub
         keep_split_blocks_from_packing(model)
+        check_quantized(model, kwargs.get("quantization_config"), name)
         if given is not None:
             model.config.norm_stats = given
         elif name is not None:
@@ -213,7 +221,16 @@ class OpenVLAPreTrainedModel(AdapterBelongings, ModelParts, PreTrainedModel):
 
     def load_adapter(self, peft_model_id=None, adapter_name=None, *args, **kwargs):
         """As in every model of the library: a PEFT adapter from a folder or Hub id. It brings the statistics, prompt
-        form and pixels of its training, which count while it is active."""
+        form and pixels of its training, which count while it is active.
+
+        Raises:
+            ValueError: If the model has 8 or 4 bits (`openvla quantize`), to which nothing can be added.
+        """
+        if has_quantized_layers(self):
+            raise ValueError(
+                "An adapter is added to weights that are not rounded: load it on the base, merge it (`openvla merge "
+                "RUN OUT`) and quantize the result (`openvla quantize OUT SMALLER`); or model.dequantize() first."
+            )
         hub = {name: kwargs.pop(name) for name in HUB_KWARGS if name in kwargs} | (kwargs.get("adapter_kwargs") or {})
         kwargs["adapter_kwargs"] = hub  # the library takes them nowhere else
         folder = None if peft_model_id is None else local_folder(peft_model_id)
@@ -314,8 +331,8 @@ class OpenVLAPreTrainedModel(AdapterBelongings, ModelParts, PreTrainedModel):
         self._processor, self._processor_is_set = value, True
 
     def to(self, *args, **kwargs):
-        """As in every torch module; a quantized model stays where it was loaded."""
-        if getattr(self, "quantization_method", None) is None:
+        """As in every torch module; a model that bitsandbytes quantized stays where it was loaded."""
+        if getattr(self, "quantization_method", None) in (None, METHOD):
             return super().to(*args, **kwargs)
         given = [value for value in (*args, *kwargs.values()) if not isinstance(value, (bool, torch.memory_format))]
         given += [part for value in given if isinstance(value, torch.Tensor) for part in (value.device, value.dtype)]

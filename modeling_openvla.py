@@ -61,6 +61,7 @@ if TYPE_CHECKING:  # of a local folder transformers 5.4 and 5.5 copy no more fil
     from .processing_openvla import OpenVLAProcessor  # noqa: F401
     from .prompts_openvla import check_prompt_ids  # noqa: F401
     from .quantization_openvla import take_quantization  # noqa: F401
+    from .quantized_linear_openvla import QuantizedLinear  # noqa: F401
     from .tensors_openvla import is_tensor  # noqa: F401
     from .token_head_openvla import TokenHead  # noqa: F401
     from .weights_openvla import check_folder  # noqa: F401

@@ -1,13 +1,22 @@
-"""Quantized loading: what stays unquantized, the original's keywords, and workarounds for bitsandbytes."""
+"""Quantized loading: ours of 8 and 4 bits, what stays unquantized, the original's keywords, and workarounds for
+bitsandbytes."""
 
 import logging
+from collections.abc import Collection
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
-from transformers.quantizers import AutoQuantizationConfig
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers import AutoQuantizationConfig, HfQuantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .quantized_linear_openvla import LINEARS, QuantizedLinear, fits
 
 
+METHOD = "openvla"  # `quant_method` of config.json
 # "projector" is part of the names of those of state and noisy actions too.
 NOT_QUANTIZED = [
     "vision_backbone",
@@ -17,6 +26,8 @@ NOT_QUANTIZED = [
     "proprio_projector",
     "noisy_action_projector",
 ]
+# Token heads read single rows of lm_head; the type of the others is that of what they are given.
+NEVER_QUANTIZED = [name for name in NOT_QUANTIZED if name not in ("vision_backbone", "projector")]
 
 
 def take_quantization(kwargs: dict[str, Any]) -> None:
@@ -30,6 +41,9 @@ def take_quantization(kwargs: dict[str, Any]) -> None:
         ValueError: If both are asked for, or one beside a `quantization_config`.
     """
     logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_news)
+    # Not by the library's decorators, which refuse a second copy of this file: that of a Hub folder's own code.
+    AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = OpenVLAQuantizationConfig
+    AUTO_QUANTIZER_MAPPING[METHOD] = OpenVLAQuantizer
     asked = [name for name in ("load_in_8bit", "load_in_4bit") if kwargs.pop(name, False)]
     options = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith(("bnb_4bit_", "llm_int8_"))}
     given = kwargs.get("quantization_config")
@@ -60,6 +74,151 @@ def _keep_out(quantization_config):
     return quantization_config
 
 
+# Ours -----------------------------------------------------------------------------------------------------------------
+
+
+class OpenVLAQuantizationConfig(QuantizationConfigMixin):
+    """`quantization_config` of a model of 8 or 4 bits: given to `from_pretrained` it rounds the weights while they are
+    read, and in config.json it says that they are stored so (`openvla quantize`).
+
+    Args:
+        bits: 8: the fast ones on a CPU, where activations have 8 bits as well. 4: the small ones.
+        modules_to_not_convert: Parts that stay as they are. Default: towers, projectors, heads and lm_head; the last
+            two stay in any case.
+
+    Raises:
+        ValueError: If `bits` is another number.
+    """
+
+    def __init__(self, bits: int = 8, modules_to_not_convert: list[str] | None = None, **unknown: Any):
+        if bits not in LINEARS or isinstance(bits, bool):
+            raise ValueError(f"bits={bits!r}: weights have {' or '.join(map(str, LINEARS))} bits.")
+        unknown.pop("quant_method", None)
+        if unknown:
+            raise ValueError(
+                f"quantization_config holds {', '.join(unknown)}, which this version of openvla does not know: it was "
+                "written by a later one, or changed."
+            )
+        self.quant_method = METHOD
+        self.bits = bits
+        self.modules_to_not_convert = modules_to_not_convert
+
+
+def linears_to_quantize(model: nn.Module, config: OpenVLAQuantizationConfig) -> dict[str, nn.Linear]:
+    """Name -> layer of those that get `config.bits`."""
+    kept = [
+        *NEVER_QUANTIZED,
+        *(NOT_QUANTIZED if config.modules_to_not_convert is None else config.modules_to_not_convert),
+    ]
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and fits(config.bits, module.in_features) and not _is_part(name, kept)
+    }
+
+
+def _is_part(name: str, parts: Collection[str]) -> bool:
+    return any(f".{part}." in f".{name}." for part in parts)
+
+
+class OpenVLAQuantizer(HfQuantizer):
+    """What the library asks while it loads."""
+
+    requires_calibration = False
+    is_trainable = False
+
+    def is_serializable(self, *_: Any) -> bool:
+        return True
+
+    def _process_model_before_weight_loading(self, model, **kwargs):
+        for name, layer in linears_to_quantize(model, self.quantization_config).items():
+            dtype = None if self.pre_quantized else layer.weight.dtype
+            with torch.device("meta"):
+                kind = LINEARS[self.quantization_config.bits]
+                model.set_submodule(name, kind(layer.in_features, layer.out_features, layer.bias is not None, dtype))
+        return model
+
+    def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
+        name, _, tensor = param_name.rpartition(".")
+        module = model.get_submodule(name)
+        return tensor == "weight" and isinstance(module, QuantizedLinear) and module.weight.is_floating_point()
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _Round()
+
+    def _dequantize(self, model, dtype=None):
+        for name, module in list(model.named_modules()):
+            if isinstance(module, QuantizedLinear):
+                weight = module.dequantize(dtype or model.dtype)
+                with torch.device("meta"):
+                    plain = nn.Linear(module.in_features, module.out_features, module.bias is not None)
+                plain.weight, plain.bias = nn.Parameter(weight), module.bias  # type: ignore[assignment]
+                model.set_submodule(name, plain)
+        return model
+
+
+class _Round(ConversionOps):
+    """A weight that was read -> what is stored of it."""
+
+    def convert(self, input_dict, model=None, full_layer_name=None, **kwargs):
+        ((name, value),) = input_dict.items()
+        name = full_layer_name or name
+        layer = model.get_submodule(name.rpartition(".")[0])
+        weight = value[0] if isinstance(value, list) else value
+        try:
+            return rounded(type(layer), name, weight)
+        except ValueError:  # which the library would hide in a page of its own: `check_quantized` says it
+            found = rounded(type(layer), name, torch.nan_to_num(weight))
+            return {key: value if key == name else value.fill_(torch.nan) for key, value in found.items()}
+
+
+def rounded(kind: type[QuantizedLinear], name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Name -> tensor of what is stored of the weight `name`; a `ValueError` with the name, if it is not finite."""
+    try:
+        found = kind.quantize(weight)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    return {f"{name.removesuffix('weight')}{tensor}": value for tensor, value in found.items()}
+
+
+def check_quantized(model: nn.Module, given: Any, where: Any) -> None:
+    """After loading: what was read is what was asked for, and its scales are numbers.
+
+    Args:
+        given: `quantization_config` of `from_pretrained`, or None.
+        where: What holds the weights.
+
+    Raises:
+        ValueError: If the folder is quantized already and another form was asked for, or scales are not finite.
+    """
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if getattr(getattr(quantizer, "quantization_config", None), "quant_method", None) != METHOD:
+        return
+    stored = quantizer.quantization_config
+    if given is not None and quantizer.pre_quantized and given.to_dict() != stored.to_dict():
+        raise ValueError(
+            f"'{where}' holds weights of {stored.bits} bits, and {getattr(given, 'bits', given)} were asked for: leave "
+            "quantization out, or give the model that they were made of."
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            for buffer in module.fixed:
+                values = module.get_buffer(buffer)
+                if not values.is_meta and not bool(torch.isfinite(values).all()):
+                    raise ValueError(
+                        f"'{where}': the weights of {name}, or their {buffer}, are not finite: the file is damaged, or "
+                        "training diverged."
+                    )
+
+
+def has_quantized_layers(model: nn.Module) -> bool:
+    """Whether layers of ours are among its modules."""
+    return any(isinstance(module, QuantizedLinear) for module in model.modules())
+
+
+# bitsandbytes ---------------------------------------------------------------------------------------------------------
+
+
 def turn_block_scales_back(model: nn.Module) -> None:
     """bitsandbytes 0.50 packs 4-bit weights when they first run on a CPU and, without double quantization, forgets to
     turn the scales of their blocks back when it unpacks them for saving."""
@@ -80,4 +239,4 @@ def keep_split_blocks_from_packing(model: nn.Module) -> None:
             layer.support_avx512bf16_for_cpu = divides
 
 
-__all__ = ["NOT_QUANTIZED"]
+__all__ = ["NOT_QUANTIZED", "OpenVLAQuantizationConfig"]

@@ -5,6 +5,7 @@ from .oft import convert, convert_oft_checkpoint
 from .onnx_export import export_onnx
 from .package import package_checkpoint
 from .prismatic import convert_prismatic_checkpoint, export_prismatic_checkpoint
+from .quantize import quantize_checkpoint
 
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "export_onnx",
     "export_prismatic_checkpoint",
     "package_checkpoint",
+    "quantize_checkpoint",
 ]

@@ -52,10 +52,15 @@ def code_files() -> list[str]:
 
 
 class LazyTensor(NamedTuple):
-    """A tensor of a checkpoint, read when it is needed."""
+    """A tensor of a checkpoint, read when it is needed.
+
+    Args:
+        dtype: In which it is written. None: as all others are.
+    """
 
     shape: tuple[int, ...]
     read: Callable[[], torch.Tensor]
+    dtype: torch.dtype | None = None
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> "LazyTensor":
@@ -146,7 +151,7 @@ def write_weights(
 ) -> None:
     """Write `tensors` as safetensors in `dtype` (None: each as it is); no more than one shard is in memory."""
     sizes = {
-        name: torch.empty(tensor.shape, dtype=dtype or tensor.read().dtype, device="meta")
+        name: torch.empty(tensor.shape, dtype=tensor.dtype or dtype or tensor.read().dtype, device="meta")
         for name, tensor in tensors.items()
     }
     split = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_size)

@@ -47,6 +47,7 @@ from .report import REPORT, write_report
 
 SETTINGS = "evaluation.json"
 UNSAID: tuple[Any, ...] = (None, "", "auto", "none", {})  # values of options that a report leaves out
+OLDER_QUANTIZATIONS = {"int8": "bnb-int8", "int4": "bnb-nf4"}  # names until format_version 1
 OF_THIS_MACHINE = ("assets",)  # options of simulators that are places here: neither saved nor compared
 
 
@@ -211,6 +212,8 @@ def earlier_settings(folder: Path, now: Mapping[str, Any], model: str) -> dict[s
     before, version = read_settings(folder / SETTINGS)
     if version == 0:
         before = {**_from_version_0(before), "pixels": now.get("pixels")}  # compared in `check_older_pixels`
+    if version < 2:  # "int8" and "int4" were those of bitsandbytes
+        before["quantization"] = OLDER_QUANTIZATIONS.get(before.get("quantization", ""))
     if before.get("model") == model:
         before["model"] = now.get("model")
     changed = [

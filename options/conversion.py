@@ -1,4 +1,4 @@
-"""Options of `openvla convert`, `openvla export` and `openvla package`."""
+"""Options of `openvla convert`, `openvla export`, `openvla package` and `openvla quantize`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,4 +91,21 @@ class PackageOptions(OverwriteOptions):
     out: Path = required("Folder to write.", argument=True)
     weights: str = required("Model to package: a folder or a Hub id with safetensors weights.")
     revision: str | None = option(None, "Branch, tag or commit, where --weights is a Hub id.", shown="main")
+    name: str | None = option(None, "What the model card calls the model.", shown="the name of OUT")
+
+
+@dataclass(kw_only=True)
+class QuantizeOptions(OverwriteOptions):
+    """A Hub folder whose linear layers have few bits."""
+
+    model: str = required("Model to quantize: a folder or a Hub id with safetensors weights.", argument=True)
+    out: Path = required("Folder to write.", argument=True)
+    bits: Literal[8, 4] = option(
+        8,
+        "8: fast on a CPU, where activations are rounded as well. 4: small; only weights are rounded, in groups of 64.",
+    )
+    towers: bool = option(False, "Quantize vision towers and projector as well, not the language model alone.")
+    dtype: SavedDtype | None = option(None, "Type of all other weights, and of the activations.", shown="as stored")
+    max_shard_size: str = option("5GB", "Size of the largest weight file, and of the memory that is needed.")
+    revision: str | None = option(None, "Branch, tag or commit, where MODEL is a Hub id.", shown="main")
     name: str | None = option(None, "What the model card calls the model.", shown="the name of OUT")

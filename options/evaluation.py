@@ -168,9 +168,6 @@ class EvaluateOptions(ClosedLoopOptions):
         "round trip, as OpenVLA-OFT evaluates.",
         shown="as stored with the model",
     )
-    quantization: Literal["int8", "int4"] | None = option(
-        None, "Load the language model with fewer bits (bitsandbytes)."
-    )
     videos: int = option(1, "Episodes of each task to film.", least=0, neutral=True)
 
     def __post_init__(self) -> None:

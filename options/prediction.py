@@ -31,6 +31,11 @@ class ModelOptions(Options):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = option(
         "auto", "Type of the weights in memory; auto: as they are stored."
     )
+    quantization: Literal["int8", "int4", "bnb-int8", "bnb-nf4"] | None = option(
+        None,
+        "Load the language model with fewer bits. int8: fast on a CPU; int4: small; folders of either: see quantize. "
+        "bnb-int8, bnb-nf4: those of bitsandbytes.",
+    )
 
 
 @dataclass(kw_only=True)

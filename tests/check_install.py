@@ -24,7 +24,19 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 DEMOS = REPOSITORY / "tests" / "fixtures" / "demos"
 INSTALLED = Path(openvla.__file__).parent
 COMMAND = Path(sys.executable).with_name("openvla")
-VERBS = ("predict", "stats", "finetune", "merge", "record", "evaluate", "demo", "convert", "export", "package")
+VERBS = (
+    "predict",
+    "stats",
+    "finetune",
+    "merge",
+    "record",
+    "evaluate",
+    "demo",
+    "convert",
+    "export",
+    "package",
+    "quantize",
+)
 PACKAGES = ("conversion", "data", "evaluation", "options", "presets", "training")
 # Command line without its output folder -> what it asks for
 NEEDS = {

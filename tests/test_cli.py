@@ -29,7 +29,19 @@ from openvla.options.prediction import EMBEDDED_POLICY
 from openvla.training import STRATEGIES, FinetuneOptions
 
 
-VERBS = ["predict", "stats", "finetune", "merge", "record", "evaluate", "demo", "convert", "export", "package"]
+VERBS = [
+    "predict",
+    "stats",
+    "finetune",
+    "merge",
+    "record",
+    "evaluate",
+    "demo",
+    "convert",
+    "export",
+    "package",
+    "quantize",
+]
 
 
 def run(*arguments, code: int = 0):

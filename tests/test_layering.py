@@ -33,6 +33,7 @@ FLAT_FILES = [
     "parallel_openvla",
     "parallel_heads_openvla",
     "action_heads_openvla",
+    "quantized_linear_openvla",
     "quantization_openvla",
     "modules_openvla",
     "generation_openvla",

@@ -93,6 +93,19 @@ def test_an_evaluation_of_an_older_version_is_continued(tmp_path):
         evaluate(EvaluateOptions.of(**given), hz=5.0)
 
 
+@pytest.mark.parametrize(
+    "version, saved, named", [(1, "int8", "bnb-int8"), (1, "int4", "bnb-nf4"), (2, "int8", "int8")]
+)
+def test_quantization_of_an_older_evaluation_was_that_of_bitsandbytes(version, saved, named, tmp_path):
+    (tmp_path / "evaluation.json").write_text(json.dumps({"format_version": version, "quantization": saved}))
+    now = {"quantization": named, "digests": {}}
+    known = EvaluateOptions(output=tmp_path).content() | now
+    before = earlier_settings(tmp_path, {name: None for name in known} | now, "mine")
+    assert before["quantization"] == named
+    with pytest.raises(ValueError, match=f"quantization was '{named}', is 'int4'"):
+        earlier_settings(tmp_path, {name: None for name in known} | now | {"quantization": "int4"}, "mine")
+
+
 def test_a_recording_of_an_older_version_is_known(tmp_path, monkeypatch):
     monkeypatch.setattr(recorder, "open_environment", lambda *a, **k: pytest.fail("recorded again"))
     (tmp_path / "out").mkdir()

@@ -15,7 +15,7 @@ from transformers import BitsAndBytesConfig
 
 from ..choices_openvla import check_choice
 from ..parts_openvla import is_added
-from ..quantization_openvla import NOT_QUANTIZED
+from ..quantization_openvla import NOT_QUANTIZED, has_quantized_layers
 
 
 STRATEGIES: dict[str, Callable[..., nn.Module]] = {}
@@ -148,6 +148,11 @@ def lora(
 
     if rank < 1:
         raise ValueError(f"rank={rank}: an adapter needs at least 1.")
+    if has_quantized_layers(model):
+        raise ValueError(
+            "The model has weights of 8 or 4 bits (`openvla quantize`), to which no adapter can be added: train on the "
+            "model that it was made of, with strategy 'qlora' where memory is short."
+        )
     if adapter is not None:
         config = LoraConfig.from_pretrained(adapter)
         has = {"rank": config.r, "alpha": config.lora_alpha, "dropout": config.lora_dropout}

@@ -1,0 +1,400 @@
+"""Linear layers whose weights have 8 or 4 bits: how they are rounded, how they are multiplied.
+
+On a CPU 8 bits are the fast ones: activations are rounded as well, each token by its largest number, and whole numbers
+are multiplied by oneDNN. 4 bits are the small ones: a few tokens pass a kernel that reads 4 bits, many (the prompt) a
+matrix product with weights that are unpacked for it. On a GPU weights alone are rounded.
+
+Weights are stored in a form of our own, the same for every machine, and are packed for a kernel when they first run
+there; the packed form takes their place, so that they are in memory once.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+
+
+GROUP_SIZES = (64, 32)  # of 4-bit weights that share a scale; the first that divides a row
+FEW = 8  # rows that a kernel for few of them is faster for
+SMALLEST = 1e-30  # step of a row of zeros
+SHRUNK = torch.linspace(1.0, 0.7, 7).tolist()  # ranges that are tried for a group of 4-bit weights
+ROWS = 1024  # that are rounded at once
+
+
+class QuantizedLinear(nn.Module):
+    """x (..., in_features) -> x W^T + b (..., out_features), with W of few bits. It takes what `nn.Linear` takes, but
+    is none: what would train or change the weights of one must not take it for one.
+
+    Where gradients are asked for, weights are unpacked: those of the input are right, and weights do not learn.
+
+    Args:
+        dtype: Of weights that are not rounded yet, and of the bias. The library rounds them while it loads; None: they
+            are stored rounded.
+    """
+
+    bits: int
+    weight: torch.Tensor
+    fixed: dict[str, torch.dtype]  # buffers that keep their type when the model is cast
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, dtype: torch.dtype | None = None):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        for name, (shape, kind) in self.stored(in_features, out_features).items():
+            if name == "weight":
+                empty = torch.empty(shape, dtype=kind) if dtype is None else torch.empty(out_features, in_features)
+                self.weight = nn.Parameter(empty if dtype is None else empty.to(dtype), requires_grad=False)
+            else:
+                self.register_buffer(name, torch.empty(shape, dtype=kind))
+        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
+
+    @staticmethod
+    def stored(in_features: int, out_features: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Name -> shape and type of what is stored of a weight."""
+        raise NotImplementedError
+
+    @staticmethod
+    def quantize(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """(out_features, in_features) -> what is stored of it; a `ValueError` for numbers that are not finite."""
+        raise NotImplementedError
+
+    def plain(self) -> torch.Tensor:
+        """The weight as it is stored, whatever kernel it is packed for."""
+        raise NotImplementedError
+
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        """(out_features, in_features) in a floating-point type."""
+        raise NotImplementedError
+
+    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
+        """(rows, in_features) -> (rows, out_features), without bias, where no gradients are asked for."""
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.weight.is_floating_point():
+            raise ValueError("The weights were not rounded: load the model with from_pretrained.")
+        if x.requires_grad and torch.is_grad_enabled():
+            return linear(x, self.dequantize(x.dtype), self.bias)
+        y = self.multiply(x.reshape(-1, self.in_features)) if x.numel() else x.new_zeros(0, self.out_features)
+        if self.bias is not None:
+            y = y + self.bias
+        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def pack(self, packed: torch.Tensor, kernel: str) -> torch.Tensor:
+        """Let the form for a kernel take the place of the weight."""
+        with torch.inference_mode(False):
+            parameter = nn.Parameter(packed, requires_grad=False)
+        parameter.kernel = kernel  # type: ignore[attr-defined]
+        self.weight = parameter
+        return packed
+
+    @property
+    def kernel(self) -> str | None:
+        """What the weight is packed for."""
+        return getattr(self.weight, "kernel", None)
+
+    @property
+    def may_pack(self) -> bool:
+        """Weights that accelerate brings for each call come in the stored form each time."""
+        return not getattr(getattr(self, "_hf_hook", None), "offload", False)
+
+    def unpack(self) -> None:
+        """Back to the stored form: to be moved, copied or saved."""
+        if self.kernel is not None:
+            with torch.inference_mode(False), torch.no_grad():
+                self.weight = nn.Parameter(self.plain().clone(), requires_grad=False)
+
+    def _apply(self, fn, recurse=True):
+        self.unpack()
+        kept = {name: self.get_buffer(name) for name in self.fixed}
+        super()._apply(fn, recurse)
+        for name, dtype in self.fixed.items():  # a cast of the model rounds them and back, so they come from before
+            moved = self.get_buffer(name)
+            if moved.dtype != dtype:
+                setattr(self, name, kept[name].to(moved.device))
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.unpack()  # what oneDNN packs cannot be copied
+        return self.__dict__
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.kernel is not None:
+            destination[f"{prefix}weight"] = self.plain()
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self.unpack()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"bits={self.bits}"
+        )
+
+
+# 8 bits ---------------------------------------------------------------------------------------------------------------
+
+
+class Int8Linear(QuantizedLinear):
+    """Weights -127 to 127, one step size (`weight_scale`) for each output."""
+
+    bits = 8
+    weight_scale: torch.Tensor
+    fixed = {"weight_scale": torch.float32}
+
+    @staticmethod
+    def stored(in_features, out_features):
+        return {
+            "weight": ((out_features, in_features), torch.int8),
+            "weight_scale": ((out_features,), torch.float32),
+        }
+
+    @staticmethod
+    def quantize(weight):
+        parts = []
+        for rows in _finite(weight).split(ROWS):
+            rows = rows.float()
+            scale = rows.abs().amax(1, keepdim=True).clamp_(min=SMALLEST) / 127
+            parts.append(((rows / scale).round_().to(torch.int8), scale[:, 0]))
+        whole, scales = zip(*parts)
+        return {"weight": torch.cat(whole), "weight_scale": torch.cat(scales)}
+
+    def plain(self):
+        return self.weight.to_dense().t().contiguous() if self.kernel else self.weight
+
+    def dequantize(self, dtype):
+        return (self.plain() * self.weight_scale[:, None]).to(dtype)
+
+    def multiply(self, rows):
+        if rows.device.type == "cpu" and self.may_pack:
+            most = largest_activation()
+            packed: torch.Tensor = self.weight
+            if not self.kernel:
+                packed = self.pack(torch.ops.onednn.qlinear_prepack(self.weight.data, None), "onednn")
+            whole, step = quantize_rows(rows, most)
+            return _qlinear(whole, most + 1, packed, self.weight_scale).mul_(step)
+        if rows.device.type == "cuda" and len(rows) <= FEW and _has("_weight_int8pack_mm", "CUDA"):
+            return torch.ops.aten._weight_int8pack_mm(rows.bfloat16(), self.weight, self.weight_scale.bfloat16())
+        return linear(rows, self.dequantize(rows.dtype))
+
+
+def quantize_rows(rows: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows, in_features) floats -> the same as uint8, where `most + 1` stands for 0, and the step (rows, 1) of each. A
+    row with a number that is not finite has a step that is not, or is multiplied to one that is not."""
+    rows = rows.float()
+    step = rows.abs().amax(1, keepdim=True).clamp_(min=SMALLEST) / most
+    return (rows / step).round_().add_(most + 1).to(torch.uint8), step
+
+
+def _qlinear(rows: torch.Tensor, zero: int, packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """(rows, in_features) uint8 -> float32 (rows, out_features); steps of the rows are left to the caller. Other types
+    than float32 have no fast kernel on CPUs without VNNI (torch 2.15: 25 ms instead of 0.2)."""
+    zeros = torch.zeros(len(scale), dtype=torch.int64)
+    return torch.ops.onednn.qlinear_pointwise(
+        rows, 1.0, zero, packed, scale, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+
+
+@cache
+def largest_activation() -> int:
+    """What a rounded activation may be at most: 127, or 63 on CPUs without VNNI, which add products of bytes in 16 bits
+    and cut off what does not fit. Found by multiplying the largest numbers.
+
+    Raises:
+        ValueError: If torch has no such kernel, or it is wrong here in both ways.
+    """
+    if not _has("qlinear_pointwise", "MkldnnCPU", "onednn"):
+        raise ValueError(
+            f"8-bit weights run on a CPU through onednn.qlinear_pointwise, which torch {torch.__version__} for this "
+            "machine does not have: install torch >= 2.6 from its own index for Linux or Windows on x86, or load the "
+            "model without quantization."
+        )
+    weight = torch.full((64, 64), 127, dtype=torch.int8)
+    weight[:, ::5] = -127
+    packed, scale = torch.ops.onednn.qlinear_prepack(weight, None), torch.ones(64)
+    for most in (127, 63):
+        for count in (1, 7, 64):
+            rows = torch.full((count, 64), 2 * most + 1)
+            rows[:, ::3] = 1
+            expected = (rows - most - 1).double() @ weight.double().T
+            if not torch.equal(_qlinear(rows.to(torch.uint8), most + 1, packed, scale).double(), expected):
+                break
+        else:
+            return most
+    raise ValueError("onednn.qlinear_pointwise gives wrong products on this CPU: load the model without 8 bits.")
+
+
+# 4 bits ---------------------------------------------------------------------------------------------------------------
+
+
+class Int4Linear(QuantizedLinear):
+    """Weights 0 to 15, two in a byte, the even column in the low half. Of each group of a row `scale_and_zero` holds
+    the two numbers of (q - 8) scale + zero, in bfloat16 as the kernels take them: (groups, out_features, 2)."""
+
+    bits = 4
+    scale_and_zero: torch.Tensor
+    fixed = {"scale_and_zero": torch.bfloat16}
+
+    @staticmethod
+    def stored(in_features, out_features):
+        groups = in_features // group_size(in_features)
+        return {
+            "weight": ((out_features, in_features // 2), torch.uint8),
+            "scale_and_zero": ((groups, out_features, 2), torch.bfloat16),
+        }
+
+    @staticmethod
+    def quantize(weight):
+        group = group_size(weight.shape[1])
+        parts = [_quantize_groups(rows.float().unflatten(1, (-1, group))) for rows in _finite(weight).split(ROWS)]
+        whole, scales, zeros = (torch.cat(part) for part in zip(*parts))
+        return {
+            "weight": whole[:, ::2] | (whole[:, 1::2] << 4),
+            "scale_and_zero": torch.stack([scales, zeros], -1).transpose(0, 1).contiguous(),
+        }
+
+    def plain(self):
+        if self.kernel is None:
+            return self.weight
+        if self.kernel == "cuda":
+            return _join(_unpack_cuda(self.weight, self.in_features, self.out_features))
+        return _join(_unpack_cpu(self.weight, self.in_features))
+
+    def dequantize(self, dtype):
+        whole = _unpack_cpu(self.weight, self.in_features) if self.kernel == "cpu" else _split(self.plain())
+        groups = len(self.scale_and_zero)
+        scale, zero = self.scale_and_zero.to(dtype).transpose(0, 1).unbind(-1)  # (out_features, groups)
+        values = whole.view(self.out_features, groups, -1).to(dtype).sub_(8)
+        return torch.addcmul(zero[..., None], values, scale[..., None]).flatten(1)
+
+    def multiply(self, rows):
+        group = self.in_features // len(self.scale_and_zero)
+        if len(rows) <= FEW and rows.device.type == "cpu" and self.may_pack and self.out_features % 64 == 0:
+            if rows_of_a_block() is not None:
+                packed: torch.Tensor = self.weight
+                if not self.kernel:
+                    whole = _split(self.weight).int()
+                    packed = self.pack(torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole, 1), "cpu")
+                # In float32 the kernel is slower than the matrix product (torch 2.15).
+                return torch.ops.aten._weight_int4pack_mm_for_cpu(rows.bfloat16(), packed, group, self.scale_and_zero)
+        tiles = _tiles(self.in_features)
+        if rows.device.type == "cuda" and self.may_pack and tiles and self.out_features % 8 == 0:
+            packed = self.weight
+            if not self.kernel:  # there the even column is in the high half
+                turned = (self.weight << 4) | (self.weight >> 4)
+                packed = self.pack(torch.ops.aten._convert_weight_to_int4pack(turned, tiles), "cuda")
+            return torch.ops.aten._weight_int4pack_mm(rows.bfloat16(), packed, group, self.scale_and_zero)
+        kind = rows.dtype
+        if rows.device.type == "cpu" and kind != torch.float32 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            kind = torch.float32  # a CPU that only imitates short types multiplies them ten times slower
+        return linear(rows.to(kind), self.dequantize(kind))
+
+
+def group_size(in_features: int) -> int | None:
+    """Weights of a row that share a scale; None where no size divides it."""
+    return next((size for size in GROUP_SIZES if in_features % size == 0), None)
+
+
+def _quantize_groups(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(rows, groups, size) -> 0 to 15 (rows, groups * size), scales and zeros (rows, groups); of several ranges, from
+    the complete one to a part of it, that with the least squared error."""
+    low, high = groups.amin(2), groups.amax(2)
+    best: tuple[torch.Tensor, ...] | None = None
+    for part in SHRUNK:
+        scale = ((high - low) * (part / 15)).clamp_(min=SMALLEST).bfloat16()
+        zero = ((high + low) / 2 + scale.float() / 2).bfloat16()  # the middle of 0 to 15 is 7.5
+        steps, offset = scale.float()[..., None], zero.float()[..., None]
+        whole = ((groups - offset) / steps).round_().add_(8).clamp_(0, 15)
+        error = torch.addcmul(offset, whole - 8, steps).sub_(groups).square_().sum(2)
+        found = (error, whole.to(torch.uint8), scale, zero)
+        if best is None:
+            best = found
+        else:
+            better = error < best[0]
+            best = tuple(
+                torch.where(better[..., None] if old.ndim == 3 else better, new, old) for new, old in zip(found, best)
+            )
+    assert best is not None
+    return best[1].flatten(1), best[2], best[3]
+
+
+def _split(packed: torch.Tensor) -> torch.Tensor:
+    """Two in a byte -> one in a byte."""
+    return torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
+
+
+def _join(whole: torch.Tensor) -> torch.Tensor:
+    return whole[:, ::2] | (whole[:, 1::2] << 4)
+
+
+def _unpack_cpu(packed: torch.Tensor, in_features: int, block: int | None = None) -> torch.Tensor:
+    """(out_features, in_features / 2) as the CPU kernel takes it -> (out_features, in_features), one in a byte. Blocks
+    of rows (64 with AVX-512, 32 with AVX2) stand column by column, 16 rows side by side in each half byte."""
+    block = block or rows_of_a_block() or 32
+    stored = packed.detach().view(-1, in_features, block // 32, 16)
+    whole = torch.stack([stored & 15, stored >> 4], 2)  # (blocks, in_features, 2, block / 32, 16)
+    return whole.flatten(2).transpose(1, 2).reshape(-1, in_features)
+
+
+@cache
+def rows_of_a_block() -> int | None:
+    """How the CPU kernel orders 4-bit weights, found by packing some; None where there is no kernel, or it has another
+    order."""
+    if not (_has("_weight_int4pack_mm_for_cpu", "CPU") and _has("_convert_weight_to_int4pack_for_cpu", "CPU")):
+        return None
+    whole = torch.arange(128 * 64, dtype=torch.int32).view(128, 64) * 7919 // 64 % 16
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole, 1)
+    return next((block for block in (64, 32) if torch.equal(_unpack_cpu(packed, 64, block).int(), whole)), None)
+
+
+def _tiles(in_features: int) -> int | None:
+    """`innerKTiles` of the CUDA kernel: the largest that divides a row."""
+    if not _has("_weight_int4pack_mm", "CUDA"):
+        return None
+    return next((tiles for tiles in (8, 4, 2) if in_features % (16 * tiles) == 0), None)
+
+
+def _unpack_cuda(packed: torch.Tensor, in_features: int, out_features: int) -> torch.Tensor:
+    """What the CUDA kernel has packed, by letting it multiply the identity with scale 1: (out_features, in_features)
+    numbers 0 to 15, which bfloat16 holds exactly."""
+    group = group_size(in_features) or 1
+    ones = torch.zeros(in_features // group, out_features, 2, dtype=torch.bfloat16, device=packed.device)
+    ones[..., 0] = 1
+    identity = torch.eye(in_features, dtype=torch.bfloat16, device=packed.device)
+    product = torch.ops.aten._weight_int4pack_mm(identity, packed, group, ones)
+    return product.t().add(8).to(torch.uint8)
+
+
+# Of both --------------------------------------------------------------------------------------------------------------
+
+
+LINEARS: dict[int, type[QuantizedLinear]] = {8: Int8Linear, 4: Int4Linear}
+
+
+def fits(bits: int, in_features: int) -> bool:
+    """Whether a layer with rows of this length can have so few bits."""
+    return bits == 8 or group_size(in_features) is not None
+
+
+def _finite(weight: torch.Tensor) -> torch.Tensor:
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError(
+            "The weights hold numbers that are not finite (NaN or infinity), which cannot be rounded: the file is "
+            "damaged, or training diverged."
+        )
+    return weight.detach()
+
+
+@cache
+def _has(name: str, key: str, library: str = "aten") -> bool:
+    """Whether torch has a kernel `library::name` for a dispatch key such as "CPU" or "CUDA"."""
+    try:
+        return torch._C._dispatch_has_kernel_for_dispatch_key(f"{library}::{name}", key)
+    except RuntimeError:  # it knows no operator of that name
+        return False
+
+
+__all__ = ["LINEARS", "Int4Linear", "Int8Linear", "QuantizedLinear", "fits"]

@@ -1,0 +1,261 @@
+"""Models of 8 and 4 bits: rounded while they are loaded, or a folder of `openvla quantize`."""
+
+import copy
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import processes
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import TINY, golden_image
+from transformers import BitsAndBytesConfig
+from typer.testing import CliRunner
+
+from openvla import OpenVLAForActionPrediction, cli
+from openvla.conversion import package_checkpoint, quantize_checkpoint
+from openvla.policy import QUANTIZATIONS, load_model
+from openvla.quantization_openvla import NEVER_QUANTIZED, OpenVLAQuantizationConfig, has_quantized_layers
+from openvla.quantized_linear_openvla import Int4Linear, Int8Linear, QuantizedLinear
+from openvla.training import apply_strategy
+
+
+ROOT = Path(__file__).resolve().parents[1]
+PICTURE = next((ROOT / "examples" / "frames").glob("drawer*.png"))
+KINDS = {8: Int8Linear, 4: Int4Linear}
+
+
+def quantized_layers(model) -> set[str]:
+    return {name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+
+
+def load(folder=ROOT, **options):
+    return OpenVLAForActionPrediction.from_pretrained(folder, **options)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return load()
+
+
+@pytest.fixture(scope="module", params=[8, 4], ids="int{}".format)
+def folder(request, tmp_path_factory):
+    """The embedded policy, written with fewer bits; and how many."""
+    return quantize_checkpoint(ROOT, tmp_path_factory.mktemp("quantized") / "out", bits=request.param), request.param
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", KINDS)
+def test_rounded_while_it_is_loaded(bits, dtype, tiny_checkpoint, tmp_path):
+    unquantized = tiny_checkpoint.load(dtype=dtype)
+    model = tiny_checkpoint.load(dtype=dtype, quantization_config=OpenVLAQuantizationConfig(bits))
+    layers = quantized_layers(model)
+    assert len(layers) == 7 * model.config.text_config.num_hidden_layers
+    assert all(layer.startswith("language_model.model.layers.") for layer in layers)
+    for name in layers:
+        expected = KINDS[bits].quantize(unquantized.get_submodule(name).weight)
+        assert all(torch.equal(model.get_submodule(name).state_dict()[key], expected[key]) for key in expected), name
+    for name, value in unquantized.state_dict().items():
+        if name.rpartition(".")[0] not in layers:
+            assert torch.equal(model.state_dict()[name], value), name
+    assert model.dtype == dtype and model.get_memory_footprint() < unquantized.get_memory_footprint()
+
+    arguments = {"unnorm_key": "bridge_orig", "return_dict": True}
+    found = model.predict_action(golden_image(0), "open the drawer", **arguments)
+    black = model.predict_action(np.zeros((8, 8, 3), dtype=np.uint8), "open the drawer", **arguments)
+    assert found.actions.tolist() != black.actions.tolist()
+    model.save_pretrained(tmp_path)  # after it has run: packed
+    tiny_checkpoint.processor().save_pretrained(tmp_path)
+    again = load(tmp_path)
+    assert quantized_layers(again) == layers and again.dtype == dtype
+    for other in (again, model, copy.deepcopy(model)):
+        assert other.predict_action(golden_image(0), "open the drawer", **arguments).token_ids.tolist() == (
+            found.token_ids.tolist()
+        )
+
+
+def test_a_folder_is_what_rounding_while_loading_gives(folder, plain):
+    path, bits = folder
+    stored, loaded = load(path), load(quantization_config=OpenVLAQuantizationConfig(bits))
+    assert stored.state_dict().keys() == loaded.state_dict().keys()
+    for name, value in stored.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[name]), name
+    config = json.loads((path / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "openvla" and config["bits"] == bits
+    action, expected = (model.predict_action(PICTURE, "open the drawer") for model in (stored, plain))
+    assert np.abs(action - expected).max() < 0.2
+    with pytest.raises(ValueError, match=f"holds weights of {bits} bits, and {12 - bits} were asked for"):
+        load_model(str(path), quantization=f"int{12 - bits}")
+    with pytest.raises(ValueError, match="is quantized already: give the model that it was made of"):
+        quantize_checkpoint(path, path.parent / "again")
+    assert not (path.parent / "again").exists()
+    mixed = load(path, dtype=torch.bfloat16)
+    assert {module.weight.dtype for name, module in mixed.named_modules() if name in quantized_layers(mixed)} <= {
+        torch.int8,
+        torch.uint8,
+    }
+    assert mixed.predict_action(PICTURE, "open the drawer").shape == (7,)
+
+
+def test_a_folder_carries_its_code(folder, tmp_path):
+    """Packaged once more, and loaded in a process without this package."""
+    path, bits = folder
+    packaged = package_checkpoint(path, tmp_path / "packaged")
+    expected = load(path).predict_action(PICTURE, "open the drawer").tolist()
+    program = """
+import json, sys
+from transformers import AutoModel, AutoModelForImageTextToText
+from PIL import Image
+for name, kind in zip(sys.argv[2:], (AutoModel, AutoModelForImageTextToText)):
+    model = kind.from_pretrained(name, trust_remote_code=True)
+    print(json.dumps(model.predict_action(Image.open(sys.argv[1]), "open the drawer").tolist()))
+    print(sum(type(module).__name__.startswith("Int") for module in model.modules()), "openvla" in sys.modules)
+"""
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    ran = processes.run(program, PICTURE, path, packaged, cwd=tmp_path, env=environment, server="libraries")
+    assert ran.returncode == 0, ran.stderr
+    lines = ran.stdout.splitlines()
+    assert [json.loads(line) for line in lines[::2]] == [expected] * 2
+    assert lines[1::2] == [f"{len(quantized_layers(load(path)))} False"] * 2
+
+
+@pytest.mark.parametrize("bits", KINDS)
+def test_towers_and_projector_may_be_quantized(bits, plain, tmp_path):
+    path = quantize_checkpoint(ROOT, tmp_path / "out", bits=bits, towers=True, dtype="bfloat16")
+    model = load(path)
+    assert model.dtype == torch.bfloat16
+    layers = quantized_layers(model)
+    assert {name.split(".")[0] for name in layers} == {"vision_backbone", "projector", "language_model"}
+    assert not any(part in name.split(".") for name in layers for part in NEVER_QUANTIZED)
+    action = model.predict_action(PICTURE, "open the drawer")
+    assert np.abs(action - plain.predict_action(PICTURE, "open the drawer")).max() < 0.3
+
+
+def test_moved_cast_and_dequantized(folder):
+    path, _ = folder
+    model = load(path)
+    action = model.predict_action(PICTURE, "open the drawer").tolist()
+    assert model.to("cpu") is model and model.predict_action(PICTURE, "open the drawer").tolist() == action
+    model.to(torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+    scales = [buffer for name, buffer in model.named_buffers() if "scale" in name.rpartition(".")[2]]
+    stored = {name: buffer for name, buffer in load(path).named_buffers() if "scale" in name.rpartition(".")[2]}
+    assert len(scales) == len(stored) and all(torch.equal(a, b) for a, b in zip(scales, stored.values()))
+    assert model.predict_action(PICTURE, "open the drawer").shape == (7,)
+    back = load(path).dequantize()
+    assert not has_quantized_layers(back) and back.config.to_dict().get("quantization_config") is None
+    assert np.abs(back.predict_action(PICTURE, "open the drawer") - action).max() < 0.1
+
+
+def test_vocabulary_may_grow(folder):
+    path, _ = folder
+    model = load(path)
+    before = model.predict_action(PICTURE, "open the drawer").tolist()
+    model.resize_token_embeddings(model.get_input_embeddings().weight.shape[0] + 8)
+    assert model.predict_action(PICTURE, "open the drawer").tolist() == before
+
+
+def test_nothing_is_trained_on_it(folder, tmp_path):
+    path, _ = folder
+    peft = pytest.importorskip("peft", reason="adapters need peft")
+    model = load(path)
+    for strategy, words in (("lora", "to which no adapter can be added"), ("full", "quantized and cannot learn")):
+        with pytest.raises(ValueError, match=words):
+            apply_strategy(model, strategy)
+    adapted = peft.get_peft_model(load(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="openvla merge RUN OUT.*openvla quantize OUT"):
+        model.load_adapter(str(tmp_path))
+    with pytest.raises(ValueError, match="not supported"):
+        peft.PeftModel.from_pretrained(model, tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["scales", "weights", "missing", "config"])
+def test_a_damaged_folder(folder, damage, tmp_path):
+    path, bits = folder
+    tensors = load_file(path / "model.safetensors")
+    layer = "language_model.model.layers.1.mlp.up_proj"
+    scale = f"{layer}.{next(iter(KINDS[bits].fixed))}"
+    if damage == "scales":
+        tensors[scale].view(-1)[3] = torch.nan
+    elif damage == "missing":
+        del tensors[scale]
+    elif damage == "weights":
+        tensors[f"{layer}.weight"].zero_()
+    config = json.loads((path / "config.json").read_text())
+    if damage == "config":
+        config["quantization_config"]["bits"] = 3
+    for name in ("generation_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((path / name).read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    expected = {
+        "scales": f"weights of {layer}, or their .*, are not finite",
+        "weights": "matrices of one value throughout",
+        "missing": f"1 missing: {scale}",
+        "config": "bits=3: weights have 8 or 4 bits",
+    }
+    with pytest.raises(ValueError, match=expected[damage]):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("how", ["while loading", "as a folder"])
+def test_weights_that_are_not_finite(how, tmp_path):
+    tensors = load_file(ROOT / "model.safetensors")
+    name = "language_model.model.layers.0.self_attn.q_proj.weight"
+    tensors[name][5, 5] = torch.inf
+    for file in ROOT.glob("*.json"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"{name.removesuffix('.weight')}.* not finite"):
+        if how == "as a folder":
+            quantize_checkpoint(tmp_path, tmp_path / "out")
+        else:
+            load(tmp_path, quantization_config=OpenVLAQuantizationConfig(8))
+
+
+def test_names_of_the_command_line(tmp_path):
+    pytest.importorskip("bitsandbytes", reason="it needs the [quant] extra")
+    assert list(QUANTIZATIONS) == ["int8", "int4", "bnb-int8", "bnb-nf4"]
+    kinds = {}
+    for name in QUANTIZATIONS:
+        model = load_model(str(ROOT), quantization=name)
+        module = model.get_submodule("language_model.model.layers.0.mlp.up_proj")
+        kinds[name] = type(module).__name__
+    assert list(kinds.values()) == ["Int8Linear", "Int4Linear", "Linear8bitLt", "Linear4bit"]
+    given = ["--image", str(PICTURE), "--instruction", "open the drawer", "--device", "cpu", "--json"]
+    run = CliRunner().invoke
+    written = run(cli.app, ["quantize", str(ROOT), str(tmp_path / "out"), "--bits", "8"])
+    assert written.exit_code == 0 and written.output == f"wrote {tmp_path / 'out'}\n", written.output
+    outputs = [
+        json.loads(run(cli.app, ["predict", *given, *more]).stdout)
+        for more in (["--quantization", "int8"], ["--model", str(tmp_path / "out")])
+    ]
+    assert outputs[0].pop("model") != outputs[1].pop("model") and outputs[0] == outputs[1]
+    refused = run(cli.app, ["quantize", str(ROOT), str(tmp_path / "other"), "--bits", "3"])
+    assert refused.exit_code == 2 and not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({"bits": 5}, "bits=5: weights have 8 or 4 bits"),
+        ({"bits": True}, "bits=True"),
+        ({"bits": 8, "groups": 3}, "holds groups, which this version"),
+    ],
+)
+def test_unknown_configurations(given, words):
+    with pytest.raises(ValueError, match=words):
+        OpenVLAQuantizationConfig(**given)
+
+
+def test_one_way_at_a_time():
+    with pytest.raises(ValueError, match="one of them"):
+        TINY[0].load(load_in_4bit=True, quantization_config=OpenVLAQuantizationConfig(8))
+    model = TINY[0].load(quantization_config={"quant_method": "openvla", "bits": 8})
+    assert quantized_layers(model)
+    pytest.importorskip("bitsandbytes", reason="it needs the [quant] extra")
+    both = TINY[0].load(quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+    assert not quantized_layers(both)

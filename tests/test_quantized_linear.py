@@ -1,0 +1,184 @@
+"""Layers of 8 and 4 bits against a reference that rounds in float64."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch.nn.functional import linear
+
+from openvla import quantized_linear_openvla as layers
+from openvla.quantized_linear_openvla import Int4Linear, Int8Linear, fits, largest_activation, rows_of_a_block
+
+
+KINDS = [Int8Linear, Int4Linear]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels():
+    if not layers._has("qlinear_pointwise", "MkldnnCPU", "onednn"):
+        pytest.skip("torch has no oneDNN here")
+
+
+def made(kind, out_features=128, in_features=96, bias=True, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(out_features, in_features, generator=generator) * 0.05
+    stored = kind.quantize(weight)
+    if bias:
+        stored["bias"] = torch.randn(out_features, generator=generator)
+    module = kind(in_features, out_features, bias)
+    module.load_state_dict(stored)
+    return module, weight, stored
+
+
+def rounded_rows(x: torch.Tensor) -> torch.Tensor:
+    """Each row as whole multiples of its largest number over `largest_activation()`, in float64."""
+    x = x.double()
+    step = x.abs().amax(-1, keepdim=True).clamp(min=1e-30) / largest_activation()
+    return (x / step).round() * step
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(96,), (1, 96), (7, 96), (40, 96), (2, 5, 96), (0, 96), (2, 0, 96)], ids=str)
+def test_int8_is_the_product_of_rounded_numbers(shape, bias):
+    module, _, stored = made(Int8Linear, bias=bias)
+    weight = stored["weight"].double() * stored["weight_scale"].double()[:, None]
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    x *= torch.logspace(-4, 2, max(1, x[..., 0].numel())).view(*shape[:-1], 1)[..., : x.shape[-1]] if x.numel() else 1
+    expected = linear(rounded_rows(x), weight, stored["bias"].double() if bias else None)
+    y = module(x)
+    assert y.shape == expected.shape and y.dtype == torch.float32
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@torch.inference_mode()
+def test_int8_keeps_the_largest_numbers():
+    """Products of bytes that do not fit into 16 bits: CPUs without VNNI cut them off unless activations are smaller."""
+    module = Int8Linear(64, 64, bias=False)
+    module.load_state_dict(Int8Linear.quantize(torch.ones(64, 64)))
+    for x in (torch.ones(1, 64), -torch.ones(9, 64), torch.cat([torch.ones(3, 32), -torch.ones(3, 32)], 1)):
+        torch.testing.assert_close(module(x), x.sum(1, keepdim=True).expand(-1, 64), rtol=1e-5, atol=1e-4)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 8, 9, 40])
+def test_close_to_the_weights_it_was_made_of(kind, dtype, rows):
+    module, weight, stored = made(kind, bias=False)
+    x = torch.randn(rows, 96, generator=torch.Generator().manual_seed(1)).to(dtype)
+    y, expected = module(x), x.double() @ weight.double().T
+    assert y.dtype == dtype
+    assert (y.double() - expected).norm() / expected.norm() < {8: 0.02, 4: 0.12}[kind.bits]
+    exact = x.double() @ module.dequantize(torch.float32).double().T  # few rows and many alike
+    assert (y.double() - exact).norm() / exact.norm() < 0.015
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stored_and_packed_is_one(kind):
+    module, _, stored = made(kind)
+    plain = module.dequantize(torch.float32)
+    x = torch.randn(3, 96)
+    with torch.inference_mode():
+        y = module(x)
+    assert module.kernel == {8: "onednn", 4: "cpu"}[kind.bits]
+    assert module.weight.numel() == stored["weight"].numel()  # in the place of the other, not beside it
+    assert torch.equal(module.dequantize(torch.float32), plain)
+    saved = module.state_dict()
+    assert saved.keys() == stored.keys() and all(torch.equal(saved[name], stored[name]) for name in stored)
+    assert module.kernel, "saving leaves it packed"
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        with torch.inference_mode():
+            assert torch.equal(other(x), y) and torch.equal(module(x), y)
+    module.load_state_dict(made(kind, seed=5)[2])
+    with torch.inference_mode():
+        assert not torch.equal(module(x), y)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_cast_leaves_scales_as_they_are(kind, dtype):
+    module, _, stored = made(kind)
+    with torch.inference_mode():
+        y = module(torch.ones(2, 96))
+    module.to(dtype)
+    assert module.bias.dtype == dtype and not module.weight.is_floating_point()
+    with torch.inference_mode():
+        assert module(torch.ones(2, 96, dtype=dtype)).dtype == dtype
+    for name in module.fixed:
+        assert (
+            torch.equal(module.get_buffer(name), stored[name]) and module.get_buffer(name).dtype == stored[name].dtype
+        )
+    module.float()
+    with torch.inference_mode():
+        torch.testing.assert_close(module(torch.ones(2, 96)), y, rtol=1e-2, atol=1e-2)  # the bias was cast
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_the_input_are_right(kind):
+    module, _, _ = made(kind)
+    with torch.inference_mode():
+        module(torch.ones(2, 96))
+    x = torch.randn(2, 96, requires_grad=True)
+    module(x).sum().backward()
+    torch.testing.assert_close(x.grad, module.dequantize(torch.float32).sum(0).expand(2, 96), rtol=1e-5, atol=1e-5)
+    assert all(not parameter.requires_grad for parameter in module.parameters())
+    assert not isinstance(module, torch.nn.Linear)  # PEFT would add to whole numbers
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("rows", [2, 20])
+def test_what_is_not_finite_stays_so(kind, value, rows):
+    module, _, _ = made(kind)
+    x = torch.randn(rows, 96)
+    x[0, 5] = value
+    y = module(x)
+    assert not y[0].isfinite().any() and y[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_refused(kind, value):
+    weight = torch.randn(8, 64)
+    weight[3, 3] = value
+    with pytest.raises(ValueError, match="not finite"):
+        kind.quantize(weight)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_of_zero_and_of_any_size(kind):
+    for factor in (0.0, 1e-20, 1e20):
+        module = kind(64, 64, bias=False)
+        weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) * factor
+        module.load_state_dict(kind.quantize(weight))
+        y, expected = module(torch.ones(1, 64)), weight.sum(1)
+        assert y.isfinite().all() and (y - expected).norm() <= 0.2 * expected.norm()
+
+
+def test_rows_that_no_group_divides():
+    assert fits(8, 33) and not fits(4, 33) and fits(4, 672) and fits(4, 4096)
+    assert Int4Linear.stored(672, 256)["scale_and_zero"][0] == (21, 256, 2)  # of 32
+
+
+def test_order_of_the_4_bit_kernel_is_found(monkeypatch):
+    whole = torch.randint(0, 16, (192, 64), dtype=torch.int32)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole, 1)
+    assert torch.equal(layers._unpack_cpu(packed, 64).int(), whole)
+    module, _, _ = made(Int4Linear)
+    with torch.inference_mode():
+        expected = module(torch.ones(2, 96))
+        monkeypatch.setattr(layers, "rows_of_a_block", lambda: None)  # a kernel with another order is not used
+        module.unpack()
+        torch.testing.assert_close(module(torch.ones(2, 96)), expected, rtol=2e-2, atol=2e-2)
+        assert module.kernel is None
+    assert rows_of_a_block() in (32, 64)
+
+
+def test_without_the_kernel_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(layers, "_has", lambda *_: False)
+    with pytest.raises(ValueError, match="onednn.qlinear_pointwise.*install torch >= 2.6.*without quantization"):
+        largest_activation.__wrapped__()
