@@ -7,8 +7,9 @@ Three studies, each of evaluations as `openvla evaluate` runs them:
 
 - latency: success against the seconds from an observation to its action, with the world going on (real time) at its own
   rate; blocking for reference, where success stays and episodes take longer instead.
-- quantization: float32, bfloat16, int8 and int4, blocking, in real time with the latency measured here, and in real
-  time at the rates of the paper's section 5.4; beside its table 2.
+- quantization: float32, bfloat16, int8 and int4, int8 and nf4 of bitsandbytes; blocking, in real time with the latency
+  measured here, and of those of the paper in real time at the rates of its section 5.4; beside its table 2. More of it:
+  `quantization.py`.
 - policies: the model, the scripted expert, random and mean actions, and other evaluations (folders with an
   episodes.jsonl).
 
@@ -39,19 +40,22 @@ from openvla.policy import OpenVLAPolicy
 
 
 STUDIES = ("latency", "quantization", "policies")
-# Name -> how the weights are loaded. As in the paper, what bitsandbytes leaves alone is bfloat16.
+# Name -> how the weights are loaded. As in the paper, what bitsandbytes leaves alone is bfloat16; ours is
+# meant for CPUs, whose fast type is float32.
 PRECISIONS: dict[str, dict[str, Any]] = {
     "float32": {"dtype": "float32"},
     "bfloat16": {"dtype": "bfloat16"},
-    "int8": {"dtype": "bfloat16", "quantization": "int8"},
-    "int4": {"dtype": "bfloat16", "quantization": "int4"},
+    "int8": {"dtype": "float32", "quantization": "int8"},
+    "int4": {"dtype": "float32", "quantization": "int4"},
+    "bnb-int8": {"dtype": "bfloat16", "quantization": "bnb-int8"},
+    "bnb-nf4": {"dtype": "bfloat16", "quantization": "bnb-nf4"},
 }
 # arXiv 2406.09246, section 5.4 and table 2, eight BridgeData V2 tasks: success % with its standard error and GB in
 # real-time control at 5 Hz; predictions in a second on an A5000; success % in blocking control (appendix).
 PAPER: dict[str, dict[str, Any]] = {
     "bfloat16": {"success": 71.3, "error": 4.8, "memory": 16.8, "rate": None, "blocking": 70.0},
-    "int8": {"success": 58.1, "error": 5.1, "memory": 10.2, "rate": 1.2, "blocking": 74.4},
-    "int4": {"success": 71.9, "error": 4.7, "memory": 7.0, "rate": 3.0, "blocking": 68.8},
+    "bnb-int8": {"success": 58.1, "error": 5.1, "memory": 10.2, "rate": 1.2, "blocking": 74.4},
+    "bnb-nf4": {"success": 71.9, "error": 4.7, "memory": 7.0, "rate": 3.0, "blocking": 68.8},
 }
 PAPER_HZ = 5.0
 MEASURED = "precisions.json"  # latency and size of each precision, in the folder of the runs
@@ -181,8 +185,9 @@ def quantization_rows(runs: Path) -> list[dict[str, Any]]:
     for name in PRECISIONS:
         modes = {mode: outcome(runs / f"{name}_{mode}") for mode in ("blocking", "realtime", "paper")}
         if modes["blocking"] is not None:
-            measured = json.loads((runs / MEASURED).read_text(encoding="utf-8"))
-            rows.append({"precision": name, **measured[name], **modes, "published": PAPER.get(name)})
+            file = runs / MEASURED
+            measured = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+            rows.append({"precision": name, **measured.get(name, {}), **modes, "published": PAPER.get(name)})
     return rows
 
 
@@ -264,9 +269,9 @@ def quantization_text(rows: Sequence[dict[str, Any]]) -> str:
     header = ["precision", "weights", "one prediction", "blocking", "real time", "real time at the paper's rate"]
     return (
         f"Real time: with the latency of one prediction, measured here (median, fastest and slowest of {ROUNDS} "
-        "rounds). At the paper's rate: 5 Hz control, 1.2 (int8) or 3 (int4) predictions in a second, as on its A5000. "
-        "Paper: the 7B model, eight BridgeData V2 tasks (arXiv 2406.09246, table 2), where int8 loses because it is "
-        "slow, not because it is coarse.\n\n"
+        "rounds). At the paper's rate: 5 Hz control, 1.2 (bnb-int8) or 3 (bnb-nf4) predictions in a second, as on its "
+        "A5000. Paper: the 7B model, eight BridgeData V2 tasks (arXiv 2406.09246, table 2), where int8 loses because "
+        "it is slow, not because it is coarse.\n\n"
         + table([*header, "paper, blocking", "paper, real time", "paper, memory"], lines)
     )
 
