@@ -150,41 +150,32 @@ def plot(arguments: argparse.Namespace, policies: list[str], rows: dict[str, dic
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shown = {"help": "default: %(default)s"}
     parser.add_argument("output", type=Path, help="folder of the report")
-    parser.add_argument(
-        "--policies", type=Path, default=Path("outputs/chunks"), help="folder of the policies; default: %(default)s"
-    )
+    parser.add_argument("--policies", type=Path, default=Path("outputs/chunks"), help="folder of the policies")
     parser.add_argument("--runs", type=Path, help="folder of the evaluations; default: loop in that of the policies")
-    parser.add_argument(
-        "--tasks", default="drawer-open-v3,push-v3,button-press-topdown-v3", help="default: %(default)s"
-    )
+    parser.add_argument("--tasks", default="drawer-open-v3,push-v3,button-press-topdown-v3", **shown)
     parser.add_argument("--episodes", type=int, default=20, help="of each task and evaluation; default: %(default)s")
-    parser.add_argument(
-        "--latencies", type=float, nargs="+", default=[0.05, 0.1, 0.2, 0.4], help="seconds; default: %(default)s"
-    )
-    parser.add_argument("--order", type=float, nargs="+", help="latencies to run now, in this order; default: all")
-    parser.add_argument(
-        "--only", nargs="+", choices=POLICIES, help="policies to run now; default: those that are there"
-    )
+    parser.add_argument("--latencies", type=float, nargs="+", default=[0.1, 0.2, 0.05, 0.4], help="seconds, in order")
+    parser.add_argument("--only", nargs="+", choices=POLICIES, help="run these policies and write no report")
     parser.add_argument("--workers", type=int, default=2, help="environments side by side; default: %(default)s")
+    parser.add_argument("--device", default="cpu", help="where the model runs; default: %(default)s")
     parser.add_argument("--report", action="store_true", help="write the report of what was run, run nothing")
     arguments = parser.parse_args()
     arguments.runs = arguments.runs or arguments.policies / "loop"
-    arguments.output.mkdir(parents=True, exist_ok=True)
     there = [name for name in POLICIES if (arguments.policies / name / "config.json").exists()]
     if not arguments.report:
-        for policy, name, options in cells(arguments.only or there, arguments.order or arguments.latencies):
+        common = {name: getattr(arguments, name) for name in ("tasks", "episodes", "workers", "device")}
+        for policy, name, options in cells(arguments.only or there, arguments.latencies):
             print(f"{name}:", flush=True)
-            common = {
-                "tasks": arguments.tasks,
-                "episodes": arguments.episodes,
-                "workers": arguments.workers,
-                "videos": 0,
-            }
-            folder = str(arguments.runs / name)
-            evaluate(model=str(arguments.policies / policy), output=folder, device="cpu", **common, **options)
-    (arguments.output / "report.md").write_text(report(arguments, there, measure(arguments, there)), encoding="utf-8")
-    print(f"wrote {arguments.output / 'report.md'}")
+            folder, model = str(arguments.runs / name), str(arguments.policies / policy)
+            evaluate(model=model, output=folder, dtype="float32", videos=0, **common, **options)
+    if not arguments.only:
+        arguments.latencies.sort()
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        text = report(arguments, there, measure(arguments, there))
+        (arguments.output / "report.md").write_text(text, encoding="utf-8")
+        print(f"wrote {arguments.output / 'report.md'}")
 
 
 if __name__ == "__main__":  # each simulator imports this file again
