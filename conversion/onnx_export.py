@@ -29,6 +29,7 @@ from .onnx_graphs import quantize, write_language_model, write_vision
 FORMAT_VERSION = 1  # of runtime.json
 RUNTIME_FILE, VISION_FILE, LANGUAGE_MODEL_FILE = "runtime.json", "vision.onnx", "language_model.onnx"
 PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "int8": torch.float32}  # int8: made of float32
+MINIMUM_TORCH = (2, 9)  # 2.6 cannot trace these graphs
 CONFIG_FIELDS = (
     "llm_max_length", "pad_token_id", "image_token_id", "empty_token_id", "action_vocab_size", "n_action_bins",
     "action_chunk", "proprio_dim",
@@ -54,12 +55,17 @@ def export_onnx(
         The folder.
 
     Raises:
-        ValueError: If the model is an adapter, quantized, or one that these graphs cannot stand for.
+        ValueError: If the model is an adapter, quantized, or one that these graphs cannot stand for, or torch too old.
         ModuleNotFoundError: If a library of the extra `onnx` is missing.
     """
     dtype = dtype or "float32"
     check_choice("dtype", dtype, PRECISIONS, "Of an ONNX export; bfloat16 is not known to ONNX Runtime on a CPU.")
     require("onnx", "onnxscript", "onnxruntime", purpose="export to ONNX", preferred="onnx")
+    if tuple(map(int, torch.__version__.split(".")[:2])) < MINIMUM_TORCH:
+        raise ValueError(
+            f"Export to ONNX needs torch {'.'.join(map(str, MINIMUM_TORCH))} or later, found {torch.__version__}: "
+            "pip install -U torch."
+        )
     source, output = model_folder(weights), Path(output)
     check_replaced(output, source, "openvla_runtime", "an ONNX export")
     if find_adapter(source) is not None:
