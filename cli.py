@@ -52,7 +52,7 @@ def options(
 @app.command()
 @options_of(PredictOptions)
 def predict(options: PredictOptions) -> None:
-    """Predict the action for one image.
+    """Predict the action for what the robot sees.
 
     Prints x, y, z (translation), roll, pitch, yaw (rotation) and gripper (1 open, 0 closed), with the probability of
     each. Units are those of the dataset, per step: metres and radians in most Open-X datasets.
@@ -61,37 +61,14 @@ def predict(options: PredictOptions) -> None:
     openvla predict --image frame.png --instruction "open the drawer"
     openvla predict --image frame.png --instruction "pick up the cup" \\
         --model openvla/openvla-7b --unnorm-key bridge_orig
+    openvla predict --model runs/two-cameras --instruction "lift the lid" \\
+        --image primary=scene.png --image wrist=hand.png --state 0.1,0.2,-0.3,0,0,0,0,1
     """
-    from .action_spec import action_lines, action_record, spec_of
-    from .action_tokenizer import resolve_unnorm_key
-    from .device import torch_device
-    from .hub import model_folder, statistics_of
-    from .pixels_openvla import load_image
-    from .policy import load_model
-    from .prompts_openvla import read_instruction
+    from .action_spec import action_lines
+    from .prediction import predict as run
 
-    # What can be refused is refused before the weights are read.
-    picture, device = load_image(options.image), torch_device(options.device)
-    read_instruction(options.instruction)
-    folder = model_folder(options.model)
-    statistics = statistics_of(Path(folder))
-    unnorm_key = resolve_unnorm_key(statistics, options.unnorm_key)
-    state = None if options.state is None else read_numbers("state", options.state)
-    policy = load_model(str(folder), device=device, dtype=options.dtype, quantization=options.quantization)
-    prediction = policy.predict_action(
-        picture, options.instruction, unnorm_key=unnorm_key, state=state, return_dict=True
-    )
-    context = {"instruction": options.instruction, "image": str(options.image), "model": options.model}
-    record = action_record(prediction, spec_of(statistics, unnorm_key), unnorm_key=unnorm_key, **context)
+    record = run(options)
     typer.echo(json.dumps(record) if options.as_json else action_lines(record))
-
-
-def read_numbers(name: str, text: str) -> list[float]:
-    """Numbers with commas between them; a `ValueError` for anything else."""
-    try:
-        return [float(number) for number in text.split(",")]
-    except ValueError as error:
-        raise ValueError(f"{name}='{text}': expected numbers with commas between them, such as 0.1,-0.2.") from error
 
 
 @app.command()

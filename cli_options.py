@@ -38,14 +38,15 @@ def options_of(kind: type) -> Callable[[Callable[[Any], None]], Callable[..., No
 def _parameter(item: Any) -> inspect.Parameter:
     about = item.metadata
     kind = list[str] | None if about.get("pairs") else item.type
-    kind = str | None if str in get_args(kind) else kind  # lists and mappings as well: by commas
+    if kind != list[str]:  # which is given several times; other lists and mappings by commas
+        kind = str | None if str in get_args(kind) else kind
     default = None if item.default is MISSING else item.default
     flags = [about["flag"]] if about.get("flag") else []
     shown = about.get("shown") or default is not None
     if about.get("argument"):
         info = typer.Argument(help=about["help"])
     else:
-        metavar = "NAME=VALUE" if about.get("pairs") else None
+        metavar = "NAME=VALUE" if about.get("pairs") else about.get("metavar")
         info = typer.Option(*flags, help=about["help"], show_default=shown, metavar=metavar)
     needed = item.default is MISSING and item.default_factory is MISSING
     return inspect.Parameter(

@@ -15,12 +15,13 @@ from huggingface_hub.errors import (
 )
 
 from .action_tokenizer import check_statistics, read_statistics
-from .adapters_openvla import find_adapter, find_base
+from .adapters_openvla import find_adapter, find_base, read_belongings
 from .choices_openvla import closest
 from .configuration_openvla import OpenVLAConfig
 from .files_openvla import local_folder
 from .folders import weights_digest
 from .oft_openvla import PARTS as OFT_PARTS
+from .oft_openvla import find_oft
 
 
 PACKAGE = Path(__file__).resolve().parent  # its root is a model, too
@@ -90,6 +91,37 @@ def published_name(model: str | os.PathLike) -> str:
     if path.resolve() == PACKAGE:
         return "embedded policy"
     return path.resolve().name if path.is_dir() or str(model).count("/") != 1 else str(model)
+
+
+def variant_of(folder: Path, action_head: str | None = None, action_chunk: int | None = None) -> dict[str, Any]:
+    """What is said of a model folder of OpenVLA-OFT, as `from_pretrained` takes it.
+
+    Raises:
+        ValueError: If something is, and the folder is of another kind.
+    """
+    told = {"action_head": action_head, "action_chunk": action_chunk}
+    told = {name: value for name, value in told.items() if value is not None}
+    if told and find_oft(folder, action_head) is None:
+        shown = ", ".join(f"{name}={value!r}" for name, value in told.items())
+        raise ValueError(
+            f"{shown}: only for folders of OpenVLA-OFT, and '{folder}' is none: its config.json says what it is."
+        )
+    return told
+
+
+def config_of(model: str | os.PathLike, **told: Any) -> OpenVLAConfig:
+    """The configuration of a folder or Hub id; of an adapter that of its base, with what its training changed in it.
+
+    Args:
+        told: Of `variant_of`.
+    """
+    adapter = find_adapter(model)
+    if adapter is None:
+        return OpenVLAConfig.from_pretrained(model, **told)
+    config = OpenVLAConfig.from_pretrained(find_base(adapter))
+    for name, value in read_belongings(adapter).get("model", {}).items():
+        setattr(config, name, value)
+    return config
 
 
 def statistics_of(folder: Path, config: OpenVLAConfig | None = None) -> dict[str, Any]:

@@ -81,6 +81,7 @@ class OpenVLAPolicy(Policy):
         dtype: str = "auto",
         quantization: str | None = None,
         pixels: str | None = None,
+        variant: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> "OpenVLAPolicy":
         """From a folder or Hub id; `options` of the class.
@@ -88,10 +89,13 @@ class OpenVLAPolicy(Policy):
         Args:
             quantization: One of `QUANTIZATIONS`, see `load_model`.
             pixels: "published", "libero" or "oft", see `PIXELS`. Default: as stored with the model.
+            variant: What the folder does not tell, of a model of OpenVLA-OFT, see `from_pretrained`: `action_head`,
+                `action_chunk`.
         """
         if pixels is not None:
             check_choice("pixels", pixels, PIXELS)
-        policy = cls(load_model(model, device=device, dtype=dtype, quantization=quantization), **options)
+        loaded = load_model(model, device=device, dtype=dtype, quantization=quantization, **(variant or {}))
+        policy = cls(loaded, **options)
         if pixels is not None:
             policy.model.processor = policy.model.processor.with_pixels(**PIXELS[pixels])
         return policy
@@ -131,7 +135,7 @@ class OpenVLAPolicy(Policy):
 
 
 def load_model(
-    model: str, *, device: str = "cpu", dtype: str = "auto", quantization: str | None = None
+    model: str, *, device: str = "cpu", dtype: str = "auto", quantization: str | None = None, **variant: Any
 ) -> "OpenVLAForActionPrediction":
     """A model from a folder or Hub id, on a device and ready to predict.
 
@@ -139,6 +143,7 @@ def load_model(
         dtype: "auto": as the weights are stored.
         quantization: Of the language model, rounded while it is read. "int8": fast on a CPU; "int4": small; "bnb-int8"
             and "bnb-nf4": those of bitsandbytes. None: as the folder says.
+        variant: What the folder does not tell, of a model of OpenVLA-OFT, see `from_pretrained`.
 
     Raises:
         ModuleNotFoundError: If a library of the quantization is missing.
@@ -148,9 +153,9 @@ def load_model(
 
     if quantization is None:
         # Not by `device_map`, which needs accelerate.
-        return OpenVLAForActionPrediction.from_pretrained(model, dtype=dtype).to(device).eval()
+        return OpenVLAForActionPrediction.from_pretrained(model, dtype=dtype, **variant).to(device).eval()
     check_choice("quantization", quantization, QUANTIZATIONS)
-    loading = {"dtype": dtype, "quantization_config": dict(QUANTIZATIONS[quantization])}
+    loading = {**variant, "dtype": dtype, "quantization_config": dict(QUANTIZATIONS[quantization])}
     if not quantization.startswith("bnb-"):
         return OpenVLAForActionPrediction.from_pretrained(model, **loading).to(device).eval()
     require("bitsandbytes", "accelerate", purpose=f"quantization='{quantization}'", preferred="quant")

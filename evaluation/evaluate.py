@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -12,12 +12,11 @@ import numpy as np
 import torch
 
 from ..action_spec import ActionSpec
-from ..action_tokenizer import get_action_stats
-from ..configuration_openvla import OpenVLAConfig
+from ..action_tokenizer import NORMALIZATIONS, get_action_stats, resolve_unnorm_key
 from ..device import torch_device
 from ..files_openvla import read_json
 from ..folders import locked, read_settings, with_version, write_json
-from ..hub import file_digests, model_folder, published_name, statistics_of
+from ..hub import config_of, file_digests, model_folder, published_name, statistics_of, variant_of
 from ..observation import Observation
 from ..options.evaluation import EvaluateOptions, names_of
 from ..options.fields import decisive
@@ -121,14 +120,17 @@ def evaluate(
             if unnorm_key is None and len(statistics) > 1:
                 about["unnorm_key"] = unnorm_key = dataset_of(here, statistics)
             stats = get_action_stats(statistics, unnorm_key)
+            variant = variant_of(source, options.action_head, options.action_chunk)
+            config = config_of(source, **variant)
             check_dimensions(stats, options.model, options.env, spec)
             if options.policy == "model":
-                of_environment = with_cameras(of_environment, options.env, source)
+                of_environment = with_cameras(of_environment, options.env, config.camera_names)
             digests = file_digests(source, weights=options.policy == "model")
         before = earlier_settings(folder, {**about, "digests": digests}, options.model)
 
         if acting is None and options.policy in ("random", "mean"):
-            acting = reference_policy(options.policy, stats)
+            key = resolve_unnorm_key(statistics, unnorm_key)
+            acting = reference_policy(options.policy, stats, config.normalization.get(key, "bounds_q99"))
         elif acting is None and options.policy == "model":
             acting = OpenVLAPolicy.load(
                 str(source),
@@ -137,6 +139,7 @@ def evaluate(
                 quantization=options.quantization,
                 unnorm_key=unnorm_key,
                 pixels=options.pixels,
+                variant=variant,
             )
             if "center_crop" in before:
                 check_older_pixels(before["center_crop"], source, acting, getattr(here, "size", None))
@@ -172,9 +175,8 @@ def evaluate(
         return write_report(folder, records, about)
 
 
-def with_cameras(of_environment: dict[str, Any], env: str, model: Path) -> dict[str, Any]:
+def with_cameras(of_environment: dict[str, Any], env: str, sees: Sequence[str]) -> dict[str, Any]:
     """Options of the environment, with the camera on the gripper where the model sees it and nothing was said."""
-    sees = OpenVLAConfig.from_pretrained(model).camera_names
     if any("wrist" in name for name in sees) and "wrist" in options_known(environment_class(env)):
         return {"wrist": True, **of_environment}
     return of_environment
@@ -271,10 +273,15 @@ def check_older_pixels(crop: bool | None, folder: Path, policy: OpenVLAPolicy, s
         )
 
 
-def reference_policy(name: str, stats: dict[str, Any]) -> Policy:
-    """What a policy has to be better than: random or mean actions of the demonstrations."""
+def reference_policy(name: str, stats: dict[str, Any], normalization: str) -> Policy:
+    """What a policy has to be better than: random or mean actions of the demonstrations.
+
+    Args:
+        normalization: What -1 and 1 of the model stand for; random actions are drawn between.
+    """
     if name == "random":
-        return RandomPolicy(np.asarray(stats["q01"]), np.asarray(stats["q99"]))
+        low, high = (np.asarray(stats[bound]) for bound in NORMALIZATIONS[normalization])
+        return RandomPolicy(low, high)
     return ConstantPolicy(np.asarray(stats["mean"]))
 
 

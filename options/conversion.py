@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from .fields import Options, option, required
+from .prediction import VariantOptions
 
 
 SavedDtype = Literal["bfloat16", "float16", "float32"]
@@ -18,7 +19,7 @@ class OverwriteOptions(Options):
 
 
 @dataclass(kw_only=True)
-class ConvertOptions(OverwriteOptions):
+class ConvertOptions(OverwriteOptions, VariantOptions):
     """From a checkpoint of the original's training code, or of OpenVLA-OFT, to a Hub folder."""
 
     checkpoint: Path = required(
@@ -37,16 +38,6 @@ class ConvertOptions(OverwriteOptions):
         None,
         "What supplies parts that were frozen and so are not in CHECKPOINT: a checkpoint, run, Hub folder or id, or "
         "'timm'. Of OpenVLA-OFT: what an adapter that was not merged was trained on.",
-    )
-    action_head: Literal["parallel_tokens"] | None = option(
-        None, "Say that CHECKPOINT is of OpenVLA-OFT's discrete variant, which does not tell it.", flag="--head"
-    )
-    action_chunk: int | None = option(
-        None,
-        "Steps that one prediction is for (OpenVLA-OFT).",
-        least=1,
-        shown="8 for 7 numbers, 25 for 14",
-        flag="--chunk",
     )
     camera_names: str | None = option(
         None,

@@ -43,13 +43,14 @@ def option(
     return field(default=default, metadata=about | {"flag": flag, "shown": shown})
 
 
-def required(text: str, *, argument: bool = False, neutral: bool = False) -> Any:
-    """A field without a default.
+def required(text: str, *, argument: bool = False, neutral: bool = False, metavar: str | None = None) -> Any:
+    """A field without a default; one of a list is given on the command line once for each of its entries.
 
     Args:
         argument: On the command line it is given by its place, without a name.
+        metavar: How --help writes the value.
     """
-    return field(metadata={"help": text, "argument": argument, "neutral": neutral})
+    return field(metadata={"help": text, "argument": argument, "neutral": neutral, "metavar": metavar})
 
 
 def pairs(text: str, *, flag: str) -> Any:

@@ -11,7 +11,26 @@ EMBEDDED_POLICY = str(Path(__file__).resolve().parents[1])  # the root of the pa
 
 
 @dataclass(kw_only=True)
-class ModelOptions(Options):
+class VariantOptions(Options):
+    """What a folder of OpenVLA-OFT does not tell of its model."""
+
+    action_head: Literal["parallel_tokens"] | None = option(
+        None,
+        "Say that the model is of OpenVLA-OFT's discrete variant, of which nothing in its folder tells.",
+        shown="as the folder says",
+        flag="--head",
+    )
+    action_chunk: int | None = option(
+        None,
+        "Steps that one prediction is for, of a model of OpenVLA-OFT; a folder of this package says it.",
+        least=1,
+        shown="8 for actions of 7 numbers, 25 for 14",
+        flag="--chunk",
+    )
+
+
+@dataclass(kw_only=True)
+class ModelOptions(VariantOptions):
     """Which model, and how it is loaded."""
 
     model: str = option(
@@ -42,7 +61,11 @@ class ModelOptions(Options):
 class PredictOptions(ModelOptions):
     """One prediction."""
 
-    image: Path = required("Camera frame of any size: PNG, JPEG or another format that PIL reads.")
+    image: list[str] = required(
+        "Camera frame of any size: PNG, JPEG or another format that PIL reads. Of a model of several cameras once for "
+        "each, with the name of its camera before it.",
+        metavar="[CAMERA=]PATH",
+    )
     instruction: str = required("What the robot shall do, for example 'open the drawer'.")
     state: str | None = option(
         None,

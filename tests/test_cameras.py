@@ -1,15 +1,19 @@
 """What a model sees: cameras by name, from a data set to the model, and back in control."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_modeling_openvla import small_config
 from tiny import TINY
+from typer.testing import CliRunner
 
 from openvla import OpenVLAConfig, OpenVLAForActionPrediction, OpenVLAProcessor
 from openvla.cameras_openvla import find_cameras
+from openvla.cli import app
 from openvla.data.sources import open_source
 from openvla.observation import Observation
 from openvla.policy import OpenVLAPolicy
@@ -116,6 +120,44 @@ def test_images_that_do_not_fit_the_cameras(tmp_path):
         model.predict_action(
             input_ids=torch.tensor([[1, 5, 6]]), pixel_values=torch.zeros(1, 6, 224, 224), unnorm_key="bridge_orig"
         )
+
+
+def test_predict_takes_a_frame_of_each_camera(tmp_path, monkeypatch):
+    model = two_cameras(tmp_path / "model")
+    frames = {"full_image": tmp_path / "scene.png", "wrist": tmp_path / "a=b.png"}
+    for path, image in zip(frames.values(), (SCENE, HAND)):
+        Image.fromarray(image).save(path)
+    said = ["predict", "--model", tmp_path / "model", "--unnorm-key", "bridge_orig", "--instruction", "open the drawer"]
+    said += ["--device", "cpu", "--json"]
+
+    def predict(*images):
+        told = [*said, *(part for image in images for part in ("--image", image))]
+        return CliRunner().invoke(app, [str(part) for part in told])
+
+    found = predict(*(f"{name}={path}" for name, path in frames.items()))
+    assert found.exit_code == 0, found.output
+    record = json.loads(found.stdout)
+    assert record["image"] == {name: str(path) for name, path in frames.items()}
+    expected = model.predict_action({"full_image": SCENE, "wrist": HAND}, "open the drawer", unnorm_key="bridge_orig")
+    np.testing.assert_allclose(record["action"], expected, atol=1e-6)
+    # What is wrong is said before the weights are read
+    monkeypatch.setattr(OpenVLAForActionPrediction, "from_pretrained", None)
+    scene, hand = (f"{name}={path}" for name, path in frames.items())
+    for images, message in (
+        (
+            [frames["full_image"]],
+            "sees primary, wrist, give each its frame by name: --image primary=PATH --image wrist",
+        ),
+        ([frames["wrist"]], "give each its frame by name"),  # which has the sign in its name
+        ([scene], "no camera for the view 'wrist'"),
+        ([scene, scene], "full_image is given twice"),
+        ([scene, hand, f"top={frames['wrist']}"], "'top' is none of these: leave it out"),
+        ([scene, "wrist=none.png"], "No image file at 'none.png'"),
+    ):
+        refused = predict(*images)
+        assert refused.exit_code == 2 and message in refused.stderr, refused.output
+    state = CliRunner().invoke(app, [*map(str, said), "--image", scene, "--image", hand, "--state", "1,2"])
+    assert state.exit_code == 2 and "state" in state.stderr
 
 
 def test_a_model_of_one_camera_takes_its_own():

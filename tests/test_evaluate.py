@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from openvla import OpenVLAForActionPrediction
 from openvla.cli import app
 from openvla.evaluation import evaluate as evaluate_module
-from openvla.evaluation.evaluate import evaluate
+from openvla.evaluation.evaluate import evaluate, reference_policy
 from openvla.evaluation.rendering import NoOpenGL
 from openvla.evaluation.report import EpisodeResult
 from openvla.folders import locked
@@ -46,6 +46,14 @@ def test_the_expert_succeeds_and_references_do_not(tmp_path):
     report = (tmp_path / "expert" / "report.md").read_text()
     assert "| drawer-open-v3 | 100% |" in report and "policy: `expert`" in report
     assert "model: `embedded policy`" in report and str(ROOT) not in report  # a report is published
+
+
+def test_random_actions_are_those_of_the_model():
+    """What -1 and 1 stand for: min and max of a model that was trained with them."""
+    stats = {"q01": [-1.0, 0.0], "q99": [1.0, 2.0], "min": [-3.0, -1.0], "max": [5.0, 9.0]}
+    for mode, low, high in (("bounds_q99", "q01", "q99"), ("bounds", "min", "max")):
+        policy = reference_policy("random", stats, mode)
+        assert (policy.low.tolist(), policy.high.tolist()) == (stats[low], stats[high])
 
 
 def test_modes_and_resume(tmp_path):

@@ -57,6 +57,7 @@ FLOORS = {
     "model_card": 2,
     "published_names": 2,
     "policy": 2,
+    "prediction": 3,
     "presets": 2,
     "data": 3,
     "conversion": 4,

@@ -121,7 +121,7 @@ def test_units_are_those_of_the_suite_then_of_its_demonstrations_without_no_ops(
 
 def test_a_model_of_oft_sees_both_cameras_and_the_state_and_its_chunk_is_executed(package, tmp_path, monkeypatch):
     model = load_oft("libero-l1", saved_by_oft("libero-l1", tmp_path).parent)
-    options = with_cameras({}, "libero_goal", tmp_path / "libero-l1")
+    options = with_cameras({}, "libero_goal", model.config.camera_names)
     assert options == {"wrist": True}
     world = World()
     monkeypatch.setattr(Libero, "_load", lambda self, task: world)

@@ -20,7 +20,10 @@ from typer.testing import CliRunner
 from openvla import OpenVLAConfig, OpenVLAForActionPrediction, OpenVLAProcessor
 from openvla.cli import app
 from openvla.conversion import convert_oft_checkpoint, package_checkpoint
+from openvla.evaluation.evaluate import evaluate
+from openvla.observation import Observation
 from openvla.oft_openvla import find_oft
+from openvla.options.evaluation import EvaluateOptions
 from openvla.policy import PIXELS
 from openvla.weights_openvla import read_tensors
 
@@ -344,6 +347,38 @@ def test_verb(saved, broken, tmp_path):
     assert run.exit_code == 2 and "is of OpenVLA-OFT, which does not take --tokenizer" in run.stderr
     run = CliRunner().invoke(app, ["package", str(tmp_path / "packaged"), "--weights", str(saved / "libero-l1")])
     assert run.exit_code == 2 and "openvla convert FOLDER OUT" in run.stderr
+
+
+def test_the_discrete_variant_is_told_to_predict_and_to_evaluate(broken, tmp_path, monkeypatch):
+    """As `from_pretrained(folder, action_head=..., action_chunk=...)`: nothing has to be converted."""
+    folder = broken("libero-discrete")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"timm_model_kwargs": TIMM}))
+    given = {"action_head": "parallel_tokens", "action_chunk": 6, "dtype": "float32"}
+    model = OpenVLAForActionPrediction.from_pretrained(folder, **given).eval()
+    key = next(iter(model.norm_stats))
+    expected = model.predict_action(IMAGES[0], INSTRUCTION, unnorm_key=key)
+    assert expected.shape == (6, 7)
+    said = ["predict", "--model", str(folder), "--image", str(OFT / "images" / "raw0.png"), "--device", "cpu", "--json"]
+    said += ["--instruction", INSTRUCTION, "--unnorm-key", key, "--dtype", "float32"]
+    found = CliRunner().invoke(app, [*said, "--head", "parallel_tokens", "--chunk", "6"])
+    assert found.exit_code == 0, found.output
+    np.testing.assert_allclose(json.loads(found.stdout)["action"], expected, atol=1e-6)
+    seen = {}
+
+    def only_once(policy, *arguments, **options):
+        image = Observation({"image": np.asarray(IMAGES[0])}, np.zeros(8, np.float32), INSTRUCTION)
+        seen["actions"] = policy.act([image])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("openvla.evaluation.evaluate.run_episodes", only_once)
+    about = {"model": str(folder), "unnorm_key": key, "tasks": "push-v3", "env_options": {"render": False}, **given}
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(EvaluateOptions(output=tmp_path / "loop", **about))
+    np.testing.assert_allclose(seen["actions"], expected[None], atol=1e-6)
+    assert json.loads((tmp_path / "loop" / "evaluation.json").read_text())["action_chunk"] == 6
+    refused = CliRunner().invoke(app, [*said, "--chunk", "6"])
+    assert refused.exit_code == 2 and "--chunk 6: only for folders of OpenVLA-OFT" in refused.stderr
 
 
 def test_processor_alone(saved):

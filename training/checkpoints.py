@@ -124,14 +124,6 @@ def card_folder(base: str | os.PathLike) -> Path | None:
     return Path(card).parent if card else None
 
 
-def starting_config(base: str | os.PathLike, adapter: Path | None) -> OpenVLAConfig:
-    """The configuration of `base`, with what the training of the adapter changed in it."""
-    config = OpenVLAConfig.from_pretrained(base)
-    for name, value in ({} if adapter is None else read_belongings(adapter).get("model", {})).items():
-        setattr(config, name, value)
-    return config
-
-
 def starting_processor(base: str | os.PathLike, adapter: Path | None) -> OpenVLAProcessor:
     """The processor of `base`, with the pixels and the prompt form of the adapter."""
     brought = None if adapter is None else read_belongings(adapter).get("processor")

@@ -21,9 +21,10 @@ from ..data.mixture import mixture_probabilities
 from ..data.source import statistics_with_spec
 from ..data.sources import Source, open_sources, source_options
 from ..extras import require
+from ..hub import config_of
 from ..options.training import FinetuneOptions
 from ..processing_openvla import OpenVLAProcessor
-from .checkpoints import starting_config, starting_point, starting_processor
+from .checkpoints import starting_point, starting_processor
 from .checks import check_data, check_images, check_statistics
 from .resume import check_output
 from .step_cost import TEXT_TOKENS
@@ -135,7 +136,7 @@ def prepare(options: FinetuneOptions, processes: int = 1, data: Any = None) -> R
         FileNotFoundError: If the model or a dataset is not there.
     """
     base, adapter = starting_point(options.model)
-    config = starting_config(base, adapter)
+    config = config_of(options.model)
     if options.action_chunk is not None:
         config.action_chunk = options.action_chunk
     if options.camera_names is not None:
