@@ -18,7 +18,7 @@ from .outputs_openvla import ActionPrediction, OpenVLAOutput
 from .parallel_openvla import ActionSequence, time_embedding
 from .patches_openvla import IGNORE_INDEX
 from .sampling_openvla import Choice, check_generator
-from .token_head_openvla import Comparison, TokenHead
+from .token_head_openvla import Comparison, TokenHead, learned_labels
 
 
 class ParallelTokenHead(TokenHead):
@@ -39,7 +39,7 @@ class ParallelTokenHead(TokenHead):
         return {**batch, "first_action": first, "num_actions": int(learned[0].sum()) - 1}
 
     def loss(self, model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Mean cross entropy of the tokens of the actions and of the end.
+        """Mean cross entropy of the tokens of the actions that are recorded, and of the end.
 
         Args:
             batch: Of `ActionCollator`, after `prepare`.
@@ -51,10 +51,10 @@ class ParallelTokenHead(TokenHead):
         logits = model(**_inputs(batch), num_committed=committed * self.action_dim).logits.float()
         place = torch.arange(logits.shape[1], device=logits.device)
         labels = batch["labels"].gather(1, batch["first_action"][:, None] + place)
-        labels = labels.masked_fill(place < committed * self.action_dim, IGNORE_INDEX)
-        loss = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX)
-        recorded = batch["labels"].gather(1, batch["first_action"][:, None] + place)[:, :-1]
-        return loss, {"logits": logits[:, :-1], "labels": recorded, "committed": committed}
+        learned = learned_labels(labels, batch.get("action_is_pad"))
+        learned = learned.masked_fill(place < committed * self.action_dim, IGNORE_INDEX)
+        loss = functional.cross_entropy(logits.flatten(0, 1), learned.flatten(), ignore_index=IGNORE_INDEX)
+        return loss, {"logits": logits[:, :-1], "labels": labels[:, :-1], "committed": committed}
 
     def draw_prefixes(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
         """(batch, 1) steps of each sample that are decided already; in evaluation none."""

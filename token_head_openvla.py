@@ -77,7 +77,8 @@ class TokenHead:
         return {**batch, "logits_to_keep": batch["labels"].shape[1] - first + 1}
 
     def loss(self, model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Mean cross entropy over the labels, as `model(**batch).loss`.
+        """Mean cross entropy over the labels, as `model(**batch).loss`, but those of steps that are padding
+        (`action_is_pad`).
 
         Args:
             batch: Of `ActionCollator`, after `prepare`.
@@ -87,10 +88,11 @@ class TokenHead:
             (batch, kept): the logits at position i predict label i + 1.
         """
         labels = batch["labels"][:, -batch["logits_to_keep"] :]
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        inputs = {name: value for name, value in batch.items() if name not in ("labels", "action_is_pad")}
         logits = model(**inputs, use_cache=False).logits.float()
+        learned = learned_labels(labels, batch.get("action_is_pad"))
         loss = functional.cross_entropy(
-            logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX
+            logits[:, :-1].flatten(0, 1), learned[:, 1:].flatten(), ignore_index=IGNORE_INDEX
         )
         return loss, {"logits": logits, "labels": labels}
 
@@ -180,4 +182,22 @@ class TokenHead:
         )
 
 
-__all__ = ["Comparison", "TokenHead"]
+def learned_labels(labels: torch.Tensor, is_pad: torch.Tensor | None) -> torch.Tensor:
+    """Labels without those of steps that are not recorded. After them come only such steps and the end, so that no
+    action that is learned sees them.
+
+    Args:
+        labels: (batch, length); each row holds its K * A action tokens and the end, one after the other.
+        is_pad: (batch, K) bool; None: all are recorded.
+    """
+    if is_pad is None:
+        return labels
+    answer = labels != IGNORE_INDEX
+    place, chunk = answer.cumsum(dim=1) - 1, is_pad.shape[1]
+    action_dim = (answer.sum(dim=1, keepdim=True) - 1) // chunk
+    step = place.clamp(min=0) // action_dim
+    left_out = is_pad.gather(1, step.clamp(max=chunk - 1)) & (step < chunk)  # the end is learned
+    return labels.masked_fill(left_out, IGNORE_INDEX)
+
+
+__all__ = ["Comparison", "TokenHead", "learned_labels"]

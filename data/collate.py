@@ -56,8 +56,8 @@ class ActionCollator:
             `input_ids`, `labels` (N, length) int64, `attention_mask` (N, length) bool, `pixel_values` (N, channels,
             height, width), images of several cameras one after the other; `proprio` (N, S) float32, normalized states
             of a model that sees them. For a head whose `wants_actions` is True, `actions` (N, K, A) float32,
-            normalized; and where the chunk of a sample is padded, `action_is_pad` (N, K) bool: steps that are not
-            recorded, which its loss leaves out. The key is absent where nothing is padded.
+            normalized. Where the chunk of a sample is padded, `action_is_pad` (N, K) bool: steps that are not recorded,
+            which the loss leaves out. The key is absent where nothing is padded.
         """
         rows = [self.tokens(sample["instruction"], sample["actions"]) for sample in samples]
         length = max(len(ids) for ids, _ in rows)
@@ -75,13 +75,15 @@ class ActionCollator:
             "pixel_values": pixel_values,
             "labels": labels,
             **({"proprio": torch.tensor(np.stack([sample["state"] for sample in samples]))} if self.proprio else {}),
-            **(self._actions(samples) if getattr(self.head, "wants_actions", False) else {}),
+            **self._actions(samples),
         }
 
     def _actions(self, samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """`actions`, and where there is padding `action_is_pad`."""
+        """`actions` where the head wants them, and where there is padding `action_is_pad`."""
         actions = np.stack([np.atleast_2d(sample["actions"]) for sample in samples])
-        batch = {"actions": torch.tensor(actions, dtype=torch.float32)}
+        batch: dict[str, torch.Tensor] = {}
+        if getattr(self.head, "wants_actions", False):
+            batch["actions"] = torch.tensor(actions, dtype=torch.float32)
         if any("action_is_pad" in sample for sample in samples):
             none = np.zeros(actions.shape[1], dtype=bool)
             batch["action_is_pad"] = torch.tensor(np.stack([sample.get("action_is_pad", none) for sample in samples]))

@@ -231,8 +231,6 @@ def test_a_head_of_numbers_is_trained(monkeypatch, tmp_path):
     pytest.importorskip("accelerate", reason="training needs the [train] extra")
     made = {"model": str(ROOT), "dataset": "mine", "output": str(tmp_path / "run"), "strategy": "last_layer"}
     options = {**made, "steps": 2, "batch_size": 8, "logging": "none", "action_chunk": 4}
-    with pytest.raises(ValueError, match="chunk_end='repeat' leaves steps out of the loss"):
-        prepare(FinetuneOptions(**options, chunk_end="repeat"), data=in_memory())
     assert {source.chunk_end for source in prepare(FinetuneOptions(**options), data=in_memory()).sources} == {"still"}
     monkeypatch.setitem(HEADS, "tokens", Numbers)
     Numbers.seen.clear()
@@ -248,6 +246,38 @@ def test_a_head_of_numbers_is_trained(monkeypatch, tmp_path):
         FinetuneOptions(**{**options, "output": str(tmp_path / "drop")}, chunk_end="drop"), data=in_memory(steps=5)
     )
     assert not any("action_is_pad" in batch for batch in Numbers.seen)
+
+
+@pytest.mark.parametrize("name", ["tokens", "parallel_tokens"])
+def test_padding_is_not_in_the_loss_of_tokens(name):
+    """Nor what the model answers there, nor what is repeated there; the end is."""
+    source = open_source(in_memory(steps=6), action_chunk=3, chunk_end="repeat")
+    processor = TINY[0].processor()
+    tokenizer = ActionTokenizer(processor.tokenizer)
+    head = HEADS[name](tokenizer)
+    samples, frames = FrameSamples(processor.image_processor), list(source.frames(source.dataset[0]))
+    batch = head.prepare(ActionCollator(processor, head)([samples[0, frame] for frame in frames]))
+    assert batch["action_is_pad"].sum() == 3 and "actions" not in batch
+    length = batch["labels"].shape[1] if name == "tokens" else 3 * 7 + 1
+    kept = batch.get("logits_to_keep", length)
+    answer = torch.randn(6, kept, 32064, generator=torch.Generator().manual_seed(0))
+    recorded = batch["labels"][batch["labels"] != -100].view(6, -1)  # (6, 3 * 7 + 1)
+
+    def model(**inputs):
+        assert "action_is_pad" not in inputs and "labels" not in inputs
+        return SimpleNamespace(logits=answer.clone())
+
+    model.training = False
+    loss, _ = head.loss(model, batch)
+    found = answer
+    if name == "tokens":  # at position i stands what is said of label i + 1
+        place = (batch["labels"][:, -kept:] != -100).int().argmax(dim=1)[:, None] - 1 + torch.arange(3 * 7 + 1)
+        found = answer.gather(1, place[..., None].expand(-1, -1, answer.shape[2]))
+    learned = torch.cat([~batch["action_is_pad"].repeat_interleave(7, dim=1), torch.ones(6, 1, dtype=torch.bool)], 1)
+    expected = torch.nn.functional.cross_entropy(found[learned], recorded[learned])
+    torch.testing.assert_close(loss, expected)
+    shown = head.compare(**head.loss(model, batch)[1], shape=(3, 7))
+    assert torch.equal(shown.wanted, tokenizer.decode(recorded[:, :-1].unflatten(1, (3, 7))))  # of all steps
 
 
 @pytest.mark.parametrize("name", ["l1_regression", "diffusion"])

@@ -178,11 +178,6 @@ def prepare(options: FinetuneOptions, processes: int = 1, data: Any = None) -> R
             "normalization": options.normalization or config.normalization,
         },
     )
-    if not learns_numbers and any(source.chunk_end == "repeat" for source in sources):
-        raise ValueError(
-            f"chunk_end='repeat' leaves steps out of the loss, which action_head='{config.action_head}' cannot: give "
-            "'still' or 'drop'."
-        )
     modes = {**config.normalization, **{source.name: source.normalization for source in sources}}
     config.normalization = {name: mode for name, mode in modes.items() if mode != "bounds_q99"}
     if options.proprio or config.proprio_dim is not None:
