@@ -20,12 +20,11 @@ from .choices_openvla import closest
 from .configuration_openvla import OpenVLAConfig
 from .files_openvla import local_folder
 from .folders import weights_digest
-from .oft_openvla import PARTS as OFT_PARTS
-from .oft_openvla import find_oft
+from .oft_openvla import COMPONENTS, find_oft
 
 
 PACKAGE = Path(__file__).resolve().parent  # its root is a model, too
-FILES = ["*.json", "*.safetensors", "tokenizer.model", "README.md", *(f"{part}--*.pt" for part in OFT_PARTS)]
+FILES = ["*.json", "*.safetensors", "tokenizer.model", "README.md", *(f"{part}--*.pt" for part in COMPONENTS)]
 # What decides a model's actions beside its weights
 KINDS = {
     "statistics": ("dataset_statistics.json",),

@@ -1,5 +1,6 @@
 """From a folder or Hub id to a model and back: weights, adapters, statistics and the processor that belongs to them."""
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -15,6 +16,7 @@ from .action_tokenizer import check_statistics, read_statistics
 from .adapters_openvla import (
     ADAPTER,
     KEY,
+    OF_MODEL,
     AdapterBelongings,
     belongings,
     check_base,
@@ -257,6 +259,8 @@ class OpenVLAPreTrainedModel(AdapterBelongings, ModelParts, PreTrainedModel):
         loaded = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
         if "_parts_owner" in self.__dict__ and self.__dict__["_parts_owner"] is None:
             self.__dict__["_parts_owner"] = adapter_name or "default"
+            for field in OF_MODEL:  # without it its parts predict nothing: the config says what they do
+                setattr(self.config, field, copy.copy(brought["model"].get(field, getattr(self.config, field))))
         self._bring(adapter_name or "default", brought)
         return loaded
 

@@ -22,10 +22,10 @@ from .choices_openvla import check_choice
 from .files_openvla import QUIET, check_file, local_folder, read_json
 
 
-PARTS = ("action_head", "noisy_action_projector", "proprio_projector", "vision_backbone")
+COMPONENTS = ("action_head", "noisy_action_projector", "proprio_projector", "vision_backbone")
 ADAPTER = "lora_adapter"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = f"{ADAPTER}/adapter_config.json", f"{ADAPTER}/adapter_model.safetensors"
-HEADS = {"model.": "l1_regression", "noise_predictor.mlp_resnet.": "diffusion"}  # by the names of their tensors
+HEAD_PREFIXES = {"model.": "l1_regression", "noise_predictor.mlp_resnet.": "diffusion"}  # by the names of their tensors
 # What no file says: by the numbers of an action (LIBERO 7, ALOHA 14) and of the state (None: no state is seen)
 CHUNKS = {7: 8, 14: 25}
 BOUNDS = (14,)  # normalized by min and max, others by q01 and q99
@@ -56,7 +56,7 @@ def oft_folder(name: str | os.PathLike, subfolder: str | None = None, **hub: Any
     within = f"{subfolder}/" if subfolder else ""
     if cached_file(os.fspath(name), within + ADAPTER_CONFIG, **QUIET, **hub) is None:
         return None
-    wanted = [f"{within}{pattern}" for pattern in ("*.json", *(f"{part}--*.pt" for part in PARTS))]
+    wanted = [f"{within}{pattern}" for pattern in ("*.json", *(f"{part}--*.pt" for part in COMPONENTS))]
     return Path(snapshot_download(os.fspath(name), allow_patterns=wanted, **hub)) / within
 
 
@@ -89,7 +89,7 @@ def find_oft(folder: Path | None, action_head: str | None = None) -> "OFTFolder 
     if folder is None or config is None or (config.is_file() and "action_head" in read_json(config)):  # ours
         return None
     files = {}
-    for part in PARTS:
+    for part in COMPONENTS:
         found = sorted(folder.glob(f"{part}--*.pt"))
         if len(found) > 1:
             raise ValueError(
@@ -117,7 +117,7 @@ class OFTFolder:
     """A checkpoint of OpenVLA-OFT.
 
     Args:
-        files: The file of each of `PARTS` that is there.
+        files: The file of each of `COMPONENTS` that is there.
     """
 
     folder: Path
@@ -192,13 +192,13 @@ class OFTFolder:
         if "action_head" not in self.files:
             return "parallel_tokens", None
         tensors, file = read_checkpoint(self.files["action_head"]), self.files["action_head"]
-        for prefix, head in HEADS.items():
+        for prefix, head in HEAD_PREFIXES.items():
             last = tensors.get(f"{prefix}fc2.weight")
             if last is not None and last.ndim == 2:
                 return head, len(last)
         raise ValueError(
             f"'{file}' holds no head of OpenVLA-OFT (tensors {', '.join(list(tensors)[:3])}, ...): expected names that "
-            f"begin with {' or '.join(HEADS)}."
+            f"begin with {' or '.join(HEAD_PREFIXES)}."
         )
 
     def _statistics(self) -> dict[str, Any]:
@@ -285,7 +285,7 @@ class OFTFolder:
 
     def _part(self, part: str) -> dict[str, torch.Tensor]:
         tensors, file = read_checkpoint(self.files[part]), self.files[part]
-        prefix = next((prefix for prefix in HEADS if f"{prefix}fc2.weight" in tensors), "")
+        prefix = next((prefix for prefix in HEAD_PREFIXES if f"{prefix}fc2.weight" in tensors), "")
         if f"{prefix}fc1.weight" not in tensors:
             raise ValueError(f"'{file}' holds no {part} (tensors {', '.join(list(tensors)[:3])}, ...).")
         return {f"{part}.{name.removeprefix(prefix)}": tensor for name, tensor in tensors.items()}

@@ -94,7 +94,7 @@ class FinetuneOptions(DatasetOptions):
     learning_rate: float | None = option(
         None, "Learning rate, after the warmup. Default: 5e-4 for lora and qlora, else 2e-5.", least=0
     )
-    schedule: Literal["constant", "linear", "cosine", "step"] = option(
+    schedule: Literal["constant", "linear", "cosine", "step"] | None = option(
         None,
         "Course of the learning rate after the warmup; linear and cosine fall to 0; step: a tenth after --decay-after "
         "steps.",
@@ -106,13 +106,15 @@ class FinetuneOptions(DatasetOptions):
         "Steps after which the learning rate of --schedule step is a tenth. Default: 100000, of OpenVLA-OFT's 150005.",
         least=1,
     )
-    weight_decay: float = option(None, "Weight decay of the optimizer.", least=0, shown="0.0; 0.01 with --recipe oft")
+    weight_decay: float | None = option(
+        None, "Weight decay of the optimizer.", least=0, shown="0.0; 0.01 with --recipe oft"
+    )
     optimizer: Literal["adamw", "muon"] = option(
         "adamw",
         "Rule of the updates. muon, for training from scratch: those of matrices are orthogonalized, others are "
         "AdamW's.",
     )
-    max_grad_norm: float = option(
+    max_grad_norm: float | None = option(
         None, "Norm that gradients are clipped to; 0: they are not.", least=0, shown="1.0; 0.0 with --recipe oft"
     )
     rank: int = option(32, "Inner dimension of an adapter (lora, qlora).", least=1)

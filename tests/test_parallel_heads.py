@@ -137,6 +137,8 @@ def test_an_adapter_brings_its_parts(adapter, tmp_path):
     # On a base that is there already
     other = OpenVLAForActionPrediction.from_pretrained(ROOT)
     other.load_adapter(str(adapter))
+    for loaded in (model, other):  # without the adapter nothing is predicted
+        assert (loaded.config.action_chunk, loaded.config.action_head) == (CHUNK, "l1_regression")
     np.testing.assert_allclose(other.predict_action(IMAGES[0], WORDS[0], state=state), expected, atol=1e-6)
     # As one model of both
     assert merge_adapter(adapter, tmp_path / "merged") < 1e-4

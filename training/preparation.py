@@ -120,7 +120,7 @@ class Run:
     def describe_schedule(self) -> str:
         after, steps = self.options.decay_after, self.options.steps
         if after is None:
-            return self.options.schedule
+            return str(self.options.schedule)
         return f"step (a tenth after {after}{', which is not reached' if after >= steps else ''})"
 
 

@@ -130,10 +130,10 @@ def training_arguments(options: FinetuneOptions, config: OpenVLAConfig) -> Train
         gradient_accumulation_steps=options.gradient_accumulation,
         learning_rate=learning_rate(options),
         # A step decay is made by the ActionTrainer: the library has none.
-        lr_scheduler_type="constant_with_warmup" if options.schedule in ("constant", "step") else options.schedule,
+        lr_scheduler_type="constant_with_warmup" if options.schedule in ("constant", "step") else str(options.schedule),
         warmup_steps=options.warmup_steps,
-        weight_decay=options.weight_decay,
-        max_grad_norm=options.max_grad_norm,
+        weight_decay=options.weight_decay or 0.0,
+        max_grad_norm=options.max_grad_norm or 0.0,
         bf16=computing_precision(options) == "bf16",
         torch_compile=options.compile,
         logging_nan_inf_filter=False,  # the ActionTrainer stops there
@@ -235,7 +235,9 @@ def train(options: FinetuneOptions, arguments: TrainingArguments, resume: bool, 
         if done == options.steps:
             tqdm.write(f"finished  at step {done}: only the result of '{checkpoint}' is written")
     freeze_unused(model)
-    muon = make_muon(model, learning_rate(options), options.weight_decay) if options.optimizer == "muon" else None
+    muon = (
+        make_muon(model, learning_rate(options), options.weight_decay or 0.0) if options.optimizer == "muon" else None
+    )
     images = run.processor.image_processor
     cameras = run.config.camera_names
     trainer = ActionTrainer(
