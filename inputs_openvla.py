@@ -259,6 +259,34 @@ def read_committed(
     return np.stack([normalize_actions(row, norm_stats[key]["action"], mode) for row, key, mode in keys])
 
 
+def read_draft(draft: Any, batch: int, config: OpenVLAConfig) -> list[list[int]] | None:
+    """Token ids of each sample that are guessed, as many as there are; None without any.
+
+    Args:
+        draft: Integers of any shape for one sample; for a batch a sequence of such, None where there are none.
+
+    Raises:
+        ValueError: If they are no token ids of the model, or of another number of samples.
+    """
+    if draft is None:
+        return None
+    rows = [draft] if batch == 1 and not (isinstance(draft, (list, tuple)) and len(draft) == 1) else draft
+    if not hasattr(rows, "__len__") or len(rows) != batch:
+        raise ValueError(f"draft is of {np.shape(draft)}, expected token ids for each of the {batch} samples.")
+    guesses: list[list[int]] = []
+    for row in rows:
+        tokens = as_tensor("draft", [] if row is None else row).flatten()
+        if tokens.numel() and (tokens.dtype == torch.bool or tokens.is_floating_point() or tokens.is_complex()):
+            raise ValueError(f"draft holds {tokens.dtype}, expected token ids: `token_ids` of an earlier prediction.")
+        ids, vocabulary = [int(token) for token in tokens.tolist()], config.text_config.vocab_size
+        if ids and not 0 <= min(ids) <= max(ids) < vocabulary:
+            raise ValueError(
+                f"draft ranges from {min(ids)} to {max(ids)}, the model knows token ids from 0 to {vocabulary - 1}."
+            )
+        guesses.append(ids)
+    return guesses
+
+
 def end_token_id(config: OpenVLAConfig) -> int:
     """The token that ends a sequence; a `ValueError` if the configuration does not say."""
     end = config.text_config.eos_token_id
@@ -280,6 +308,7 @@ __all__ = [
     "largest_pixel",
     "process_raw",
     "read_committed",
+    "read_draft",
     "prompt_rows",
     "read_state",
 ]

@@ -34,6 +34,7 @@ from .inputs_openvla import (
     end_token_id,
     process_raw,
     read_committed,
+    read_draft,
     read_state,
 )
 from .loading_openvla import OpenVLAPreTrainedModel
@@ -338,6 +339,7 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
         pixel_values: torch.Tensor | None = None,
         state: Any = None,
         committed: Any = None,
+        draft: Any = None,
         constrained: bool = True,
         do_sample: bool | None = None,
         temperature: float | None = None,
@@ -364,6 +366,11 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
             committed: (n, A) or (batch, n, A) in the units of the dataset: the first n actions of the chunk, which are
                 decided already (they are executed while the model thinks). They come back as they are, the rest of the
                 chunk continues them.
+            draft: Guesses of the tokens to come, from the first of the chunk on: `token_ids` of an earlier prediction,
+                or any ids that the model knows, as many as there are; for a batch one for each sample, None where
+                there is none. Each that is right, and all before it, saves a pass of the language model; none changes
+                a token (half precision: but where two are equal up to its rounding). Language models with the
+                library's own steps do not look at it. Not with `do_sample`.
             constrained: Choose among action tokens only. False: among the complete vocabulary, as the published code;
                 text tokens are then clipped to the nearest bin.
             do_sample, temperature, top_k, top_p, generator: Sample instead of taking the most probable token.
@@ -430,12 +437,17 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
             self.action_head.num_tokens(shape), signature(self.predict_action).parameters, self.device,
             do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator, **options,
         )  # fmt: skip
+        guesses = read_draft(draft, len(prompts), self.config)
+        if guesses is not None and (sampling is not None or not self.action_head.takes_drafts):
+            what = "do_sample=True" if sampling is not None else f"action_head='{self.config.action_head}'"
+            raise ValueError(f"A draft is of the most probable tokens, one after the other: with {what} leave it out.")
         if self.config.empty_token_id is None:
             self.config.empty_token_id = self.processor.empty_token_id
 
         # 3. Towers, projector, language model, head
         with evaluation_mode(self), one_type(self):
-            found = self.action_head.actions(self, inputs, shape, Choice(bool(constrained), sampling, generator))
+            choice = Choice(bool(constrained), sampling, generator, guesses)
+            found = self.action_head.actions(self, inputs, shape, choice)
 
         # 4. Units
         actions = [

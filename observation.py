@@ -15,4 +15,5 @@ class Observation:
     instruction: str
     # (n, A): actions of the next steps that are decided already, because they are executed while the policy thinks.
     committed: np.ndarray | None = None
+    step: int | None = None  # of the episode, from 0 on, where it is counted: how many steps of a chunk are executed
     slot: int = 0  # which of the episodes that run side by side: what a policy keeps of an episode, it keeps by slot

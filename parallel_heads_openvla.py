@@ -25,6 +25,7 @@ class ParallelTokenHead(TokenHead):
     """Each number of a chunk is one token, and all are chosen at once: none sees what the others became."""
 
     parallel = True
+    takes_drafts = False
     margin = 1e-8  # in the units of an action, see `unnormalize_actions`
     action_dim: int = 1  # A, for `prefix_training`
     # In training the first steps of each sample, drawn from 0 to this many, are decided already and not learned, as

@@ -55,6 +55,13 @@ class OpenVLAPolicy(Policy):
         crop: Of version 0.1.0: show the model images resized with lanczos3, and the middle of them or not, instead of
             what is stored with it. Today: `pixels` of `load`.
         camera: Which image of the observation it sees. Default: as `camera_names` of the model say.
+        drafts: Let the tokens of the last prediction of an episode ride along with the next one, the steps of a chunk
+            that were executed taken off (`step` of the observations; not given: all were). What is chosen again costs
+            no pass of its own, and in float32 nothing is chosen otherwise. Default: in float32 only; what half
+            precision and quantization round depends a little on what is read together.
+
+    Attributes:
+        passes: Of the language model, for each observation of the last `act`; empty where the head counts none.
 
     Raises:
         KeyError: If `unnorm_key` is unknown.
@@ -66,8 +73,11 @@ class OpenVLAPolicy(Policy):
         unnorm_key: str | None = None,
         camera: str | None = None,
         crop: bool | None = None,
+        drafts: bool | None = None,
     ):
-        self.model, self.camera = model, camera
+        self.model, self.camera, self.drafts = model, camera, drafts
+        self.passes: list[int] = []
+        self._last: dict[int, tuple[int | None, np.ndarray]] = {}  # slot -> step and tokens (K, A) of its prediction
         if crop is not None:
             model.processor = model.processor.with_pixels("lanczos3", 0.9 if crop else None)
         self.unnorm_key = resolve_unnorm_key(model.norm_stats, unnorm_key)
@@ -100,6 +110,10 @@ class OpenVLAPolicy(Policy):
             policy.model.processor = policy.model.processor.with_pixels(**PIXELS[pixels])
         return policy
 
+    def reset(self, slot: int = 0) -> None:
+        """An episode begins in `slot`: its draft is forgotten."""
+        self._last.pop(slot, None)
+
     def act(self, observations: Sequence[Observation]) -> np.ndarray:
         """(N, A) actions in the units of `unnorm_key`, or (N, K, A) of a model that predicts K steps.
 
@@ -108,13 +122,17 @@ class OpenVLAPolicy(Policy):
         """
         given = [0 if seen.committed is None else len(seen.committed) for seen in observations]
         actions: list[Any] = [None] * len(given)
+        passes = [0] * len(given)
         for count in dict.fromkeys(given):  # one batch for each number of steps that are decided already
             rows = [row for row, n in enumerate(given) if n == count]
-            for row, found in zip(rows, self._predict([observations[row] for row in rows])):
-                actions[row] = found
+            found, counts = self._predict([observations[row] for row in rows])
+            for place, row in enumerate(rows):
+                actions[row], passes[row] = found[place], counts[place] if counts else 0
+        self.passes = passes if all(passes) else []
         return np.stack(actions)
 
-    def _predict(self, observations: Sequence[Observation]) -> np.ndarray:
+    def _predict(self, observations: Sequence[Observation]) -> tuple[np.ndarray, list[int]]:
+        """Actions of observations, and passes of the language model where they are counted."""
         more: dict[str, Any] = {}
         if getattr(getattr(self.model, "config", None), "proprio_dim", None) is not None:
             more["state"] = np.stack([observation.state for observation in observations])
@@ -122,7 +140,33 @@ class OpenVLAPolicy(Policy):
             more["committed"] = np.stack([observation.committed for observation in observations])  # type: ignore[misc]
         images = [self._images(observation) for observation in observations]
         instructions = [observation.instruction for observation in observations]
-        return np.asarray(self.model.predict_action(images, instructions, unnorm_key=self.unnorm_key, **more))
+        if not getattr(getattr(self.model, "action_head", None), "takes_drafts", False):
+            return np.asarray(self.model.predict_action(images, instructions, unnorm_key=self.unnorm_key, **more)), []
+        if self.drafts or (self.drafts is None and self._is_exact()):
+            more["draft"] = [self._draft(observation) for observation in observations]
+        found: Any = self.model.predict_action(
+            images, instructions, unnorm_key=self.unnorm_key, return_dict=True, **more
+        )
+        chunks = found.token_ids.reshape(len(observations), -1, found.token_ids.shape[-1])
+        for observation, tokens in zip(observations, chunks):
+            self._last[observation.slot] = (observation.step, tokens)
+        passes = found.token_passes.reshape(len(observations), -1).max(axis=1).tolist()
+        return np.asarray(found.actions), passes
+
+    def _is_exact(self) -> bool:
+        """Whether the model rounds so little that a draft changes nothing."""
+        return str(self.model.dtype) == "torch.float32" and not getattr(self.model, "is_quantized", False)
+
+    def _draft(self, observation: Observation) -> np.ndarray | None:
+        """(K, A) tokens of the last prediction of its episode from the step of `observation` on, the last step
+        repeated; None before the first."""
+        if observation.slot not in self._last:
+            return None
+        step, tokens = self._last[observation.slot]
+        executed = len(tokens) if step is None or observation.step is None else observation.step - step
+        if executed < 0:  # another episode, of which nobody told
+            return None
+        return tokens[np.minimum(np.arange(len(tokens)) + executed, len(tokens) - 1)]
 
     def _images(self, observation: Observation) -> Mapping[str, np.ndarray]:
         """What the model takes its cameras from; only that of `camera` where one was given."""

@@ -41,11 +41,13 @@ class TokenHead:
 
     Attributes:
         parallel: Whether all answers come out of one pass, `model(..., first_action=...)`.
+        takes_drafts: Whether tokens are decoded one after the other, so that guesses of them save passes.
         wants_actions: Whether `loss` needs the normalized `actions` (batch, K, A) of the collator.
         margin: Of `unnormalize_actions`.
     """
 
     parallel = False
+    takes_drafts = True
     wants_actions = False
     margin = 0.0
 

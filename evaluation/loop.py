@@ -50,6 +50,7 @@ class Slot:
     instruction: str = ""
     step: int = 0
     seconds: list[float] = field(default_factory=list)  # of each prediction
+    passes: list[int] = field(default_factory=list)  # of the language model in each, where they are counted
     executed: list[np.ndarray] = field(default_factory=list)  # the action of each step
     video: EpisodeVideo | None = None
 
@@ -110,6 +111,7 @@ def run_episodes(
             error=None if error is None else without_paths(error),
             variation=slot.job.variation,
             jerk=mean_jerk(np.array(slot.executed), spec),
+            passes=float(np.mean(slot.passes)) if slot.passes else None,
         )
         if slot.video is not None:
             slot.video.save(success)
@@ -144,7 +146,7 @@ def run_episodes(
             for slot in slots:
                 if slot.job is None and waiting:
                     slot.job, slot.control, slot.step, slot.instruction = waiting.pop(0), control(), 0, ""
-                    slot.seconds, slot.executed = [], []
+                    slot.seconds, slot.passes, slot.executed = [], [], []
                     if ask(slot, "reset", slot.job.seed, slot.job.task, slot.job.variation):
                         begun.append(slot)
             for slot, observation in answers(begun):
@@ -169,8 +171,11 @@ def run_episodes(
                     assert slot.observation is not None  # it is running
                     expected = latency if latency is not None else (slot.seconds[-1] if slot.seconds else 0.0)
                     decided_already = slot.control.committed(slot.step, expected)
-                    seen.append(replace(slot.observation, slot=slots.index(slot), committed=decided_already))
+                    about = {"step": slot.step, "slot": slots.index(slot), "committed": decided_already}
+                    seen.append(replace(slot.observation, **about))
                 decided = list(zip(due, checked(policy.act(seen), len(seen), spec.action_dim)))
+                for slot, passes in zip(due, getattr(policy, "passes", [])):
+                    slot.passes.append(passes)
             else:
                 decided = []
             elapsed = time.perf_counter() - started

@@ -30,7 +30,7 @@ class NoEpisodes(OSError):
 class EpisodeResult:
     """One episode as it went. `steps` of the world; `latency` mean seconds of one prediction; `error` where the
     environment broke, which counts as neither success nor failure; `jerk` of the executed actions, see
-    `smoothness.mean_jerk`."""
+    `smoothness.mean_jerk`; `passes` of the language model for one prediction, the mean, where they are counted."""
 
     task: str
     episode: int
@@ -43,6 +43,7 @@ class EpisodeResult:
     error: str | None = None
     variation: str = ""
     jerk: float | None = None
+    passes: float | None = None
 
 
 def wilson_interval(successes: int, episodes: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -115,6 +116,8 @@ def _counts(group: Sequence[EpisodeResult]) -> dict[str, Any]:
         counts |= {"latency": float(np.mean([record.latency for record in finished]))}
         jerks = [record.jerk for record in finished if record.jerk is not None]
         counts |= {"jerk": float(np.mean(jerks)) if jerks else None}
+        passes = [record.passes for record in finished if record.passes is not None]
+        counts |= {"passes": float(np.mean(passes)) if passes else None}
     return counts
 
 
@@ -145,10 +148,12 @@ def markdown(summary: Mapping[str, Any], about: Mapping[str, Any]) -> str:
     mean = "no episode was finished" if summary["mean_success"] is None else f"{summary['mean_success']:.1%}"
     broken = f", {summary['errors']} more broke: given again, the command runs them again" if summary["errors"] else ""
     head = "\n".join(f"- {name}: `{value}`" for name, value in about.items())
+    passes = [row["passes"] for row in summary["rows"] if row.get("passes") is not None]
+    counted = f" A prediction took {np.mean(passes):.2f} passes of the language model." if passes else ""
     return (
         f"# Evaluation\n\n{head}\n\nMean success over rows: **{mean}** ({summary['episodes']} episodes{broken}). "
         "Steps are those of successes; latency is that of one batched prediction; jerk is the mean third difference of "
-        "the places that actions command, in their unit: the lower, the smoother.\n\n"
+        f"the places that actions command, in their unit: the lower, the smoother.{counted}\n\n"
         + (f"Why environments broke:\n\n{reasons_list(summary['reasons'])}\n\n" if summary["errors"] else "")
         + (axes_table(summary["axes"]) + "\n\n" if varied else "")
         + "\n".join(lines)
