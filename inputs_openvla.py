@@ -226,6 +226,42 @@ def end_prompts(
     return padded(rows, pad), mask, first
 
 
+@dataclass
+class PromptLayout:
+    """Prompts as the language model reads them, on the host.
+
+    input_ids: (batch, length) with placeholders where patches stand, rows padded on the left.
+    attention_mask: (batch, length), 0 marks padding; None without any.
+    patches: (batch, num_patches) int64, positions of the placeholders.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor | None
+    patches: np.ndarray
+
+
+def place_patches(
+    prompts: list[list[int]],
+    config: OpenVLAConfig,
+    num_patches: int,
+    num_tokens: int,
+    answers: Sequence[Sequence[int]] = (),
+) -> PromptLayout:
+    """Prompts of `end_prompts` with their placeholders: after the first token, or where they stand already."""
+    input_ids, mask, _ = end_prompts(prompts, config, num_patches, num_tokens, answers)
+    if config.image_token_id in prompts[0]:
+        places = [np.flatnonzero(row == config.image_token_id)[:num_patches] for row in input_ids.numpy()]
+        return PromptLayout(input_ids, mask, np.stack(places))
+    padding = torch.zeros(len(prompts), dtype=torch.long) if mask is None else (1 - mask).sum(dim=1)
+    patches = padding[:, None] + 1 + torch.arange(num_patches)
+    length = input_ids.shape[1] + num_patches
+    is_text = torch.ones(len(prompts), length, dtype=torch.bool).scatter_(1, patches, False)
+    expanded = torch.full((len(prompts), length), config.image_token_id).masked_scatter_(is_text, input_ids)
+    if mask is not None:
+        mask = torch.ones_like(expanded).masked_scatter_(is_text, mask)
+    return PromptLayout(expanded, mask, patches.numpy())
+
+
 def read_committed(
     committed: Any,
     shape: tuple[int, int],
@@ -300,12 +336,14 @@ def end_token_id(config: OpenVLAConfig) -> int:
 
 __all__ = [
     "ModelInputs",
+    "PromptLayout",
     "as_tensor",
     "check_pixel_values",
     "check_prompts",
     "end_prompts",
     "end_token_id",
     "largest_pixel",
+    "place_patches",
     "process_raw",
     "read_committed",
     "read_draft",

@@ -61,6 +61,19 @@ _POOLS: WeakKeyDictionary[nn.Module, CachePool] = WeakKeyDictionary()
 _SETTING = threading.Lock()
 
 
+def pool_of(language_model: nn.Module) -> CachePool:
+    """The caches that a language model has."""
+    with _SETTING:
+        return _POOLS.setdefault(language_model, CachePool())
+
+
+def cache_shape(language_model: Any, batch: int, length: int) -> tuple[int, ...]:
+    """Of a cache for `length` positions, see `CachePool`."""
+    config, places = language_model.config, -(-length // PLACES) * PLACES
+    head_dim = language_model.model.layers[0].self_attn.head_dim
+    return (config.num_hidden_layers, 2, batch, config.num_key_value_heads, places, head_dim)
+
+
 @contextmanager
 def open_steps(
     language_model: Any, prefix: Prefix, num_tokens: int, token_range: tuple[int, int | None]
@@ -74,14 +87,9 @@ def open_steps(
     if not is_plain_llama(language_model):
         yield EagerSteps(language_model, prefix, num_tokens, token_range)
         return
-    with _SETTING:
-        pool = _POOLS.setdefault(language_model, CachePool())
-    config, embeds = language_model.config, prefix.inputs_embeds
-    places = -(-(embeds.shape[1] + num_tokens) // PLACES) * PLACES
-    attention = language_model.model.layers[0].self_attn
-    cache = pool.take(
-        (config.num_hidden_layers, 2, len(embeds), config.num_key_value_heads, places, attention.head_dim), embeds
-    )
+    pool = pool_of(language_model)
+    embeds = prefix.inputs_embeds
+    cache = pool.take(cache_shape(language_model, len(embeds), embeds.shape[1] + num_tokens), embeds)
     try:
         yield LlamaSteps(language_model, prefix, num_tokens, token_range, cache)
     finally:
@@ -260,4 +268,4 @@ def norm(module: Any, hidden: torch.Tensor) -> torch.Tensor:
     return functional.rms_norm(hidden, module.weight.shape, module.weight, module.variance_epsilon)
 
 
-__all__ = ["CachePool", "LlamaSteps", "is_plain_llama", "open_steps"]
+__all__ = ["CachePool", "LlamaSteps", "cache_shape", "is_plain_llama", "open_steps", "pool_of"]

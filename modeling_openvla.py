@@ -25,13 +25,16 @@ from .action_tokenizer import check_same_action_dim, get_action_stats, resolve_u
 from .configuration_openvla import OpenVLAConfig
 from .decoding_openvla import Prefix
 from .generation_openvla import OpenVLAGeneration
+from .graphs_openvla import Preparation, prepare
 from .inputs_openvla import (
     ModelInputs,
+    PromptLayout,
     as_tensor,
     check_pixel_values,
     check_prompts,
     end_prompts,
     end_token_id,
+    place_patches,
     process_raw,
     read_committed,
     read_draft,
@@ -464,28 +467,55 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
             prediction = ActionPrediction(**{name: value[0] for name, value in prediction.items()})
         return prediction if return_dict else prediction["actions"]
 
-    def prefix(self, inputs: ModelInputs, num_tokens: int, answers: Sequence[Sequence[int]] = ()) -> Prefix:
-        """What the language model reads before it writes the rest of `num_tokens` tokens; `answers` are
-        those of each sample that are decided already."""
-        prompts, config = inputs.prompts, self.config
-        input_ids, attention_mask, _ = end_prompts(prompts, config, self.num_patches, num_tokens, answers)
-        # Where patches stand is found on the host: what is on a device would have to be waited for.
-        is_patch = input_ids == config.image_token_id
-        plain = config.image_token_id not in prompts[0]
-        if plain and attention_mask is not None:
-            layout = PatchLayout(attention_mask, input_ids.shape, self.num_patches, device=input_ids.device)
-            is_patch, attention_mask = layout.is_patch, layout.insert(attention_mask, 1)
-            input_ids = layout.insert(input_ids, config.image_token_id)  # type: ignore[assignment]
+    def prompt_layout(
+        self, inputs: ModelInputs, num_tokens: int, answers: Sequence[Sequence[int]] = ()
+    ) -> PromptLayout:
+        """Prompts before the rest of `num_tokens` tokens; `answers` are those of each sample that are decided."""
+        return place_patches(inputs.prompts, self.config, self.num_patches, num_tokens, answers)
+
+    def prefix(self, inputs: ModelInputs, layout: PromptLayout) -> Prefix:
+        """What the language model reads before it acts. Nothing that is on the device is waited for."""
         features = self._encode(inputs.pixel_values, inputs.proprio)
-        finite = features.isfinite().all(dim=(1, 2)).to(self.device)[:, None]
-        embeds = self.get_input_embeddings()(input_ids.to(self.device))
+        finite = features.isfinite().flatten(1).all(dim=1, keepdim=True).to(self.device)
+        embeds = self.get_input_embeddings()(layout.input_ids.to(self.device))
         features = features.to(embeds.device, embeds.dtype)
-        if plain and attention_mask is None:
-            embeds = torch.cat([embeds[:, :1], features, embeds[:, 1:]], dim=1)
+        first, count = int(layout.patches[0, 0]), features.shape[1]
+        if (layout.patches == np.arange(first, first + count)).all():  # in every row
+            embeds = torch.cat([embeds[:, :first], features, embeds[:, first + count :]], dim=1)
         else:
-            embeds = embeds.masked_scatter(is_patch[..., None].to(embeds.device), features)
-        attention_mask = None if attention_mask is None else attention_mask.to(embeds.device)
-        return Prefix(embeds, attention_mask, finite)
+            places = torch.from_numpy(layout.patches).to(embeds.device)[..., None]
+            embeds = embeds.scatter(1, places.expand(-1, -1, embeds.shape[2]), features)
+        mask = None if layout.attention_mask is None else layout.attention_mask.to(embeds.device)
+        return Prefix(embeds, mask, finite)
+
+    def prepare_for_inference(
+        self,
+        batch_sizes: Sequence[int] = (1,),
+        prompt_buckets: Sequence[int] = (32,),
+        unnorm_key: str | None = None,
+    ) -> Preparation:
+        """Get ready for predictions of certain sizes: memory, and on a CUDA device graphs of kernels.
+
+        Predictions of other sizes, with `committed` or `constrained=False` are as without. So are all once the model
+        was moved or cast, or its modules or adapters are others: a warning says so, and this prepares it again.
+
+        Args:
+            batch_sizes: Numbers of samples that will be predicted at once.
+            prompt_buckets: Numbers of prompt tokens, with the one that ends a prompt; each prompt is padded to the next
+                of them, which costs little, and has no graphs beyond the largest.
+            unnorm_key: Dataset whose actions will be predicted. May be left out where the model knows only one.
+
+        Raises:
+            ValueError: If a size is no whole number of at least 1.
+            KeyError: If `unnorm_key` is unknown.
+        """
+        for name, sizes in (("batch_sizes", batch_sizes), ("prompt_buckets", prompt_buckets)):
+            whole = isinstance(sizes, (list, tuple, range)) and all(type(size) is int and size > 0 for size in sizes)
+            if not whole or not sizes:
+                raise ValueError(f"{name}={sizes!r}: expected whole numbers of at least 1, such as (1, 4).")
+        shape = (self.action_chunk, self.get_action_dim(unnorm_key))
+        with evaluation_mode(self), one_type(self):
+            return prepare(self, batch_sizes, prompt_buckets, self.action_head.num_tokens(shape))
 
     def action_sequence(
         self, inputs: ModelInputs, num_actions: int, decided: Sequence[Sequence[int]] = (), with_time: bool = False

@@ -15,8 +15,8 @@ from torch.nn import functional
 from .action_tokenizer import ActionTokenizer
 from .configuration_openvla import OpenVLAConfig
 from .decoding_openvla import check_finite, decode_tokens
+from .graphs_openvla import open_prediction
 from .inputs_openvla import ModelInputs
-from .llama_openvla import open_steps
 from .outputs_openvla import ActionPrediction
 from .patches_openvla import IGNORE_INDEX
 from .sampling_openvla import Choice
@@ -134,17 +134,19 @@ class TokenHead:
         Raises:
             ValueError: If a prompt is empty or too long, or the model computed something that is not finite.
         """
-        decided = self.committed_tokens(inputs)
-        count = self.num_tokens(shape) - decided.shape[1]
-        prefix = model.prefix(inputs, self.num_tokens(shape), decided.tolist() if decided.size else ())
+        decided, num_tokens = self.committed_tokens(inputs), self.num_tokens(shape)
+        count = num_tokens - decided.shape[1]
         token_range = self.tokenizer.token_range if choice.constrained else (0, None)
-        with open_steps(model.language_model, prefix, count, token_range) as steps:
+        with open_prediction(model, inputs, num_tokens, decided.tolist() if decided.size else (), token_range) as (
+            steps,
+            finite,
+        ):
             guesses = self.guesses(choice.draft or [], decided.shape[1], count) if steps.verifies else None
             if guesses is not None:
-                guesses = guesses.to(prefix.inputs_embeds.device)
-            decoded = decode_tokens(steps, prefix.finite, count, token_range[0], choice.sampling, guesses)
+                guesses = guesses.to(finite.device)
+            decoded = decode_tokens(steps, finite, count, token_range[0], choice.sampling, guesses)
             chosen = (decoded.token_ids, decoded.probabilities, decoded.entropies, decoded.passes)
-            return self.prediction(decided, chosen, shape, prefix.inputs_embeds.dtype)
+            return self.prediction(decided, chosen, shape, model.get_input_embeddings().weight.dtype)
 
     def guesses(self, draft: list[list[int]], decided: int, count: int) -> torch.Tensor | None:
         """(batch, count - 1) of a draft of the complete chunk, of which `decided` tokens are known; None without any.

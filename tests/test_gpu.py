@@ -3,6 +3,8 @@
 python -m pytest -m gpu
 """
 
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +149,78 @@ def test_decoding_waits_for_the_device_a_few_times_only():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(waits) <= 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_graphs_give_the_tokens_of_plain_decoding(on_cpu, dtype, attention):
+    """From recorded kernels: every length of prompt, one and three samples, without and with drafts."""
+    model = FUSED.load(dtype=dtype, attn_implementation=attention).cuda()
+    expected = {count: predict(model, INSTRUCTIONS[:count]) for count in (1, 3)}
+    done = model.prepare_for_inference((1, 3), (24, 48), unnorm_key="bridge_orig")
+    assert len(done.graphs) == 4, done.reason
+    for count, plain in expected.items():
+        for draft in (None, plain.token_ids, np.roll(plain.token_ids, 1, axis=1)):
+            found = predict(model, INSTRUCTIONS[:count], draft=draft)
+            same = found.token_ids == plain.token_ids
+            if dtype == torch.float32:
+                assert same.all()
+                np.testing.assert_allclose(found.token_probabilities, plain.token_probabilities, rtol=1e-3)
+            else:  # random weights: where two logits are nearly equal, roundings decide
+                assert same[:, 0].mean() > 0.5
+            assert found.token_passes.max() == (7 if draft is None else found.token_passes.max())
+    if dtype == torch.float32:
+        assert expected[3].token_ids.tolist() == on_cpu.token_ids.tolist()
+
+
+def test_graphs_notice_that_a_model_has_changed():
+    model, other = FUSED.load().cuda(), FUSED.load().cuda()
+    done = model.prepare_for_inference((1,), (32,), unnorm_key="bridge_orig")
+    assert done.graphs == [(1, 32)], done.reason
+    with torch.no_grad():
+        for changed in (model, other):
+            changed.language_model.model.layers[0].mlp.down_proj.weight.mul_(3)  # in place
+    assert predict(model, INSTRUCTIONS[:1]).token_ids.tolist() == predict(other, INSTRUCTIONS[:1]).token_ids.tolist()
+    for change in (lambda changed: changed.to(torch.bfloat16), lambda changed: changed.cpu()):
+        change(model), change(other)
+        with pytest.warns(UserWarning, match="is not what prepare_for_inference recorded"):
+            found = predict(model, INSTRUCTIONS[:1])
+        assert found.token_ids.tolist() == predict(other, INSTRUCTIONS[:1]).token_ids.tolist()
+        model.prepare_for_inference((1,), (32,), unnorm_key="bridge_orig")
+
+
+def test_graphs_and_drafts_wait_once_a_pass():
+    """Without a draft the device is read once, for the results; with one once more for each pass. Memory is flat."""
+    model = FUSED.load().cuda()
+    done = model.prepare_for_inference((1,), (32,), unnorm_key="bridge_orig")
+    assert done.graphs, done.reason
+    tokens = predict(model, INSTRUCTIONS[:1]).token_ids
+    inputs = model.processor(model.processor.format_prompt(INSTRUCTIONS[:1]), [golden_image(0)])
+    for draft, reads in ((None, 1), (tokens, 2)):
+        model.predict_action(**inputs, unnorm_key="bridge_orig", draft=draft)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as waits:
+                warnings.simplefilter("always")
+                model.predict_action(**inputs, unnorm_key="bridge_orig", draft=draft)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        waits = [str(wait.message) for wait in waits if "synchroniz" in str(wait.message)]
+        assert len(waits) <= reads + 6, waits  # and copies of inputs from memory that is not pinned
+        for _ in range(20):
+            model.predict_action(**inputs, unnorm_key="bridge_orig", draft=draft)
+        assert torch.cuda.memory_allocated() == before
+
+
+def test_threads_share_the_graphs():
+    model = FUSED.load().cuda()
+    expected = [predict(model, [instruction]).token_ids.tolist() for instruction in INSTRUCTIONS]
+    done = model.prepare_for_inference((1,), (48,), unnorm_key="bridge_orig")
+    assert done.graphs, done.reason
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda text: predict(model, [text]).token_ids.tolist(), INSTRUCTIONS * 8))
+    assert found == expected * 8
 
 
 def test_memory_does_not_grow():

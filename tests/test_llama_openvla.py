@@ -265,7 +265,8 @@ def test_steps_read_again_from_an_earlier_place(model):
     rows = check_prompts(inputs["input_ids"], inputs["attention_mask"], model.config, model.num_patches)
     rows[0] = rows[0][:-2]  # padded
     with torch.inference_mode():
-        prefix = model.prefix(ModelInputs(rows, inputs["pixel_values"]), 5)
+        given = ModelInputs(rows, inputs["pixel_values"])
+        prefix = model.prefix(given, model.prompt_layout(given, 5))
         tokens = torch.randint(100, 300, (2, 4))
         eager = EagerSteps(model.language_model, prefix, 5, (0, None))
         expected = [eager.prefill(), *(eager.step(tokens[:, n : n + 1], n) for n in range(4))]

@@ -1,0 +1,239 @@
+"""Where the steps of a prediction come from; on a CUDA device, after `prepare_for_inference`, from two graphs.
+
+A graph is a recording of kernels that starts all of them at once: without it a GPU waits for Python most of the time.
+One reads images, prompts and guesses of all tokens; the other reads all tokens of the answer once more. Each serves one
+batch size and prompts up to one length, which are padded to it. Whatever no graph was made for is computed as ever, and
+so is everything once the model is not the one that was recorded.
+
+Shapes: `batch` samples, `length` tokens and patches of a padded prompt.
+"""
+
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import nn
+
+from .decoding_openvla import Prefix, Steps
+from .inputs_openvla import ModelInputs
+from .llama_openvla import LlamaSteps, cache_shape, is_plain_llama, open_steps, pool_of
+from .modules_openvla import every_module
+
+
+TokenRange = tuple[int, int | None]
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What `prepare_for_inference` did.
+
+    seconds: How long it took.
+    graphs: (batch, prompt tokens) of each pair of graphs; empty where none are used.
+    reason: Why there are none.
+    """
+
+    seconds: float
+    graphs: list[tuple[int, int]] = field(default_factory=list)
+    reason: str = ""
+
+
+class CudaGraph:
+    """A recording of what a function does on the device; `outputs` are written again by each `replay`."""
+
+    def __init__(self, function: Callable[[], tuple[torch.Tensor, ...]]):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):  # libraries choose their kernels and take their memory
+                function()
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.outputs = function()
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+
+class GraphSteps:
+    """Steps of one batch size and length of prompts, in memory of their own. One prediction at a time has them.
+
+    Args:
+        model: An `OpenVLAForActionPrediction` on a CUDA device, whose language model is a plain Llama.
+        batch, tokens: Samples, and tokens of their padded prompts without patches.
+        num_tokens: Of an answer.
+    """
+
+    verifies = True
+    record: type = CudaGraph
+
+    def __init__(self, model: Any, batch: int, tokens: int, num_tokens: int, token_range: TokenRange):
+        self.lock = threading.Lock()
+        self.batch, self.length, self.num_tokens = batch, tokens + model.num_patches, num_tokens
+        device, config = model.device, model.config
+        long = {"dtype": torch.long, "device": device}
+        channels, *size = model.vision_backbone.input_shape
+        self.pixels = torch.zeros(batch, len(model.camera_names) * channels, *size, device=device)
+        self.proprio = None if config.proprio_dim is None else torch.zeros(batch, config.proprio_dim, device=device)
+        self.input_ids, self.attention_mask = torch.zeros(2, batch, self.length, **long).unbind()
+        self.attention_mask.fill_(1)
+        self.places = torch.arange(1, 1 + model.num_patches, **long).repeat(batch, 1)  # of the patches
+        self.answers = torch.zeros(batch, max(num_tokens - 1, 1), **long)
+        dtype = model.get_input_embeddings().weight.dtype
+        cache = torch.zeros(
+            cache_shape(model.language_model, batch, self.length + num_tokens), dtype=dtype, device=device
+        )
+        graph_steps: list[LlamaSteps] = []
+
+        def read_all() -> tuple[torch.Tensor, ...]:
+            features = model._encode(self.pixels, self.proprio)
+            embeds = model.get_input_embeddings()(self.input_ids)
+            places = self.places[..., None].expand(-1, -1, embeds.shape[2])
+            embeds = embeds.scatter(1, places, features.to(embeds.dtype))
+            finite = features.isfinite().flatten(1).all(dim=1, keepdim=True)
+            prefix = Prefix(embeds, self.attention_mask, finite)
+            graph_steps[:] = [LlamaSteps(model.language_model, prefix, num_tokens, token_range, cache)]
+            return graph_steps[0].prefill(self.answers[:, : num_tokens - 1]), finite
+
+        def read_answers() -> tuple[torch.Tensor, ...]:
+            return (graph_steps[0].step(self.answers, 0),)
+
+        self.prefilling = self.record(read_all)
+        self.stepping = self.record(read_answers) if num_tokens > 1 else None
+        self.finite = self.prefilling.outputs[1]
+
+    def fill(
+        self, inputs: ModelInputs, input_ids: torch.Tensor, mask: torch.Tensor | None, patches: np.ndarray
+    ) -> None:
+        """Take a prediction, (batch, n) and n up to `length`: ids with placeholders, and where these stand."""
+        missing = self.length - input_ids.shape[1]
+        mask = torch.ones_like(input_ids) if mask is None else mask
+        self.input_ids.copy_(nn.functional.pad(input_ids, (missing, 0)))
+        self.attention_mask.copy_(nn.functional.pad(mask, (missing, 0)))
+        self.places.copy_(torch.from_numpy(patches + missing))
+        self.pixels.copy_(inputs.pixel_values)
+        if self.proprio is not None and inputs.proprio is not None:
+            self.proprio.copy_(inputs.proprio)
+
+    def prefill(self, token_ids: torch.Tensor | None = None) -> torch.Tensor:
+        count = 0 if token_ids is None else token_ids.shape[1]
+        if token_ids is not None and count:
+            self.answers[:, :count] = token_ids
+        self.prefilling.replay()
+        return self.prefilling.outputs[0][:, : 1 + count].clone()
+
+    def step(self, token_ids: torch.Tensor, begin: int) -> torch.Tensor:
+        assert self.stepping is not None  # there is more than one token
+        self.answers[:, begin : begin + token_ids.shape[1]] = token_ids
+        self.stepping.replay()
+        return self.stepping.outputs[0][:, begin : begin + token_ids.shape[1]].clone()
+
+
+@dataclass
+class Prepared:
+    """Graphs of a model, and which model that was."""
+
+    steps: list[GraphSteps]
+    token_range: TokenRange
+    fingerprint: int
+    warned: bool = False
+
+    def find(self, model: Any, batch: int, length: int, num_tokens: int, token_range: TokenRange) -> GraphSteps | None:
+        """Those for prompts of at most `length`, patches included; None where there are none that are up to date."""
+        fits = [
+            steps for steps in self.steps
+            if steps.batch == batch and steps.num_tokens == num_tokens and steps.length >= length
+        ]  # fmt: skip
+        if not fits or token_range != self.token_range:
+            return None
+        if fingerprint(model) != self.fingerprint or not is_plain_llama(model.language_model):
+            if not self.warned:
+                self.warned = True
+                warnings.warn(
+                    "The model is not what prepare_for_inference recorded (moved, cast, another adapter or other "
+                    "modules): it predicts without graphs until it is prepared again.",
+                    stacklevel=6,
+                )
+            return None
+        return min(fits, key=lambda steps: steps.length)
+
+
+_PREPARED: WeakKeyDictionary[nn.Module, Prepared] = WeakKeyDictionary()
+
+
+def fingerprint(model: Any) -> int:
+    """Another number where graphs of a model would compute with what it no longer has. Values may change in place."""
+    parts: list[Any] = [model.language_model.config._attn_implementation]
+    for module in every_module(model):
+        parts.append(id(module))
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                parts += [tensor.data_ptr(), tensor.dtype, tensor.device]
+        if (merged := getattr(module, "merged_adapters", None)) is not None:  # a layer of PEFT
+            scaling = getattr(module, "scaling", None)
+            parts += [*merged, len(merged), getattr(module, "disable_adapters", None), str(module.active_adapters)]
+            parts.append(str(scaling) if isinstance(scaling, dict) else "")
+    return hash(tuple(parts))
+
+
+@torch.inference_mode()
+def prepare(model: Any, batch_sizes: Sequence[int], prompt_buckets: Sequence[int], num_tokens: int) -> Preparation:
+    """See `OpenVLAForActionPrediction.prepare_for_inference`."""
+    started = time.perf_counter()
+    _PREPARED.pop(model, None)
+    pairs = [(batch, tokens) for batch in sorted({*batch_sizes}) for tokens in sorted({*prompt_buckets})]
+    reason = ""
+    if not model.action_head.takes_drafts:
+        reason = f"action_head='{model.config.action_head}' predicts in one pass"
+    elif not is_plain_llama(model.language_model):
+        reason = "the language model has the library's own steps"
+    else:
+        pool, longest = pool_of(model.language_model), max(prompt_buckets) + model.num_patches + num_tokens
+        shape = cache_shape(model.language_model, max(batch_sizes), longest)
+        pool.give_back(pool.take(shape, model.get_input_embeddings().weight))
+        if model.device.type != "cuda" and GraphSteps.record is CudaGraph:
+            reason = f"the model is on {model.device.type}: graphs are of CUDA devices"
+    if reason:
+        return Preparation(time.perf_counter() - started, [], reason)
+    token_range = model.action_tokenizer.token_range
+    try:
+        steps = [GraphSteps(model, batch, tokens, num_tokens, token_range) for batch, tokens in pairs]
+    except RuntimeError as error:  # something of the model waits for the device
+        return Preparation(time.perf_counter() - started, [], f"it cannot be recorded: {error}")
+    _PREPARED[model] = Prepared(steps, token_range, fingerprint(model))
+    return Preparation(time.perf_counter() - started, pairs)
+
+
+@contextmanager
+def open_prediction(
+    model: Any, inputs: ModelInputs, num_tokens: int, decided: Sequence[Sequence[int]], token_range: TokenRange
+) -> Iterator[tuple[Steps, torch.Tensor]]:
+    """Steps of a prediction, and (batch, 1) bool whether features are finite, which holds from the prefill on.
+
+    Args:
+        num_tokens: Of the complete answer.
+        decided: Tokens of each sample that are not to be decoded any more.
+    """
+    count = num_tokens - (len(decided[0]) if decided else 0)
+    layout = model.prompt_layout(inputs, num_tokens, decided)
+    prepared = _PREPARED.get(model)
+    batch, length = layout.input_ids.shape
+    found = None if prepared is None else prepared.find(model, batch, length, count, token_range)
+    if found is not None:
+        with found.lock:
+            found.fill(inputs, layout.input_ids, layout.attention_mask, layout.patches)
+            yield found, found.finite
+        return
+    prefix = model.prefix(inputs, layout)
+    with open_steps(model.language_model, prefix, count, token_range) as steps:
+        yield steps, prefix.finite
+
+
+__all__ = ["GraphSteps", "Preparation", "open_prediction", "prepare"]
