@@ -12,6 +12,7 @@ import typer
 
 from .cli_errors import FAILED, Group, show_warnings_as_lines
 from .cli_options import options_of
+from .options.benchmark import BenchOptions
 from .options.conversion import ConvertOptions, ExportOptions, PackageOptions, QuantizeOptions
 from .options.datasets import StatsOptions
 from .options.evaluation import DemoOptions, EvaluateOptions, RecordOptions
@@ -195,6 +196,24 @@ def evaluate(options: EvaluateOptions) -> None:
         typer.echo(f"{said} episodes broke, mostly: {reason}. The same command runs them again.", err=True)
     if not summary["episodes"]:
         raise typer.Exit(FAILED)
+
+
+@app.command()
+@options_of(BenchOptions)
+def bench(options: BenchOptions) -> None:
+    """Measure whether fast predictions are those of plain decoding, and how fast they are.
+
+    exact: frames of demonstrations in every way (plain, own steps, drafts, on a GPU graphs), in turns: the share of
+    identical actions and tokens, the largest gap between logits where one differs, passes, milliseconds.
+
+    \b
+    openvla bench exact --dataset data/mt10 --frames 200 --threads 1
+    openvla bench exact --model runs/my_policy --dataset my_robot/ --dtype bfloat16 --device cuda --output exact.json
+    """
+    from .evaluation.bench import bench as run
+    from .evaluation.bench import table
+
+    typer.echo(table(run(options)))
 
 
 @app.command()

@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .decoding_openvla import Prefix, Steps
+from .decoding_openvla import EagerSteps, Prefix, Steps
 from .inputs_openvla import ModelInputs
 from .llama_openvla import LlamaSteps, cache_shape, is_plain_llama, open_steps, pool_of
 from .modules_openvla import every_module
@@ -165,6 +166,20 @@ class Prepared:
         return min(fits, key=lambda steps: steps.length)
 
 
+_PLAIN: ContextVar[bool] = ContextVar("plain", default=False)
+
+
+@contextmanager
+def plain_decoding() -> Iterator[None]:
+    """Predictions of this thread by the library's own steps, one token after the other, drafts or not: what faster ones
+    are compared with."""
+    before = _PLAIN.set(True)
+    try:
+        yield
+    finally:
+        _PLAIN.reset(before)
+
+
 _PREPARED: WeakKeyDictionary[nn.Module, Prepared] = WeakKeyDictionary()
 
 
@@ -223,6 +238,10 @@ def open_prediction(
     """
     count = num_tokens - (len(decided[0]) if decided else 0)
     layout = model.prompt_layout(inputs, num_tokens, decided)
+    if _PLAIN.get():
+        prefix = model.prefix(inputs, layout)
+        yield EagerSteps(model.language_model, prefix, count, token_range), prefix.finite
+        return
     prepared = _PREPARED.get(model)
     batch, length = layout.input_ids.shape
     found = None if prepared is None else prepared.find(model, batch, length, count, token_range)
@@ -236,4 +255,4 @@ def open_prediction(
         yield steps, prefix.finite
 
 
-__all__ = ["GraphSteps", "Preparation", "open_prediction", "prepare"]
+__all__ = ["GraphSteps", "Preparation", "open_prediction", "plain_decoding", "prepare"]

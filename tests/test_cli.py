@@ -36,6 +36,7 @@ VERBS = [
     "merge",
     "record",
     "evaluate",
+    "bench",
     "demo",
     "convert",
     "export",

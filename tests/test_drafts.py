@@ -5,9 +5,10 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from test_llama_openvla import check_equal, library_steps, new_model, prompts
+from test_llama_openvla import check_equal, new_model, prompts
 
 from openvla.decoding_openvla import decode_tokens
+from openvla.graphs_openvla import plain_decoding
 from openvla.observation import Observation
 from openvla.policy import OpenVLAPolicy
 
@@ -148,7 +149,7 @@ def test_chunks_and_prefixes(chunked):
 def test_steps_of_the_library_do_not_look_at_drafts(model):
     inputs = prompts(2)
     expected = model.predict_action(**inputs, return_dict=True)
-    with library_steps():
+    with plain_decoding():
         found = model.predict_action(**inputs, draft=expected.token_ids, return_dict=True)
     assert found.token_ids.tolist() == expected.token_ids.tolist()
     assert found.token_passes.tolist() == [[1, 2, 3, 4, 5, 6, 7]] * 2

@@ -3,7 +3,6 @@
 import copy
 import gc
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from test_modeling_openvla import small_config, small_inputs
 
 from openvla import OpenVLAForActionPrediction
 from openvla.decoding_openvla import EagerSteps
+from openvla.graphs_openvla import plain_decoding
 from openvla.llama_openvla import _POOLS, LlamaSteps, is_plain_llama
 
 
@@ -41,18 +41,10 @@ def prompts(batch: int, seed: int = 0, padded: bool = False) -> dict[str, torch.
     return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
 
 
-@contextmanager
-def library_steps():
-    """Predictions by the library's own steps."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("openvla.llama_openvla.is_plain_llama", lambda language_model: False)
-        yield
-
-
 def check_equal(model, inputs, tolerance: float = 1e-5, **options) -> np.ndarray:
     """Tokens and details of both ways; the tokens."""
     found = model.predict_action(**inputs, return_dict=True, **options)
-    with library_steps():
+    with plain_decoding():
         expected = model.predict_action(**inputs, return_dict=True, **options)
     assert found.token_ids.tolist() == expected.token_ids.tolist()
     for name in ("token_probabilities", "token_entropies"):
@@ -103,7 +95,7 @@ def test_sampling_draws_the_same(model):
     for seed in range(3):
         options = {"do_sample": True, "temperature": 1.5, "top_k": 40}
         found = model.predict_action(**prompts(3, seed, True), **options, generator=torch.Generator().manual_seed(seed))
-        with library_steps():
+        with plain_decoding():
             again = torch.Generator().manual_seed(seed)
             assert found.tolist() == model.predict_action(**prompts(3, seed, True), **options, generator=again).tolist()
 
@@ -116,7 +108,7 @@ def test_half_precision(dtype):
     for seed in range(8):
         inputs = prompts(2, seed, seed % 2 == 1)
         found = half.predict_action(**inputs, return_dict=True)
-        with library_steps():
+        with plain_decoding():
             expected = half.predict_action(**inputs, return_dict=True)
         same.append((found.token_ids == expected.token_ids).all(axis=1))
         first = found.token_ids[:, 0] == expected.token_ids[:, 0]

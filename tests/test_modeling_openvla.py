@@ -1,6 +1,7 @@
 """The model beyond parity: the image matters, padding does not, and everything the library's models can do works."""
 
 import json
+from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
@@ -22,6 +23,7 @@ import openvla
 from openvla import OpenVLAConfig, OpenVLAForActionPrediction
 from openvla.configuration_openvla import TRANSFORMERS
 from openvla.decoding_openvla import decode_tokens
+from openvla.graphs_openvla import plain_decoding
 from openvla.vision_openvla import PatchProjection
 
 
@@ -613,8 +615,11 @@ def test_prediction_holds_probabilities_and_entropies(small_model):
     np.testing.assert_allclose(prediction.token_entropies[:, 0], entropy, rtol=1e-4)
 
 
-def test_nothing_is_read_back_while_decoding(small_model, monkeypatch):
-    """From the prefill to the last token no value is copied to the host (unpadded batches)."""
+@pytest.mark.parametrize("steps", ["own", "library"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_nothing_is_read_back_while_decoding(small_model, monkeypatch, steps, padded):
+    """From the towers to the last token no value is copied to the host; in padded batches by steps of our own, as the
+    library looks at the mask. With a draft one number is, in every pass."""
     decoding, read = [], []
 
     def watch(name):
@@ -629,21 +634,28 @@ def test_nothing_is_read_back_while_decoding(small_model, monkeypatch):
 
     for name in ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__"):
         watch(name)
-    forward, decode = small_model.language_model.forward, decode_tokens
-    monkeypatch.setattr(
-        small_model.language_model, "forward", lambda *args, **kwargs: decoding.append(1) or forward(*args, **kwargs)
-    )
+    encode, decode = small_model.encode_images, decode_tokens
+    monkeypatch.setattr(small_model, "encode_images", lambda *arguments: decoding.append(1) or encode(*arguments))
 
     def decode_and_stop_watching(*arguments, **options):
         result = decode(*arguments, **options)
-        assert len(decoding) == 7
+        assert decoding
+        if steps == "library" and padded:
+            read.clear()
         decoding.clear()
         return result
 
     monkeypatch.setattr("openvla.token_head_openvla.decode_tokens", decode_and_stop_watching)
-    for options in ({}, {"do_sample": True, "constrained": False}):
-        small_model.predict_action(**small_inputs(), **options)
-    assert not read
+    inputs = small_inputs()
+    if padded:
+        inputs["attention_mask"][0, -2:] = 0
+    with plain_decoding() if steps == "library" else nullcontext():
+        for options in ({}, {"do_sample": True, "constrained": False}):
+            prediction = small_model.predict_action(**inputs, **options, return_dict=True)
+        assert not read
+        if steps == "own":
+            found = small_model.predict_action(**inputs, draft=prediction.token_ids, return_dict=True)
+            assert len(read) == found.token_passes.max()
 
 
 def test_sampling(small_model):

@@ -1,0 +1,170 @@
+"""Whether faster ways to the tokens of an action give those of plain decoding, and what each of them takes."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from ..action_tokenizer import resolve_unnorm_key
+from ..data.samples import main_camera
+from ..data.sources import open_sources
+from ..decoding_openvla import EagerSteps
+from ..device import synchronize, torch_device
+from ..folders import write_json
+from ..graphs_openvla import plain_decoding
+from ..hub import model_folder
+from ..inputs_openvla import ModelInputs, check_prompts
+from ..options.benchmark import BenchOptions
+from ..policy import load_model
+
+
+QUANTILES = {"p50_ms": 50, "p90_ms": 90, "p99_ms": 99}
+NEAR = 1e-4  # two logits that float32 may order either way
+
+
+def bench(options: BenchOptions) -> dict[str, Any]:
+    """Predict frames of demonstrations in every way, one after the other for each frame.
+
+    plain: The library's own steps, one token a pass. own: as `predict_action` does it without a draft. drafts: with the
+    tokens of the frame before, within an episode. graphs, graphs and drafts: after `prepare_for_inference`, on a GPU.
+
+    Returns:
+        For each way the share of frames with the actions and tokens of plain decoding, the frames where the first other
+        token had a logit as near as `NEAR`, the largest gap between the logits of the first other tokens in plain
+        decoding, passes of the language model, and milliseconds of `predict_action` from processed inputs.
+
+    Raises:
+        ValueError: If there is no frame, or the head chooses no tokens one after the other.
+    """
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    device = torch_device(options.device)
+    model = load_model(model_folder(options.model), device=device, dtype=options.dtype)
+    if not model.action_head.takes_drafts:
+        raise ValueError(f"action_head='{model.config.action_head}' chooses no tokens one after the other.")
+    key = resolve_unnorm_key(model.norm_stats, options.unnorm_key)
+    frames = list(read_frames(options, model, key))
+    if not frames:
+        raise ValueError(f"'{options.dataset}' holds no frame.")
+    prepared = None
+    if device.startswith("cuda"):
+        longest = max(inputs["input_ids"].shape[1] for _, inputs in frames) + 1
+        prepared = model.prepare_for_inference((1,), (longest,), unnorm_key=key)
+    results = compare(model, frames, key, graphs=bool(prepared and prepared.graphs))
+    report = {
+        "model": Path(options.model).name,
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
+        "threads": torch.get_num_threads(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "frames": len(frames),
+        "versions": {library.__name__: library.__version__ for library in (torch, transformers)},
+        **({"prepared_seconds": prepared.seconds} if prepared else {}),
+        "ways": results,
+    }
+    if options.output is not None:
+        write_json(options.output, report)
+    return report
+
+
+def read_frames(options: BenchOptions, model: Any, key: str) -> Iterator[tuple[bool, dict[str, torch.Tensor]]]:
+    """Whether an episode begins, and the model inputs, of each frame."""
+    (source,) = open_sources(
+        options.dataset, split=options.split, statistics={"action": model.norm_stats[key]["action"]}
+    )
+    left = options.frames
+    for episode in source.dataset:
+        for number, frame in enumerate(islice(source.frames(episode), left)):
+            image = frame.images[main_camera(frame)][0]
+            prompt = model.processor.format_prompt(frame.instruction)
+            yield number == 0, dict(model.processor(prompt, image, return_tensors="pt"))
+            left -= 1
+        if left <= 0:
+            return
+
+
+def compare(model: Any, frames: list, key: str, graphs: bool) -> dict[str, dict[str, Any]]:
+    """{way: figures}, see `bench`."""
+    names = ["plain", "own", "drafts", *(["graphs", "graphs and drafts"] if graphs else [])]
+    last: dict[str, Any] = {}
+    counts: dict[str, dict[str, list]] = {name: {"ms": [], "passes": [], "equal": [], "gaps": []} for name in names}
+    for number, (begins, inputs) in enumerate(frames):
+        found = {}
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            draft = None if begins or "drafts" not in name else last.get(name)
+            where = plain_decoding() if name == "plain" else nullcontext()
+            found[name], milliseconds = timed(
+                model, lambda inputs=inputs, draft=draft, where=where: predicted(model, inputs, key, draft, where)
+            )
+            last[name] = found[name].token_ids
+            counts[name]["ms"].append(milliseconds)
+            counts[name]["passes"].append(int(found[name].token_passes.max()))
+        expected = found["plain"].token_ids.reshape(-1)
+        for name in names:
+            same = found[name].token_ids.reshape(-1) == expected
+            counts[name]["equal"].append(same)
+            if not same.all():
+                other = found[name].token_ids.reshape(-1)[same.argmin()]
+                counts[name]["gaps"].append(gap(model, inputs, expected[: same.argmin() + 1], int(other)))
+    return {name: figures(values, counts["plain"]["ms"]) for name, values in counts.items()}
+
+
+def predicted(model: Any, inputs: dict[str, torch.Tensor], key: str, draft: Any, where: Any) -> Any:
+    with where:
+        return model.predict_action(**inputs, unnorm_key=key, draft=draft, return_dict=True)
+
+
+def timed(model: Any, function: Callable[[], Any]) -> tuple[Any, float]:
+    """What a function gives, and the milliseconds it took."""
+    synchronize(model.device)
+    started = time.perf_counter()
+    found = function()
+    synchronize(model.device)
+    return found, 1000 * (time.perf_counter() - started)
+
+
+@torch.inference_mode()
+def gap(model: Any, inputs: dict[str, torch.Tensor], tokens: np.ndarray, other: int) -> float:
+    """By how much plain decoding prefers the last of `tokens` to `other`, in logits."""
+    prompts = check_prompts(inputs["input_ids"], inputs["attention_mask"], model.config, model.num_patches)
+    given = ModelInputs(prompts, inputs["pixel_values"])
+    prefix = model.prefix(given, model.prompt_layout(given, len(tokens)))
+    steps = EagerSteps(model.language_model, prefix, len(tokens), (0, None))
+    logits = steps.prefill()
+    for number, token in enumerate(tokens[:-1].tolist()):
+        logits = steps.step(torch.tensor([[token]], device=logits.device), number)
+    return float(logits[0, -1, int(tokens[-1])] - logits[0, -1, other])
+
+
+def figures(values: dict[str, list], plain: list[float]) -> dict[str, Any]:
+    equal, times = np.stack(values["equal"]), np.array(values["ms"])
+    kept = times[min(5, len(times) - 1) :]  # the first ones warm up
+    return {
+        "identical_actions": float(equal.all(axis=1).mean()),
+        "identical_tokens": float(np.cumprod(equal, axis=1).mean()),  # up to the first difference
+        "differences": len(values["gaps"]),
+        "differences_of_equal_logits": sum(abs(value) < NEAR for value in values["gaps"]),
+        "largest_gap": max(values["gaps"], default=0.0),
+        "passes": float(np.mean(values["passes"])),
+        "min_ms": float(kept.min()),
+        **{name: float(np.percentile(kept, part)) for name, part in QUANTILES.items()},
+        "times_as_fast": float(min(plain) / kept.min()),
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """The figures of each way on a line."""
+    head = f"{report['frames']} frames, {report['dtype']} on {report['device']}, {report['threads']} thread(s)"
+    lines = [head, "way                  actions  tokens  gap      passes  min ms   p50      p90      p99      ratio"]
+    for name, row in report["ways"].items():
+        times = " ".join(f"{row[part]:8.2f}" for part in ("min_ms", *QUANTILES))
+        lines.append(
+            f"{name:<20} {row['identical_actions']:7.1%} {row['identical_tokens']:7.1%}  {row['largest_gap']:.1e} "
+            f"{row['passes']:6.2f} {times} {row['times_as_fast']:6.2f}"
+        )
+    return "\n".join(lines)
