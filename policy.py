@@ -3,6 +3,7 @@
 Light to import: the libraries of a model are loaded with it.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from .action_tokenizer import resolve_unnorm_key
 from .choices_openvla import check_choice
+from .device import emulated
 from .extras import require
 from .observation import Observation
 from .pixels_openvla import PIXELS
@@ -197,7 +199,10 @@ def load_model(
 
     if quantization is None:
         # Not by `device_map`, which needs accelerate.
-        return OpenVLAForActionPrediction.from_pretrained(model, dtype=dtype, **variant).to(device).eval()
+        loaded = OpenVLAForActionPrediction.from_pretrained(model, dtype=dtype, **variant).to(device).eval()
+        if reason := emulated(device, loaded.dtype):
+            warnings.warn(f"{reason[0].upper()}{reason[1:]}: give dtype=float32.", stacklevel=2)
+        return loaded
     check_choice("quantization", quantization, QUANTIZATIONS)
     loading = {**variant, "dtype": dtype, "quantization_config": dict(QUANTIZATIONS[quantization])}
     if not quantization.startswith("bnb-"):

@@ -2,13 +2,15 @@
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from openvla import OpenVLAForActionPrediction
-from openvla.device import torch_device
+from openvla.device import emulated, torch_device
 from openvla.observation import Observation
 from openvla.policy import FARTHEST, OpenVLAPolicy, begin_episode, check_numbers, check_reach, load_model
 
@@ -124,3 +126,18 @@ def test_names_of_version_0_1_0():
     Policy(model, crop=True)
     images = model.processor.image_processor
     assert (images.resize_filter, images.center_crop) == ("lanczos3", 0.9)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_half_precision_without_instructions_is_said(there, monkeypatch):
+    for name in ("_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported"):
+        monkeypatch.setattr(torch.ops.mkldnn, name, lambda: there, raising=False)
+    slow = {str(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16) if emulated("cpu", dtype)}
+    assert slow == (set() if there else {"torch.bfloat16", "torch.float16"})
+    assert emulated("cuda:0", torch.bfloat16) is None
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        load_model(str(ROOT), dtype="bfloat16")
+        load_model(str(ROOT), dtype="float32")
+    found = [str(warning.message) for warning in said if "instructions" in str(warning.message)]
+    assert len(found) == (0 if there else 1) and all("give dtype=float32" in text for text in found)

@@ -20,6 +20,7 @@ from ..data.collate import ActionCollator
 from ..data.mixture import mixture_probabilities
 from ..data.source import statistics_with_spec
 from ..data.sources import Source, open_sources, source_options
+from ..device import emulated
 from ..extras import require
 from ..hub import config_of
 from ..options.training import FinetuneOptions
@@ -87,6 +88,9 @@ class Run:
             before = (self.config.norm_stats or {}).get(source.name)
             if before:
                 found += check_statistics(source.name, before["action"], source.statistics["action"], source.names)
+        if not torch.cuda.is_available() and (reason := emulated("cpu", torch.bfloat16)):
+            found += [f"--precision bf16: {reason}."] if computing_precision(self.options) == "bf16" else []
+            found += [f"--optimizer muon: {reason}, as it does."] if self.options.optimizer == "muon" else []
         return found + check_images(self.processor, self.config)
 
     def describe(self) -> str:
