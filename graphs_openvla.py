@@ -12,7 +12,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,6 +58,7 @@ class CudaGraph:
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.outputs = function()
+        self.replay()  # what other graphs read is there when they are recorded
 
     def replay(self) -> None:
         self.graph.replay()
@@ -116,12 +117,12 @@ class GraphSteps:
         """Take a prediction, (batch, n) and n up to `length`: ids with placeholders, and where these stand."""
         missing = self.length - input_ids.shape[1]
         mask = torch.ones_like(input_ids) if mask is None else mask
-        self.input_ids.copy_(nn.functional.pad(input_ids, (missing, 0)))
-        self.attention_mask.copy_(nn.functional.pad(mask, (missing, 0)))
-        self.places.copy_(torch.from_numpy(patches + missing))
-        self.pixels.copy_(inputs.pixel_values)
+        self.input_ids.copy_(nn.functional.pad(input_ids, (missing, 0)), non_blocking=True)
+        self.attention_mask.copy_(nn.functional.pad(mask, (missing, 0)), non_blocking=True)
+        self.places.copy_(torch.from_numpy(patches + missing), non_blocking=True)
+        self.pixels.copy_(inputs.pixel_values, non_blocking=True)
         if self.proprio is not None and inputs.proprio is not None:
-            self.proprio.copy_(inputs.proprio)
+            self.proprio.copy_(inputs.proprio, non_blocking=True)
 
     def prefill(self, token_ids: torch.Tensor | None = None) -> torch.Tensor:
         count = 0 if token_ids is None else token_ids.shape[1]
@@ -219,7 +220,8 @@ def prepare(model: Any, batch_sizes: Sequence[int], prompt_buckets: Sequence[int
         return Preparation(time.perf_counter() - started, [], reason)
     token_range = model.action_tokenizer.token_range
     try:
-        steps = [GraphSteps(model, batch, tokens, num_tokens, token_range) for batch, tokens in pairs]
+        with torch.cuda.device(model.device) if model.device.type == "cuda" else nullcontext():
+            steps = [GraphSteps(model, batch, tokens, num_tokens, token_range) for batch, tokens in pairs]
     except RuntimeError as error:  # something of the model waits for the device
         return Preparation(time.perf_counter() - started, [], f"it cannot be recorded: {error}")
     _PREPARED[model] = Prepared(steps, token_range, fingerprint(model))

@@ -475,17 +475,17 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
 
     def prefix(self, inputs: ModelInputs, layout: PromptLayout) -> Prefix:
         """What the language model reads before it acts. Nothing that is on the device is waited for."""
+        embeds = self.get_input_embeddings()(layout.input_ids.to(self.device, non_blocking=True))
+        mask, places = layout.attention_mask, torch.from_numpy(layout.patches).to(embeds.device, non_blocking=True)
+        mask = None if mask is None else mask.to(embeds.device, non_blocking=True)
         features = self._encode(inputs.pixel_values, inputs.proprio)
         finite = features.isfinite().flatten(1).all(dim=1, keepdim=True).to(self.device)
-        embeds = self.get_input_embeddings()(layout.input_ids.to(self.device))
         features = features.to(embeds.device, embeds.dtype)
         first, count = int(layout.patches[0, 0]), features.shape[1]
         if (layout.patches == np.arange(first, first + count)).all():  # in every row
             embeds = torch.cat([embeds[:, :first], features, embeds[:, first + count :]], dim=1)
         else:
-            places = torch.from_numpy(layout.patches).to(embeds.device)[..., None]
-            embeds = embeds.scatter(1, places.expand(-1, -1, embeds.shape[2]), features)
-        mask = None if layout.attention_mask is None else layout.attention_mask.to(embeds.device)
+            embeds = embeds.scatter(1, places[..., None].expand(-1, -1, embeds.shape[2]), features)
         return Prefix(embeds, mask, finite)
 
     def prepare_for_inference(

@@ -143,7 +143,7 @@ class TokenHead:
         ):
             guesses = self.guesses(choice.draft or [], decided.shape[1], count) if steps.verifies else None
             if guesses is not None:
-                guesses = guesses.to(finite.device)
+                guesses = guesses.to(finite.device, non_blocking=True)
             decoded = decode_tokens(steps, finite, count, token_range[0], choice.sampling, guesses)
             chosen = (decoded.token_ids, decoded.probabilities, decoded.entropies, decoded.passes)
             return self.prediction(decided, chosen, shape, model.get_input_embeddings().weight.dtype)

@@ -3,6 +3,7 @@
 import copy
 import gc
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,10 @@ from openvla import OpenVLAForActionPrediction
 from openvla.decoding_openvla import EagerSteps
 from openvla.graphs_openvla import plain_decoding
 from openvla.llama_openvla import _POOLS, LlamaSteps, is_plain_llama
+from openvla.policy import load_model
+
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def new_model(seed: int = 0, **fields) -> OpenVLAForActionPrediction:
@@ -201,6 +206,19 @@ def test_weights_that_change_between_predictions(model):
     check_equal(changed, inputs)
     changed.set_attn_implementation({"text_config": "eager"})
     check_equal(changed, inputs)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4", "bnb-int8", "bnb-nf4"])
+def test_quantized_linear_layers_are_called(quantization):
+    pytest.importorskip("bitsandbytes", reason="quantized loading needs the [quant] extra")
+    model = load_model(str(ROOT), quantization=quantization, dtype="float32")
+    assert is_plain_llama(model.language_model)
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    found = model.predict_action(image, "open the drawer", return_dict=True)
+    with plain_decoding():
+        expected = model.predict_action(image, "open the drawer", return_dict=True)
+    assert found.token_ids.tolist() == expected.token_ids.tolist()
+    np.testing.assert_allclose(found.token_probabilities, expected.token_probabilities, atol=0.02)
 
 
 def test_two_models_and_many_threads():
