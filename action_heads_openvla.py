@@ -29,7 +29,12 @@ def make_head(config: OpenVLAConfig, tokenizer: ActionTokenizer | None = None) -
     Args:
         tokenizer: Default: of the vocabulary that `config` describes.
     """
-    check_choice("action_head", config.action_head, HEADS, "One of your own: import what puts it into HEADS first.")
+    check_choice(
+        "action_head",
+        config.action_head,
+        HEADS,
+        "One of your own: import what puts it into HEADS first (openvla --import MODULE).",
+    )
     tokenizer = tokenizer or ActionTokenizer(config.action_vocab_size, config.n_action_bins)
     return HEADS[config.action_head](tokenizer, config)
 

@@ -40,6 +40,14 @@ def options(
     traceback: Annotated[
         bool, typer.Option("--traceback", help="Show where an error came from; before the verb.")
     ] = False,
+    imports: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--import",
+            metavar="MODULE",
+            help="Import a module of your own first: one that puts a head into HEADS, for example; before the verb.",
+        ),
+    ] = None,
 ) -> None:
     """OpenVLA: an image and an instruction go in, a robot action comes out.
 

@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 from .cli_options import options_in
 from .extras import ignore_library_warnings, remedy
 from .options.fields import respelled
+from .plugins import load_module
 
 
 USER_ERRORS = (ValueError, KeyError, OSError)  # FileNotFoundError and a model that is not there are OSErrors
@@ -44,6 +45,8 @@ class Group(TyperGroup):
 
     def invoke(self, ctx):
         try:
+            for name in ctx.params.get("imports") or ():
+                load_module(name, f"--import {name}")
             return super().invoke(ctx)
         except BrokenPipeError:
             raise  # the reader of a pipe has gone, which click handles

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Mapping
+from types import ModuleType
 from typing import Any, get_args
 
 from .choices_openvla import check_choice, closest
@@ -17,6 +18,30 @@ YES, NO = ("true", "yes", "1"), ("false", "no", "0")
 def is_reference(name: str) -> bool:
     """Whether a name is MODULE:CLASS and no name of this package's."""
     return ":" in name
+
+
+def load_module(name: str, what: str) -> ModuleType:
+    """The module of that name; one of the working directory is found as well.
+
+    Args:
+        what: What it is for, for the messages.
+
+    Raises:
+        ValueError: If it cannot be imported.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # where a console script does not look
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise ValueError(f"{what}: its module needs {error.name}, which is not installed.") from error
+        raise ValueError(
+            f"{what}: there is no module {name!r}. It has to be installed, or lie in the working directory "
+            f"({os.getcwd()}) or on PYTHONPATH."
+        ) from error
+    except (ImportError, SyntaxError) as error:
+        raise ValueError(f"{what}: its module cannot be imported: {error}.") from error
 
 
 def load_class(reference: str, what: str, methods: Iterable[str]) -> type:
@@ -32,19 +57,7 @@ def load_class(reference: str, what: str, methods: Iterable[str]) -> type:
     module_name, _, class_name = reference.partition(":")
     if not module_name or not class_name.isidentifier():
         raise ValueError(f"{what} {reference!r}: expected MODULE:CLASS, such as my_package.my_module:MyClass.")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # where a console script does not look
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise ValueError(f"{what} {reference!r}: its module needs {error.name}, which is not installed.") from error
-        raise ValueError(
-            f"{what} {reference!r}: there is no module {module_name!r}. It has to be installed, or lie in the working "
-            f"directory ({os.getcwd()}) or on PYTHONPATH."
-        ) from error
-    except (ImportError, SyntaxError) as error:
-        raise ValueError(f"{what} {reference!r}: its module cannot be imported: {error}.") from error
+    module = load_module(module_name, f"{what} {reference!r}")
     found = getattr(module, class_name, None)
     if not isinstance(found, type):
         classes = [name for name, value in vars(module).items() if isinstance(value, type)]

@@ -22,6 +22,7 @@ from ..model_card import model_card
 from ..modeling_openvla import OpenVLAForActionPrediction
 from ..processing_openvla import OpenVLAProcessor
 from ..weights_openvla import check_tensors, check_weight_file, find_weight_files
+from .own_head import carry_head
 
 
 _MODEL = "modeling_openvla.OpenVLAForActionPrediction"
@@ -188,6 +189,7 @@ def write_companions(
     """
     for file in code_files():
         shutil.copyfile(PACKAGE / file, folder / file)
+    carry_head(folder, config.action_head)
 
     config.norm_stats = statistics
     config.auto_map = dict(CONFIG_AUTO_MAP)

@@ -1,12 +1,14 @@
 """docs/extending.md: every block of the page runs, in its order, in one folder."""
 
 import json
+import os
 import re
 import shlex
 import sys
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 from typer.testing import CliRunner
 
@@ -14,6 +16,9 @@ from openvla import OpenVLAForActionPrediction, OpenVLAProcessor
 from openvla.action_heads_openvla import HEADS, make_head
 from openvla.cli import app
 from openvla.configuration_openvla import OpenVLAConfig
+from openvla.conversion.hub_folder import code_files
+from openvla.conversion.own_head import carry_head
+from openvla.plugins import load_class
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,6 +94,57 @@ def test_the_head_of_the_page(names):
     decoded = head.tokenizer.decode(np.array(tokens))
     np.testing.assert_allclose(np.roll(decoded, -1), wanted, atol=1 / 128)
     assert abs(decoded[0] - 0.9) < 1 / 128  # the gripper comes first
+
+
+WITHOUT_THE_PACKAGE = """
+import json, sys
+import numpy as np
+from transformers import AutoModel
+model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+action = model.predict_action(np.full((16, 16, 3), 50, np.uint8), "go home")
+print(json.dumps([type(model.action_head).__name__, "openvla" in sys.modules, action.tolist()]))
+"""
+
+
+def test_a_packaged_folder_brings_its_head(names, tmp_path):
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    ran = processes.run(
+        WITHOUT_THE_PACKAGE, Path("my-head-hub").resolve(), cwd=tmp_path, env=environment, server="libraries"
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    head, with_package, action = json.loads(ran.stdout.splitlines()[-1])
+    assert (head, with_package) == ("GripperFirst", False)
+    np.testing.assert_allclose(action, names["A head"]["action"], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "message"),
+    [
+        ("needs_more", "from openvla.training import finetune", "imports openvla.training, which a packaged folder"),
+        ("needs_root", "from openvla import ActionTokenizer", "imports openvla, which a packaged folder"),
+        ("pixels_openvla", "", "has the name of a file of this package"),
+    ],
+)
+def test_heads_that_cannot_be_packaged(name, line, message, tmp_path, monkeypatch):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / f"{name}.py").write_text(
+        f"from openvla.action_heads_openvla import TokenHead\n{line}\nclass Own(TokenHead): pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(HEADS, "own", load_class(f"own.{name}:Own", "head", ["loss"]))
+    (tmp_path / "folder").mkdir()
+    for file in code_files():
+        (tmp_path / "folder" / file).touch()
+    with pytest.raises(ValueError, match=message):
+        carry_head(tmp_path / "folder", "own")
+    for module in ("own", f"own.{name}"):
+        sys.modules.pop(module, None)
+
+
+def test_a_module_that_is_not_there():
+    refused = CliRunner().invoke(app, ["--import", "my_heda", "stats", "robot"])
+    assert refused.exit_code == 2 and "--import my_heda: there is no module 'my_heda'" in refused.stderr
 
 
 def test_a_head_that_was_not_registered(monkeypatch):

@@ -148,7 +148,12 @@ def prepare(options: FinetuneOptions, processes: int = 1, data: Any = None) -> R
     config.constant_state = "zero"  # as `Source.frames` normalizes states, also where the model had OpenVLA-OFT's
     config.use_film |= options.film
     if options.head is not None:
-        check_choice("head", options.head, HEADS, "One of your own: import what puts it into HEADS first.")
+        check_choice(
+            "head",
+            options.head,
+            HEADS,
+            "One of your own: import what puts it into HEADS first (openvla --import MODULE).",
+        )
         config.action_head = options.head
         if options.head in HEADS_WITH_WEIGHTS and config.action_dim is None:
             config.action_dim = 1  # until the data says
