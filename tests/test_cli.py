@@ -258,6 +258,17 @@ def test_convert_passes_everything_on(tmp_path, monkeypatch):
     assert seen == {"checkpoint": Path("a.pt"), **given, "statistics": Path("s.json"), "overwrite": True}
 
 
+def test_export_writes_what_it_is_asked_for(model, tmp_path, monkeypatch):
+    """ONNX graphs themselves: tests/test_runtime.py."""
+    seen = {}
+    monkeypatch.setattr(
+        "openvla.conversion.export_onnx", lambda weights, out, **kwargs: seen.update(weights=weights, **kwargs) or out
+    )
+    run("export", "me/robot", tmp_path / "out", "--to", "onnx", "--dtype", "int8", "--overwrite")
+    assert seen == {"weights": "me/robot", "dtype": "int8", "overwrite": True}
+    assert "--dtype 'int8' is unknown" in error_of("export", model, tmp_path / "out", "--dtype", "int8")
+
+
 # Data and training
 
 
