@@ -117,6 +117,20 @@ def linears_to_quantize(model: nn.Module, config: OpenVLAQuantizationConfig) -> 
     }
 
 
+def quantize_linears(model: nn.Module, config: OpenVLAQuantizationConfig) -> nn.Module:
+    """Round the layers of a model that is in memory, one after the other; it is saved and loaded as any other is."""
+    for name, layer in linears_to_quantize(model, config).items():
+        kind = LINEARS[config.bits]
+        stored = rounded(kind, f"{name}.weight", layer.weight)
+        with torch.device("meta"):
+            small = kind(layer.in_features, layer.out_features, layer.bias is not None)
+        bias = {} if layer.bias is None else {"bias": layer.bias.data}
+        small.load_state_dict({key.rpartition(".")[2]: value for key, value in stored.items()} | bias, assign=True)
+        model.set_submodule(name, small.requires_grad_(False))
+    model.config.quantization_config = config  # type: ignore[union-attr]
+    return model
+
+
 def _is_part(name: str, parts: Collection[str]) -> bool:
     return any(f".{part}." in f".{name}." for part in parts)
 

@@ -21,6 +21,7 @@ FEW = 8  # rows that a kernel for few of them is faster for
 SMALLEST = 1e-30  # step of a row of zeros
 SHRUNK = torch.linspace(1.0, 0.7, 7).tolist()  # ranges that are tried for a group of 4-bit weights
 ROWS = 1024  # that are rounded at once
+UNPACKED = 2**18  # 4-bit weights that are unpacked at once
 
 
 class QuantizedLinear(nn.Module):
@@ -264,11 +265,14 @@ class Int4Linear(QuantizedLinear):
         return _join(_unpack_cpu(self.weight, self.in_features))
 
     def dequantize(self, dtype):
-        whole = _unpack_cpu(self.weight, self.in_features) if self.kernel == "cpu" else _split(self.plain())
-        groups = len(self.scale_and_zero)
-        scale, zero = self.scale_and_zero.to(dtype).transpose(0, 1).unbind(-1)  # (out_features, groups)
-        values = whole.view(self.out_features, groups, -1).to(dtype).sub_(8)
-        return torch.addcmul(zero[..., None], values, scale[..., None]).flatten(1)
+        return self._rows(self.weight if self.kernel == "cpu" else self.plain(), slice(None), dtype)
+
+    def _rows(self, weight: torch.Tensor, part: slice, dtype: torch.dtype) -> torch.Tensor:
+        """Some rows of the weight as floats; of what is packed for a CPU, complete blocks of them."""
+        whole = _unpack_cpu(weight[part], self.in_features) if self.kernel == "cpu" else _split(weight[part])
+        scale, zero = self.scale_and_zero[:, part].to(dtype).transpose(0, 1).unbind(-1)  # (rows, groups)
+        values = whole.unflatten(1, (len(self.scale_and_zero), -1)).to(dtype)
+        return torch.addcmul((zero - 8 * scale)[..., None], values, scale[..., None]).flatten(1)
 
     def multiply(self, rows):
         group = self.in_features // len(self.scale_and_zero)
@@ -290,7 +294,13 @@ class Int4Linear(QuantizedLinear):
         kind = rows.dtype
         if rows.device.type == "cpu" and kind != torch.float32 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             kind = torch.float32  # a CPU that only imitates short types multiplies them ten times slower
-        return linear(rows.to(kind), self.dequantize(kind))
+        rows, weight = rows.to(kind), self.weight if self.kernel == "cpu" else self.plain()
+        y = rows.new_empty(len(rows), self.out_features)
+        step = max(64, UNPACKED // self.in_features // 64 * 64)  # what stays in the cache, and is little memory
+        for start in range(0, self.out_features, step):
+            part = slice(start, start + step)
+            y[:, part] = linear(rows, self._rows(weight, part, kind))
+        return y
 
 
 def group_size(in_features: int) -> int | None:

@@ -26,7 +26,9 @@ from PIL import Image
 from openvla import OpenVLAForActionPrediction, OpenVLAImageProcessor, OpenVLAProcessor
 from openvla.device import synchronize
 from openvla.parts_openvla import PARTS
+from openvla.policy import QUANTIZATIONS, load_model
 from openvla.presets import load_preset_config, load_preset_statistics
+from openvla.quantization_openvla import OpenVLAQuantizationConfig, quantize_linears
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -128,6 +130,9 @@ def main() -> None:
     parser.add_argument("--preset", choices=["openvla-7b", "openvla-v01-7b"], help="random weights of a published size")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--dtype", default=None, help="default: as stored; bfloat16 for a preset")
+    parser.add_argument(
+        "--quantization", choices=list(QUANTIZATIONS), help="of the language model; a preset: ours only"
+    )
     parser.add_argument("--batch", type=int, default=1, help="images predicted at once; default: %(default)s")
     parser.add_argument("--threads", type=int, default=1, help="torch threads on a CPU; default: %(default)s")
     parser.add_argument("--runs", type=int, default=20, help="predictions that are timed; default: %(default)s")
@@ -141,6 +146,8 @@ def main() -> None:
     if arguments.preset:
         dtype = getattr(torch, arguments.dtype or "bfloat16")
         model = random_model(arguments.preset, arguments.device, dtype, **parts_asked_for(arguments))
+        if arguments.quantization:
+            quantize_linears(model, OpenVLAQuantizationConfig(QUANTIZATIONS[arguments.quantization]["bits"]))
         if arguments.state:
             proprio = {"q01": [-1.0] * arguments.state, "q99": [1.0] * arguments.state}
             model.config.norm_stats["bridge_orig"]["proprio"] = proprio
@@ -148,8 +155,12 @@ def main() -> None:
         inputs = random_inputs(model, arguments.batch)
         processor = None
     else:
-        model = OpenVLAForActionPrediction.from_pretrained(arguments.model, dtype=arguments.dtype or "auto")
-        model = model.to(arguments.device).eval()
+        model = load_model(
+            arguments.model,
+            device=arguments.device,
+            dtype=arguments.dtype or "auto",
+            quantization=arguments.quantization,
+        )
         processor = OpenVLAProcessor.from_pretrained(arguments.model)
         image_processor, inputs = processor.image_processor, None
     frame = Image.fromarray(np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8))
@@ -192,6 +203,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
         "threads": arguments.threads,
         "dtype": str(model.dtype).removeprefix("torch."),
+        "quantization": arguments.quantization,
         "attention": model.language_model.config._attn_implementation,
         "batch": arguments.batch,
         **{name: getattr(model.config, name) for name in PARTS},

@@ -15,6 +15,8 @@ from transformers import BitsAndBytesConfig
 
 from openvla import OpenVLAForActionPrediction
 from openvla.action_heads_openvla import make_head
+from openvla.quantization_openvla import OpenVLAQuantizationConfig
+from openvla.quantized_linear_openvla import Int4Linear, Int8Linear
 from openvla.training import apply_strategy
 
 
@@ -249,6 +251,49 @@ def test_quantized(options, tmp_path):
     FUSED.processor().save_pretrained(tmp_path)
     again = OpenVLAForActionPrediction.from_pretrained(tmp_path, device_map={"": 0})
     assert predict(again).token_ids.tolist() == prediction.token_ids.tolist()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", [Int8Linear, Int4Linear])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [(256, 128), (4096, 4096), (672, 256)], ids=str)
+def test_layers_of_few_bits(kind, dtype, size):
+    """Weights alone are rounded; few rows pass a kernel, many a matrix product with the unpacked weights."""
+    in_features, out_features = size
+    stored = kind.quantize(torch.randn(out_features, in_features, generator=torch.Generator().manual_seed(0)) * 0.05)
+    module = kind(in_features, out_features, bias=False)
+    module.load_state_dict(stored)
+    module.cuda()
+    weight = module.dequantize(torch.float32).double()
+    for rows in (1, 7, 8, 9, 300):
+        x = torch.randn(rows, in_features, device="cuda").to(dtype)
+        y, expected = module(x), x.double() @ weight.T
+        assert y.dtype == dtype and y.shape == (rows, out_features)
+        assert (y.double() - expected).norm() / expected.norm() < 0.01, rows
+    assert all(torch.equal(module.state_dict()[name].cpu(), value) for name, value in stored.items())
+    torch.testing.assert_close(module.dequantize(torch.float32).double(), weight)  # after it was packed
+    x[0, 3] = torch.nan
+    assert not module(x)[0].isfinite().any() and module(x)[1:].isfinite().all()
+    module.cpu()
+    assert all(torch.equal(module.state_dict()[name], value) for name, value in stored.items())
+    assert module(x.cpu()).shape == y.shape
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_quantized_by_us(bits, dtype, tmp_path):
+    """The actions of the rounded weights, up to the rounding of bfloat16; saved where it ran, loaded anywhere."""
+    options = {"dtype": dtype, "quantization_config": OpenVLAQuantizationConfig(bits)}
+    model = OpenVLAForActionPrediction.from_pretrained(ROOT, **options).cuda()
+    picture = next((ROOT / "examples" / "frames").glob("drawer*.png"))
+    action = model.predict_action(picture, "open the drawer")
+    unpacked = OpenVLAForActionPrediction.from_pretrained(ROOT, **options).dequantize().cuda()
+    assert np.abs(action - unpacked.predict_action(picture, "open the drawer")).max() < 0.1
+    model.save_pretrained(tmp_path)
+    model.processor.save_pretrained(tmp_path)
+    again = OpenVLAForActionPrediction.from_pretrained(tmp_path)
+    assert np.abs(action - again.predict_action(picture, "open the drawer")).max() < 0.1  # on the CPU
+    assert again.cuda().predict_action(picture, "open the drawer").tolist() == action.tolist()
 
 
 @pytest.mark.parametrize("strategy", ["full", "lora", "sandwich"])

@@ -17,7 +17,12 @@ from typer.testing import CliRunner
 from openvla import OpenVLAForActionPrediction, cli
 from openvla.conversion import package_checkpoint, quantize_checkpoint
 from openvla.policy import QUANTIZATIONS, load_model
-from openvla.quantization_openvla import NEVER_QUANTIZED, OpenVLAQuantizationConfig, has_quantized_layers
+from openvla.quantization_openvla import (
+    NEVER_QUANTIZED,
+    OpenVLAQuantizationConfig,
+    has_quantized_layers,
+    quantize_linears,
+)
 from openvla.quantized_linear_openvla import Int4Linear, Int8Linear, QuantizedLinear
 from openvla.training import apply_strategy
 
@@ -131,6 +136,15 @@ def test_towers_and_projector_may_be_quantized(bits, plain, tmp_path):
     assert not any(part in name.split(".") for name in layers for part in NEVER_QUANTIZED)
     action = model.predict_action(PICTURE, "open the drawer")
     assert np.abs(action - plain.predict_action(PICTURE, "open the drawer")).max() < 0.3
+
+
+def test_in_memory_as_in_a_folder(folder, tmp_path):
+    path, bits = folder
+    stored, model = load(path), quantize_linears(load(), OpenVLAQuantizationConfig(bits))
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in stored.state_dict().items())
+    model.save_pretrained(tmp_path)
+    model.processor.save_pretrained(tmp_path)
+    assert quantized_layers(load(tmp_path)) == quantized_layers(stored)
 
 
 def test_moved_cast_and_dequantized(folder):
