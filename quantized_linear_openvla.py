@@ -19,9 +19,8 @@ from torch.nn.functional import linear
 GROUP_SIZES = (64, 32)  # of 4-bit weights that share a scale; the first that divides a row
 FEW = 8  # rows that a kernel for few of them is faster for
 SMALLEST = 1e-30  # step of a row of zeros
-SHRUNK = torch.linspace(1.0, 0.7, 7).tolist()  # ranges that are tried for a group of 4-bit weights
-ROWS = 1024  # that are rounded at once
-UNPACKED = 2**18  # 4-bit weights that are unpacked at once
+SHRUNK = (1.0, 0.93, 0.86, 0.79)  # ranges that are tried for a group of 4-bit weights
+AT_ONCE = 2**18  # weights that are rounded or unpacked at once: what stays in the cache, and is little memory
 
 
 class QuantizedLinear(nn.Module):
@@ -156,7 +155,7 @@ class Int8Linear(QuantizedLinear):
     @staticmethod
     def quantize(weight):
         parts = []
-        for rows in _finite(weight).split(ROWS):
+        for rows in _finite(weight).split(max(1, AT_ONCE // weight.shape[1])):
             rows = rows.float()
             scale = rows.abs().amax(1, keepdim=True).clamp_(min=SMALLEST) / 127
             parts.append(((rows / scale).round_().to(torch.int8), scale[:, 0]))
@@ -250,7 +249,8 @@ class Int4Linear(QuantizedLinear):
     @staticmethod
     def quantize(weight):
         group = group_size(weight.shape[1])
-        parts = [_quantize_groups(rows.float().unflatten(1, (-1, group))) for rows in _finite(weight).split(ROWS)]
+        rows = _finite(weight).split(max(1, AT_ONCE // weight.shape[1]))
+        parts = [_quantize_groups(part.float().unflatten(1, (-1, group))) for part in rows]
         whole, scales, zeros = (torch.cat(part) for part in zip(*parts))
         return {
             "weight": whole[:, ::2] | (whole[:, 1::2] << 4),
@@ -296,7 +296,7 @@ class Int4Linear(QuantizedLinear):
             kind = torch.float32  # a CPU that only imitates short types multiplies them ten times slower
         rows, weight = rows.to(kind), self.weight if self.kernel == "cpu" else self.plain()
         y = rows.new_empty(len(rows), self.out_features)
-        step = max(64, UNPACKED // self.in_features // 64 * 64)  # what stays in the cache, and is little memory
+        step = max(64, AT_ONCE // self.in_features // 64 * 64)
         for start in range(0, self.out_features, step):
             part = slice(start, start + step)
             y[:, part] = linear(rows, self._rows(weight, part, kind))

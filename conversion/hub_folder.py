@@ -87,6 +87,12 @@ def check_replaced(output: Path, source: Path, key: str, kind: str) -> None:
         raise ValueError(f"'{config}' is not of {kind}, and would be replaced: give another folder.")
 
 
+def check_unquantized(config: OpenVLAConfig, where: Any) -> None:
+    """Raise a `ValueError` if config.json says that weights are quantized: no longer those of the training."""
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"'{where}' is quantized: give the model that it was made of.")
+
+
 # Weights --------------------------------------------------------------------------------------------------------------
 
 

@@ -24,6 +24,7 @@ from .hub_folder import (
     DTYPES,
     LazyTensor,
     check_replaced,
+    check_unquantized,
     check_weights,
     read_weights,
     write_companions,
@@ -253,6 +254,7 @@ def export_prismatic_checkpoint(
     source, output = model_folder(weights), Path(output)
     check_replaced(output, source, "vla", "a run of the original")
     config = OpenVLAConfig.from_pretrained(source)
+    check_unquantized(config, weights)
     tensors, table = read_weights(source), name_table(config)
     check_weights(config, {name: tensor.shape for name, tensor in tensors.items()}, f"'{source}'")
     ids = {

@@ -20,7 +20,16 @@ from ..quantization_openvla import (
     rounded,
 )
 from ..quantized_linear_openvla import LINEARS
-from .hub_folder import DTYPES, LazyTensor, check_replaced, check_weights, read_weights, write_companions, write_weights
+from .hub_folder import (
+    DTYPES,
+    LazyTensor,
+    check_replaced,
+    check_unquantized,
+    check_weights,
+    read_weights,
+    write_companions,
+    write_weights,
+)
 
 
 def quantize_checkpoint(
@@ -64,8 +73,7 @@ def quantize_checkpoint(
             "which can be quantized."
         )
     config = OpenVLAConfig.from_pretrained(source)
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(f"'{model}' is quantized already: give the model that it was made of.")
+    check_unquantized(config, model)
     statistics = statistics_of(source, config)
     processor = OpenVLAProcessor.from_pretrained(source)
     tensors = read_weights(source)

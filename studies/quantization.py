@@ -138,9 +138,8 @@ def report_memory(folder: str, precision: dict[str, Any]) -> None:
     model = load_model(folder, **precision)
     loaded = peak() - before
     inputs = mid_inputs(model)
-    for _ in range(2):
-        model.predict_action(**inputs, unnorm_key="bridge_orig")
-    figures = {"peak_while_loading": loaded, "after_predictions": resident() - before, "peak": peak() - before}
+    model.predict_action(**inputs, unnorm_key="bridge_orig")
+    figures = {"peak_while_loading": loaded, "after_prediction": resident() - before, "peak": peak() - before}
     print(json.dumps({**figures, "weights": model.get_memory_footprint() / 1e6}))
 
 
@@ -277,9 +276,9 @@ def report_text(found: dict[str, Any], closed: list[dict[str, Any]]) -> str:
                 table(["precision", *STAGES, "total"], rows),
             ]
     if "memory" in found:
-        names = ("weights", "peak_while_loading", "after_predictions", "peak", "files")
+        names = ("weights", "peak_while_loading", "after_prediction", "peak", "files")
         rows = [[name, *(f"{row[part]:.0f}" for part in names)] for name, row in found["memory"].items()]
-        header = ["precision", "weights", "peak while loading", "after two predictions", "peak", "files read"]
+        header = ["precision", "weights", "peak while loading", "after a prediction", "peak", "files read"]
         lines += [
             "## Memory, mid\n\nMegabytes beyond those of the process before the model was loaded, each in a fresh "
             "process. Pages of mapped files count while they are read.",

@@ -15,7 +15,7 @@ from transformers import BitsAndBytesConfig
 from typer.testing import CliRunner
 
 from openvla import OpenVLAForActionPrediction, cli
-from openvla.conversion import package_checkpoint, quantize_checkpoint
+from openvla.conversion import export_prismatic_checkpoint, package_checkpoint, quantize_checkpoint
 from openvla.policy import QUANTIZATIONS, load_model
 from openvla.quantization_openvla import (
     NEVER_QUANTIZED,
@@ -93,8 +93,10 @@ def test_a_folder_is_what_rounding_while_loading_gives(folder, plain):
     assert np.abs(action - expected).max() < 0.2
     with pytest.raises(ValueError, match=f"holds weights of {bits} bits, and {12 - bits} were asked for"):
         load_model(str(path), quantization=f"int{12 - bits}")
-    with pytest.raises(ValueError, match="is quantized already: give the model that it was made of"):
+    with pytest.raises(ValueError, match="is quantized: give the model that it was made of"):
         quantize_checkpoint(path, path.parent / "again")
+    with pytest.raises(ValueError, match="is quantized: give the model that it was made of"):
+        export_prismatic_checkpoint(path, path.parent / "again")
     assert not (path.parent / "again").exists()
     mixed = load(path, dtype=torch.bfloat16)
     assert {module.weight.dtype for name, module in mixed.named_modules() if name in quantized_layers(mixed)} <= {
