@@ -197,16 +197,16 @@ def load_model(
     """
     from .modeling_openvla import OpenVLAForActionPrediction
 
-    if quantization is None:
+    loading: dict[str, Any] = {**variant, "dtype": dtype}
+    if quantization is not None:
+        check_choice("quantization", quantization, QUANTIZATIONS)
+        loading["quantization_config"] = dict(QUANTIZATIONS[quantization])
+    if quantization is None or not quantization.startswith("bnb-"):
         # Not by `device_map`, which needs accelerate.
-        loaded = OpenVLAForActionPrediction.from_pretrained(model, dtype=dtype, **variant).to(device).eval()
+        loaded = OpenVLAForActionPrediction.from_pretrained(model, **loading).to(device).eval()
         if reason := emulated(device, loaded.dtype):
             warnings.warn(f"{reason[0].upper()}{reason[1:]}: give dtype=float32.", stacklevel=2)
         return loaded
-    check_choice("quantization", quantization, QUANTIZATIONS)
-    loading = {**variant, "dtype": dtype, "quantization_config": dict(QUANTIZATIONS[quantization])}
-    if not quantization.startswith("bnb-"):
-        return OpenVLAForActionPrediction.from_pretrained(model, **loading).to(device).eval()
     require("bitsandbytes", "accelerate", purpose=f"quantization='{quantization}'", preferred="quant")
     return OpenVLAForActionPrediction.from_pretrained(model, device_map={"": device}, **loading).eval()
 

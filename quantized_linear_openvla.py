@@ -192,10 +192,16 @@ def quantize_rows(rows: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Te
 def _qlinear(rows: torch.Tensor, zero: int, packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """(rows, in_features) uint8 -> float32 (rows, out_features); steps of the rows are left to the caller. Other types
     than float32 have no fast kernel on CPUs without VNNI (torch 2.15: 25 ms instead of 0.2)."""
-    zeros = torch.zeros(len(scale), dtype=torch.int64)
-    return torch.ops.onednn.qlinear_pointwise(
+    zeros = _zeros(len(scale))
+    return torch.ops.onednn.qlinear_pointwise.default(  # named, as to choose among the overloads takes longer
         rows, 1.0, zero, packed, scale, zeros, None, 1.0, 0, torch.float32, "none", [], ""
     )
+
+
+@cache
+def _zeros(count: int) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return torch.zeros(count, dtype=torch.int64)
 
 
 @cache
@@ -276,14 +282,14 @@ class Int4Linear(QuantizedLinear):
 
     def multiply(self, rows):
         group = self.in_features // len(self.scale_and_zero)
-        if len(rows) <= FEW and rows.device.type == "cpu" and self.may_pack and self.out_features % 64 == 0:
-            if rows_of_a_block() is not None:
-                packed: torch.Tensor = self.weight
-                if not self.kernel:
-                    whole = _split(self.weight).int()
-                    packed = self.pack(torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole, 1), "cpu")
-                # In float32 the kernel is slower than the matrix product (torch 2.15).
-                return torch.ops.aten._weight_int4pack_mm_for_cpu(rows.bfloat16(), packed, group, self.scale_and_zero)
+        block = rows_of_a_block() if len(rows) <= FEW and rows.device.type == "cpu" and self.may_pack else None
+        if block is not None and self.out_features % block == 0:
+            packed: torch.Tensor = self.weight
+            if not self.kernel:
+                whole = _split(self.weight).int()
+                packed = self.pack(torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole, 1), "cpu")
+            # In float32 the kernel is slower than the matrix product (torch 2.15).
+            return torch.ops.aten._weight_int4pack_mm_for_cpu(rows.bfloat16(), packed, group, self.scale_and_zero)
         tiles = _tiles(self.in_features)
         if rows.device.type == "cuda" and self.may_pack and tiles and self.out_features % 8 == 0:
             packed = self.weight
@@ -292,8 +298,9 @@ class Int4Linear(QuantizedLinear):
                 packed = self.pack(torch.ops.aten._convert_weight_to_int4pack(turned, tiles), "cuda")
             return torch.ops.aten._weight_int4pack_mm(rows.bfloat16(), packed, group, self.scale_and_zero)
         kind = rows.dtype
-        if rows.device.type == "cpu" and kind != torch.float32 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            kind = torch.float32  # a CPU that only imitates short types multiplies them ten times slower
+        native = kind == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        if rows.device.type == "cpu" and not native:
+            kind = torch.float32  # what a CPU has no instructions for is many times slower
         rows, weight = rows.to(kind), self.weight if self.kernel == "cpu" else self.plain()
         y = rows.new_empty(len(rows), self.out_features)
         step = max(64, AT_ONCE // self.in_features // 64 * 64)

@@ -168,7 +168,7 @@ def test_order_of_the_4_bit_kernel_is_found(monkeypatch):
     whole = torch.randint(0, 16, (192, 64), dtype=torch.int32)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole, 1)
     assert torch.equal(layers._unpack_cpu(packed, 64).int(), whole)
-    module, _, _ = made(Int4Linear)
+    module, _, _ = made(Int4Linear, 192)
     with torch.inference_mode():
         expected = module(torch.ones(2, 96))
         monkeypatch.setattr(layers, "rows_of_a_block", lambda: None)  # a kernel with another order is not used
