@@ -35,7 +35,7 @@ def predict(options: PredictOptions) -> dict[str, Any]:
     check_state_given(state, config.proprio_dim)
     statistics = statistics_of(folder, config)
     unnorm_key = resolve_unnorm_key(statistics, options.unnorm_key)
-    loading = {"device": str(device), "dtype": options.dtype, "quantization": options.quantization, **variant}
+    loading = {"device": device, "dtype": options.dtype, "quantization": options.quantization, **variant}
     model = load_model(str(folder), **loading)
     prediction = model.predict_action(frames, options.instruction, unnorm_key=unnorm_key, state=state, return_dict=True)
     image = paths[""] if "" in paths else paths

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def bench(options: BenchOptions) -> dict[str, Any]:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     device = torch_device(options.device)
-    model = load_model(model_folder(options.model), device=device, dtype=options.dtype)
+    model = load_model(str(model_folder(options.model)), device=device, dtype=options.dtype)
     if not model.action_head.takes_drafts:
         raise ValueError(f"action_head='{model.config.action_head}' chooses no tokens one after the other.")
     key = resolve_unnorm_key(model.norm_stats, options.unnorm_key)
@@ -98,9 +99,7 @@ def compare(model: Any, frames: list, key: str, graphs: bool) -> dict[str, dict[
         for name in names[number % len(names) :] + names[: number % len(names)]:
             draft = None if begins or "drafts" not in name else last.get(name)
             where = plain_decoding() if name == "plain" else nullcontext()
-            found[name], milliseconds = timed(
-                model, lambda inputs=inputs, draft=draft, where=where: predicted(model, inputs, key, draft, where)
-            )
+            found[name], milliseconds = timed(model, partial(predicted, model, inputs, key, draft, where))
             last[name] = found[name].token_ids
             counts[name]["ms"].append(milliseconds)
             counts[name]["passes"].append(int(found[name].token_passes.max()))
