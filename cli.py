@@ -209,7 +209,7 @@ def evaluate(options: EvaluateOptions) -> None:
 @app.command()
 @options_of(BenchOptions)
 def bench(options: BenchOptions) -> None:
-    """Measure whether fast predictions are those of plain decoding, and how fast they are.
+    """Compare fast ways of predicting with plain decoding.
 
     exact: frames of demonstrations in every way (plain, own steps, drafts, on a GPU graphs), in turns: the share of
     identical actions and tokens, the largest gap between logits where one differs, passes, milliseconds.

@@ -20,6 +20,7 @@ def blocks(language: str, page: Path) -> list[str]:
 
 def commands(page: Path) -> list[list[str]]:
     text = "\n".join(blocks("bash", page)).replace("\\\n", " ")
+    text = re.sub(r"(openvla) --import \w+", r"\1", text)  # before the verb
     words = [shlex.split(line, comments=True) for line in text.splitlines()]
     return [found[1:] for found in words if found and Path(found[0]).name == "openvla" and "..." not in found]
 
