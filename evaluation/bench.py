@@ -1,9 +1,8 @@
 """Whether faster ways to the tokens of an action give those of plain decoding, and what each of them takes."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -97,9 +96,9 @@ def compare(model: Any, frames: list, key: str, graphs: bool) -> dict[str, dict[
     for number, (begins, inputs) in enumerate(frames):
         found = {}
         for name in names[number % len(names) :] + names[: number % len(names)]:
-            draft = None if begins or "drafts" not in name else last.get(name)
-            where = plain_decoding() if name == "plain" else nullcontext()
-            found[name], milliseconds = timed(model, partial(predicted, model, inputs, key, draft, where))
+            options = {"unnorm_key": key, "draft": None if begins or "drafts" not in name else last.get(name)}
+            with plain_decoding() if name == "plain" else nullcontext():
+                found[name], milliseconds = timed(model, inputs, options)
             last[name] = found[name].token_ids
             counts[name]["ms"].append(milliseconds)
             counts[name]["passes"].append(int(found[name].token_passes.max()))
@@ -113,16 +112,11 @@ def compare(model: Any, frames: list, key: str, graphs: bool) -> dict[str, dict[
     return {name: figures(values, counts["plain"]["ms"]) for name, values in counts.items()}
 
 
-def predicted(model: Any, inputs: dict[str, torch.Tensor], key: str, draft: Any, where: Any) -> Any:
-    with where:
-        return model.predict_action(**inputs, unnorm_key=key, draft=draft, return_dict=True)
-
-
-def timed(model: Any, function: Callable[[], Any]) -> tuple[Any, float]:
-    """What a function gives, and the milliseconds it took."""
+def timed(model: Any, inputs: dict[str, torch.Tensor], options: dict[str, Any]) -> tuple[Any, float]:
+    """A prediction, and the milliseconds that it took."""
     synchronize(model.device)
     started = time.perf_counter()
-    found = function()
+    found = model.predict_action(**inputs, **options, return_dict=True)
     synchronize(model.device)
     return found, 1000 * (time.perf_counter() - started)
 
