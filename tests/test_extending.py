@@ -110,7 +110,7 @@ def test_a_packaged_folder_brings_its_head(names, tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     ran = processes.run(
-        WITHOUT_THE_PACKAGE, Path("my-head-hub").resolve(), cwd=tmp_path, env=environment, server="libraries"
+        WITHOUT_THE_PACKAGE, Path("my-head-hub").resolve(), cwd=tmp_path, env=environment, server="transformers"
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
     head, with_package, action = json.loads(ran.stdout.splitlines()[-1])
