@@ -3,6 +3,7 @@
 Light to import: the libraries of a model are loaded with it.
 """
 
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -181,7 +182,12 @@ class OpenVLAPolicy(Policy):
 
 
 def load_model(
-    model: str, *, device: str = "cpu", dtype: str = "auto", quantization: str | None = None, **variant: Any
+    model: str | os.PathLike,
+    *,
+    device: str = "cpu",
+    dtype: str = "auto",
+    quantization: str | None = None,
+    **variant: Any,
 ) -> "OpenVLAForActionPrediction":
     """A model from a folder or Hub id, on a device and ready to predict.
 

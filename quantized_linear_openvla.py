@@ -97,7 +97,7 @@ class QuantizedLinear(nn.Module):
     @property
     def may_pack(self) -> bool:
         """Weights that accelerate brings for each call come in the stored form each time."""
-        return not getattr(getattr(self, "_hf_hook", None), "offload", False)
+        return not getattr(self.__dict__.get("_hf_hook"), "offload", False)
 
     def unpack(self) -> None:
         """Back to the stored form: to be moved, copied or saved."""

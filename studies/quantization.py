@@ -10,7 +10,8 @@
 - time: all precisions in one process, interleaved, the least of all rounds; wall clock and CPU time of the thread,
   which a loaded machine stretches less.
 
-Writes report.md, report.json and report.png to OUT. `--only` measures a part again; the others are kept.
+Writes report.md, report.json and report.png to OUT. `--only` and `--precisions` measure a part again; the others are
+kept.
 """
 
 import argparse
@@ -42,6 +43,7 @@ from openvla.quantization_openvla import OpenVLAQuantizationConfig
 from openvla.quantized_linear_openvla import largest_activation
 
 
+Precisions = dict[str, dict[str, Any]]  # name -> options of `load_model`
 PARTS = ("actions", "memory", "time")
 STAGES = ("towers", "projector", "prefill", "decode")
 TOWER = {"img_size": 224, "embed_dim": 384, "depth": 6, "num_heads": 6}
@@ -78,7 +80,7 @@ def mid_inputs(model: Any) -> dict[str, torch.Tensor]:
 # Actions ----------------------------------------------------------------------------------------------------------
 
 
-def measure_actions(model: str, dataset: str, count: int) -> dict[str, dict[str, float]]:
+def measure_actions(model: str, precisions: Precisions, dataset: str, count: int) -> dict[str, dict[str, float]]:
     """Of each precision: what it shares with float32 on frames of demonstrations, and how far both are from these."""
     plain = load_model(model, dtype="float32")
     key = next(iter(plain.norm_stats))
@@ -92,7 +94,7 @@ def measure_actions(model: str, dataset: str, count: int) -> dict[str, dict[str,
     wanted = np.stack([frame.actions[0] for frame in frames])
     wanted = np.where(mask, (wanted + 1) / 2 * (high - low) + low, wanted)
     found: dict[str, Any] = {}
-    for name, precision in PRECISIONS.items():
+    for name, precision in {"float32": PRECISIONS["float32"], **precisions}.items():
         policy = load_model(model, **precision)
         predictions = [
             policy.predict_action(
@@ -143,10 +145,12 @@ def report_memory(folder: str, precision: dict[str, Any]) -> None:
     print(json.dumps({**figures, "weights": model.get_memory_footprint() / 1e6}))
 
 
-def measure_memory(folder: Path, work: Path) -> dict[str, dict[str, float]]:
+def measure_memory(folder: Path, precisions: Precisions, work: Path) -> dict[str, dict[str, float]]:
     """Of each precision, rounded while it is loaded; ours from folders of `openvla quantize` as well."""
-    cases: dict[str, tuple[Path, dict[str, Any]]] = {name: (folder, options) for name, options in PRECISIONS.items()}
+    cases: dict[str, tuple[Path, dict[str, Any]]] = {name: (folder, options) for name, options in precisions.items()}
     for bits in (8, 4):
+        if f"int{bits}" not in precisions:
+            continue
         stored = OpenVLAForActionPrediction.from_pretrained(
             folder, dtype=torch.bfloat16, quantization_config=OpenVLAQuantizationConfig(bits)
         )
@@ -203,18 +207,19 @@ def measure_time(models: dict[str, Any], predict: dict[str, Callable[[], Any]], 
     return found
 
 
-def time_embedded(model: str, rounds: int) -> dict[str, Any]:
-    models = {name: load_model(model, **precision) for name, precision in PRECISIONS.items()}
+def time_embedded(model: str, precisions: Precisions, rounds: int) -> dict[str, Any]:
+    models = {name: load_model(model, **precision) for name, precision in precisions.items()}
     picture = np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)
-    processor = models["float32"].processor
+    first = next(iter(models.values()))
+    processor = first.processor
     inputs = processor(processor.format_prompt("open the drawer"), picture)
-    key = next(iter(models["float32"].norm_stats))
+    key = next(iter(first.norm_stats))
     predict = {name: partial(each.predict_action, **inputs, unnorm_key=key) for name, each in models.items()}
     return measure_time(models, predict, rounds)
 
 
-def time_mid(folder: Path, rounds: int) -> dict[str, Any]:
-    models = {name: load_model(str(folder), **precision) for name, precision in PRECISIONS.items()}
+def time_mid(folder: Path, precisions: Precisions, rounds: int) -> dict[str, Any]:
+    models = {name: load_model(str(folder), **precision) for name, precision in precisions.items()}
     predict = {}
     for name, model in models.items():
         predict[name] = partial(model.predict_action, **mid_inputs(model), unnorm_key="bridge_orig")
@@ -264,8 +269,7 @@ def report_text(found: dict[str, Any], closed: list[dict[str, Any]]) -> str:
         ("embedded", "the embedded policy (7.8 M parameters)"),
         ("mid", "mid (0.27 B, random weights)"),
     ):
-        if kind in found.get("time", {}):
-            times = found["time"][kind]
+        if times := found.get(f"time, {kind}"):
             rows = [
                 [name, *(f"{row['ms'][stage]:.1f} ({row['cpu_ms'][stage]:.1f})" for stage in (*STAGES, "total"))]
                 for name, row in times.items()
@@ -288,7 +292,7 @@ def report_text(found: dict[str, Any], closed: list[dict[str, Any]]) -> str:
 
 
 def plot(found: dict[str, Any], path: Path) -> None:
-    times = found.get("time", {})
+    times = {name: found[f"time, {name}"] for name in ("embedded", "mid") if f"time, {name}" in found}
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     for axes, (kind, rows) in zip(np.atleast_1d(figure.subplots(1, max(1, len(times)))), times.items()):
         left = np.zeros(len(rows))
@@ -306,6 +310,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder of the report")
     parser.add_argument("--only", nargs="*", default=list(PARTS), choices=PARTS, help="parts to measure; default: all")
+    parser.add_argument(
+        "--precisions", nargs="+", default=list(PRECISIONS), choices=list(PRECISIONS), help="default: all"
+    )
     parser.add_argument("--model", default=EMBEDDED_POLICY, help="default: the policy of the repository")
     parser.add_argument("--frames-of", help="demonstrations of the model's tasks, as `openvla finetune` takes them")
     parser.add_argument("--frames", type=int, default=200, help="of demonstrations; default: %(default)s")
@@ -323,6 +330,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     file = arguments.out / "report.json"
     found = json.loads(file.read_text()) if file.exists() else {}
+    precisions = {name: PRECISIONS[name] for name in arguments.precisions}
     found["about"] = {
         "command": "python studies/quantization.py docs/results/quantization --frames-of outputs/frames",
         "machine": f"{platform.machine()} CPU ({torch.backends.cpu.get_cpu_capability()})",
@@ -333,16 +341,19 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as work:
         mid = mid_model(Path(work) / "mid") if {"memory", "time"} & set(arguments.only) else Path()
-        if "memory" in arguments.only:
-            found["memory"] = measure_memory(mid, Path(work))
-            write_json(file, found)
+        measured: dict[str, Callable[[], Any]] = {}
         if "actions" in arguments.only:
-            found["actions"] = measure_actions(arguments.model, arguments.frames_of, arguments.frames)
-            write_json(file, found)
+            measured["actions"] = partial(
+                measure_actions, arguments.model, precisions, arguments.frames_of, arguments.frames
+            )
         if "time" in arguments.only:
-            found["time"] = {"embedded": time_embedded(arguments.model, arguments.rounds)}
+            measured["time, embedded"] = partial(time_embedded, arguments.model, precisions, arguments.rounds)
+            measured["time, mid"] = partial(time_mid, mid, precisions, arguments.rounds)
+        if "memory" in arguments.only:
+            measured["memory"] = partial(measure_memory, mid, precisions, Path(work))
+        for name, measure in measured.items():
+            found[name] = found.get(name, {}) | measure()
             write_json(file, found)
-            found["time"]["mid"] = time_mid(mid, arguments.rounds)
     if arguments.closed_loop:
         found["closed_loop"] = quantization_rows(arguments.closed_loop)
     write_json(file, json.loads(json.dumps(found, default=str)))
