@@ -127,7 +127,8 @@ def quantize_linears(model: nn.Module, config: OpenVLAQuantizationConfig) -> nn.
         bias = {} if layer.bias is None else {"bias": layer.bias.data}
         small.load_state_dict({key.rpartition(".")[2]: value for key, value in stored.items()} | bias, assign=True)
         model.set_submodule(name, small.requires_grad_(False))
-    model.config.quantization_config = config  # type: ignore[union-attr]
+    known: Any = model  # as the library marks a model that it has loaded so
+    known.config.quantization_config, known.is_quantized, known.quantization_method = config, True, METHOD
     return model
 
 

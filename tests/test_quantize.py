@@ -140,6 +140,18 @@ def test_towers_and_projector_may_be_quantized(bits, plain, tmp_path):
     assert np.abs(action - plain.predict_action(PICTURE, "open the drawer")).max() < 0.3
 
 
+def test_drafts_ride_along(folder):
+    """They are read with the prompt or together: the same tokens, and fewer passes where they are right."""
+    model, arguments = load(folder[0]), {"return_dict": True}
+    found = model.predict_action(PICTURE, "open the drawer", **arguments)
+    wrong = found.token_ids.copy()
+    wrong[[0, 3]] -= 1
+    for draft in (found.token_ids, wrong):
+        again = model.predict_action(PICTURE, "open the drawer", draft=draft[None], **arguments)
+        assert again.token_ids.tolist() == found.token_ids.tolist()
+        assert again.token_passes.max() < found.token_passes.max()
+
+
 def test_in_memory_as_in_a_folder(folder, tmp_path):
     path, bits = folder
     stored, model = load(path), quantize_linears(load(), OpenVLAQuantizationConfig(bits))
