@@ -51,6 +51,7 @@ NEEDS = {
     ("evaluate", "--output", "evaluated"): "openvla[sim]",
     ("evaluate", "--output", "evaluated", "--quantization", "int8"): "openvla[sim]",
     ("demo", "--output", "films"): "openvla[sim]",
+    ("export", "packaged", "graphs", "--to", "onnx"): "openvla[onnx]",
 }
 
 
