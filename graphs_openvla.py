@@ -191,7 +191,7 @@ def fingerprint(model: Any) -> int:
         parts.append(id(module))
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
-                parts += [tensor.data_ptr(), tensor.dtype, tensor.device]
+                parts.append(tensor.data_ptr())  # another one wherever a tensor is cast or moved
         if (merged := getattr(module, "merged_adapters", None)) is not None:  # a layer of PEFT
             scaling = getattr(module, "scaling", None)
             parts += [*merged, len(merged), getattr(module, "disable_adapters", None), str(module.active_adapters)]

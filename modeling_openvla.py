@@ -13,6 +13,7 @@ published code are listed in the README.
 
 import warnings
 from collections.abc import Sequence
+from functools import cache
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
@@ -437,7 +438,7 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
         decided = read_committed(committed, shape, norm_stats or {}, names, modes)
         inputs = ModelInputs(prompts, pixel_values, proprio, decided)
         sampling = read_sampling(
-            self.action_head.num_tokens(shape), signature(self.predict_action).parameters, self.device,
+            self.action_head.num_tokens(shape), _keywords(), self.device,
             do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator, **options,
         )  # fmt: skip
         guesses = read_draft(draft, len(prompts), self.config)
@@ -533,6 +534,12 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
             self, input_ids, attention_mask, inputs.pixel_values, inputs.proprio, first, num_actions,
             num_committed=len(decided[0]), with_time=with_time,
         )  # fmt: skip
+
+
+@cache
+def _keywords() -> tuple[str, ...]:
+    """Of `predict_action`, for hints at misspelt ones."""
+    return tuple(signature(OpenVLAForActionPrediction.predict_action).parameters)
 
 
 __all__ = ["ActionPrediction", "OpenVLAForActionPrediction", "OpenVLAOutput", "OpenVLAPreTrainedModel"]
