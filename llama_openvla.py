@@ -99,6 +99,8 @@ def open_steps(
 def is_plain_llama(language_model: Any) -> bool:
     """Whether its modules are those of the library's Llama, and nothing watches or replaces the calls that are left
     out here."""
+    if nn.modules.module._has_any_global_hook():  # what watches all modules
+        return False
     if type(language_model) is not llama.LlamaForCausalLM or type(language_model.model) is not llama.LlamaModel:
         return False
     model = language_model.model
@@ -171,7 +173,8 @@ class LlamaSteps:
         model, first, end = language_model.model, *token_range
         batch, self.length = prefix.inputs_embeds.shape[:2]
         self.prefix, self.embed, self.norm = prefix, model.embed_tokens, model.norm
-        self.layers = [Layer(layer, part[:, :batch]) for layer, part in zip(model.layers, cache)]
+        used = model.layers[: model.config.num_hidden_layers]  # the cache may be of more
+        self.layers = [Layer(layer, part[:, :batch]) for layer, part in zip(used, cache)]
         lm_head = language_model.lm_head
         self.logits: Callable[[torch.Tensor], torch.Tensor] = lambda hidden: lm_head(hidden)[..., first:end]
         if type(lm_head) is nn.Linear and lm_head.bias is None and _is_plain(lm_head):

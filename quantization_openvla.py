@@ -87,12 +87,17 @@ class OpenVLAQuantizationConfig(QuantizationConfigMixin):
             two stay in any case.
 
     Raises:
-        ValueError: If `bits` is another number.
+        ValueError: If `bits` is another number, or parts are no list of names.
     """
 
     def __init__(self, bits: int = 8, modules_to_not_convert: list[str] | None = None, **unknown: Any):
-        if bits not in LINEARS or isinstance(bits, bool):
+        if type(bits) is not int or bits not in LINEARS:
             raise ValueError(f"bits={bits!r}: weights have {' or '.join(map(str, LINEARS))} bits.")
+        parts = modules_to_not_convert
+        if parts is not None and not (
+            isinstance(parts, (list, tuple)) and all(isinstance(part, str) for part in parts)
+        ):
+            raise ValueError(f"modules_to_not_convert={parts!r}: expected a list of names, such as ['lm_head'].")
         unknown.pop("quant_method", None)
         if unknown:
             raise ValueError(

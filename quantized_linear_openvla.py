@@ -92,7 +92,7 @@ class QuantizedLinear(nn.Module):
     @property
     def kernel(self) -> str | None:
         """What the weight is packed for."""
-        return getattr(self.weight, "kernel", None)
+        return kernel_of(self.weight)
 
     @property
     def may_pack(self) -> bool:
@@ -124,15 +124,25 @@ class QuantizedLinear(nn.Module):
         if self.kernel is not None:
             destination[f"{prefix}weight"] = self.plain()
 
-    def _load_from_state_dict(self, *args, **kwargs):
+    def _load_from_state_dict(self, state_dict, prefix, *args):
         self.unpack()
-        super()._load_from_state_dict(*args, **kwargs)
+        given = state_dict.get(f"{prefix}weight")
+        if given is not None and given.is_floating_point() and not self.weight.is_floating_point():
+            *_, errors = args  # to be cast would make zeros of nearly all of them
+            errors.append(f"{prefix}weight is {given.dtype}, and this layer holds {self.bits} bits: round it first.")
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"bits={self.bits}"
         )
+
+
+def kernel_of(weight: torch.Tensor) -> str | None:
+    """What a weight is packed for. Who multiplies reads the weight of a layer once: another thread may pack it."""
+    return getattr(weight, "kernel", None)
 
 
 # 8 bits ---------------------------------------------------------------------------------------------------------------
@@ -163,7 +173,8 @@ class Int8Linear(QuantizedLinear):
         return {"weight": torch.cat(whole), "weight_scale": torch.cat(scales)}
 
     def plain(self):
-        return self.weight.to_dense().t().contiguous() if self.kernel else self.weight
+        weight = self.weight
+        return weight.to_dense().t().contiguous() if kernel_of(weight) else weight
 
     def dequantize(self, dtype):
         return (self.plain() * self.weight_scale[:, None]).to(dtype)
@@ -172,8 +183,8 @@ class Int8Linear(QuantizedLinear):
         if rows.device.type == "cpu" and self.may_pack:
             most = largest_activation()
             packed: torch.Tensor = self.weight
-            if not self.kernel:
-                packed = self.pack(torch.ops.onednn.qlinear_prepack(self.weight.data, None), "onednn")
+            if not kernel_of(packed):
+                packed = self.pack(torch.ops.onednn.qlinear_prepack(packed.data, None), "onednn")
             whole, step = quantize_rows(rows, most)
             return _qlinear(whole, most + 1, packed, self.weight_scale).mul_(step)
         if rows.device.type == "cuda" and len(rows) <= FEW and _has("_weight_int8pack_mm", "CUDA"):
@@ -264,18 +275,25 @@ class Int4Linear(QuantizedLinear):
         }
 
     def plain(self):
-        if self.kernel is None:
-            return self.weight
-        if self.kernel == "cuda":
-            return _join(_unpack_cuda(self.weight, self.in_features, self.out_features))
-        return _join(_unpack_cpu(self.weight, self.in_features))
+        weight = self.weight
+        if kernel_of(weight) is None:
+            return weight
+        if kernel_of(weight) == "cuda":
+            return _join(_unpack_cuda(weight, self.in_features, self.out_features))
+        return _join(_unpack_cpu(weight, self.in_features))
 
     def dequantize(self, dtype):
-        return self._rows(self.weight if self.kernel == "cpu" else self.plain(), slice(None), dtype)
+        return self._rows(self._readable(), slice(None), dtype)
+
+    def _readable(self) -> torch.Tensor:
+        """The weight as `_rows` takes it: stored, or packed for a CPU."""
+        weight = self.weight
+        return weight if kernel_of(weight) == "cpu" else self.plain()
 
     def _rows(self, weight: torch.Tensor, part: slice, dtype: torch.dtype) -> torch.Tensor:
         """Some rows of the weight as floats; of what is packed for a CPU, complete blocks of them."""
-        whole = _unpack_cpu(weight[part], self.in_features) if self.kernel == "cpu" else _split(weight[part])
+        packed = kernel_of(weight) == "cpu"
+        whole = _unpack_cpu(weight[part], self.in_features) if packed else _split(weight[part])
         scale, zero = self.scale_and_zero[:, part].to(dtype).transpose(0, 1).unbind(-1)  # (rows, groups)
         values = whole.unflatten(1, (len(self.scale_and_zero), -1)).to(dtype)
         return torch.addcmul((zero - 8 * scale)[..., None], values, scale[..., None]).flatten(1)
@@ -285,23 +303,24 @@ class Int4Linear(QuantizedLinear):
         block = rows_of_a_block() if len(rows) <= FEW and rows.device.type == "cpu" and self.may_pack else None
         if block is not None and self.out_features % block == 0:
             packed: torch.Tensor = self.weight
-            if not self.kernel:
-                whole = _split(self.weight).int()
+            if not kernel_of(packed):
+                whole = _split(packed).int()
                 packed = self.pack(torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole, 1), "cpu")
             # In float32 the kernel is slower than the matrix product (torch 2.15).
-            return torch.ops.aten._weight_int4pack_mm_for_cpu(rows.bfloat16(), packed, group, self.scale_and_zero)
+            rows = rows.bfloat16().contiguous()
+            return torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, group, self.scale_and_zero)
         tiles = _tiles(self.in_features)
         if rows.device.type == "cuda" and self.may_pack and tiles and self.out_features % 8 == 0:
             packed = self.weight
-            if not self.kernel:  # there the even column is in the high half
-                turned = (self.weight << 4) | (self.weight >> 4)
+            if not kernel_of(packed):  # there the even column is in the high half
+                turned = (packed << 4) | (packed >> 4)
                 packed = self.pack(torch.ops.aten._convert_weight_to_int4pack(turned, tiles), "cuda")
-            return torch.ops.aten._weight_int4pack_mm(rows.bfloat16(), packed, group, self.scale_and_zero)
+            return torch.ops.aten._weight_int4pack_mm(rows.bfloat16().contiguous(), packed, group, self.scale_and_zero)
         kind = rows.dtype
         native = kind == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         if rows.device.type == "cpu" and not native:
             kind = torch.float32  # what a CPU has no instructions for is many times slower
-        rows, weight = rows.to(kind), self.weight if self.kernel == "cpu" else self.plain()
+        rows, weight = rows.to(kind), self._readable()
         y = rows.new_empty(len(rows), self.out_features)
         step = max(64, AT_ONCE // self.in_features // 64 * 64)
         for start in range(0, self.out_features, step):

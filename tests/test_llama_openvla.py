@@ -142,11 +142,22 @@ def test_what_the_library_computes_otherwise_is_left_to_it(model):
         assert is_plain_llama(other)
         change(other)
         assert not is_plain_llama(other)
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)  # of all modules
+    assert not is_plain_llama(language_model)
+    handle.remove()
+    assert is_plain_llama(language_model)
     for kind in ("mistral", "qwen2", "phi"):
         sizes = {name: getattr(small_config().text_config, name) for name in SIZES}
         other = new_model(text_config={"model_type": kind, **sizes})
         assert not is_plain_llama(other.language_model)
         assert other.predict_action(**prompts(2)).shape == (2, 7)
+
+
+def test_fewer_layers_after_predictions_with_all(model):
+    other, inputs = copy.deepcopy(model), prompts(2)
+    check_equal(other, inputs)
+    other.language_model.config.num_hidden_layers = 1
+    check_equal(other, inputs)
 
 
 def test_hooks_on_linear_layers_run(model):

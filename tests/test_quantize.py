@@ -271,6 +271,8 @@ def test_names_of_the_command_line(tmp_path):
     [
         ({"bits": 5}, "bits=5: weights have 8 or 4 bits"),
         ({"bits": True}, "bits=True"),
+        ({"bits": [8]}, "bits=.8.: weights have"),
+        ({"modules_to_not_convert": "lm_head"}, "modules_to_not_convert='lm_head': expected a list"),
         ({"bits": 8, "groups": 3}, "holds groups, which this version"),
     ],
 )

@@ -96,6 +96,43 @@ def test_stored_and_packed_is_one(kind):
         assert not torch.equal(module(x), y)
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("rows", [2, 40])
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_by_another_thread_meanwhile(kind, rows, monkeypatch):
+    module, _, _ = made(kind)
+    x, kernel_of, calls = torch.randn(rows, 96), layers.kernel_of, []
+    expected = copy.deepcopy(module)(x)
+
+    def another_thread_is_first(weight):
+        calls.append(weight)
+        if len(calls) == 1:
+            module(x[:1])
+        return kernel_of(weight)
+
+    monkeypatch.setattr(layers, "kernel_of", another_thread_is_first)
+    assert torch.equal(module(x), expected) and module.kernel
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_that_are_not_rounded_are_refused(kind, strict):
+    """Cast to whole numbers they would be zeros."""
+    module, weight, stored = made(kind)
+    with pytest.raises(RuntimeError, match=f"weight is torch.float32, and this layer holds {kind.bits} bits"):
+        module.load_state_dict({"weight": weight}, strict=strict)
+    assert torch.equal(module.state_dict()["weight"], stored["weight"])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_lie_across_memory(kind):
+    module, _, _ = made(kind)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(96, 3).to(dtype).T
+        assert torch.equal(module(x), module(x.contiguous()))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_a_cast_leaves_scales_as_they_are(kind, dtype):
