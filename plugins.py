@@ -29,6 +29,8 @@ def load_module(name: str, what: str) -> ModuleType:
     Raises:
         ValueError: If it cannot be imported.
     """
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise ValueError(f"{what}: {name!r} is no name of a module: of a file my_head.py give my_head.")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # where a console script does not look
     try:

@@ -150,6 +150,8 @@ class OpenVLAPolicy(Policy):
         found: Any = self.model.predict_action(
             images, instructions, unnorm_key=self.unnorm_key, return_dict=True, **more
         )
+        if found.token_ids is None or found.token_passes is None:  # a head of a user's own, whose actions are numbers
+            return np.asarray(found.actions), []
         chunks = found.token_ids.reshape(len(observations), -1, found.token_ids.shape[-1])
         for observation, tokens in zip(observations, chunks):
             self._last[observation.slot] = (observation.step, tokens)

@@ -1,5 +1,6 @@
 """Drafts, guesses of the tokens to come, save passes of the language model and change no token."""
 
+import copy
 import itertools
 
 import numpy as np
@@ -10,7 +11,9 @@ from test_llama_openvla import check_equal, new_model, prompts
 from openvla.decoding_openvla import decode_tokens
 from openvla.graphs_openvla import plain_decoding
 from openvla.observation import Observation
+from openvla.outputs_openvla import ActionPrediction
 from openvla.policy import OpenVLAPolicy
+from openvla.token_head_openvla import TokenHead
 
 
 @pytest.fixture(scope="module")
@@ -235,6 +238,19 @@ def test_a_policy_in_half_precision_is_asked_to_draft(model):
             acted(policy, seen(1))
         assert (policy.model.drafts[1] is not None) == given
     assert OpenVLAPolicy(Recorder(model))._is_exact()
+
+
+def test_a_head_that_tells_no_tokens_acts_without_drafts(chunked):
+    class Still(TokenHead):
+        def actions(self, model, inputs, shape, choice):
+            return ActionPrediction(normalized_actions=np.zeros((len(inputs.prompts), *shape)))
+
+    model = copy.deepcopy(chunked)
+    model.action_head = Still(model.action_tokenizer)
+    policy = OpenVLAPolicy(Recorder(model))
+    for _ in range(2):
+        assert not acted(policy, seen(1)).any()
+    assert policy.passes == [] and policy.model.drafts == [[None]] * 2
 
 
 def test_the_rest_of_a_chunk_is_the_draft(chunked):

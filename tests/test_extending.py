@@ -145,6 +145,9 @@ def test_heads_that_cannot_be_packaged(name, line, message, tmp_path, monkeypatc
 def test_a_module_that_is_not_there():
     refused = CliRunner().invoke(app, ["--import", "my_heda", "stats", "robot"])
     assert refused.exit_code == 2 and "--import my_heda: there is no module 'my_heda'" in refused.stderr
+    for name in ("./my_head.py", ".my_head", ""):
+        refused = CliRunner().invoke(app, ["--import", name, "stats", "robot"])
+        assert refused.exit_code == 2 and f"{name!r} is no name of a module" in refused.stderr
 
 
 def test_a_head_that_was_not_registered(monkeypatch):

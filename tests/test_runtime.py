@@ -254,6 +254,8 @@ def test_what_cannot_be_acted_on(policy, monkeypatch):
         (ValueError, "sees the state", lambda: policy.act(image, "open the drawer")),
         (ValueError, "finite numbers", lambda: policy.act(image, "open the drawer", state=STATE * np.nan)),
         (ValueError, "finite numbers", lambda: policy.act(image, "open the drawer", state=STATE[:7])),
+        (ValueError, "expected 8 numbers", lambda: policy.act(image, "open the drawer", state=["1"] * 8)),
+        (ValueError, "expected 8 numbers", lambda: policy.act(image, "open the drawer", state=STATE * 1j)),
         (ValueError, "NaN or infinite pixels", lambda: policy.act(image * np.nan, "open the drawer", state=STATE)),
         (KeyError, "Did you mean 'metaworld'", lambda: policy.act(image, "open", unnorm_key="metaworl", state=STATE)),
         (FileNotFoundError, "No image file", lambda: policy.act("none.png", "open the drawer", state=STATE)),
@@ -279,10 +281,16 @@ def test_folders_that_are_no_export(exported, tmp_path):
             folder / "runtime.json", {**json.loads((exported / "runtime.json").read_text()), **changed}
         )
 
+    pixels = json.loads((exported / "runtime.json").read_text())["pixels"]
     for error, message, folder in (
         (FileNotFoundError, "openvla export MODEL FOLDER --to onnx", tmp_path),
         (ValueError, "format_version 2", damaged("newer", fields(format_version=2))),
         (ValueError, "is damaged", damaged("fields", fields(pixels={}))),
+        (ValueError, "means is .]", damaged("means", fields(pixels={**pixels, "means": []}))),
+        (ValueError, "pixels.do_resize is None", damaged("resize", fields(pixels={**pixels, "do_resize": None}))),
+        (ValueError, "no place for the .instruction", damaged("prompt", fields(prompt_template="Out:"))),
+        (ValueError, "constant_state='mean'", damaged("constant", fields(constant_state="mean"))),
+        (ValueError, "num_patches is '8'", damaged("patches", fields(num_patches="8"))),
         (
             ValueError,
             "not a finite number",

@@ -24,6 +24,7 @@ from .action_tokenizer import (
     unnormalize_actions,
 )
 from .decoding import Decoded, LanguageModel
+from .fields import check_fields
 from .files_openvla import check_file, read_json
 from .frames_openvla import PIXEL_FIELDS, PixelSteps, camera_images, read_samples
 from .pixels_openvla import check_largest_pixel
@@ -106,6 +107,7 @@ class OnnxPolicy:
                 f"openvla-runtime knows {FORMAT_VERSION}: update it (pip install -U openvla-runtime), or export again."
             )
         try:
+            check_fields(content)
             self._read(content, folder)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"'{folder / RUNTIME_FILE}' is damaged ({error}): export the model again.") from error
@@ -248,9 +250,12 @@ class OnnxPolicy:
         if expected is None:
             return None
         try:
-            numbers = np.asarray(state, dtype=np.float64)
+            numbers = np.asarray(state)
         except (ValueError, TypeError) as error:
             raise ValueError(f"state={state!r:.100}: expected {expected} numbers.") from error
+        if numbers.dtype.kind not in "biuf":
+            raise ValueError(f"state={state!r:.100}: expected {expected} numbers.")
+        numbers = numbers.astype(np.float64)
         if numbers.shape not in ((expected,), (1, expected)) or not np.isfinite(numbers).all():
             raise ValueError(f"state has shape {numbers.shape}, expected finite numbers ({expected},).")
         row = normalize_state(numbers.reshape(-1), self.statistics, key, mode, self.constant_state)
