@@ -83,7 +83,8 @@ def find_oft(folder: Path | None, action_head: str | None = None) -> "OFTFolder 
             nothing that tells it from an ordinary OpenVLA model.
 
     Raises:
-        ValueError: If there are several files for one part, or parts and no head while `action_head` is None.
+        ValueError: If there are several files for one part, parts and no head while `action_head` is None, or
+            `action_head` is not that of a folder of this package.
     """
     config = None if folder is None else folder / "config.json"
     if folder is None or config is None or (config.is_file() and "action_head" in read_json(config)):  # ours
@@ -101,6 +102,12 @@ def find_oft(folder: Path | None, action_head: str | None = None) -> "OFTFolder 
     if "action_head" in files:
         return OFTFolder(folder, files)
     if action_head == "parallel_tokens" and (config.is_file() or (folder / ADAPTER_CONFIG).is_file()):
+        if not files and config.is_file() and "empty_token_id" in read_json(config):
+            raise ValueError(
+                f"action_head='parallel_tokens': '{folder}' was saved by this package, which writes down every head "
+                "but the usual one: its actions are tokens, one after the other. If OpenVLA-OFT trained it further, take "
+                "empty_token_id out of its config.json."
+            )
         return OFTFolder(folder, files)
     parts = [file.name for file in files.values()] + [ADAPTER_CONFIG] * (folder / ADAPTER_CONFIG).is_file()
     if parts and action_head is None:

@@ -160,7 +160,11 @@ class OpenVLAPolicy(Policy):
 
     def _is_exact(self) -> bool:
         """Whether the model rounds so little that a draft changes nothing."""
-        return str(self.model.dtype) == "torch.float32" and not getattr(self.model, "is_quantized", False)
+        import torch
+
+        if self.model.dtype != torch.float32 or getattr(self.model, "is_quantized", False):
+            return False
+        return not torch.is_autocast_enabled(self.model.device.type)
 
     def _draft(self, observation: Observation) -> np.ndarray | None:
         """(K, A) tokens of the last prediction of its episode from the step of `observation` on, the last step

@@ -194,7 +194,7 @@ class Recorder:
     def __init__(self, model):
         self.model, self.drafts = model, []
         self.norm_stats, self.config = model.norm_stats, model.config
-        self.action_head, self.dtype = model.action_head, model.dtype
+        self.action_head, self.dtype, self.device = model.action_head, model.dtype, model.device
 
     def predict_action(self, images, instructions, draft=None, unnorm_key=None, **options):
         self.drafts.append(draft)
@@ -238,6 +238,8 @@ def test_a_policy_in_half_precision_is_asked_to_draft(model):
             acted(policy, seen(1))
         assert (policy.model.drafts[1] is not None) == given
     assert OpenVLAPolicy(Recorder(model))._is_exact()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not OpenVLAPolicy(Recorder(model))._is_exact()
 
 
 def test_a_head_that_tells_no_tokens_acts_without_drafts(chunked):

@@ -28,6 +28,7 @@ from openvla.policy import PIXELS
 from openvla.weights_openvla import read_tensors
 
 
+ROOT = Path(__file__).resolve().parents[1]
 IMAGES = [Image.open(OFT / "images" / f"raw{index}.png") for index in (0, 2, 4)]
 INSTRUCTION = "push the plate to the front of the stove"
 STATES = {None: None, 8: np.linspace(-0.4, 0.4, 8), 14: np.linspace(-0.4, 0.4, 14)}
@@ -379,6 +380,15 @@ def test_the_discrete_variant_is_told_to_predict_and_to_evaluate(broken, tmp_pat
     assert json.loads((tmp_path / "loop" / "evaluation.json").read_text())["action_chunk"] == 6
     refused = CliRunner().invoke(app, [*said, "--chunk", "6"])
     assert refused.exit_code == 2 and "--chunk 6: only for folders of OpenVLA-OFT" in refused.stderr
+
+
+def test_a_folder_of_ours_is_not_read_as_the_discrete_variant():
+    """Its actions would be other ones: the placeholders of a parallel head stand where it expects its own tokens."""
+    with pytest.raises(ValueError, match="was saved by this package"):
+        OpenVLAForActionPrediction.from_pretrained(ROOT, action_head="parallel_tokens", action_chunk=8)
+    said = ["predict", "--image", str(OFT / "images" / "raw0.png"), "--instruction", INSTRUCTION]
+    refused = CliRunner().invoke(app, [*said, "--head", "parallel_tokens", "--chunk", "8"])
+    assert refused.exit_code == 2 and "empty_token_id" in refused.stderr
 
 
 def test_processor_alone(saved):
