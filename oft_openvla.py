@@ -105,7 +105,7 @@ def find_oft(folder: Path | None, action_head: str | None = None) -> "OFTFolder 
         if not files and config.is_file() and "empty_token_id" in read_json(config):
             raise ValueError(
                 f"action_head='parallel_tokens': '{folder}' was saved by this package, which writes down every head "
-                "but the usual one: its actions are tokens, one after the other. If OpenVLA-OFT trained it further, take "
+                "but the usual one: its actions are tokens, one after another. If OpenVLA-OFT trained it on, take "
                 "empty_token_id out of its config.json."
             )
         return OFTFolder(folder, files)
