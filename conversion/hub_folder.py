@@ -3,8 +3,10 @@ processor, statistics and model card, and its weights are those the configuratio
 """
 
 import ast
+import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,9 +19,11 @@ from transformers import GenerationConfig
 
 from ..configuration_openvla import OpenVLAConfig
 from ..files_openvla import read_json
-from ..folders import write_json
+from ..folders import new_folder, write_json
+from ..hub import model_folder, statistics_of
 from ..model_card import model_card
 from ..modeling_openvla import OpenVLAForActionPrediction
+from ..oft_openvla import find_oft
 from ..processing_openvla import OpenVLAProcessor
 from ..weights_openvla import check_tensors, check_weight_file, find_weight_files
 from .own_head import carry_head
@@ -85,6 +89,63 @@ def check_replaced(output: Path, source: Path, key: str, kind: str) -> None:
     config = output / "config.json"
     if config.is_file() and key not in read_json(config):
         raise ValueError(f"'{config}' is not of {kind}, and would be replaced: give another folder.")
+
+
+def open_model_folder(
+    model: str | os.PathLike, revision: str | None, then: str
+) -> tuple[Path, OpenVLAConfig, OpenVLAProcessor, dict[str, Any]]:
+    """Local folder, configuration, processor and statistics of a model in one folder.
+
+    Args:
+        then: What can be done with a checkpoint of OpenVLA-OFT once it is one folder, for the error.
+
+    Raises:
+        FileNotFoundError: If configuration or tokenizer are missing.
+        ValueError: If the model is spread over the files of OpenVLA-OFT.
+    """
+    source = model_folder(model, revision)
+    if find_oft(source) is not None:
+        raise ValueError(
+            f"'{model}' is a checkpoint of OpenVLA-OFT: `openvla convert FOLDER OUT` makes one model of its parts, "
+            f"{then}."
+        )
+    config = OpenVLAConfig.from_pretrained(source)
+    statistics = statistics_of(source, config)
+    return source, config, OpenVLAProcessor.from_pretrained(source), statistics
+
+
+@contextmanager
+def new_model_folder(
+    output: str | os.PathLike,
+    source: Path,
+    given: str | os.PathLike,
+    config: OpenVLAConfig,
+    processor: OpenVLAProcessor,
+    statistics: dict[str, Any],
+    *,
+    name: str | None,
+    overwrite: bool,
+) -> Iterator[Path]:
+    """A folder for weights that come from another; all that goes with them is written when they are there.
+
+    Args:
+        source: The folder they come from.
+        given: How the caller named it: a folder or a Hub id, for the model card.
+        name: What the model card calls the model. Default: the name of `output`.
+    """
+    output = Path(output)
+    check_replaced(output, source, "model_type", "a model")
+    with new_folder(output, overwrite) as folder:
+        yield folder
+        write_companions(
+            folder,
+            config,
+            processor,
+            statistics,
+            name=name or output.resolve().name,
+            source=None if Path(given).is_dir() else str(given),
+            model_folder=source,
+        )
 
 
 def check_unquantized(config: OpenVLAConfig, where: Any) -> None:

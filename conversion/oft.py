@@ -7,13 +7,12 @@ from typing import Any
 from ..action_tokenizer import read_statistics
 from ..choices_openvla import check_choice
 from ..configuration_openvla import OpenVLAConfig
-from ..folders import new_folder
 from ..hub import model_folder
 from ..oft_openvla import find_oft
 from ..options.conversion import ConvertOptions
 from ..processing_openvla import OpenVLAProcessor
 from ..weights_openvla import read_tensors
-from .hub_folder import DTYPES, LazyTensor, check_replaced, check_weights, write_companions, write_weights
+from .hub_folder import DTYPES, LazyTensor, check_weights, new_model_folder, write_weights
 from .prismatic import convert_prismatic_checkpoint
 
 
@@ -95,17 +94,8 @@ def convert_oft_checkpoint(
 
     if dtype is not None:
         config.dtype = dtype
-    check_replaced(output, source, "model_type", "a model")
-    with new_folder(output, overwrite) as folder:
+    described = (config, processor, statistics or {})
+    with new_model_folder(output, source, checkpoint, *described, name=None, overwrite=overwrite) as folder:
         size = max_shard_size or sum(tensor.numel() * tensor.element_size() for tensor in weights.values()) * 2
         write_weights(folder, tensors, None if dtype is None else DTYPES[dtype], size)
-        write_companions(
-            folder,
-            config,
-            processor,
-            statistics or {},
-            name=output.resolve().name,
-            source=None if Path(checkpoint).is_dir() else str(checkpoint),
-            model_folder=source,
-        )
     return output

@@ -4,19 +4,14 @@ import os
 import shutil
 from pathlib import Path
 
-from ..configuration_openvla import OpenVLAConfig
-from ..folders import new_folder
-from ..hub import model_folder, statistics_of
-from ..oft_openvla import find_oft
-from ..processing_openvla import OpenVLAProcessor
 from .hub_folder import (
     WEIGHTS_FILE,
     WEIGHTS_INDEX,
-    check_replaced,
     check_weights,
+    new_model_folder,
+    open_model_folder,
     read_weights,
     weight_files,
-    write_companions,
 )
 
 
@@ -47,33 +42,15 @@ def package_checkpoint(
         FileNotFoundError: If weights, configuration or tokenizer are missing.
         ValueError: If `output` is not empty, or the weights do not fit the configuration.
     """
-    source = model_folder(weights, revision)
-    if find_oft(source) is not None:
-        raise ValueError(
-            f"'{weights}' is a checkpoint of OpenVLA-OFT: `openvla convert FOLDER OUT` makes one model of its parts, "
-            "which carries its own code as well."
-        )
-    config = OpenVLAConfig.from_pretrained(source)
-    statistics = statistics_of(source, config)
-    processor = OpenVLAProcessor.from_pretrained(source)
+    source, config, processor, statistics = open_model_folder(weights, revision, "which carries its own code as well")
     files = weight_files(source)
     if getattr(config, "quantization_config", None) is None:  # packed weights have other names and shapes
         check_weights(config, {key: tensor.shape for key, tensor in read_weights(source).items()}, f"'{source}'")
 
-    output = Path(output)
-    check_replaced(output, source, "model_type", "a model")
-    with new_folder(output, overwrite) as folder:
+    described = (config, processor, statistics)
+    with new_model_folder(output, source, weights, *described, name=name, overwrite=overwrite) as folder:
         for file in files:
             shutil.copyfile(file, folder / file.name)
         if files[0].name != WEIGHTS_FILE:
             shutil.copyfile(source / WEIGHTS_INDEX, folder / WEIGHTS_INDEX)
-        write_companions(
-            folder,
-            config,
-            processor,
-            statistics,
-            name=name or output.resolve().name,
-            source=None if Path(weights).is_dir() else str(weights),
-            model_folder=source,
-        )
-    return output
+    return Path(output)

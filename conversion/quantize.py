@@ -6,12 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ..configuration_openvla import OpenVLAConfig
-from ..folders import new_folder
-from ..hub import model_folder, statistics_of
 from ..modeling_openvla import OpenVLAForActionPrediction
-from ..oft_openvla import find_oft
-from ..processing_openvla import OpenVLAProcessor
 from ..quantization_openvla import (
     NEVER_QUANTIZED,
     NOT_QUANTIZED,
@@ -23,11 +18,11 @@ from ..quantized_linear_openvla import LINEARS
 from .hub_folder import (
     DTYPES,
     LazyTensor,
-    check_replaced,
     check_unquantized,
     check_weights,
+    new_model_folder,
+    open_model_folder,
     read_weights,
-    write_companions,
     write_weights,
 )
 
@@ -66,16 +61,8 @@ def quantize_checkpoint(
         ValueError: If the model is quantized already, its weights are not finite or do not fit the configuration, or
             `output` is not empty.
     """
-    source = model_folder(model, revision)
-    if find_oft(source) is not None:
-        raise ValueError(
-            f"'{model}' is a checkpoint of OpenVLA-OFT: `openvla convert FOLDER OUT` makes one model of its parts, "
-            "which can be quantized."
-        )
-    config = OpenVLAConfig.from_pretrained(source)
+    source, config, processor, statistics = open_model_folder(model, revision, "which can be quantized")
     check_unquantized(config, model)
-    statistics = statistics_of(source, config)
-    processor = OpenVLAProcessor.from_pretrained(source)
     tensors = read_weights(source)
     check_weights(config, {key: tensor.shape for key, tensor in tensors.items()}, f"'{source}'")
 
@@ -103,17 +90,7 @@ def quantize_checkpoint(
     if kept is not None:
         config.dtype = kept
 
-    output = Path(output)
-    check_replaced(output, source, "model_type", "a model")
-    with new_folder(output, overwrite) as folder:
+    described = (config, processor, statistics)
+    with new_model_folder(output, source, model, *described, name=name, overwrite=overwrite) as folder:
         write_weights(folder, written, None, max_shard_size)
-        write_companions(
-            folder,
-            config,
-            processor,
-            statistics,
-            name=name or output.resolve().name,
-            source=None if Path(model).is_dir() else str(model),
-            model_folder=source,
-        )
-    return output
+    return Path(output)

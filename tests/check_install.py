@@ -31,6 +31,7 @@ VERBS = (
     "merge",
     "record",
     "evaluate",
+    "bench",
     "demo",
     "convert",
     "export",
