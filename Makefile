@@ -88,7 +88,7 @@ check: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	@mkdir -p $(VENV)/types && ln -sfn ../.. $(VENV)/types/openvla
-	MYPYPATH=$(VENV)/types:packages/openvla-runtime $(BIN)/mypy -p openvla_runtime -m openvla -m openvla.cli -m openvla_light -p openvla.conversion -p openvla.data -p openvla.evaluation -p openvla.options -p openvla.presets -p openvla.training
+	MYPYPATH=$(VENV)/types:packages/openvla-runtime $(BIN)/mypy -p openvla_runtime -m openvla -m openvla.cli -m openvla_light -p openvla.conversion -p openvla.data -p openvla.evaluation -p openvla.options -p openvla.presets -p openvla.serving -p openvla.training
 
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff format .
@@ -98,7 +98,7 @@ bench: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/predict.py --output $(OUTPUTS)/benchmark.json
 
 # All extras but robosuite, which would hold numpy back for everyone.
-PINNED := --extra dev --extra serve
+PINNED := --extra dev
 
 constraints: | $(UV)
 	$(UV) pip compile --quiet --upgrade --universal --python-version 3.11 $(PINNED) --generate-hashes \

@@ -14,7 +14,9 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "bitsandbytes": ("quant",),
     **dict.fromkeys(("gymnasium", "metaworld", "mujoco"), ("sim",)),
     "robosuite": ("robosuite",),
-    **dict.fromkeys(("fastapi", "json_numpy", "uvicorn"), ("serve",)),
+    **dict.fromkeys(
+        ("fastapi", "msgpack", "prometheus_client", "python_multipart", "uvicorn", "websockets"), ("serve",)
+    ),
     **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), ("onnx",)),
     "matplotlib": ("demo",),
     "diffusers": ("diffusion", "oft"),

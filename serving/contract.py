@@ -1,0 +1,164 @@
+"""What a request, an answer and a refusal are, of whatever protocol and whatever model.
+
+Light to import: no torch, no web framework.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+
+from ..action_spec import ActionSpec
+from ..observation import Observation
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One key of `unnorm_key`: what the numbers of its actions mean."""
+
+    spec: ActionSpec
+    state_dim: int | None = None  # numbers of the state that the model takes; None: it takes none
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a client has to know before it asks."""
+
+    model: str  # folder or Hub id, as it was given
+    datasets: dict[str, Dataset]
+    default_key: str | None  # the key of requests that name none; None: each has to
+    cameras: tuple[str, ...]
+    chunk: int  # actions of an answer
+    image_size: tuple[int, int]  # (height, width) of what the model sees; images of any size are resized
+
+    def key(self, given: str | None) -> str:
+        """The dataset that a request means.
+
+        Raises:
+            BadRequest: If there is none of that name, or none is named where several are known.
+        """
+        name = self.default_key if given is None else given
+        if name is None:
+            raise BadRequest(f"unnorm_key is missing: expected one of {', '.join(sorted(self.datasets))}.")
+        if name not in self.datasets:
+            raise BadRequest(f"unnorm_key={name!r}: expected one of {', '.join(sorted(self.datasets))}.")
+        return name
+
+
+@dataclass(frozen=True)
+class Request:
+    """One robot asks what to do.
+
+    Args:
+        observation: Checked: images of exactly `ModelInfo.cameras`, a state of `state_dim` numbers or an empty one,
+            a non-empty instruction, committed steps (n, A) with n below `chunk`, or None.
+        session: The episode of a robot. What a server keeps by it (drafts) is only a cache: any server can answer any
+            request. None: nothing is kept.
+        deadline: `time.monotonic()` of this machine from which on nobody waits for the answer; None: no such time.
+    """
+
+    observation: Observation
+    unnorm_key: str
+    session: str | None = None
+    deadline: float | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Actions of one request.
+
+    Args:
+        actions: (K, A) float64 in the units of the dataset, K = `ModelInfo.chunk`; all finite.
+        normalized: (K, A) float64 in [-1, 1].
+        probabilities: (K, A) of the chosen tokens, or None where the head gives numbers and no tokens.
+        timing: Milliseconds by stage: `queue_ms`, `infer_ms`, and what the model adds; `batch_size`.
+    """
+
+    actions: np.ndarray
+    normalized: np.ndarray
+    probabilities: np.ndarray | None = None
+    timing: dict[str, float] = field(default_factory=dict)
+
+
+class Model(Protocol):
+    """What the engine asks; `OpenVLAModel` is one, tests have faster ones."""
+
+    info: ModelInfo
+
+    def act(self, requests: Sequence[Request]) -> list[Answer]:
+        """Blocks; called by one thread. Answers do not depend on what else is in the batch.
+
+        Raises:
+            MemoryError: If the batch is too large (`torch.OutOfMemoryError` as well); a smaller one is tried.
+        """
+        ...
+
+    def warm_up(self, batch_sizes: Sequence[int]) -> None:
+        """Blocks until first answers are as fast as later ones."""
+        ...
+
+    def end_session(self, session: str) -> None:
+        """An episode has ended or begins again: forget what was kept of it."""
+        ...
+
+
+# Refusals -------------------------------------------------------------------------------------------------------------
+
+
+class Refusal(Exception):
+    """A request that gets no action. `str()` is for the client: what was given, what is expected, the way out."""
+
+    status: ClassVar[int] = 500  # of HTTP
+    code: ClassVar[str] = "error"  # short, for programs and metrics
+
+    def content(self) -> dict[str, Any]:
+        """As every protocol sends it."""
+        return {"error": str(self), "code": self.code}
+
+
+class BadRequest(Refusal):
+    """The request is wrong: asking again does not help."""
+
+    status, code = 400, "bad_request"
+
+
+class Unauthorized(Refusal):
+    status, code = 401, "unauthorized"
+
+
+class TooLarge(Refusal):
+    """More bytes, pixels or numbers than the server takes."""
+
+    status, code = 413, "too_large"
+
+
+class Busy(Refusal):
+    """The queue is full, or the server is starting or stopping. `retry_after`: seconds to wait."""
+
+    status, code = 503, "busy"
+
+    def __init__(self, message: str, retry_after: float):
+        super().__init__(message)
+        self.retry_after = retry_after
+
+    def content(self) -> dict[str, Any]:
+        return {**super().content(), "retry_after": self.retry_after}
+
+
+class Late(Refusal):
+    """The deadline passed before there was an answer."""
+
+    status, code = 504, "late"
+
+
+class Superseded(Refusal):
+    """A newer observation of the same session came in: that one is answered instead."""
+
+    status, code = 409, "superseded"
+
+
+class Failed(Refusal):
+    """The model failed. The client is told that, and no more; the log says why."""
+
+    status, code = 500, "failed"
