@@ -42,12 +42,14 @@ class Decoded:
         `check_finite`, which reads them on the host, where they go anyway.
     entropies: Of their distributions, in nats, float32.
     passes: In which pass of the language model each was decided, from 1.
+    distributions: (batch, num_tokens, tokens) float32 probabilities of all tokens that could have been chosen.
     """
 
     token_ids: torch.Tensor
     probabilities: torch.Tensor
     entropies: torch.Tensor
     passes: torch.Tensor
+    distributions: torch.Tensor
 
 
 class Steps(Protocol):
@@ -132,10 +134,9 @@ def decode_tokens(
         _one_by_one(steps, num_tokens, first) if draft is None else _verify(steps, num_tokens, first, draft)
     )
     finite = finite.to(logits.device) & logits.isfinite().flatten(1).all(dim=1, keepdim=True)
-    chosen, probabilities, entropies = choose_token(logits.masked_fill(~finite[..., None], 0.0), None)
-    return Decoded(
-        chosen[..., 0] + first, probabilities[..., 0].masked_fill(~finite, torch.nan), entropies[..., 0], passes
-    )
+    chosen, probabilities, entropies, distributions = choose_token(logits.masked_fill(~finite[..., None], 0.0), None)
+    probabilities = probabilities[..., 0].masked_fill(~finite, torch.nan)
+    return Decoded(chosen[..., 0] + first, probabilities, entropies[..., 0], passes, distributions)
 
 
 def _one_by_one(steps: Steps, num_tokens: int, first: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -176,22 +177,27 @@ def _verify(steps: Steps, num_tokens: int, first: int, draft: torch.Tensor) -> t
 
 def _sample(steps: Steps, finite: torch.Tensor, num_tokens: int, first: int, sampling: Sampling) -> Decoded:
     token_ids: list[torch.Tensor] = []
-    probabilities, entropies = [], []
+    probabilities, entropies, distributions = [], [], []
     for number in range(num_tokens):
         logits = (steps.step(token_ids[-1], number - 1) if number else steps.prefill())[:, 0]
         finite = finite.to(logits.device) & logits.isfinite().all(dim=-1, keepdim=True)
         # Zeros instead of NaN, for which sampling on a GPU aborts the process.
-        chosen, probability, entropy = choose_token(logits.masked_fill(~finite, 0.0), sampling)
+        chosen, probability, entropy, distribution = choose_token(logits.masked_fill(~finite, 0.0), sampling)
         token_ids.append(chosen + first)
         probabilities.append(probability)
         entropies.append(entropy)
+        distributions.append(distribution)
     passes = torch.arange(1, num_tokens + 1, device=finite.device).expand(len(finite), -1)
     marked = torch.cat(probabilities, dim=1).masked_fill(~finite, torch.nan)
-    return Decoded(torch.cat(token_ids, dim=1), marked, torch.cat(entropies, dim=1), passes)
+    found = (torch.cat(token_ids, dim=1), marked, torch.cat(entropies, dim=1), passes)
+    return Decoded(*found, torch.stack(distributions, dim=1))
 
 
-def choose_token(logits: torch.Tensor, sampling: Sampling | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Index of the chosen token, its probability and the entropy (nats) of the distribution, each (..., 1).
+def choose_token(
+    logits: torch.Tensor, sampling: Sampling | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Index of the chosen token, its probability and the entropy (nats) of the distribution, each (..., 1); and the
+    distribution, (..., tokens).
 
     Args:
         logits: (..., tokens) float32, finite; (batch, tokens) for sampling.
@@ -217,7 +223,7 @@ def choose_token(logits: torch.Tensor, sampling: Sampling | None) -> tuple[torch
         chosen = torch.multinomial(distribution, num_samples=1, generator=sampling.generator)
     # 0 * -inf is 0 here: a token that cannot come adds nothing to the entropy.
     entropy = -(distribution * log_probabilities.clamp(min=-1e4)).sum(dim=-1, keepdim=True)
-    return chosen, distribution.gather(-1, chosen), entropy
+    return chosen, distribution.gather(-1, chosen), entropy, distribution
 
 
 def check_finite(probabilities: np.ndarray, dtype: torch.dtype) -> None:

@@ -351,6 +351,7 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
         top_p: float | None = None,
         generator: torch.Generator | None = None,
         return_dict: bool = False,
+        return_distributions: bool = False,
         **options,
     ) -> np.ndarray | ActionPrediction:
         """Predict one action, or a batch of them.
@@ -379,6 +380,7 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
                 text tokens are then clipped to the nearest bin.
             do_sample, temperature, top_k, top_p, generator: Sample instead of taking the most probable token.
             return_dict: Return an `ActionPrediction` with tokens, probabilities and entropies.
+            return_distributions: With `token_distributions` in it, what each token was chosen from.
             options: Of `generate`, as scripts written against the original pass them (`use_cache`, `max_new_tokens`,
                 `generation_config`, ...): taken where they ask for what is done here anyway, else refused.
 
@@ -394,6 +396,7 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
         """
         check_flag("constrained", constrained)
         check_flag("return_dict", return_dict)
+        check_flag("return_distributions", return_distributions)
         if cut := self._cut_table():
             raise ValueError(cut)
         if self.device.type == "meta":
@@ -450,7 +453,7 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
 
         # 3. Towers, projector, language model, head
         with evaluation_mode(self), one_type(self):
-            choice = Choice(bool(constrained), sampling, generator, guesses)
+            choice = Choice(bool(constrained), sampling, generator, guesses, bool(return_distributions))
             found = self.action_head.actions(self, inputs, shape, choice)
 
         # 4. Units

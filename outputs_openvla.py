@@ -116,6 +116,8 @@ class ActionPrediction(ModelOutput):
     token_entropies: float32 entropy of that distribution in nats; log(256) = 5.5 means no idea.
     token_passes: int64 number of the pass of the language model in which each token was decided, from 1 on (0: before,
         see `committed`). The largest of a sample says how many it took: without a draft one for each token.
+    token_distributions: With `return_distributions`: float32 probabilities of all tokens that could have been chosen,
+        one axis more, in the order of their ids (ids of action tokens grow as actions fall).
 
     Heads that give numbers and no tokens leave what is of tokens out (None).
     """
@@ -126,6 +128,7 @@ class ActionPrediction(ModelOutput):
     token_probabilities: np.ndarray | None = None
     token_entropies: np.ndarray | None = None
     token_passes: np.ndarray | None = None
+    token_distributions: np.ndarray | None = None
 
 
 __all__ = ["ActionPrediction", "OpenVLAOutput"]

@@ -87,10 +87,12 @@ class ParallelTokenHead(TokenHead):
         first, end = self.tokenizer.token_range if choice.constrained else (0, None)
         logits = logits[..., first:end].masked_fill(~finite[..., None], 0.0)
         tokens, *others = choose_token(logits.flatten(0, 1), choice.sampling)
-        probabilities, entropies = (values.reshape(len(logits), -1) for values in others)
+        probabilities, entropies, distributions = (values.reshape(*logits.shape[:2], -1) for values in others)
         token_ids = (tokens + first).reshape(len(logits), -1)
-        chosen = (token_ids, probabilities.masked_fill(~finite, torch.nan), entropies, torch.ones_like(token_ids))
-        return self.prediction(decided, chosen, shape, sequence.inputs_embeds.dtype)
+        probabilities = probabilities[..., 0].masked_fill(~finite, torch.nan)
+        chosen = (token_ids, probabilities, entropies[..., 0], torch.ones_like(token_ids))
+        wanted = distributions if choice.distributions else None
+        return self.prediction(decided, chosen, shape, sequence.inputs_embeds.dtype, wanted)
 
 
 class ResidualBlock(nn.Module):

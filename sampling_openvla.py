@@ -31,12 +31,14 @@ class Choice:
     sampling: None for the most probable tokens.
     generator: Of the noise that a diffusion begins with; None: torch's global one.
     draft: Guesses of the tokens of each sample, for heads that decode one after the other; None: none.
+    distributions: Give `token_distributions` as well.
     """
 
     constrained: bool = True
     sampling: Sampling | None = None
     generator: torch.Generator | None = None
     draft: list[list[int]] | None = None
+    distributions: bool = False
 
 
 def check_generator(generator: Any, device: torch.device) -> None:

@@ -146,7 +146,10 @@ class TokenHead:
                 guesses = guesses.to(finite.device, non_blocking=True)
             decoded = decode_tokens(steps, finite, count, token_range[0], choice.sampling, guesses)
             chosen = (decoded.token_ids, decoded.probabilities, decoded.entropies, decoded.passes)
-            return self.prediction(decided, chosen, shape, model.get_input_embeddings().weight.dtype)
+            dtype = model.get_input_embeddings().weight.dtype
+            return self.prediction(
+                decided, chosen, shape, dtype, decoded.distributions if choice.distributions else None
+            )
 
     def guesses(self, draft: list[list[int]], decided: int, count: int) -> torch.Tensor | None:
         """(batch, count - 1) of a draft of the complete chunk, of which `decided` tokens are known; None without any.
@@ -158,7 +161,12 @@ class TokenHead:
         return torch.tensor([[*row, *[fill] * (count - 1 - len(row))] for row in rows])
 
     def prediction(
-        self, decided: np.ndarray, chosen: Sequence[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype
+        self,
+        decided: np.ndarray,
+        chosen: Sequence[torch.Tensor],
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        distributions: torch.Tensor | None = None,
     ) -> ActionPrediction:
         """From tokens to normalized actions.
 
@@ -167,6 +175,7 @@ class TokenHead:
             chosen: Tokens after them, their probabilities, entropies and passes, (batch, K * A - n * A) each;
                 probabilities are NaN where the model computed something that is not finite.
             dtype: In which it computed.
+            distributions: (batch, K * A - n * A, tokens) that the tokens were chosen from, where they are asked for.
         """
         # One transfer for all of them: float32 holds every token id.
         found = torch.stack([values.float() for values in chosen]).cpu().numpy()
@@ -176,13 +185,20 @@ class TokenHead:
             np.concatenate([before, after], axis=1).reshape(-1, *shape)
             for before, after in zip((decided, ones, zeros, zeros), found)
         )
-        token_ids = token_ids.astype(np.int64)
+        token_ids, known = token_ids.astype(np.int64), {}
+        if distributions is not None:
+            given = np.zeros((*decided.shape, distributions.shape[-1]), np.float32)
+            first = 0 if given.shape[-1] > self.tokenizer.n_bins else self.tokenizer.token_range[0]
+            np.put_along_axis(given, decided[..., None] - first, 1.0, axis=-1)
+            found = np.concatenate([given, distributions.cpu().numpy()], axis=1)
+            known["token_distributions"] = found.reshape(-1, *shape, found.shape[-1])
         return ActionPrediction(
             normalized_actions=self.tokenizer.decode(token_ids),
             token_ids=token_ids,
             token_probabilities=probabilities,
             token_entropies=entropies,
             token_passes=passes.astype(np.int64),
+            **known,
         )
 
 

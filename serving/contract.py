@@ -19,6 +19,9 @@ class Dataset:
 
     spec: ActionSpec
     state_dim: int | None = None  # numbers of the state that the model takes; None: it takes none
+    # (A,) units of what the model calls -1 and 1, the ends of the bins of tokens; empty: unknown.
+    low: tuple[float, ...] = ()
+    high: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,14 @@ class Request:
         session: The episode of a robot. What a server keeps by it (drafts) is only a cache: any server can answer any
             request. None: nothing is kept.
         deadline: `time.monotonic()` of this machine from which on nobody waits for the answer; None: no such time.
+        distributions: Whether the answer shall hold them.
     """
 
     observation: Observation
     unnorm_key: str
     session: str | None = None
     deadline: float | None = None
+    distributions: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,8 @@ class Answer:
         actions: (K, A) float64 in the units of the dataset, K = `ModelInfo.chunk`; all finite.
         normalized: (K, A) float64 in [-1, 1].
         probabilities: (K, A) of the chosen tokens, or None where the head gives numbers and no tokens.
+        distributions: (K, A, bins) float32 probabilities of the bins that each number was chosen from, in the order of
+            the numbers they stand for (the last two both the highest); None where nobody asked, or there are no tokens.
         timing: Milliseconds by stage: `queue_ms`, `infer_ms`, and what the model adds; `batch_size`.
     """
 
@@ -79,6 +86,7 @@ class Answer:
     normalized: np.ndarray
     probabilities: np.ndarray | None = None
     timing: dict[str, float] = field(default_factory=dict)
+    distributions: np.ndarray | None = None
 
 
 class Model(Protocol):

@@ -263,11 +263,36 @@ def test_sampling_from_the_most_probable():
         (Sampling(top_p=0.76), {0, 1, 2}),
         (Sampling(top_p=0.76, top_k=2), {0, 1}),
     ):
-        chosen, probability, entropy = choose_token(logits, sampling)
+        chosen, probability, entropy, _ = choose_token(logits, sampling)
         assert set(chosen.flatten().tolist()) == drawn
         assert bool(entropy.isfinite().all()) and float(probability.min()) > 0.09
     with_top_k = choose_token(logits, Sampling(top_k=2))
     torch.testing.assert_close(with_top_k[1].amax(), torch.tensor(2 / 3))
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"constrained": False}], ids=str)
+@pytest.mark.parametrize("fields", [{}, {"action_head": "parallel_tokens", "action_chunk": 2}], ids=str)
+def test_distributions_are_what_tokens_were_chosen_from(fields, options):
+    model = new_model(**fields)
+    asked = {**small_inputs(), **options, "return_dict": True}
+    assert model.predict_action(**asked).token_distributions is None
+    found = model.predict_action(**asked, return_distributions=True)
+    first = model.action_tokenizer.token_range[0] if options.get("constrained", True) else 0
+    assert found.token_distributions.shape[:-1] == found.token_ids.shape
+    np.testing.assert_allclose(found.token_distributions.sum(axis=-1), 1, atol=1e-5)
+    chosen = np.take_along_axis(found.token_distributions, found.token_ids[..., None] - first, axis=-1)[..., 0]
+    np.testing.assert_array_equal(chosen, found.token_probabilities)
+    if not options.get("do_sample"):
+        np.testing.assert_array_equal(found.token_distributions.argmax(axis=-1), found.token_ids - first)
+
+
+def test_distributions_of_actions_that_are_decided():
+    model = new_model(action_chunk=2)
+    committed = np.zeros((2, 1, 7))
+    found = model.predict_action(**small_inputs(), committed=committed, return_dict=True, return_distributions=True)
+    first = model.action_tokenizer.token_range[0]
+    np.testing.assert_array_equal(found.token_distributions.argmax(axis=-1), found.token_ids - first)
+    np.testing.assert_array_equal(found.token_distributions[:, 0].max(axis=-1), 1.0)
 
 
 # Inputs
