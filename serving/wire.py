@@ -1,0 +1,252 @@
+"""Arrays and pictures on the wire: msgpack as openpi's clients write it, JSON as json-numpy does, image files.
+
+numpy, Pillow and msgpack alone: server and client (`openvla_client`, whose wheel holds a copy) run this very file. What
+is read came from anybody: numbers only, each array exactly as long as it says, so many values and so deep, no file with
+more pixels than allowed; checked before memory is taken for it. All errors are `ValueError`s that say what was wrong.
+"""
+
+import base64
+import binascii
+import io
+import json
+import math
+import struct
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import msgpack
+import numpy as np
+from PIL import Image
+
+
+MOST_BYTES = 32 * 2**20  # of one message: three cameras of full HD, raw
+MOST_ITEMS = 10_000  # entries of lists and maps in one message; the numbers of an array count once
+LONGEST_LIST = 1024  # in msgpack, whose lists say how long they will be, and take their room then
+MOST_LEVELS = 8  # of lists and maps within each other
+MOST_PIXELS = 4096 * 4096  # of a picture
+MOST_AXES = 6
+LONGEST_AXIS = 2**31
+FILES = ("JPEG", "PNG")  # what is read as a picture
+# How the dtype of an array may be written: 8 to 64 bits, no objects, no structures, no booleans, no text.
+DTYPES = {
+    name: dtype
+    for code in ("i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
+    for dtype in (np.dtype("<" + code), np.dtype(">" + code))
+    for name in (dtype.str, dtype.name)
+}
+SCALARS = DTYPES | {
+    "|b1": np.dtype(bool),
+    "bool": np.dtype(bool),
+}  # bytes of an array of booleans could be anything but 0 and 1
+# What Pillow raises while it opens a file, according to the damage.
+UNREADABLE = (
+    OSError, ValueError, SyntaxError, EOFError, AttributeError, LookupError, TypeError, ArithmeticError, struct.error,
+    zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
+
+
+def _array(data: bytes, dtype: Any, shape: Any) -> np.ndarray:
+    """Not writeable where the bytes are used as they are."""
+    kind = DTYPES.get(dtype) if isinstance(dtype, str) else None
+    if kind is None:
+        raise ValueError(f"an array of dtype {_shown(dtype)}: expected integers or floats of 8 to 64 bits, as '<f4'.")
+    sizes: list[Any] = list(shape) if isinstance(shape, (list, tuple)) else [None]
+    if len(sizes) > MOST_AXES or not all(type(size) is int and 0 <= size < LONGEST_AXIS for size in sizes):
+        raise ValueError(f"an array of shape {_shown(shape)}: expected at most {MOST_AXES} sizes.")
+    expected = math.prod(sizes) * kind.itemsize
+    if len(data) != expected:
+        raise ValueError(f"an array of shape {sizes} and dtype {dtype} has {expected} bytes, {len(data)} came.")
+    array = np.frombuffer(data, kind).reshape(sizes)
+    return array.astype(kind.newbyteorder("="), copy=False)
+
+
+def _scalar(value: Any, dtype: Any) -> np.generic:
+    kind = SCALARS.get(dtype) if isinstance(dtype, str) else None
+    if kind is None or type(value) not in (bool, int, float):
+        raise ValueError(f"a number of dtype {_shown(dtype)}: expected an integer, a float or a truth value.")
+    try:
+        return kind.type(value)
+    except OverflowError as error:
+        raise ValueError(f"a number that {dtype} does not hold.") from error
+
+
+def _shown(value: Any) -> str:
+    """Of something that came from outside: short, and never deep."""
+    return f"{value!r:.80}" if isinstance(value, (str, int, float, bool, type(None))) else type(value).__name__
+
+
+class _Counted:
+    """What lists and maps are put together with: counts entries while a message is read."""
+
+    def __init__(self, arrays: Callable[[dict], Any]):
+        self.items, self.arrays = 0, arrays
+
+    def _count(self, entries: int) -> None:
+        self.items += entries
+        if self.items > MOST_ITEMS:
+            raise ValueError(f"more than {MOST_ITEMS} values: send pictures and long rows of numbers as arrays.")
+
+    def made_list(self, values: list) -> list:
+        self._count(len(values) + 1)
+        return values
+
+    def made_map(self, pairs: list[tuple[Any, Any]]) -> Any:
+        self._count(len(pairs) + 1)
+        content = dict(pairs)
+        if len(content) != len(pairs):
+            raise ValueError("a map that has the same name twice.")
+        return self.arrays(content)
+
+
+def _check_levels(value: Any) -> None:
+    level, depth = [value], 0
+    while level := [entry for entry in level if isinstance(entry, (dict, list))]:
+        depth += 1
+        if depth > MOST_LEVELS:
+            raise ValueError(f"lists and maps within each other, more than {MOST_LEVELS} deep.")
+        level = [entry for outer in level for entry in (outer.values() if isinstance(outer, dict) else outer)]
+
+
+def _sendable(entry: Any) -> np.ndarray | np.generic:
+    if not isinstance(entry, (np.ndarray, np.generic)):
+        raise TypeError(f"{type(entry).__name__} cannot be sent.")
+    if entry.dtype.name not in (SCALARS if isinstance(entry, np.generic) else DTYPES):
+        raise ValueError(f"an array of dtype {entry.dtype} cannot be sent: only numbers can.")
+    return entry
+
+
+# msgpack --------------------------------------------------------------------------------------------------------------
+
+
+def pack(value: Any) -> bytes:
+    """msgpack of maps, lists, text, bytes, numbers and arrays of numbers, in openpi's form.
+
+    Raises:
+        ValueError: For arrays of anything but numbers.
+        TypeError: For what msgpack does not have.
+    """
+
+    def array(entry: Any) -> dict:
+        array = _sendable(entry)
+        if isinstance(array, np.generic):
+            return {b"__npgeneric__": True, b"data": array.item(), b"dtype": array.dtype.str}
+        return {b"__ndarray__": True, b"data": array.tobytes(), b"dtype": array.dtype.str, b"shape": array.shape}
+
+    return msgpack.packb(value, default=array)
+
+
+def _from_msgpack(content: dict) -> Any:
+    # vla-eval and others write the marks as text.
+    found = {key.decode("latin1") if isinstance(key, bytes) else key: value for key, value in content.items()}
+    if "__ndarray__" in found:
+        data = found.get("data")
+        if not isinstance(data, bytes):
+            raise ValueError(f"the data of an array is {type(data).__name__}: expected bytes.")
+        return _array(data, found.get("dtype"), found.get("shape"))
+    if "__npgeneric__" in found:
+        return _scalar(found.get("data"), found.get("dtype"))
+    if not all(isinstance(key, str) for key in content):
+        raise ValueError("a map whose names are bytes: expected text.")
+    return content
+
+
+def unpack(data: bytes) -> Any:
+    """The value of a message in openpi's form. Arrays are not writeable; the size of `data` is for the caller to bound.
+
+    Raises:
+        ValueError: If it is none, or larger than the limits of this file.
+    """
+    counted = _Counted(_from_msgpack)
+    try:
+        value = msgpack.unpackb(
+            data,
+            object_pairs_hook=counted.made_map,
+            list_hook=counted.made_list,
+            max_array_len=LONGEST_LIST,
+            max_map_len=LONGEST_LIST,
+            max_ext_len=0,
+        )
+    except (ValueError, TypeError) as error:  # msgpack's own are ValueErrors; a name that is no text is a TypeError
+        raise ValueError(f"Not a message in msgpack: {error}") from error
+    _check_levels(value)
+    return value
+
+
+# JSON -----------------------------------------------------------------------------------------------------------------
+
+
+def to_json(value: Any) -> str:
+    """JSON of maps, lists, text, numbers and arrays of numbers, in json-numpy's form.
+
+    Raises:
+        ValueError: For arrays of anything but numbers, and numbers that JSON does not have (NaN, infinity).
+        TypeError: For what JSON does not have.
+    """
+
+    def array(entry: Any) -> dict:
+        array = _sendable(entry)
+        data = base64.b64encode(array.tobytes()).decode()
+        return {"__numpy__": data, "dtype": array.dtype.str, "shape": list(array.shape)}
+
+    return json.dumps(value, default=array, allow_nan=False)
+
+
+def _from_json(content: dict) -> Any:
+    if "__numpy__" not in content:
+        return content
+    array = _array(from_base64(content["__numpy__"]), content.get("dtype"), content.get("shape"))
+    return array if array.ndim else array[()]
+
+
+def from_base64(text: Any) -> bytes:
+    """Raises a `ValueError` for anything but base64."""
+    try:
+        return base64.b64decode(text.encode("ascii"), validate=True)
+    except (AttributeError, UnicodeEncodeError, binascii.Error) as error:
+        raise ValueError(f"{type(text).__name__} is not base64: {error}") from error
+
+
+def from_json(text: str | bytes) -> Any:
+    """The value of a message in json-numpy's form, or of plain JSON. Arrays are not writeable.
+
+    Raises:
+        ValueError: If it is none, or larger than the limits of this file.
+    """
+    data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+    if data.count(b",") + data.count(b"[") + data.count(b"{") > MOST_ITEMS:
+        raise ValueError(f"more than {MOST_ITEMS} values: send pictures and long rows of numbers as arrays.")
+    counted = _Counted(_from_json)
+    try:
+        value = json.loads(data, object_pairs_hook=counted.made_map)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"Not JSON: {error}") from error
+    _check_levels(value)
+    return value
+
+
+# Pictures -------------------------------------------------------------------------------------------------------------
+
+
+def check_picture(data: bytes, most_pixels: int = MOST_PIXELS) -> tuple[int, int]:
+    """(height, width) that a JPEG or PNG file says it has; its pixels are not decoded.
+
+    Raises:
+        ValueError: If it is no such file, or has too many pixels.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=FILES) as picture:
+            width, height = picture.size
+    except UNREADABLE as error:
+        raise ValueError(f"{len(data)} bytes that are no {' or '.join(FILES)} file: {type(error).__name__}") from error
+    if not 0 < width * height <= most_pixels:
+        raise ValueError(f"a picture of {width}x{height} pixels: at most {most_pixels} are read.")
+    return height, width
+
+
+def picture_file(pixels: np.ndarray, kind: str = "JPEG", quality: int = 95) -> bytes:
+    """A file of (H, W, 3) uint8 pixels. JPEG loses some (levels of colour, in half the resolution), PNG none."""
+    stream = io.BytesIO()
+    more = {"quality": quality} if kind == "JPEG" else {"compress_level": 1}
+    Image.fromarray(np.ascontiguousarray(pixels)).save(stream, kind, **more)
+    return stream.getvalue()

@@ -1,0 +1,215 @@
+"""Arrays on the wire: both forms, both ways, against the libraries that clients use, and what is refused."""
+
+import io
+import json
+import tracemalloc
+import zlib
+
+import json_numpy
+import msgpack
+import numpy as np
+import pytest
+from PIL import Image
+
+from openvla.serving import wire
+
+
+ARRAYS = [
+    np.arange(24, dtype=np.uint8).reshape(2, 4, 3),
+    np.linspace(-1, 1, 7),
+    np.zeros((0, 3), np.float32),
+    np.float32([[1.5]]).T,
+    np.arange(6, dtype=">i4").reshape(2, 3)[:, ::2],
+    np.array(3.5),
+]
+
+
+@pytest.mark.parametrize("array", ARRAYS, ids=lambda array: f"{array.dtype}{array.shape}")
+@pytest.mark.parametrize("write, read", [(wire.pack, wire.unpack), (wire.to_json, wire.from_json)])
+def test_arrays_come_back(array, write, read):
+    back = read(write({"a": [array]}))["a"][0]
+    np.testing.assert_array_equal(back, array)
+    assert back.dtype == array.dtype.newbyteorder("=") and np.shape(back) == array.shape
+
+
+@pytest.mark.parametrize("value", [np.float32(0.1), np.uint8(255), np.bool_(True), np.int64(-5)])
+def test_numbers_of_numpy_come_back(value):
+    back = wire.unpack(wire.pack({"a": value}))["a"]
+    assert type(back) is type(value) and back == value
+
+
+def test_openpi_s_form_is_written_and_read():
+    array = np.arange(6, dtype=np.float32).reshape(2, 3)
+    plain = {b"__ndarray__": True, b"data": array.tobytes(), b"dtype": "<f4", b"shape": [2, 3]}
+    assert msgpack.unpackb(wire.pack({"actions": array})) == {"actions": plain}
+    np.testing.assert_array_equal(wire.unpack(msgpack.packb({"x": plain}))["x"], array)
+    as_text = {"__ndarray__": True, "data": array.tobytes(), "dtype": "<f4", "shape": [2, 3]}
+    np.testing.assert_array_equal(wire.unpack(msgpack.packb(as_text)), array)
+
+
+def test_json_numpy_reads_and_writes_the_same():
+    array = np.random.default_rng(0).normal(size=(3, 7))
+    np.testing.assert_array_equal(json_numpy.loads(wire.to_json(array)), array)
+    np.testing.assert_array_equal(wire.from_json(json_numpy.dumps({"a": array}))["a"], array)
+    assert wire.from_json(json_numpy.dumps(np.float32(2.5))) == np.float32(2.5)
+
+
+def form(data=b"\0" * 8, dtype="<f8", shape=(1,)):
+    return {b"__ndarray__": True, b"data": data, b"dtype": dtype, b"shape": shape}
+
+
+BAD_ARRAYS = {
+    "object": form(dtype="|O"),
+    "structure": form(dtype=[["a", "<f8"]]),
+    "text": form(dtype="<U2"),
+    "void": form(dtype="|V8"),
+    "complex": form(dtype="<c8"),
+    "time": form(dtype="<M8[s]"),
+    "boolean": form(dtype="|b1", shape=[8]),
+    "no dtype": form(dtype=None),
+    "dtype as bytes": form(dtype=b"<f8"),
+    "long": form(data=b"\0" * 9),
+    "short": form(shape=[2]),
+    "negative": form(shape=[-1]),
+    "two negatives": form(shape=[-1, -1]),
+    "huge": form(shape=[2**31 - 1, 2**31 - 1]),
+    "overflow": form(data=b"", shape=[2**62, 4, 0]),
+    "many axes": form(shape=[1] * 7),
+    "truth as size": form(shape=[True]),
+    "float as size": form(shape=[1.0]),
+    "no shape": form(shape=None),
+    "text as data": form(data="\0" * 8),
+    "number": {b"__npgeneric__": True, b"data": b"x", b"dtype": "<f4"},
+    "number that does not fit": {b"__npgeneric__": True, b"data": 300, b"dtype": "|u1"},
+    "number of objects": {b"__npgeneric__": True, b"data": 1, b"dtype": "|O"},
+    "names as bytes": {b"image": 1},
+}
+
+
+@pytest.mark.parametrize("name", BAD_ARRAYS)
+def test_bad_arrays_are_refused(name):
+    with pytest.raises(ValueError, match="Not a message in msgpack"):
+        wire.unpack(msgpack.packb({"a": BAD_ARRAYS[name]}))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"__numpy__": "AAAA", "dtype": "|O", "shape": [1]}',
+        '{"__numpy__": "AAAA", "dtype": "|u1", "shape": [4]}',
+        '{"__numpy__": "A*AA", "dtype": "|u1", "shape": [3]}',
+        '{"__numpy__": "\\u00e4", "dtype": "|u1", "shape": [3]}',
+        '{"__numpy__": null, "dtype": "|u1", "shape": [3]}',
+        '{"__numpy__": "AAAA", "dtype": [["a", "|u1"]], "shape": [3]}',
+        '{"a": 1, "a": 2}',
+        "[" * 9_000,
+        "[" * 9 + "]" * 9,
+        "[" + "0," * 20_000 + "0]",
+        "1" * 5_000,
+        "{",
+        "",
+        b"\xff\xfe\xff",
+    ],
+    ids=lambda text: str(text[:40]),
+)
+def test_bad_json_is_refused(text):
+    with pytest.raises(ValueError):
+        wire.from_json(text)
+
+
+def nested(levels: int) -> bytes:
+    return b"\x91" * levels + b"\xc0"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\xc1",
+        msgpack.packb({"a": 1}) + b"\0",
+        msgpack.packb({1: 2}),
+        msgpack.packb(msgpack.ExtType(5, b"x")),
+        b"\x82\xa1a\x01\xa1a\x02",  # a name twice
+        b"\xdd\xff\xff\xff\xff",  # a list of 4 billion
+        b"\xdf\xff\xff\xff\xff",
+        b"\xc6\xff\xff\xff\xff\0",  # bytes of 4 GiB
+        msgpack.packb([0] * 1025),
+        msgpack.packb([[0] * 1000] * 10),
+        msgpack.packb("a")[:1] + b"\xff",
+        nested(9),
+        nested(100_000),
+        (b"\xdd" + (1024).to_bytes(4, "big")) * 10_000,
+    ],
+    ids=range(15),
+)
+def test_bad_messages_are_refused_before_memory_is_taken(data):
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="msgpack|deep"):
+            wire.unpack(data)
+        assert tracemalloc.get_traced_memory()[1] < 10 * 2**20  # 1024 lists of 1024 within each other
+    finally:
+        tracemalloc.stop()
+    assert wire.unpack(nested(8))
+
+
+def test_only_numbers_are_sent():
+    for array in (np.array([None]), np.array(["a"]), np.array([True]), np.array([1j])):
+        for write in (wire.pack, wire.to_json):
+            with pytest.raises(ValueError, match="only numbers"):
+                write(array)
+    for write in (wire.pack, wire.to_json):
+        with pytest.raises(TypeError, match="object"):
+            write(object())
+    with pytest.raises(ValueError):
+        wire.to_json({"a": float("nan")})
+
+
+def png(width: int, height: int) -> bytes:
+    """A file of 8-bit grey that is a few hundred bytes, whatever its size."""
+
+    def part(kind: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    head = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 0, 0, 0, 0])
+    return b"\x89PNG\r\n\x1a\n" + part(b"IHDR", head) + part(b"IDAT", zlib.compress(b"\0" * 99)) + part(b"IEND", b"")
+
+
+def test_pictures_are_measured_before_they_are_decoded():
+    assert wire.check_picture(png(4096, 4096)) == (4096, 4096)
+    for width, height in ((4097, 4096), (60_000, 60_000), (2**31 - 1, 1)):
+        tracemalloc.start()
+        with pytest.raises(ValueError, match="pixels|no JPEG or PNG"):
+            wire.check_picture(png(width, height))
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+        tracemalloc.stop()
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(stream, "GIF")
+    for data in (b"", b"GIF89a", stream.getvalue(), b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"%!PS-Adobe-3.0 EPSF"):
+        with pytest.raises(ValueError, match="no JPEG or PNG"):
+            wire.check_picture(data)
+
+
+def test_pictures_are_written():
+    pixels = np.random.default_rng(0).integers(0, 255, (6, 9, 3), np.uint8)
+    assert wire.check_picture(wire.picture_file(pixels)) == (6, 9)
+    with Image.open(io.BytesIO(wire.picture_file(pixels, "PNG"))) as picture:
+        np.testing.assert_array_equal(np.asarray(picture), pixels)
+
+
+def test_damaged_messages_never_raise_anything_else():
+    rng = np.random.default_rng(0)
+    good = wire.pack(
+        {"image": np.zeros((4, 4, 3), np.uint8), "state": np.zeros(7), "prompt": "go", "n": [1, {"a": 2.0}]}
+    )
+    text = wire.to_json({"image": np.zeros((4, 4, 3), np.uint8), "n": [1, {"a": 2.0}], "instruction": "go"}).encode()
+    for data, read in [(good, wire.unpack), (text, wire.from_json)] * 500:
+        damaged = bytearray(data)
+        for position in rng.integers(0, len(data), rng.integers(1, 6)):
+            damaged[position] = rng.integers(256)
+        try:
+            value = read(bytes(damaged[: rng.integers(1, len(data) + 1)] if rng.random() < 0.3 else damaged))
+        except ValueError as error:
+            assert len(str(error)) < 1000
+        else:
+            json.dumps(value, default=repr)
