@@ -111,6 +111,37 @@ class Model(Protocol):
         ...
 
 
+class Engine(Protocol):
+    """What the protocols ask, all of it in the event loop; `engine.Engine` is one."""
+
+    info: ModelInfo
+    ready: bool  # warmed up, and not stopping
+
+    async def act(self, request: Request) -> Answer:
+        """Whoever cancels it waits no more: the place in the queue is free then.
+
+        Raises:
+            Refusal: If there is no action.
+        """
+        ...
+
+    async def start(self) -> None:
+        """Warm up; returns when it is ready."""
+        ...
+
+    async def stop(self) -> None:
+        """Refuse what comes from now on, and return when all that came before has its answer."""
+        ...
+
+    def end_session(self, session: str) -> None:
+        """As of the model."""
+        ...
+
+    def waiting(self) -> int:
+        """Requests in the queue now."""
+        ...
+
+
 # Refusals -------------------------------------------------------------------------------------------------------------
 
 
