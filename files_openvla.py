@@ -112,11 +112,12 @@ def weights_digest(model: str | os.PathLike, revision: str | None = None) -> str
     if not files:
         raise FileNotFoundError(f"'{folder}' holds no weights ({', '.join(WEIGHTS)}).")
     with ThreadPoolExecutor(min(len(files), os.cpu_count() or 1)) as pool:
-        digests = dict(zip([path.name for path in files], pool.map(_file_digest, files)))
+        digests = dict(zip([path.name for path in files], pool.map(file_digest, files)))
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:32]
 
 
-def _file_digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """64 hexadecimal digits (SHA-256) of the content of a file."""
     target = path.resolve()
     if target.parent.name == "blobs" and len(target.name) == 64:  # the Hub's cache, where it is the name of the file
         return target.name
@@ -131,4 +132,4 @@ def _content_digest(path: Path, size: int, mtime_ns: int) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-__all__ = ["cache_folder", "check_file", "local_folder", "read_json", "weights_digest"]
+__all__ = ["cache_folder", "check_file", "file_digest", "local_folder", "read_json", "weights_digest"]

@@ -212,8 +212,17 @@ def prepare(model: Any, batch_sizes: Sequence[int], prompt_buckets: Sequence[int
         reason = "the language model has the library's own steps"
     else:
         pool, longest = pool_of(model.language_model), max(prompt_buckets) + model.num_patches + num_tokens
+        most = model.config.text_config.max_position_embeddings
+        if longest > most:
+            raise ValueError(
+                f"prompt_buckets={tuple(prompt_buckets)}: with {model.num_patches} patches and {num_tokens} tokens of "
+                f"an answer that is {longest} positions, and the language model has {most}."
+            )
         shape = cache_shape(model.language_model, max(batch_sizes), longest)
-        pool.give_back(pool.take(shape, model.get_input_embeddings().weight))
+        try:
+            pool.give_back(pool.take(shape, model.get_input_embeddings().weight))
+        except (MemoryError, RuntimeError) as error:  # torch raises the second one
+            raise MemoryError(f"batch_sizes={tuple(batch_sizes)}: their memory cannot be had ({error}).") from error
         if model.device.type != "cuda" and GraphSteps.record is CudaGraph:
             reason = f"the model is on {model.device.type}: graphs are of CUDA devices"
     if reason:

@@ -11,7 +11,6 @@ The published weights (`openvla/openvla-7b`, `openvla/openvla-v01-7b`) keep thei
 published code are listed in the README.
 """
 
-import warnings
 from collections.abc import Sequence
 from functools import cache
 from inspect import signature
@@ -19,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, Cache, GenerationMixin
 
 from .action_tokenizer import check_same_action_dim, get_action_stats, resolve_unnorm_key, unnormalize_actions
 from .configuration_openvla import OpenVLAConfig
 from .decoding_openvla import Prefix
+from .embeddings_openvla import ActionVocabulary
 from .generation_openvla import OpenVLAGeneration
 from .graphs_openvla import Preparation, prepare
 from .inputs_openvla import (
@@ -73,7 +72,7 @@ if TYPE_CHECKING:  # of a local folder transformers 5.4 and 5.5 copy no more fil
 
 
 # GenerationMixin is named for the library, which looks for it among the direct bases (transformers 5.4 to 5.24).
-class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, GenerationMixin):
+class OpenVLAForActionPrediction(ActionVocabulary, OpenVLAGeneration, OpenVLAPreTrainedModel, GenerationMixin):
     """Vision towers, projector and language model, under the published tensor names.
 
     `forward` and `generate` take the plain prompts of `OpenVLAProcessor` and insert the image patches after the first
@@ -102,53 +101,6 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
         self.llm_dim: int = config.text_config.hidden_size
         self._checked_statistics: dict[str, Any] = {}
         self.post_init()
-
-    # Embeddings -------------------------------------------------------------------------------------------------------
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.language_model.get_output_embeddings()
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.language_model.set_output_embeddings(new_embeddings)
-
-    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
-        """As in every model of the library; the new rows come after the action tokens, which keep their ids. With a
-        table that loses tokens which actions need, a model neither predicts nor is saved, and a warning says so."""
-        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        if cut := self._cut_table():
-            warnings.warn(f"{cut} It neither predicts nor is saved.", stacklevel=2)
-        else:
-            self._keep_action_tokens()
-        self.vocab_size = self.action_tokenizer.vocabulary_end  # published name, to which the library gives the rows
-        return embeddings
-
-    def _cut_table(self) -> str:
-        """What is wrong where the embedding table has lost tokens that the model needs; else nothing."""
-        end, rows = self.action_tokenizer.vocabulary_end, self.config.text_config.vocab_size
-        needed = max(end - 1, self.config.image_token_id, self.config.pad_token_id or 0) + 1
-        if rows >= needed:
-            return ""
-        return (
-            f"The embedding table has {rows} rows; action tokens end at {end}, the placeholder of the image "
-            f"(image_token_id) is {self.config.image_token_id}: give resize_token_embeddings at least {needed}."
-        )
-
-    def _keep_action_tokens(self) -> None:
-        """Let the config say where they end, also if the table of the language model alone was resized; a `ValueError`
-        if they are not there any more."""
-        if cut := self._cut_table():
-            raise ValueError(cut)
-        self.config.pad_to_multiple_of = self.config.text_config.vocab_size - self.action_tokenizer.vocabulary_end
-        self.config.check_fields()
-
-    def get_decoder(self) -> nn.Module:
-        return self.language_model.get_decoder()
 
     # Forward ----------------------------------------------------------------------------------------------------------
 
@@ -510,7 +462,8 @@ class OpenVLAForActionPrediction(OpenVLAGeneration, OpenVLAPreTrainedModel, Gene
             unnorm_key: Dataset whose actions will be predicted. May be left out where the model knows only one.
 
         Raises:
-            ValueError: If a size is no whole number of at least 1.
+            ValueError: If a size is no whole number of at least 1, or prompts are longer than the model reads.
+            MemoryError: If there is not so much.
             KeyError: If `unnorm_key` is unknown.
         """
         for name, sizes in (("batch_sizes", batch_sizes), ("prompt_buckets", prompt_buckets)):

@@ -38,7 +38,7 @@ def take_quantization(kwargs: dict[str, Any]) -> None:
     config names exceptions itself.
 
     Raises:
-        ValueError: If both are asked for, or one beside a `quantization_config`.
+        ValueError: If both are asked for, or one beside a `quantization_config`, or that is none.
     """
     logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_news)
     # Not by the library's decorators, which refuse a second copy of this file: that of a Hub folder's own code.
@@ -56,6 +56,11 @@ def take_quantization(kwargs: dict[str, Any]) -> None:
         given = BitsAndBytesConfig(**{asked[0]: True}, **options)
     if isinstance(given, dict):
         given = AutoQuantizationConfig.from_dict(given)
+    if given is not None and not isinstance(given, QuantizationConfigMixin):
+        raise ValueError(
+            f"quantization_config={given!r}: expected a config such as BitsAndBytesConfig, or its fields, such as "
+            f"{{'quant_method': '{METHOD}', 'bits': 8}}."
+        )
     if given is not None:
         kwargs["quantization_config"] = _keep_out(given)
 

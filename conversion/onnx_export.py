@@ -17,6 +17,7 @@ from ..adapters_openvla import find_adapter
 from ..choices_openvla import check_choice
 from ..configuration_openvla import OpenVLAConfig
 from ..extras import require
+from ..files_openvla import file_digest
 from ..folders import new_folder, write_json
 from ..frames_openvla import PIXEL_FIELDS
 from ..hub import model_folder, published_name, statistics_of
@@ -76,7 +77,6 @@ def export_onnx(
     processor = OpenVLAProcessor.from_pretrained(source)
     model = OpenVLAForActionPrediction.from_pretrained(source, dtype=PRECISIONS[dtype]).eval()
     with new_folder(output, overwrite) as folder:
-        write_runtime(folder, model, processor, statistics, name=published_name(weights), dtype=dtype)
         write_vision(folder / VISION_FILE, model)
         place = folder / "unquantized" if dtype == "int8" else folder
         place.mkdir(exist_ok=True)
@@ -84,6 +84,7 @@ def export_onnx(
         if dtype == "int8":  # the towers keep their weights: a small part, and what is lost there every action sees
             quantize(place / LANGUAGE_MODEL_FILE, folder / LANGUAGE_MODEL_FILE)
             shutil.rmtree(place)
+        write_runtime(folder, model, processor, statistics, name=published_name(weights), dtype=dtype)
     return output
 
 
@@ -121,7 +122,7 @@ def write_runtime(
     name: str,
     dtype: str,
 ) -> None:
-    """tokenizer.json and runtime.json.
+    """tokenizer.json, and runtime.json with the digests of all files that `folder` holds then.
 
     Args:
         name: Of the model, for people.
@@ -157,6 +158,7 @@ def write_runtime(
             "pixels": {field: getattr(processor.image_processor, field) for field in PIXEL_FIELDS},
             "prompt_template": processor.prompt_template,
             "statistics": statistics,
+            "files": {path.name: file_digest(path) for path in sorted(folder.iterdir())},
         },
     )
 

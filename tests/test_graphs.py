@@ -212,3 +212,11 @@ def test_sizes_that_are_refused(plain, sizes):
         plain.prepare_for_inference(**sizes)
     with pytest.raises(KeyError, match="unnorm_key='bridge'"):
         plain.prepare_for_inference(unnorm_key="bridge")
+
+
+def test_sizes_that_cannot_be_prepared():
+    model = new_model()
+    with pytest.raises(ValueError, match="and the language model has"):
+        model.prepare_for_inference(prompt_buckets=(10**9,))
+    with pytest.raises(MemoryError, match="batch_sizes"):
+        model.prepare_for_inference(batch_sizes=(10**9,))

@@ -24,6 +24,7 @@ FLAT_FILES = [
     "processing_openvla",
     "vision_openvla",
     "patches_openvla",
+    "embeddings_openvla",
     "outputs_openvla",
     "sampling_openvla",
     "inputs_openvla",

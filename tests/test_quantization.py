@@ -129,6 +129,11 @@ def test_keywords_of_the_original():
             TINY[1].load(load_in_4bit=True, **both)
 
 
+def test_a_name_is_no_quantization_config():
+    with pytest.raises(ValueError, match="'bits': 8"):
+        TINY[1].load(quantization_config="int8")
+
+
 @pytest.mark.parametrize(
     "offloaded", ["", "vision_backbone", "vision_backbone.featurizer", "projector", "language_model"]
 )

@@ -276,6 +276,11 @@ def test_folders_that_are_no_export(exported, tmp_path):
         change(folder)
         return folder
 
+    def flip(file: Path) -> None:
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+
     def fields(**changed):
         return lambda folder: write_json(
             folder / "runtime.json", {**json.loads((exported / "runtime.json").read_text()), **changed}
@@ -297,8 +302,10 @@ def test_folders_that_are_no_export(exported, tmp_path):
             damaged("units", fields(statistics={"a": {"action": {"q01": [None], "q99": [1]}}})),
         ),
         (FileNotFoundError, "No graph at", damaged("graph", lambda folder: (folder / "vision.onnx").unlink())),
-        (ValueError, "export it again", damaged("cut", lambda folder: (folder / "vision.onnx").write_bytes(b"x" * 99))),
-        (ValueError, "export it again", damaged("data", lambda folder: (folder / "vision.onnx.data").unlink())),
+        (ValueError, "another export", damaged("cut", lambda folder: (folder / "vision.onnx").write_bytes(b"x" * 99))),
+        (ValueError, "another export", damaged("bit", lambda folder: flip(folder / "language_model.onnx.data"))),
+        (FileNotFoundError, "vision.onnx.data", damaged("data", lambda folder: (folder / "vision.onnx.data").unlink())),
+        (ValueError, "is damaged", damaged("digests", fields(files=[]))),
         (ValueError, "holds no tokenizer", damaged("words", lambda folder: write_json(folder / "tokenizer.json", {}))),
     ):
         with pytest.raises(error, match=message):

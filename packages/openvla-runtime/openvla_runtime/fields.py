@@ -48,6 +48,7 @@ FIELDS: dict[str, Any] = {
     },
     "prompt_template": str,
     "statistics": dict,
+    "files": dict,
 }
 
 

@@ -25,7 +25,7 @@ from .action_tokenizer import (
 )
 from .decoding import Decoded, LanguageModel
 from .fields import check_fields
-from .files_openvla import check_file, read_json
+from .files_openvla import check_file, file_digest, read_json
 from .frames_openvla import PIXEL_FIELDS, PixelSteps, camera_images, read_samples
 from .pixels_openvla import check_largest_pixel
 from .prompts_openvla import (
@@ -117,6 +117,12 @@ class OnnxPolicy:
         self.drafts = self.dtype == "float32" if drafts is None else drafts
         for file in (VISION_FILE, LANGUAGE_MODEL_FILE):
             check_file(folder / file, "graph")
+        for file, digest in content["files"].items():
+            if file_digest(check_file(folder / file)) != digest:
+                raise ValueError(
+                    f"'{folder / file}' is not the file that was exported with {RUNTIME_FILE}: it was damaged, or "
+                    "comes from another export. Copy the complete folder, or export the model again."
+                )
         self._vision = open_session(folder / VISION_FILE, provider, threads)
         self._language_model = LanguageModel(open_session(folder / LANGUAGE_MODEL_FILE, provider, threads))
         self._lock = threading.Lock()
