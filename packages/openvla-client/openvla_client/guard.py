@@ -1,0 +1,348 @@
+"""The guard of a control loop: an action for each step in time, and a safe one where there is none."""
+
+import datetime
+import itertools
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+
+from .action_spec import ActionSpec
+from .audit import digest as content_digest
+from .limits import Limits, numbers
+from .plan import EPSILON, Plan, Stale
+from .transport import Ask, ThreadTransport, Transport
+
+
+class State(StrEnum):
+    """By the age of the newest observation that was answered; see `Guard`."""
+
+    OK = "OK"
+    DEGRADED = "DEGRADED"
+    STALLED = "STALLED"
+    DEAD = "DEAD"
+
+
+@dataclass(frozen=True)
+class Command:
+    """What to execute in this step.
+
+    action: (A,) in the units of the robot. Of a `NoAction` None.
+    source: "answer", "hold" (the fallback), or "none".
+    state: See `Guard`.
+    age: Seconds since the newest observation that was answered was seen; before the first, since the first step.
+    id, index, answered: Of the answer: the request, which of its actions, and (A,) what it said before limits; None
+        where no answer was for this step.
+    reason: Why there is a fallback; empty of an answer.
+    limited: Names of the dimensions that were cut to their limits.
+    """
+
+    action: np.ndarray | None
+    source: str
+    state: State
+    age: float
+    id: int | None = None
+    index: int | None = None
+    answered: np.ndarray | None = None
+    reason: str = ""
+    limited: tuple[str, ...] = ()
+
+
+class NoAction(RuntimeError):
+    """Nothing may be executed in this step; stop the arm by its own means. `command` says the state and why."""
+
+    def __init__(self, message: str, command: Command):
+        super().__init__(message)
+        self.command = command
+
+
+class Guard:
+    """Asks for actions and gives one for each step of a control loop, none of them stale or executed twice.
+
+    Call `step` once in each control period. The state is by the age of the newest observation that was answered:
+
+    - OK: at most `max_age` (plus the steps between two requests).
+    - DEGRADED: older, or nothing is answered yet. Of a chunk the actions that are due are still executed.
+    - STALLED: `stalled_after` seconds after the last action of the answer was due. The fallback is executed.
+    - DEAD: `dead_after` seconds after it. Nothing acts before `reset`, whatever is answered.
+
+    Args:
+        transport: A function observation -> actions, (A,), (K, A) or an object with `.actions`, called in a thread of
+            its own (give it a timeout); or a `Transport`.
+        spec: What the numbers of an action mean; None: unknown.
+        hz: Steps in a second. Default: that of `spec`.
+        max_age: Seconds. An action acts from `max_age` before to `max_age` after it is due; action i of an answer is
+            due i periods after its observation was seen. Default: two control periods.
+        wait: Seconds that `step` waits for the answer to its own observation. Default: half a control period; 0 where
+            the server takes longer than that anyway.
+        ask_every: Ask so many steps after the last time, or at once where no action is left; more than 1 for open-loop
+            chunks.
+        execute: Of each answer only the first so many actions count. Default: all.
+        stalled_after, dead_after: Seconds, see above. Defaults: five control periods (at least `max_age`), 5 seconds
+            (at least twice `stalled_after`).
+        fallback: "hold": no motion where an action is a change, the last target where it is a place, grippers as they
+            are. "raise": `NoAction`. Default: "hold" where `spec` is known.
+        limits: What an action may be at most.
+        audit: Takes one mapping for each step, such as `Audit(path).write`; must neither block nor raise.
+        clock: Seconds of this machine that only go forward.
+        digest: Names an observation in the audit.
+
+    Raises:
+        ValueError: If the arguments do not fit each other.
+    """
+
+    REPLIES = 64  # that one step looks at
+
+    def __init__(
+        self,
+        transport: Transport | Callable[[Any], Any],
+        spec: ActionSpec | None = None,
+        hz: float | None = None,
+        *,
+        max_age: float | None = None,
+        wait: float | None = None,
+        ask_every: int = 1,
+        execute: int | None = None,
+        stalled_after: float | None = None,
+        dead_after: float | None = None,
+        fallback: str | None = None,
+        limits: Limits | None = None,
+        audit: Callable[[Mapping[str, Any]], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        digest: Callable[[Any], str] = content_digest,
+    ):
+        hz = spec.hz if hz is None and spec is not None else hz
+        if hz is None or not 0 < hz < math.inf:
+            raise ValueError(f"hz={hz}: expected the steps of the control loop in a second, above 0.")
+        self.period = 1.0 / hz
+        self.max_age = _seconds("max_age", max_age, 2 * self.period, 0.0)
+        self.wait = _seconds("wait", wait, self.period / 2, 0.0)
+        self.stalled_after = _seconds("stalled_after", stalled_after, max(5 * self.period, self.max_age), self.max_age)
+        self.dead_after = _seconds("dead_after", dead_after, max(5.0, 2 * self.stalled_after), self.stalled_after)
+        self.fallback = ("raise" if spec is None else "hold") if fallback is None else fallback
+        if self.fallback not in ("hold", "raise"):
+            raise ValueError(f"fallback={fallback!r}: expected 'hold' or 'raise'.")
+        if spec is None and (self.fallback == "hold" or limits is not None):
+            raise ValueError("fallback='hold' and limits need spec: what the numbers of an action mean.")
+        for name, count in (("ask_every", ask_every), ("execute", 1 if execute is None else execute)):
+            if count < 1:
+                raise ValueError(f"{name}={count}: expected 1 or more.")
+        if spec is not None and limits is not None:
+            limits.check(spec)
+        self.spec, self.limits, self.ask_every = spec, limits, ask_every
+        self._transport: Transport = transport if hasattr(transport, "poll") else _called(transport)  # type: ignore[assignment, arg-type]
+        self._audit, self._clock, self._digest = audit, clock, digest
+        self._plan = Plan(self.period, self.max_age, None if spec is None else spec.action_dim, execute)
+        self._ids = itertools.count()
+        self._before = 0.0  # the last time that was read
+        self.reset()
+
+    @property
+    def epoch(self) -> int:
+        """Higher after each `reset` and `reconnected`; answers to what was asked before never act."""
+        return self._plan.epoch
+
+    def reset(self, start: Sequence[float] | np.ndarray | None = None) -> None:
+        """An episode begins, or an operator has looked at a DEAD robot.
+
+        Args:
+            start: (A,) the action that keeps the robot where it is and its grippers as they are: what the fallback
+                holds before anything is executed. Without it the fallback is `NoAction` until then, where an action
+                has places or grippers.
+        """
+        dims = self._plan.dims
+        self._last = None if start is None else numbers(start, "start", len(start) if dims is None else dims)
+        self._plan.clear()
+        self._step, self._asked_at, self.state = 0, -self.ask_every, State.DEGRADED
+        self._since: tuple[float, int] | None = None  # time and step of the newest observation that was answered
+
+    def reconnected(self) -> None:
+        """The connection is another one: what was asked over the one before never acts. The episode continues, and so
+        does the age of the newest observation that was answered."""
+        self._plan.clear()
+
+    def close(self) -> None:
+        self._transport.close()
+
+    # A step -----------------------------------------------------------------------------------------------------------
+
+    def step(
+        self,
+        observation: Any,
+        *,
+        seen_at: float | None = None,
+        position: Sequence[float] | np.ndarray | None = None,
+    ) -> Command:
+        """What to execute now; returns after at most `wait` seconds.
+
+        Args:
+            observation: For the transport; not to be changed afterwards.
+            seen_at: When it was seen, by `clock`. Default: now.
+            position: (A,) where the robot stands, in the units of the actions, NaN where that is unknown: for limits.
+
+        Raises:
+            NoAction: If there is no action, and the fallback is "raise" or not known yet.
+            ValueError: If an argument has another shape. Nothing was asked, and it counts as no step.
+        """
+        dims = self._plan.dims
+        here = None if position is None else numbers(position, "position", dims or len(position), finite=False)
+        step, epoch = self._step, self.epoch
+        self._step += 1
+        now = self._now(step)
+        seen_at = now if seen_at is None else seen_at
+        arrived: list[dict[str, Any]] = []
+        self._collect(arrived)
+        asked = self._ask(step, now, seen_at, observation)
+        if asked is not None:
+            self._collect(arrived, asked.id, now + self.wait)
+        now = self._now(step)
+        command = self._decide(step, now, here)
+        if command.source != "answer" and self.epoch != epoch:
+            command = replace(command, reason="the clock went back: what was asked before does not act")
+        elif command.source != "answer" and not self._usable(seen_at, now):
+            command = replace(command, reason=f"seen_at={seen_at} is not a time of the guard's clock, {now}")
+        if self._audit is not None:
+            self._audit(self._record(command, step, now, seen_at, observation, asked, arrived))
+        if command.action is None:
+            raise NoAction(f"No action at step {step}, {command.state}: {command.reason}.", command)
+        self._last = command.action.copy()
+        return command
+
+    def _now(self, step: int) -> float:
+        """The clock. Where it goes back, nothing that was timed before can be trusted."""
+        now = self._clock()
+        if not math.isfinite(now):
+            raise ValueError(f"The clock says {now}: expected seconds.")
+        if self._since is None:
+            self._since = (now, step)
+        elif now < self._before:
+            self._plan.clear()
+            self._since = (now, self._since[1])
+        self._before = now
+        return now
+
+    def _ask(self, step: int, now: float, seen_at: float, observation: Any) -> Ask | None:
+        if self.state is State.DEAD or not self._usable(seen_at, now):
+            return None
+        if step < self._asked_at + self.ask_every:
+            with suppress(Stale):
+                self._plan.next(step, now)
+                return None
+        self._asked_at = step
+        asked = Ask(self.epoch, next(self._ids), step, observation)
+        self._plan.asked(asked, seen_at)
+        self._transport.submit(asked)
+        return asked
+
+    def _usable(self, seen_at: float, now: float) -> bool:
+        """A time to come, or one long ago, is of another clock."""
+        return now - self.dead_after <= seen_at <= now
+
+    def _collect(self, arrived: list[dict[str, Any]], until: int | None = None, deadline: float = -math.inf) -> None:
+        """Take replies: what is there, or up to the one with the id `until`, or the deadline."""
+        for _ in range(self.REPLIES):
+            reply = self._transport.poll(0.0 if until is None else min(self.wait, max(0.0, deadline - self._clock())))
+            if reply is None:
+                return
+            refused = self._plan.accept(reply)
+            arrived.append({"epoch": reply.epoch, "id": reply.id, "refused": refused})
+            if not refused and reply.id == until:
+                return
+
+    def _decide(self, step: int, now: float, position: np.ndarray | None) -> Command:
+        age = self._age(step, now)
+        self.state = self._next_state(age)
+        if self.state is State.DEAD:
+            return self._fall_back(age, "too long without an answer, nothing acts before reset()")
+        try:
+            index = self._plan.next(step, now)
+        except Stale as stale:
+            return self._fall_back(age, str(stale))
+        newest = self._plan.newest
+        assert newest is not None
+        newest.done = index  # whatever comes of it: it is not offered again
+        answered, reason = newest.actions[index], ""
+        action, limited = answered, list[str]()
+        if self.limits is not None and self.spec is not None:
+            try:
+                action, limited = self.limits.apply(answered, self.spec, self._last, position)
+                if limited and self.limits.refuse:
+                    reason = f"beyond the limits of {', '.join(limited)}"
+            except ValueError as error:
+                reason = str(error)
+        if reason:
+            return replace(self._fall_back(age, reason), id=newest.id, index=index, answered=answered.copy())
+        return Command(
+            action.copy(), "answer", self.state, age, newest.id, index, answered.copy(), limited=tuple(limited)
+        )
+
+    def _age(self, step: int, now: float) -> float:
+        """By the clock or by steps, whichever is more."""
+        if self._plan.newest is not None:
+            self._since = (self._plan.newest.time, self._plan.newest.step)
+        assert self._since is not None
+        return max(now - self._since[0], (step - self._since[1]) * self.period)
+
+    def _next_state(self, age: float) -> State:
+        overdue = age - self._plan.covered - EPSILON
+        if self.state is State.DEAD or overdue > self.dead_after:
+            return State.DEAD
+        if overdue > self.stalled_after:
+            return State.STALLED
+        fresh = age <= self.max_age + (self.ask_every - 1) * self.period + EPSILON
+        return State.OK if fresh and self._plan.newest is not None else State.DEGRADED
+
+    def _fall_back(self, age: float, reason: str) -> Command:
+        if self.fallback == "hold" and self.spec is not None:
+            if self._last is not None:
+                held = np.where(self.spec.relative, 0.0, self._last)
+                return Command(held, "hold", self.state, age, reason=reason)
+            if all(self.spec.relative):
+                return Command(np.zeros(self.spec.action_dim), "hold", self.state, age, reason=reason)
+            reason += " (and nothing was executed that could be held: reset(start=...) says it)"
+        return Command(None, "none", self.state, age, reason=reason)
+
+    def _record(
+        self,
+        command: Command,
+        step: int,
+        now: float,
+        seen_at: float,
+        observation: Any,
+        asked: Ask | None,
+        arrived: list[dict[str, Any]],
+    ) -> dict[str, Any]:
+        """The line of a step."""
+        return {
+            "at": datetime.datetime.now(datetime.UTC).isoformat(),  # for people; nothing is decided by it
+            "clock": now,
+            "epoch": self.epoch,
+            "step": step,
+            "seen": self._digest(observation),
+            "seen_at": seen_at,
+            "asked": None if asked is None else asked.id,
+            "arrived": arrived,
+            **asdict(command),
+            "action": None if command.action is None else command.action.tolist(),
+            "answered": None if command.answered is None else command.answered.tolist(),
+        }
+
+
+def _called(answer: Callable[[Any], Any]) -> ThreadTransport:
+    def actions(ask: Ask) -> Any:
+        given = answer(ask.observation)
+        return getattr(given, "actions", given)
+
+    return ThreadTransport(actions)
+
+
+def _seconds(name: str, given: float | None, default: float, least: float) -> float:
+    value = default if given is None else given
+    if not least <= value < math.inf:
+        raise ValueError(f"{name}={given}: expected {least:g} seconds or more.")
+    return value

@@ -1,0 +1,90 @@
+"""Limits of a robot's motion, by dimension: what an action may be at most, whatever a model says."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .action_spec import ActionSpec
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an action may be at most. Dimensions are named as in `ActionSpec.names`; those not named are not limited.
+
+    Args:
+        step: name -> the largest change of one step, above 0: of a relative dimension its absolute value, of an
+            absolute one its distance from the target before (without one, from `position`).
+        place: name -> (lowest, highest) place: of an absolute dimension the action itself, of a relative one `position`
+            and the action together. A robot that stands outside may stay or come back, not go further out.
+        refuse: Whether an action beyond a limit is refused completely; otherwise it is cut to the limit.
+    """
+
+    step: Mapping[str, float] = field(default_factory=dict)
+    place: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    refuse: bool = False
+
+    def __post_init__(self) -> None:
+        for name, step in self.step.items():
+            if not step > 0:
+                raise ValueError(f"step={{{name!r}: {step!r}}}: expected the largest change of one step, above 0.")
+        for name, bounds in self.place.items():
+            if len(bounds) != 2 or not bounds[0] <= bounds[1]:
+                raise ValueError(f"place={{{name!r}: {bounds!r}}}: expected (lowest, highest).")
+
+    def check(self, spec: ActionSpec) -> None:
+        """Raise a `ValueError` for names that the robot's actions do not have."""
+        unknown = sorted({*self.step, *self.place} - {*spec.names})
+        if unknown:
+            raise ValueError(f"limits of {', '.join(unknown)}: the dimensions are {', '.join(spec.names)}.")
+
+    def apply(
+        self, action: np.ndarray, spec: ActionSpec, last: np.ndarray | None, position: np.ndarray | None
+    ) -> tuple[np.ndarray, list[str]]:
+        """(A,) what may be executed, and the names of the dimensions that were cut.
+
+        Args:
+            last: (A,) what was executed before; None: nothing.
+            position: (A,) where the robot stands, in the units of the actions, as far as it is known (NaN elsewhere).
+
+        Raises:
+            ValueError: If a limit cannot be checked, because it is not known where the robot stands.
+        """
+        allowed, cut = action.copy(), []
+        for dim, name in enumerate(spec.names):
+            if name not in self.step and name not in self.place:
+                continue
+            here = np.nan if position is None else float(position[dim])
+            relative = spec.relative[dim]
+            if relative:
+                before = 0.0
+            else:
+                before = here if last is None else float(last[dim])
+            place = self.place.get(name, (-np.inf, np.inf))
+            if relative and name in self.place:
+                if not np.isfinite(here):
+                    raise ValueError(f"{name} has limits of its place: step(..., position=...) has to say where it is")
+                place = (min(place[0] - here, 0.0), max(place[1] - here, 0.0))
+            value = float(np.clip(action[dim], *place))
+            if name in self.step:
+                if not np.isfinite(before):
+                    raise ValueError(f"{name} has a limit of its step: start or position has to say where it is")
+                value = float(np.clip(value, before - self.step[name], before + self.step[name]))
+            if value != action[dim]:
+                allowed[dim] = value
+                cut.append(name)
+        return allowed, cut
+
+
+def numbers(given: Sequence[float] | np.ndarray | None, name: str, dims: int, finite: bool = True) -> np.ndarray | None:
+    """(A,) float64 of what a caller gave, or None.
+
+    Raises:
+        ValueError: If it has another shape or, where that is asked, is not finite.
+    """
+    if given is None:
+        return None
+    array = np.array(given, dtype=np.float64)
+    if array.shape != (dims,) or (finite and not np.isfinite(array).all()):
+        raise ValueError(f"{name}={given!r:.200}: expected {dims} {'finite ' if finite else ''}numbers.")
+    return array

@@ -1,0 +1,131 @@
+"""Which action of which answer may act now. Times are of one machine and one monotonic clock."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .transport import Ask, Reply
+
+
+EPSILON = 1e-9  # times are sums of floats
+
+
+@dataclass
+class Answered:
+    """The newest observation that was answered.
+
+    time: When it was seen. step: Of the control loop, of which action 0 is. actions: (K, A) float64, finite.
+    done: Index of the last action that was executed, -1 before the first.
+    """
+
+    id: int
+    step: int
+    time: float
+    actions: np.ndarray
+    done: int = -1
+
+
+class Stale(Exception):
+    """No action may act now; says why."""
+
+
+class Plan:
+    """The newest answer, and the requests that may still be answered.
+
+    Action i of an answer is for step i after its observation: it is due i periods after the observation was seen, and
+    its age is the time since then. A chunk of K actions so is good for K periods without a further answer, and stale
+    afterwards. Steps of the control loop count as well as its clock, and the greater age of the two counts: neither a
+    clock that stands still nor one that goes back makes an old action young.
+
+    Args:
+        period: Seconds from one step to the next.
+        max_age: Seconds. Older actions never act, nor actions that are due more than that later.
+        dims: Numbers of an action; None: as many as the first answer has.
+        execute: Of each answer only the first so many actions count; None: all.
+    """
+
+    LONGEST = 1024  # actions of an answer
+    PENDING = 256  # requests; older ones are not waited for any more
+
+    def __init__(self, period: float, max_age: float, dims: int | None, execute: int | None):
+        self.period, self.max_age, self.dims, self.execute = period, max_age, dims, execute
+        self.epoch = 0
+        self.clear()
+
+    def clear(self) -> None:
+        """A new epoch: whatever was asked before it never acts."""
+        self.epoch += 1
+        self.newest: Answered | None = None
+        self._pending: dict[int, tuple[int, float]] = {}  # id -> (step, time) of the observation
+
+    def asked(self, ask: Ask, time: float) -> None:
+        self._pending[ask.id] = (ask.step, time)
+        if len(self._pending) > self.PENDING:
+            del self._pending[min(self._pending)]
+
+    def accept(self, reply: Reply) -> str:
+        """Why a reply is refused; empty if its actions are the newest now."""
+        if reply.epoch != self.epoch:
+            return f"of epoch {reply.epoch}, this is {self.epoch}"
+        if reply.id not in self._pending:
+            return "not asked for, or answered before"
+        step, time = self._pending.pop(reply.id)
+        if reply.error is not None:
+            return f"{type(reply.error).__name__}: {reply.error}"[:500]
+        if self.newest is not None and reply.id < self.newest.id:
+            return "a newer observation is answered already"
+        try:
+            actions = self._checked(reply.actions)
+        except ValueError as error:
+            return str(error)
+        self._pending = {id: asked for id, asked in self._pending.items() if id > reply.id}
+        self.dims = actions.shape[1]
+        self.newest = Answered(reply.id, step, time, actions[: self.execute])
+        return ""
+
+    def _checked(self, given: Any) -> np.ndarray:
+        """(K, A) float64, a copy."""
+        try:
+            actions = np.atleast_2d(np.asarray(given))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"no actions: {error}"[:500]) from error
+        expected = f"({'A' if self.dims is None else self.dims},) or (K, {'A' if self.dims is None else self.dims})"
+        if actions.dtype.kind not in "iuf" or actions.ndim != 2:
+            raise ValueError(f"actions of {actions.dtype} {np.shape(given)}, expected numbers {expected}")
+        if not (1 <= len(actions) <= self.LONGEST and actions.shape[1] >= 1 and self.dims in (None, actions.shape[1])):
+            raise ValueError(f"actions of shape {actions.shape}, expected {expected}")
+        actions = actions.astype(np.float64)
+        if not np.isfinite(actions).all():
+            raise ValueError("actions that are not finite")
+        return actions
+
+    @property
+    def covered(self) -> float:
+        """Seconds from an observation to when the last action of its answer is due."""
+        return 0.0 if self.newest is None else (len(self.newest.actions) - 1) * self.period
+
+    def next(self, step: int, now: float) -> int:
+        """Index of the action of the newest answer that is for this step.
+
+        Raises:
+            Stale: If none may act.
+        """
+        newest = self.newest
+        if newest is None:
+            raise Stale("nothing is answered yet")
+        # By steps; where the loop was held up for more than a period, by time: what it missed is left out.
+        late = math.ceil((now - newest.time) / self.period - 1 - EPSILON)
+        index = max(step - newest.step, late, newest.done + 1)
+        last = len(newest.actions) - 1
+        if newest.done == last:
+            raise Stale("all actions of the newest answer are executed")
+        index = min(index, last)
+        by_time = now - newest.time - index * self.period
+        age = max(by_time, (step - newest.step - index) * self.period)
+        if not age <= self.max_age + EPSILON:
+            raise Stale(f"the newest action is {age:.3f} s old, max_age is {self.max_age:g} s")
+        if by_time < -self.max_age - EPSILON:
+            raise Stale(f"the next action is due in {-by_time:.3f} s: steps come faster than the control rate")
+        return index

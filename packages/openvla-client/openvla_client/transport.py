@@ -1,0 +1,95 @@
+"""Between a guard and whatever answers: requests go out without waiting, replies are looked for."""
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a guard asks. `epoch` and `id` have to come back with the reply, and are unique to it."""
+
+    epoch: int  # begins again with 1 in each guard; higher after each reset and reconnection
+    id: int  # counts requests over all epochs
+    step: int  # of the control loop since the last reset, from 0 on
+    observation: Any
+
+
+@dataclass(frozen=True)
+class Reply:
+    """Actions (A,) or (K, A) for the request of this epoch and id, or the error that came in their place."""
+
+    epoch: int
+    id: int
+    actions: Any = None
+    error: BaseException | None = None
+
+
+class Transport(Protocol):
+    """Called by one thread, that of the control loop. Replies may be lost, late, doubled and out of order."""
+
+    def submit(self, ask: Ask) -> None:
+        """Send, or replace what waits to be sent: the newest observation wins. Does not block, does not raise."""
+        ...
+
+    def poll(self, timeout: float) -> Reply | None:
+        """The next reply, after at most `timeout` seconds; None if there is none. Does not raise."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class ThreadTransport:
+    """A function that blocks, called in a thread of its own: one request at a time, always the newest.
+
+    Args:
+        answer: Gives the actions of a request, or raises. It needs a timeout of its own: a call that never returns
+            keeps the thread, and no further request is answered.
+    """
+
+    KEPT = 64  # replies nobody asked for
+
+    def __init__(self, answer: Callable[[Ask], Any]):
+        self._answer = answer
+        self._changed = threading.Condition()
+        self._waiting: Ask | None = None
+        self._replies: deque[Reply] = deque(maxlen=self.KEPT)
+        self._closed = False
+        self._thread: threading.Thread | None = None
+
+    def submit(self, ask: Ask) -> None:
+        with self._changed:
+            self._waiting = ask
+            self._changed.notify_all()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="openvla-guard", daemon=True)
+            self._thread.start()
+
+    def poll(self, timeout: float) -> Reply | None:
+        with self._changed:
+            if not self._replies and timeout > 0:
+                self._changed.wait_for(lambda: bool(self._replies), timeout)
+            return self._replies.popleft() if self._replies else None
+
+    def close(self) -> None:
+        """Ends after the call that runs; does not wait for it."""
+        with self._changed:
+            self._closed, self._waiting = True, None
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._waiting is not None)
+                ask, self._waiting = self._waiting, None
+            if ask is None:
+                return
+            try:
+                reply = Reply(ask.epoch, ask.id, self._answer(ask))
+            except Exception as error:  # of whatever was given: the guard reports it, and falls back
+                reply = Reply(ask.epoch, ask.id, error=error)
+            with self._changed:
+                self._replies.append(reply)
+                self._changed.notify_all()

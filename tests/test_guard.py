@@ -1,0 +1,518 @@
+"""`openvla_client.Guard`: what acts, what is refused, what is executed instead. Faults of the network:
+test_guard_faults.py."""
+
+import json
+import threading
+
+import numpy as np
+import pytest
+from openvla_client import ActionSpec, Audit, Guard, Limits, NoAction, Reply, State, ThreadTransport, digest
+
+
+POSE = ActionSpec(("x", "y", "z", "gripper"), (True, True, True, False), (3,), hz=10)
+JOINTS = ActionSpec(("a", "b", "gripper"), (False, False, False), (2,), hz=10)
+
+
+class Bench:
+    """A clock that tests move, and a transport whose replies they give."""
+
+    def __init__(self, spec=POSE, start=None, **options):
+        self.now, self.asked, self.replies, self.lines = 100.0, [], [], []
+        options = {"clock": lambda: self.now, "audit": self.lines.append, **options}
+        self.guard = Guard(self, spec, **options)
+        self.guard.reset(start)
+
+    def submit(self, ask):
+        self.asked.append(ask)
+
+    def poll(self, timeout):
+        if self.replies:
+            return self.replies.pop(0)
+        self.now += timeout
+        return None
+
+    def close(self):
+        pass
+
+    def answer(self, actions, ask=-1):
+        ask = self.asked[ask]
+        self.replies.append(Reply(ask.epoch, ask.id, actions))
+
+    def step(self, after=0.1, **more):
+        """A step that comes `after` seconds behind the last."""
+        begin = self.now
+        command = self.guard.step({"image": b"..."}, **more)
+        self.now = max(self.now, begin + after)
+        return command
+
+
+def still(gripper=1.0):
+    return [0, 0, 0, gripper]
+
+
+# What acts ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_acts_once_and_then_the_fallback():
+    bench = Bench(start=still(), wait=0)
+    assert bench.step().source == "hold"
+    bench.answer([0.1, 0, 0, 0])
+    bench.answer([0.1, 0, 0, 0])  # a duplicate
+    command = bench.step()
+    assert (command.source, command.state, command.id, command.index) == ("answer", State.OK, 0, 0)
+    assert command.action.tolist() == [0.1, 0, 0, 0] and command.age == pytest.approx(0.1)
+    command = bench.step()
+    assert command.source == "hold" and "executed" in command.reason
+    assert command.action.tolist() == [0, 0, 0, 0]  # no motion, the gripper as it was told last
+    assert [one["refused"] for one in bench.lines[1]["arrived"]] == ["", "not asked for, or answered before"]
+
+
+def test_the_answer_to_this_very_observation_is_waited_for():
+    bench = Bench(start=still())  # half a period
+    bench.poll = lambda timeout: bench.now_answered() if timeout else None
+    bench.now_answered = lambda: Reply(bench.asked[-1].epoch, bench.asked[-1].id, [0.2, 0, 0, 1])
+    command = bench.step()
+    assert command.source == "answer" and command.age == 0
+
+
+def test_no_longer_than_told():
+    bench = Bench(start=still(), wait=0.03)
+    bench.step(after=0)
+    assert bench.now == pytest.approx(100.03)
+
+
+@pytest.mark.parametrize("late, acts", [(1, True), (2, True), (3, False)])
+def test_max_age_is_two_periods(late, acts):
+    bench = Bench(start=still(), wait=0)
+    for _ in range(late):
+        bench.step()
+    bench.answer([0.1, 0, 0, 1], ask=0)
+    command = bench.step()
+    assert (command.source == "answer") is acts
+    assert acts or "max_age" in command.reason
+
+
+def test_a_chunk_is_good_for_as_many_steps_and_no_longer():
+    bench = Bench(start=still(), wait=0, stalled_after=0.5, dead_after=1.0)
+    bench.step()
+    bench.answer([[i / 100, 0, 0, 1] for i in range(8)])
+    commands = [bench.step() for _ in range(20)]
+    assert [command.index for command in commands[:7]] == [*range(1, 8)]  # action 0 was for the step before
+    assert [command.state for command in commands[:2]] == [State.OK] * 2
+    assert {command.state for command in commands[2:7]} == {State.DEGRADED}
+    assert {command.source for command in commands[7:]} == {"hold"}
+    assert [commands[i].state for i in (11, 12, 16, 17)] == [
+        State.DEGRADED, State.STALLED, State.STALLED, State.DEAD,
+    ]  # fmt: skip
+
+
+def test_a_newer_answer_takes_over_at_its_own_step_and_an_older_one_never():
+    bench = Bench(start=still(), wait=0)
+    bench.step()
+    bench.step()
+    bench.answer([[i, 0, 0, 1] for i in range(8)], ask=1)
+    assert bench.step().action[0] == 1  # step 2: action 1 of the answer to step 1
+    bench.answer([[10 + i, 0, 0, 1] for i in range(8)], ask=0)
+    bench.answer([[20 + i, 0, 0, 1] for i in range(8)], ask=2)
+    command = bench.step()
+    assert (command.action[0], command.id, command.index) == (21, 2, 1)
+    assert bench.lines[-1]["arrived"][0]["refused"]
+
+
+def test_a_loop_that_was_held_up_leaves_out_what_it_missed():
+    bench = Bench(start=still(), wait=0)
+    bench.step()
+    bench.answer([[i, 0, 0, 1] for i in range(8)])
+    assert bench.step(after=0.35).index == 1
+    assert bench.step().index == 4  # 0.45 s after the observation
+    assert bench.step().index == 5
+
+
+def test_steps_that_come_too_fast_do_not_run_ahead():
+    bench = Bench(start=still(), wait=0)
+    bench.step(after=0.01)
+    bench.answer([[i, 0, 0, 1] for i in range(20)])
+    commands = [bench.step(after=0.01) for _ in range(10)]
+    assert [command.index for command in commands if command.source == "answer"] == [1, 2]
+    assert "faster" in commands[-1].reason
+
+
+def test_ask_every_and_execute():
+    bench = Bench(start=still(), wait=0, ask_every=4, execute=6)
+    bench.step()
+    bench.answer([[i, 0, 0, 1] for i in range(8)])
+    indices = [bench.step().index for _ in range(7)]
+    assert indices == [1, 2, 3, 4, 5, None, None]
+    assert [ask.step for ask in bench.asked] == [0, 4, 6, 7]  # at once where nothing is left
+
+
+# What never acts ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "actions",
+    [
+        [0.1, np.nan, 0, 1],
+        [0.1, np.inf, 0, 1],
+        [0.1, 0, 1],
+        [[0.1, 0, 0, 1, 1]],
+        [[[0.1, 0, 0, 1]]],
+        [],
+        [[]],
+        np.zeros((0, 4)),
+        np.zeros((5000, 4)),
+        0.5,
+        None,
+        "motion",
+        ["0.1", "0", "0", "1"],
+        [True, False, False, True],
+        [1 + 2j, 0, 0, 0],
+        [[0, 0, 0, 1], [0, 0]],
+        {"actions": [0, 0, 0, 1]},
+        np.array([0, 0, 0, None]),
+        [[0, 0, 0, 1], [0, 0, 0, np.nan]],  # nothing of an answer that is wrong further on
+    ],
+    ids=repr,
+)
+def test_what_is_no_action_never_acts(actions):
+    bench = Bench(start=still(), wait=0)
+    bench.step()
+    bench.answer(actions)
+    command = bench.step()
+    assert command.source == "hold" and command.action.tolist() == still()
+    assert bench.lines[-1]["arrived"][0]["refused"]
+    bench.answer([0.1, 0, 0, 1])  # to the next observation
+    assert bench.step().source == "answer"
+
+
+def test_an_error_in_place_of_an_answer():
+    bench = Bench(start=still(), wait=0)
+    bench.step()
+    bench.replies.append(Reply(bench.asked[0].epoch, bench.asked[0].id, error=TimeoutError("no answer in 1 s")))
+    assert bench.step().source == "hold"
+    assert bench.lines[-1]["arrived"][0]["refused"] == "TimeoutError: no answer in 1 s"
+
+
+@pytest.mark.parametrize("again", ["reset", "reconnected"])
+def test_an_answer_from_before_never_acts(again):
+    bench = Bench(start=still(), wait=0)
+    bench.step()
+    bench.answer([[i, 0, 0, 1] for i in range(8)])
+    assert bench.step().source == "answer"
+    getattr(bench.guard, again)(*[still()] * (again == "reset"))
+    assert bench.step().source == "hold"  # the rest of the chunk
+    bench.answer([0.5, 0, 0, 1], ask=1)  # asked before
+    command = bench.step()
+    assert command.source == "hold" and "epoch" in bench.lines[-1]["arrived"][0]["refused"]
+    bench.answer([0.5, 0, 0, 1])
+    assert bench.step().source == "answer"
+
+
+def test_a_request_that_was_never_made():
+    bench = Bench(start=still(), wait=0)
+    bench.step()
+    bench.replies.append(Reply(bench.guard.epoch, 99, [0.1, 0, 0, 1]))
+    assert bench.step().source == "hold"
+
+
+def test_a_clock_that_goes_back_begins_an_epoch():
+    bench = Bench(start=still(), wait=0)
+    bench.step()
+    bench.answer([[i, 0, 0, 1] for i in range(8)])
+    assert bench.step().source == "answer"
+    bench.now -= 50
+    command = bench.step()
+    assert command.source == "hold" and "clock" in command.reason
+    bench.answer([0.1, 0, 0, 1])
+    assert bench.step().source == "answer"
+
+
+def test_a_clock_that_stands_still_ages_by_steps():
+    bench = Bench(start=still(), wait=0)
+    bench.step(after=0)
+    bench.answer([[i, 0, 0, 1] for i in range(3)])
+    commands = [bench.step(after=0) for _ in range(60)]
+    assert [command.index for command in commands[:3]] == [1, 2, None]
+    assert commands[-1].state is State.DEAD
+
+
+def test_times_of_another_clock_are_refused():
+    bench = Bench(start=still(), wait=0)
+    for seen_at in (bench.now + 1, 1.7e9, 0.0, float("nan")):
+        command = bench.step(seen_at=seen_at)
+        assert command.source == "hold" and "seen_at" in command.reason
+    assert not bench.asked
+    bench.step(seen_at=bench.now - 0.15)
+    bench.answer([0.1, 0, 0, 1])
+    assert bench.step().age == pytest.approx(0.25) and "max_age" in bench.lines[-1]["reason"]
+
+
+# States, fallback -----------------------------------------------------------------------------------------------------
+
+
+def test_dead_until_somebody_looks():
+    bench = Bench(start=still(), wait=0, dead_after=1.0)
+    states = [bench.step().state for _ in range(12)]
+    assert states == [State.DEGRADED] * 6 + [State.STALLED] * 5 + [State.DEAD]
+    asked = len(bench.asked)
+    bench.answer([0.1, 0, 0, 1])
+    command = bench.step()
+    assert command.state is State.DEAD and command.source == "hold" and len(bench.asked) == asked
+    bench.guard.reset(still())
+    bench.step()
+    bench.answer([0.1, 0, 0, 1])
+    assert bench.step().state is State.OK
+
+
+def test_a_connection_that_comes_and_goes_gets_dead_as_well():
+    bench = Bench(start=still(), wait=0, dead_after=1.0)
+    for _ in range(12):
+        bench.guard.reconnected()
+        state = bench.step().state
+    assert state is State.DEAD
+
+
+def test_stalled_recovers_by_itself():
+    bench = Bench(start=still(), wait=0)
+    for _ in range(10):
+        command = bench.step()
+    assert command.state is State.STALLED
+    bench.answer([0.1, 0, 0, 1])
+    assert bench.step().state is State.OK
+
+
+def test_places_hold_their_last_target():
+    bench = Bench(JOINTS, start=[1.0, 2.0, 0.5], wait=0)
+    assert bench.step().action.tolist() == [1.0, 2.0, 0.5]
+    bench.answer([1.1, 2.1, 0.0])
+    assert bench.step().source == "answer"
+    assert bench.step().action.tolist() == [1.1, 2.1, 0.0]
+
+
+def test_without_a_start_there_is_nothing_to_hold():
+    bench = Bench(JOINTS, wait=0)
+    with pytest.raises(NoAction, match="start") as caught:
+        bench.step()
+    assert caught.value.command.action is None and bench.lines[-1]["source"] == "none"
+    bench.answer([1.1, 2.1, 0.0])
+    assert bench.step().source == "answer"
+    assert bench.step().source == "hold"
+    bench.guard.reset()  # whatever was executed, the robot was moved since
+    with pytest.raises(NoAction):
+        bench.step()
+
+
+def test_an_unknown_contract_raises():
+    bench = Bench(None, hz=10, wait=0)
+    with pytest.raises(NoAction, match="DEGRADED"):
+        bench.step()
+    bench.answer([1.0, 2.0])
+    assert bench.step(after=0).action.tolist() == [1.0, 2.0]
+    with pytest.raises(NoAction):
+        bench.step()
+    bench.answer([1.0, 2.0, 3.0])  # another robot's
+    with pytest.raises(NoAction):
+        bench.step()
+
+
+# Limits ---------------------------------------------------------------------------------------------------------------
+
+
+def test_limits_cut_and_report():
+    bench = Bench(start=still(), wait=0, limits=Limits(step={"x": 0.05}, place={"z": (0.1, 0.5)}))
+    bench.step(position=[0, 0, 0.3, 0])
+    bench.answer([0.2, 9, -0.3, 0])
+    command = bench.step(position=[np.nan, np.nan, 0.3, np.nan])
+    assert command.limited == ("x", "z") and command.source == "answer"
+    assert command.action == pytest.approx([0.05, 9, -0.2, 0]) and command.answered.tolist() == [0.2, 9, -0.3, 0]
+    assert bench.lines[-1]["limited"] == ("x", "z")
+
+
+def test_limits_refuse():
+    bench = Bench(start=still(), wait=0, limits=Limits(step={"x": 0.05}, refuse=True))
+    bench.step()
+    bench.answer([0.2, 0, 0, 0])
+    command = bench.step()
+    assert command.source == "hold" and "limits of x" in command.reason and command.action.tolist() == still()
+    bench.answer([0.04, 0, 0, 0])
+    assert bench.step().source == "answer"
+
+
+def test_limits_that_cannot_be_checked_refuse():
+    bench = Bench(start=still(), wait=0, limits=Limits(place={"z": (0.1, 0.5)}))
+    bench.step()
+    bench.answer([0, 0, 0.01, 0])
+    assert "position" in bench.step().reason
+    bench = Bench(JOINTS, wait=0, limits=Limits(step={"a": 0.05}))
+    with pytest.raises(NoAction):
+        bench.step()
+    bench.answer([1, 1, 1])
+    with pytest.raises(NoAction, match="start or position"):
+        bench.step()
+    bench.answer([1, 1, 1])
+    assert bench.step(position=[0.9, 0, 0]).action == pytest.approx([0.95, 1, 1])
+    bench.answer([-1, 1, 1])
+    assert bench.step(position=[5, 0, 0]).action == pytest.approx([0.90, 1, 1])  # from the last target, not from 5
+
+
+@pytest.mark.parametrize(
+    "here, change, allowed", [(0.6, 0.1, 0.0), (0.6, -0.2, -0.2), (0.0, -0.1, 0.0), (0.0, 0.2, 0.2)]
+)
+def test_outside_of_the_workspace_only_inwards(here, change, allowed):
+    action, _ = Limits(place={"z": (0.1, 0.5)}).apply(
+        np.array([0, 0, change, 1]), POSE, None, np.array([0, 0, here, 0])
+    )
+    assert action[2] == pytest.approx(allowed)
+
+
+# Audit ----------------------------------------------------------------------------------------------------------------
+
+
+def test_one_line_for_each_step(tmp_path):
+    audit = Audit(tmp_path / "audit.jsonl")
+    bench = Bench(start=still(), wait=0, audit=audit.write)
+    for _ in range(5):
+        bench.step()
+        bench.answer([0.1, 0, 0, float("nan")])
+    audit.close()
+    lines = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [*range(5)] and audit.lost == 0
+    assert lines[1]["arrived"] == [{"epoch": bench.guard.epoch, "id": 0, "refused": "actions that are not finite"}]
+    assert lines[0]["seen"] == digest({"image": b"..."}) and lines[0]["state"] == "DEGRADED"
+
+
+def test_files_of_an_audit_rotate(tmp_path):
+    audit = Audit(tmp_path / "audit.jsonl", max_bytes=100, files=3)
+    for step in range(40):
+        audit.write({"step": step, "reason": "x" * 20})
+    audit.close()
+    audit.write({"step": 99})
+    assert audit.lost == 1
+    files = sorted(tmp_path.iterdir())
+    assert [file.name for file in files] == ["audit.jsonl", "audit.jsonl.1", "audit.jsonl.2"]
+    assert all(file.stat().st_size <= 100 for file in files)
+    last = [json.loads(line)["step"] for file in reversed(files) for line in file.read_text().splitlines()]
+    assert last == [*range(last[0], 40)]
+
+
+def test_a_full_disk_does_not_stop_the_robot(tmp_path, monkeypatch):
+    audit = Audit(tmp_path / "audit.jsonl")
+    bench = Bench(start=still(), wait=0, audit=audit.write)
+    bench.step()
+    assert audit.flush()
+    (tmp_path / "audit.jsonl").write_text('{"step": 0}\n{"st')  # what a full disk took
+    real = Audit._append
+
+    def full(self, lines):
+        raise OSError(28, "No space left on device")
+
+    with pytest.warns(UserWarning, match="No space left"), monkeypatch.context() as patch:
+        patch.setattr(Audit, "_append", full)
+        bench.answer([0.1, 0, 0, 1])
+        assert bench.step().source == "answer"
+        assert audit.flush() and audit.lost == 1
+    assert Audit._append is real
+    bench.step()
+    audit.close()
+    lines = (tmp_path / "audit.jsonl").read_text().splitlines()
+    assert lines[1] == '{"st' and json.loads(lines[2])["step"] == 2
+
+
+def test_a_slow_disk_does_not_hold_up_a_step(tmp_path, monkeypatch):
+    free = threading.Event()
+    monkeypatch.setattr(Audit, "_append", lambda self, lines: free.wait(60))
+    monkeypatch.setattr(Audit, "WAITING", 3)
+    audit = Audit(tmp_path / "audit.jsonl")
+    for step in range(20):
+        audit.write({"step": step})
+    assert audit.lost >= 16 and not audit.flush(timeout=0.01)
+    free.set()
+    audit.close()
+
+
+def test_a_digest_names_content():
+    image = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+    seen = {"image": image, "words": "open", "state": [1.0, 2]}
+    assert digest(seen) == digest(dict(reversed(seen.items()))) == digest({**seen, "image": image.copy(order="F")})
+    others = [{**seen, "words": "opem"}, {**seen, "image": image.reshape(4, 1, 3)}, {**seen, "state": [1.0, 3]}, None]
+    assert len({digest(one) for one in [seen, *others]}) == 5
+
+
+# A thread of its own --------------------------------------------------------------------------------------------------
+
+
+def test_a_function_that_blocks_is_asked_the_newest():
+    """One call at a time; what came in between is replaced."""
+    go, began = threading.Semaphore(0), threading.Semaphore(0)
+    seen = []
+
+    def answer(observation):
+        seen.append(observation)
+        began.release()
+        assert go.acquire(timeout=60)
+        if observation == 3:
+            raise ConnectionError("the server is gone")
+        return np.array([[observation, 0, 0, 1]])
+
+    clock = [0.0]
+    guard = Guard(answer, POSE, wait=0, clock=lambda: clock[0], max_age=10)
+    guard.reset(still())
+    for observation in (1, 2, 3):
+        assert guard.step(observation).source == "hold"
+        if observation == 1:
+            assert began.acquire(timeout=60)
+    go.release()
+    assert began.acquire(timeout=60)  # 3 is asked
+    go.release(2)
+    guard.wait = 60
+    command = guard.step(4)  # after 1 and the error of 3
+    assert seen == [1, 3, 4] and command.action.tolist() == [4, 0, 0, 1]
+    guard.close()
+
+
+def test_what_a_thread_answers_comes_back():
+    transport = ThreadTransport(lambda ask: ask.observation * 2)
+    guard = Guard(transport, POSE, wait=30, hz=1)
+    command = guard.step(np.array([0.1, 0.2, 0.3, 0.5]))
+    assert command.source == "answer" and command.action.tolist() == [0.2, 0.4, 0.6, 1.0]
+    guard.close()
+
+
+# Arguments ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "spec, options, message",
+    [
+        (None, {}, "hz"),
+        (None, {"hz": 0}, "hz"),
+        (None, {"hz": 10, "fallback": "hold"}, "spec"),
+        (None, {"hz": 10, "limits": Limits()}, "spec"),
+        (POSE, {"fallback": "stop"}, "fallback"),
+        (POSE, {"max_age": -1}, "max_age"),
+        (POSE, {"stalled_after": 0.1}, "stalled_after"),
+        (POSE, {"dead_after": 0.1}, "dead_after"),
+        (POSE, {"ask_every": 0}, "ask_every"),
+        (POSE, {"execute": 0}, "execute"),
+        (POSE, {"limits": Limits(step={"elbow": 1})}, "elbow"),
+    ],
+)
+def test_arguments_that_do_not_fit(spec, options, message):
+    with pytest.raises(ValueError, match=message):
+        Guard(lambda seen: None, spec, **options)
+
+
+@pytest.mark.parametrize("options", [{"step": {"x": 0}}, {"step": {"x": float("nan")}}, {"place": {"x": (2, 1)}}])
+def test_limits_that_make_no_sense(options):
+    with pytest.raises(ValueError, match="expected"):
+        Limits(**options)
+
+
+def test_a_step_of_another_shape_is_no_step():
+    bench = Bench(start=still(), wait=0)
+    for position in ([1, 2], [[1, 2, 3, 4]]):
+        with pytest.raises(ValueError, match="position"):
+            bench.step(position=position)
+    with pytest.raises(ValueError, match="start"):
+        bench.guard.reset([1, 2])
+    assert not bench.asked and not bench.lines
