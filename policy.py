@@ -123,40 +123,57 @@ class OpenVLAPolicy(Policy):
         Raises:
             ValueError: If an observation holds no image, or not that of the camera.
         """
-        given = [0 if seen.committed is None else len(seen.committed) for seen in observations]
-        actions: list[Any] = [None] * len(given)
-        passes = [0] * len(given)
-        for count in dict.fromkeys(given):  # one batch for each number of steps that are decided already
-            rows = [row for row, n in enumerate(given) if n == count]
-            found, counts = self._predict([observations[row] for row in rows])
-            for place, row in enumerate(rows):
-                actions[row], passes[row] = found[place], counts[place] if counts else 0
-        self.passes = passes if all(passes) else []
-        return np.stack(actions)
+        found = self.predict(observations)
+        counted = all("token_passes" in prediction for prediction in found)
+        self.passes = [int(prediction["token_passes"].max()) for prediction in found] if counted else []
+        actions = np.stack([prediction["actions"] for prediction in found])
+        return actions[:, 0] if actions.shape[1] == 1 else actions
 
-    def _predict(self, observations: Sequence[Observation]) -> tuple[np.ndarray, list[int]]:
-        """Actions of observations, and passes of the language model where they are counted."""
-        more: dict[str, Any] = {}
+    def predict(
+        self, observations: Sequence[Observation], unnorm_keys: Sequence[str] | None = None, **options: Any
+    ) -> list[dict[str, np.ndarray]]:
+        """What `ActionPrediction` holds, for each observation: arrays (K, A, ...), K = 1 of a model that predicts one
+        step.
+
+        Args:
+            unnorm_keys: Dataset of each. Default: that of the policy.
+            options: Of `predict_action`.
+
+        Raises:
+            ValueError: As `act`.
+        """
+        keys = [self.unnorm_key] * len(observations) if unnorm_keys is None else unnorm_keys
+        batches: dict[tuple[str, int], list[int]] = {}  # one for each dataset and number of steps decided already
+        for row, (seen, key) in enumerate(zip(observations, keys, strict=True)):
+            batches.setdefault((key, 0 if seen.committed is None else len(seen.committed)), []).append(row)
+        predictions: dict[int, dict[str, np.ndarray]] = {}
+        for (key, _), rows in batches.items():
+            found = self._predict([observations[row] for row in rows], unnorm_key=key, **options)
+            for place, row in enumerate(rows):
+                predictions[row] = {name: values[place] for name, values in found.items()}
+        return [predictions[row] for row in range(len(observations))]
+
+    def _predict(self, observations: Sequence[Observation], **more: Any) -> dict[str, np.ndarray]:
+        """A prediction of one batch, (batch, K, A, ...) each; of a model that has no heads the actions alone."""
         if getattr(getattr(self.model, "config", None), "proprio_dim", None) is not None:
             more["state"] = np.stack([observation.state for observation in observations])
         if observations[0].committed is not None and len(observations[0].committed):
             more["committed"] = np.stack([observation.committed for observation in observations])  # type: ignore[misc]
         images = [self._images(observation) for observation in observations]
         instructions = [observation.instruction for observation in observations]
-        if not getattr(getattr(self.model, "action_head", None), "takes_drafts", False):
-            return np.asarray(self.model.predict_action(images, instructions, unnorm_key=self.unnorm_key, **more)), []
-        if self.drafts or (self.drafts is None and self._is_exact()):
+        head = getattr(self.model, "action_head", None)
+        if head is None:
+            actions = np.asarray(self.model.predict_action(images, instructions, **more))
+            return {"actions": actions.reshape(len(observations), -1, actions.shape[-1])}
+        if head.takes_drafts and (self.drafts or (self.drafts is None and self._is_exact())):
             more["draft"] = [self._draft(observation) for observation in observations]
-        found: Any = self.model.predict_action(
-            images, instructions, unnorm_key=self.unnorm_key, return_dict=True, **more
-        )
-        if found.token_ids is None or found.token_passes is None:  # a head of a user's own, whose actions are numbers
-            return np.asarray(found.actions), []
-        chunks = found.token_ids.reshape(len(observations), -1, found.token_ids.shape[-1])
-        for observation, tokens in zip(observations, chunks):
-            self._last[observation.slot] = (observation.step, tokens)
-        passes = found.token_passes.reshape(len(observations), -1).max(axis=1).tolist()
-        return np.asarray(found.actions), passes
+        found: Any = self.model.predict_action(images, instructions, return_dict=True, **more)
+        shape = (len(observations), -1, found.actions.shape[-1])
+        rows = {name: values.reshape(*shape, *values.shape[found.actions.ndim :]) for name, values in found.items()}
+        if head.takes_drafts and "token_ids" in rows:  # heads of a user's own may tell no tokens
+            for observation, tokens in zip(observations, rows["token_ids"]):
+                self._last[observation.slot] = (observation.step, tokens)
+        return rows
 
     def _is_exact(self) -> bool:
         """Whether the model rounds so little that a draft changes nothing."""
