@@ -28,7 +28,7 @@ class Dataset:
 class ModelInfo:
     """What a client has to know before it asks."""
 
-    model: str  # folder or Hub id, as it was given
+    model: str  # Hub id, or the name of its folder: nobody's path
     datasets: dict[str, Dataset]
     default_key: str | None  # the key of requests that name none; None: each has to
     cameras: tuple[str, ...]

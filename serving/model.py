@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from ..action_spec import spec_of
+from ..action_tokenizer import unnormalize_actions
 from ..device import torch_device
-from ..hub import model_folder, variant_of
+from ..hub import model_folder, published_name, variant_of
 from ..observation import Observation
 from ..options.prediction import ModelOptions
 from ..policy import OpenVLAPolicy, load_model
@@ -53,11 +54,13 @@ class OpenVLAModel:
         self.policy = OpenVLAPolicy(model, unnorm_key or next(iter(known), None))
         served = [key for key, entry in known.items() if state_dim is None or entry.get("proprio") is not None]
         if not served:
-            raise ValueError(f"'{name}' sees the state of the robot, and its statistics have no proprio of any dataset.")
+            raise ValueError(
+                f"'{name}' sees the state of the robot, and its statistics have no proprio of any dataset."
+            )
         height, width = model.vision_backbone.input_shape[1:]
         self.info = ModelInfo(
             model=name,
-            datasets={key: Dataset(spec_of(known, key), state_dim) for key in served},
+            datasets={key: dataset_of(model, key) for key in served},
             default_key=unnorm_key or (served[0] if len(served) == 1 else None),
             cameras=tuple(model.camera_names),
             chunk=model.action_chunk,
@@ -84,7 +87,7 @@ class OpenVLAModel:
             quantization=options.quantization,
             **variant_of(folder, options.action_head, options.action_chunk),
         )
-        return cls(model, options.model, options.unnorm_key)
+        return cls(model, published_name(options.model), options.unnorm_key)
 
     def act(self, requests: Sequence[Request]) -> list[Answer]:
         """See `contract.Model`.
@@ -99,14 +102,15 @@ class OpenVLAModel:
         slots = [self._slot(request.session) for request in requests]
         observations = [replace(request.observation, slot=slot) for request, slot in zip(requests, slots)]
         with memory_errors():
-            found = self.policy.predict(observations, [request.unnorm_key for request in requests])
+            found = self.policy.predict(
+                observations,
+                [request.unnorm_key for request in requests],
+                **({"return_distributions": True} if any(request.distributions for request in requests) else {}),
+            )
         for request, slot in zip(requests, slots):
             if request.session is None:
                 self.policy.reset(slot)
-        return [
-            Answer(prediction["actions"], prediction["normalized_actions"], prediction.get("token_probabilities"))
-            for prediction in found
-        ]
+        return [answer(prediction, request.distributions) for prediction, request in zip(found, requests)]
 
     def warm_up(self, batch_sizes: Sequence[int]) -> None:
         key = self.info.default_key or next(iter(self.info.datasets))
@@ -147,6 +151,24 @@ class OpenVLAModel:
         except ValueError as error:
             return f"instruction: {error}"
         return ""
+
+
+def answer(prediction: dict[str, np.ndarray], with_distributions: bool) -> Answer:
+    """Of what a policy predicts, see `OpenVLAPolicy.predict`."""
+    distributions = prediction.get("token_distributions") if with_distributions else None
+    return Answer(
+        prediction["actions"],
+        prediction["normalized_actions"],
+        prediction.get("token_probabilities"),
+        distributions=None if distributions is None else distributions[..., ::-1],  # ids grow as numbers fall
+    )
+
+
+def dataset_of(model: "OpenVLAForActionPrediction", unnorm_key: str) -> Dataset:
+    spec, mode = spec_of(model.norm_stats or {}, unnorm_key), model.normalization.get(unnorm_key, "bounds_q99")
+    ends = np.repeat([[-1.0], [1.0]], spec.action_dim, axis=1)
+    low, high = unnormalize_actions(ends, model.get_action_stats(unnorm_key), mode)
+    return Dataset(spec, model.config.proprio_dim, tuple(low.tolist()), tuple(high.tolist()))
 
 
 @contextmanager
