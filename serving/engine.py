@@ -75,25 +75,18 @@ class Engine:
         self._arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="openvla-model")
         self._task: asyncio.Task[None] | None = None
-        self._warm: asyncio.Future[None] | None = None
 
     # Life -------------------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Begin to warm the model up, and return at once: until it is `ready`, requests are refused as `Busy`."""
-        self._warm = asyncio.get_running_loop().create_future()
-        self._task = asyncio.create_task(self._run(self._warm))
-
-    async def until_ready(self) -> None:
-        """Wait until the model is warm.
+        """Warm the model up, and return when it is ready. Until then requests are refused as `Busy`.
 
         Raises:
             Failed: If it could not be warmed up.
         """
-        assert self._warm is not None, "start() comes first"
-        await asyncio.shield(self._warm)
-        if self.state == "broken":
-            raise Failed("The model could not be warmed up: the log of the server says why.")
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._warm_up)
+        self._check_state()
+        self._task = asyncio.create_task(self._run())
 
     @property
     def ready(self) -> bool:
@@ -152,12 +145,10 @@ class Engine:
         now = self._clock()
         return [(seen, now - seen.at) for seen in self._sessions.latest()]
 
-    @property
     def waiting(self) -> int:
         """Requests that the model has not begun with."""
         return len(self._waiting)
 
-    @property
     def open(self) -> int:
         """Requests whose answer somebody awaits."""
         return self._open.total()
@@ -212,10 +203,7 @@ class Engine:
 
     # Batches ----------------------------------------------------------------------------------------------------------
 
-    async def _run(self, warm: asyncio.Future[None]) -> None:
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._thread, self._warm_up)
-        warm.set_result(None)
+    async def _run(self) -> None:
         while self.state == "ready" or self._waiting:
             if not self._waiting:
                 self._arrived.clear()
