@@ -16,10 +16,6 @@ from safetensors import SafetensorError, safe_open
 
 from .files_openvla import check_file, local_folder, read_json
 
-from .files_openvla import check_file, local_folder, read_json
-
-from .files_openvla import check_file, local_folder, read_json
-
 
 WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")  # in the order in which the library looks for them
 LOADING = (  # arguments of `from_pretrained` that scripts give, for a hint at a misspelt one

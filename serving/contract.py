@@ -166,6 +166,18 @@ class Unauthorized(Refusal):
     status, code = 401, "unauthorized"
 
 
+class Forbidden(Refusal):
+    """It comes from where nothing is answered: a page of another site."""
+
+    status, code = 403, "forbidden"
+
+
+class NotThere(Refusal):
+    """There is nothing of that name."""
+
+    status, code = 404, "not_there"
+
+
 class TooLarge(Refusal):
     """More bytes, pixels or numbers than the server takes."""
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..policy import check_numbers
 from .contract import Answer, Busy, Failed, Late, Model, Refusal, Request, Superseded
-from .sessions import Seen, Sessions
+from .live import LiveView
 
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ class Engine:
         max_wait_ms: How long the model, when it is free, waits for requests that are likely to come.
         queue_size: Requests that wait, at most.
         clock: In seconds; that of `Request.deadline`.
+        live: What people see of the robots that ask.
 
     Attributes:
         state: "starting", "ready", "stopping", "stopped" or "broken" (warm-up failed).
@@ -59,7 +60,9 @@ class Engine:
         max_wait_ms: float = 5.0,
         queue_size: int = 64,
         clock: Callable[[], float] = time.monotonic,
+        live: LiveView | None = None,
     ):
+        self.live = live or LiveView(clock=clock)
         self.model, self.info = model, model.info
         self.max_batch, self.max_wait, self.queue_size = max_batch, max_wait_ms / 1000, queue_size
         self.state, self.limit = "starting", max_batch
@@ -67,7 +70,6 @@ class Engine:
         self.batches: Counter[int] = Counter()
         self.out_of_memory = 0
         self._clock = clock
-        self._sessions = Sessions()
         self._waiting: dict[Hashable, Waiting] = {}  # by session, or by itself; the longest waiting first
         self._open: Counter[Hashable] = Counter()  # who awaits an answer, and how many
         self._lately = RecentPeak(LATELY)
@@ -117,8 +119,8 @@ class Engine:
             BadRequest: If the model cannot read it.
         """
         since = self._clock()
-        seen = self._sessions.asked(request, since)
-        outcome = "gone"
+        robot = self.live.asked(request)
+        outcome, answer = "gone", None
         try:
             answer = await self._answer(request, since)
             outcome = "answered"
@@ -128,22 +130,15 @@ class Engine:
             raise
         finally:
             self.outcomes[outcome] += 1
-            if seen is not None:
-                seen.latency_ms = 1000 * (self._clock() - since)
-                seen.state = outcome if seen.state == "waiting" else seen.state
+            self.live.told(robot, outcome, 1000 * (self._clock() - since), answer)
 
     def end_session(self, session: str) -> None:
         """An episode has ended or begins again: what waits is of the one before, what was kept is forgotten."""
         if (waiting := self._waiting.pop(session, None)) is not None:
             refuse(waiting, Superseded(f"session={session!r} has ended: ask with what is seen now."))
-        self._sessions.ended(session)
+        self.live.ended(session)
         if self.state in ("starting", "ready"):
             self._thread.submit(self.model.end_session, session)
-
-    def sessions(self) -> list[tuple[Seen, float]]:
-        """The sessions that asked last, each with the seconds since then."""
-        now = self._clock()
-        return [(seen, now - seen.at) for seen in self._sessions.latest()]
 
     def waiting(self) -> int:
         """Requests that the model has not begun with."""

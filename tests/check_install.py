@@ -38,7 +38,7 @@ VERBS = (
     "package",
     "quantize",
 )
-PACKAGES = ("conversion", "data", "evaluation", "options", "presets", "training")
+PACKAGES = ("conversion", "data", "evaluation", "options", "presets", "serving", "training")
 # Command line without its output folder -> what it asks for
 NEEDS = {
     ("stats", DEMOS / "lerobot_image"): "openvla[data]",
@@ -68,10 +68,10 @@ def check_files() -> None:
     there = [name for name in EXTRAS if importlib.util.find_spec(name)]
     assert not there, f"{there} are installed: this environment has extras"
     files = [file for pattern in ("*.py", "*.json", "*.safetensors", "README.md") for file in REPOSITORY.glob(pattern)]
+    endings = ("py", "json", "yaml", "md", "html", "js", "css")
     for package in PACKAGES:
-        files += [
-            file for ending in ("py", "json", "yaml", "md") for file in (REPOSITORY / package).rglob(f"*.{ending}")
-        ]
+        files += [file for ending in endings for file in (REPOSITORY / package).rglob(f"*.{ending}")]
+    files += (REPOSITORY / "examples" / "frames").iterdir()
     for file in files:
         name = file.relative_to(REPOSITORY)
         assert (INSTALLED / name).is_file(), f"{name} was not installed"

@@ -1,0 +1,153 @@
+// What goes on at the server: robots that ask, and the episode in the simulator.
+
+import { call, json, post } from "./api.js";
+import { drawCompass, make, number } from "./draw.js";
+
+const the = (id) => document.getElementById(id);
+const pause = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
+
+// Robots -------------------------------------------------------------------------------------------------------------
+
+const cards = new Map(); // number of a robot -> its card
+
+export async function watchRobots(about) {
+  for (;;) {
+    if (!document.hidden) {
+      try {
+        showRobots((await json("robots", { quiet: true })).robots, about);
+      } catch (error) {
+        the("no-robots").hidden = false;
+        the("no-robots").textContent = error.message;
+      }
+    }
+    await pause(1000);
+  }
+}
+
+function showRobots(robots, about) {
+  the("no-robots").hidden = robots.length > 0;
+  the("no-robots").textContent = "No robot has asked yet.";
+  const known = new Set(robots.map((robot) => robot.number));
+  for (const [key, card] of cards) if (!known.has(key)) { card.element.remove(); cards.delete(key); }
+  for (const robot of robots) {
+    if (!cards.has(robot.number)) cards.set(robot.number, newCard());
+    showRobot(cards.get(robot.number), robot, about);
+  }
+  const wanted = robots.map((robot) => cards.get(robot.number).element);
+  if (wanted.some((element, index) => the("robots").children[index] !== element)) the("robots").replaceChildren(...wanted);
+}
+
+function newCard() {
+  const card = { frame: 0, image: make("img", { alt: "" }), name: make("b"), mark: make("span", { class: "mark" }), told: make("p"), lines: make("p", { class: "note" }) };
+  card.image.hidden = true;
+  card.element = make("article", { class: "robot" }, card.image, make("div", {}, make("p", {}, card.mark, card.name), card.told, card.lines));
+  return card;
+}
+
+function ago(seconds) {
+  if (seconds < 10) return `${seconds.toFixed(1)} s ago`;
+  return seconds < 120 ? `${Math.round(seconds)} s ago` : `${Math.round(seconds / 60)} min ago`;
+}
+
+function condition(robot) {
+  if (robot.age > 5) return ["silent", robot.state === "ended" ? "ended" : "silent"];
+  if (robot.waiting) return ["good", "waiting"];
+  return [robot.state === "answered" ? "good" : "bad", robot.state];
+}
+
+function showRobot(card, robot, about) {
+  const [kind, words] = condition(robot);
+  card.mark.className = `mark ${kind}`;
+  card.mark.title = words;
+  card.name.textContent = robot.name || "without a session";
+  card.told.textContent = robot.instruction;
+  const latency = robot.latency_ms === null ? "" : `, ${Math.round(robot.latency_ms)} ms`;
+  const lines = [
+    `${words}, seen ${ago(robot.age)}${latency}`,
+    Object.entries(robot.outcomes).map(([outcome, count]) => `${count} ${outcome}`).join(", "),
+  ];
+  if (robot.action.length) lines.push(`action ${robot.action.map((value) => number(value, 2)).join(" ")}`);
+  if (robot.proprio.length) lines.push(`state ${robot.proprio.map((value) => number(value, 2)).join(" ")}`);
+  card.lines.replaceChildren(...lines.flatMap((line) => [line, make("br")]));
+  if (about.frames && robot.pictures && robot.frame !== card.frame) showFrame(card, robot);
+}
+
+async function showFrame(card, robot) {
+  card.frame = robot.frame;
+  try {
+    const blob = await (await call(`robots/${robot.number}/0`, { quiet: true })).blob();
+    URL.revokeObjectURL(card.image.src);
+    card.image.src = URL.createObjectURL(blob);
+    card.image.alt = `What ${card.name.textContent} saw last`;
+    card.image.hidden = false;
+  } catch {
+    card.image.hidden = true; // it was pushed out of the view meanwhile
+  }
+}
+
+// Simulator ----------------------------------------------------------------------------------------------------------
+
+export async function openSimulator(about, trouble) {
+  const { tasks, seeds, name } = about.simulator;
+  the("simulator").hidden = false;
+  the("simulator").querySelector("h2").textContent = `In simulation: ${name}`;
+  the("seed").max = seeds - 1;
+  for (const task of Object.keys(tasks)) the("task").append(make("option", { value: task }, task));
+  const usual = () => { the("words").value = tasks[the("task").value]; };
+  the("task").onchange = usual;
+  usual();
+  const act = (work) => async (event) => {
+    event.preventDefault();
+    trouble(null);
+    try {
+      await work();
+    } catch (error) {
+      trouble(error);
+    }
+  };
+  const words = () => the("words").value;
+  the("episode").onsubmit = act(() => running
+    ? post("episode/instruction", { instruction: words() })
+    : post("episode", { task: the("task").value, seed: Number(the("seed").value), instruction: words() }));
+  the("reword").onclick = act(() => post("episode/instruction", { instruction: words() }));
+  the("stop").onclick = act(() => post("episode/stop", {}));
+  for (let after = -1; ;) {
+    try {
+      const step = await json(`episode?after=${after}`, { quiet: true });
+      if (step.number !== after) showEpisode(step, about);
+      after = step.number;
+      if (document.hidden) await pause(1000);
+    } catch (error) {
+      the("episode-words").textContent = error.message;
+      after = -1; // a server that was started again counts from 0
+      await pause(2000);
+    }
+  }
+}
+
+let running = false;
+
+function showEpisode(step, about) {
+  running = step.running;
+  the("start").disabled = running;
+  the("reword").disabled = the("stop").disabled = !running;
+  the("progress").max = step.max_steps;
+  the("progress").value = step.step;
+  if (step.jpeg) {
+    the("world").src = `data:image/jpeg;base64,${step.jpeg}`;
+    the("world").hidden = false;
+    the("world-hint").hidden = true;
+  }
+  const told = step.task ? `“${step.instruction}”, step ${step.step} of ${step.max_steps}. ` : "";
+  const latency = running && step.latency_ms !== null ? `${Math.round(step.latency_ms)} ms for an answer. ` : "";
+  the("episode-words").textContent = told + latency + step.message;
+  the("episode-words").className = `note ${step.success === true ? "done" : step.success === false ? "failed" : ""}`;
+  const dataset = about.datasets[step.unnorm_key];
+  if (!dataset || !step.action.length) {
+    the("world-compass").replaceChildren();
+    the("episode-action").textContent = "";
+    return;
+  }
+  drawCompass(the("world-compass"), dataset, [step.action]);
+  the("episode-action").textContent = dataset.spec.names.map((name, index) => `${name} ${number(step.action[index], 2)}`).join("   ");
+}
