@@ -1,6 +1,7 @@
 """What a robot saw, asked, was answered and did: one line a step, that nothing on the disk can stop."""
 
 import hashlib
+import itertools
 import json
 import os
 import threading
@@ -79,15 +80,17 @@ class Audit:
                 self.lost += len(lines)
 
     def _append(self, lines: list[bytes]) -> None:
-        for line in lines:
-            if self.path.exists() and self.path.stat().st_size + len(line) > self.max_bytes:
+        while lines:
+            if self.path.exists() and self.path.stat().st_size + len(lines[0]) > self.max_bytes:
                 self._rotate()
             with self.path.open("ab", buffering=0) as file:
-                if not self._whole:  # the rest of a line that did not fit
-                    line = b"\n" + line
-                if file.write(line) != len(line):
-                    raise OSError(f"'{self.path}': the disk took only a part of a line")
-                self._whole = True
+                room = self.max_bytes - file.tell() - len(lines[0])
+                fitting = list(itertools.accumulate(map(len, lines[1:]), initial=0))
+                count = max(1, sum(size <= room for size in fitting))
+                data = (b"" if self._whole else b"\n") + b"".join(lines[:count])  # after a line that did not fit
+                if file.write(data) != len(data):
+                    raise OSError(f"'{self.path}': the disk took only a part")
+                self._whole, lines = True, lines[count:]
 
     def _rotate(self) -> None:
         names = [self.path, *(self.path.with_name(f"{self.path.name}.{i}") for i in range(1, self.files))]

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -199,7 +199,7 @@ class Guard:
         self._collect(arrived)
         asked = self._ask(step, now, seen_at, observation)
         if asked is not None:
-            self._collect(arrived, asked.id, now + self.wait)
+            self._collect(arrived, asked.id, self.wait)
         now = self._now(step)
         command = self._decide(step, now, here)
         if command.source != "answer" and self.epoch != epoch:
@@ -243,16 +243,20 @@ class Guard:
         """A time to come, or one long ago, is of another clock."""
         return now - self.dead_after <= seen_at <= now
 
-    def _collect(self, arrived: list[dict[str, Any]], until: int | None = None, deadline: float = -math.inf) -> None:
-        """Take replies: what is there, or up to the one with the id `until`, or the deadline."""
+    def _collect(self, arrived: list[dict[str, Any]], until: int | None = None, wait: float = 0.0) -> None:
+        """Take replies: what is there, or for at most `wait` seconds up to the one with the id `until`."""
+        begin, left = self._clock(), wait
         for _ in range(self.REPLIES):
-            reply = self._transport.poll(0.0 if until is None else min(self.wait, max(0.0, deadline - self._clock())))
+            reply = self._transport.poll(left)
             if reply is None:
                 return
             refused = self._plan.accept(reply)
             arrived.append({"epoch": reply.epoch, "id": reply.id, "refused": refused})
-            if not refused and reply.id == until:
-                return
+            if until is not None:
+                passed = self._clock() - begin
+                if reply.id == until or passed < 0:  # it went back: nobody knows how long this took
+                    return
+                left = max(0.0, wait - passed)
 
     def _decide(self, step: int, now: float, position: np.ndarray | None) -> Command:
         age = self._age(step, now)
@@ -327,7 +331,7 @@ class Guard:
             "seen_at": seen_at,
             "asked": None if asked is None else asked.id,
             "arrived": arrived,
-            **asdict(command),
+            **vars(command),
             "action": None if command.action is None else command.action.tolist(),
             "answered": None if command.answered is None else command.answered.tolist(),
         }
