@@ -1,0 +1,105 @@
+"""The one thread that a model runs in, and what keeps it running: errors of one request, memory that is too small."""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+from ..policy import check_numbers
+from .contract import Answer, Failed, Model, Refusal, Request
+
+
+logger = logging.getLogger(__name__)
+
+
+class Worker:
+    """A model in a thread of its own.
+
+    Args:
+        limit: Requests that it is asked at once, at most. Halved, for good, where memory is too small.
+
+    Attributes:
+        out_of_memory: How often memory was too small.
+    """
+
+    def __init__(self, model: Model, limit: int):
+        self.model, self.limit, self.out_of_memory = model, limit, 0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="openvla-model")
+
+    async def warm_up(self) -> None:
+        """Until the model is as fast as it gets; with smaller batches where memory is too small.
+
+        Raises:
+            MemoryError: If it is too small for a single request.
+        """
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._warm_up)
+
+    async def act(self, requests: Sequence[Request]) -> list[Answer | Refusal]:
+        """The answer to each request, or why there is none."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._act, requests)
+
+    def end_session(self, session: str) -> None:
+        """After what the model does now. Returns at once."""
+        self._thread.submit(self.model.end_session, session)
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    # In the thread ----------------------------------------------------------------------------------------------------
+
+    def _warm_up(self) -> None:
+        while True:
+            try:
+                return self.model.warm_up(sizes_up_to(self.limit))
+            except MemoryError:
+                if self.limit == 1:
+                    raise
+                self._shrink(self.limit)
+
+    def _act(self, requests: Sequence[Request]) -> list[Answer | Refusal]:
+        """A batch that fails is asked in halves, down to the requests that fail by themselves: the one place where an
+        error of any kind must not stop the server."""
+        refusal: Refusal
+        try:
+            answers = self.model.act(requests)
+            if len(answers) != len(requests):
+                raise RuntimeError(f"{len(answers)} answers to {len(requests)} requests.")
+            return [checked(answer) for answer in answers]
+        except Refusal as error:
+            refusal = error
+        except MemoryError:
+            self._shrink(len(requests))
+            refusal = Failed("Memory is too small for this request: do not move; ask with smaller images.")
+        except Exception:
+            refusal = failed()
+            if len(requests) == 1:
+                logger.exception("The model failed at a request of session %r.", requests[0].session)
+        if len(requests) == 1:
+            return [refusal]
+        half = len(requests) // 2
+        return [*self._act(requests[:half]), *self._act(requests[half:])]
+
+    def _shrink(self, size: int) -> None:
+        """A batch of `size` did not fit into memory."""
+        self.out_of_memory += 1
+        self.limit = min(self.limit, max(size // 2, 1))
+        logger.warning("Memory is too small for a batch of %d: from now on at most %d.", size, self.limit)
+
+
+def sizes_up_to(limit: int) -> list[int]:
+    """1, 2, 4, ... and the limit."""
+    return sorted({*(2**power for power in range(limit.bit_length())), limit})
+
+
+def checked(answer: Answer) -> Answer | Refusal:
+    """An answer of finite numbers, and a refusal in place of any other."""
+    try:
+        return replace(answer, actions=check_numbers(answer.actions), normalized=check_numbers(answer.normalized))
+    except ValueError as error:
+        logger.error("The model gave no finite numbers: %s", error)
+        return failed()
+
+
+def failed() -> Failed:
+    return Failed("The model failed at this request: do not move. The log of the server says why.")
