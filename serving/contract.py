@@ -22,6 +22,7 @@ class Dataset:
     # (A,) units of what the model calls -1 and 1, the ends of the bins of tokens; empty: unknown.
     low: tuple[float, ...] = ()
     high: tuple[float, ...] = ()
+    stated: bool = False  # whether the statistics say what `spec` is; otherwise it is the usual one, and a guess
 
 
 @dataclass(frozen=True)
