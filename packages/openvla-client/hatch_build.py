@@ -10,7 +10,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
 PACKAGE = "openvla_client"
-SHARED = ("action_spec.py",)
+SHARED = ("action_spec.py", "serving/wire.py")
 
 
 class SharedFiles(BuildHookInterface):

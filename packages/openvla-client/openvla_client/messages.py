@@ -1,0 +1,230 @@
+"""What is sent to a server, and what is believed of what it sends back."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .action_spec import ActionSpec
+from .errors import BadAnswer, Refused
+from .wire import MOST_BYTES as MOST_SENT
+from .wire import check_picture, pack, picture_file, unpack
+
+
+FORMATS = ("raw", "jpeg", "png")
+MOST_BYTES = 16 * 2**20  # of an answer
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One key of `unnorm_key`.
+
+    spec: What the numbers of an action mean.
+    stated: Whether the model says so; otherwise it is the usual meaning, and a guess.
+    state_dim: Numbers of the state that the model takes; None: it takes none.
+    """
+
+    spec: ActionSpec
+    stated: bool = False
+    state_dim: int | None = None
+
+
+@dataclass(frozen=True)
+class ServerInfo:
+    """What a server says of its model: cameras, actions of an answer, (height, width) of what the model sees."""
+
+    model: str
+    datasets: dict[str, Dataset]
+    default_key: str | None
+    cameras: tuple[str, ...]
+    chunk: int
+    image_size: tuple[int, int]
+
+    def key(self, given: str | None = None) -> str:
+        """Raises a `ValueError` for a key that the server does not have, or where it has several and none is named."""
+        key = self.default_key if given is None else given
+        if key is None or key not in self.datasets:
+            raise ValueError(f"unnorm_key={given!r}: expected one of {', '.join(sorted(self.datasets))}.")
+        return key
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Actions of one request.
+
+    actions: (K, A) float64 in the units of the dataset, all finite.
+    probabilities: (K, A) of the chosen tokens, where `details` were asked and the model has them.
+    normalized: (K, A) in [-1, 1], where `details` were asked.
+    timing: Milliseconds by stage, as the server measured them.
+    seconds: From the request to its answer, by the clock of this machine.
+    """
+
+    actions: np.ndarray
+    unnorm_key: str
+    probabilities: np.ndarray | None = None
+    normalized: np.ndarray | None = None
+    timing: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+# Out ------------------------------------------------------------------------------------------------------------------
+
+
+def picture(image: Any, form: str, quality: int) -> np.ndarray | bytes:
+    """An image as it is sent: (H, W, 3) uint8, or a JPEG or PNG file.
+
+    Args:
+        image: (H, W, 3) uint8, one of Pillow's, or a file: its path or its bytes, which are sent as they are.
+
+    Raises:
+        ValueError: If it is none of them.
+        FileNotFoundError: If there is no such file.
+    """
+    if isinstance(image, (str, os.PathLike)):
+        image = Path(image).read_bytes()
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        check_picture(bytes(image))
+        return bytes(image)
+    if isinstance(image, Image.Image):
+        image = np.asarray(image.convert("RGB"))
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        given = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise ValueError(
+            f"An image is {given}: expected (height, width, 3) uint8, a Pillow image, or a JPEG or PNG file."
+        )
+    return np.ascontiguousarray(image) if form == "raw" else picture_file(image, form.upper(), quality)
+
+
+def request(
+    info: ServerInfo,
+    images: Any,
+    instruction: str,
+    *,
+    state: Any = None,
+    unnorm_key: str | None = None,
+    step: int | None = None,
+    committed: Any = None,
+    session: str | None = None,
+    details: bool = False,
+    form: str = "raw",
+    quality: int = 95,
+) -> dict[str, Any]:
+    """The message of a request. Raises what `Client.act` raises before anything is sent."""
+    if not isinstance(images, Mapping):
+        if len(info.cameras) != 1:
+            raise ValueError(
+                f"images: this model takes {len(info.cameras)}, expected {{camera: image}} of {info.cameras}."
+            )
+        images = {info.cameras[0]: images}
+    message = {
+        "images": {str(name): picture(image, form, quality) for name, image in images.items()},
+        "instruction": instruction,
+        "unnorm_key": info.key(unnorm_key),
+        "state": None if state is None else np.asarray(state, dtype=np.float64),
+        "committed": None if committed is None else np.asarray(committed, dtype=np.float64),
+        "step": step,
+        "session": session,
+        "details": details or None,
+    }
+    return {name: value for name, value in message.items() if value is not None}
+
+
+# In -------------------------------------------------------------------------------------------------------------------
+
+
+def read_info(content: Any) -> ServerInfo:
+    """Raises `BadAnswer`."""
+    try:
+        datasets = {
+            str(key): Dataset(
+                ActionSpec.from_dict(entry), entry.get("spec_stated") is True, _count(entry.get("state_dim"), True)
+            )
+            for key, entry in content["datasets"].items()
+        }
+        height, width = content["image_size"]
+        default = content["default_unnorm_key"]
+        info = ServerInfo(
+            str(content["model"]), datasets, default, tuple(map(str, content["cameras"])),
+            _count(content["chunk"]) or 0, (int(height), int(width)),
+        )  # fmt: skip
+        if not info.cameras or not (default is None or default in datasets):
+            raise ValueError("no cameras, or a default key that is none")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BadAnswer(
+            f"This is no server of `openvla serve`: it does not say what its model is ({error!r})."
+        ) from error
+    return info
+
+
+def _count(value: Any, none: bool = False) -> int | None:
+    if value is None and none:
+        return None
+    if type(value) is not int or not 0 < value < 100_000:
+        raise ValueError(f"{value!r} is no count")
+    return value
+
+
+def read_refusal(content: Any, code: str) -> Refused:
+    """A refusal as it came; `code` where it does not say."""
+    found = content if isinstance(content, dict) else {}
+    wait = found.get("retry_after")
+    said = str(found.get("error") or "The server refused the request, and did not say why.")[:2000]
+    return Refused(said, str(found.get("code") or code)[:50], wait if isinstance(wait, (int, float)) else None)
+
+
+def read_answer(content: Any, sent: Mapping[str, Any], info: ServerInfo, seconds: float) -> Answer:
+    """What a server answered to a message.
+
+    Raises:
+        BadAnswer: If it is not of this request, of another shape, or not finite.
+    """
+    if not isinstance(content, dict):
+        raise BadAnswer(f"A {type(content).__name__} came back, expected a map with 'actions'.")
+    for name in ("request_id", "unnorm_key", "session", "step"):
+        if content.get(name) != sent.get(name) and (name == "request_id" or name in sent):
+            raise BadAnswer(f"An answer of {name}={content.get(name)!r:.100} came, asked was {sent.get(name)!r:.100}.")
+    key = sent["unnorm_key"]
+    shape = (info.chunk, info.datasets[key].spec.action_dim)
+    timing = content.get("server_timing")
+    return Answer(
+        _numbers(content, "actions", shape),
+        key,
+        _numbers(content, "probabilities", shape) if "probabilities" in content else None,
+        _numbers(content, "normalized", shape) if "normalized" in content else None,
+        {str(name): float(value) for name, value in timing.items() if isinstance(value, (int, float))}
+        if isinstance(timing, dict)
+        else {},
+        seconds,
+    )
+
+
+def _numbers(content: dict, name: str, shape: tuple[int, int]) -> np.ndarray:
+    array = content.get(name)
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "iuf":
+        raise BadAnswer(f"{name} of an answer are {type(array).__name__}: expected an array of numbers.")
+    if array.shape != shape:
+        raise BadAnswer(f"{name} of an answer have shape {array.shape}: expected {shape}, as the server said.")
+    if not np.isfinite(array).all():
+        raise BadAnswer(f"{name} of an answer are not finite.")
+    return array.astype(np.float64)  # a copy
+
+
+def encoded(message: Mapping[str, Any]) -> bytes:
+    data = pack(dict(message))
+    if len(data) > MOST_SENT:
+        raise ValueError(
+            f"A request of {len(data)} bytes: servers read at most {MOST_SENT}. Send smaller images, or images='jpeg'."
+        )
+    return data
+
+
+def decoded(data: bytes) -> Any:
+    """Raises `BadAnswer`."""
+    try:
+        return unpack(data)
+    except ValueError as error:
+        raise BadAnswer(f"What came back cannot be read: {error}") from error
