@@ -17,6 +17,7 @@ from .options.conversion import ConvertOptions, ExportOptions, PackageOptions, Q
 from .options.datasets import StatsOptions
 from .options.evaluation import DemoOptions, EvaluateOptions, RecordOptions
 from .options.prediction import PredictOptions
+from .options.serving import ServeOptions
 from .options.training import FinetuneVerb, MergeOptions
 
 
@@ -78,6 +79,30 @@ def predict(options: PredictOptions) -> None:
 
     record = run(options)
     typer.echo(json.dumps(record) if options.as_json else action_lines(record))
+
+
+@app.command()
+@options_of(ServeOptions)
+def serve(options: ServeOptions) -> None:
+    """Answer robots over the network.
+
+    Speaks openpi's WebSocket form (at / and /v1/realtime/robot/openpi) and POST /act as clients of OpenVLA and
+    OpenVLA-OFT do; GET /healthz, /readyz, /metrics, /info, /openapi.json. Names of cameras that these clients use are
+    understood; what could mean two things is refused.
+
+    Listens at loopback. Any other address needs a key, which clients send as "Authorization: Bearer KEY"; TLS is a
+    proxy's part. Ctrl-C and SIGTERM let it answer what is in flight. Exits with 1 where the model cannot be warmed up.
+
+    \b
+    openvla serve --port 8000
+    curl -s http://127.0.0.1:8000/act -F primary=@frame.png -F instruction='open the drawer'
+    openvla serve --model openvla/openvla-7b --dtype bfloat16 --device cuda --unnorm-key bridge_orig
+    OPENVLA_API_KEY=$(openssl rand -hex 32) openvla serve --model runs/my_robot --host 0.0.0.0 --map cam/front=primary
+    """
+    from .serving.server import serve as run
+
+    if not run(options, typer.echo):
+        raise typer.Exit(FAILED)
 
 
 @app.command()

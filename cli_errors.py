@@ -16,7 +16,14 @@ from .plugins import load_module
 
 USER_ERRORS = (ValueError, KeyError, OSError)  # FileNotFoundError and a model that is not there are OSErrors
 FAILED, REFUSED = 1, 2  # exit codes; an exception may bring its own as `exit_code`
-EXTRAS = {"finetune": "train", "merge": "train", "record": "sim", "evaluate": "sim", "demo": "sim"}  # all a verb needs
+EXTRAS = {
+    "finetune": "train",
+    "merge": "train",
+    "record": "sim",
+    "evaluate": "sim",
+    "demo": "sim",
+    "serve": "serve",
+}  # all a verb needs
 WAYS_OUT = {  # of errors of the operating system that say no more than what happened
     errno.ENOSPC: "make room, or give a place on another disk",
     errno.EDQUOT: "make room, or give a place on another disk",

@@ -116,7 +116,11 @@ class Engine(Protocol):
     """What the protocols ask, all of it in the event loop; `engine.Engine` is one."""
 
     info: ModelInfo
-    ready: bool  # warmed up, and not stopping
+
+    @property
+    def ready(self) -> bool:
+        """Warmed up, and not stopping."""
+        ...
 
     async def act(self, request: Request) -> Answer:
         """Whoever cancels it waits no more: the place in the queue is free then.
@@ -127,10 +131,14 @@ class Engine(Protocol):
         ...
 
     async def start(self) -> None:
-        """Warm up; returns when it is ready."""
+        """Warm up, and return when it is ready.
+
+        Raises:
+            Failed: If it could not be warmed up.
+        """
         ...
 
-    async def stop(self) -> None:
+    async def stop(self, patience: float = 30.0) -> None:
         """Refuse what comes from now on, and return when all that came before has its answer."""
         ...
 
@@ -151,10 +159,12 @@ class Refusal(Exception):
 
     status: ClassVar[int] = 500  # of HTTP
     code: ClassVar[str] = "error"  # short, for programs and metrics
+    request_id: str | int | None = None  # as the client gave it
 
     def content(self) -> dict[str, Any]:
         """As every protocol sends it."""
-        return {"error": str(self), "code": self.code}
+        known = {} if self.request_id is None else {"request_id": self.request_id}
+        return {"error": str(self), "code": self.code, **known}
 
 
 class BadRequest(Refusal):
@@ -168,7 +178,7 @@ class Unauthorized(Refusal):
 
 
 class Forbidden(Refusal):
-    """It comes from where nothing is answered: a page of another site."""
+    """A page of another site asks, or under a name that is not the server's."""
 
     status, code = 403, "forbidden"
 

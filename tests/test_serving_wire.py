@@ -3,6 +3,7 @@
 import io
 import json
 import tracemalloc
+import warnings
 import zlib
 
 import json_numpy
@@ -176,23 +177,23 @@ def png(width: int, height: int) -> bytes:
 
 
 def test_pictures_are_measured_before_they_are_decoded():
-    assert wire.check_picture(png(4096, 4096)) == (4096, 4096)
-    for width, height in ((4097, 4096), (60_000, 60_000), (2**31 - 1, 1)):
+    for width, height in ((4096, 4096), (1, 60_000), (12_000, 12_000)):
         tracemalloc.start()
-        with pytest.raises(ValueError, match="pixels|no JPEG or PNG"):
-            wire.check_picture(png(width, height))
+        with warnings.catch_warnings(action="ignore"):
+            assert wire.picture_size(png(width, height)) == (height, width)
         assert tracemalloc.get_traced_memory()[1] < 2**20
         tracemalloc.stop()
     stream = io.BytesIO()
     Image.new("RGB", (8, 8)).save(stream, "GIF")
-    for data in (b"", b"GIF89a", stream.getvalue(), b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"%!PS-Adobe-3.0 EPSF"):
+    more = (b"", b"GIF89a", stream.getvalue(), b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"%!PS-Adobe-3.0 EPSF")
+    for data in (*more, png(60_000, 60_000)):
         with pytest.raises(ValueError, match="no JPEG or PNG"):
-            wire.check_picture(data)
+            wire.picture_size(data)
 
 
 def test_pictures_are_written():
     pixels = np.random.default_rng(0).integers(0, 255, (6, 9, 3), np.uint8)
-    assert wire.check_picture(wire.picture_file(pixels)) == (6, 9)
+    assert wire.picture_size(wire.picture_file(pixels)) == (6, 9)
     with Image.open(io.BytesIO(wire.picture_file(pixels, "PNG"))) as picture:
         np.testing.assert_array_equal(np.asarray(picture), pixels)
 

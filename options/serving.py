@@ -1,0 +1,37 @@
+"""Options of `openvla serve`."""
+
+from dataclasses import dataclass
+
+from .fields import option, pairs
+from .prediction import ModelOptions
+
+
+@dataclass(kw_only=True)
+class ServeOptions(ModelOptions):
+    """A model behind a socket."""
+
+    host: str = option(
+        "127.0.0.1",
+        "Address to listen at. Others than those of this machine alone (loopback) need a key, or --insecure.",
+        neutral=True,
+    )
+    port: int = option(8000, "Port to listen at; 0: any that is free.", least=0, below=65536, neutral=True)
+    max_batch: int = option(16, "Requests that the model answers at once, at most.", least=1)
+    max_wait_ms: float = option(
+        5.0, "How long a free model waits for requests that are likely to come, to answer them at once.", least=0
+    )
+    queue_size: int = option(64, "Requests that wait; more are told to come again (503).", least=1)
+    mapping: dict[str, str] = pairs(
+        "A name that clients send, and what it is: a camera of the model, state or instruction; NAME= for what is "
+        "ignored. The usual names need no such option.",
+        flag="--map",
+    )
+    allow_host: str | None = option(
+        None,
+        "Names under which a proxy or another machine asks, joined by commas; addresses, and a server with a key, need "
+        "none.",
+        shown="none",
+    )
+    insecure: bool = option(
+        False, "Listen at any address without a key: everyone who reaches it can move the robot.", flag="--insecure"
+    )

@@ -1,0 +1,325 @@
+"""From a message of whatever client to a request: which image is which camera, what is the state, what the instruction.
+
+Names are those of this package, and without any option those that clients of openpi (DROID, LIBERO, ALOHA), vllm-omni,
+AgiBot and OpenVLA-OFT use. Where a message could mean two things, or says what nobody knows, it is refused: a model
+that sees the wrong camera still gives an action.
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..choices_openvla import closest
+from ..observation import Observation
+from ..pixels_openvla import load_image
+from ..prompts_openvla import has_words
+from .contract import BadRequest, ModelInfo, Refusal, Request, TooLarge
+from .limits import Limits
+from .wire import from_base64, picture_size
+
+
+# View -> names of its image, without what stands before them ("observation/", "images/", also with dots).
+VIEWS: dict[str, tuple[str, ...]] = {
+    "primary": (
+        "primary", "image", "full_image", "base_image", "primary_image", "image_primary", "exterior_image_1_left",
+        "cam_high", "top_head", "agentview", "agentview_image",
+    ),
+    "secondary": ("secondary", "secondary_image", "image_secondary", "exterior_image_2_left", "cam_low"),
+    "wrist": ("wrist", "wrist_image", "image_wrist", "wrist_image_left", "robot0_eye_in_hand_image"),
+    "left_wrist": ("left_wrist", "left_wrist_image", "cam_left_wrist", "hand_left"),
+    "right_wrist": ("right_wrist", "right_wrist_image", "cam_right_wrist", "hand_right"),
+}  # fmt: skip
+VIEW_OF = {name: view for view, names in VIEWS.items() for name in names}
+INSTRUCTION = ("instruction", "prompt", "task", "task_description", "language_instruction")
+STATE = ("state", "proprio")
+STATE_PARTS = ("joint_position", "gripper_position")  # of DROID: one after the other they are the state
+SESSION = ("session", "session_id")
+OPTIONS = ("unnorm_key", "step", "committed", "timeout_ms", "request_id", "details", "distributions", "endpoint")
+IGNORED = ("task_name", "eef/left", "eef/right")  # AgiBot's clients send them beside the rest
+PREFIXES = ("observation/", "images/", "image/")
+MOST_STEPS = 2**31
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a client asks.
+
+    Args:
+        details: Whether it wants normalized actions and probabilities as well.
+    """
+
+    request: Request
+    request_id: str | int | None = None
+    details: bool = False
+
+
+@dataclass(frozen=True)
+class Reset:
+    """A client says that its episode has ended."""
+
+    session: str | None
+    request_id: str | int | None = None
+
+
+class Reader:
+    """Messages for one model.
+
+    Args:
+        mapping: Further names, {name in the message: camera, "state", "instruction", or "" for what is to be ignored}.
+
+    Raises:
+        ValueError: If `mapping` leads to what the model does not take.
+    """
+
+    def __init__(self, info: ModelInfo, limits: Limits, mapping: Mapping[str, str] | None = None):
+        self.info, self.limits = info, limits
+        self.mapping = {_plain(name): target for name, target in (mapping or {}).items()}
+        known = (*info.cameras, STATE[0], INSTRUCTION[0], "")
+        for name, target in (mapping or {}).items():
+            if target not in known:
+                raise ValueError(
+                    f"mapping={name}={target} (--map): it leads to '{target}'.{closest(target, known)} This model "
+                    f"takes {', '.join(known[:-1])}; {name}= lets what comes under that name be ignored."
+                )
+
+    def read(self, message: Any, session: str | None = None, arrived: float | None = None) -> Call | Reset:
+        """What a message asks.
+
+        Args:
+            message: As `wire` reads it: arrays, or image files as bytes or base64.
+            session: Of messages that name none.
+            arrived: When it came, `time.monotonic()`; default: now.
+
+        Raises:
+            BadRequest, TooLarge: With what this model takes.
+        """
+        if not isinstance(message, dict):
+            raise BadRequest(f"a {type(message).__name__} came: expected a map. {self.expected()}")
+        request_id = self._request_id(message.get("request_id"))
+        try:
+            return self._read(
+                self._sort(message), request_id, session, time.monotonic() if arrived is None else arrived
+            )
+        except Refusal as refusal:
+            refusal.request_id = request_id
+            raise
+
+    def _read(
+        self, found: Mapping[str, Any], request_id: str | int | None, session: str | None, arrived: float
+    ) -> Call | Reset:
+        session = self._name("session", found.get("session")) or session
+        endpoint = found.get("endpoint", "infer")
+        if endpoint == "reset":
+            return Reset(session, request_id)
+        if endpoint != "infer":
+            raise BadRequest("endpoint: expected 'infer' or 'reset'.")
+        key = self.info.key(self._name("unnorm_key", found.get("unnorm_key")))
+        instruction = self._instruction(found.get("instruction"))
+        state = self._state(found, self.info.datasets[key].state_dim)
+        committed = self._committed(found.get("committed"), self.info.datasets[key].spec.action_dim)
+        step = found.get("step")
+        if step is not None and not (type(step) is int and 0 <= step < MOST_STEPS):
+            raise BadRequest("step: expected the number of the step in its episode, from 0 on.")
+        deadline = self._deadline(found.get("timeout_ms"), arrived)
+        flags = {name: found.get(name, False) for name in ("details", "distributions")}
+        for name, value in flags.items():
+            if not isinstance(value, (bool, np.bool_)):
+                raise BadRequest(f"{name}: expected true or false.")
+        images = {camera: self._pixels(name, image) for camera, (name, image) in self._cameras(found).items()}
+        request = Request(
+            Observation(images, state, instruction, committed, step),
+            key,
+            session,
+            deadline,
+            distributions=bool(flags["distributions"]),
+        )
+        return Call(request, request_id, bool(flags["details"]))
+
+    def expected(self) -> str:
+        """What a message has to hold, in words."""
+        cameras = [
+            f"'{camera}' (also {', '.join(name for name in VIEWS.get(VIEW_OF.get(camera, ''), ()) if name != camera)})"
+            if camera in VIEW_OF
+            else f"'{camera}'"
+            for camera in self.info.cameras
+        ]
+        dims = {dataset.state_dim for dataset in self.info.datasets.values()} - {None}
+        state = f"; 'state' of {' or '.join(map(str, sorted(dims)))} numbers" if dims else ""  # type: ignore[type-var]
+        return (
+            f"This model takes: images {', '.join(cameras)}{state}; 'instruction' (also {', '.join(INSTRUCTION[1:])}); "
+            f"and, if wanted, {', '.join((SESSION[0], *OPTIONS))}. Names that differ: openvla serve --map "
+            f"NAME={self.info.cameras[0]}."
+        )
+
+    # Names ------------------------------------------------------------------------------------------------------------
+
+    def _sort(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """{one name for each thing: value}; images by the name that came, under "images"."""
+        found: dict[str, Any] = {"images": {}}
+        origin: dict[str, str] = {}
+        for given, value in _flat(message):
+            name = self.mapping.get(given, self.mapping.get(_plain(given), _plain(given)))
+            if name == "" or name in IGNORED:
+                continue
+            place = next((group[0] for group in (INSTRUCTION, STATE, SESSION) if name in group), name)
+            if name in VIEW_OF or name in self.info.cameras:
+                place, kept = name, found["images"]
+            elif place in (INSTRUCTION[0], STATE[0], SESSION[0], *STATE_PARTS, *OPTIONS):
+                kept = found
+            else:
+                known = (*self.info.cameras, *VIEW_OF, *INSTRUCTION, *STATE, *SESSION, *OPTIONS)
+                raise BadRequest(
+                    f"'{given:.100}': nobody knows that name.{closest(name[:100], known)} {self.expected()}"
+                )
+            if place in kept and not (isinstance(value, str) and isinstance(kept[place], str) and kept[place] == value):
+                raise BadRequest(f"'{origin[place]:.100}' and '{given:.100}' both say what '{place}' is: send one.")
+            kept[place], origin[place] = value, given
+        return found
+
+    def _cameras(self, found: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
+        """{camera of the model: (name that came, image)}."""
+        images, cameras = found["images"], self.info.cameras
+        if len(cameras) == len(images) == 1:
+            return dict(zip(cameras, images.items()))
+        chosen = {}
+        for camera in cameras:
+            view = VIEW_OF.get(camera, camera)
+            names = [camera] if camera in images else [name for name in images if VIEW_OF.get(name, name) == view]
+            if len(names) != 1:
+                came = ", ".join(images) or "none"
+                problem = f"{' and '.join(names)} could be" if names else "there is none for"
+                raise BadRequest(f"images: {problem} '{camera}'; these came: {came}. {self.expected()}")
+            chosen[camera] = (names[0], images[names[0]])
+        return chosen
+
+    # Values -----------------------------------------------------------------------------------------------------------
+
+    def _name(self, field: str, value: Any) -> str | None:
+        if value is None:
+            return None
+        if not (isinstance(value, str) and value and value.isprintable()):
+            raise BadRequest(f"{field}: expected text without control characters.")
+        if len(value) > self.limits.name_letters:
+            raise TooLarge(f"{field}: {len(value)} letters, at most {self.limits.name_letters}.")
+        return value
+
+    def _request_id(self, value: Any) -> str | int | None:
+        if type(value) is not int:
+            return self._name("request_id", value)
+        if abs(value) >= MOST_STEPS:
+            raise BadRequest(f"request_id: expected text, or a number below {MOST_STEPS}.")
+        return value
+
+    def _instruction(self, value: Any) -> str:
+        if not isinstance(value, str):
+            problem = "is missing" if value is None else f"is {type(value).__name__} and no text"
+            raise BadRequest(f"instruction {problem}. {self.expected()}")
+        if len(value) > self.limits.instruction_letters:
+            raise TooLarge(f"instruction: {len(value)} letters, at most {self.limits.instruction_letters}.")
+        if any("\ud800" <= letter <= "\udfff" for letter in value) or not has_words(value):
+            raise BadRequest("instruction: it says nothing. Expected words, such as 'open the drawer'.")
+        return value
+
+    def _state(self, found: Mapping[str, Any], state_dim: int | None) -> np.ndarray:
+        """(state_dim,) float32; empty for a model that takes none, whatever came: robots send theirs to every model."""
+        parts = [name for name in STATE_PARTS if name in found]
+        if parts and STATE[0] in found:
+            raise BadRequest(f"'{STATE[0]}' and '{parts[0]}' both say what the state is: send one.")
+        if state_dim is None:
+            return np.zeros(0, np.float32)
+        values = [found[name] for name in parts] or ([found[STATE[0]]] if STATE[0] in found else [])
+        if not values:
+            raise BadRequest(f"state is missing: this model takes {state_dim} numbers. {self.expected()}")
+        rows = [np.atleast_1d(self._numbers("state", value)) for value in values]
+        if any(row.ndim != 1 for row in rows) or sum(map(len, rows)) != state_dim:
+            shapes = " and ".join(str(row.shape) for row in rows)
+            raise BadRequest(f"state: shape {shapes} came, expected ({state_dim},).")
+        with np.errstate(over="ignore"):
+            state = np.concatenate(rows).astype(np.float32)
+        if not np.isfinite(state).all():
+            raise BadRequest("state: it holds numbers that float32 does not.")
+        return state
+
+    def _committed(self, value: Any, action_dim: int) -> np.ndarray | None:
+        if value is None:
+            return None
+        steps = self._numbers("committed", value)
+        if steps.size == 0:
+            return None
+        if steps.ndim != 2 or steps.shape[1] != action_dim or len(steps) >= self.info.chunk:
+            raise BadRequest(
+                f"committed: shape {steps.shape} came, expected (n, {action_dim}) with n below {self.info.chunk}, the "
+                "actions of an answer."
+            )
+        return steps
+
+    def _deadline(self, value: Any, arrived: float) -> float | None:
+        if value is None:
+            return None
+        milliseconds = self._numbers("timeout_ms", value)
+        if milliseconds.ndim or not 0 < milliseconds <= self.limits.timeout_ms:
+            raise BadRequest(f"timeout_ms: expected a number above 0 and up to {self.limits.timeout_ms:g}.")
+        return arrived + float(milliseconds) / 1000
+
+    def _numbers(self, field: str, value: Any) -> np.ndarray:
+        """float64, all finite."""
+        try:
+            array = np.asarray(value)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise BadRequest(f"{field}: expected numbers in rows of one length.") from error
+        if array.dtype.kind not in "iuf":
+            raise BadRequest(f"{field}: expected numbers, {type(value).__name__} of {array.dtype} came.")
+        if array.size > self.limits.state_numbers:
+            raise TooLarge(f"{field}: {array.size} numbers, at most {self.limits.state_numbers}.")
+        if not np.isfinite(array).all():
+            raise BadRequest(f"{field}: it holds NaN or infinite numbers.")
+        return array.astype(np.float64)
+
+    def _pixels(self, name: str, image: Any) -> np.ndarray:
+        """(H, W, 3) uint8 of an array, (H, W, C) or (C, H, W), or of a JPEG or PNG file."""
+        try:
+            if isinstance(image, str):
+                image = from_base64(image.partition(";base64,")[2] if image.startswith("data:") else image)
+            if isinstance(image, bytes):
+                self._check_size(*picture_size(image))
+            elif isinstance(image, np.ndarray):
+                image = self._upright(image)
+            else:
+                raise ValueError(f"{type(image).__name__} came, expected an array, or a JPEG or PNG file.")
+            return np.asarray(load_image(image))
+        except (ValueError, FileNotFoundError) as error:
+            raise BadRequest(f"image '{name}': {error}") from error
+
+    def _upright(self, image: np.ndarray) -> np.ndarray:
+        """With channels last."""
+        if image.ndim == 3 and image.shape[0] in (1, 3, 4):
+            if image.shape[2] in (1, 3, 4):
+                raise ValueError(f"shape {image.shape} does not tell which axis holds the colours.")
+            image = np.moveaxis(image, 0, -1)
+        if image.ndim not in (2, 3) or image.shape[2:] not in ((), (1,), (3,), (4,)):
+            raise ValueError(f"shape {image.shape} came, expected (height, width, 3).")
+        self._check_size(*image.shape[:2])
+        return image
+
+    def _check_size(self, height: int, width: int) -> None:
+        if height * width > self.limits.picture_pixels:
+            raise TooLarge(f"an image of {width}x{height} pixels: at most {self.limits.picture_pixels} are read.")
+
+
+def _flat(message: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in message.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _plain(name: str) -> str:
+    """A name without what stands before it."""
+    name = name.replace(".", "/")
+    while prefix := next((prefix for prefix in PREFIXES if name.startswith(prefix) and name != prefix), None):
+        name = name.removeprefix(prefix)
+    return name

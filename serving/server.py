@@ -1,0 +1,169 @@
+"""Listens: a model, an engine and an app behind a port, until somebody says stop."""
+
+import asyncio
+import os
+import shlex
+import signal
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import uvicorn
+from fastapi import APIRouter
+
+from ..options.serving import ServeOptions
+from .app import create_app
+from .auth import OPEN_PATHS, VARIABLE, is_loopback, read_key
+from .contract import Failed, Model, ModelInfo
+from .engine import Engine
+from .episodes import Episodes, Simulator
+from .limits import Limits
+from .model import OpenVLAModel
+from .page import FILES, page_routes
+from .rest import read_request
+from .service import Service
+
+
+PAGE_PATHS = ("/", *(f"/page/{name}" for name in FILES))  # the page asks for the key: its files need none
+GRACE = 30  # seconds in which what is in flight is answered when the server stops
+
+
+def serve(
+    options: ServeOptions,
+    say: Callable[[str], Any] = print,
+    *,
+    load: Callable[[ServeOptions], Model] = OpenVLAModel.load,
+    simulator: Simulator | None = None,
+) -> bool:
+    """Listen until Ctrl-C or SIGTERM; then answer what is in flight.
+
+    Args:
+        say: Told where it listens, once it answers.
+        load: Makes the model.
+        simulator: What the page runs episodes in; None: the server runs none.
+
+    Returns:
+        Whether the model could be warmed up; if not, the log says why.
+
+    Raises:
+        ValueError: If an address that others reach has no key, or an option is wrong.
+        OSError: If the address cannot be listened at, or the model is not there.
+    """
+    key = read_key(os.environ)
+    check_address(options.host, key is not None or options.insecure)
+    limits = Limits()
+    with listen(options.host, options.port) as listener:
+        engine = Engine(load(options), options.max_batch, options.max_wait_ms, options.queue_size)
+        names = [name.strip() for name in (options.allow_host or "").split(",") if name.strip()]
+        app = create_app(
+            engine, limits, mapping=options.mapping, key=key, names=names, open_paths=(*OPEN_PATHS, *PAGE_PATHS),
+            routes=[lambda service: page(engine, service, simulator)],
+        )  # fmt: skip
+        port = listener.getsockname()[1]
+        server = Server(app, limits, lambda: say(start_line(engine.info, options.host, port, key is not None)))
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # what uvicorn raises again once it is done
+        try:
+            server.run(sockets=[listener])
+        except KeyboardInterrupt:
+            pass
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    return not server.broken
+
+
+def page(engine: Engine, service: Service, simulator: Simulator | None) -> APIRouter:
+    """`GET /`. Who may ask has been decided before (`auth.Gate`)."""
+    episodes = None if simulator is None else Episodes(simulator, engine)
+    if episodes is not None:
+        service.closers.append(episodes.close)
+    return page_routes(
+        engine, lambda http: read_request(http, service), live=engine.live, episodes=episodes, allow=lambda: None
+    )
+
+
+def check_address(host: str, safe: bool) -> None:
+    if not safe and not is_loopback(host):
+        raise ValueError(
+            f"host={host}: everyone who reaches it could move the robot. Set {VARIABLE} (export {VARIABLE}=$(openssl "
+            "rand -hex 32)), which clients then send; or say --insecure."
+        )
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that has the port, before minutes go into a model. Raises an `OSError` that says what to do."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise OSError(f"host={host}: {error.strerror or error}; give an address of this machine.") from error
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise OSError(f"host={host}, port={port}: {error.strerror or error}; give another port.") from error
+    return listener
+
+
+def start_line(info: ModelInfo, host: str, port: int, key: bool) -> str:
+    """Where it listens, for what model, and how to try it."""
+    name = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    address = f"http://{name}:{port}"
+    fields = [f"-F {camera}=@frame.png" for camera in info.cameras] + ["-F instruction='open the drawer'"]
+    used = info.datasets[info.default_key or next(iter(info.datasets))]
+    if used.state_dim is not None:
+        fields.append(f"-F state='{[0] * used.state_dim}'")
+    if info.default_key is None:
+        fields.append(f"-F unnorm_key={shlex.quote(next(iter(info.datasets)))}")
+    header = f'-H "Authorization: Bearer ${VARIABLE}" ' if key else ""
+    return f"serving {info.model} at {address}; try: curl -s {address}/act {header}{' '.join(fields)}"
+
+
+class Server(uvicorn.Server):
+    """Answers what is in flight before it closes connections.
+
+    Args:
+        announce: Called once the model is warm.
+
+    Attributes:
+        broken: The model could not be warmed up; the server has stopped by itself.
+    """
+
+    def __init__(self, app: Any, limits: Limits, announce: Callable[[], Any]):
+        super().__init__(
+            uvicorn.Config(
+                app,
+                ws="websockets-sansio",
+                ws_max_size=limits.message_bytes,
+                ws_per_message_deflate=False,  # nothing is unpacked before its size is known
+                limit_concurrency=2 * limits.connections,  # also those that never finish what they ask
+                timeout_keep_alive=30,
+                timeout_graceful_shutdown=GRACE,
+                proxy_headers=False,
+                server_header=False,
+                access_log=False,
+                log_config=None,
+            )
+        )
+        self.service: Service = app.state.service
+        self.broken = False
+        self._announce = announce
+        self._task: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._task = asyncio.create_task(self._wait_for_model())
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._task is not None:
+            self._task.cancel()
+        await self.service.stop()
+        await super().shutdown(sockets)
+
+    async def _wait_for_model(self) -> None:
+        try:
+            await asyncio.shield(self.service.warm)
+        except Failed:
+            self.broken = self.should_exit = True
+        else:
+            self._announce()

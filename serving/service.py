@@ -1,0 +1,182 @@
+"""One request from the bytes that came to the answer, whatever the protocol."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from .contract import Answer, BadRequest, Busy, Engine, Failed, ModelInfo, Refusal, Request
+from .limits import Limits
+from .metrics import Metrics
+from .names import Call, Reader, Reset
+
+
+log = logging.getLogger(__name__)
+THREADS = 4  # that decode pictures; what blocks one of them blocks nobody who is in the queue already
+
+
+class Service:
+    """What the protocols share.
+
+    Attributes:
+        ask: A request in, an answer out. Whoever wants to see what robots see puts itself around it.
+        open: Requests whose answers are not sent yet.
+        closers: What else has to end before the engine does.
+        warm: Done when the engine is ready, or could not be made so (`Failed`).
+    """
+
+    warm: asyncio.Future[None]
+
+    def __init__(self, engine: Engine, limits: Limits, mapping: Mapping[str, str] | None = None):
+        self.engine, self.limits = engine, limits
+        self.reader, self.metrics = Reader(engine.info, limits, mapping), Metrics(engine)
+        self.ask: Callable[[Request], Awaitable[Answer]] = engine.act
+        self.closers: list[Callable[[], Awaitable[Any]]] = []
+        self.open = 0
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="read")
+        self._bytes = 0
+
+    @property
+    def info(self) -> ModelInfo:
+        return self.engine.info
+
+    async def answer(
+        self, decode: Callable[[], Any], protocol: str, session: str | None = None
+    ) -> tuple[Call | Reset, Answer | None]:
+        """What is asked, and the answer; None of a reset.
+
+        Args:
+            decode: Gives the message; runs in another thread. Its `ValueError`s become `BadRequest`s.
+            protocol: For the metrics.
+            session: Of messages that name none.
+
+        Raises:
+            Refusal: Nothing else.
+        """
+        arrived = time.monotonic()
+        self.metrics.came(protocol)
+        call: Call | Reset | None = None
+        try:
+            call = await self.read(decode, session, arrived)
+            if isinstance(call, Reset):
+                if call.session is not None:
+                    self.engine.end_session(call.session)
+                return call, None
+            read = time.monotonic()
+            answer = await self.ask(call.request)
+            timing = {"read_ms": 1000 * (read - arrived), "total_ms": 1000 * (time.monotonic() - arrived)}
+            answer = replace(answer, timing={**answer.timing, **timing})
+        except Refusal as refusal:
+            self.metrics.refused(protocol, refusal)
+            refusal.request_id = call.request_id if call is not None else refusal.request_id
+            raise
+        except Exception:  # a server has to survive what nobody thought of; the client learns nothing of its inside
+            log.exception("A request failed.")
+            failed = Failed("The server failed at this request: do not move. Its log says why.")
+            failed.request_id = None if call is None else call.request_id
+            self.metrics.refused(protocol, failed)
+            raise failed from None
+        self.metrics.answered(answer)
+        return call, answer
+
+    async def read(
+        self, decode: Callable[[], Any], session: str | None = None, arrived: float | None = None
+    ) -> Call | Reset:
+        """What is asked, see `answer` and `Reader.read`."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, self._read, decode, session, arrived)
+
+    def _read(self, decode: Callable[[], Any], session: str | None, arrived: float | None) -> Call | Reset:
+        try:
+            message = decode()
+        except ValueError as error:
+            raise BadRequest(f"{error} {self.reader.expected()}") from error
+        return self.reader.read(message, session, arrived)
+
+    @contextmanager
+    def room(self, size: int) -> Iterator[None]:
+        """Memory for a body of so many bytes; `Busy` where there is none left."""
+        if self._bytes + size > self.limits.bodies_bytes:
+            raise Busy("Too much is being sent at a time.", retry_after=1.0)
+        self._bytes += size
+        try:
+            yield
+        finally:
+            self._bytes -= size
+
+    @contextmanager
+    def sending(self) -> Iterator[None]:
+        """While an answer is made and sent."""
+        self.open += 1
+        try:
+            yield
+        finally:
+            self.open -= 1
+
+    def start(self) -> None:
+        """Begin to warm the engine up; `warm` says how it went."""
+        self.warm = asyncio.ensure_future(self.engine.start())
+        self.warm.add_done_callback(lambda warm: warm.cancelled() or warm.exception())  # which the engine has logged
+
+    async def stop(self, patience: float = 5.0) -> None:
+        """Answer what is in flight, refuse the rest; see `Engine.stop`."""
+        for close in self.closers:
+            await close()
+        await self.engine.stop()
+        until = time.monotonic() + patience
+        while self.open and time.monotonic() < until:
+            await asyncio.sleep(0.01)
+        self._threads.shutdown(wait=False)
+
+
+def content(call: Call, answer: Answer, *, details: bool | None = None) -> dict[str, Any]:
+    """An answer as clients get it: arrays, and what they gave to know it by."""
+    found: dict[str, Any] = {"actions": answer.actions, "server_timing": answer.timing}
+    if call.details if details is None else details:
+        found["normalized"] = answer.normalized
+        if answer.probabilities is not None:
+            found["probabilities"] = answer.probabilities
+    if answer.distributions is not None:
+        found["distributions"] = answer.distributions
+    given = {
+        "unnorm_key": call.request.unnorm_key,
+        "session": call.request.session,
+        "step": call.request.observation.step,
+        "request_id": call.request_id,
+    }
+    return {**found, **{name: value for name, value in given.items() if value is not None}}
+
+
+def metadata(info: ModelInfo) -> dict[str, Any]:
+    """What a client has to know, before it asks. Rate, names and dimensions are those of the usual dataset; of each
+    dataset by itself under "datasets"."""
+    from .. import __version__
+
+    usual = info.datasets[info.default_key or next(iter(info.datasets))]
+    datasets = {
+        key: {
+            "state_dim": dataset.state_dim,
+            "action_dim": dataset.spec.action_dim,
+            "stated": dataset.stated,
+            **dataset.spec.to_dict(),
+        }
+        for key, dataset in info.datasets.items()
+    }
+    return {
+        "server": f"openvla {__version__}",
+        "model": info.model,
+        "unnorm_keys": list(info.datasets),
+        "default_unnorm_key": info.default_key,
+        "cameras": list(info.cameras),
+        "image_size": list(info.image_size),
+        "state_dim": usual.state_dim,
+        "action_dim": usual.spec.action_dim,
+        "action_names": list(usual.spec.names),
+        "chunk": info.chunk,
+        "hz": usual.spec.hz,
+        "datasets": datasets,
+    }

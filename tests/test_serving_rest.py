@@ -1,0 +1,315 @@
+"""`POST /act` and what a server says of itself: old clients get what their servers answered, nobody gets a 500."""
+
+import base64
+import io
+import json
+import logging
+
+import json_numpy
+import numpy as np
+import pytest
+from fake_serving import FakeModel
+from PIL import Image
+from starlette.testclient import TestClient
+
+from openvla.serving import wire
+from openvla.serving.app import create_app
+from openvla.serving.contract import Late
+from openvla.serving.engine import Engine
+from openvla.serving.limits import Limits
+from openvla.serving.rest import example
+
+
+IMAGE = np.full((8, 8, 3), 100, np.uint8)
+NOISE = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+NUMPY = {"Content-Type": "application/json"}
+
+
+def client(model=None, limits=None, **given) -> TestClient:
+    app = create_app(Engine(model or FakeModel(("primary",))), limits, **given)
+    return TestClient(app, base_url="http://localhost", raise_server_exceptions=False)
+
+
+def ready(server: TestClient) -> TestClient:
+    """When it is warm."""
+
+    async def warm():
+        await server.app.state.service.warm
+
+    server.portal.call(warm)
+    return server
+
+
+@pytest.fixture(scope="module")
+def server():
+    with client() as made:
+        yield ready(made)
+
+
+@pytest.fixture(scope="module")
+def chunks():
+    with client(FakeModel(("full_image", "wrist_image"), chunk=4, state_dim=8, keys=("libero",))) as made:
+        yield ready(made)
+
+
+def png(image=IMAGE, kind="PNG") -> bytes:
+    return wire.picture_file(image, kind)
+
+
+# Clients that exist ---------------------------------------------------------------------------------------------------
+
+
+def test_a_client_of_the_original_gets_one_encoded_array(server):
+    sent = json_numpy.dumps({"image": IMAGE, "instruction": "open the drawer", "unnorm_key": "robot"})
+    action = json_numpy.loads(server.post("/act", content=sent, headers=NUMPY).text)
+    assert isinstance(action, np.ndarray) and action.shape == (7,) and action.dtype == np.float64
+    assert action[0] == pytest.approx(0.1) and action[1] == pytest.approx(0.015)
+    without_key = json_numpy.dumps({"image": IMAGE, "instruction": "open the drawer"})
+    np.testing.assert_array_equal(
+        json_numpy.loads(server.post("/act", content=without_key, headers=NUMPY).text), action
+    )
+
+
+def test_the_double_encoded_form_gets_a_text_that_holds_the_array(server):
+    sent = {"encoded": json_numpy.dumps({"image": IMAGE, "instruction": "open the drawer"})}
+    answer = server.post("/act", json=sent).json()
+    assert isinstance(answer, str) and json_numpy.loads(answer).shape == (7,)
+
+
+def test_a_client_of_oft_gets_a_list_of_arrays(chunks):
+    sent = {"full_image": IMAGE, "wrist_image": IMAGE, "state": np.zeros(8), "instruction": "open the drawer"}
+    actions = json_numpy.loads(chunks.post("/act", content=json_numpy.dumps(sent), headers=NUMPY).text)
+    assert isinstance(actions, list) and len(actions) == 4 and all(action.shape == (7,) for action in actions)
+
+
+def test_details_come_as_a_map_where_they_are_asked(server):
+    sent = {"image": IMAGE, "instruction": "go", "details": True, "request_id": "a", "session": "b", "step": 3}
+    found = json_numpy.loads(server.post("/act", content=json_numpy.dumps(sent), headers=NUMPY).text)
+    assert found["actions"].shape == found["normalized"].shape == found["probabilities"].shape == (1, 7)
+    assert (found["request_id"], found["session"], found["step"]) == ("a", "b", 3)
+
+
+def test_base64_gets_plain_numbers_and_what_they_mean(server):
+    sent = {"image": base64.b64encode(png()).decode(), "prompt": "open the drawer"}
+    found = server.post("/act", json=sent).json()
+    assert found["actions"][0][0] == pytest.approx(0.1) and found["names"][-1] == "gripper"
+    assert found["probabilities"][0][0] == 0.75 and found["unnorm_key"] == "robot"
+    assert {"queue_ms", "infer_ms", "read_ms", "total_ms", "batch_size"} <= found["server_timing"].keys()
+    with_head = {**sent, "image": "data:image/png;base64," + sent["image"]}
+    assert server.post("/act", json=with_head).json()["actions"] == found["actions"]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_forms_are_read(server, chunks, kind):
+    found = server.post("/act", files={"image": png(kind=kind)}, data={"instruction": "12"}).json()
+    assert found["actions"][0][:2] == pytest.approx([0.1, 0.002], abs=1e-3)  # "12" is an instruction, and no number
+    given = {"instruction": "go", "state": json.dumps([0.0] * 8), "step": "4", "committed": json.dumps([[0.0] * 7])}
+    files = {"full_image": png(kind=kind), "wrist_image": png(kind=kind)}
+    found = chunks.post("/act", files=files, data=given).json()
+    assert np.shape(found["actions"]) == (4, 7) and found["step"] == 4
+
+
+def test_msgpack_gets_msgpack(server):
+    sent = wire.pack({"observation/image": IMAGE, "prompt": "go", "request_id": 5})
+    answer = server.post("/act", content=sent, headers={"Content-Type": "application/msgpack"})
+    found = wire.unpack(answer.content)
+    assert found["actions"].shape == (1, 7) and found["request_id"] == 5
+
+
+def test_an_episode_ends(server):
+    assert server.post("/act", json={"endpoint": "reset", "session": "b"}).json() == {"reset": True}
+
+
+# What the server says of itself ---------------------------------------------------------------------------------------
+
+
+def test_it_says_what_it_is(server, chunks):
+    assert server.get("/healthz").text == "OK\n"
+    assert (server.get("/readyz").status_code, server.get("/readyz").json()) == (200, {"ready": True})
+    info = chunks.get("/info").json()
+    assert (info["cameras"], info["state_dim"], info["chunk"]) == (["full_image", "wrist_image"], 8, 4)
+    assert info["datasets"]["libero"]["names"][-1] == "gripper" and info["datasets"]["libero"]["stated"] is False
+
+
+def test_it_is_not_ready_before_it_is_warm():
+    engine = Engine(FakeModel(("primary",)))
+    server = TestClient(create_app(engine), base_url="http://localhost")  # not started
+    assert server.get("/readyz").status_code == 503 and server.get("/healthz").status_code == 200
+    refused = server.post("/act", json=example(engine.info))
+    assert refused.status_code == 503 and refused.json()["code"] == "busy" and int(refused.headers["Retry-After"]) >= 1
+
+
+def test_metrics_count(server):
+    server.post("/act", json=example(server.app.state.service.info))
+    server.post("/act", json={})
+    text = server.get("/metrics").text
+    for line in (
+        'openvla_refusals_total{code="bad_request",protocol="rest"}',
+        'openvla_stage_seconds_count{stage="infer"}',
+        'openvla_stage_seconds_count{stage="queue"}',
+        "openvla_batch_size_count",
+        'openvla_requests_total{protocol="rest"}',
+        "openvla_queue 0.0",
+        "openvla_ready 1.0",
+    ):
+        assert line in text, text
+
+
+def test_examples_of_the_description_work(server, chunks):
+    for made in (server, chunks):
+        described = made.get("/openapi.json").json()["paths"]["/act"]["post"]
+        content = described["requestBody"]["content"]
+        for given in content["application/json"]["examples"].values():
+            assert made.post("/act", json=given["value"]).status_code == 200
+        assert {"200", "400", "401", "403", "413", "500", "503", "504"} <= described["responses"].keys()
+
+
+# What is wrong --------------------------------------------------------------------------------------------------------
+
+
+def zeros(*shape, dtype=np.uint8):
+    return json_numpy.dumps(np.zeros(shape, dtype))
+
+
+GOOD = {"image": base64.b64encode(png()).decode(), "instruction": "go"}
+BAD = {
+    "nothing": {},
+    "list": [],
+    "null": None,
+    "text": "image",
+    "no image": {"instruction": "go"},
+    "no instruction": {"image": GOOD["image"]},
+    "empty instruction": {**GOOD, "instruction": " \n"},
+    "instruction is a number": {**GOOD, "instruction": 5},
+    "half a letter": {**GOOD, "instruction": "go \ud800"},
+    "unknown key": {**GOOD, "unnorm_key": "no"},
+    "key is a list": {**GOOD, "unnorm_key": ["robot"]},
+    "unknown name": {**GOOD, "imgae": 1},
+    "two instructions": {**GOOD, "prompt": "stay"},
+    "two images": {**GOOD, "full_image": GOOD["image"]},
+    "image is a path": {**GOOD, "image": "/etc/passwd"},
+    "image is a URL": {**GOOD, "image": "http://localhost/a.png"},
+    "image is a number": {**GOOD, "image": 1},
+    "image is a list": {**GOOD, "image": [[0, 0], [0, 0]]},
+    "image of objects": {**GOOD, "image": {"__numpy__": "AAAA", "dtype": "|O", "shape": [1]}},
+    "image is cut": {**GOOD, "image": base64.b64encode(png(NOISE)[:-500]).decode()},
+    "step": {**GOOD, "step": -1},
+    "step is true": {**GOOD, "step": True},
+    "session": {**GOOD, "session": "a\nb"},
+    "request id": {**GOOD, "request_id": 2**70},
+    "committed": {**GOOD, "committed": [[0.0] * 7]},
+    "timeout": {**GOOD, "timeout_ms": 0},
+    "endless timeout": {**GOOD, "timeout_ms": 1e300},
+    "endpoint": {**GOOD, "endpoint": "train"},
+    "details": {**GOOD, "details": "yes"},
+    "encoded": {"encoded": "{"},
+    "encoded twice more": {"encoded": json.dumps({"encoded": json.dumps(GOOD)})},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_wrong_requests_are_told_what_is_expected(server, name):
+    before = server.app.state.service.engine.outcomes["answered"]
+    answer = server.post("/act", content=json.dumps(BAD[name]), headers=NUMPY)
+    assert answer.status_code == 400 and answer.json()["code"] == "bad_request"
+    assert 20 < len(answer.json()["error"]) < 1500 and "Traceback" not in answer.text
+    assert server.app.state.service.engine.outcomes["answered"] == before
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 5000, b'{"a": NaN'])
+@pytest.mark.parametrize("kind", ["application/json", "application/msgpack", "multipart/form-data; boundary=x"])
+def test_what_is_no_message_is_refused(server, content, kind):
+    answer = server.post("/act", content=content, headers={"Content-Type": kind})
+    assert answer.status_code == 400 and answer.json()["code"] == "bad_request"
+
+
+@pytest.mark.parametrize(
+    "headers, status",
+    [
+        ({"Content-Type": "text/plain"}, 400),
+        ({"Content-Type": "multipart/form-data"}, 400),
+        ({"Content-Type": "multipart/form-data; boundary="}, 400),
+        ({"Content-Type": "multipart/form-data; boundary=x; charset=nonsense"}, 400),
+        ({"Content-Type": "application/json", "Content-Encoding": "gzip"}, 400),
+        ({"Content-Type": "application/json", "Content-Length": "99999999999"}, 413),
+    ],
+)
+def test_what_is_not_read_is_refused(server, headers, status):
+    answer = server.post("/act", content=b"--x\r\n", headers=headers)
+    assert answer.status_code == status and answer.json()["code"] in ("bad_request", "too_large")
+
+
+def test_more_than_the_limits_is_refused():
+    limits = Limits(message_bytes=2000, picture_pixels=100, instruction_letters=9, name_letters=9, state_numbers=3)
+    with client(FakeModel(("primary",), chunk=2), limits) as server:
+        ready(server)
+        for given in (
+            {**GOOD, "image": base64.b64encode(png(np.zeros((11, 11, 3), np.uint8))).decode()},
+            {**GOOD, "image": json.loads(zeros(11, 11, 3))},
+            {**GOOD, "instruction": "go to there"},
+            {**GOOD, "session": "a" * 10},
+            {**GOOD, "request_id": "a" * 10},
+            {**GOOD, "committed": [[0.0] * 7]},
+        ):
+            answer = server.post("/act", json=given)
+            assert (answer.status_code, answer.json()["code"]) == (413, "too_large"), answer.text
+        parts = iter([b"{" * 1500, b" " * 1500])  # without a length
+        assert server.post("/act", content=parts, headers=NUMPY).status_code == 413
+        assert server.post("/act", json=GOOD).status_code == 200
+
+
+def test_a_form_has_so_many_parts(server):
+    many = {f"image{number}": png() for number in range(20)}
+    assert server.post("/act", files=many).status_code == 400
+    assert server.post("/act", files={"image": png()}, data={str(n): "1" for n in range(40)}).status_code == 400
+    twice = [("image", png()), ("image", png())]
+    assert "twice" in server.post("/act", files=twice).json()["error"]
+
+
+# What fails -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_fails_is_not_explained_to_clients(caplog):
+    class Broken(FakeModel):
+        def act(self, requests):
+            raise RuntimeError("secret place")
+
+    with client(Broken(("primary",))) as server, caplog.at_level(logging.ERROR):
+        answer = ready(server).post("/act", json={**GOOD, "request_id": 7})
+    assert answer.status_code == 500 and answer.json()["code"] == "failed" and answer.json()["request_id"] == 7
+    assert "secret" not in answer.text and "Traceback" not in answer.text
+    assert "secret place" in caplog.text
+
+
+def test_actions_that_are_not_finite_are_none():
+    class Wild(FakeModel):
+        def _answer(self, request):
+            answer = super()._answer(request)
+            answer.actions[0, 2] = np.nan
+            return answer
+
+    with client(Wild(("primary",))) as server:
+        assert ready(server).post("/act", json=GOOD).status_code == 500
+
+
+def test_what_nobody_thought_of_is_logged_and_not_told(server, monkeypatch, caplog):
+    service = server.app.state.service
+    monkeypatch.setattr(service.reader, "read", lambda *given: 1 / 0)
+    answer = server.post("/act", json=GOOD)
+    assert answer.status_code == 500 and "division" not in answer.text and "division" in caplog.text
+
+
+def test_late_answers_are_refusals(server, monkeypatch):
+    async def late(request):
+        raise Late("too late")
+
+    monkeypatch.setattr(server.app.state.service, "ask", late)
+    answer = server.post("/act", json=GOOD)
+    assert (answer.status_code, answer.json()) == (504, {"error": "too late", "code": "late"})
+
+
+def test_only_pictures_of_two_kinds_are_opened(server):
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(stream, "BMP")
+    answer = server.post("/act", json={**GOOD, "image": base64.b64encode(stream.getvalue()).decode()})
+    assert answer.status_code == 400 and "JPEG or PNG" in answer.json()["error"]
