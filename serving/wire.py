@@ -24,7 +24,7 @@ MOST_BYTES = 32 * 2**20  # of one message: three cameras of full HD, raw
 MOST_ITEMS = 10_000  # entries of lists and maps in one message; the numbers of an array count once
 LONGEST_LIST = 1024  # in msgpack, whose lists say how long they will be, and take their room then
 MOST_LEVELS = 8  # of lists and maps within each other
-MOST_PIXELS = 4096 * 4096  # of a picture, for those who decode it
+MOST_PIXELS = 4096 * 4096  # of a picture
 MOST_AXES = 6
 LONGEST_AXIS = 2**31
 FILES = ("JPEG", "PNG")  # what is read as a picture
@@ -239,6 +239,14 @@ def picture_size(data: bytes) -> tuple[int, int]:
             width, height = picture.size
     except UNREADABLE as error:
         raise ValueError(f"{len(data)} bytes that are no {' or '.join(FILES)} file: {type(error).__name__}") from error
+    return height, width
+
+
+def check_picture(data: bytes, most_pixels: int = MOST_PIXELS) -> tuple[int, int]:
+    """As `picture_size`; a `ValueError` also if there are more pixels."""
+    height, width = picture_size(data)
+    if height * width > most_pixels:
+        raise ValueError(f"a picture of {width}x{height} pixels: at most {most_pixels} are read.")
     return height, width
 
 

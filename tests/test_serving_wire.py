@@ -183,6 +183,9 @@ def test_pictures_are_measured_before_they_are_decoded():
             assert wire.picture_size(png(width, height)) == (height, width)
         assert tracemalloc.get_traced_memory()[1] < 2**20
         tracemalloc.stop()
+    assert wire.check_picture(png(4096, 4096)) == (4096, 4096)
+    with pytest.raises(ValueError, match="pixels"):
+        wire.check_picture(png(4097, 4096))
     stream = io.BytesIO()
     Image.new("RGB", (8, 8)).save(stream, "GIF")
     more = (b"", b"GIF89a", stream.getvalue(), b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"%!PS-Adobe-3.0 EPSF")
