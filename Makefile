@@ -88,14 +88,14 @@ check: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	@mkdir -p $(VENV)/types && ln -sfn ../.. $(VENV)/types/openvla
-	MYPYPATH=$(VENV)/types:packages/openvla-client:packages/openvla-runtime $(BIN)/mypy -p openvla_client -p openvla_runtime -m openvla -m openvla.cli -m openvla_light -p openvla.conversion -p openvla.data -p openvla.evaluation -p openvla.options -p openvla.presets -p openvla.serving -p openvla.training
+	MYPYPATH=$(VENV)/types:packages/openvla-client:packages/openvla-runtime $(BIN)/mypy -p openvla_client -p openvla_runtime -m openvla -m openvla.cli -m openvla_light -p openvla.bench -p openvla.conversion -p openvla.data -p openvla.evaluation -p openvla.options -p openvla.presets -p openvla.serving -p openvla.training
 
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 bench: $(VENV)/dev.stamp
-	$(BIN)/python benchmarks/predict.py --output $(OUTPUTS)/benchmark.json
+	$(BIN)/openvla bench latency --threads 1 --output $(OUTPUTS)/latency.json
 
 # All extras but robosuite, which would hold numpy back for everyone.
 PINNED := --extra dev

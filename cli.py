@@ -234,19 +234,23 @@ def evaluate(options: EvaluateOptions) -> None:
 @app.command()
 @options_of(BenchOptions)
 def bench(options: BenchOptions) -> None:
-    """Compare fast ways of predicting with plain decoding.
+    """Measure time, memory and exactness of predictions.
 
-    exact: frames of demonstrations in every way (plain, own steps, drafts, on a GPU graphs), in turns: the share of
-    identical actions and tokens, the largest gap between logits where one differs, passes, milliseconds.
+    latency: one action from raw image to units, by stage, against the limit of the hardware (measured in the same run)
+    and against plain decoding, drafts, an ONNX export, other environments; all in turns, no two images equal.
+    exact: the share of actions and tokens that are those of plain decoding, and the largest gap where one differs.
 
     \b
+    openvla bench latency --threads 1 --output latency.json
+    openvla bench latency --preset openvla-7b --device cuda --field action_head=l1_regression --field action_chunk=8
+    openvla bench latency --model my-folder --against before=old-env/bin/python --onnx my-folder-onnx
+    openvla bench throughput --batch-sizes 1,8,16
+    openvla bench memory --model openvla/openvla-7b --quantization int4
     openvla bench exact --dataset data/mt10 --frames 200 --threads 1
-    openvla bench exact --model runs/my_policy --dataset my_robot/ --dtype bfloat16 --device cuda --output exact.json
     """
-    from .evaluation.bench import bench as run
-    from .evaluation.bench import table
+    from .bench import bench as run
 
-    typer.echo(table(run(options)))
+    typer.echo(run(options)[1])
 
 
 @app.command()

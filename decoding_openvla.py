@@ -17,6 +17,7 @@ from transformers import DynamicCache
 
 from .outputs_openvla import CACHE
 from .sampling_openvla import Sampling
+from .stages_openvla import stage
 
 
 @dataclass
@@ -141,9 +142,11 @@ def decode_tokens(
 
 def _one_by_one(steps: Steps, num_tokens: int, first: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The most probable tokens: logits (batch, num_tokens, tokens) and passes (batch, num_tokens)."""
-    logits = [steps.prefill()]
+    with stage("prefill"):
+        logits = [steps.prefill()]
     while len(logits) < num_tokens:
-        logits.append(steps.step(logits[-1].argmax(dim=-1) + first, len(logits) - 1))
+        with stage("decode"):
+            logits.append(steps.step(logits[-1].argmax(dim=-1) + first, len(logits) - 1))
     passes = torch.arange(1, num_tokens + 1, device=logits[0].device).expand(len(logits[0]), -1)
     return torch.cat(logits, dim=1), passes
 
@@ -160,7 +163,8 @@ def _verify(steps: Steps, num_tokens: int, first: int, draft: torch.Tensor) -> t
     token_ids = nn.functional.pad(draft, (0, 1))  # the last one is chosen and never read
     passes = torch.zeros_like(token_ids)
     known = passes[:, :1]  # how many tokens of each row are certain
-    logits = steps.prefill(draft)
+    with stage("prefill"):
+        logits = steps.prefill(draft)
     begin, count = 0, 1
     while True:
         certain = place < known
@@ -171,7 +175,9 @@ def _verify(steps: Steps, num_tokens: int, first: int, draft: torch.Tensor) -> t
         begin, count = int(known.min()), count + 1  # the one number that a pass reads from the device
         if begin == num_tokens:
             return logits, passes
-        found = torch.cat([logits[:, :begin], steps.step(token_ids[:, begin - 1 : -1], begin - 1)], dim=1)
+        with stage("decode"):
+            rest = steps.step(token_ids[:, begin - 1 : -1], begin - 1)
+        found = torch.cat([logits[:, :begin], rest], dim=1)
         logits = torch.where((place < known)[..., None], logits, found)
 
 
@@ -179,7 +185,8 @@ def _sample(steps: Steps, finite: torch.Tensor, num_tokens: int, first: int, sam
     token_ids: list[torch.Tensor] = []
     probabilities, entropies, distributions = [], [], []
     for number in range(num_tokens):
-        logits = (steps.step(token_ids[-1], number - 1) if number else steps.prefill())[:, 0]
+        with stage("decode" if number else "prefill"):
+            logits = (steps.step(token_ids[-1], number - 1) if number else steps.prefill())[:, 0]
         finite = finite.to(logits.device) & logits.isfinite().all(dim=-1, keepdim=True)
         # Zeros instead of NaN, for which sampling on a GPU aborts the process.
         chosen, probability, entropy, distribution = choose_token(logits.masked_fill(~finite, 0.0), sampling)

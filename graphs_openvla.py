@@ -202,6 +202,10 @@ def fingerprint(model: Any) -> int:
 @torch.inference_mode()
 def prepare(model: Any, batch_sizes: Sequence[int], prompt_buckets: Sequence[int], num_tokens: int) -> Preparation:
     """See `OpenVLAForActionPrediction.prepare_for_inference`."""
+    for name, sizes in (("batch_sizes", batch_sizes), ("prompt_buckets", prompt_buckets)):
+        whole = isinstance(sizes, (list, tuple, range)) and all(type(size) is int and size > 0 for size in sizes)
+        if not whole or not sizes:
+            raise ValueError(f"{name}={sizes!r}: expected whole numbers of at least 1, such as (1, 4).")
     started = time.perf_counter()
     _PREPARED.pop(model, None)
     pairs = [(batch, tokens) for batch in sorted({*batch_sizes}) for tokens in sorted({*prompt_buckets})]

@@ -46,6 +46,7 @@ from .outputs_openvla import CACHE, ActionPrediction, OpenVLAOutput, one_cache
 from .parallel_openvla import ActionSequence, action_sequence
 from .patches_openvla import IGNORE_INDEX, PatchLayout, find_placeholders
 from .sampling_openvla import Choice, check_flag, read_sampling
+from .stages_openvla import stage
 from .vision_openvla import OpenVLAProjector, OpenVLAVisionBackbone
 
 
@@ -352,9 +353,7 @@ class OpenVLAForActionPrediction(ActionVocabulary, OpenVLAGeneration, OpenVLAPre
         if cut := self._cut_table():
             raise ValueError(cut)
         if self.device.type == "meta":
-            raise ValueError(
-                'The weights are on "meta", where they have no values: load the model with from_pretrained.'
-            )
+            raise ValueError('The weights are on "meta", where they have no values: give from_pretrained the folder.')
         is_ids = isinstance(image, torch.Tensor) and image.ndim == 2 and image.dtype == torch.long
         if input_ids is None and image is not None and (is_ids or pixel_values is not None):
             image, input_ids = None, image
@@ -365,7 +364,8 @@ class OpenVLAForActionPrediction(ActionVocabulary, OpenVLAGeneration, OpenVLAPre
         if input_ids is None:
             if pixel_values is not None:
                 raise ValueError("pixel_values without input_ids: give both, or a raw image and an instruction.")
-            single, inputs = process_raw(self.processor, image, instruction)
+            with stage("preprocessing"):
+                single, inputs = process_raw(self.processor, image, instruction)
             input_ids, attention_mask, pixel_values = (
                 inputs["input_ids"], inputs["attention_mask"], inputs["pixel_values"]
             )  # fmt: skip
@@ -434,7 +434,8 @@ class OpenVLAForActionPrediction(ActionVocabulary, OpenVLAGeneration, OpenVLAPre
         embeds = self.get_input_embeddings()(layout.input_ids.to(self.device, non_blocking=True))
         mask, places = layout.attention_mask, torch.from_numpy(layout.patches).to(embeds.device, non_blocking=True)
         mask = None if mask is None else mask.to(embeds.device, non_blocking=True)
-        features = self._encode(inputs.pixel_values, inputs.proprio)
+        with stage("vision"):
+            features = self._encode(inputs.pixel_values, inputs.proprio)
         finite = features.isfinite().flatten(1).all(dim=1, keepdim=True).to(self.device)
         features = features.to(embeds.device, embeds.dtype)
         first, count = int(layout.patches[0, 0]), features.shape[1]
@@ -466,13 +467,9 @@ class OpenVLAForActionPrediction(ActionVocabulary, OpenVLAGeneration, OpenVLAPre
             MemoryError: If there is not so much.
             KeyError: If `unnorm_key` is unknown.
         """
-        for name, sizes in (("batch_sizes", batch_sizes), ("prompt_buckets", prompt_buckets)):
-            whole = isinstance(sizes, (list, tuple, range)) and all(type(size) is int and size > 0 for size in sizes)
-            if not whole or not sizes:
-                raise ValueError(f"{name}={sizes!r}: expected whole numbers of at least 1, such as (1, 4).")
-        shape = (self.action_chunk, self.get_action_dim(unnorm_key))
+        num_tokens = self.action_head.num_tokens((self.action_chunk, self.get_action_dim(unnorm_key)))
         with evaluation_mode(self), one_type(self):
-            return prepare(self, batch_sizes, prompt_buckets, self.action_head.num_tokens(shape))
+            return prepare(self, batch_sizes, prompt_buckets, num_tokens)
 
     def action_sequence(
         self, inputs: ModelInputs, num_actions: int, decided: Sequence[Sequence[int]] = (), with_time: bool = False
@@ -486,10 +483,11 @@ class OpenVLAForActionPrediction(ActionVocabulary, OpenVLAGeneration, OpenVLAPre
         input_ids, attention_mask, first = end_prompts(
             prompts, config, self.num_patches + with_time, num_actions + 1, answers, pad_right=True
         )
-        return action_sequence(
-            self, input_ids, attention_mask, inputs.pixel_values, inputs.proprio, first, num_actions,
-            num_committed=len(decided[0]), with_time=with_time,
-        )  # fmt: skip
+        with stage("vision"):
+            return action_sequence(
+                self, input_ids, attention_mask, inputs.pixel_values, inputs.proprio, first, num_actions,
+                num_committed=len(decided[0]), with_time=with_time,
+            )  # fmt: skip
 
 
 @cache

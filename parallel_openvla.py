@@ -14,6 +14,7 @@ from torch import nn
 from transformers.masking_utils import create_bidirectional_mask
 
 from .patches_openvla import PatchLayout
+from .stages_openvla import stage
 
 
 @dataclass
@@ -53,7 +54,8 @@ class ActionSequence:
             embeds = embeds.index_copy(
                 1, torch.tensor([self.time], device=embeds.device), time.to(embeds).expand(len(embeds), -1)[:, None]
             )
-        hidden = bidirectional(language_model, embeds, self.attention_mask)
+        with stage("prefill"):
+            hidden = bidirectional(language_model, embeds, self.attention_mask)
         return hidden.gather(1, self._places(self.first - 1, count).to(hidden.device))
 
     def _places(self, first: torch.Tensor, count: int) -> torch.Tensor:

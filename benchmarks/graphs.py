@@ -14,11 +14,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from predict import ROOT, random_inputs, random_model
 
 from openvla import OpenVLAForActionPrediction
+from openvla.bench.subject import random_model
 from openvla.device import synchronize
 from openvla.graphs_openvla import _PREPARED, fingerprint, plain_decoding
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def random_inputs(model, batch: int) -> dict[str, torch.Tensor]:
+    """Inputs of the published sizes for a model without tokenizer: 20 prompt tokens, the first of them BOS."""
+    towers, size = len(model.config.timm_model_ids), model.config.image_sizes[0]
+    input_ids = torch.randint(3, 30000, (batch, 20), device=model.device)
+    input_ids[:, 0] = model.config.text_config.bos_token_id
+    channels = 3 * towers * len(model.camera_names)
+    pixel_values = torch.randn(batch, channels, size, size, device=model.device, dtype=model.dtype)
+    return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "pixel_values": pixel_values}
 
 
 def timed(model, function) -> tuple[object, float]:

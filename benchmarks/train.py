@@ -28,7 +28,6 @@ import timm
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from predict import add_part_options, parts_asked_for
 
 from openvla import OpenVLAConfig, OpenVLAForActionPrediction
 from openvla.device import synchronize
@@ -41,6 +40,27 @@ from openvla.training.strategies import checkpoint_activations
 
 ROOT = Path(__file__).resolve().parents[1]
 ADAPTERS = ("lora", "qlora")
+
+
+def add_part_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("of a preset")
+    group.add_argument("--head", default="tokens", help="tokens, parallel_tokens, l1_regression or diffusion")
+    group.add_argument("--chunk", type=int, default=1, help="steps of one prediction; default: %(default)s")
+    group.add_argument("--cameras", type=int, default=1, help="images of one prediction; default: %(default)s")
+    group.add_argument("--state", type=int, default=0, help="numbers of the state; default: %(default)s, none")
+    group.add_argument("--film", action="store_true", help="towers with FiLM")
+
+
+def parts_asked_for(arguments) -> dict:
+    """Fields of the configuration for the options of `add_part_options`."""
+    return {
+        "action_head": arguments.head,
+        "action_chunk": arguments.chunk,
+        "action_dim": 7,
+        "camera_names": ["primary", *(f"camera{number}" for number in range(1, arguments.cameras))],
+        "proprio_dim": arguments.state or None,
+        "use_film": arguments.film,
+    }
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype, size: int) -> float:

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from .fields import option, required
+from .fields import option, pairs, required
 from .prediction import ModelOptions
 
 
@@ -12,9 +12,31 @@ from .prediction import ModelOptions
 class BenchOptions(ModelOptions):
     """What is measured, and on what."""
 
-    what: Literal["exact"] = required("What to measure: exact.", argument=True)
-    dataset: str = required("Demonstrations whose frames are predicted, as finetune takes them.")
+    what: Literal["latency", "throughput", "memory", "load", "exact"] = required(
+        "What to measure: latency (one action, by stage), throughput (batches), memory, load (from the start of the "
+        "program to the first action) or exact (whether fast ways give the tokens of plain decoding).",
+        argument=True,
+    )
+    preset: Literal["openvla-7b", "openvla-v01-7b"] | None = option(
+        None, "A published size with random weights in place of --model: nothing is downloaded."
+    )
+    preset_fields: dict[str, Any] = pairs(
+        "Field of the preset's configuration, any number of times: action_head=l1_regression, action_chunk=8, "
+        "proprio_dim=8, ...",
+        flag="--field",
+    )
+    dataset: str | None = option(
+        None, "Demonstrations whose frames are predicted, as finetune takes them.", shown="random images; exact: needed"
+    )
     split: str = option("train", "Split of the dataset.")
-    frames: int = option(100, "Frames to predict, the first ones of the first episodes.")
-    threads: int | None = option(None, "Threads of torch on a CPU.", shown="as torch chooses")
-    output: Path | None = option(None, "JSON file for the figures.", shown="none")
+    frames: int = option(100, "Predictions that are timed: the first frames of the first episodes.", least=1)
+    size: str = option("256,256", "Height and width of random images, in pixels.")
+    batch_sizes: str = option("1,2,4,8,16", "Numbers of samples predicted at once, for throughput.")
+    against: dict[str, Any] = pairs(
+        "Another environment that predicts the same frames, in turns: NAME=PYTHON, an interpreter with another version "
+        "of openvla, or with what the code of the folder needs.",
+        flag="--against",
+    )
+    onnx: Path | None = option(None, "An export of the model (export --to onnx), timed with the others.", shown="none")
+    threads: int | None = option(None, "Threads of torch on a CPU.", shown="as torch chooses", least=1)
+    output: Path | None = option(None, "JSON file for the figures; a plot of latency beside it.", shown="none")

@@ -1,34 +1,27 @@
 """Whether faster ways to the tokens of an action give those of plain decoding, and what each of them takes."""
 
 import time
-from collections.abc import Iterator
 from contextlib import nullcontext
-from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
 
-from ..action_tokenizer import resolve_unnorm_key
-from ..data.samples import main_camera
-from ..data.sources import open_sources
 from ..decoding_openvla import EagerSteps
-from ..device import synchronize, torch_device
+from ..device import synchronize
 from ..folders import write_json
 from ..graphs_openvla import plain_decoding
-from ..hub import model_folder
 from ..inputs_openvla import ModelInputs, check_prompts
 from ..options.benchmark import BenchOptions
-from ..policy import load_model
+from .clock import QUANTILES, described, headline, quantiles
+from .subject import frames_of, open_subject
 
 
-QUANTILES = {"p50_ms": 50, "p90_ms": 90, "p99_ms": 99}
+HEAD = "way                  actions  tokens  gap      passes  min ms   p50      p90      p99      ratio"
 NEAR = 1e-4  # two logits that float32 may order either way
 
 
-def bench(options: BenchOptions) -> dict[str, Any]:
+def exact(options: BenchOptions) -> dict[str, Any]:
     """Predict frames of demonstrations in every way, one after the other for each frame.
 
     plain: The library's own steps, one token a pass. own: as `predict_action` does it without a draft. drafts: with the
@@ -42,28 +35,26 @@ def bench(options: BenchOptions) -> dict[str, Any]:
     Raises:
         ValueError: If there is no frame, or the head chooses no tokens one after the other.
     """
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    device = torch_device(options.device)
-    model = load_model(str(model_folder(options.model)), device=device, dtype=options.dtype)
+    if options.dataset is None or options.preset is not None:
+        raise ValueError(
+            "exact compares actions of a trained model on demonstrations: give --dataset, and no --preset."
+        )
+    model, key = open_subject(options)
     if not model.action_head.takes_drafts:
         raise ValueError(f"action_head='{model.config.action_head}' chooses no tokens one after the other.")
-    key = resolve_unnorm_key(model.norm_stats, options.unnorm_key)
-    frames = list(read_frames(options, model, key))
-    if not frames:
-        raise ValueError(f"'{options.dataset}' holds no frame.")
+    prompt, processor = model.processor.format_prompt, model.processor
+    frames = [
+        (frame.begins, dict(processor(prompt(frame.instruction), frame.images, return_tensors="pt")))
+        for frame in frames_of(options, model, key, options.frames)
+    ]
     prepared = None
-    if device.startswith("cuda"):
+    if model.device.type == "cuda":
         longest = max(inputs["input_ids"].shape[1] for _, inputs in frames) + 1
         prepared = model.prepare_for_inference((1,), (longest,), unnorm_key=key)
     results = compare(model, frames, key, graphs=bool(prepared and prepared.graphs))
     report = {
-        "model": Path(options.model).name,
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
-        "threads": torch.get_num_threads(),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        **described(options, model),
         "frames": len(frames),
-        "versions": {library.__name__: library.__version__ for library in (torch, transformers)},
         **({"prepared_seconds": prepared.seconds} if prepared else {}),
         "ways": results,
     }
@@ -72,24 +63,8 @@ def bench(options: BenchOptions) -> dict[str, Any]:
     return report
 
 
-def read_frames(options: BenchOptions, model: Any, key: str) -> Iterator[tuple[bool, dict[str, torch.Tensor]]]:
-    """Whether an episode begins, and the model inputs, of each frame."""
-    (source,) = open_sources(
-        options.dataset, split=options.split, statistics={"action": model.norm_stats[key]["action"]}
-    )
-    left = options.frames
-    for episode in source.dataset:
-        for number, frame in enumerate(islice(source.frames(episode), left)):
-            image = frame.images[main_camera(frame)][0]
-            prompt = model.processor.format_prompt(frame.instruction)
-            yield number == 0, dict(model.processor(prompt, image, return_tensors="pt"))
-            left -= 1
-        if left <= 0:
-            return
-
-
 def compare(model: Any, frames: list, key: str, graphs: bool) -> dict[str, dict[str, Any]]:
-    """{way: figures}, see `bench`."""
+    """{way: figures}, see `exact`."""
     names = ["plain", "own", "drafts", *(["graphs", "graphs and drafts"] if graphs else [])]
     last: dict[str, Any] = {}
     counts: dict[str, dict[str, list]] = {name: {"ms": [], "passes": [], "equal": [], "gaps": []} for name in names}
@@ -144,18 +119,19 @@ def figures(values: dict[str, list], plain: list[float]) -> dict[str, Any]:
         "differences_of_equal_logits": sum(abs(value) < NEAR for value in values["gaps"]),
         "largest_gap": max(values["gaps"], default=0.0),
         "passes": float(np.mean(values["passes"])),
-        "min_ms": float(kept.min()),
-        **{name: float(np.percentile(kept, part)) for name, part in QUANTILES.items()},
+        **quantiles(kept),
         "times_as_fast": float(min(plain) / kept.min()),
     }
 
 
 def table(report: dict[str, Any]) -> str:
     """The figures of each way on a line."""
-    head = f"{report['frames']} frames, {report['dtype']} on {report['device']}, {report['threads']} thread(s)"
-    lines = [head, "way                  actions  tokens  gap      passes  min ms   p50      p90      p99      ratio"]
+    lines = [
+        headline(report),
+        "way                  actions  tokens  gap      passes  min ms   p50      p90      p99      ratio",
+    ]
     for name, row in report["ways"].items():
-        times = " ".join(f"{row[part]:8.2f}" for part in ("min_ms", *QUANTILES))
+        times = " ".join(f"{row[part]:8.2f}" for part in QUANTILES)
         lines.append(
             f"{name:<20} {row['identical_actions']:7.1%} {row['identical_tokens']:7.1%}  {row['largest_gap']:.1e} "
             f"{row['passes']:6.2f} {times} {row['times_as_fast']:6.2f}"

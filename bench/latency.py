@@ -1,0 +1,176 @@
+"""How long one action takes, by stage, against what the hardware allows and against other ways to it."""
+
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from ..folders import write_json
+from ..graphs_openvla import plain_decoding
+from ..options.benchmark import BenchOptions
+from ..stages_openvla import stage
+from .clock import QUANTILES, WARM_UP, described, headline, quantiles, staged, timed
+from .other import Other, open_onnx
+from .roofline import count_work, limit_ms, machine_rates
+from .subject import Frame, PresetInputs, frames_of, open_subject
+
+
+class Local:
+    """`predict_action` from raw images, of the model in this process.
+
+    Args:
+        drafts: "": none. "last": what was predicted for the frame before. "right": what will be predicted.
+    """
+
+    def __init__(self, options: BenchOptions, model: Any, key: str, plain: bool = False, drafts: str = ""):
+        self.model, self.key, self.plain, self.drafts = model, key, plain, drafts
+        self.preset = PresetInputs(options.preset, model) if options.preset else None
+        self.last: np.ndarray | None = None
+        self.found: Any = None
+
+    def prepare(self, frame: Frame) -> None:
+        """What is known before the clock runs."""
+        if frame.begins:
+            self.last = None
+        if self.drafts == "right":
+            self(frame)
+
+    def __call__(self, frame: Frame) -> np.ndarray:
+        more: dict[str, Any] = {"draft": self.last} if self.drafts else {}
+        if frame.state is not None:
+            more["state"] = frame.state
+        if self.preset is None:
+            more |= {"image": frame.images, "instruction": frame.instruction}
+        else:
+            with stage("preprocessing"):
+                more |= self.preset([frame])
+        with plain_decoding() if self.plain else nullcontext():
+            self.found = self.model.predict_action(**more, unnorm_key=self.key, return_dict=True)
+        self.last = self.found.token_ids
+        return self.found.actions
+
+
+def ways_of(options: BenchOptions, model: Any, key: str) -> dict[str, Any]:
+    """{name: way}: of this process, an export, other environments."""
+    ways: dict[str, Any] = {"predict_action": Local(options, model, key)}
+    if model.action_head.takes_drafts:
+        ways["plain decoding"] = Local(options, model, key, plain=True)
+        if options.dataset is not None:
+            ways["drafts"] = Local(options, model, key, drafts="last")
+        ways["right drafts"] = Local(options, model, key, drafts="right")
+    if options.onnx is not None:
+        ways["onnx"] = open_onnx(options, key)
+    for name, python in options.against.items():
+        ways[name] = Other(str(python), options, key)
+    return ways
+
+
+def latency(options: BenchOptions) -> dict[str, Any]:
+    """Predict every frame in every way, in turns, from raw images to actions.
+
+    Returns:
+        The machine's rates, and for each way: quantiles of the total; of those in this process the quantiles of every
+        stage, from each second frame, and their limit; passes of the language model; the share of frames whose tokens
+        (of other environments: actions) are those of `predict_action`; how many times as fast it is as plain decoding.
+    """
+    model, key = open_subject(options)
+    frames = frames_of(options, model, key, options.frames + WARM_UP)
+    prepared = None
+    if model.device.type == "cuda":
+        bucket = 32 if options.preset else max(len(_prompt(model, frame)) for frame in frames) + 1
+        prepared = model.prepare_for_inference((1,), (bucket,), unnorm_key=key)
+    ways = ways_of(options, model, key)
+    times: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
+    same: dict[str, list[bool]] = {name: [] for name in ways}
+    passes: dict[str, list[int]] = {name: [] for name in ways}
+    try:
+        for number, frame in enumerate(tqdm(frames, unit="frame", disable=None)):
+            chosen = {}
+            names = list(ways)
+            for name in names[number % len(names) :] + names[: number % len(names)]:
+                way = ways[name]
+                found: dict[str, float] = {}
+                way.prepare(frame)
+                local = isinstance(way, Local)
+                with staged(model.device, found) if local and number % 2 else nullcontext():
+                    with timed(model.device, found):
+                        chosen[name] = way(frame)
+                if number >= WARM_UP:
+                    times[name].append(found)
+                    if local and getattr(way.found, "token_passes", None) is not None:
+                        passes[name].append(int(way.found.token_passes.max()))
+            for name in names if number >= WARM_UP else ():
+                same[name].append(bool(np.allclose(chosen[name], chosen["predict_action"], rtol=1e-5, atol=1e-6)))
+    finally:
+        for way in ways.values():
+            way.close() if hasattr(way, "close") else None
+    rates = machine_rates(model.device, model.dtype)
+    work = {name: count_work(model, partial(way, frames[-1])) for name, way in ways.items() if _counts(way)}
+    report = {
+        **described(options, model),
+        "frames": len(frames) - WARM_UP,
+        **({"graphs": prepared.graphs, "no_graphs": prepared.reason} if prepared else {}),
+        "machine": rates,
+        "ways": {name: _figures(times[name], same[name], passes[name], work.get(name, {}), rates) for name in ways},
+    }
+    if options.output is not None:
+        from .plot import plot
+
+        write_json(options.output, report)
+        plot(report, options.output.with_suffix(".png"))
+    return report
+
+
+def _prompt(model: Any, frame: Frame) -> list[int]:
+    return model.processor.tokenizer(model.processor.format_prompt(frame.instruction))["input_ids"]
+
+
+def _counts(way: Any) -> bool:
+    """Drafts are counted where they are right: then a way has as many passes whenever it is asked."""
+    return isinstance(way, Local) and way.drafts != "last"
+
+
+def _figures(
+    times: list[dict[str, float]], same: list[bool], passes: list[int], work: dict[str, Any], rates: dict[str, float]
+) -> dict[str, Any]:
+    totals = [found["total"] for found in times if len(found) == 1]
+    watched = [found for found in times if len(found) > 1]
+    stages: dict[str, Any] = {}
+    for name in watched[0] if watched else ():
+        if name != "total":
+            stages[name] = quantiles([found[name] for found in watched])
+            if name in work and work[name]["gbyte"]:
+                limit = limit_ms(work[name], rates)
+                stages[name] |= {**work[name], "limit_ms": limit, "share": limit / stages[name]["min_ms"]}
+    if stages:
+        stages["other"] = quantiles(
+            [found["total"] - sum(v for k, v in found.items() if k != "total") for found in watched]
+        )
+    return {
+        **quantiles(totals or [found["total"] for found in times]),
+        "same": float(np.mean(same)),
+        **({"passes": float(np.mean(passes))} if passes else {}),
+        "stages": stages,
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """A line for each way, and for each stage of it."""
+    rates = report["machine"]
+    lines = [
+        headline(report),
+        f"measured here: {rates['gflops']:.0f} GFLOP/s, {rates['gbytes']:.1f} GB/s",
+        "way                    min ms      p50      p90      p99  same    passes  limit ms  share",
+    ]
+    for name, row in report["ways"].items():
+        times = " ".join(f"{row[part]:8.2f}" for part in QUANTILES)
+        lines.append(
+            f"{name:<20} {times} {row['same']:5.0%} {row.get('passes', float('nan')):9.2f}".replace("nan", "   ")
+        )
+        for stage_name, found in row["stages"].items():
+            times = " ".join(f"{found[part]:8.2f}" for part in QUANTILES)
+            limit = f"{found['limit_ms']:26.2f} {found['share']:6.0%}" if "share" in found else ""
+            lines.append(f"  {stage_name:<18} {times} {limit}".rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,98 @@
+"""Predictions of something else than this process: an ONNX export, or another environment."""
+
+import base64
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..options.benchmark import BenchOptions
+from .subject import Frame
+
+
+WORKER = Path(__file__).with_name("worker.py")
+
+
+class Other:
+    """Another interpreter that loads the same folder and predicts the same frames, one after the other.
+
+    What it has installed decides what is measured: openvla of any version, or what the code of the folder needs. Its
+    times hold a copy of the image through a pipe (below a millisecond for 256 x 256).
+
+    Raises:
+        ValueError: If it cannot be started, or does not answer; its own words are in the error stream.
+    """
+
+    def __init__(self, python: str, options: BenchOptions, key: str):
+        if options.preset is not None:
+            raise ValueError("--against compares predictions of a folder: give --model, and no --preset.")
+        settings: dict[str, Any] = {
+            "model": options.model,
+            "unnorm_key": key,
+            "device": options.device,
+            "dtype": options.dtype,
+        }
+        settings["threads"] = options.threads
+        try:
+            self.process = subprocess.Popen(
+                [python, str(WORKER), json.dumps(settings)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+        except OSError as error:
+            raise ValueError(f"--against: '{python}' cannot be started ({error}): give an interpreter.") from error
+        self.python = python
+        self._receive()
+
+    def prepare(self, frame: Frame) -> None:
+        """Nothing is kept between frames."""
+
+    def __call__(self, frame: Frame) -> np.ndarray:
+        image = next(iter(frame.images.values()))
+        content = {"shape": image.shape, "image": base64.b64encode(image.tobytes()).decode()}
+        assert self.process.stdin is not None  # a pipe, as asked for
+        self.process.stdin.write(json.dumps({**content, "instruction": frame.instruction}) + "\n")
+        self.process.stdin.flush()
+        return np.array(self._receive()["actions"])
+
+    def _receive(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise ValueError(f"--against: '{self.python}' ended with {self.process.wait()} and no answer, see above.")
+        return json.loads(line)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+class Onnx:
+    """An export in openvla-runtime, with the drafts that it takes by itself."""
+
+    def __init__(self, policy: Any):
+        self.policy = policy
+
+    def prepare(self, frame: Frame) -> None:
+        if frame.begins:
+            self.policy.reset()
+
+    def __call__(self, frame: Frame) -> np.ndarray:
+        return self.policy.act(frame.images, frame.instruction, state=frame.state)
+
+
+def open_onnx(options: BenchOptions, key: str) -> Onnx:
+    """Raises a `ModuleNotFoundError` where openvla-runtime is not installed."""
+    packages = Path(__file__).resolve().parents[1] / "packages" / "openvla-runtime"
+    if packages.is_dir():  # a checkout
+        sys.path.append(str(packages))
+    try:
+        from openvla_runtime import OnnxPolicy
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            "--onnx needs openvla-runtime, which is not installed: pip install packages/openvla-runtime of the "
+            "repository.",
+            name="openvla_runtime",
+        ) from error
+    return Onnx(OnnxPolicy(str(options.onnx), key, threads=options.threads))

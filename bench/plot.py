@@ -1,0 +1,39 @@
+"""A picture of latency: for each way its stages, and what the hardware allows."""
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+
+COLORS = {
+    "preprocessing": "tab:gray", "vision": "tab:blue", "prefill": "tab:orange", "decode": "tab:red", "other": "silver",
+    "total": "tab:purple",
+}  # fmt: skip
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    ways = list(reversed(report["ways"].items()))
+    figure = Figure(figsize=(8, 1.2 + 0.55 * len(ways)), layout="constrained")
+    axes = figure.subplots()
+    named = set()
+    for place, (_, row) in enumerate(ways):
+        left, parts = 0.0, {stage: found["min_ms"] for stage, found in row["stages"].items()}
+        for stage, width in (parts or {"total": row["min_ms"]}).items():
+            label = None if stage in named else stage
+            axes.barh(place, width, left=left, color=COLORS[stage], label=label)
+            left += width
+            named.add(stage)
+        limit = sum(found.get("limit_ms", 0.0) for found in row["stages"].values())
+        if limit:
+            label = None if "limit" in named else "limit of the hardware"
+            axes.plot([limit, limit], [place - 0.4, place + 0.4], color="black", linewidth=2, label=label)
+            named.add("limit")
+        axes.text(left, place, f" {row['min_ms']:.1f}", va="center")
+    axes.set_yticks(range(len(ways)), [name for name, _ in ways])
+    axes.set_xlabel("ms for one prediction (least)")
+    axes.set_title(f"{report['model']}, {report['dtype']}, {report['device']}, {report['threads']} thread(s)")
+    axes.margins(x=0.1)
+    figure.legend(loc="outside right upper")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)

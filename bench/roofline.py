@@ -1,0 +1,70 @@
+"""What the hardware allows: no stage is faster than its products at the measured rate of products of matrices, or than
+its weights at the measured rate of the memory."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..device import synchronize
+from ..stages_openvla import watch_stages
+
+
+ROUNDS = 5
+
+
+def machine_rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Measured here: `gflops` of a product of square matrices in `dtype`, and `gbytes` a second that a copy moves."""
+    side, count = (8192, 1 << 28) if device.type == "cuda" else (1024, 1 << 26)
+    left, right = torch.randn(2, side, side, device=device).to(dtype)
+    source = torch.zeros(count, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    return {
+        "gflops": 2 * side**3 / _best(device, lambda: left @ right) / 1e9,
+        "gbytes": 2 * source.nbytes / _best(device, lambda: target.copy_(source)) / 1e9,  # read and written
+    }
+
+
+def _best(device: torch.device, run: Callable[[], Any]) -> float:
+    """Seconds of the fastest of a few rounds."""
+    times = []
+    for _ in range(ROUNDS):
+        synchronize(device)
+        started = time.perf_counter()
+        run()
+        synchronize(device)
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def count_work(model: Any, predict: Callable[[], Any]) -> dict[str, dict[str, float]]:
+    """{stage: {"gflop", "gbyte"}} of one prediction: products and attention as torch counts them (products of quantized
+    weights are not among them), and the weights that every pass reads, without what activations and caches take."""
+    work: dict[str, dict[str, float]] = {}
+    weights = {"vision": _bytes(model.vision_backbone, model.projector)}
+    weights["prefill"] = weights["decode"] = _bytes(model.get_decoder()) - _bytes(model.get_input_embeddings())
+
+    @contextmanager
+    def watcher(name: str) -> Iterator[None]:
+        with FlopCounterMode(display=False) as counter:
+            yield
+        found = work.setdefault(name, {"gflop": 0.0, "gbyte": 0.0})
+        found["gflop"] += counter.get_total_flops() / 1e9
+        found["gbyte"] += weights.get(name, 0) / 1e9
+
+    with watch_stages(watcher):
+        predict()
+    return work
+
+
+def _bytes(*modules: nn.Module) -> int:
+    tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def limit_ms(work: dict[str, float], rates: dict[str, float]) -> float:
+    return 1000 * max(work["gflop"] / rates["gflops"], work["gbyte"] / rates["gbytes"])

@@ -1,0 +1,143 @@
+"""What is measured: a model, and the requests that it answers."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..action_tokenizer import resolve_unnorm_key
+from ..data.sources import open_sources
+from ..device import torch_device
+from ..hub import model_folder
+from ..image_processing_openvla import OpenVLAImageProcessor
+from ..modeling_openvla import OpenVLAForActionPrediction
+from ..options.benchmark import BenchOptions
+from ..policy import QUANTIZATIONS, load_model
+from ..presets import ROOT, load_preset_config, load_preset_statistics
+from ..quantization_openvla import OpenVLAQuantizationConfig, quantize_linears
+
+
+KEY = "bridge_orig"  # units of a preset
+INSTRUCTIONS = ("pick up the coffee mug", "open the top drawer", "put the spoon on the towel", "close the microwave")
+PROMPT_TOKENS = 20  # of a preset, which has no tokenizer
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One request. `begins`: an episode does, so that nothing before it is a draft."""
+
+    images: dict[str, np.ndarray]  # camera -> (H, W, 3) uint8
+    instruction: str
+    state: np.ndarray | None  # (S,) of a model that sees it
+    begins: bool
+
+
+def numbers(name: str, text: str) -> list[int]:
+    """Whole numbers with commas between them; a `ValueError` for anything else."""
+    found = [int(number) if number.strip().isdecimal() else 0 for number in text.split(",")]
+    if not all(found):
+        raise ValueError(f"{name}='{text}': expected whole numbers of at least 1 with commas between them.")
+    return found
+
+
+def open_subject(options: BenchOptions) -> tuple[Any, str]:
+    """The model, ready to predict, and the dataset in whose units."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    device = torch_device(options.device)
+    if options.preset is not None:
+        dtype = torch.bfloat16 if options.dtype == "auto" else getattr(torch, options.dtype)
+        model = random_model(options.preset, device, dtype, **options.preset_fields)
+        if options.quantization is not None:
+            if "bits" not in QUANTIZATIONS[options.quantization]:
+                raise ValueError(f"quantization='{options.quantization}': of a preset int8 or int4.")
+            quantize_linears(model, OpenVLAQuantizationConfig(QUANTIZATIONS[options.quantization]["bits"]))
+    else:
+        variant = {"action_head": options.action_head, "action_chunk": options.action_chunk}
+        model = load_model(
+            str(model_folder(options.model)),
+            device=device, dtype=options.dtype, quantization=options.quantization,
+            **{name: value for name, value in variant.items() if value is not None},
+        )  # fmt: skip
+    return model, resolve_unnorm_key(model.norm_stats, options.unnorm_key)
+
+
+def random_model(preset: str, device: str, dtype: torch.dtype, **fields: Any) -> OpenVLAForActionPrediction:
+    """A published configuration, with `fields` changed, and random weights, made on the device itself."""
+    config = load_preset_config(preset)
+    for name, value in {"action_dim": 7, **fields}.items():
+        if not hasattr(config, name):
+            raise ValueError(f"--field {name}: the configuration has no such field.")
+        setattr(config, name, value)
+    config.check_fields()
+    config.norm_stats = {KEY: load_preset_statistics("openvla-7b")[KEY]}
+    if config.proprio_dim:
+        config.norm_stats[KEY]["proprio"] = {"q01": [-1.0] * config.proprio_dim, "q99": [1.0] * config.proprio_dim}
+    config.empty_token_id = 29871
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return OpenVLAForActionPrediction(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+class PresetInputs:
+    """In place of a processor: pixels are made as ever, words are random tokens."""
+
+    def __init__(self, preset: str, model: Any):
+        self.image_processor = OpenVLAImageProcessor.from_pretrained(ROOT / preset)
+        self.model = model
+
+    def __call__(self, frames: list[Frame]) -> dict[str, torch.Tensor]:
+        config, cameras = self.model.config, self.model.camera_names
+        images = [frame.images[camera] for frame in frames for camera in cameras]
+        pixels = self.image_processor(images, return_tensors="pt")["pixel_values"]
+        generator = torch.Generator().manual_seed(0)
+        input_ids = torch.randint(3, 30000, (len(frames), PROMPT_TOKENS), generator=generator)
+        input_ids[:, 0] = config.text_config.bos_token_id
+        pixels = pixels.unflatten(0, (len(frames), len(cameras))).flatten(1, 2)
+        return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "pixel_values": pixels}
+
+
+def frames_of(options: BenchOptions, model: Any, key: str, count: int) -> list[Frame]:
+    """Frames of demonstrations, or random images, no two of them equal.
+
+    Raises:
+        ValueError: If the dataset holds no frame.
+    """
+    state = None if model.config.proprio_dim is None else np.zeros(model.config.proprio_dim)  # costs what others cost
+    if options.dataset is not None:
+        found = list(islice(_recorded(options, model, key, state), count))
+        if not found:
+            raise ValueError(f"'{options.dataset}' holds no frame.")
+        return found
+    generator, (height, width) = np.random.default_rng(0), _size(options.size)
+    frames = []
+    for number in range(count):
+        images = {
+            camera: generator.integers(0, 256, (height, width, 3), dtype=np.uint8) for camera in model.camera_names
+        }
+        frames.append(Frame(images, INSTRUCTIONS[number % len(INSTRUCTIONS)], state, begins=True))
+    return frames
+
+
+def _size(text: str) -> list[int]:
+    found = numbers("size", text)
+    if len(found) != 2:
+        raise ValueError(f"size='{text}': expected height and width, such as 1080,1920.")
+    return found
+
+
+def _recorded(options: BenchOptions, model: Any, key: str, state: np.ndarray | None) -> Iterator[Frame]:
+    """Frames in their order, episode by episode."""
+    statistics = {"action": model.norm_stats[key]["action"]}
+    (source,) = open_sources(str(options.dataset), split=options.split, statistics=statistics)
+    for episode in source.dataset:
+        for number, frame in enumerate(source.frames(episode)):
+            images = {camera: pictures[0] for camera, pictures in frame.images.items()}
+            yield Frame(images, frame.instruction, state, begins=number == 0)
