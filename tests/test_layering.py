@@ -70,6 +70,7 @@ FLOORS = {
     "serving": 4,
     "cli_options": 5,
     "cli_errors": 6,
+    "cli_folders": 6,
     "cli": 7,
     "openvla_light": 0,
     "openvla_console": 8,
