@@ -1,0 +1,412 @@
+"""`openvla_client`: the same call over both protocols, and nothing that comes back is believed unseen.
+
+Against the app of `openvla serve` with a model without torch (fake_serving.py), and against a server that answers what
+it is told (scripted_server.py).
+"""
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from openvla_client import (
+    BadAnswer,
+    NoAction,
+    NoAnswer,
+    NotReached,
+    Refused,
+    State,
+    connect,
+    connect_async,
+)
+from PIL import Image
+from scripted_server import Scripted, metadata, right
+
+
+SCHEMES = ("ws", "http")
+IMAGE = np.full((8, 8, 3), 90, np.uint8)
+
+
+@pytest.fixture(params=SCHEMES)
+def scheme(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def no_key(monkeypatch):
+    monkeypatch.delenv("OPENVLA_API_KEY", raising=False)
+
+
+@contextmanager
+def asking(scripted: Scripted, scheme: str, **options):
+    with scripted.running(), connect(scripted.url(scheme), **options) as client:
+        yield client
+
+
+# What is sent ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_call(scheme):
+    scripted = Scripted()
+    with asking(scripted, scheme, key="secret") as client:
+        assert (client.info.model, client.info.cameras, client.info.chunk) == ("scripted", ("image",), 2)
+        answer = client.act(IMAGE, "open the drawer", state=[1, 2], step=3, committed=[[0.1, 0, 0]], details=True)
+    assert answer.actions.tolist() == [[0.25] * 3] * 2 and answer.actions.dtype == np.float64
+    assert answer.actions.flags.writeable and answer.timing == {"infer_ms": 1.5} and 0 < answer.seconds < 10
+    (sent,) = scripted.messages
+    assert np.array_equal(sent["images"]["image"], IMAGE) and sent["instruction"] == "open the drawer"
+    assert sent["state"].tolist() == [1, 2] and sent["committed"].tolist() == [[0.1, 0, 0]]
+    assert (sent["unnorm_key"], sent["step"], sent["details"]) == ("robot", 3, True)
+    assert 0 < sent["timeout_ms"] <= 10_000 and sent["session"]
+    assert scripted.headers[0]["Authorization"] == "Api-Key secret"
+
+
+@pytest.mark.parametrize("form", ["raw", "jpeg", "png"])
+def test_images(form, tmp_path):
+    scripted = Scripted()
+    gradient = np.arange(48 * 64 * 3, dtype=np.uint32).reshape(48, 64, 3).astype(np.uint8)
+    Image.fromarray(gradient).save(tmp_path / "frame.png")
+    with asking(scripted, "ws", images=form) as client:
+        for image in (gradient, Image.fromarray(gradient), tmp_path / "frame.png", gradient[:, ::-1]):
+            client.act({"image": image}, "go")
+    sent = [message["images"]["image"] for message in scripted.messages]
+    assert sent[2] == (tmp_path / "frame.png").read_bytes()
+    if form == "raw":
+        assert np.array_equal(sent[0], gradient) and np.array_equal(sent[3], gradient[:, ::-1])
+    else:
+        assert sent[0] == sent[1] and sent[0][:4] == (b"\x89PNG" if form == "png" else b"\xff\xd8\xff\xe0")
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"images": np.zeros((8, 8, 3))}, "float64"),
+        ({"images": np.zeros((8, 8), np.uint8)}, r"\(8, 8\)"),
+        ({"images": b"no picture"}, "JPEG"),
+        ({"images": None}, "NoneType"),
+        ({"images": np.zeros((4000, 4000, 3), np.uint8)}, "jpeg"),
+        ({"unnorm_key": "bridge"}, "robot"),
+        ({"timeout": 0}, "timeout"),
+        ({"state": "high"}, "could not convert"),
+    ],
+)
+def test_what_is_wrong_before_it_is_sent(given, message):
+    scripted = Scripted()
+    with asking(scripted, "ws") as client:
+        with pytest.raises(ValueError, match=message):
+            client.act(**{"images": IMAGE, "instruction": "go", **given})
+        with pytest.raises(FileNotFoundError):
+            client.act("nowhere.png", "go")
+        assert not scripted.messages
+        client.act(IMAGE, "go")
+    assert scripted.connections == 1
+
+
+def test_several_cameras_are_named():
+    with asking(Scripted(metadata(cameras=["full_image", "wrist_image"])), "ws") as client:
+        with pytest.raises(ValueError, match="wrist_image"):
+            client.act(IMAGE, "go")
+        client.act({"full_image": IMAGE, "wrist_image": IMAGE}, "go")
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://robot", "http://", "ws:8000", ""])
+def test_addresses_that_are_none(url):
+    with pytest.raises(ValueError, match="ws://"):
+        connect(url)
+
+
+@pytest.mark.parametrize(
+    "options", [{"timeout": 0}, {"images": "webp"}, {"quality": 0}, {"key": " "}, {"key": "a\nb"}, {"key": "ключ"}]
+)
+def test_options_that_make_no_sense(options):
+    with pytest.raises(ValueError):
+        connect("ws://127.0.0.1:1", **options)
+
+
+def test_the_key_of_the_environment(scheme, monkeypatch):
+    monkeypatch.setenv("OPENVLA_API_KEY", "from-environment")
+    scripted = Scripted()
+    with asking(scripted, scheme) as client:
+        client.act(IMAGE, "go")
+    assert scripted.headers[-1]["Authorization"] == "Api-Key from-environment"
+
+
+# What comes back ------------------------------------------------------------------------------------------------------
+
+
+def changed(**content):
+    return lambda message: {**right(message), **content}
+
+
+WRONG = {
+    "NaN": changed(actions=np.array([[0.1, np.nan, 0], [0, 0, 0]])),
+    "infinity": changed(actions=np.full((2, 3), np.inf)),
+    "one action": changed(actions=np.zeros(3)),
+    "too few": changed(actions=np.zeros((1, 3))),
+    "another robot": changed(actions=np.zeros((2, 7))),
+    "a list": changed(actions=[[0.0] * 3] * 2),
+    "text": changed(actions="forward"),
+    "none": changed(actions=None),
+    "another request": changed(request_id=77),
+    "no request": lambda message: {name: value for name, value in right(message).items() if name != "request_id"},
+    "another session": changed(session="another"),
+    "another step": changed(step=8),
+    "another dataset": changed(unnorm_key="bridge"),
+    "probabilities of another shape": changed(probabilities=np.zeros((2, 2))),
+    "probabilities that are none": changed(normalized=np.full((2, 3), np.nan)),
+    "no map": lambda message: [1, 2, 3],
+    "no msgpack": lambda message: b"\xc1\xff\xff",
+    "objects": lambda message: (
+        b"\x81\xa7actions\x84\xc4\x0b__ndarray__\xc3\xc4\x04data\xc4\x08aaaaaaaa\xc4\x05dtype\xa3|O8"
+        b"\xc4\x05shape\x91\x01"
+    ),
+    "too large": lambda message: bytes(17 * 2**20),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_answer_is_none(name, scheme):
+    answers = [WRONG[name], right]
+    scripted = Scripted(answer=lambda message: answers.pop(0)(message))
+    with asking(scripted, scheme) as client:
+        with pytest.raises((BadAnswer, NotReached) if name == "too large" else BadAnswer):
+            client.act(IMAGE, "go", step=1)
+        assert client.act(IMAGE, "go", step=2).actions.shape == (2, 3)  # over another connection
+
+
+@pytest.mark.parametrize(
+    "first", [{}, [], b"\x00", metadata(chunk=0), metadata(datasets={}), metadata(cameras=[]), metadata(image_size=7)]
+)
+def test_a_server_that_is_none_of_ours(first, scheme):
+    with Scripted(first).running() as scripted, pytest.raises(BadAnswer, match="openvla serve|cannot be read"):
+        connect(scripted.url(scheme))
+
+
+def test_a_refusal_says_why(scheme):
+    said = json.dumps({"error": "instruction is missing.", "code": "bad_request", "retry_after": 1.5})
+    answers = [said, right, "no json", right]
+
+    def answer(message):
+        found = answers.pop(0)
+        return found if isinstance(found, str) else found(message)
+
+    scripted = Scripted(answer=answer)
+    with asking(scripted, scheme) as client:
+        with pytest.raises(Refused, match="instruction is missing") as caught:
+            client.act(IMAGE, "go")
+        assert (caught.value.code, caught.value.retry_after) == ("bad_request", 1.5)
+        client.act(IMAGE, "go")
+        with pytest.raises(Refused, match="did not say why"):
+            client.act(IMAGE, "go")
+        client.act(IMAGE, "go")
+    assert scripted.connections == (scheme == "ws")  # it stays open
+
+
+def test_a_late_answer_goes_to_nobody(scheme):
+    """The classic of a socket that is kept open: the answer to the last request taken for that to this one."""
+    scripted = Scripted(answer=lambda message: None)
+    with asking(scripted, scheme) as client:
+        with pytest.raises(NoAnswer, match="0.05 s"):
+            client.act(IMAGE, "go", timeout=0.05)
+        scripted.answer = right
+        assert client.act(IMAGE, "go").actions.shape == (2, 3)
+    assert scripted.connections == (2 if scheme == "ws" else 0)
+
+
+def test_answers_nobody_asked_for():
+    scripted = Scripted(answer=lambda message: [right(message), right(message)])
+    with asking(scripted, "ws") as client:
+        for _ in range(5):  # a duplicate is either seen before the next request, or is the answer to another one
+            try:
+                client.act(IMAGE, "go")
+            except (BadAnswer, NotReached):
+                pass
+        scripted.answer = right
+        with pytest.raises((BadAnswer, NotReached)) if client._client._connection.closed is False else nothing():
+            client.act(IMAGE, "go")
+        client.act(IMAGE, "go")
+
+
+@contextmanager
+def nothing():
+    yield
+
+
+# Connections ----------------------------------------------------------------------------------------------------------
+
+
+def test_nobody_there(scheme):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        begin = time.monotonic()
+        with pytest.raises(NotReached, match="openvla serve"):
+            connect(f"{scheme}://127.0.0.1:{taken.getsockname()[1]}")
+        assert time.monotonic() - begin < 5
+
+
+def test_somebody_who_says_nothing(scheme):
+    """Half open: the connection is there, and nothing comes over it."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        with pytest.raises(NoAnswer, match="0.1 s"):
+            connect(f"{scheme}://127.0.0.1:{silent.getsockname()[1]}", timeout=0.1)
+
+
+def test_a_server_that_is_starting_is_waited_for(scheme):
+    scripted = Scripted(ready=503)
+    with scripted.running():
+        with pytest.raises(Refused, match="wait") as caught:
+            connect(scripted.url(scheme))
+        assert caught.value.code == "busy"
+        threading.Timer(0.3, lambda: setattr(scripted, "ready", 200)).start()
+        with connect(scripted.url(scheme), wait=30) as client:
+            client.act(IMAGE, "go")
+
+
+def test_a_server_that_comes_later(scheme):
+    scripted = Scripted()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    found = []
+    thread = threading.Thread(
+        target=lambda: found.append(connect(f"{scheme}://127.0.0.1:{port}", wait=30)), daemon=True
+    )
+    thread.start()
+    time.sleep(0.3)
+    with scripted.running(port):
+        thread.join(30)
+        with found[0] as client:
+            client.act(IMAGE, "go")
+
+
+def test_a_server_that_is_started_again(scheme):
+    scripted = Scripted()
+    with scripted.running():
+        client = connect(scripted.url(scheme), timeout=5)
+        client.act(IMAGE, "go")
+    with client:
+        with pytest.raises((NotReached, NoAnswer)):
+            client.act(IMAGE, "go", timeout=0.3)
+        with scripted.running(scripted.port):
+            client.act(IMAGE, "go")
+            client.act(IMAGE, "go")
+
+
+def test_attempts_to_connect_are_spaced_out():
+    scripted = Scripted()
+    with scripted.running():
+        client = connect(scripted.url("ws"))
+    with client, socket.create_server(("127.0.0.1", scripted.port), backlog=64) as closing:
+        attempts = []
+
+        def turn_away():
+            while True:
+                try:
+                    accepted, _ = closing.accept()
+                except OSError:
+                    return
+                attempts.append(time.monotonic())
+                accepted.close()
+
+        thread = threading.Thread(target=turn_away, daemon=True)
+        thread.start()
+        for timeout in (0.1, 1.5):  # the first may still believe in the connection that broke
+            with pytest.raises((NotReached, NoAnswer)):
+                client.act(IMAGE, "go", timeout=timeout)
+        assert 3 <= len(attempts) <= 12, len(attempts)
+        closing.shutdown(socket.SHUT_RDWR)
+        thread.join(10)
+
+
+def test_a_handshake_that_is_refused():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer():
+            for body in (
+                b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}",
+                b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n",
+            ):
+                accepted, _ = server.accept()
+                with accepted:
+                    accepted.recv(65536)
+                    accepted.sendall(body.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        with pytest.raises(Refused, match="OPENVLA_API_KEY") as caught:
+            connect(f"ws://127.0.0.1:{server.getsockname()[1]}")
+        assert caught.value.code == "forbidden"
+        thread.join(10)
+
+
+def test_a_closed_client(scheme):
+    scripted = Scripted()
+    with asking(scripted, scheme) as client:
+        client.close()
+        client.close()
+        with pytest.raises(NotReached, match="closed"):
+            client.act(IMAGE, "go")
+
+
+def test_threads_share_a_client(scheme):
+    scripted = Scripted()
+    with asking(scripted, scheme) as client:
+        threads = [
+            threading.Thread(target=lambda: [client.act(IMAGE, "go") for _ in range(5)], daemon=True) for _ in range(8)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    assert sorted(message["request_id"] for message in scripted.messages) == [*range(40)]
+
+
+def test_with_await(scheme):
+    async def ask(url):
+        async with await connect_async(url) as client:
+            answers = await asyncio.gather(*(client.act(IMAGE, "go", step=step) for step in range(4)))
+            session = client.session
+            await client.reset()
+            assert client.session != session
+            return answers
+
+    scripted = Scripted(answer=lambda message: {"reset": True} if "endpoint" in message else right(message))
+    with scripted.running():
+        assert len(asyncio.run(ask(scripted.url(scheme)))) == 4
+    assert scripted.messages[-1]["endpoint"] == "reset"
+    assert scripted.messages[-1]["session"] == scripted.messages[0]["session"]
+
+
+# With a guard ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_guarded_client(scheme):
+    scripted = Scripted(metadata(dims=7), answer=lambda message: right(message, dims=7))
+    with asking(scripted, scheme) as client:
+        guard = client.guard(wait=30)
+        assert guard.fallback == "hold" and guard.period == 0.1
+        guard.reset(start=[0] * 6 + [1])
+        command = guard.step({"images": IMAGE, "instruction": "open the drawer"})
+        assert command.source == "answer" and command.action.tolist() == [0.25] * 7
+        guard.reset(start=[0] * 6 + [1])
+        guard.step({"images": IMAGE, "instruction": "open the drawer"})
+        guard.close()
+    sessions = [message["session"] for message in scripted.messages]
+    assert sessions[0] != sessions[1] and [message["step"] for message in scripted.messages] == [0, 0]
+
+
+def test_a_guard_of_a_model_that_does_not_say_what_its_actions_mean():
+    unstated = metadata(dims=7)
+    unstated["datasets"]["robot"]["spec_stated"] = False
+    with asking(Scripted(unstated, answer=lambda message: "no"), "ws") as client:
+        guard = client.guard()
+        assert guard.fallback == "raise"
+        with pytest.raises(NoAction):
+            guard.step({"images": IMAGE, "instruction": "open the drawer"})
+        assert guard.state is State.DEGRADED
+        guard.close()
+        assert client.guard(fallback="hold").fallback == "hold"
