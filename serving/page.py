@@ -1,30 +1,30 @@
 """`GET /`: a page to look at what the model does. Plain HTML, CSS and JavaScript from `page/`; nothing from elsewhere.
 
-Browsers bring dangers that robots do not have: pages of other sites send requests through a browser that can reach this
-server, and words of strangers must not become code. So requests have to come from this page (`check_origin`) under a
-name that nobody else can give to this server (`check_host`), nothing but the files of `page/` is executed (`HEADERS`),
-and the key travels in a header.
+Words of strangers (a robot's instruction, a session) must not become code in a browser that can reach robots: they are
+text and nothing else in `page/*.js`, and nothing but these files is executed (`HEADERS`). Who may ask is decided before
+(`auth.Gate`); the page itself needs no key, it asks for the key.
 """
 
 import base64
-import ipaddress
 import json
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
-from urllib.parse import urlsplit
+from typing import Any
 
 import numpy as np
-from fastapi import APIRouter, Body, Depends
+from fastapi import APIRouter
 from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.requests import Request as HTTPRequest
 
-from .contract import Answer, Dataset, Engine, Forbidden, NotThere, Request
+from .contract import Answer, BadRequest, Dataset, Engine, NotThere, Request
 from .episodes import Episodes, Step
+from .limits import Limits
 from .live import LiveView
+from .rest import read_body
 
 
+WORDS = Limits(message_bytes=16 * 1024)  # of what is said about an episode
 FOLDER = Path(__file__).with_name("page")
 SCRIPTS = ("api.js", "draw.js", "page.js", "watch.js")
 FILES = {**dict.fromkeys(SCRIPTS, "text/javascript"), "style.css": "text/css"}
@@ -46,7 +46,6 @@ def page_routes(
     *,
     live: LiveView,
     episodes: Episodes | None = None,
-    allow: Callable[..., Any] | None = None,
     examples: Path = EXAMPLES,
 ) -> APIRouter:
     """Routes of the page, and of what it asks. Errors are `Refusal`s.
@@ -55,31 +54,16 @@ def page_routes(
         read: The request of a model in the body of one of HTTP.
         live: That of the engine.
         episodes: None: the server runs no simulator.
-        allow: A dependency that raises an `Unauthorized` where the key is missing; None: there is no key. The page
-            itself is not asked: it asks for the key.
         examples: Folder of pictures with their `frames.json`.
     """
-    # With a key a foreign name does no harm: the browser does not have the key under that name.
-    trusted = [] if allow else [Depends(check_host)]
-    files = APIRouter(include_in_schema=False, dependencies=trusted)
-    data = APIRouter(
-        prefix="/page",
-        include_in_schema=False,
-        dependencies=[*trusted, Depends(check_origin), *([Depends(allow)] if allow else [])],
-    )
+    router = APIRouter(include_in_schema=False)
     pictures = read_examples(examples)
 
-    @files.get("/")
+    @router.get("/")
     async def index() -> Response:
         return FileResponse(FOLDER / "index.html", headers=HEADERS)
 
-    @files.get("/page/{name}")
-    async def file(name: str) -> Response:
-        if name not in FILES:
-            raise NotThere(f"/page/{name:.100}: there is no such file.")
-        return FileResponse(FOLDER / name, media_type=FILES[name], headers=HEADERS)
-
-    @data.get("/about")
+    @router.get("/page/about")
     async def about() -> Response:
         simulator = episodes and {
             "name": episodes.simulator.name,
@@ -89,13 +73,13 @@ def page_routes(
         shown = [{"name": name, "instruction": instruction} for name, instruction in pictures.items()]
         return _json({**asdict(engine.info), "examples": shown, "frames": live.frames, "simulator": simulator})
 
-    @data.get("/examples/{name}")
+    @router.get("/page/examples/{name}")
     async def example(name: str) -> Response:
         if name not in pictures:
             raise NotThere(f"{name:.100}: there is no such example.")
         return FileResponse(examples / name, headers=HEADERS)
 
-    @data.post("/act")
+    @router.post("/page/act")
     async def act(http: HTTPRequest) -> Response:
         request = replace(await read(http), distributions=True)
         answer = await engine.act(request)
@@ -103,11 +87,11 @@ def page_routes(
             answer_content(answer, engine.info.datasets[request.unnorm_key]) | {"unnorm_key": request.unnorm_key}
         )
 
-    @data.get("/robots")
+    @router.get("/page/robots")
     async def robots() -> Response:
         return _json({"robots": live.robots()})
 
-    @data.get("/robots/{number}/{camera}")
+    @router.get("/page/robots/{number}/{camera}")
     async def picture(number: int, camera: int) -> Response:
         jpeg = live.jpeg(number, camera)
         if jpeg is None:
@@ -115,61 +99,53 @@ def page_routes(
         return Response(jpeg, media_type="image/jpeg", headers=HEADERS)
 
     if episodes is not None:
-        add_episodes(data, episodes)
-    both = APIRouter()
-    both.include_router(data)
-    both.include_router(files)  # after it: /page/{name} would take its routes
-    return both
+        add_episodes(router, episodes)
+
+    @router.get("/page/{name}")  # after all that it could stand for
+    async def file(name: str) -> Response:
+        if name not in FILES:
+            raise NotThere(f"/page/{name:.100}: there is no such file.")
+        return FileResponse(FOLDER / name, media_type=FILES[name], headers=HEADERS)
+
+    return router
 
 
-def add_episodes(data: APIRouter, episodes: Episodes) -> None:
+def add_episodes(router: APIRouter, episodes: Episodes) -> None:
     """Routes that start, watch, reword and stop an episode."""
 
-    @data.post("/episode")
-    async def start(
-        task: Annotated[str, Body()], seed: Annotated[int, Body()] = 0, instruction: Annotated[str, Body()] = ""
-    ) -> Response:
-        episodes.start(task, seed, instruction)
+    @router.post("/page/episode")
+    async def start(http: HTTPRequest) -> Response:
+        given = await read_words(http, task=str, seed=int, instruction=str)
+        episodes.start(given.get("task", ""), given.get("seed", 0), given.get("instruction", ""))
         return _json(step_content(episodes.last))
 
-    @data.get("/episode")
+    @router.post("/page/episode/instruction")
+    async def reword(http: HTTPRequest) -> Response:
+        episodes.reword((await read_words(http, instruction=str)).get("instruction", ""))
+        return _json(step_content(episodes.last))
+
+    @router.get("/page/episode")
     async def newest(after: int = -1) -> Response:
         return _json(step_content(await episodes.after(after)))
 
-    @data.post("/episode/instruction")
-    async def reword(instruction: Annotated[str, Body(embed=True)]) -> Response:
-        episodes.reword(instruction)
-        return _json(step_content(episodes.last))
-
-    @data.post("/episode/stop")
+    @router.post("/page/episode/stop")
     async def stop() -> Response:
         episodes.stop()
         return _json({})
 
 
-def check_host(http: HTTPRequest) -> None:
-    """Without a key the page answers to addresses and to localhost alone. A site can let its own name mean this machine
-    (DNS rebinding), and its pages could then read what robots see; it cannot do so with an address."""
-    name = urlsplit(f"//{http.headers.get('host', '')}").hostname or ""
+async def read_words(http: HTTPRequest, **kinds: type) -> dict[str, Any]:
+    """The fields of a small body, those of `kinds` alone; a `Refusal` for anything else."""
+    body = await read_body(http, WORDS)
     try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        if name != "localhost" and not name.endswith(".localhost"):
-            raise Forbidden(
-                f"The page does not answer under the name {name!r:.100} as long as it needs no key: open it by the "
-                "address of the machine, or let the server ask for a key (OPENVLA_API_KEY)."
-            ) from None
-
-
-def check_origin(http: HTTPRequest) -> None:
-    """What a page of another site sends is refused; programs, which say nothing of a site, are not."""
-    site, origin = http.headers.get("sec-fetch-site"), http.headers.get("origin")
-    if site is None and origin is not None:  # over http only localhost is told where requests come from
-        site = "same-origin" if urlsplit(origin).netloc == http.headers.get("host") else "another"
-    if site not in (None, "none", "same-origin"):
-        raise Forbidden(
-            "A page of another site asks: open the page of this server itself. (A proxy has to pass Host on.)"
-        )
+        given = body.decode()
+    except ValueError as error:
+        raise BadRequest(str(error)) from error
+    for name, value in given.items() if isinstance(given, dict) else [("", given)]:
+        if type(value) is not kinds.get(name):
+            known = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items())
+            raise BadRequest(f"{name or 'body'!r:.100}: expected {known}.")
+    return given
 
 
 def read_examples(folder: Path) -> dict[str, str]:

@@ -10,16 +10,18 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from fake_serving import BINS, FakeModel, request
-from fastapi import FastAPI
-from fastapi.responses import JSONResponse
-from fastapi.testclient import TestClient
 from PIL import Image
+from starlette.testclient import TestClient
 
 from openvla.observation import Observation
-from openvla.serving.contract import BadRequest, Busy, Late, Refusal, Request, Unauthorized
+from openvla.serving.app import create_app
+from openvla.serving.contract import Busy, Late, Request
 from openvla.serving.episodes import MOST_WATCHERS, Episodes, Simulator
 from openvla.serving.live import MOST_CAMERAS, MOST_NUMBERS, MOST_ROBOTS, SIDE, LiveView
-from openvla.serving.page import EXAMPLES, FOLDER, answer_content, bin_values, page_routes
+from openvla.serving.page import EXAMPLES, FOLDER, answer_content, bin_values, page_routes, read_examples
+from openvla.serving.rest import read_request
+from openvla.serving.server import PAGE_PATHS
+from openvla.serving.wire import picture_file
 
 
 XSS = '<img src=x onerror="alert(1)"><script>alert(2)</script>'
@@ -28,9 +30,11 @@ XSS = '<img src=x onerror="alert(1)"><script>alert(2)</script>'
 class FakeEngine:
     """Asks the model at once; `refusals` are raised first, one for each request."""
 
-    def __init__(self, model: FakeModel | None = None, refusals=()):
+    ready = True
+
+    def __init__(self, model: FakeModel | None = None, refusals=(), live: LiveView | None = None):
         self.model = model or FakeModel(cameras=("primary",))
-        self.info, self.live, self.refusals = self.model.info, LiveView(), list(refusals)
+        self.info, self.live, self.refusals = self.model.info, live or LiveView(), list(refusals)
         self.requests: list[Request] = []
 
     async def act(self, request: Request):
@@ -39,21 +43,33 @@ class FakeEngine:
             raise self.refusals.pop(0)
         return self.model.act([request])[0]
 
+    async def start(self):
+        pass
 
-def page(engine=None, *, read=None, base_url="http://localhost:8000", **options) -> TestClient:
+    async def stop(self):
+        pass
+
+    def waiting(self):
+        return 0
+
+
+def page(engine=None, *, episodes=None, **options) -> TestClient:
+    """As `openvla serve` puts it together."""
     engine = engine or FakeEngine()
-    app = FastAPI()
 
-    async def read_nothing(http):
-        return request(7)
+    def routes(service):
+        if episodes is not None:
+            service.closers.append(episodes.close)
+        return page_routes(engine, lambda http: read_request(http, service), live=engine.live, episodes=episodes)
 
-    app.include_router(page_routes(engine, read or read_nothing, live=engine.live, **options))
+    app = create_app(engine, routes=[routes], open_paths=PAGE_PATHS, **options)
+    return TestClient(app, base_url="http://localhost:8000")
 
-    @app.exception_handler(Refusal)
-    async def refuse(http, refusal):
-        return JSONResponse(refusal.content(), refusal.status)
 
-    return TestClient(app, base_url=base_url)
+def form(level: int = 7, **fields) -> dict:
+    """What the page sends."""
+    picture = picture_file(np.full((8, 8, 3), level, np.uint8), "PNG")
+    return {"files": {"primary": ("picture", picture)}, "data": {"instruction": "open the drawer", **fields}}
 
 
 # Files and headers ----------------------------------------------------------------------------------------------------
@@ -129,77 +145,45 @@ def test_examples(tmp_path):
             assert picture.size == (224, 224) and response.headers["content-type"] == "image/png"
         assert example["instruction"] and len(response.content) < 60_000
     assert client.get("/page/examples/frames.json").status_code == 404
-    assert page(examples=tmp_path / "not there").get("/page/about").json()["examples"] == []
+    assert read_examples(tmp_path) == {}
 
 
 # Who may ask ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("host", ["localhost", "127.0.0.1:8000", "[::1]:8000", "192.168.1.7", "page.localhost:80"])
-def test_the_page_answers_to_addresses(host):
-    assert page().get("/page/robots", headers={"Host": host}).status_code == 200
-
-
-@pytest.mark.parametrize(
-    "host", ["evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example", ""]
-)
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:8000", "localhost.evil.example"])
 def test_a_name_that_a_stranger_can_give_to_this_machine_is_refused(host):
     for path in ("/", "/page/page.js", "/page/robots", "/page/about"):
-        response = page().get(path, headers={"Host": host})
-        assert response.status_code == 403 and "OPENVLA_API_KEY" in response.json()["error"]
+        assert page().get(path, headers={"Host": host}).status_code == 403
 
 
-@pytest.mark.parametrize(
-    "headers",
-    [
-        {"Origin": "http://evil.example"},
-        {"Origin": "null"},
-        {"Origin": "http://localhost:9000"},
-        {"Sec-Fetch-Site": "cross-site"},
-        {"Sec-Fetch-Site": "same-site", "Origin": "http://localhost:8000"},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("headers", [{"Origin": "http://evil.example"}, {"Sec-Fetch-Site": "cross-site"}], ids=str)
 def test_pages_of_other_sites_are_refused(headers):
     engine = FakeEngine()
     client = page(engine, episodes=Episodes(simulator(), engine))
-    for method, path in (
-        ("POST", "act"),
-        ("GET", "robots"),
-        ("POST", "episode"),
-        ("POST", "episode/stop"),
-        ("GET", "about"),
-    ):
+    gets, posts = (
+        ("about", "robots", "robots/1/0", "episode"),
+        ("act", "episode", "episode/stop", "episode/instruction"),
+    )
+    for method, path in [*(("POST", path) for path in posts), *(("GET", path) for path in gets)]:
         assert client.request(method, f"/page/{path}", headers=headers, json={"task": "lift"}).status_code == 403
     assert not engine.requests and not client.get("/page/episode").json()["running"]
     assert client.get("/", headers={"Sec-Fetch-Site": "cross-site"}).status_code == 200  # a link to it may be followed
 
 
-def test_our_own_page_and_programs_are_answered():
-    for headers in (
-        {},
-        {"Origin": "http://localhost:8000"},
-        {"Origin": "http://localhost:8000", "Sec-Fetch-Site": "same-origin"},
-        {"Origin": "https://robots.example", "Sec-Fetch-Site": "same-origin"},  # a proxy that speaks TLS
-    ):
-        assert page().post("/page/act", headers=headers).status_code == 200
-
-
 def test_with_a_key_the_page_itself_is_open_and_nothing_else():
-    def allow():
-        raise Unauthorized("Give the key.")
-
     engine = FakeEngine()
-    client = page(engine, allow=allow, episodes=Episodes(simulator(), engine), base_url="https://robots.example")
-    for path in ("/", "/page/page.js", "/page/style.css"):
+    client = page(engine, key="the key", episodes=Episodes(simulator(), engine))
+    for path in PAGE_PATHS:
         assert client.get(path).status_code == 200
     example = f"examples/{next(EXAMPLES.glob('*.png')).name}"
-    posts = ("act", "episode", "episode/stop", "episode/instruction")
-    gets = ("about", "robots", "robots/1/0", "episode", example)
+    gets, posts = ("about", "robots", example, "episode"), ("act", "episode", "episode/stop", "episode/instruction")
     for method, path in [*(("POST", path) for path in posts), *(("GET", path) for path in gets)]:
         response = client.request(method, f"/page/{path}", json={})
         assert response.status_code == 401 and response.json()["code"] == "unauthorized", path
     assert not engine.requests
+    for path in gets:
+        assert client.get(f"/page/{path}", headers={"Authorization": "Bearer the key"}).status_code == 200
 
 
 # An action ------------------------------------------------------------------------------------------------------------
@@ -207,12 +191,12 @@ def test_with_a_key_the_page_itself_is_open_and_nothing_else():
 
 def test_an_action_with_its_spread_in_units():
     engine = FakeEngine()
-    content = page(engine).post("/page/act").json()
+    content = page(engine).post("/page/act", **form(unnorm_key="robot")).json()
     assert engine.requests[0].distributions and engine.requests[0].session is None
     assert content["unnorm_key"] == "robot" and content["actions"][0][:2] == [0.007, 0.015]
     assert np.shape(content["distributions"]) == (1, 7, BINS) and np.shape(content["low"]) == (1, 7)
     for low, value, high in zip(content["low"][0], content["actions"][0], content["high"][0]):
-        assert low - 0.004 <= value <= high + 0.004 and high - low < 0.01  # two bins next to each other
+        assert low - 0.008 <= value <= high + 0.008 and high - low < 0.01  # two bins next to each other
     assert engine.live.robots() == []  # who looks is no robot
 
 
@@ -245,17 +229,10 @@ def test_a_head_without_tokens_has_no_spread():
 
 
 def test_refusals_come_in_words():
-    async def read(http):
-        raise BadRequest("instruction is empty: say what to do.")
-
-    response = page(read=read).post("/page/act")
-    assert (response.status_code, response.json()["error"]) == (400, "instruction is empty: say what to do.")
-    busy = page(FakeEngine(refusals=[Busy("The queue is full.", 0.5)])).post("/page/act")
-    assert busy.status_code == 503 and busy.json() == {
-        "error": "The queue is full.",
-        "code": "busy",
-        "retry_after": 0.5,
-    }
+    response = page().post("/page/act", **form(instruction=" "))
+    assert response.status_code == 400 and "instruction" in response.json()["error"]
+    busy = page(FakeEngine(refusals=[Busy("The queue is full.", 0.5)])).post("/page/act", **form())
+    assert busy.status_code == 503 and busy.json()["error"] == "The queue is full."
 
 
 # Live view ------------------------------------------------------------------------------------------------------------
@@ -282,7 +259,7 @@ def test_robots_as_they_were_seen_last():
     seen(live, request())
     waiting = live.asked(request(session="a"))
     clock.now += 2
-    robots = page_with(live).get("/page/robots").json()["robots"]
+    robots = page(FakeEngine(live=live)).get("/page/robots").json()["robots"]
     assert [robot["name"] for robot in robots] == ["b", "a", ""]
     assert (
         robots[0]
@@ -305,17 +282,11 @@ def test_robots_as_they_were_seen_last():
     assert live.robots() == []
 
 
-def page_with(live: LiveView) -> TestClient:
-    engine = FakeEngine()
-    engine.live = live
-    return page(engine)
-
-
 def test_the_last_picture():
     live = LiveView()
     seen(live, request(10, session="a"))
     seen(live, request(200, session="a"))
-    client = page_with(live)
+    client = page(FakeEngine(live=live))
     response = client.get("/page/robots/1/0")
     with Image.open(io.BytesIO(response.content)) as picture:
         assert picture.format == "JPEG" and abs(int(np.asarray(picture).mean()) - 200) < 4
@@ -329,7 +300,7 @@ def test_without_frames_no_picture_is_kept():
     live = LiveView(frames=False)
     seen(live, request(10, session="a"))
     assert live.jpeg(1) is None and live.robots()[0]["pictures"] == 0
-    assert page_with(live).get("/page/about").json()["frames"] is False
+    assert page(FakeEngine(live=live)).get("/page/about").json()["frames"] is False
 
 
 def test_the_live_view_is_bounded():
@@ -486,11 +457,14 @@ def test_one_episode_at_a_time_and_stop():
         ({"task": XSS}, 400),
         ({"task": "lift", "seed": -1}, 400),
         ({"task": "lift", "seed": 1000}, 400),
-        ({"task": "lift", "seed": "many"}, 422),
+        ({"task": "lift", "seed": "many"}, 400),
+        ({"task": "lift", "seed": True}, 400),
+        ({"task": "lift", "colour": "red"}, 400),
         ({"task": "lift", "instruction": "a" * 1001}, 400),
-        ({"task": "lift", "instruction": 3}, 422),
-        ({}, 422),
-        ([], 422),
+        ({"task": "lift", "instruction": 3}, 400),
+        ({"task": "lift", "instruction": "a" * 20_000}, 413),
+        ({}, 400),
+        ([], 400),
     ],
 )
 def test_episodes_that_there_are_not(content, status):
