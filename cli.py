@@ -88,20 +88,28 @@ def serve(options: ServeOptions) -> None:
 
     Speaks openpi's WebSocket form (at / and /v1/realtime/robot/openpi) and POST /act as clients of OpenVLA and
     OpenVLA-OFT do; GET /healthz, /readyz, /metrics, /info, /openapi.json. Names of cameras that these clients use are
-    understood; what could mean two things is refused.
+    understood; what could mean two things is refused. In a browser, the page at / shows what the model does with a
+    picture, which robots ask, and with --sim an episode in simulation.
 
     Listens at loopback. Any other address needs a key, which clients send as "Authorization: Bearer KEY"; TLS is a
     proxy's part. Ctrl-C and SIGTERM let it answer what is in flight. Exits with 1 where the model cannot be warmed up.
 
     \b
     openvla serve --port 8000
+    openvla serve --sim
     curl -s http://127.0.0.1:8000/act -F primary=@frame.png -F instruction='open the drawer'
     openvla serve --model openvla/openvla-7b --dtype bfloat16 --device cuda --unnorm-key bridge_orig
     OPENVLA_API_KEY=$(openssl rand -hex 32) openvla serve --model runs/my_robot --host 0.0.0.0 --map cam/front=primary
     """
     from .serving.server import serve as run
 
-    if not run(options, typer.echo):
+    simulator = None
+    if options.sim:
+        from .evaluation.served import served
+        from .serving.episodes import Simulator
+
+        simulator = Simulator(**served())
+    if not run(options, typer.echo, simulator=simulator):
         raise typer.Exit(FAILED)
 
 

@@ -32,6 +32,10 @@ class ServeOptions(ModelOptions):
         "none.",
         shown="none",
     )
+    sim: bool = option(
+        False, "Let the page run episodes in Meta-World, one at a time; its steps wait in the queue as a robot's do."
+    )
+    live_frames: bool = option(True, "Keep the last pictures of each robot, in memory, for the page to show.")
     insecure: bool = option(
         False, "Listen at any address without a key: everyone who reaches it can move the robot.", flag="--insecure"
     )

@@ -6,7 +6,7 @@ same queue. Who watches gets the newest step and never a queue of old ones.
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -42,7 +42,7 @@ class Simulator:
     """What episodes there can be.
 
     Args:
-        make: Makes a world.
+        make: Makes a world that shows what the cameras of a model see.
         tasks: Name -> its usual instruction.
         max_steps: After which an episode has failed.
         frequency: Actions in a second.
@@ -51,7 +51,7 @@ class Simulator:
     """
 
     name: str
-    make: Callable[[], World]
+    make: Callable[[Sequence[str]], World]
     tasks: Mapping[str, str]
     max_steps: int
     frequency: float
@@ -157,7 +157,7 @@ class Episodes:
         world: World | None = None
         said = "The episode broke; the log of the server says why."
         try:
-            world = await asyncio.to_thread(self.simulator.make)
+            world = await asyncio.to_thread(self.simulator.make, self.info.cameras)
             observation = await asyncio.to_thread(world.reset, seed, task)
             self._show(message="", jpeg=_picture(observation))
             said = await self._drive(world, observation)

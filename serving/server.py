@@ -18,6 +18,7 @@ from .contract import Failed, Model, ModelInfo
 from .engine import Engine
 from .episodes import Episodes, Simulator
 from .limits import Limits
+from .live import LiveView
 from .model import OpenVLAModel
 from .page import FILES, page_routes
 from .rest import read_request
@@ -53,7 +54,8 @@ def serve(
     check_address(options.host, key is not None or options.insecure)
     limits = Limits()
     with listen(options.host, options.port) as listener:
-        engine = Engine(load(options), options.max_batch, options.max_wait_ms, options.queue_size)
+        live = LiveView(frames=options.live_frames)
+        engine = Engine(load(options), options.max_batch, options.max_wait_ms, options.queue_size, live=live)
         names = [name.strip() for name in (options.allow_host or "").split(",") if name.strip()]
         app = create_app(
             engine, limits, mapping=options.mapping, key=key, names=names, open_paths=(*OPEN_PATHS, *PAGE_PATHS),

@@ -326,14 +326,14 @@ class FakeWorld:
 
     opened = closed = 0
 
-    def __init__(self, breaks=None, cameras=("front",), gate=None):
+    def __init__(self, cameras=(), breaks=None, gate=None):
         type(self).opened += 1
-        self.breaks, self.cameras, self.gate = breaks, cameras, gate
+        self.breaks, self.gate = breaks, gate
         self.actions: list[np.ndarray] = []
 
     def observe(self):
         image = np.full((8, 8, 3), len(self.actions), np.uint8)
-        return Observation(dict.fromkeys(self.cameras, image), np.arange(3, dtype=np.float32), "not said by the user")
+        return Observation({"front": image}, np.arange(3, dtype=np.float32), "not said by the user")
 
     def reset(self, seed, task):
         self.seed, self.task = seed, task
@@ -395,7 +395,7 @@ def test_the_instruction_changes_while_it_runs():
     gate = threading.Semaphore(1)
 
     async def watch():
-        episodes = Episodes(simulator(lambda: FakeWorld(gate=gate), max_steps=50), engine)
+        episodes = Episodes(simulator(lambda cameras: FakeWorld(gate=gate), max_steps=50), engine)
         episodes.start("lift")
         while episodes.last.step < 1:
             await episodes.after(episodes.last.number)
@@ -414,7 +414,7 @@ def test_the_instruction_changes_while_it_runs():
 @pytest.mark.parametrize(
     "engine, make, said",
     [
-        (FakeEngine(), lambda: FakeWorld(breaks=1), "the arm fell off"),
+        (FakeEngine(), lambda cameras: FakeWorld(breaks=1), "the arm fell off"),
         (FakeEngine(refusals=[Late("There was no answer in time.")]), FakeWorld, "There was no answer in time."),
         (FakeEngine(FakeModel(state_dim=8)), FakeWorld, "The model takes a state of 8 numbers, toys has 3."),
         (FakeEngine(FakeModel(cameras=("primary", "wrist"))), FakeWorld, "toys does not show what the model sees."),
@@ -436,7 +436,7 @@ def test_an_episode_waits_while_the_server_is_busy():
 def test_one_episode_at_a_time_and_stop():
     gate = threading.Semaphore(0)
     engine = FakeEngine()
-    with page(engine, episodes=Episodes(simulator(lambda: FakeWorld(gate=gate)), engine)) as client:
+    with page(engine, episodes=Episodes(simulator(lambda cameras: FakeWorld(gate=gate)), engine)) as client:
         assert client.post("/page/episode/instruction", json={"instruction": "x"}).status_code == 400
         assert client.post("/page/episode", json={"task": "lift", "instruction": XSS}).json()["instruction"] == XSS
         again = client.post("/page/episode", json={"task": "lift"})
