@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 OUTPUTS := outputs
 JOBS ?= 2
 
-.PHONY: help demo policy test test-floor test-newest test-install test-runtime check format bench constraints clean
+.PHONY: help demo policy test test-floor test-newest test-install test-page test-runtime check format bench constraints clean
 
 help:
 	@echo "make demo        the embedded policy: predictions on example frames, films of it in simulation, in $(OUTPUTS)/"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-floor  the same with the oldest supported libraries"
 	@echo "make test-newest the same with the newest of everything, without constraints"
 	@echo "make test-install  an installation without extras: files, verbs, and what they say is missing"
+	@echo "make test-page   the page of openvla serve in Chromium"
 	@echo "make test-runtime  openvla-runtime as its wheel gives it, without torch, acts as the model does"
 	@echo "make check       ruff (format and lint) and mypy"
 	@echo "make format      let ruff format and fix"
@@ -74,6 +75,11 @@ test-install: | $(UV)
 	$(UV) pip install --quiet --python $(VENV)-install/bin/python --constraints constraints/newest.txt .
 	rm -rf build
 	HF_HUB_OFFLINE=1 $(VENV)-install/bin/python tests/check_install.py
+
+# The page of `openvla serve` in a browser: Chromium has to be there (apt-get install chromium), or CHROMIUM=PATH.
+test-page: $(VENV)/dev.stamp
+	$(UV) pip install --quiet --python $(BIN)/python 'playwright>=1.49'
+	$(BIN)/python -m pytest -m chromium tests/test_page_in_chromium.py $(ARGS)
 
 # The wheel of packages/openvla-runtime where nothing else is installed, against what the model answers here.
 test-runtime: $(VENV)/dev.stamp

@@ -89,7 +89,8 @@ class Episodes:
         self.simulator, self.engine, self.info = simulator, engine, engine.info
         self.last = Step(max_steps=simulator.max_steps)
         self._task: asyncio.Task[None] | None = None
-        self._stopped, self._reworded, self._session = False, False, SESSION
+        self._stopped, self._reworded = False, False
+        self._session, self._count = SESSION, 0
         self._news, self._watchers = asyncio.Event(), 0
 
     def start(self, task: str, seed: int = 0, instruction: str = "") -> None:
@@ -111,7 +112,8 @@ class Episodes:
             self.last.number, running=True, task=task, seed=seed, instruction=check_words(instruction or tasks[task]),
             unnorm_key=self.info.key(next(known, None)), max_steps=self.simulator.max_steps,
         )  # fmt: skip
-        self._stopped, self._session = False, f"{SESSION}, episode {self.last.number}"
+        self._count += 1
+        self._stopped, self._session = False, f"{SESSION}, episode {self._count}"
         self._show(message="The simulator starts.")
         self._task = asyncio.create_task(self._run(task, seeds[seed]))
 

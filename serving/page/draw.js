@@ -37,7 +37,7 @@ export function translation(dataset) {
   return {
     places,
     words: `The arrow is a compass: x, y, z of the action ${whose}, drawn obliquely (x towards you, y right, z up). ` +
-      "Where the camera stands is not known, so it says nothing about pixels. Full length: the largest step of the data.",
+      "Where the camera stands is not known, so it says nothing about pixels. The longer, the larger the step.",
   };
 }
 
@@ -66,7 +66,8 @@ export function drawCompass(svg, dataset, actions, step = 0) {
   }
   const vector = vectors[step];
   const length = Math.hypot(...vector);
-  const shown = length > 1.2 ? vector.map((value) => (1.2 * value) / length) : vector;
+  const long = length < 0.01 ? 0 : 0.3 + 0.8 * Math.min(1, length); // of a small step the direction is seen as well
+  const shown = vector.map((value) => (value * long) / (length || 1));
   const [tipX, tipY] = place(shown);
   const [footX, footY] = place([shown[0], shown[1], 0]);
   svg.append(make("polyline", { class: "foot", points: `${LEFT},${TOP} ${footX},${footY} ${tipX},${tipY}` }));
@@ -95,7 +96,7 @@ function drawGripper(svg, dataset, action) {
 
 // What one number was chosen from: 256 bins from `low` to `high`, the one that was chosen marked.
 export function drawDistribution(low, high, value, probabilities, interval) {
-  const svg = make("svg", { class: "bins", viewBox: "0 0 256 40", preserveAspectRatio: "none", role: "img" });
+  const svg = make("svg", { class: "bins", viewBox: "0 0 256 48", preserveAspectRatio: "none", role: "img" });
   const at = (unit) => Math.min(255, Math.max(0, (255 * (unit - low)) / (high - low)));
   if (interval) {
     const [left, right] = interval.map(at);
@@ -103,15 +104,16 @@ export function drawDistribution(low, high, value, probabilities, interval) {
   }
   if (low < 0 && high > 0) svg.append(make("line", { class: "zero", x1: at(0), y1: 0, x2: at(0), y2: 40 }));
   if (probabilities) {
-    const wide = 4; // bins of one bar
+    const wide = 2; // bins of one bar
     const bars = [];
     for (let bin = 0; bin < probabilities.length; bin += wide) bars.push(probabilities.slice(bin, bin + wide).reduce((sum, share) => sum + share, 0));
     const most = Math.max(...bars);
     for (const [index, share] of bars.entries()) {
       const height = (38 * share) / most;
-      if (height > 0.2) svg.append(make("rect", { class: "bar", x: index * wide + 0.4, y: 40 - height, width: wide - 0.8, height }));
+      if (height > 0.2) svg.append(make("rect", { class: "bar", x: index * wide, y: 40 - height, width: wide - 0.3, height }));
     }
   }
-  svg.append(make("line", { class: "chosen", x1: at(value), y1: 0, x2: at(value), y2: 40 }));
+  svg.append(make("line", { class: "base", x1: 0, y1: 40, x2: 256, y2: 40 }));
+  svg.append(make("path", { class: "chosen", d: `M${at(value)},41 l3.5,7 h-7 Z` }));
   return svg;
 }

@@ -119,7 +119,7 @@ function showStep() {
   const said = [`units of “${answer.unnorm_key}”${unit ? `: ${unit}` : ""}`];
   if (hz) said.push(`${hz} actions in a second`);
   said.push(answer.distributions
-    ? "bars: the probability of each bin, from q01 to q99 of the data; shaded: the middle 90%; line: what was chosen"
+    ? "bars: the probability of each bin, from q01 to q99 of the data; shaded: the middle 90%; the mark: what was chosen"
     : "this model gives numbers and no tokens, so it has no probabilities");
   the("meaning").textContent = `${said.join("; ")}.`;
 }

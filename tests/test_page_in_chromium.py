@@ -1,0 +1,325 @@
+"""The page in a real browser without a screen: `make test-page`, which installs playwright."""
+
+import asyncio
+import os
+import shutil
+import threading
+
+import numpy as np
+import pytest
+import uvicorn
+from fake_serving import FakeModel, request
+from PIL import Image
+from test_serving_page import XSS, FakeEngine, FakeWorld, simulator
+
+from openvla.serving.app import create_app
+from openvla.serving.contract import Busy
+from openvla.serving.episodes import Episodes
+from openvla.serving.page import page_routes
+from openvla.serving.rest import read_request
+from openvla.serving.server import PAGE_PATHS
+
+
+pytestmark = pytest.mark.chromium
+CHROMIUM = os.environ.get("CHROMIUM") or next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+PHONE = {"width": 390, "height": 844}
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync = pytest.importorskip("playwright.sync_api", reason="needs playwright: make test-page")
+    if CHROMIUM is None:
+        pytest.fail("There is no Chromium: apt-get install chromium, or CHROMIUM=PATH of another one.")
+    with sync.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+class Served:
+    """An app on a port of its own, its event loop in a thread."""
+
+    def __init__(self, engine: FakeEngine, episodes: Episodes | None = None, key: str | None = None):
+        def routes(service):
+            if episodes is not None:
+                service.closers.append(episodes.close)
+            return page_routes(engine, lambda http: read_request(http, service), live=engine.live, episodes=episodes)
+
+        app = create_app(engine, routes=[routes], open_paths=PAGE_PATHS, key=key)
+        self.engine = engine
+        self.server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=1))
+        self._thread = threading.Thread(target=lambda: asyncio.run(self.server.serve()), daemon=True)
+
+    def __enter__(self):
+        self._thread.start()
+        while not self.server.started:
+            self._thread.join(timeout=0.02)
+            assert self._thread.is_alive(), "the server did not start"
+        self.port = self.server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://localhost:{self.port}/"
+        return self
+
+    def __exit__(self, *_):
+        self.server.should_exit = True
+        self._thread.join(timeout=20)
+
+
+@pytest.fixture
+def serve():
+    running = []
+
+    def start(engine=None, **options):
+        running.append(Served(engine or FakeEngine(), **options).__enter__())
+        return running[-1]
+
+    yield start
+    for served in running:
+        served.__exit__()
+
+
+@pytest.fixture
+def visit(browser):
+    """Open a page; what its console says has to be nothing in the end, but for what a test expects."""
+    contexts, said, expected = [], [], []
+
+    def open_page(url, expect=(), **options):
+        expected.extend(expect)
+        contexts.append(
+            browser.new_context(viewport=options.pop("viewport", {"width": 1180, "height": 900}), **options)
+        )
+        page = contexts[-1].new_page()
+        page.set_default_timeout(15_000)
+        page.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None)
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("dialog", lambda dialog: (said.append(f"a script said {dialog.message}"), dialog.dismiss()))
+        page.goto(url)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert [text for text in said if not any(words in text for words in expected)] == []
+
+
+def predict(page):
+    page.locator(".example").first.click()
+    page.locator("#numbers .number").first.wait_for()
+
+
+# One action -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_example_becomes_an_action(serve, visit):
+    served = serve()
+    page = visit(served.url)
+    predict(page)
+    assert page.locator("#numbers .number").count() == 7 and page.locator("svg.bins").count() == 7
+    assert page.locator("#instruction").input_value() == "open the drawer"
+    names = page.locator("#numbers .name b").all_inner_texts()
+    assert names == ["x", "y", "z", "roll", "pitch", "yaw", "gripper"]
+    asked = served.engine.requests[-1]
+    assert asked.distributions and asked.observation.images["primary"].shape == (224, 224, 3)
+    value = float(page.locator("#numbers .value b").first.inner_text().replace("−", "-"))
+    assert value == pytest.approx(asked.observation.images["primary"].mean() / 1000, abs=6e-4)
+    assert page.locator("#numbers .share").first.inner_text() == "75%"
+    assert page.locator("#compass .arrow").count() == 1 and page.locator("#compass .jaw").count() == 2
+    caption = page.locator("#caption").inner_text()
+    assert "its data does not name" in caption and "says nothing about pixels" in caption
+
+
+def test_a_picture_of_ones_own_by_keyboard(serve, visit, tmp_path):
+    served = serve()
+    page = visit(served.url)
+    page.locator(".example img[src]").first.wait_for()
+    Image.fromarray(np.full((40, 60, 3), 100, np.uint8)).save(tmp_path / "frame.png")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.type") == "file"
+    page.set_input_files("input[type=file]", tmp_path / "frame.png")
+    for _ in range(20):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.id") == "instruction":
+            break
+    page.keyboard.type("lift the lid")
+    page.keyboard.press("Enter")
+    page.locator("#numbers .number").first.wait_for()
+    assert served.engine.requests[0].observation.images["primary"].shape == (40, 60, 3)
+    assert served.engine.requests[0].observation.instruction == "lift the lid"
+
+
+def test_several_cameras_a_state_and_a_chunk(serve, visit):
+    served = serve(FakeEngine(FakeModel(cameras=("primary", "wrist"), chunk=4, state_dim=3, keys=("a", "b"))))
+    page = visit(served.url, expect=["400"])
+    page.locator(".example img[src]").first.wait_for()
+    page.fill("#state", "0.1, 0.2")
+    page.locator(".example").first.click()
+    page.locator("#trouble:visible").wait_for()
+    assert "state" in page.locator("#trouble").inner_text()
+    page.fill("#state", "0.1, 0.2, 0.3")
+    page.select_option("#key", "b")
+    page.click("#act")
+    page.locator("#numbers .number").first.wait_for()
+    asked = served.engine.requests[0]
+    assert asked.unnorm_key == "b" and list(asked.observation.images) == ["primary", "wrist"]
+    np.testing.assert_allclose(asked.observation.state, [0.1, 0.2, 0.3], rtol=1e-6)
+    assert page.locator("#step-words").inner_text() == "Step 1 of 4" and page.locator("#compass .way").count() == 1
+    page.locator("#step").focus()
+    page.keyboard.press("ArrowRight")
+    assert page.locator("#step-words").inner_text() == "Step 2 of 4"
+
+
+def test_errors_come_in_words(serve, visit):
+    served = serve(FakeEngine(refusals=[Busy("The queue is full.", 1.0)]))
+    page = visit(served.url, expect=["503", "ERR_CONNECTION_REFUSED"])
+    page.click("#act")
+    assert "Choose a picture first" in page.locator("#trouble").inner_text()
+    page.locator(".example").first.click()
+    page.get_by_text("The queue is full.").wait_for()
+    predict(page)
+    assert page.locator("#trouble").is_hidden()
+    served.__exit__()
+    page.click("#act")
+    page.locator("#trouble", has_text="The server does not answer.").wait_for()
+    assert page.locator("#numbers .number").count() == 0  # nothing old beside a new picture
+
+
+# Strangers ------------------------------------------------------------------------------------------------------------
+
+
+def test_words_of_strangers_stay_words(serve, visit):
+    model = FakeModel(cameras=("primary",), keys=(XSS,))
+    object.__setattr__(model.info, "model", XSS)
+    engine = FakeEngine(model)
+    engine.live.told(engine.live.asked(request(session=XSS, instruction=XSS, unnorm_key=XSS)), "answered", 1.0)
+    served = serve(engine, episodes=Episodes(simulator(tasks={"lift": XSS}), engine))
+    page = visit(served.url)
+    page.locator("#robots b", has_text=XSS).wait_for()
+    predict(page)
+    page.fill("#instruction", XSS)
+    page.click("#act")
+    page.locator("#meaning", has_text=XSS).wait_for()
+    page.click("#start")
+    page.locator("#episode-words", has_text=XSS).wait_for()
+    assert XSS in page.locator("#model").inner_text()
+    assert page.locator("script").count() == 1 and page.locator("img[src=x]").count() == 0
+
+
+def test_no_other_script_is_executed(serve, visit):
+    page = visit(serve().url, expect=["Content Security Policy", "Content-Security-Policy"])
+    page.locator(".example img[src]").first.wait_for()
+    done = page.evaluate(
+        """async () => {
+            const blocked = new Promise((resolve) => document.addEventListener(
+                "securitypolicyviolation", (event) => resolve(event.effectiveDirective), { once: true }));
+            const script = document.createElement("script");
+            script.textContent = "window.executed = true";
+            document.body.append(script);
+            return [await blocked, window.executed === true];
+        }"""
+    )
+    assert done == ["script-src-elem", False]
+
+
+def test_a_page_of_another_site_starts_nothing_and_sees_nothing(serve, visit):
+    engine = FakeEngine()
+    served = serve(engine, episodes=Episodes(simulator(), engine))
+    other = serve()  # another port is another origin, though the same site
+    page = visit(other.url, expect=["CORS policy", "ERR_FAILED", "403"], bypass_csp=True)
+    for address in (served.url, f"http://127.0.0.1:{served.port}/"):
+        outcome = page.evaluate(
+            """async (url) => {
+                const ask = (path, options) =>
+                    fetch(url + path, options).then((answer) => answer.type + answer.status, () => "failed");
+                const form = new FormData();
+                form.append("instruction", "open the drawer");
+                return [
+                    await ask("page/robots", {}),
+                    await ask("page/episode", { method: "POST", mode: "no-cors", body: '{"task": "lift"}' }),
+                    await ask("page/act", { method: "POST", mode: "no-cors", body: form }),
+                ];
+            }""",
+            address,
+        )
+        assert outcome[0] == "failed" and outcome[1] in ("failed", "opaque0")
+    assert not engine.requests and not engine.live.robots()
+
+
+def test_the_key_is_asked_for_once_and_kept_out_of_addresses(serve, visit):
+    served = serve(key="the-right-key")
+    page = visit(served.url, expect=["401"])
+    addresses = []
+    page.on("request", lambda sent: addresses.append(sent.url))
+    page.locator("#key-dialog[open]").wait_for()
+    page.fill("#key-field", "a-wrong-key")
+    page.keyboard.press("Enter")
+    page.locator("#key-words", has_text="not the server's").wait_for()
+    page.fill("#key-field", "the-right-key")
+    page.keyboard.press("Enter")
+    predict(page)
+    page.reload()
+    predict(page)  # the tab still knows it
+    assert page.locator("#key-dialog[open]").count() == 0
+    assert addresses and not any("key" in address for address in addresses)
+    assert page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
+
+
+# Robots and the simulator ---------------------------------------------------------------------------------------------
+
+
+def test_robots_are_shown_as_they_ask(serve, visit):
+    served = serve()
+    page = visit(served.url)
+    page.get_by_text("No robot has asked yet.").wait_for()
+    given = request(200, session="arm-1", instruction="lift the lid")
+    live = served.engine.live
+    live.told(live.asked(given), "answered", 34.0, served.engine.model.act([given])[0])
+    live.told(live.asked(given), "late", 900.0)
+    page.locator(".robot b", has_text="arm-1").wait_for()
+    page.locator(".robot img[src^=blob]").wait_for()
+    words = page.locator(".robot").inner_text()
+    assert "lift the lid" in words and "1 answered, 1 late" in words and "900 ms" in words
+    assert page.locator(".robot img").evaluate("image => image.naturalWidth") == 8
+
+
+def test_an_episode_is_watched_reworded_and_stopped(serve, visit):
+    gate, engine = threading.Semaphore(2), FakeEngine()
+    served = serve(engine, episodes=Episodes(simulator(lambda cameras: FakeWorld(gate=gate), max_steps=500), engine))
+    page = visit(served.url)
+    page.select_option("#task", "push")
+    assert page.locator("#words").input_value() == "push it"
+    page.click("#start")
+    page.locator("#episode-words", has_text="“push it”, step 2 of 500").wait_for()
+    assert page.locator("#world[src^='data:image/jpeg']").count() == 1 and page.locator("#start").is_disabled()
+    page.fill("#words", "lift the lid please")
+    page.click("#reword")
+    page.locator("#episode-words", has_text="“lift the lid please”").wait_for()
+    gate.release(3)
+    page.locator("#episode-words", has_text="step 5 of 500").wait_for()
+    page.click("#stop")
+    gate.release(500)
+    page.locator("#episode-words", has_text="Stopped.").wait_for()
+    assert page.locator("#start").is_enabled() and page.locator("#stop").is_disabled()
+    assert engine.requests[-1].observation.instruction == "lift the lid please"
+
+
+# Looks ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("viewport", [PHONE, {"width": 320, "height": 640}, {"width": 1180, "height": 900}], ids=str)
+def test_it_fits_a_phone_and_the_night(serve, visit, viewport, scheme):
+    engine = FakeEngine()
+    engine.live.told(engine.live.asked(request(session="a" * 150, instruction="b" * 150)), "answered", 1.0)
+    page = visit(serve(engine, episodes=Episodes(simulator(), engine)).url, viewport=viewport, color_scheme=scheme)
+    predict(page)
+    page.locator(".robot").wait_for()
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    colours = page.evaluate("[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]")
+    dark, light = sorted(colours, key=lambda colour: sum(map(int, colour[4:-1].split(","))))
+    assert colours == ([light, dark] if scheme == "light" else [dark, light])
+    unnamed = page.evaluate(
+        """[...document.querySelectorAll("input, select, button")].filter((element) =>
+            !element.labels?.length && !element.getAttribute("aria-label") && !element.textContent.trim()).length"""
+    )
+    assert unnamed == 0
