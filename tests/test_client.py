@@ -401,7 +401,7 @@ def test_a_guarded_client(scheme):
 
 def test_a_guard_of_a_model_that_does_not_say_what_its_actions_mean():
     unstated = metadata(dims=7)
-    unstated["datasets"]["robot"]["spec_stated"] = False
+    unstated["datasets"]["robot"]["stated"] = False
     with asking(Scripted(unstated, answer=lambda message: "no"), "ws") as client:
         guard = client.guard()
         assert guard.fallback == "raise"
