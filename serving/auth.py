@@ -31,9 +31,10 @@ def read_key(environment: Any) -> str | None:
     key = environment.get(VARIABLE)
     if key is None:
         return None
-    if not key.strip() or not (key.isascii() and key.isprintable()):
+    key = key.strip()
+    if not key or not (key.isascii() and key.isprintable()):
         raise ValueError(f"{VARIABLE} is set, and empty or not ASCII: give a key (openssl rand -hex 32), or unset it.")
-    return key.strip()
+    return key
 
 
 def is_loopback(host: str) -> bool:

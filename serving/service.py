@@ -161,7 +161,7 @@ def metadata(info: ModelInfo) -> dict[str, Any]:
         key: {
             "state_dim": dataset.state_dim,
             "action_dim": dataset.spec.action_dim,
-            "stated": dataset.stated,
+            "spec_stated": dataset.stated,
             **dataset.spec.to_dict(),
         }
         for key, dataset in info.datasets.items()

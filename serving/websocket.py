@@ -92,11 +92,11 @@ class Conversation:
         except WebSocketDisconnect:
             pass
         finally:
+            self.service.metrics.connected(-1)
+            self.service.engine.end_session(self.session)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            self.service.metrics.connected(-1)
-            self.service.engine.end_session(self.session)
 
     async def _receive(self) -> bytes | str | None:
         """The next message; None when there is none any more."""

@@ -128,7 +128,7 @@ def test_it_says_what_it_is(server, chunks):
     assert (server.get("/readyz").status_code, server.get("/readyz").json()) == (200, {"ready": True})
     info = chunks.get("/info").json()
     assert (info["cameras"], info["state_dim"], info["chunk"]) == (["full_image", "wrist_image"], 8, 4)
-    assert info["datasets"]["libero"]["names"][-1] == "gripper" and info["datasets"]["libero"]["stated"] is False
+    assert info["datasets"]["libero"]["names"][-1] == "gripper" and info["datasets"]["libero"]["spec_stated"] is False
 
 
 def test_it_is_not_ready_before_it_is_warm():
