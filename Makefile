@@ -17,6 +17,8 @@ help:
 	@echo "make test-install  an installation without extras: files, verbs, and what they say is missing"
 	@echo "make test-page   the page of openvla serve in Chromium"
 	@echo "make test-runtime  openvla-runtime as its wheel gives it, without torch, acts as the model does"
+	@echo "make test-client   openvla-client as its wheel gives it, without torch, against openvla serve"
+	@echo "make test-openpi   the released openpi-client against openvla serve"
 	@echo "make check       ruff (format and lint) and mypy"
 	@echo "make format      let ruff format and fix"
 	@echo "make bench       time one prediction by stage, JSON in $(OUTPUTS)/"
@@ -90,6 +92,19 @@ test-runtime: $(VENV)/dev.stamp
 	$(BIN)/python tests/check_runtime.py --write $(OUTPUTS)/onnx
 	$(VENV)-runtime/bin/python tests/check_runtime.py $(OUTPUTS)/onnx
 
+# The wheel of packages/openvla-client where nothing else is installed, against a running server.
+test-client: $(VENV)/dev.stamp
+	rm -rf $(VENV)-client
+	$(UV) venv --quiet --python $(PYTHON) $(VENV)-client
+	$(UV) pip install --quiet --python $(VENV)-client/bin/python packages/openvla-client
+	$(BIN)/python tests/check_client.py $(CURDIR)/$(VENV)-client/bin/python
+
+# openpi-client 0.1.2 wants numpy 1, and does not name typing-extensions, which it imports.
+test-openpi: $(VENV)/dev.stamp
+	test -x $(VENV)-openpi/bin/python || $(UV) venv --quiet --python $(PYTHON) $(VENV)-openpi
+	$(UV) pip install --quiet --python $(VENV)-openpi/bin/python openpi-client==0.1.2 typing-extensions
+	$(BIN)/python tests/check_openpi.py $(CURDIR)/$(VENV)-openpi/bin/python
+
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -111,4 +126,4 @@ constraints: | $(UV)
 		--no-header --no-annotate --no-emit-index-url --output-file constraints/newest.txt pyproject.toml
 
 clean:
-	rm -rf $(VENV) $(VENV)-floor $(VENV)-newest $(VENV)-install $(VENV)-runtime $(VENV)-uv $(OUTPUTS)
+	rm -rf $(VENV) $(VENV)-floor $(VENV)-newest $(VENV)-client $(VENV)-install $(VENV)-openpi $(VENV)-runtime $(VENV)-uv $(OUTPUTS)
