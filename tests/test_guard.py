@@ -146,6 +146,16 @@ def test_ask_every_and_execute():
     assert [ask.step for ask in bench.asked] == [0, 4, 6, 7]  # at once where nothing is left
 
 
+def test_what_is_committed_goes_with_the_request():
+    bench = Bench(start=still(), wait=0, commit=3)
+    bench.step()
+    bench.answer([[i, 0, 0, 1] for i in range(6)])
+    for _ in range(6):
+        bench.step()
+    committed = [None if ask.committed is None else ask.committed[:, 0].tolist() for ask in bench.asked]
+    assert committed == [None, [1, 2, 3], [2, 3, 4], [3, 4, 5], [4, 5], [5], None]
+
+
 # What never acts ------------------------------------------------------------------------------------------------------
 
 
@@ -494,6 +504,7 @@ def test_what_a_thread_answers_comes_back():
         (POSE, {"dead_after": 0.1}, "dead_after"),
         (POSE, {"ask_every": 0}, "ask_every"),
         (POSE, {"execute": 0}, "execute"),
+        (POSE, {"commit": -1}, "commit"),
         (POSE, {"limits": Limits(step={"elbow": 1})}, "elbow"),
     ],
 )

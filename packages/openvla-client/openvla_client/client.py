@@ -270,9 +270,8 @@ class Client:
             # What comes later than that could not act any more.
             timeout = guard.stalled_after + (self.info.chunk - 1) * guard.period
             session = f"{self.session}-{ask.epoch}"
-            return self.act(
-                **{"unnorm_key": unnorm_key, **ask.observation, "session": session}, step=ask.step, timeout=timeout
-            ).actions
+            seen = {"unnorm_key": unnorm_key, "committed": ask.committed, **ask.observation, "session": session}
+            return self.act(**seen, step=ask.step, timeout=timeout).actions
 
         guard = Guard(ThreadTransport(answer), **options)
         return guard

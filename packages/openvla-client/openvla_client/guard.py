@@ -83,6 +83,8 @@ class Guard:
         ask_every: Ask so many steps after the last time, or at once where no action is left; more than 1 for open-loop
             chunks.
         execute: Of each answer only the first so many actions count. Default: all.
+        commit: So many actions of the last answer are sent with each request, as those that are executed while the
+            server thinks: it answers with how they go on. As many steps as an answer takes; for models that learned it.
         stalled_after, dead_after: Seconds, see above. Defaults: five control periods (at least `max_age`), 5 seconds
             (at least twice `stalled_after`).
         fallback: "hold": no motion where an action is a change, the last target where it is a place, grippers as they
@@ -108,6 +110,7 @@ class Guard:
         wait: float | None = None,
         ask_every: int = 1,
         execute: int | None = None,
+        commit: int = 0,
         stalled_after: float | None = None,
         dead_after: float | None = None,
         fallback: str | None = None,
@@ -129,12 +132,16 @@ class Guard:
             raise ValueError(f"fallback={fallback!r}: expected 'hold' or 'raise'.")
         if spec is None and (self.fallback == "hold" or limits is not None):
             raise ValueError("fallback='hold' and limits need spec: what the numbers of an action mean.")
-        for name, count in (("ask_every", ask_every), ("execute", 1 if execute is None else execute)):
-            if count < 1:
-                raise ValueError(f"{name}={count}: expected 1 or more.")
+        for name, count, least in (
+            ("ask_every", ask_every, 1),
+            ("execute", 1 if execute is None else execute, 1),
+            ("commit", commit, 0),
+        ):
+            if count < least:
+                raise ValueError(f"{name}={count}: expected {least} or more.")
         if spec is not None and limits is not None:
             limits.check(spec)
-        self.spec, self.limits, self.ask_every = spec, limits, ask_every
+        self.spec, self.limits, self.ask_every, self.commit = spec, limits, ask_every, commit
         self._transport: Transport = transport if hasattr(transport, "poll") else _called(transport)  # type: ignore[assignment, arg-type]
         self._audit, self._clock, self._digest = audit, clock, digest
         self._plan = Plan(self.period, self.max_age, None if spec is None else spec.action_dim, execute)
@@ -234,7 +241,7 @@ class Guard:
                 self._plan.next(step, now)
                 return None
         self._asked_at = step
-        asked = Ask(self.epoch, next(self._ids), step, observation)
+        asked = Ask(self.epoch, next(self._ids), step, observation, self._plan.ahead(step, self.commit))
         self._plan.asked(asked, seen_at)
         self._transport.submit(asked)
         return asked

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+
 
 @dataclass(frozen=True)
 class Ask:
@@ -15,6 +17,7 @@ class Ask:
     id: int  # counts requests over all epochs
     step: int  # of the control loop since the last reset, from 0 on
     observation: Any
+    committed: np.ndarray | None = None  # (n, A) actions from `step` on that are executed whatever is answered
 
 
 @dataclass(frozen=True)

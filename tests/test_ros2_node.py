@@ -1,0 +1,118 @@
+"""examples/ros2_node.py without ROS: stand-ins for what it imports, and a scripted server."""
+
+import importlib.util
+import json
+import sys
+import types
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from scripted_server import Scripted, metadata, right
+
+
+FILE = Path(__file__).resolve().parents[1] / "examples/ros2_node.py"
+
+
+class Node:
+    """What of `rclpy.node.Node` the example uses."""
+
+    given: dict = {}
+
+    def __init__(self, name):
+        self.name, self.published, self.subscribed, self.timers = name, {}, {}, []
+
+    def declare_parameter(self, name, default):
+        value = self.given.get(name, default)
+        assert type(value) is type(default), f"{name}: ROS does not let a parameter change its type"
+        return SimpleNamespace(value=value)
+
+    def create_publisher(self, kind, topic, depth):
+        self.published[topic] = []
+        return SimpleNamespace(publish=self.published[topic].append)
+
+    def create_subscription(self, kind, topic, callback, qos):
+        self.subscribed[topic] = callback
+
+    def create_timer(self, period, callback):
+        self.timers.append((period, callback))
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """The module, imported beside stand-ins for ROS."""
+
+    def message(**fields):
+        return SimpleNamespace(**fields)
+
+    contents = {
+        "rclpy": {"init": None, "spin": None},
+        "rclpy.node": {"Node": Node},
+        "rclpy.qos": {"qos_profile_sensor_data": object()},
+        "sensor_msgs": {},
+        "sensor_msgs.msg": {"Image": message},
+        "std_msgs": {},
+        "std_msgs.msg": {"Float64MultiArray": message, "String": message},
+    }
+    for name, content in contents.items():
+        module = types.ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    spec = importlib.util.spec_from_file_location("ros2_node", FILE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def image(level: int, encoding: str = "rgb8", padding: int = 4) -> SimpleNamespace:
+    """Rows may be longer than their pixels."""
+    rows = np.full((6, 8 * 3 + padding), level, np.uint8)
+    rows[:, 0 : 8 * 3 : 3] = 7
+    return SimpleNamespace(height=6, width=8, step=rows.shape[1], encoding=encoding, data=rows.tobytes())
+
+
+def test_the_node(example, tmp_path, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(example, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    answer = lambda message: {**right(message, 1, 7), "actions": np.full((1, 7), 0.1)}  # noqa: E731
+    with Scripted(metadata(dims=7, chunk=1), answer).running() as scripted:
+        monkeypatch.setattr(
+            Node, "given", {"url": scripted.url("ws"), "audit": str(tmp_path / "audit.jsonl"), "wait": 30.0}
+        )
+        node = example.OpenVLANode()
+        node.guard._clock, node.guard.wait = lambda: now[0], 30
+        ((period, step),) = node.timers
+        assert period == pytest.approx(0.2)
+
+        step()
+        node.subscribed["image"](image(90))
+        step()
+        assert not scripted.messages and not node.published["action"]  # nobody said what to do
+        node.subscribed["instruction"](SimpleNamespace(data="open the drawer"))
+
+        step()
+        (sent,) = scripted.messages
+        assert sent["instruction"] == "open the drawer" and sent["images"]["image"][:2] == b"\xff\xd8"
+        (action,) = node.published["action"]
+        assert action.data == [0.05, 0.05, 0.05, 0.1, 0.1, 0.1, 0.1]  # cut to the limits of a step
+        assert node.published["state"][-1].data == "OK"
+
+        for _ in range(8):  # the camera stands still: the arm as well
+            now[0] += 0.2
+            step()
+        held = [message.data for message in node.published["action"][-3:]]
+        assert held == [[0.0] * 6 + [0.1]] * 3
+        assert node.published["state"][-1].data.startswith("STALLED")
+
+        node.subscribed["image"](image(40, "bgr8"))
+        assert node.image[0, 0].tolist() == [40, 40, 7]
+        step()
+        assert node.published["state"][-1].data == "OK"
+        with pytest.raises(ValueError, match="mono8"):
+            node.subscribed["image"](image(0, "mono8"))
+        node.guard.close()
+        node.client.close()
+    node.audit.close()
+    lines = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    assert [line["source"] for line in lines].count("answer") >= 2
