@@ -21,7 +21,7 @@ from .contract import Answer, BadRequest, Dataset, Engine, NotThere, Request
 from .episodes import Episodes, Step
 from .limits import Limits
 from .live import LiveView
-from .rest import read_body
+from .rest import read_body, unless_gone
 
 
 WORDS = Limits(message_bytes=16 * 1024)  # of what is said about an episode
@@ -82,7 +82,7 @@ def page_routes(
     @router.post("/page/act")
     async def act(http: HTTPRequest) -> Response:
         request = replace(await read(http), distributions=True)
-        answer = await engine.act(request)
+        answer = await unless_gone(http, engine.act(request))
         return _json(
             answer_content(answer, engine.info.datasets[request.unnorm_key]) | {"unnorm_key": request.unnorm_key}
         )

@@ -78,7 +78,9 @@ async def read_request(request: Request, service: Service) -> contract.Request:
     Raises:
         Refusal: If there is none.
     """
-    call = await service.read((await read_body(request, service.limits)).decode)
+    body = await read_body(request, service.limits)
+    with service.room(len(body.data)):
+        call = await service.read(body.decode)
     if isinstance(call, Reset):
         raise BadRequest("endpoint: expected an observation.")
     return call.request

@@ -117,6 +117,7 @@ function showStep() {
   if (the("compass")) drawCompass(the("compass"), shown, answer.actions, step);
   const { unit, hz } = shown.spec;
   const said = [`units of “${answer.unnorm_key}”${unit ? `: ${unit}` : ""}`];
+  if (!shown.stated) said.push("what the numbers are is not said by the data: the usual names, a guess");
   if (hz) said.push(`${hz} actions in a second`);
   said.push(answer.distributions
     ? "bars: the probability of each bin, from q01 to q99 of the data; shaded: the middle 90%; the mark: what was chosen"
