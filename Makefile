@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 OUTPUTS := outputs
 JOBS ?= 2
 
-.PHONY: help demo policy test test-floor test-newest test-install test-page test-runtime check format bench constraints clean
+.PHONY: help demo policy test test-floor test-newest test-install test-page test-runtime test-fuzz check format bench constraints clean
 
 help:
 	@echo "make demo        the embedded policy: predictions on example frames, films of it in simulation, in $(OUTPUTS)/"
@@ -19,6 +19,7 @@ help:
 	@echo "make test-runtime  openvla-runtime as its wheel gives it, without torch, acts as the model does"
 	@echo "make test-client   openvla-client as its wheel gives it, without torch, against openvla serve"
 	@echo "make test-openpi   the released openpi-client against openvla serve"
+	@echo "make test-fuzz   openvla serve against 10,000 bad requests, and what schemathesis makes of its description"
 	@echo "make check       ruff (format and lint) and mypy"
 	@echo "make format      let ruff format and fix"
 	@echo "make bench       time one prediction by stage, JSON in $(OUTPUTS)/"
@@ -105,6 +106,12 @@ test-openpi: $(VENV)/dev.stamp
 	$(UV) pip install --quiet --python $(VENV)-openpi/bin/python openpi-client==0.1.2 typing-extensions
 	$(BIN)/python tests/check_openpi.py $(CURDIR)/$(VENV)-openpi/bin/python
 
+# A server of its own, bad requests over each protocol and below them; its memory before and after.
+test-fuzz: $(VENV)/dev.stamp
+	test -x $(VENV)-fuzz/bin/python || $(UV) venv --quiet --python $(PYTHON) $(VENV)-fuzz
+	$(UV) pip install --quiet --python $(VENV)-fuzz/bin/python 'schemathesis>=4.32,<5'
+	$(BIN)/python tests/check_serving.py --schemathesis $(VENV)-fuzz/bin/schemathesis
+
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -126,4 +133,4 @@ constraints: | $(UV)
 		--no-header --no-annotate --no-emit-index-url --output-file constraints/newest.txt pyproject.toml
 
 clean:
-	rm -rf $(VENV) $(VENV)-floor $(VENV)-newest $(VENV)-client $(VENV)-install $(VENV)-openpi $(VENV)-runtime $(VENV)-uv $(OUTPUTS)
+	rm -rf $(VENV) $(VENV)-floor $(VENV)-fuzz $(VENV)-newest $(VENV)-client $(VENV)-install $(VENV)-openpi $(VENV)-runtime $(VENV)-uv $(OUTPUTS)

@@ -161,8 +161,9 @@ class Reader:
         found: dict[str, Any] = {"images": {}}
         origin: dict[str, str] = {}
         for given, value in _flat(message):
-            name = self.mapping.get(given, self.mapping.get(_plain(given), _plain(given)))
-            if name == "" or name in IGNORED:
+            target = self.mapping.get(_plain(given))
+            name = target or _plain(given)
+            if target == "" or name in IGNORED:
                 continue
             place = next((group[0] for group in (INSTRUCTION, STATE, SESSION) if name in group), name)
             if name in VIEW_OF or name in self.info.cameras:

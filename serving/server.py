@@ -1,6 +1,7 @@
 """Listens: a model, an engine and an app behind a port, until somebody says stop."""
 
 import asyncio
+import logging
 import os
 import shlex
 import signal
@@ -63,6 +64,7 @@ def serve(
         )  # fmt: skip
         port = listener.getsockname()[1]
         server = Server(app, limits, lambda: say(start_line(engine.info, options.host, port, key is not None)))
+        logging.getLogger("python_multipart").setLevel(logging.ERROR)
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # what uvicorn raises again once it is done
         try:
             server.run(sockets=[listener])
@@ -142,6 +144,7 @@ class Server(uvicorn.Server):
                 proxy_headers=False,
                 server_header=False,
                 access_log=False,
+                log_level="error",  # whoever sends nonsense fills no disk
                 log_config=None,
             )
         )

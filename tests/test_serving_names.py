@@ -172,6 +172,7 @@ REFUSED = {
     "two scenes": ({**GOOD, "observation/exterior_image_1_left": image(1)}, "could be 'primary'"),
     "one name twice": ({**GOOD, "observation/image": image(1)}, "both say what 'image' is"),
     "unknown": ({**GOOD, "front_camera": image(1)}, "nobody knows that name"),
+    "without a name": ({**GOOD, "": 1}, "nobody knows that name"),
     "unknown alone": ({"front_camera": image(1), "prompt": "go"}, "nobody knows that name"),
     "misspelt": ({"imgae": image(1), "prompt": "go"}, "Did you mean 'image'"),
     "none": ({"prompt": "go"}, "there is none for 'primary'"),
