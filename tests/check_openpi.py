@@ -11,6 +11,8 @@ below 2); no part of the test-suite.
 import argparse
 import importlib.metadata
 import json
+import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -18,6 +20,13 @@ import numpy as np
 
 
 FRAMES = Path(__file__).resolve().parents[1] / "examples/frames"
+
+
+def block() -> str:
+    """That of docs/serving.md."""
+    page = (FRAMES.parents[1] / "docs/serving.md").read_text()
+    (found,) = [text for text in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL) if "openpi_client" in text]
+    return found
 
 
 def compare(python: str) -> None:
@@ -52,6 +61,9 @@ def ask(address: str) -> None:
     print(f"openpi-client {importlib.metadata.version('openpi-client')}, numpy {np.__version__}")
     print({name: metadata[name] for name in ("model", "unnorm_keys", "cameras", "action_dim", "chunk", "hz")})
     assert metadata["cameras"] and metadata["action_dim"] == 7 and metadata["chunk"] == 1
+
+    os.chdir(FRAMES.parents[1])
+    exec(compile(block().replace('"127.0.0.1", 8000', f'"{host}", {port}'), "docs/serving.md", "exec"), {})
 
     frame = json.loads((FRAMES / "frames.json").read_text())[0]
     image = np.asarray(Image.open(FRAMES / frame["file"]).convert("RGB"))

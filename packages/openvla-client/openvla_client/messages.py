@@ -172,7 +172,7 @@ def read_refusal(content: Any, code: str) -> Refused:
     """A refusal as it came; `code` where it does not say."""
     found = content if isinstance(content, dict) else {}
     wait = found.get("retry_after")
-    said = str(found.get("error") or "The server refused the request, and did not say why.")[:2000]
+    said = str(found.get("error") or f"The server, or a proxy before it, refused and did not say why ({code}).")[:2000]
     return Refused(said, str(found.get("code") or code)[:50], wait if isinstance(wait, (int, float)) else None)
 
 
