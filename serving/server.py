@@ -118,7 +118,8 @@ def start_line(info: ModelInfo, host: str, port: int, key: bool) -> str:
     if info.default_key is None:
         fields.append(f"-F unnorm_key={shlex.quote(next(iter(info.datasets)))}")
     header = f'-H "Authorization: Bearer ${VARIABLE}" ' if key else ""
-    return f"serving {info.model} at {address}; try: curl -s {address}/act {header}{' '.join(fields)}"
+    example = f"curl -s {address}/act {header}{' '.join(fields)}"
+    return f"serving {info.model} at {address}, a page in a browser; try: {example}"
 
 
 class Server(uvicorn.Server):

@@ -169,6 +169,22 @@ def test_several_cameras_a_state_and_a_chunk(serve, visit):
     assert page.locator("#step-words").inner_text() == "Step 2 of 4"
 
 
+def test_an_answer_to_a_picture_that_was_changed_is_not_shown(serve, visit):
+    page, held = visit(serve().url), []
+    page.locator(".example img[src]").nth(1).wait_for()
+    page.route("**/page/act", lambda route: route.continue_() if held else held.append(route))
+    page.locator(".example").nth(0).click()
+    page.locator("#waiting", has_text="The model looks").wait_for()
+    page.locator(".example").nth(1).click()
+    page.locator("#numbers .number").first.wait_for()
+    shown = page.locator("#answer").inner_text()
+    assert "open the door”" in shown
+    with page.expect_response("**/page/act") as late:
+        held[0].continue_()
+    late.value.finished()
+    assert page.locator("#answer").inner_text() == shown
+
+
 def test_errors_come_in_words(serve, visit):
     served = serve(FakeEngine(refusals=[Busy("The queue is full.", 1.0)]))
     page = visit(served.url, expect=["503", "ERR_CONNECTION_REFUSED"])

@@ -7,6 +7,7 @@ import { watchRobots, openSimulator } from "./watch.js";
 const the = (id) => document.getElementById(id);
 const pictures = new Map(); // camera -> File or Blob
 let about, answer, shown; // what the server said of itself, its last answer, the dataset of that
+let turn = 0; // counts pictures and questions: an answer that comes after its picture was changed is not shown
 
 export function trouble(error) {
   the("trouble").textContent = error ? error.message : "";
@@ -70,10 +71,15 @@ function addExample(example, shows) {
 
 // The answer ---------------------------------------------------------------------------------------------------------
 
-// What is drawn belongs to a picture that is shown no more.
+// What is shown belongs to a picture that is shown no more.
 function forget() {
   answer = null;
+  turn += 1;
   the("compass")?.replaceChildren();
+  the("numbers").replaceChildren();
+  the("steps").hidden = true;
+  the("meaning").textContent = "";
+  the("waiting").textContent = "Say what to do with this picture.";
 }
 
 async function predict() {
@@ -86,26 +92,26 @@ async function predict() {
   body.append("instruction", the("instruction").value);
   body.append("unnorm_key", the("key").value);
   if (dataset().state_dim !== null) body.append("state", `[${the("state").value}]`);
-  the("act").disabled = true;
-  the("waiting").hidden = false;
+  forget();
+  const mine = turn;
   the("waiting").textContent = "The model looks …";
   const begun = performance.now();
   try {
-    answer = await json("act", { method: "POST", body });
+    const found = await json("act", { method: "POST", body });
+    if (mine !== turn) return;
+    answer = found;
     shown = about.datasets[answer.unnorm_key];
     const took = Math.round(performance.now() - begun);
     const model = answer.timing.infer_ms === undefined ? "" : `, of which the model ${Math.round(answer.timing.infer_ms)}`;
-    the("waiting").textContent = `Answered in ${took} ms${model}.`;
+    the("waiting").textContent = `“${body.get("instruction")}”, answered in ${took} ms${model}.`;
     the("step").max = answer.actions.length;
     the("step").value = 1;
     the("steps").hidden = answer.actions.length === 1;
     showStep();
   } catch (error) {
+    if (mine !== turn) return;
     the("waiting").textContent = "No action.";
-    the("numbers").replaceChildren();
     trouble(error);
-  } finally {
-    the("act").disabled = false;
   }
 }
 

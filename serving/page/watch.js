@@ -87,6 +87,8 @@ async function showFrame(card, robot) {
 
 // Simulator ----------------------------------------------------------------------------------------------------------
 
+let running = false; // whether an episode is
+
 export async function openSimulator(about, trouble) {
   const { tasks, seeds, name } = about.simulator;
   the("simulator").hidden = false;
@@ -124,8 +126,6 @@ export async function openSimulator(about, trouble) {
     }
   }
 }
-
-let running = false;
 
 function showEpisode(step, about) {
   running = step.running;
