@@ -238,7 +238,7 @@ def main() -> None:
     for robots, ways in report["robots"].items():
         for name, row in ways.items():
             print(
-                f"{robots:3} robots, {name:<9} {row['actions_per_second']:7.1f} actions/s, p50 {row['p50_ms']:7.1f} ms, "
+                f"{robots:3} robots, {name:<9} {row['actions_per_second']:7.1f} actions/s, p50 {row['p50_ms']:7.1f}, "
                 f"p99 {row['p99_ms']:8.1f} ms, batches of {row['batch_size']:.1f}"
             )
     if arguments.output:
