@@ -118,9 +118,10 @@ class PixelSteps:
     def _planes(self, image: Image.Image, options: dict[str, Any]) -> list[np.ndarray]:
         """The 3 * towers channels of one RGB image, (height, width) float32 each."""
         steps = {name: options[name] for name in ("do_resize", "do_center_crop")}
-        seen = np.asarray(image)
-        if (shown := self.trained_pixels(seen, **steps)) is not seen:
-            image = Image.fromarray(shown)
+        if any(value is not None for value in (self.jpeg_quality, self.resize_filter, self.center_crop)):
+            seen = np.asarray(image)
+            if (shown := self.trained_pixels(seen, **steps)) is not seen:
+                image = Image.fromarray(shown)
         strategy = options["image_resize_strategy"] if options["do_resize"] else None
         if strategy == "letterbox":
             image = pad_to_square(image, self.means[-1])  # of the last of two towers, as in the published code

@@ -31,6 +31,7 @@ UNREADABLE = (
 )  # fmt: skip
 # Pillow reads the pixels of an opened file when they are first looked at, and not from two threads at once.
 _READING = threading.Lock()
+ORIENTATION = 0x0112  # tag of EXIF; 1: as it is stored
 LONGEST_SIDE = 64  # times the shorter one; a longer strip is no camera frame, and padding it would fill the memory
 
 
@@ -125,6 +126,7 @@ def load_image(image: Any) -> Image.Image:
         ValueError: If the pixels cannot be read (damaged or closed file, NaN, no channel axis, out of range, ambiguous,
             unknown type) or the image is 64 times as long as wide.
     """
+    theirs = isinstance(image, Image.Image)  # who gave it may change or close it later
     if isinstance(image, (str, os.PathLike)):
         path = os.fspath(image)
         shown = ascii(path) if len(path) <= 200 else f"{ascii(path[:200])}..."
@@ -148,7 +150,8 @@ def load_image(image: Any) -> Image.Image:
             image.load()
             if 0 in image.size:
                 raise ValueError(f"it is empty, {image.size[0]}x{image.size[1]} pixels")
-            image = ImageOps.exif_transpose(image)
+            if theirs or image.getexif().get(ORIENTATION, 1) != 1:
+                image = ImageOps.exif_transpose(image)  # a copy
     except UNREADABLE as error:
         raise ValueError(f"Cannot read the image: {error}.") from error
     if max(image.size) > LONGEST_SIDE * min(image.size):
@@ -251,6 +254,9 @@ def pad_to_square(image: Image.Image, mean: Sequence[float]) -> Image.Image:
 # truncating `255.5 x`.
 
 
+COLUMNS = 384  # times the rows of a frame: what a cache of 1 to 2 MB holds
+
+
 @lru_cache(maxsize=64)
 def _lanczos3_weights(source: int, target: int) -> tuple[np.ndarray, np.ndarray]:
     """Pixels of the source that make one of the target, (target, taps), and their weights, (target, taps) float32:
@@ -288,14 +294,25 @@ def resize_lanczos3(image: np.ndarray, size: tuple[int, int] = (224, 224)) -> np
     """
     if image.shape[:2] == tuple(size):
         return image
-    pixels = image.astype(np.float32)
+    pixels = image
     for target in size:  # rows, then columns
-        taps, weights = _lanczos3_weights(len(pixels), target)
-        resized = np.zeros((target, *pixels.shape[1:]), np.float32)
-        for tap in range(taps.shape[1]):  # one after another: a matrix product would round otherwise
-            resized += weights[:, tap, None, None] * pixels[taps[:, tap]]
-        pixels = resized.transpose(1, 0, 2)
+        pixels = _resize_rows(pixels, target).transpose(1, 0, 2)
     return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
+
+
+def _resize_rows(pixels: np.ndarray, target: int) -> np.ndarray:
+    """(H, W, C) -> (target, W, C) float32; some columns at a time, which stay in the cache of the processor."""
+    taps, weights = _lanczos3_weights(len(pixels), target)
+    rows = pixels.reshape(len(pixels), -1)
+    resized = np.zeros((target, rows.shape[1]), np.float32)
+    for begin in range(0, rows.shape[1], COLUMNS):
+        part, sums = rows[:, begin : begin + COLUMNS].astype(np.float32), resized[:, begin : begin + COLUMNS]
+        weighted = np.empty(sums.shape, np.float32)
+        for tap in range(taps.shape[1]):  # one after another: a matrix product would round otherwise
+            np.take(part, taps[:, tap], axis=0, out=weighted, mode="clip")
+            weighted *= weights[:, tap, None]
+            sums += weighted
+    return resized.reshape(target, *pixels.shape[1:])
 
 
 RESIZE_FILTERS = {"lanczos3": resize_lanczos3}  # what a processor may name as its `resize_filter`
