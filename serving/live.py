@@ -98,12 +98,12 @@ class LiveView:
             self._robots[session].state = "ended"
 
     def robots(self) -> list[dict[str, Any]]:
-        """What JSON can hold of each robot, in the order in which they came."""
+        """What JSON can hold of each robot, the one that came last at the front."""
         now = self._clock()
         kept = [robot for robot in self._robots.values() if robot.waiting or now - robot.at <= FORGOTTEN]
         return [
             {**vars(robot), "pictures": len(robot.pictures), "age": now - robot.at}
-            for robot in sorted(kept, key=lambda robot: robot.number)
+            for robot in sorted(kept, key=lambda robot: -robot.number)
         ]
 
     def jpeg(self, number: int, camera: int = 0) -> bytes | None:

@@ -312,6 +312,7 @@ def test_an_episode_is_watched_reworded_and_stopped(serve, visit):
     page.locator("#episode-words", has_text="“lift the lid please”").wait_for()
     gate.release(3)
     page.locator("#episode-words", has_text="step 5 of 500").wait_for()
+    assert page.locator("#traces .trace polyline").count() == 7
     page.click("#stop")
     gate.release(500)
     page.locator("#episode-words", has_text="Stopped.").wait_for()

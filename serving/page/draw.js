@@ -94,6 +94,15 @@ function drawGripper(svg, dataset, action) {
   svg.append(make("title", {}, `gripper ${Math.round(100 * open)}% open`));
 }
 
+// One number of an episode over its steps, [step, action] each, from `low` to `high`.
+export function drawTrace(dim, low, high, history, steps) {
+  const svg = make("svg", { class: "trace", viewBox: `0 0 ${steps} 20`, preserveAspectRatio: "none", "aria-hidden": "true" });
+  const at = (value) => 19 - (18 * (Math.min(high, Math.max(low, value)) - low)) / (high - low);
+  if (low < 0 && high > 0) svg.append(make("line", { class: "zero", x1: 0, y1: at(0), x2: steps, y2: at(0) }));
+  svg.append(make("polyline", { points: history.map(([step, action]) => `${step},${at(action[dim]).toFixed(2)}`).join(" ") }));
+  return svg;
+}
+
 // What one number was chosen from: 256 bins from `low` to `high`, the one that was chosen marked.
 export function drawDistribution(low, high, value, probabilities, interval) {
   const svg = make("svg", { class: "bins", viewBox: "0 0 256 48", preserveAspectRatio: "none", role: "img" });

@@ -1,7 +1,7 @@
 // What goes on at the server: robots that ask, and the episode in the simulator.
 
 import { call, json, post } from "./api.js";
-import { drawCompass, make, number } from "./draw.js";
+import { drawCompass, drawTrace, make, number } from "./draw.js";
 
 const the = (id) => document.getElementById(id);
 const pause = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
@@ -88,6 +88,7 @@ async function showFrame(card, robot) {
 // Simulator ----------------------------------------------------------------------------------------------------------
 
 let running = false; // whether an episode is
+const history = []; // [step, action] of it, those that were seen
 
 export async function openSimulator(about, trouble) {
   const { tasks, seeds, name } = about.simulator;
@@ -144,10 +145,18 @@ function showEpisode(step, about) {
   the("episode-words").className = `note ${step.success === true ? "done" : step.success === false ? "failed" : ""}`;
   const dataset = about.datasets[step.unnorm_key];
   if (!dataset || !step.action.length) {
+    history.length = 0;
     the("world-compass").replaceChildren();
-    the("episode-action").textContent = "";
+    the("traces").replaceChildren();
     return;
   }
   drawCompass(the("world-compass"), dataset, [step.action]);
-  the("episode-action").textContent = dataset.spec.names.map((name, index) => `${name} ${number(step.action[index], 2)}`).join("   ");
+  if (history.at(-1)?.[0] > step.step) history.length = 0; // another episode, whose beginning was not seen
+  if (history.at(-1)?.[0] !== step.step) history.push([step.step, step.action]);
+  the("traces").replaceChildren(...dataset.spec.names.flatMap((name, dim) => {
+    const low = dataset.low[dim] ?? -1, high = dataset.high[dim] ?? 1;
+    if (!(low < high)) return []; // never changes
+    const drawn = drawTrace(dim, low, high, history, step.max_steps);
+    return [make("span", {}, name), drawn, make("span", {}, number(step.action[dim], 2))];
+  }));
 }
