@@ -352,6 +352,26 @@ def test_a_closed_client(scheme):
             client.act(IMAGE, "go")
 
 
+def test_closing_ends_calls_that_wait(scheme):
+    asked, found = threading.Event(), []
+    scripted = Scripted(answer=lambda message: asked.set())
+    with scripted.running():
+        client = connect(scripted.url(scheme), timeout=300)
+
+        def wait():
+            try:
+                client.act(IMAGE, "go")
+            except NotReached as error:
+                found.append(error)
+
+        thread = threading.Thread(target=wait, daemon=True)
+        thread.start()
+        assert asked.wait(30)
+        client.close()
+        thread.join(30)
+    assert len(found) == 1
+
+
 def test_threads_share_a_client(scheme):
     scripted = Scripted()
     with asking(scripted, scheme) as client:

@@ -13,10 +13,12 @@ if not Path(__file__).with_name("wire.py").exists():  # a checkout, where the sh
     __path__ += [str(_root), str(_root / "serving")]
 
 from .action_spec import ActionSpec
+from .async_client import AsyncClient, connect_async
 from .audit import Audit, digest
-from .client import AsyncClient, Client, connect, connect_async
+from .client import Client, connect
+from .command import Command, NoAction, State
 from .errors import BadAnswer, NoAnswer, NotReached, Refused
-from .guard import Command, Guard, NoAction, State
+from .guard import Guard
 from .limits import Limits
 from .messages import Answer, Dataset, ServerInfo
 from .transport import Ask, Reply, ThreadTransport, Transport

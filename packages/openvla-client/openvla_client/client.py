@@ -1,194 +1,21 @@
-"""Asks a server of `openvla serve` for actions; the same calls over both protocols, blocking or not."""
+"""Asks a server of `openvla serve` for actions and waits for them: `AsyncClient` in a thread of its own."""
 
 import asyncio
-import itertools
-import os
-import random
-import secrets
 import threading
-import time
 from collections.abc import Coroutine
-from contextlib import suppress
-from dataclasses import dataclass
+from concurrent.futures import CancelledError
 from ssl import SSLContext
 from typing import Any, TypeVar
 
-import aiohttp
-
-from .connection import Address, Connection, get, open_connection
-from .errors import BadAnswer, NoAnswer, NotReached, Refused
+from .async_client import AsyncClient, Settings, read_settings
+from .connection import Address
+from .errors import NotReached
 from .guard import Guard
-from .messages import FORMATS, Answer, ServerInfo, encoded, read_answer, request
+from .messages import Answer, ServerInfo
 from .transport import Ask, ThreadTransport
 
 
 Result = TypeVar("Result")
-VARIABLE = "OPENVLA_API_KEY"
-BACK_OFF = (0.05, 1.0)  # seconds between attempts to connect: the first, the longest
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a client asks.
-
-    timeout: Seconds of one call, connecting included.
-    images: "raw": the pixels that the robot sees; "jpeg", "png": smaller, for slow networks. JPEG changes pixels a
-        little, and with them sometimes an action.
-    quality: Of JPEG, 1 to 100.
-    """
-
-    timeout: float = 10.0
-    images: str = "raw"
-    quality: int = 95
-
-    def __post_init__(self) -> None:
-        if not 0 < self.timeout < 86400:
-            raise ValueError(f"timeout={self.timeout}: expected seconds, above 0.")
-        if self.images not in FORMATS:
-            raise ValueError(f"images={self.images!r}: expected one of {', '.join(FORMATS)}.")
-        if not 1 <= self.quality <= 100:
-            raise ValueError(f"quality={self.quality}: expected 1 to 100.")
-
-
-class AsyncClient:
-    """As `Client`, with `await`; of one event loop. Made by `await connect_async(url)`."""
-
-    def __init__(self, address: Address, settings: Settings):
-        self.address, self.settings = address, settings
-        self.session = secrets.token_hex(8)
-        self._http: aiohttp.ClientSession | None = None
-        self._connection: Connection | None = None
-        self._connecting = asyncio.Lock()
-        self._info: ServerInfo | None = None
-        self._failures, self._not_before = 0, 0.0
-        self._requests = itertools.count()
-
-    @property
-    def info(self) -> ServerInfo:
-        """What the server said when it was connected last."""
-        if self._info is None:
-            raise NotReached(f"{self.address.url} was not reached yet: connect first.")
-        return self._info
-
-    async def connect(self, wait: float = 0.0) -> ServerInfo:
-        """Reach the server, and wait up to `wait` seconds for it to be there and ready.
-
-        Raises:
-            NotReached, Refused, NoAnswer, BadAnswer: See `Client`.
-        """
-        end = time.monotonic() + wait
-        while True:
-            try:
-                async with self._in_time(self.settings.timeout):
-                    status, _ = await get(self._session(), self.address, "/readyz")
-                    if status == 503:
-                        raise Refused(f"{self.address.url}: the server is starting; connect(..., wait=60).", "busy")
-                    return (await self._connected(time.monotonic() + self.settings.timeout)).info
-            except (NotReached, NoAnswer, Refused) as error:
-                if isinstance(error, Refused) and error.code != "busy" or time.monotonic() >= end:
-                    raise
-            await asyncio.sleep(min(0.2, max(0.0, end - time.monotonic())))
-
-    async def act(
-        self,
-        images: Any,
-        instruction: str,
-        *,
-        state: Any = None,
-        unnorm_key: str | None = None,
-        step: int | None = None,
-        committed: Any = None,
-        session: str | None = None,
-        details: bool = False,
-        timeout: float | None = None,
-    ) -> Answer:
-        """See `Client.act`."""
-        begin = time.monotonic()
-        timeout = self.settings.timeout if timeout is None else timeout
-        async with self._in_time(timeout):
-            connection = await self._connected(begin + timeout)
-            message = request(
-                connection.info, images, instruction, state=state, unnorm_key=unnorm_key, step=step,
-                committed=committed, session=self.session if session is None else session, details=details,
-                form=self.settings.images, quality=self.settings.quality,
-            )  # fmt: skip
-            message["request_id"] = next(self._requests)
-            message["timeout_ms"] = max(1.0, 1000 * (begin + timeout - time.monotonic()))
-            content = await connection.exchange(encoded(message))
-            try:
-                return read_answer(content, message, connection.info, time.monotonic() - begin)
-            except BadAnswer:
-                await connection.close()
-                raise
-
-    async def reset(self) -> None:
-        """See `Client.reset`. A server that is not reached forgets by itself."""
-        old, self.session = self.session, secrets.token_hex(8)
-        with suppress(NotReached, NoAnswer, Refused, BadAnswer):
-            async with self._in_time(self.settings.timeout):
-                connection = await self._connected(time.monotonic() + self.settings.timeout)
-                await connection.exchange(encoded({"endpoint": "reset", "session": old}))
-
-    async def close(self) -> None:
-        if self._connection is not None:
-            await self._connection.close()
-        if self._http is not None:
-            await self._http.close()
-        self._connection = self._http = None
-
-    async def __aenter__(self) -> "AsyncClient":
-        return self
-
-    async def __aexit__(self, *_: Any) -> None:
-        await self.close()
-
-    def _session(self) -> aiohttp.ClientSession:
-        if self._http is None:
-            never = aiohttp.ClientTimeout(total=None, connect=None, sock_connect=None, sock_read=None)  # see _in_time
-            self._http = aiohttp.ClientSession(
-                timeout=never, cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False
-            )
-        return self._http
-
-    async def _connected(self, end: float) -> Connection:
-        """The open connection, or a new one; attempts are spaced out."""
-        async with self._connecting:
-            while self._connection is None or self._connection.closed:
-                pause = self._not_before - time.monotonic()
-                if time.monotonic() + pause >= end:
-                    raise NotReached(f"{self.address.url} was not reached in {self._failures} attempts.")
-                await asyncio.sleep(max(0.0, pause))
-                try:
-                    self._connection = await open_connection(self._session(), self.address)
-                except NotReached:
-                    pause = min(BACK_OFF[1], BACK_OFF[0] * 2 ** min(self._failures, 10)) * random.uniform(0.5, 1)
-                    self._not_before, self._failures = time.monotonic() + pause, self._failures + 1
-                    if self._not_before >= end:
-                        raise
-                else:
-                    self._failures, self._info = 0, self._connection.info
-            return self._connection
-
-    def _in_time(self, timeout: float) -> "_InTime":
-        return _InTime(timeout, self.address.url)
-
-
-class _InTime:
-    """Whatever takes longer raises `NoAnswer`."""
-
-    def __init__(self, timeout: float, url: str):
-        if not timeout > 0:
-            raise ValueError(f"timeout={timeout}: expected seconds, above 0.")
-        self._timeout, self._seconds, self._url = asyncio.timeout(timeout), timeout, url
-
-    async def __aenter__(self) -> None:
-        await self._timeout.__aenter__()
-
-    async def __aexit__(self, *raised: Any) -> None:
-        try:
-            await self._timeout.__aexit__(*raised)
-        except TimeoutError as error:
-            raise NoAnswer(f"{self._url}: no answer in {self._seconds:g} s.") from error
 
 
 class Client:
@@ -283,7 +110,7 @@ class Client:
     def close(self) -> None:
         if self._loop.is_closed():
             return
-        self._call(self._client.close())
+        self._call(_ended(self._client))
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -301,17 +128,24 @@ class Client:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
+        except CancelledError as error:
+            raise NotReached("This client was closed.") from error
         except BaseException:
             future.cancel()  # Ctrl-C: nobody waits any more
             raise
 
 
+async def _ended(client: AsyncClient) -> None:
+    """Close, and let nobody wait for ever."""
+    waiting = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    await client.close()
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+
+
 async def _made(address: Address, settings: Settings) -> AsyncClient:
     return AsyncClient(address, settings)
-
-
-def _settings(key: str | None, ssl: SSLContext | None, url: str, options: dict) -> tuple[Address, Settings]:
-    return Address(url, os.environ.get(VARIABLE) if key is None else key, ssl), Settings(**options)
 
 
 def connect(
@@ -336,30 +170,10 @@ def connect(
         ValueError: If an argument is wrong.
         NotReached, NoAnswer, Refused, BadAnswer: See `Client`.
     """
-    client = Client(*_settings(key, ssl, url, {"timeout": timeout, "images": images, "quality": quality}))
+    client = Client(*read_settings(key, ssl, url, {"timeout": timeout, "images": images, "quality": quality}))
     try:
         client._call(client._client.connect(wait))
     except BaseException:
         client.close()
-        raise
-    return client
-
-
-async def connect_async(
-    url: str,
-    *,
-    wait: float = 0.0,
-    key: str | None = None,
-    timeout: float = 10.0,
-    images: str = "raw",
-    quality: int = 95,
-    ssl: SSLContext | None = None,
-) -> AsyncClient:
-    """As `connect`, for `await`."""
-    client = AsyncClient(*_settings(key, ssl, url, {"timeout": timeout, "images": images, "quality": quality}))
-    try:
-        await client.connect(wait)
-    except BaseException:
-        await client.close()
         raise
     return client

@@ -3,68 +3,28 @@
 import datetime
 import itertools
 import math
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from enum import StrEnum
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from .action_spec import ActionSpec
 from .audit import digest as content_digest
+from .command import Command, NoAction, State, held
 from .limits import Limits, numbers
 from .plan import EPSILON, Plan, Stale
-from .transport import Ask, ThreadTransport, Transport
-
-
-class State(StrEnum):
-    """By the age of the newest observation that was answered; see `Guard`."""
-
-    OK = "OK"
-    DEGRADED = "DEGRADED"
-    STALLED = "STALLED"
-    DEAD = "DEAD"
-
-
-@dataclass(frozen=True)
-class Command:
-    """What to execute in this step.
-
-    action: (A,) in the units of the robot. Of a `NoAction` None.
-    source: "answer", "hold" (the fallback), or "none".
-    state: See `Guard`.
-    age: Seconds since the newest observation that was answered was seen; before the first, since the first step.
-    id, index, answered: Of the answer: the request, which of its actions, and (A,) what it said before limits; None
-        where no answer was for this step.
-    reason: Why there is a fallback; empty of an answer.
-    limited: Names of the dimensions that were cut to their limits.
-    """
-
-    action: np.ndarray | None
-    source: str
-    state: State
-    age: float
-    id: int | None = None
-    index: int | None = None
-    answered: np.ndarray | None = None
-    reason: str = ""
-    limited: tuple[str, ...] = ()
-
-
-class NoAction(RuntimeError):
-    """Nothing may be executed in this step; stop the arm by its own means. `command` says the state and why."""
-
-    def __init__(self, message: str, command: Command):
-        super().__init__(message)
-        self.command = command
+from .transport import Ask, Transport, called
 
 
 class Guard:
     """Asks for actions and gives one for each step of a control loop, none of them stale or executed twice.
 
-    Call `step` once in each control period. The state is by the age of the newest observation that was answered:
+    Call `step` once in each control period; `reset` and `reconnected` may come from other threads. The state is by the
+    age of the newest observation that was answered:
 
     - OK: at most `max_age` (plus the steps between two requests).
     - DEGRADED: older, or nothing is answered yet. Of a chunk the actions that are due are still executed.
@@ -142,10 +102,11 @@ class Guard:
         if spec is not None and limits is not None:
             limits.check(spec)
         self.spec, self.limits, self.ask_every, self.commit = spec, limits, ask_every, commit
-        self._transport: Transport = transport if hasattr(transport, "poll") else _called(transport)  # type: ignore[assignment, arg-type]
+        self._transport: Transport = transport if hasattr(transport, "poll") else called(transport)  # type: ignore[assignment, arg-type]
         self._audit, self._clock, self._digest = audit, clock, digest
         self._plan = Plan(self.period, self.max_age, None if spec is None else spec.action_dim, execute)
         self._ids = itertools.count()
+        self._lock = threading.Lock()
         self._before = 0.0  # the last time that was read
         self.reset()
 
@@ -163,15 +124,18 @@ class Guard:
                 has places or grippers.
         """
         dims = self._plan.dims
-        self._last = None if start is None else numbers(start, "start", len(start) if dims is None else dims)
-        self._plan.clear()
-        self._step, self._asked_at, self.state = 0, -self.ask_every, State.DEGRADED
-        self._since: tuple[float, int] | None = None  # time and step of the newest observation that was answered
+        held = None if start is None else numbers(start, "start", len(start) if dims is None else dims)
+        with self._lock:
+            self._plan.clear()
+            self._last = held
+            self._step, self._asked_at, self.state = 0, -self.ask_every, State.DEGRADED
+            self._since: tuple[float, int] | None = None  # time and step of the newest observation that was answered
 
     def reconnected(self) -> None:
         """The connection is another one: what was asked over the one before never acts. The episode continues, and so
         does the age of the newest observation that was answered."""
-        self._plan.clear()
+        with self._lock:
+            self._plan.clear()
 
     def close(self) -> None:
         self._transport.close()
@@ -198,6 +162,13 @@ class Guard:
         """
         dims = self._plan.dims
         here = None if position is None else numbers(position, "position", dims or len(position), finite=False)
+        with self._lock:
+            command, step = self._stepped(observation, seen_at, here)
+        if command.action is None:
+            raise NoAction(f"No action at step {step}, {command.state}: {command.reason}.", command)
+        return command
+
+    def _stepped(self, observation: Any, seen_at: float | None, here: np.ndarray | None) -> tuple[Command, int]:
         step, epoch = self._step, self.epoch
         self._step += 1
         now = self._now(step)
@@ -205,8 +176,9 @@ class Guard:
         arrived: list[dict[str, Any]] = []
         self._collect(arrived)
         asked = self._ask(step, now, seen_at, observation)
+        seen = None if self._audit is None else self._digest(observation)  # while the answer is on its way
         if asked is not None:
-            self._collect(arrived, asked.id, self.wait)
+            self._collect(arrived, asked.id, min(self.wait, self.wait - (self._clock() - now)))
         now = self._now(step)
         command = self._decide(step, now, here)
         if command.source != "answer" and self.epoch != epoch:
@@ -214,11 +186,13 @@ class Guard:
         elif command.source != "answer" and not self._usable(seen_at, now):
             command = replace(command, reason=f"seen_at={seen_at} is not a time of the guard's clock, {now}")
         if self._audit is not None:
-            self._audit(self._record(command, step, now, seen_at, observation, asked, arrived))
-        if command.action is None:
-            raise NoAction(f"No action at step {step}, {command.state}: {command.reason}.", command)
-        self._last = command.action.copy()
-        return command
+            asked_id = None if asked is None else asked.id
+            self._audit(
+                self._record(command, step, now, {"seen": seen, "seen_at": seen_at, "asked": asked_id}, arrived)
+            )
+        if command.action is not None:
+            self._last = command.action.copy()
+        return command, step
 
     def _now(self, step: int) -> float:
         """The clock. Where it goes back, nothing that was timed before can be trusted."""
@@ -252,7 +226,7 @@ class Guard:
 
     def _collect(self, arrived: list[dict[str, Any]], until: int | None = None, wait: float = 0.0) -> None:
         """Take replies: what is there, or for at most `wait` seconds up to the one with the id `until`."""
-        begin, left = self._clock(), wait
+        begin, left = self._clock(), max(0.0, wait)
         for _ in range(self.REPLIES):
             reply = self._transport.poll(left)
             if reply is None:
@@ -310,23 +284,13 @@ class Guard:
 
     def _fall_back(self, age: float, reason: str) -> Command:
         if self.fallback == "hold" and self.spec is not None:
-            if self._last is not None:
-                held = np.where(self.spec.relative, 0.0, self._last)
-                return Command(held, "hold", self.state, age, reason=reason)
-            if all(self.spec.relative):
-                return Command(np.zeros(self.spec.action_dim), "hold", self.state, age, reason=reason)
+            if (action := held(self.spec, self._last)) is not None:
+                return Command(action, "hold", self.state, age, reason=reason)
             reason += " (and nothing was executed that could be held: reset(start=...) says it)"
         return Command(None, "none", self.state, age, reason=reason)
 
     def _record(
-        self,
-        command: Command,
-        step: int,
-        now: float,
-        seen_at: float,
-        observation: Any,
-        asked: Ask | None,
-        arrived: list[dict[str, Any]],
+        self, command: Command, step: int, now: float, seen: dict[str, Any], arrived: list[dict[str, Any]]
     ) -> dict[str, Any]:
         """The line of a step."""
         return {
@@ -334,22 +298,12 @@ class Guard:
             "clock": now,
             "epoch": self.epoch,
             "step": step,
-            "seen": self._digest(observation),
-            "seen_at": seen_at,
-            "asked": None if asked is None else asked.id,
+            **seen,
             "arrived": arrived,
             **vars(command),
             "action": None if command.action is None else command.action.tolist(),
             "answered": None if command.answered is None else command.answered.tolist(),
         }
-
-
-def _called(answer: Callable[[Any], Any]) -> ThreadTransport:
-    def actions(ask: Ask) -> Any:
-        given = answer(ask.observation)
-        return getattr(given, "actions", given)
-
-    return ThreadTransport(actions)
 
 
 def _seconds(name: str, given: float | None, default: float, least: float) -> float:

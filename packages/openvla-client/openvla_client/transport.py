@@ -96,3 +96,13 @@ class ThreadTransport:
             with self._changed:
                 self._replies.append(reply)
                 self._changed.notify_all()
+
+
+def called(answer: Callable[[Any], Any]) -> ThreadTransport:
+    """Of a function of an observation that gives actions, or something that has them."""
+
+    def actions(ask: Ask) -> Any:
+        given = answer(ask.observation)
+        return getattr(given, "actions", given)
+
+    return ThreadTransport(actions)
