@@ -63,7 +63,7 @@ class Simulation:
 
     def __init__(self, seed: int, faults: Faults, chunk: int):
         self.random, self.faults, self.chunk = random.Random(seed), faults, chunk
-        self.now, self.offset, self.generation = 0.0, 1000.0, 0
+        self.now, self.offset, self.generation, self.connection = 0.0, 1000.0, 0, 0
         self.book, self.global_step = Book(), 0
         self._messages: list = []  # (time it arrives, count, kind, content)
         self._count = 0
@@ -183,7 +183,10 @@ class Simulation:
         if self._chance("jump"):
             self.jump()
         if self._chance("reconnect"):
-            guard.reconnected()
+            if self.random.random() < 0.5:
+                guard.reconnected()
+            else:
+                self.connection += 1
             self.generation += 1
         if self._chance("reset") or guard.state == "DEAD":
             guard.reset(START)

@@ -419,6 +419,26 @@ def test_a_guarded_client(scheme):
     assert sessions[0] != sessions[1] and [message["step"] for message in scripted.messages] == [0, 0]
 
 
+def test_a_server_that_was_started_again_with_another_model():
+    """Of the same numbers, which mean something else."""
+    scripted = Scripted(metadata(dims=7), answer=lambda message: right(message, dims=7))
+    with scripted.running():
+        client = connect(scripted.url("ws"))
+        guard = client.guard(wait=30)
+        seen = {"images": IMAGE, "instruction": "go"}
+        assert guard.step(seen).source == "answer"
+    with client:
+        other = metadata(dims=7)
+        other["datasets"]["robot"]["relative"] = [False] * 7
+        scripted.first = other
+        with scripted.running(scripted.port):
+            lines = []
+            guard._audit = lines.append
+            assert {guard.step(seen).source for _ in range(4)} == {"hold"}
+        assert any("another model" in one["refused"] for line in lines for one in line["arrived"])
+        guard.close()
+
+
 def test_a_guard_of_a_model_that_does_not_say_what_its_actions_mean():
     unstated = metadata(dims=7)
     unstated["datasets"]["robot"]["stated"] = False

@@ -16,6 +16,8 @@ JOINTS = ActionSpec(("a", "b", "gripper"), (False, False, False), (2,), hz=10)
 class Bench:
     """A clock that tests move, and a transport whose replies they give."""
 
+    connection = 0
+
     def __init__(self, spec=POSE, start=None, **options):
         self.now, self.asked, self.replies, self.lines = 100.0, [], [], []
         options = {"clock": lambda: self.now, "audit": self.lines.append, **options}
@@ -203,13 +205,16 @@ def test_an_error_in_place_of_an_answer():
     assert bench.lines[-1]["arrived"][0]["refused"] == "TimeoutError: no answer in 1 s"
 
 
-@pytest.mark.parametrize("again", ["reset", "reconnected"])
+@pytest.mark.parametrize("again", ["reset", "reconnected", "connection"])
 def test_an_answer_from_before_never_acts(again):
     bench = Bench(start=still(), wait=0)
     bench.step()
     bench.answer([[i, 0, 0, 1] for i in range(8)])
     assert bench.step().source == "answer"
-    getattr(bench.guard, again)(*[still()] * (again == "reset"))
+    if again == "connection":
+        bench.connection += 1
+    else:
+        getattr(bench.guard, again)(*[still()] * (again == "reset"))
     assert bench.step().source == "hold"  # the rest of the chunk
     bench.answer([0.5, 0, 0, 1], ask=1)  # asked before
     command = bench.step()
@@ -511,6 +516,11 @@ def test_what_a_thread_answers_comes_back():
 def test_arguments_that_do_not_fit(spec, options, message):
     with pytest.raises(ValueError, match=message):
         Guard(lambda seen: None, spec, **options)
+
+
+def test_something_that_cannot_be_asked():
+    with pytest.raises(ValueError, match="submit, poll"):
+        Guard(object(), POSE)
 
 
 @pytest.mark.parametrize("options", [{"step": {"x": 0}}, {"step": {"x": float("nan")}}, {"place": {"x": (2, 1)}}])

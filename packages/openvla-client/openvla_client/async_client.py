@@ -57,6 +57,7 @@ class AsyncClient:
         self._info: ServerInfo | None = None
         self._failures, self._not_before = 0, 0.0
         self._requests = itertools.count()
+        self.connections = 0  # how often it was connected
 
     @property
     def info(self) -> ServerInfo:
@@ -162,6 +163,7 @@ class AsyncClient:
                         raise
                 else:
                     self._failures, self._info = 0, self._connection.info
+                    self.connections += 1
             return self._connection
 
     def _in_time(self, timeout: float) -> "_InTime":

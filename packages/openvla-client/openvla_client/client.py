@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from .async_client import AsyncClient, Settings, read_settings
 from .connection import Address
-from .errors import NotReached
+from .errors import BadAnswer, NotReached
 from .guard import Guard
 from .messages import Answer, ServerInfo
 from .transport import Ask, ThreadTransport
@@ -88,19 +88,22 @@ class Client:
             options: Of `Guard`. `spec` and `hz` are the server's, where they are not given. Where the model does not
                 state what its actions mean, the fallback is "raise", unless `spec` or `fallback` is given.
         """
-        dataset = self.info.datasets[self.info.key(unnorm_key)]
+        dataset, chunk = self.info.datasets[self.info.key(unnorm_key)], self.info.chunk
         if not dataset.stated and "spec" not in options:
             options = {"fallback": "raise", **options}
         options = {"spec": dataset.spec, **options}
 
         def answer(ask: Ask) -> Any:
             # What comes later than that could not act any more.
-            timeout = guard.stalled_after + (self.info.chunk - 1) * guard.period
+            timeout = guard.stalled_after + (chunk - 1) * guard.period
             session = f"{self.session}-{ask.epoch}"
             seen = {"unnorm_key": unnorm_key, "committed": ask.committed, **ask.observation, "session": session}
-            return self.act(**seen, step=ask.step, timeout=timeout).actions
+            found = self.act(**seen, step=ask.step, timeout=timeout)
+            if self.info.datasets.get(found.unnorm_key) != dataset or self.info.chunk != chunk:
+                raise BadAnswer("The server was started again with another model: make another guard for it.")
+            return found.actions
 
-        guard = Guard(ThreadTransport(answer), **options)
+        guard = Guard(ThreadTransport(answer, lambda: self._client.connections), **options)
         return guard
 
     def reset(self) -> None:

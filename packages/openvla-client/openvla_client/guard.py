@@ -102,7 +102,12 @@ class Guard:
         if spec is not None and limits is not None:
             limits.check(spec)
         self.spec, self.limits, self.ask_every, self.commit = spec, limits, ask_every, commit
-        self._transport: Transport = transport if hasattr(transport, "poll") else called(transport)  # type: ignore[assignment, arg-type]
+        if not (isinstance(transport, Transport) or callable(transport)):
+            raise ValueError(
+                f"transport is a {type(transport).__name__}: expected a function, or submit, poll, close and connection."
+            )
+        self._transport = transport if isinstance(transport, Transport) else called(transport)
+        self._connection = self._transport.connection
         self._audit, self._clock, self._digest = audit, clock, digest
         self._plan = Plan(self.period, self.max_age, None if spec is None else spec.action_dim, execute)
         self._ids = itertools.count()
@@ -132,8 +137,9 @@ class Guard:
             self._since: tuple[float, int] | None = None  # time and step of the newest observation that was answered
 
     def reconnected(self) -> None:
-        """The connection is another one: what was asked over the one before never acts. The episode continues, and so
-        does the age of the newest observation that was answered."""
+        """The connection is another one: what was answered over the one before does not act any more. The episode
+        continues, and so does the age of the newest observation that was answered. A transport that counts its
+        connections says so by itself."""
         with self._lock:
             self._plan.clear()
 
@@ -171,6 +177,7 @@ class Guard:
     def _stepped(self, observation: Any, seen_at: float | None, here: np.ndarray | None) -> tuple[Command, int]:
         step, epoch = self._step, self.epoch
         self._step += 1
+        self._see_connection()
         now = self._now(step)
         seen_at = now if seen_at is None else seen_at
         arrived: list[dict[str, Any]] = []
@@ -179,10 +186,11 @@ class Guard:
         seen = None if self._audit is None else self._digest(observation)  # while the answer is on its way
         if asked is not None:
             self._collect(arrived, asked.id, min(self.wait, self.wait - (self._clock() - now)))
+        self._see_connection()
         now = self._now(step)
         command = self._decide(step, now, here)
         if command.source != "answer" and self.epoch != epoch:
-            command = replace(command, reason="the clock went back: what was asked before does not act")
+            command = replace(command, reason="another connection, or a clock that went back: a new epoch has begun")
         elif command.source != "answer" and not self._usable(seen_at, now):
             command = replace(command, reason=f"seen_at={seen_at} is not a time of the guard's clock, {now}")
         if self._audit is not None:
@@ -193,6 +201,11 @@ class Guard:
         if command.action is not None:
             self._last = command.action.copy()
         return command, step
+
+    def _see_connection(self) -> None:
+        if (connection := self._transport.connection) != self._connection:
+            self._connection = connection
+            self._plan.clear()
 
     def _now(self, step: int) -> float:
         """The clock. Where it goes back, nothing that was timed before can be trusted."""

@@ -4,7 +4,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -30,8 +30,15 @@ class Reply:
     error: BaseException | None = None
 
 
+@runtime_checkable
 class Transport(Protocol):
     """Called by one thread, that of the control loop. Replies may be lost, late, doubled and out of order."""
+
+    @property
+    def connection(self) -> int:
+        """Which one it is: another number after each reconnection, with which an epoch begins. Always 0 where there are
+        no connections."""
+        ...
 
     def submit(self, ask: Ask) -> None:
         """Send, or replace what waits to be sent: the newest observation wins. Does not block, does not raise."""
@@ -50,17 +57,22 @@ class ThreadTransport:
     Args:
         answer: Gives the actions of a request, or raises. It needs a timeout of its own: a call that never returns
             keeps the thread, and no further request is answered.
+        connection: Says which connection `answer` has, see `Transport`.
     """
 
     KEPT = 64  # replies nobody asked for
 
-    def __init__(self, answer: Callable[[Ask], Any]):
-        self._answer = answer
+    def __init__(self, answer: Callable[[Ask], Any], connection: Callable[[], int] = lambda: 0):
+        self._answer, self._connection = answer, connection
         self._changed = threading.Condition()
         self._waiting: Ask | None = None
         self._replies: deque[Reply] = deque(maxlen=self.KEPT)
         self._closed = False
         self._thread: threading.Thread | None = None
+
+    @property
+    def connection(self) -> int:
+        return self._connection()
 
     def submit(self, ask: Ask) -> None:
         with self._changed:
