@@ -104,7 +104,7 @@ class Guard:
         self.spec, self.limits, self.ask_every, self.commit = spec, limits, ask_every, commit
         if not (isinstance(transport, Transport) or callable(transport)):
             raise ValueError(
-                f"transport is a {type(transport).__name__}: expected a function, or submit, poll, close and connection."
+                f"transport: a {type(transport).__name__}, expected a function, or submit, poll, close, connection."
             )
         self._transport = transport if isinstance(transport, Transport) else called(transport)
         self._connection = self._transport.connection
