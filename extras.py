@@ -15,7 +15,8 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("gymnasium", "metaworld", "mujoco"), ("sim",)),
     "robosuite": ("robosuite",),
     **dict.fromkeys(
-        ("fastapi", "msgpack", "prometheus_client", "python_multipart", "uvicorn", "websockets"), ("serve",)
+        ("fastapi", "msgpack", "prometheus_client", "python_multipart", "starlette", "uvicorn", "websockets"),
+        ("serve",),
     ),
     **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), ("onnx",)),
     "matplotlib": ("demo",),

@@ -14,11 +14,10 @@ import numpy as np
 
 from ..choices_openvla import closest
 from ..observation import Observation
-from ..pixels_openvla import load_image
 from ..prompts_openvla import has_words
 from .contract import BadRequest, ModelInfo, Refusal, Request, TooLarge
 from .limits import Limits
-from .wire import from_base64, picture_size
+from .values import numbers, pixels, pixels_of_file, short_text
 
 
 # View -> names of its image, without what stands before them ("observation/", "images/", also with dots).
@@ -41,6 +40,7 @@ OPTIONS = ("unnorm_key", "step", "committed", "timeout_ms", "request_id", "detai
 IGNORED = ("task_name", "eef/left", "eef/right")  # AgiBot's clients send them beside the rest
 PREFIXES = ("observation/", "images/", "image/")
 MOST_STEPS = 2**31
+QUICK_PIXELS = 512 * 512  # of pictures that are decoded where they came
 
 
 @dataclass(frozen=True)
@@ -110,13 +110,13 @@ class Reader:
     def _read(
         self, found: Mapping[str, Any], request_id: str | int | None, session: str | None, arrived: float
     ) -> Call | Reset:
-        session = self._name("session", found.get("session")) or session
+        session = short_text("session", found.get("session"), self.limits) or session
         endpoint = found.get("endpoint", "infer")
         if endpoint == "reset":
             return Reset(session, request_id)
         if endpoint != "infer":
             raise BadRequest("endpoint: expected 'infer' or 'reset'.")
-        key = self.info.key(self._name("unnorm_key", found.get("unnorm_key")))
+        key = self.info.key(short_text("unnorm_key", found.get("unnorm_key"), self.limits))
         instruction = self._instruction(found.get("instruction"))
         state = self._state(found, self.info.datasets[key].state_dim)
         committed = self._committed(found.get("committed"), self.info.datasets[key].spec.action_dim)
@@ -128,7 +128,7 @@ class Reader:
         for name, value in flags.items():
             if not isinstance(value, (bool, np.bool_)):
                 raise BadRequest(f"{name}: expected true or false.")
-        images = {camera: self._pixels(name, image) for camera, (name, image) in self._cameras(found).items()}
+        images = {camera: pixels(name, image, self.limits) for camera, (name, image) in self._cameras(found).items()}
         request = Request(
             Observation(images, state, instruction, committed, step),
             key,
@@ -137,6 +137,11 @@ class Reader:
             distributions=bool(flags["distributions"]),
         )
         return Call(request, request_id, bool(flags["details"]))
+
+    def is_quick(self, message: Any) -> bool:
+        """Whether to read it takes about a millisecond: there is no large picture to decode in it."""
+        values = (value for _, value in _flat(message)) if isinstance(message, dict) else ()
+        return sum(map(pixels_of_file, values)) <= QUICK_PIXELS
 
     def expected(self) -> str:
         """What a message has to hold, in words."""
@@ -198,18 +203,9 @@ class Reader:
 
     # Values -----------------------------------------------------------------------------------------------------------
 
-    def _name(self, field: str, value: Any) -> str | None:
-        if value is None:
-            return None
-        if not (isinstance(value, str) and value and value.isprintable()):
-            raise BadRequest(f"{field}: expected text without control characters.")
-        if len(value) > self.limits.name_letters:
-            raise TooLarge(f"{field}: {len(value)} letters, at most {self.limits.name_letters}.")
-        return value
-
     def _request_id(self, value: Any) -> str | int | None:
         if type(value) is not int:
-            return self._name("request_id", value)
+            return short_text("request_id", value, self.limits)
         if abs(value) >= MOST_STEPS:
             raise BadRequest(f"request_id: expected text, or a number below {MOST_STEPS}.")
         return value
@@ -234,7 +230,7 @@ class Reader:
         values = [found[name] for name in parts] or ([found[STATE[0]]] if STATE[0] in found else [])
         if not values:
             raise BadRequest(f"state is missing: this model takes {state_dim} numbers. {self.expected()}")
-        rows = [np.atleast_1d(self._numbers("state", value)) for value in values]
+        rows = [np.atleast_1d(numbers("state", value, self.limits)) for value in values]
         if any(row.ndim != 1 for row in rows) or sum(map(len, rows)) != state_dim:
             shapes = " and ".join(str(row.shape) for row in rows)
             raise BadRequest(f"state: shape {shapes} came, expected ({state_dim},).")
@@ -247,7 +243,7 @@ class Reader:
     def _committed(self, value: Any, action_dim: int) -> np.ndarray | None:
         if value is None:
             return None
-        steps = self._numbers("committed", value)
+        steps = numbers("committed", value, self.limits)
         if steps.size == 0:
             return None
         if steps.ndim != 2 or steps.shape[1] != action_dim or len(steps) >= self.info.chunk:
@@ -260,59 +256,15 @@ class Reader:
     def _deadline(self, value: Any, arrived: float) -> float | None:
         if value is None:
             return None
-        milliseconds = self._numbers("timeout_ms", value)
+        milliseconds = numbers("timeout_ms", value, self.limits)
         if milliseconds.ndim or not 0 < milliseconds <= self.limits.timeout_ms:
             raise BadRequest(f"timeout_ms: expected a number above 0 and up to {self.limits.timeout_ms:g}.")
         return arrived + float(milliseconds) / 1000
 
-    def _numbers(self, field: str, value: Any) -> np.ndarray:
-        """float64, all finite."""
-        try:
-            array = np.asarray(value)
-        except (ValueError, TypeError, OverflowError) as error:
-            raise BadRequest(f"{field}: expected numbers in rows of one length.") from error
-        if array.dtype.kind not in "iuf":
-            raise BadRequest(f"{field}: expected numbers, {type(value).__name__} of {array.dtype} came.")
-        if array.size > self.limits.state_numbers:
-            raise TooLarge(f"{field}: {array.size} numbers, at most {self.limits.state_numbers}.")
-        if not np.isfinite(array).all():
-            raise BadRequest(f"{field}: it holds NaN or infinite numbers.")
-        return array.astype(np.float64)
-
-    def _pixels(self, name: str, image: Any) -> np.ndarray:
-        """(H, W, 3) uint8 of an array, (H, W, C) or (C, H, W), or of a JPEG or PNG file."""
-        try:
-            if isinstance(image, str):
-                image = from_base64(image.partition(";base64,")[2] if image.startswith("data:") else image)
-            if isinstance(image, bytes):
-                self._check_size(*picture_size(image))
-            elif isinstance(image, np.ndarray):
-                image = self._upright(image)
-            else:
-                raise ValueError(f"{type(image).__name__} came, expected an array, or a JPEG or PNG file.")
-            return np.asarray(load_image(image))
-        except (ValueError, FileNotFoundError) as error:
-            raise BadRequest(f"image '{name}': {error}") from error
-
-    def _upright(self, image: np.ndarray) -> np.ndarray:
-        """With channels last."""
-        if image.ndim == 3 and image.shape[0] in (1, 3, 4):
-            if image.shape[2] in (1, 3, 4):
-                raise ValueError(f"shape {image.shape} does not tell which axis holds the colours.")
-            image = np.moveaxis(image, 0, -1)
-        if image.ndim not in (2, 3) or image.shape[2:] not in ((), (1,), (3,), (4,)):
-            raise ValueError(f"shape {image.shape} came, expected (height, width, 3).")
-        self._check_size(*image.shape[:2])
-        return image
-
-    def _check_size(self, height: int, width: int) -> None:
-        if height * width > self.limits.picture_pixels:
-            raise TooLarge(f"an image of {width}x{height} pixels: at most {self.limits.picture_pixels} are read.")
-
 
 def _flat(message: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in message.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             yield from _flat(value, f"{prefix}{name}/")
         else:
             yield f"{prefix}{name}", value

@@ -42,7 +42,7 @@ def routes(service: Service) -> APIRouter:
         with service.sending():
             body = await read_body(request, service.limits)
             with service.room(len(body.data)):
-                call, answer = await unless_gone(request, service.answer(body.decode, "rest"))
+                call, answer = await unless_gone(request, service.answer(body.decode, len(body.data), "rest"))
             return body.response(call, answer, service.info)
 
     @router.get("/healthz", response_class=PlainTextResponse)
@@ -80,7 +80,7 @@ async def read_request(request: Request, service: Service) -> contract.Request:
     """
     body = await read_body(request, service.limits)
     with service.room(len(body.data)):
-        call = await service.read(body.decode)
+        call = await service.read(body.decode, len(body.data))
     if isinstance(call, Reset):
         raise BadRequest("endpoint: expected an observation.")
     return call.request

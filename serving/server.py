@@ -20,7 +20,6 @@ from .engine import Engine
 from .episodes import Episodes, Simulator
 from .limits import Limits
 from .live import LiveView
-from .model import OpenVLAModel
 from .page import FILES, page_routes
 from .rest import read_request
 from .service import Service
@@ -30,11 +29,17 @@ PAGE_PATHS = ("/", *(f"/page/{name}" for name in FILES))  # the page asks for th
 GRACE = 30  # seconds in which what is in flight is answered when the server stops
 
 
+def load_model(options: ServeOptions) -> Model:
+    from .model import OpenVLAModel  # torch comes with it: what is wrong with an address is said before
+
+    return OpenVLAModel.load(options)
+
+
 def serve(
     options: ServeOptions,
     say: Callable[[str], Any] = print,
     *,
-    load: Callable[[ServeOptions], Model] = OpenVLAModel.load,
+    load: Callable[[ServeOptions], Model] = load_model,
     simulator: Simulator | None = None,
 ) -> bool:
     """Listen until Ctrl-C or SIGTERM; then answer what is in flight.

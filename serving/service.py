@@ -1,6 +1,7 @@
 """One request from the bytes that came to the answer, whatever the protocol."""
 
 import asyncio
+import importlib.metadata
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
@@ -16,7 +17,10 @@ from .names import Call, Reader, Reset
 
 
 log = logging.getLogger(__name__)
-THREADS = 4  # that decode pictures; what blocks one of them blocks nobody who is in the queue already
+THREADS = 4  # that read large messages; what blocks one of them blocks nobody who is in the queue already
+# Bytes of a message that is read where it came: a second thread that has to wake up costs more, 3 ms on a machine with
+# no core free (docs/LOG.md). What would hold the others up longer than that is read in a thread.
+QUICK = 2**20
 
 
 class Service:
@@ -45,12 +49,12 @@ class Service:
         return self.engine.info
 
     async def answer(
-        self, decode: Callable[[], Any], protocol: str, session: str | None = None
+        self, decode: Callable[[], Any], size: int, protocol: str, session: str | None = None
     ) -> tuple[Call | Reset, Answer | None]:
         """What is asked, and the answer; None of a reset.
 
         Args:
-            decode: Gives the message; runs in another thread. Its `ValueError`s become `BadRequest`s.
+            decode: Gives the message, of `size` bytes. Its `ValueError`s become `BadRequest`s.
             protocol: For the metrics.
             session: Of messages that name none.
 
@@ -61,7 +65,7 @@ class Service:
         self.metrics.came(protocol)
         call: Call | Reset | None = None
         try:
-            call = await self.read(decode, session, arrived)
+            call = await self.read(decode, size, session, arrived)
             if isinstance(call, Reset):
                 if call.session is not None:
                     self.engine.end_session(call.session)
@@ -84,18 +88,23 @@ class Service:
         return call, answer
 
     async def read(
-        self, decode: Callable[[], Any], session: str | None = None, arrived: float | None = None
+        self, decode: Callable[[], Any], size: int, session: str | None = None, arrived: float | None = None
     ) -> Call | Reset:
         """What is asked, see `answer` and `Reader.read`."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, self._read, decode, session, arrived)
+        run = asyncio.get_running_loop().run_in_executor
+        if size > QUICK:
+            message = await run(self._threads, self._decode, decode)
+        else:
+            message = self._decode(decode)
+            if self.reader.is_quick(message):
+                return self.reader.read(message, session, arrived)
+        return await run(self._threads, self.reader.read, message, session, arrived)
 
-    def _read(self, decode: Callable[[], Any], session: str | None, arrived: float | None) -> Call | Reset:
+    def _decode(self, decode: Callable[[], Any]) -> Any:
         try:
-            message = decode()
+            return decode()
         except ValueError as error:
             raise BadRequest(f"{error} {self.reader.expected()}") from error
-        return self.reader.read(message, session, arrived)
 
     @contextmanager
     def room(self, size: int) -> Iterator[None]:
@@ -154,8 +163,6 @@ def content(call: Call, answer: Answer, *, details: bool | None = None) -> dict[
 def metadata(info: ModelInfo) -> dict[str, Any]:
     """What a client has to know, before it asks. Rate, names and dimensions are those of the usual dataset; of each
     dataset by itself under "datasets"."""
-    from .. import __version__
-
     usual = info.datasets[info.default_key or next(iter(info.datasets))]
     datasets = {
         key: {
@@ -167,7 +174,7 @@ def metadata(info: ModelInfo) -> dict[str, Any]:
         for key, dataset in info.datasets.items()
     }
     return {
-        "server": f"openvla {__version__}",
+        "server": f"openvla {importlib.metadata.version('openvla')}",
         "model": info.model,
         "unnorm_keys": list(info.datasets),
         "default_unnorm_key": info.default_key,

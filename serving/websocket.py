@@ -121,7 +121,7 @@ class Conversation:
 
         try:
             with self.service.room(len(message)):
-                call, answer = await self.service.answer(decode, "websocket", self.session)
+                call, answer = await self.service.answer(decode, len(message), "websocket", self.session)
         except Refusal as refusal:
             return json.dumps(refusal.content())
         if isinstance(call, Reset) or answer is None:

@@ -63,12 +63,12 @@ def _array(data: bytes, dtype: Any, shape: Any) -> np.ndarray:
 
 def _scalar(value: Any, dtype: Any) -> np.generic:
     kind = SCALARS.get(dtype) if isinstance(dtype, str) else None
-    if kind is None or type(value) not in (bool, int, float):
-        raise ValueError(f"a number of dtype {_shown(dtype)}: expected an integer, a float or a truth value.")
-    try:
-        return kind.type(value)
-    except OverflowError as error:
-        raise ValueError(f"a number that {dtype} does not hold.") from error
+    types = {"b": (bool,), "i": (int,), "u": (int,), "f": (int, float)}.get(kind.kind, ()) if kind else ()
+    if kind is None or type(value) not in types:
+        raise ValueError(f"a number of dtype {_shown(dtype)}: {type(value).__name__} came.")
+    if kind.kind in "iu" and not np.iinfo(kind).min <= value <= np.iinfo(kind).max:
+        raise ValueError(f"a number that {dtype} does not hold.")
+    return kind.type(value)
 
 
 def _shown(value: Any) -> str:

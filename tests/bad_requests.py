@@ -88,7 +88,7 @@ def messages(rng: np.random.Generator) -> Iterator[object]:
             left_out = rng.choice(list(GOOD))
             yield {name: value for name, value in GOOD.items() if name != left_out}
         elif kind == 2:
-            unknown = {str(rng.choice(NAMES)): junk(rng) or 1}  # an empty map says nothing, and does no harm
+            unknown = {str(rng.choice(NAMES)): junk(rng)}
             yield {**GOOD, **(unknown if rng.random() < 0.5 else {"full_image": IMAGE})}
         elif kind == 3:
             yield {**GOOD, "prompt": "something else"}

@@ -1,5 +1,7 @@
 """What each client's observation is read as; what could mean two things is refused."""
 
+import base64
+
 import numpy as np
 import pytest
 from fake_serving import FakeModel
@@ -173,6 +175,7 @@ REFUSED = {
     "one name twice": ({**GOOD, "observation/image": image(1)}, "both say what 'image' is"),
     "unknown": ({**GOOD, "front_camera": image(1)}, "nobody knows that name"),
     "without a name": ({**GOOD, "": 1}, "nobody knows that name"),
+    "unknown and empty": ({**GOOD, "imgae": {"left": {}}}, "nobody knows that name"),
     "unknown alone": ({"front_camera": image(1), "prompt": "go"}, "nobody knows that name"),
     "misspelt": ({"imgae": image(1), "prompt": "go"}, "Did you mean 'image'"),
     "none": ({"prompt": "go"}, "there is none for 'primary'"),
@@ -293,3 +296,16 @@ def test_a_refusal_says_which_request_it_is_of():
     with pytest.raises(BadRequest) as raised:
         reader().read({"prompt": "go", "request_id": 12})
     assert raised.value.content()["request_id"] == 12
+
+
+def test_what_takes_longer_to_read_is_told():
+    made = reader()
+    large = wire.picture_file(image(0, (600, 600, 3)), "PNG")
+    assert made.is_quick(GOOD) and made.is_quick({**GOOD, "image": wire.picture_file(image(0), "PNG")})
+    for picture in (
+        large,
+        base64.b64encode(large).decode(),
+        "data:image/png;base64," + base64.b64encode(large).decode(),
+    ):
+        assert not made.is_quick({"images": {"primary": picture}, "prompt": "go"})
+    assert made.is_quick([]) and made.is_quick({**GOOD, "image": b"no file", "prompt": "go " * 100})

@@ -116,6 +116,16 @@ def test_msgpack_gets_msgpack(server):
     assert found["actions"].shape == (1, 7) and found["request_id"] == 5
 
 
+def test_a_large_picture_is_decoded_in_another_thread(server):
+    large = png(np.full((600, 600, 3), 100, np.uint8))
+    threads = server.app.state.service._threads
+    before = len(threads._threads)
+    assert server.post("/act", files={"image": png()}, data={"instruction": "go"}).status_code == 200
+    assert len(threads._threads) == before
+    found = server.post("/act", files={"image": large}, data={"instruction": "go"}).json()
+    assert found["actions"][0][0] == pytest.approx(0.1) and len(threads._threads) > 0
+
+
 def test_an_episode_ends(server):
     assert server.post("/act", json={"endpoint": "reset", "session": "b"}).json() == {"reset": True}
 

@@ -82,6 +82,7 @@ BAD_ARRAYS = {
     "text as data": form(data="\0" * 8),
     "number": {b"__npgeneric__": True, b"data": b"x", b"dtype": "<f4"},
     "number that does not fit": {b"__npgeneric__": True, b"data": 300, b"dtype": "|u1"},
+    "half an integer": {b"__npgeneric__": True, b"data": 1.5, b"dtype": "|u1"},
     "number of objects": {b"__npgeneric__": True, b"data": 1, b"dtype": "|O"},
     "names as bytes": {b"image": 1},
 }

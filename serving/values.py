@@ -1,0 +1,89 @@
+"""Values of a message: checked, bounded, and as the model takes them."""
+
+from typing import Any
+
+import numpy as np
+
+from ..pixels_openvla import load_image
+from .contract import BadRequest, TooLarge
+from .limits import Limits
+from .wire import from_base64, picture_size
+
+
+LEAST_FILE = 64  # letters of a picture in base64
+
+
+def short_text(field: str, value: Any, limits: Limits) -> str | None:
+    """A name of something, or None where there is none."""
+    if value is None:
+        return None
+    if not (isinstance(value, str) and value and value.isprintable()):
+        raise BadRequest(f"{field}: expected text without control characters.")
+    if len(value) > limits.name_letters:
+        raise TooLarge(f"{field}: {len(value)} letters, at most {limits.name_letters}.")
+    return value
+
+
+def numbers(field: str, value: Any, limits: Limits) -> np.ndarray:
+    """float64 of any shape, all finite."""
+    try:
+        array = np.asarray(value)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise BadRequest(f"{field}: expected numbers in rows of one length.") from error
+    if array.dtype.kind not in "iuf":
+        raise BadRequest(f"{field}: expected numbers, {type(value).__name__} of {array.dtype} came.")
+    if array.size > limits.state_numbers:
+        raise TooLarge(f"{field}: {array.size} numbers, at most {limits.state_numbers}.")
+    if not np.isfinite(array).all():
+        raise BadRequest(f"{field}: it holds NaN or infinite numbers.")
+    return array.astype(np.float64)
+
+
+def pixels(name: str, image: Any, limits: Limits) -> np.ndarray:
+    """(H, W, 3) uint8 of an array, (H, W, C) or (C, H, W), or of a JPEG or PNG file, as bytes or in base64."""
+    try:
+        if isinstance(image, (bytes, str)):
+            image = _file(image)
+            _check_size(*picture_size(image), limits)
+        elif isinstance(image, np.ndarray):
+            image = _upright(image)
+            _check_size(image.shape[0], image.shape[1], limits)
+        else:
+            raise ValueError(f"{type(image).__name__} came, expected an array, or a JPEG or PNG file.")
+        return np.asarray(load_image(image))
+    except ValueError as error:
+        raise BadRequest(f"image '{name}': {error}") from error
+
+
+def pixels_of_file(value: Any) -> int:
+    """How many there are to decode; 0 of what is no file of a picture."""
+    if not isinstance(value, bytes) and not (isinstance(value, str) and len(value) > LEAST_FILE):
+        return 0
+    try:
+        height, width = picture_size(_file(value))
+    except ValueError:  # a long instruction, or what will be refused
+        return 0
+    return height * width
+
+
+def _file(value: str | bytes) -> bytes:
+    """The file in a text of base64, which may begin as a URL of data does."""
+    if isinstance(value, bytes):
+        return value
+    return from_base64(value.partition(";base64,")[2] if value.startswith("data:") else value)
+
+
+def _upright(image: np.ndarray) -> np.ndarray:
+    """With channels last."""
+    if image.ndim == 3 and image.shape[0] in (1, 3, 4):
+        if image.shape[2] in (1, 3, 4):
+            raise ValueError(f"shape {image.shape} does not tell which axis holds the colours.")
+        image = np.moveaxis(image, 0, -1)
+    if image.ndim not in (2, 3) or image.shape[2:] not in ((), (1,), (3,), (4,)):
+        raise ValueError(f"shape {image.shape} came, expected (height, width, 3).")
+    return image
+
+
+def _check_size(height: int, width: int, limits: Limits) -> None:
+    if height * width > limits.picture_pixels:
+        raise TooLarge(f"an image of {width}x{height} pixels: at most {limits.picture_pixels} are read.")

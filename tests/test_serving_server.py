@@ -1,0 +1,181 @@
+"""`openvla serve` as a process: listens, says where, answers, stops well. The model is a fake one."""
+
+import os
+import signal
+import socket
+import threading
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+from processes import start
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
+
+from openvla.action_spec import usual_spec
+from openvla.options.serving import ServeOptions
+from openvla.serving import server as serving
+from openvla.serving import wire
+from openvla.serving.contract import Dataset, ModelInfo
+
+
+PROGRAM = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from fake_serving import FakeModel
+from openvla.options.serving import ServeOptions
+from openvla.serving.server import serve
+
+class Model(FakeModel):
+    def act(self, requests):
+        time.sleep(float(sys.argv[2]))
+        return super().act(requests)
+
+    def warm_up(self, batch_sizes):
+        if sys.argv[3] == "broken":
+            raise RuntimeError("no kernels")
+
+say = lambda line: print(line, flush=True)
+sys.exit(0 if serve(ServeOptions(port=0), say, load=lambda options: Model(("primary",))) else 1)
+"""
+GOOD = {"image": np.full((8, 8, 3), 100, np.uint8), "instruction": "go"}
+
+
+class Server:
+    def __init__(self, *, seconds: float = 0.0, **environment):
+        read, write = os.pipe()
+        folder = os.path.dirname(__file__)
+        env = {name: value for name, value in os.environ.items() if name != "OPENVLA_API_KEY"} | environment
+        self.process = start(PROGRAM, folder, seconds, "works", stdout=write, env=env)
+        os.close(write)
+        with os.fdopen(read) as lines:
+            self.line = lines.readline()
+        self.port = int(self.line.split(";")[0].rsplit(":", 1)[1])
+
+    def get(self, path: str, **headers) -> tuple[int, bytes]:
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", headers=headers)
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return answer.status, answer.read()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read()
+
+    def connect(self, **more):
+        return connect(f"ws://127.0.0.1:{self.port}/", max_size=None, **more)
+
+
+@pytest.fixture(scope="module")
+def server():
+    made = Server()
+    yield made
+    made.process.kill()
+
+
+def test_it_says_where_it_listens_and_how_to_try_it(server):
+    assert server.line == (
+        f"serving fake at http://127.0.0.1:{server.port}; try: curl -s http://127.0.0.1:{server.port}/act "
+        "-F primary=@frame.png -F instruction='open the drawer'\n"
+    )
+    assert server.get("/healthz") == (200, b"OK\n") and server.get("/readyz")[0] == 200
+    status, page = server.get("/")
+    assert status == 200 and b"<html" in page
+
+
+def test_robots_are_answered(server):
+    with server.connect(compression=None) as robot:
+        assert wire.unpack(robot.recv())["model"] == "fake"
+        robot.send(wire.pack(GOOD))
+        assert wire.unpack(robot.recv())["actions"].shape == (1, 7)
+
+
+def test_nothing_is_compressed(server):
+    """A message that grows a thousandfold is not even taken."""
+    with server.connect(compression="deflate") as robot:
+        assert "permessage-deflate" not in robot.response.headers.get("Sec-WebSocket-Extensions", "")
+
+
+def test_a_message_above_the_limit_closes_the_connection(server):
+    with server.connect(compression=None) as robot:
+        robot.recv()
+        with pytest.raises(ConnectionClosed):  # with 1009, where that arrives before the end
+            robot.send(bytes(wire.MOST_BYTES + 1))
+            robot.recv()
+    assert server.get("/readyz")[0] == 200
+
+
+def test_a_key_of_the_environment_is_asked():
+    server = Server(OPENVLA_API_KEY="a key")
+    try:
+        assert server.get("/info")[0] == 401 and server.get("/")[0] == 200 and server.get("/page/about")[0] == 401
+        assert server.get("/info", Authorization="Bearer a key")[0] == 200
+        assert '-H "Authorization: Bearer $OPENVLA_API_KEY"' in server.line and "a key" not in server.line
+    finally:
+        server.process.kill()
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_what_is_in_flight_is_answered_before_it_stops(stop):
+    server = Server(seconds=0.5)
+    found = []
+
+    def ask():
+        body = wire.to_json({**GOOD, "details": True}).encode()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{server.port}/act", body, {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            found.append(wire.from_json(answer.read()))
+
+    with server.connect(compression=None) as robot:
+        robot.recv()
+        other = threading.Thread(target=ask)
+        other.start()
+        robot.send(wire.pack(GOOD))
+        while b'openvla_requests_total{protocol="websocket"} 1.0' not in server.get("/metrics")[1]:
+            pass
+        while b'openvla_requests_total{protocol="rest"} 1.0' not in server.get("/metrics")[1]:
+            pass
+        os.kill(server.process.pid, stop)
+        assert wire.unpack(robot.recv(timeout=60))["actions"].shape == (1, 7)
+        with pytest.raises(ConnectionClosed) as closed:
+            robot.recv(timeout=60)
+        assert closed.value.rcvd.code == 1012  # it restarts, says the protocol
+    other.join(timeout=60)
+    assert found[0]["actions"].shape == (1, 7)
+    assert server.process.wait(timeout=60) == 0
+
+
+def test_a_model_that_cannot_be_warmed_up_ends_the_server():
+    done = start(PROGRAM, os.path.dirname(__file__), 0, "broken").done(timeout=120)
+    assert done.returncode == 1 and "no kernels" in done.stderr and not done.stdout
+
+
+def test_a_port_that_is_taken_is_told_before_a_model_is_loaded():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        options = ServeOptions(port=taken.getsockname()[1])
+        with pytest.raises(OSError, match=f"port={options.port}.*give another port"):
+            serving.serve(options, load=None)
+    with pytest.raises(OSError, match="host=nowhere.invalid"):
+        serving.listen("nowhere.invalid", 8000)
+
+
+def test_an_address_that_others_reach_is_refused_without_a_key(monkeypatch):
+    monkeypatch.delenv("OPENVLA_API_KEY", raising=False)
+    with pytest.raises(ValueError, match="OPENVLA_API_KEY.*--insecure"):
+        serving.serve(ServeOptions(host="0.0.0.0"), load=None)
+    monkeypatch.setenv("OPENVLA_API_KEY", "")
+    with pytest.raises(ValueError, match="empty"):
+        serving.serve(ServeOptions(), load=None)
+
+
+def test_the_start_line_of_any_model():
+    datasets = {"a b": Dataset(usual_spec(7), 2), "c": Dataset(usual_spec(7), 2)}
+    info = ModelInfo("me/robot", datasets, None, ("primary", "wrist"), 8, (224, 224))
+    line = serving.start_line(info, "::1", 8000, key=True)
+    assert line.startswith("serving me/robot at http://[::1]:8000; try: curl -s http://[::1]:8000/act -H ")
+    assert line.endswith(
+        "-F primary=@frame.png -F wrist=@frame.png -F instruction='open the drawer' -F state='[0, 0]' "
+        "-F unnorm_key='a b'"
+    )
+    assert "127.0.0.1:9" in serving.start_line(info, "0.0.0.0", 9, key=False)
