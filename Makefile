@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 OUTPUTS := outputs
 JOBS ?= 2
 
-.PHONY: help demo policy test test-floor test-newest test-install test-page test-runtime test-fuzz check format bench constraints clean
+.PHONY: help demo policy test test-floor test-newest test-install test-page test-runtime test-ray test-fuzz check format bench constraints clean
 
 help:
 	@echo "make demo        the embedded policy: predictions on example frames, films of it in simulation, in $(OUTPUTS)/"
@@ -19,6 +19,7 @@ help:
 	@echo "make test-runtime  openvla-runtime as its wheel gives it, without torch, acts as the model does"
 	@echo "make test-client   openvla-client as its wheel gives it, without torch, against openvla serve"
 	@echo "make test-openpi   the released openpi-client against openvla serve"
+	@echo "make test-ray    openvla serve --ray: two replicas on this machine, one of which is killed"
 	@echo "make test-fuzz   openvla serve against 10,000 bad requests, and what schemathesis makes of its description"
 	@echo "make check       ruff (format and lint) and mypy"
 	@echo "make format      let ruff format and fix"
@@ -105,6 +106,12 @@ test-openpi: $(VENV)/dev.stamp
 	test -x $(VENV)-openpi/bin/python || $(UV) venv --quiet --python $(PYTHON) $(VENV)-openpi
 	$(UV) pip install --quiet --python $(VENV)-openpi/bin/python openpi-client==0.1.2 typing-extensions
 	$(BIN)/python tests/check_openpi.py $(CURDIR)/$(VENV)-openpi/bin/python
+
+# Not in the environment of everything else, which has no need of it.
+test-ray: | $(UV)
+	test -x $(VENV)-ray/bin/python || $(UV) venv --quiet --python $(PYTHON) $(VENV)-ray
+	$(UV) pip install --quiet --python $(VENV)-ray/bin/python --constraints constraints/newest.txt --editable '.[ray]' pytest aiohttp
+	$(VENV)-ray/bin/python -m pytest -m ray tests/test_ray.py $(ARGS)
 
 # A server of its own, bad requests over each protocol and below them; its memory before and after.
 test-fuzz: $(VENV)/dev.stamp

@@ -100,7 +100,14 @@ def serve(options: ServeOptions) -> None:
     curl -s http://127.0.0.1:8000/act -F primary=@frame.png -F instruction='open the drawer'
     openvla serve --model openvla/openvla-7b --dtype bfloat16 --device cuda --unnorm-key bridge_orig
     OPENVLA_API_KEY=$(openssl rand -hex 32) openvla serve --model runs/my_robot --host 0.0.0.0 --map cam/front=primary
+    openvla serve --model runs/my_robot --ray --replicas 2 --max-replicas 8
     """
+    if options.ray:
+        from .serving.ray import serve_with_ray
+
+        if not serve_with_ray(options, typer.echo):
+            raise typer.Exit(FAILED)
+        return
     from .serving.server import serve as run
 
     simulator = None

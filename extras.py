@@ -18,6 +18,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
         ("fastapi", "msgpack", "prometheus_client", "python_multipart", "starlette", "uvicorn", "websockets"),
         ("serve",),
     ),
+    "ray": ("ray",),
     **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), ("onnx",)),
     "matplotlib": ("demo",),
     "diffusers": ("diffusion", "oft"),

@@ -39,3 +39,21 @@ class ServeOptions(ModelOptions):
     insecure: bool = option(
         False, "Listen at any address without a key: everyone who reaches it can move the robot.", flag="--insecure"
     )
+    ray: bool = option(
+        False,
+        "Serve by Ray, each replica with a model of its own, on the cluster of RAY_ADDRESS or on this machine. Without "
+        "the page.",
+    )
+    replicas: int = option(1, "Replicas at least (--ray).", least=1)
+    max_replicas: int | None = option(
+        None, "Replicas at most, as robots need them (--ray).", least=1, shown="--replicas"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.ray and (self.replicas > 1 or self.max_replicas is not None):
+            raise ValueError(f"replicas={self.replicas}, max_replicas={self.max_replicas}: only with --ray.")
+        if self.ray and self.sim:
+            raise ValueError("ray and sim: the page, and with it its episodes, is of one process; leave one out.")
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(f"max_replicas={self.max_replicas}: expected at least replicas={self.replicas}.")

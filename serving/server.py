@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import uvicorn
-from fastapi import APIRouter
+from fastapi import APIRouter, FastAPI
 
 from ..options.serving import ServeOptions
 from .app import create_app
@@ -58,17 +58,10 @@ def serve(
     """
     key = read_key(os.environ)
     check_address(options.host, key is not None or options.insecure)
-    limits = Limits()
     with listen(options.host, options.port) as listener:
-        live = LiveView(frames=options.live_frames)
-        engine = Engine(load(options), options.max_batch, options.max_wait_ms, options.queue_size, live=live)
-        names = [name.strip() for name in (options.allow_host or "").split(",") if name.strip()]
-        app = create_app(
-            engine, limits, mapping=options.mapping, key=key, names=names, open_paths=(*OPEN_PATHS, *PAGE_PATHS),
-            routes=[lambda service: page(engine, service, simulator)],
-        )  # fmt: skip
-        port = listener.getsockname()[1]
-        server = Server(app, limits, lambda: say(start_line(engine.info, options.host, port, key is not None)))
+        app = make_app(options, load(options), key, page=lambda engine, service: page(engine, service, simulator))
+        port, info = listener.getsockname()[1], app.state.service.info
+        server = Server(app, Limits(), lambda: say(start_line(info, options.host, port, key is not None)))
         logging.getLogger("python_multipart").setLevel(logging.ERROR)
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # what uvicorn raises again once it is done
         try:
@@ -78,6 +71,24 @@ def serve(
         finally:
             signal.signal(signal.SIGTERM, before)
     return not server.broken
+
+
+def make_app(
+    options: ServeOptions, model: Model, key: str | None, page: Callable[[Engine, Service], APIRouter] | None = None
+) -> FastAPI:
+    """The app of a model, see `create_app`.
+
+    Args:
+        page: Makes the routes of `GET /`.
+    """
+    engine = Engine(
+        model, options.max_batch, options.max_wait_ms, options.queue_size, live=LiveView(frames=options.live_frames)
+    )
+    names = [name.strip() for name in (options.allow_host or "").split(",") if name.strip()]
+    return create_app(
+        engine, mapping=options.mapping, key=key, names=names, open_paths=(*OPEN_PATHS, *(PAGE_PATHS if page else ())),
+        routes=[lambda service: page(engine, service)] if page else [],
+    )  # fmt: skip
 
 
 def page(engine: Engine, service: Service, simulator: Simulator | None) -> APIRouter:

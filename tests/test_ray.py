@@ -1,0 +1,120 @@
+"""`openvla serve --ray` on this machine: replicas that die lose no request; `make test-ray`."""
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+
+pytestmark = pytest.mark.ray
+TESTS = Path(__file__).resolve().parent
+ROBOTS, STEPS, KILLED_AT = 8, 60, 100  # answers after which a replica is killed
+START = """
+import sys
+import ray_model
+from openvla.options.serving import ServeOptions
+from openvla.serving.ray import serve_with_ray
+options = ServeOptions(port=int(sys.argv[1]), ray=True, replicas=2, device="cpu", max_batch=4)
+sys.exit(not serve_with_ray(options, lambda line: print(line, flush=True), load=getattr(ray_model, sys.argv[2])))
+"""
+
+
+@pytest.fixture
+def started():
+    pytest.importorskip("ray", reason="make test-ray installs it")
+    processes = []
+
+    def start(load: str, **options) -> tuple[subprocess.Popen, int]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        environment |= {"PYTHONPATH": str(TESTS), "RAY_AUTH_MODE": "disabled"}  # nothing is written to the home folder
+        process = subprocess.Popen(
+            [sys.executable, "-c", START, str(port), load],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            **options,
+        )
+        processes.append(process)
+        return process, port
+
+    yield start
+    for process in processes:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
+
+
+def level(answer) -> int:
+    return round(float(answer.actions[0, 0]) * 1000)
+
+
+async def robot(number: int, url: str, answers: dict, refusals: Counter, pids: Counter, answered: asyncio.Event):
+    """Asks for each step until it is answered: inference may be repeated, what is executed is one answer."""
+    from openvla_client import NoAnswer, NotReached, Refused, connect_async
+
+    async with await connect_async(url, wait=60, timeout=20) as client:
+        for step in range(STEPS):
+            asked = (number * STEPS + step) % 256
+            until = time.monotonic() + 90
+            while True:
+                try:
+                    answer = await client.act(np.full((8, 8, 3), asked, np.uint8), "open the drawer", step=step)
+                    break
+                except (NotReached, NoAnswer, Refused) as error:
+                    assert time.monotonic() < until, error
+                    refusals[f"{type(error).__name__}: {str(error)[:80]}"] += 1
+                    await asyncio.sleep(0.1)
+            assert level(answer) == asked, "the answer to another request"
+            assert (number, step) not in answers, "answered twice"
+            answers[number, step] = int(answer.timing["pid"])
+            pids[int(answer.timing["pid"])] += 1
+            if len(answers) >= KILLED_AT:
+                answered.set()
+
+
+async def ask_while_one_dies(port: int) -> tuple[dict, Counter, Counter, int]:
+    answers: dict = {}
+    refusals: Counter = Counter()
+    pids: Counter = Counter()
+    answered = asyncio.Event()
+    urls = (f"ws://127.0.0.1:{port}", f"http://127.0.0.1:{port}")
+    robots = [
+        asyncio.create_task(robot(number, urls[number % 2], answers, refusals, pids, answered))
+        for number in range(ROBOTS)
+    ]
+    waiting = asyncio.create_task(answered.wait())
+    await asyncio.wait({waiting, *robots}, return_when=asyncio.FIRST_COMPLETED)
+    assert waiting.done() and len(pids) == 2, (pids, refusals, robots)
+    killed = min(pids)
+    os.kill(killed, signal.SIGKILL)
+    await asyncio.gather(*robots)
+    return answers, refusals, pids, killed
+
+
+def test_a_replica_is_killed_under_load(started):
+    process, port = started("load")
+    line = process.stdout.readline()
+    assert "by Ray at http://127.0.0.1" in line
+    answers, refusals, pids, killed = asyncio.run(ask_while_one_dies(port))
+    print(f"{len(answers)} answers by {dict(pids)}, of which {killed} was killed; asked again: {dict(refusals)}")
+    assert len(answers) == ROBOTS * STEPS  # each once, and the right one
+    assert pids[killed] < sum(pids.values()) / 2 and refusals  # what was in flight there was asked again
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(120) == 0
+
+
+def test_a_model_that_cannot_be_loaded(started):
+    process, _ = started("load_broken", stderr=subprocess.STDOUT)
+    said, _ = process.communicate(timeout=400)
+    assert process.returncode == 1 and "weights are missing" in said and "No replica could be started" in said
