@@ -2,9 +2,14 @@
 test_guard_faults.py."""
 
 import json
+import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
+import openvla_client
 import pytest
 from openvla_client import ActionSpec, Audit, Guard, Limits, NoAction, Reply, State, ThreadTransport, digest
 
@@ -410,27 +415,38 @@ def test_files_of_an_audit_rotate(tmp_path):
     assert last == [*range(last[0], 40)]
 
 
-def test_a_full_disk_does_not_stop_the_robot(tmp_path, monkeypatch):
-    audit = Audit(tmp_path / "audit.jsonl")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_does_not_stop_the_robot(caplog):
+    audit = Audit("/dev/full")
     bench = Bench(start=still(), wait=0, audit=audit.write)
     bench.step()
+    bench.answer([0.1, 0, 0, 1])
+    assert bench.step().source == "answer"
+    assert audit.flush() and audit.lost == 2 and caplog.text.count("No space left") == 1
+    audit.close()
+
+
+def test_lines_after_one_that_was_cut_can_be_read(tmp_path, monkeypatch):
+    """By a disk that was full in the middle of it, or a process that was killed."""
+    (tmp_path / "audit.jsonl").write_text('{"step": 0}\n{"st')
+    audit = Audit(tmp_path / "audit.jsonl")
+    audit.write({"step": 1})
     assert audit.flush()
-    (tmp_path / "audit.jsonl").write_text('{"step": 0}\n{"st')  # what a full disk took
-    real = Audit._append
-
-    def full(self, lines):
-        raise OSError(28, "No space left on device")
-
-    with pytest.warns(UserWarning, match="No space left"), monkeypatch.context() as patch:
-        patch.setattr(Audit, "_append", full)
-        bench.answer([0.1, 0, 0, 1])
-        assert bench.step().source == "answer"
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.open", lambda *given, **more: (_ for _ in ()).throw(OSError(28, "full")))
+        audit.write({"step": 2})
         assert audit.flush() and audit.lost == 1
-    assert Audit._append is real
-    bench.step()
+    audit.write({"step": 3})
     audit.close()
     lines = (tmp_path / "audit.jsonl").read_text().splitlines()
-    assert lines[1] == '{"st' and json.loads(lines[2])["step"] == 2
+    assert lines == ['{"step": 0}', '{"st', '{"step": 1}', '{"step": 3}']
+
+
+def test_what_was_written_is_there_when_the_process_ends(tmp_path):
+    program = "import sys, openvla_client; openvla_client.Audit(sys.argv[1]).write({'step': 1})"
+    environment = {**os.environ, "PYTHONPATH": str(Path(openvla_client.__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", program, tmp_path / "audit.jsonl"], env=environment, check=True)
+    assert (tmp_path / "audit.jsonl").read_text() == '{"step": 1}\n'
 
 
 def test_a_slow_disk_does_not_hold_up_a_step(tmp_path, monkeypatch):

@@ -1,17 +1,21 @@
 """What a robot saw, asked, was answered and did: one line a step, that nothing on the disk can stop."""
 
+import atexit
 import hashlib
 import itertools
 import json
+import logging
 import os
 import threading
-import warnings
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+
+logger = logging.getLogger(__name__)
 
 
 class Audit:
@@ -33,9 +37,10 @@ class Audit:
         self._lines: deque[Mapping[str, Any]] = deque()
         self._changed = threading.Condition()
         self._closed = self._busy = False
-        self._whole = True  # whether the file ends with a line's end
+        self._cut = True  # whether the file may end in the middle of a line
         self._thread = threading.Thread(target=self._run, name="openvla-audit", daemon=True)
         self._thread.start()
+        atexit.register(self.close)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Does not block and does not raise: what cannot be written counts in `lost`."""
@@ -57,6 +62,7 @@ class Audit:
             self._closed = True
             self._changed.notify_all()
         self._thread.join(timeout)
+        atexit.unregister(self.close)
 
     def _run(self) -> None:
         while True:
@@ -74,9 +80,9 @@ class Audit:
             try:
                 self._append(lines)
             except OSError as error:
-                self._whole = False
+                self._cut = True
                 if not self.lost:
-                    warnings.warn(f"'{self.path}': no audit lines can be written ({error}).", stacklevel=1)
+                    logger.error("'%s': no audit lines can be written (%s).", self.path, error)
                 self.lost += len(lines)
 
     def _append(self, lines: list[bytes]) -> None:
@@ -87,10 +93,19 @@ class Audit:
                 room = self.max_bytes - file.tell() - len(lines[0])
                 fitting = list(itertools.accumulate(map(len, lines[1:]), initial=0))
                 count = max(1, sum(size <= room for size in fitting))
-                data = (b"" if self._whole else b"\n") + b"".join(lines[:count])  # after a line that did not fit
+                data = (b"\n" if self._cut and not self._ends_well() else b"") + b"".join(lines[:count])
                 if file.write(data) != len(data):
                     raise OSError(f"'{self.path}': the disk took only a part")
-                self._whole, lines = True, lines[count:]
+                self._cut, lines = False, lines[count:]
+
+    def _ends_well(self) -> bool:
+        """Whether the file ends with the end of a line, and not where a process was killed."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(-1, os.SEEK_END)
+                return file.read(1) == b"\n"
+        except OSError:
+            return True  # it is not there, or empty
 
     def _rotate(self) -> None:
         names = [self.path, *(self.path.with_name(f"{self.path.name}.{i}") for i in range(1, self.files))]
