@@ -70,6 +70,15 @@ def test_a_client_of_the_original_gets_one_encoded_array(server):
     )
 
 
+def test_the_very_lines_of_the_original_s_client(server, monkeypatch):
+    """It patches the JSON of the process, and looks at nothing but what comes out."""
+    for name in ("dumps", "loads"):
+        monkeypatch.setattr(json, name, getattr(json_numpy, name))
+    sent = {"image": np.zeros((256, 256, 3), dtype=np.uint8), "instruction": "do something"}
+    action = server.post("/act", content=json.dumps(sent), headers=NUMPY).json()  # what requests.post(json=sent) does
+    assert isinstance(action, np.ndarray) and action.shape == (7,)
+
+
 def test_the_double_encoded_form_gets_a_text_that_holds_the_array(server):
     sent = {"encoded": json_numpy.dumps({"image": IMAGE, "instruction": "open the drawer"})}
     answer = server.post("/act", json=sent).json()
