@@ -32,7 +32,10 @@ FILES = ("JPEG", "PNG")  # what is read as a picture
 DTYPES = {
     name: dtype
     for code in ("i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
-    for dtype in (np.dtype("<" + code), np.dtype(">" + code))
+    for dtype in (
+        np.dtype(">" + code),
+        np.dtype("<" + code),
+    )  # "float32" names both: the last counts, that of this world
     for name in (dtype.str, dtype.name)
 }
 SCALARS = DTYPES | {

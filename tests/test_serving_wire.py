@@ -1,5 +1,6 @@
 """Arrays on the wire: both forms, both ways, against the libraries that clients use, and what is refused."""
 
+import base64
 import io
 import json
 import tracemalloc
@@ -53,6 +54,15 @@ def test_json_numpy_reads_and_writes_the_same():
     np.testing.assert_array_equal(json_numpy.loads(wire.to_json(array)), array)
     np.testing.assert_array_equal(wire.from_json(json_numpy.dumps({"a": array}))["a"], array)
     assert wire.from_json(json_numpy.dumps(np.float32(2.5))) == np.float32(2.5)
+
+
+@pytest.mark.parametrize("name", ["int16", "uint32", "int64", "float16", "float32", "float64"])
+def test_a_dtype_without_its_order_of_bytes_is_little_endian(name):
+    values = np.array([1, 2, 3], np.dtype(name).newbyteorder("<"))
+    read = wire.unpack(msgpack.packb(form(values.tobytes(), name, [3])))
+    np.testing.assert_array_equal(read, values)
+    text = {"__numpy__": base64.b64encode(values.tobytes()).decode(), "dtype": name, "shape": [3]}
+    np.testing.assert_array_equal(wire.from_json(json.dumps(text)), values)
 
 
 def form(data=b"\0" * 8, dtype="<f8", shape=(1,)):
