@@ -188,8 +188,10 @@ class Reader:
     def _cameras(self, found: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
         """{camera of the model: (name that came, image)}."""
         images, cameras = found["images"], self.info.cameras
-        if len(cameras) == len(images) == 1:
-            return dict(zip(cameras, images.items()))
+        if len(cameras) == len(images) == 1:  # a camera of a name of its own sees the scene
+            view, name = VIEW_OF.get(cameras[0], "primary"), next(iter(images))
+            if name == cameras[0] or VIEW_OF[name] == view:
+                return dict(zip(cameras, images.items()))
         chosen = {}
         for camera in cameras:
             view = VIEW_OF.get(camera, camera)

@@ -121,10 +121,21 @@ def test_a_model_of_two_arms_sees_both_wrists(client):
 @pytest.mark.parametrize(
     "name",
     ["image", "observation/image", "observation.image", "observation/exterior_image_1_left", "base_image",
-     "primary_image", "full_image", "wrist_image", "hand_left", "primary"],
+     "primary_image", "full_image", "primary"],
 )  # fmt: skip
-def test_one_image_alone_under_any_known_name_is_the_camera(name):
-    assert levels(reader(), {name: image(7), "instruction": "go"}) == {"primary": 7}
+@pytest.mark.parametrize("camera", ["primary", "image", "front"])
+def test_one_image_alone_under_any_name_of_the_scene_is_the_camera(name, camera):
+    assert levels(reader(camera), {name: image(7), "instruction": "go"}) == {camera: 7}
+
+
+@pytest.mark.parametrize("camera, name", [
+    ("primary", "wrist_image"), ("image", "hand_left"), ("front", "wrist_image"), ("wrist", "image"),
+    ("image", "cam_low"),
+])  # fmt: skip
+def test_one_image_alone_of_another_view_is_refused(camera, name):
+    with pytest.raises(BadRequest, match=f"there is none for '{camera}'; these came: {name}"):
+        levels(reader(camera), {name: image(7), "instruction": "go"})
+    assert levels(reader(camera, mapping={name: camera}), {name: image(7), "instruction": "go"}) == {camera: 7}
 
 
 def test_nested_names_are_those_with_strokes():
