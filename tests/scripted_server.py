@@ -15,7 +15,7 @@ from openvla_client.wire import pack, unpack
 
 def metadata(chunk: int = 2, dims: int = 3, **given: Any) -> dict:
     spec = {"names": [f"action[{i}]" for i in range(dims)], "relative": [True] * dims}
-    dataset = {"state_dim": None, **(usual_spec(dims, hz=10).to_dict() if dims == 7 else spec), "stated": True}
+    dataset = {"state_dim": None, **(usual_spec(dims, hz=10).to_dict() if dims == 7 else spec), "spec_stated": True}
     return {
         "model": "scripted",
         "datasets": {"robot": dataset},

@@ -5,6 +5,7 @@ it is told (scripted_server.py).
 """
 
 import asyncio
+import dataclasses
 import json
 import socket
 import threading
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
+from fake_serving import FakeModel
 from openvla_client import (
     BadAnswer,
     NoAction,
@@ -23,8 +25,12 @@ from openvla_client import (
     connect,
     connect_async,
 )
+from openvla_client.messages import read_info
+from openvla_client.wire import pack, unpack
 from PIL import Image
 from scripted_server import Scripted, metadata, right
+
+from openvla.serving import service
 
 
 SCHEMES = ("ws", "http")
@@ -439,9 +445,36 @@ def test_a_server_that_was_started_again_with_another_model():
         guard.close()
 
 
+def test_what_a_server_says_is_read_as_it_is_meant():
+    fake = FakeModel(cameras=("primary", "wrist"), chunk=4, state_dim=8, keys=("stated", "guessed"))
+    stated = dataclasses.replace(fake.info.datasets["stated"], stated=True)
+    info = dataclasses.replace(fake.info, datasets={**fake.info.datasets, "stated": stated})
+    read = read_info(unpack(pack(service.metadata(info))))
+    assert (read.cameras, read.chunk, read.default_key) == (info.cameras, info.chunk, None)
+    for key, dataset in info.datasets.items():
+        found = read.datasets[key]
+        assert (found.stated, found.state_dim) == (dataset.stated, dataset.state_dim)
+        assert found.spec.to_dict() == dataset.spec.to_dict()
+
+
+def test_a_guard_acts_in_no_other_units_than_it_was_made_for():
+    datasets = metadata(dims=7)["datasets"]["robot"]
+    several = metadata(dims=7, datasets={"robot": datasets, "other": datasets}, default_unnorm_key="robot")
+    scripted = Scripted(several, answer=lambda message: right(message, dims=7))
+    with asking(scripted, "ws") as client:
+        guard = client.guard(wait=30, fallback="raise")
+        seen = {"images": IMAGE, "instruction": "open the drawer"}
+        with pytest.raises(NoAction):
+            guard.step({**seen, "unnorm_key": "other"})
+        assert guard.step({**seen, "unnorm_key": "robot"}).source == "answer"
+        assert guard.step(seen).source == "answer"
+        guard.close()
+    assert [message["unnorm_key"] for message in scripted.messages] == ["robot", "robot"]
+
+
 def test_a_guard_of_a_model_that_does_not_say_what_its_actions_mean():
     unstated = metadata(dims=7)
-    unstated["datasets"]["robot"]["stated"] = False
+    unstated["datasets"]["robot"]["spec_stated"] = False
     with asking(Scripted(unstated, answer=lambda message: "no"), "ws") as client:
         guard = client.guard()
         assert guard.fallback == "raise"

@@ -88,7 +88,8 @@ class Client:
             options: Of `Guard`. `spec` and `hz` are the server's, where they are not given. Where the model does not
                 state what its actions mean, the fallback is "raise", unless `spec` or `fallback` is given.
         """
-        dataset, chunk = self.info.datasets[self.info.key(unnorm_key)], self.info.chunk
+        key, chunk = self.info.key(unnorm_key), self.info.chunk
+        dataset = self.info.datasets[key]
         if not dataset.stated and "spec" not in options:
             options = {"fallback": "raise", **options}
         options = {"spec": dataset.spec, **options}
@@ -97,9 +98,13 @@ class Client:
             # What comes later than that could not act any more.
             timeout = guard.stalled_after + (chunk - 1) * guard.period
             session = f"{self.session}-{ask.epoch}"
-            seen = {"unnorm_key": unnorm_key, "committed": ask.committed, **ask.observation, "session": session}
+            if (other := ask.observation.get("unnorm_key", key)) != key:
+                raise ValueError(
+                    f"unnorm_key={other!r}: this guard is of {key!r}; client.guard({other!r}) makes another."
+                )
+            seen = {"committed": ask.committed, **ask.observation, "unnorm_key": key, "session": session}
             found = self.act(**seen, step=ask.step, timeout=timeout)
-            if self.info.datasets.get(found.unnorm_key) != dataset or self.info.chunk != chunk:
+            if self.info.datasets.get(key) != dataset or self.info.chunk != chunk:
                 raise BadAnswer("The server was started again with another model: make another guard for it.")
             return found.actions
 

@@ -141,7 +141,7 @@ def read_info(content: Any) -> ServerInfo:
     try:
         datasets = {
             str(key): Dataset(
-                ActionSpec.from_dict(entry), entry.get("stated") is True, _count(entry.get("state_dim"), True)
+                ActionSpec.from_dict(entry), entry.get("spec_stated") is True, _count(entry.get("state_dim"), True)
             )
             for key, entry in content["datasets"].items()
         }
