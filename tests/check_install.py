@@ -37,6 +37,7 @@ VERBS = (
     "export",
     "package",
     "quantize",
+    "serve",
 )
 PACKAGES = ("conversion", "data", "evaluation", "options", "presets", "serving", "training")
 # Command line without its output folder -> what it asks for
@@ -52,6 +53,7 @@ NEEDS = {
     ("evaluate", "--output", "evaluated"): "openvla[sim]",
     ("evaluate", "--output", "evaluated", "--quantization", "int8"): "openvla[sim]",
     ("demo", "--output", "films"): "openvla[sim]",
+    ("serve", "--sim"): "openvla[serve]",
     ("export", "packaged", "graphs", "--to", "onnx"): "openvla[onnx]",
 }
 
