@@ -51,7 +51,7 @@ class Server:
         os.close(write)
         with os.fdopen(read) as lines:
             self.line = lines.readline()
-        self.port = int(self.line.split(";")[0].rsplit(":", 1)[1])
+        self.port = int(self.line.partition("http://127.0.0.1:")[2].partition(",")[0])
 
     def get(self, path: str, **headers) -> tuple[int, bytes]:
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", headers=headers)
@@ -74,7 +74,7 @@ def server():
 
 def test_it_says_where_it_listens_and_how_to_try_it(server):
     assert server.line == (
-        f"serving fake at http://127.0.0.1:{server.port}; try: curl -s http://127.0.0.1:{server.port}/act "
+        f"serving fake at http://127.0.0.1:{server.port}, a page in a browser; try: curl -s http://127.0.0.1:{server.port}/act "
         "-F primary=@frame.png -F instruction='open the drawer'\n"
     )
     assert server.get("/healthz") == (200, b"OK\n") and server.get("/readyz")[0] == 200
@@ -115,16 +115,17 @@ def test_a_key_of_the_environment_is_asked():
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
-def test_what_is_in_flight_is_answered_before_it_stops(stop):
+def test_what_is_in_flight_is_answered_before_it_stops(stop, request):
     server = Server(seconds=0.5)
+    request.addfinalizer(server.process.kill)
     found = []
 
     def ask():
         body = wire.to_json({**GOOD, "details": True}).encode()
-        request = urllib.request.Request(
+        asked = urllib.request.Request(
             f"http://127.0.0.1:{server.port}/act", body, {"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(asked, timeout=60) as answer:
             found.append(wire.from_json(answer.read()))
 
     with server.connect(compression=None) as robot:
@@ -173,7 +174,9 @@ def test_the_start_line_of_any_model():
     datasets = {"a b": Dataset(usual_spec(7), 2), "c": Dataset(usual_spec(7), 2)}
     info = ModelInfo("me/robot", datasets, None, ("primary", "wrist"), 8, (224, 224))
     line = serving.start_line(info, "::1", 8000, key=True)
-    assert line.startswith("serving me/robot at http://[::1]:8000; try: curl -s http://[::1]:8000/act -H ")
+    assert line.startswith(
+        "serving me/robot at http://[::1]:8000, a page in a browser; try: curl -s http://[::1]:8000/act -H "
+    )
     assert line.endswith(
         "-F primary=@frame.png -F wrist=@frame.png -F instruction='open the drawer' -F state='[0, 0]' "
         "-F unnorm_key='a b'"
