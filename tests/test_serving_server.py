@@ -73,9 +73,10 @@ def server():
 
 
 def test_it_says_where_it_listens_and_how_to_try_it(server):
+    address = f"http://127.0.0.1:{server.port}"
     assert server.line == (
-        f"serving fake at http://127.0.0.1:{server.port}, a page in a browser; try: curl -s http://127.0.0.1:{server.port}/act "
-        "-F primary=@frame.png -F instruction='open the drawer'\n"
+        f"serving fake at {address}, a page in a browser; try: curl -s {address}/act -F primary=@frame.png "
+        "-F instruction='open the drawer'\n"
     )
     assert server.get("/healthz") == (200, b"OK\n") and server.get("/readyz")[0] == 200
     status, page = server.get("/")
