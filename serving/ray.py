@@ -54,6 +54,7 @@ def serve_with_ray(
     with listen(options.host, options.port) as listener:
         port = listener.getsockname()[1]
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent to anybody
+    os.environ.setdefault("RAY_worker_niceness", "0")  # by itself Ray lets replicas wait for everything else (15)
     ray.init(**({} if "RAY_ADDRESS" in os.environ else {"include_dashboard": False}))
     try:
         serve.start(http_options={"host": options.host, "port": port})

@@ -38,6 +38,7 @@ def started():
             port = free.getsockname()[1]
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         environment |= {"PYTHONPATH": str(TESTS), "RAY_AUTH_MODE": "disabled"}  # nothing is written to the home folder
+        environment["RAY_agent_register_timeout_ms"] = "120000"  # of Ray's own processes, on a busy machine
         process = subprocess.Popen(
             [sys.executable, "-c", START, str(port), load],
             stdout=subprocess.PIPE,
