@@ -1,9 +1,11 @@
 """`POST /act` and what a server says of itself: old clients get what their servers answered, nobody gets a 500."""
 
+import asyncio
 import base64
 import io
 import json
 import logging
+import threading
 
 import json_numpy
 import numpy as np
@@ -332,3 +334,85 @@ def test_only_pictures_of_two_kinds_are_opened(server):
     Image.new("RGB", (8, 8)).save(stream, "BMP")
     answer = server.post("/act", json={**GOOD, "image": base64.b64encode(stream.getvalue()).decode()})
     assert answer.status_code == 400 and "JPEG or PNG" in answer.json()["error"]
+
+
+# Below the client library ---------------------------------------------------------------------------------------------
+
+
+class Held(FakeModel):
+    """Answers when it is told to."""
+
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.go = threading.Event()
+
+    def act(self, requests):
+        assert self.go.wait(30)
+        return super().act(requests)
+
+
+def scope(length: int) -> dict:
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json"), (b"content-length", b"%d" % length)]
+    return {
+        "type": "http", "method": "POST", "path": "/act", "raw_path": b"/act", "query_string": b"", "scheme": "http",
+        "http_version": "1.1", "headers": headers, "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 2),
+        "asgi": {"version": "3.0"}, "root_path": "",
+    }  # fmt: skip
+
+
+async def call(app, parts: list[bytes], length: int, leave: asyncio.Event) -> list[dict]:
+    """What is answered to a client that sends `parts`, and leaves when it is told to."""
+    came = [{"type": "http.request", "body": part, "more_body": True} for part in parts]
+    if sum(map(len, parts)) == length:
+        came[-1]["more_body"] = False
+    sent: list[dict] = []
+
+    async def receive() -> dict:
+        if came:
+            return came.pop(0)
+        await leave.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    await app(scope(length), receive, send)
+    return sent
+
+
+def test_who_leaves_frees_the_place_in_the_queue():
+    async def run() -> None:
+        model = Held(("primary",))
+        app = create_app(Engine(model, max_batch=1))
+        service = app.state.service
+        service.start()
+        await service.warm
+        body = json.dumps(example(service.info)).encode()
+        first, leave = asyncio.Event(), asyncio.Event()
+        held = asyncio.create_task(call(app, [body], len(body), first))
+        while not model.go.is_set() and not service.engine.unanswered():
+            await asyncio.sleep(0)
+        second = asyncio.create_task(call(app, [body], len(body), leave))
+        while service.engine.waiting() != 1:
+            await asyncio.sleep(0.001)
+        leave.set()
+        await second
+        assert service.engine.waiting() == 0
+        model.go.set()
+        assert (await held)[0]["status"] == 200
+        await service.stop()
+        assert model.batches == [1]
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_a_body_that_does_not_come_is_not_awaited_for_ever():
+    async def run() -> None:
+        app = create_app(Engine(FakeModel(("primary",))), Limits(body_seconds=0.01))
+        sent = await call(app, [b'{"image'], 1000, asyncio.Event())
+        assert sent[0]["status"] == 400 and b"did not come within" in sent[1]["body"]
+        gone = asyncio.Event()
+        gone.set()
+        assert (await call(app, [b'{"image'], 1000, gone))[0]["status"] == 400
+
+    asyncio.run(asyncio.wait_for(run(), 60))
