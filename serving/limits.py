@@ -19,6 +19,7 @@ class Limits:
         ahead: Requests of one WebSocket that may wait for their answers; the next is read when one is sent.
         bodies_bytes: Of all bodies that are read or answered at a time.
         body_seconds: Until a body that has begun is there.
+        send_seconds: Until a client has taken an answer.
         idle_seconds: Without a message, until a WebSocket is closed.
         timeout_ms: The longest that a request may say it waits.
     """
@@ -32,5 +33,6 @@ class Limits:
     ahead: int = 4
     bodies_bytes: int = 8 * MOST_BYTES
     body_seconds: float = 30.0
+    send_seconds: float = 10.0
     idle_seconds: float = 3600.0
     timeout_ms: float = 600_000.0

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -49,7 +49,12 @@ class Service:
         return self.engine.info
 
     async def answer(
-        self, decode: Callable[[], Any], size: int, protocol: str, session: str | None = None
+        self,
+        decode: Callable[[], Any],
+        size: int,
+        protocol: str,
+        session: str | None = None,
+        turn: asyncio.Lock | None = None,
     ) -> tuple[Call | Reset, Answer | None]:
         """What is asked, and the answer; None of a reset.
 
@@ -57,6 +62,8 @@ class Service:
             decode: Gives the message, of `size` bytes. Its `ValueError`s become `BadRequest`s.
             protocol: For the metrics.
             session: Of messages that name none.
+            turn: Of messages that came one after another, which the engine has to get so as well: a large one takes
+                longer to read, and would be taken for the newer one.
 
         Raises:
             Refusal: Nothing else.
@@ -65,7 +72,9 @@ class Service:
         self.metrics.came(protocol)
         call: Call | Reset | None = None
         try:
-            call = await self.read(decode, size, session, arrived)
+            async with turn or nullcontext():
+                call = await self.read(decode, size, session, arrived)
+            # From here on to its place in the queue nothing waits, so that nobody overtakes.
             if isinstance(call, Reset):
                 if call.session is not None:
                     self.engine.end_session(call.session)

@@ -75,28 +75,38 @@ class Conversation:
         self.socket, self.service, self.first, self.form, self.reset = socket, service, first, form, reset
         # A connection that names no session is one: of what it sends, the newest counts.
         self.session = f"connection {secrets.token_hex(8)}"
+        self.turn = asyncio.Lock()
 
     async def run(self) -> None:
         await self.socket.accept()
         self.service.metrics.connected(1)
         frames: asyncio.Queue[asyncio.Task[bytes | str]] = asyncio.Queue(self.service.limits.ahead)
-        sender = asyncio.create_task(self._send(frames))
-        tasks: set[asyncio.Task] = {sender}
-        try:
-            await self.socket.send_bytes(wire.pack(self.first))
-            while (message := await self._receive()) is not None:
-                task = asyncio.create_task(self._frame(message))
-                tasks.add(task)
-                task.add_done_callback(tasks.discard)
-                await frames.put(task)
+        tasks: set[asyncio.Task] = set()
+        ends = {asyncio.create_task(self._read(frames, tasks)), asyncio.create_task(self._send(frames))}
+        try:  # whichever sees the end of the connection first: to a client that is gone no frame can be sent
+            done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            for end in done:
+                end.result()
         except WebSocketDisconnect:
             pass
         finally:
             self.service.metrics.connected(-1)
             self.service.engine.end_session(self.session)
-            for task in tasks:
+            rest = {*tasks, *ends}
+            for task in rest:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.wait(rest)
+            for task in rest:
+                task.cancelled() or task.exception()  # seen: nobody waits for it any more
+
+    async def _read(self, frames: "asyncio.Queue[asyncio.Task[bytes | str]]", tasks: set[asyncio.Task]) -> None:
+        """Messages as they come, until there is none any more."""
+        await self.socket.send_bytes(wire.pack(self.first))
+        while (message := await self._receive()) is not None:
+            task = asyncio.create_task(self._frame(message))
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+            await frames.put(task)
 
     async def _receive(self) -> bytes | str | None:
         """The next message; None when there is none any more."""
@@ -121,7 +131,7 @@ class Conversation:
 
         try:
             with self.service.room(len(message)):
-                call, answer = await self.service.answer(decode, len(message), "websocket", self.session)
+                call, answer = await self.service.answer(decode, len(message), "websocket", self.session, self.turn)
         except Refusal as refusal:
             return json.dumps(refusal.content())
         if isinstance(call, Reset) or answer is None:
@@ -133,7 +143,10 @@ class Conversation:
             task = await frames.get()
             with self.service.sending():
                 frame = await task
-                if isinstance(frame, str):
-                    await self.socket.send_text(frame)
-                else:
-                    await self.socket.send_bytes(frame)
+                try:
+                    async with asyncio.timeout(self.service.limits.send_seconds):
+                        await (
+                            self.socket.send_text(frame) if isinstance(frame, str) else self.socket.send_bytes(frame)
+                        )
+                except TimeoutError:  # who does not read keeps no place
+                    raise WebSocketDisconnect(1006) from None

@@ -172,6 +172,67 @@ def test_answers_come_in_order_and_the_newest_observation_wins():
         assert heard(socket)["request_id"] == 2
 
 
+def test_a_large_observation_is_not_taken_for_a_newer_one(monkeypatch):
+    """The second is read while the first still is."""
+    model, reading = SlowModel(("primary",)), threading.Event()
+    with made(model, max_batch=1) as client, ready(client).websocket_connect(ROOT) as socket:
+        service = client.app.state.service
+        read = service.read
+
+        async def slowly(decode, size, *given):
+            found = await read(decode, size, *given)
+            if found.request_id == 1:
+                reading.set()
+                await asyncio.sleep(0.1)
+            return found
+
+        monkeypatch.setattr(service, "read", slowly)
+        heard(socket)
+        socket.send_bytes(wire.pack({**GOOD, "request_id": 0}))
+        assert model.asked.acquire(timeout=30)  # the model has the first
+        socket.send_bytes(wire.pack({**GOOD, "request_id": 1}))
+        assert reading.wait(30)
+        socket.send_bytes(wire.pack({**GOOD, "request_id": 2}))
+        wait(lambda: service.engine.outcomes["superseded"] == 1)
+        model.go.release(2)
+        codes = {found["request_id"]: found.get("code") for found in (heard(socket), heard(socket), heard(socket))}
+        assert codes == {0: None, 1: "superseded", 2: None}
+
+
+@pytest.mark.parametrize("how", ["gone", "does not read"])
+def test_who_takes_no_answers_keeps_no_place(how):
+    """As uvicorn tells it: sending raises, or does not return. More waits than the server reads ahead."""
+    sent: list[dict] = []
+
+    async def talk():
+        engine = Engine(FakeModel(("primary",)))
+        app = create_app(engine, Limits(ahead=1, send_seconds=0.05))
+        service = app.state.service
+        service.start()
+        await service.warm
+        messages = [{"type": "websocket.connect"}]
+        messages += [{"type": "websocket.receive", "bytes": wire.pack({**GOOD, "session": str(i)})} for i in range(6)]
+
+        async def receive():
+            return messages.pop(0) if messages else await asyncio.Future()
+
+        async def send(message):
+            sent.append(message)
+            if message["type"] == "websocket.send" and len(sent) > 2:
+                if how == "gone":
+                    raise OSError
+                await asyncio.Future()
+
+        scope = {"type": "websocket", "path": "/", "headers": [(b"host", b"localhost")], "query_string": b""}
+        async with asyncio.timeout(30):
+            await app(scope, receive, send)
+        assert service.open == 0 and service.metrics._sockets._value.get() == 0
+        await service.stop()
+
+    asyncio.run(talk())
+    assert [message["type"] for message in sent[:3]] == ["websocket.accept", "websocket.send", "websocket.send"]
+
+
 def test_who_leaves_waits_no_more():
     model = SlowModel(("primary",))
     with made(model, max_batch=1) as client:
