@@ -25,6 +25,7 @@ MOST_ITEMS = 10_000  # entries of lists and maps in one message; the numbers of 
 LONGEST_LIST = 1024  # in msgpack, whose lists say how long they will be, and take their room then
 MOST_LEVELS = 8  # of lists and maps within each other
 MOST_PIXELS = 4096 * 4096  # of a picture
+MOST_SCANS = 32  # of a JPEG: progressive ones have about 10, and each goes over all pixels, however few bytes it has
 MOST_AXES = 6
 LONGEST_AXIS = 2**31
 FILES = ("JPEG", "PNG")  # what is read as a picture
@@ -235,8 +236,11 @@ def picture_size(data: bytes) -> tuple[int, int]:
     """(height, width) that a JPEG or PNG file says it has, before any of its pixels is decoded.
 
     Raises:
-        ValueError: If it is no such file.
+        ValueError: If it is no such file, or a JPEG that would take minutes to decode.
     """
+    # In what is coded this mark cannot occur: it begins a scan.
+    if data.startswith(b"\xff\xd8") and (scans := data.count(b"\xff\xda")) > MOST_SCANS:
+        raise ValueError(f"a JPEG file of {scans} scans, at most {MOST_SCANS}.")
     try:
         with Image.open(io.BytesIO(data), formats=FILES) as picture:
             width, height = picture.size

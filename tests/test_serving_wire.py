@@ -229,3 +229,14 @@ def test_damaged_messages_never_raise_anything_else():
             assert len(str(error)) < 1000
         else:
             json.dumps(value, default=repr)
+
+
+def test_a_jpeg_of_thousands_of_scans_is_not_decoded():
+    """12 bytes each: a megabyte of them took minutes."""
+    stream = io.BytesIO()
+    Image.fromarray(np.zeros((512, 512, 3), np.uint8)).save(stream, "JPEG", progressive=True)
+    file = stream.getvalue()
+    assert wire.picture_size(file) == (512, 512)
+    scan, end = file[file.rindex(b"\xff\xda") : -2], file[-2:]
+    with pytest.raises(ValueError, match="a JPEG file of 1010 scans, at most 32"):
+        wire.picture_size(file[:-2] + 1000 * scan + end)
