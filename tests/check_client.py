@@ -13,6 +13,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -37,8 +38,8 @@ def start_server(*options: str) -> tuple[subprocess.Popen, str]:
     server = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
     for line in server.stdout:
-        if "http://" in line:
-            return server, "http://" + line.split("http://")[1].split(";")[0].split("/")[0].strip()
+        if found := re.search(r"http://[\w.]+:\d+", line):
+            return server, found[0]
     raise SystemExit(f"openvla serve ended with {server.wait()}")
 
 
