@@ -93,14 +93,16 @@ def ask(url: str, folder: Path) -> None:
             answers[scheme] = [actions[0].tolist() for actions in found]
     client = openvla_client.connect(url.replace("http", "ws"))
     audit = openvla_client.Audit(folder / "audit.jsonl")
-    guard = client.guard(hz=5, wait=5, fallback="hold", audit=audit.write, dead_after=1.5)
-    guard.reset(start=[0, 0, 0, 0, 0, 0, 1])
     frame = frames()[0]
     seen = {"images": FRAMES / frame["file"], "instruction": frame["instruction"]}
-    assert guard.step(seen).source == "answer"
+    patient = client.guard(hz=0.1, wait=60, fallback="hold")
+    command = patient.step(seen)
+    assert command.source == "answer" and command.action.tolist() == answers["ws"][0], command
+    patient.close()
     print(json.dumps(answers), flush=True)
     sys.stdin.readline()
-    guard.wait, states = 0.1, []
+    guard, states = client.guard(hz=5, fallback="hold", audit=audit.write, dead_after=1.5), []
+    guard.reset(start=[0, 0, 0, 0, 0, 0, 1])
     while guard.state != "DEAD":
         command = guard.step(seen)
         states += [command.state.value] * (command.state not in states[-1:])

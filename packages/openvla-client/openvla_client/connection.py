@@ -162,6 +162,9 @@ class WebSocket:
                 self._asked = True
                 await self._socket.send_bytes(data)
                 return await self._frame()
+            except NotReached:
+                self.drop()
+                raise
             except UNREACHED as error:
                 self.drop()
                 raise NotReached(f"{self._url}: {_told(error)}; {REMEDY}") from error
