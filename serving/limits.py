@@ -18,6 +18,7 @@ class Limits:
         connections: Open at a time, of all clients together.
         ahead: Requests of one WebSocket that may wait for their answers; the next is read when one is sent.
         bodies_bytes: Of all bodies that are read or answered at a time.
+        head_seconds: On a connection without a request, until one has begun; longer than it is kept open for the next.
         body_seconds: Until a body that has begun is there.
         send_seconds: Until a client has taken an answer.
         idle_seconds: Without a message, until a WebSocket is closed.
@@ -32,6 +33,7 @@ class Limits:
     connections: int = 64
     ahead: int = 4
     bodies_bytes: int = 8 * MOST_BYTES
+    head_seconds: float = 40.0
     body_seconds: float = 30.0
     send_seconds: float = 10.0
     idle_seconds: float = 3600.0

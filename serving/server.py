@@ -6,6 +6,7 @@ import os
 import shlex
 import signal
 import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -166,9 +167,29 @@ class Server(uvicorn.Server):
             )
         )
         self.service: Service = app.state.service
+        self._head_seconds = limits.head_seconds
+        self._silent: dict[Any, tuple[Any, float]] = {}  # connection -> its last request, and since when there is none
         self.broken = False
         self._announce = announce
         self._task: asyncio.Task[None] | None = None
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % 10 == 0:
+            self._end_silent(time.monotonic())
+        return await super().on_tick(counter)
+
+    def _end_silent(self, now: float) -> None:
+        """End connections that never say what they ask, and those that never take what they were sent: uvicorn waits
+        for both as long as they like, and refuses everybody once there are too many of them."""
+        silent = {}
+        for connection in self.server_state.connections:
+            request = getattr(connection, "cycle", connection)  # a WebSocket has none; None before the first
+            if connection.transport.is_closing() or request is None or getattr(request, "response_complete", False):
+                before, since = self._silent.get(connection, (request, now))
+                silent[connection] = (request, since if before is request else now)
+                if now - silent[connection][1] > self._head_seconds:
+                    connection.transport.abort()
+        self._silent = silent
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

@@ -6,9 +6,11 @@ import socket
 import threading
 import urllib.error
 import urllib.request
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from fake_serving import FakeModel
 from processes import start
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
@@ -17,7 +19,10 @@ from openvla.action_spec import usual_spec
 from openvla.options.serving import ServeOptions
 from openvla.serving import server as serving
 from openvla.serving import wire
+from openvla.serving.app import create_app
 from openvla.serving.contract import Dataset, ModelInfo
+from openvla.serving.engine import Engine
+from openvla.serving.limits import Limits
 
 
 PROGRAM = """
@@ -183,3 +188,29 @@ def test_the_start_line_of_any_model():
         "-F unnorm_key='a b'"
     )
     assert "127.0.0.1:9" in serving.start_line(info, "0.0.0.0", 9, key=False)
+
+
+def test_connections_that_ask_nothing_are_ended():
+    app = create_app(Engine(FakeModel()))
+    made = serving.Server(app, Limits(head_seconds=40), lambda: None)
+    aborted = []
+
+    def connection(name, closing=False, **more):
+        transport = SimpleNamespace(is_closing=lambda: closing, abort=lambda: aborted.append(name))
+        return type(name, (), {"transport": transport, **more})()
+
+    done, begun = SimpleNamespace(response_complete=True), SimpleNamespace(response_complete=False)
+    again = connection("asks_again", cycle=done)
+    made.server_state.connections = {
+        again, connection("silent", cycle=None), connection("done", cycle=done), connection("asking", cycle=begun),
+        connection("socket"), connection("never_reads", closing=True),
+    }  # fmt: skip
+    for now in range(0, 41, 10):
+        made._end_silent(now)
+    assert not aborted
+    again.cycle = SimpleNamespace(response_complete=True)  # asked and answered between two looks
+    made._end_silent(41)
+    assert sorted(aborted) == ["done", "never_reads", "silent"]
+    made.server_state.connections = {again}
+    made._end_silent(82)
+    assert aborted.count("asks_again") == 1 and len(made._silent) == 1
