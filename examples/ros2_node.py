@@ -27,10 +27,11 @@ class OpenVLANode(Node):
         super().__init__("openvla")
         url, hz = self.parameter("url", "ws://127.0.0.1:8000"), self.parameter("hz", 5.0)
         key, self.instruction = self.parameter("unnorm_key", "") or None, self.parameter("instruction", "")
-        self.start = [0.0] * 6 + [self.parameter("gripper", 1.0)]  # what holds the arm and its gripper as they are now
         self.client = connect(url, wait=self.parameter("wait", 120.0), images="jpeg")
         self.audit = Audit(self.parameter("audit", "openvla.jsonl"))
-        self.guard = self.client.guard(key, hz=hz, fallback="hold", limits=Limits(step=STEP), audit=self.audit.write)
+        self.guard = self.client.guard(key, hz=hz, limits=Limits(step=STEP), audit=self.audit.write)
+        self.start = np.array(self.guard.spec.standstill())  # raises for places: of them zeros are a motion
+        self.start[[*self.guard.spec.grippers]] = self.parameter("gripper", 1.0)  # as they are now
         self.guard.reset(self.start)
         self.image, self.seen_at = None, 0.0
         self.actions = self.create_publisher(Float64MultiArray, "action", 1)
@@ -61,7 +62,8 @@ class OpenVLANode(Node):
             seen = {"images": self.image, "instruction": self.instruction}
             command = self.guard.step(seen, seen_at=self.seen_at)  # of a camera that stands still nothing acts
             self.actions.publish(Float64MultiArray(data=command.action.tolist()))
-            self.start[-1] = float(command.action[-1])
+            grippers = [*self.guard.spec.grippers]
+            self.start[grippers] = command.action[grippers]
         except NoAction as error:
             command = error.command
         self.states.publish(String(data=f"{command.state} {command.reason}".strip()))

@@ -116,3 +116,25 @@ def test_the_node(example, tmp_path, monkeypatch):
     node.audit.close()
     lines = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
     assert [line["source"] for line in lines].count("answer") >= 2
+
+
+def test_zeros_are_held_only_where_they_are_no_motion(example, tmp_path, monkeypatch):
+    places, guessed = metadata(dims=7, chunk=1), metadata(dims=7, chunk=1)
+    places["datasets"]["robot"]["relative"] = [False] * 7
+    guessed["datasets"]["robot"]["spec_stated"] = False
+    for number, first in enumerate((places, guessed)):
+        with Scripted(first, lambda message: "no").running() as scripted:
+            given = {"url": scripted.url("ws"), "audit": str(tmp_path / f"{number}.jsonl"), "wait": 30.0}
+            monkeypatch.setattr(Node, "given", given)
+            if first is places:
+                with pytest.raises(ValueError, match="are places and no changes"):
+                    example.OpenVLANode()
+                continue
+            node = example.OpenVLANode()
+            node.subscribed["image"](image(90))
+            node.subscribed["instruction"](SimpleNamespace(data="open the drawer"))
+            node.timers[0][1]()
+            assert not node.published["action"] and node.published["state"][-1].data.startswith("DEGRADED")
+            node.guard.close()
+            node.client.close()
+            node.audit.close()
