@@ -83,6 +83,8 @@ class Worker:
     def _shrink(self, size: int) -> None:
         """A batch of `size` did not fit into memory."""
         self.out_of_memory += 1
+        if size == 1:  # says nothing about other requests: nobody makes batches small for all of them
+            return
         self.limit = min(self.limit, max(size // 2, 1))
         logger.warning("Memory is too small for a batch of %d: from now on at most %d.", size, self.limit)
 

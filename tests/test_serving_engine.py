@@ -318,7 +318,7 @@ async def test_memory_that_is_too_small(caplog):
         with pytest.raises(Failed, match="Memory is too small"):
             await soon(engine.act(request()))
         model.fits = 2
-        assert level(await soon(engine.act(request(5)))) == 5 and engine.limit == 1
+        assert level(await soon(engine.act(request(5)))) == 5 and engine.limit == 2
 
 
 # Life
