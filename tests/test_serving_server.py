@@ -214,3 +214,18 @@ def test_connections_that_ask_nothing_are_ended():
     made.server_state.connections = {again}
     made._end_silent(82)
     assert aborted.count("asks_again") == 1 and len(made._silent) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"replicas": 2}, "only with --ray"),
+        ({"max_replicas": 2}, "only with --ray"),
+        ({"ray": True, "sim": True}, "is of one process"),
+        ({"ray": True, "replicas": 3, "max_replicas": 2}, "expected at least replicas=3"),
+    ],
+)
+def test_options_of_replicas(given, message):
+    with pytest.raises(ValueError, match=message):
+        ServeOptions(**given)
+    assert ServeOptions(ray=True, replicas=2, max_replicas=8).ray
