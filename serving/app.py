@@ -54,7 +54,10 @@ def create_app(
     app.state.service = service
     for make in (*ROUTES, *routes):
         app.include_router(make(service))
-    app.add_middleware(Gate, key=key, names=names, open_paths=open_paths, connections=limits.connections)
+    app.add_middleware(
+        Gate, key=key, names=names, open_paths=open_paths, connections=limits.connections,
+        refused=lambda refusal: service.metrics.refused("gate", refusal),
+    )  # fmt: skip
 
     @app.exception_handler(Refusal)
     async def refused(request: Request, refusal: Refusal) -> JSONResponse:

@@ -7,7 +7,7 @@ this machine's (`Host`: a name of another site that was made to lead here), are 
 
 import hmac
 import ipaddress
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -54,6 +54,7 @@ class Gate:
         names: Further names under which the server is asked, as a proxy passes them on.
         open_paths: `GET`s that need no key, because they tell nothing.
         connections: Requests and WebSockets at a time.
+        refused: Told of each refusal.
     """
 
     def __init__(
@@ -63,8 +64,10 @@ class Gate:
         names: Collection[str] = (),
         open_paths: Collection[str] = OPEN_PATHS,
         connections: int = 64,
+        refused: Callable[[Refusal], Any] = lambda refusal: None,
     ):
         self.app, self.names, self.open_paths, self.connections = app, names, open_paths, connections
+        self._refused = refused
         self._key = key.encode() if key is not None else None
         self._open = 0
 
@@ -75,6 +78,7 @@ class Gate:
         try:
             self._check(scope, Headers(scope=scope))
         except Refusal as refusal:
+            self._refused(refusal)
             await refuse(refusal, scope, receive, send)
             return
         self._open += 1

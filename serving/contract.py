@@ -220,6 +220,12 @@ class Superseded(Refusal):
     status, code = 409, "superseded"
 
 
+class Gone(Refusal):
+    """The client waits no more: nobody reads this."""
+
+    status, code = 499, "gone"
+
+
 class Failed(Refusal):
     """The model failed. The client is told that, and no more; the log says why."""
 

@@ -16,7 +16,10 @@ class Metrics:
         self.registry = registry = CollectorRegistry()
         self._requests = Counter("openvla_requests", "Requests that came.", ["protocol"], registry=registry)
         self._refusals = Counter(
-            "openvla_refusals", "Requests that got no action.", ["protocol", "code"], registry=registry
+            "openvla_refusals",
+            "Requests that got no action; of protocol gate: those of clients that may not ask.",
+            ["protocol", "code"],
+            registry=registry,
         )
         self._seconds = Histogram(
             "openvla_stage_seconds",
@@ -26,7 +29,12 @@ class Metrics:
             buckets=SECONDS,
             registry=registry,
         )
-        self._batch = Histogram("openvla_batch_size", "Requests in a batch.", buckets=BATCHES, registry=registry)
+        self._batch = Histogram(
+            "openvla_batch_size",
+            "Requests in the batch of each answer: a batch of 16 counts 16 times.",
+            buckets=BATCHES,
+            registry=registry,
+        )
         Gauge("openvla_queue", "Requests that wait now.", registry=registry).set_function(engine.waiting)
         Gauge("openvla_ready", "1 if it answers.", registry=registry).set_function(lambda: float(engine.ready))
         self._sockets = Gauge("openvla_websockets", "Robots that are connected.", registry=registry)

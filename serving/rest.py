@@ -21,7 +21,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
 from . import contract, wire
-from .contract import Answer, BadRequest, ModelInfo, Refusal, TooLarge
+from .contract import Answer, BadRequest, Gone, ModelInfo, Refusal, TooLarge
 from .limits import Limits
 from .names import Call, Reset
 from .service import Service, content, metadata
@@ -39,10 +39,10 @@ def routes(service: Service) -> APIRouter:
     @router.post("/act", openapi_extra={"requestBody": request_body(service.info)}, responses=responses())
     async def act(request: Request) -> Response:
         """What to do for what the robot sees."""
-        with service.sending():
+        with service.sending(), service.asked("rest"):
             body = await read_body(request, service.limits)
             with service.room(len(body.data)):
-                call, answer = await unless_gone(request, service.answer(body.decode, len(body.data), "rest"))
+                call, answer = await unless_gone(request, service.answer(body.decode, len(body.data)))
             return body.response(call, answer, service.info)
 
     @router.get("/healthz", response_class=PlainTextResponse)
@@ -155,7 +155,7 @@ async def read_body(request: Request, limits: Limits) -> Body:
     except TimeoutError:
         raise BadRequest(f"The body did not come within {limits.body_seconds:g} seconds.") from None
     except ClientDisconnect:
-        raise BadRequest("The client has gone.") from None
+        raise Gone("The client has gone.") from None
     data = b"".join(parts)
     return Body(kind, data, await read_form(request, data) if kind == FORM else {})
 
@@ -199,7 +199,7 @@ async def unless_gone(request: Request, answer: Coroutine[Any, Any, Any]) -> Any
     try:
         await asyncio.wait({asked, left}, return_when=asyncio.FIRST_COMPLETED)
         if not asked.done():
-            raise BadRequest("The client has gone.")
+            raise Gone("The client has gone.")
         return asked.result()
     finally:
         asked.cancel()

@@ -52,7 +52,6 @@ class Service:
         self,
         decode: Callable[[], Any],
         size: int,
-        protocol: str,
         session: str | None = None,
         turn: asyncio.Lock | None = None,
     ) -> tuple[Call | Reset, Answer | None]:
@@ -60,7 +59,6 @@ class Service:
 
         Args:
             decode: Gives the message, of `size` bytes. Its `ValueError`s become `BadRequest`s.
-            protocol: For the metrics.
             session: Of messages that name none.
             turn: Of messages that came one after another, which the engine has to get so as well: a large one takes
                 longer to read, and would be taken for the newer one.
@@ -69,7 +67,6 @@ class Service:
             Refusal: Nothing else.
         """
         arrived = time.monotonic()
-        self.metrics.came(protocol)
         call: Call | Reset | None = None
         try:
             async with turn or nullcontext():
@@ -84,14 +81,12 @@ class Service:
             timing = {"read_ms": 1000 * (read - arrived), "total_ms": 1000 * (time.monotonic() - arrived)}
             answer = replace(answer, timing={**answer.timing, **timing})
         except Refusal as refusal:
-            self.metrics.refused(protocol, refusal)
             refusal.request_id = call.request_id if call is not None else refusal.request_id
             raise
         except Exception:  # a server has to survive what nobody thought of; the client learns nothing of its inside
             log.exception("A request failed.")
             failed = Failed("The server failed at this request: do not move. Its log says why.")
             failed.request_id = None if call is None else call.request_id
-            self.metrics.refused(protocol, failed)
             raise failed from None
         self.metrics.answered(answer)
         return call, answer
@@ -125,6 +120,16 @@ class Service:
             yield
         finally:
             self._bytes -= size
+
+    @contextmanager
+    def asked(self, protocol: str) -> Iterator[None]:
+        """While a request is read and answered: it is counted, and so is a refusal of any kind."""
+        self.metrics.came(protocol)
+        try:
+            yield
+        except Refusal as refusal:
+            self.metrics.refused(protocol, refusal)
+            raise
 
     @contextmanager
     def sending(self) -> Iterator[None]:

@@ -130,8 +130,8 @@ class Conversation:
             return wire.unpack(message)
 
         try:
-            with self.service.room(len(message)):
-                call, answer = await self.service.answer(decode, len(message), "websocket", self.session, self.turn)
+            with self.service.asked("websocket"), self.service.room(len(message)):
+                call, answer = await self.service.answer(decode, len(message), self.session, self.turn)
         except Refusal as refusal:
             return json.dumps(refusal.content())
         if isinstance(call, Reset) or answer is None:

@@ -20,6 +20,7 @@ from openvla.serving.contract import Late
 from openvla.serving.engine import Engine
 from openvla.serving.limits import Limits
 from openvla.serving.rest import example
+from openvla.serving.wire import MOST_BYTES
 
 
 IMAGE = np.full((8, 8, 3), 100, np.uint8)
@@ -163,9 +164,14 @@ def test_it_is_not_ready_before_it_is_warm():
 def test_metrics_count(server):
     server.post("/act", json=example(server.app.state.service.info))
     server.post("/act", json={})
+    server.post("/act", content="{}", headers={"Content-Type": "text/plain"})
+    server.post("/act", content=b" " * (MOST_BYTES + 1), headers={"Content-Type": "application/json"})
+    server.get("/info", headers={"Host": "elsewhere.example"})
     text = server.get("/metrics").text
     for line in (
         'openvla_refusals_total{code="bad_request",protocol="rest"}',
+        'openvla_refusals_total{code="too_large",protocol="rest"}',
+        'openvla_refusals_total{code="forbidden",protocol="gate"}',
         'openvla_stage_seconds_count{stage="infer"}',
         'openvla_stage_seconds_count{stage="queue"}',
         "openvla_batch_size_count",
@@ -413,6 +419,6 @@ def test_a_body_that_does_not_come_is_not_awaited_for_ever():
         assert sent[0]["status"] == 400 and b"did not come within" in sent[1]["body"]
         gone = asyncio.Event()
         gone.set()
-        assert (await call(app, [b'{"image'], 1000, gone))[0]["status"] == 400
+        assert (await call(app, [b'{"image'], 1000, gone))[0]["status"] == 499
 
     asyncio.run(asyncio.wait_for(run(), 60))

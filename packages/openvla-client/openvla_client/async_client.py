@@ -19,6 +19,7 @@ from .messages import FORMATS, Answer, ServerInfo, encoded, read_answer, request
 
 
 VARIABLE = "OPENVLA_API_KEY"
+LONGEST = 600_000.0  # milliseconds that a server lets a request wait
 BACK_OFF = (0.05, 1.0)  # seconds between attempts to connect: the first, the longest
 
 
@@ -109,7 +110,8 @@ class AsyncClient:
                 form=self.settings.images, quality=self.settings.quality,
             )  # fmt: skip
             message["request_id"] = next(self._requests)
-            message["timeout_ms"] = max(1.0, 1000 * (begin + timeout - time.monotonic()))
+            left = 1000 * (begin + timeout - time.monotonic())
+            message["timeout_ms"] = min(max(1.0, left), LONGEST)
             content = await connection.exchange(encoded(message))
             try:
                 return read_answer(content, message, connection.info, time.monotonic() - begin)
