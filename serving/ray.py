@@ -105,6 +105,7 @@ def application(options: ServeOptions, load: Callable[[ServeOptions], Model] = O
         max_queued_requests=options.queue_size,
         graceful_shutdown_timeout_s=GRACE,
         health_check_period_s=5,
+        max_constructor_retry_count=2,  # what is wrong with a model is wrong again
         ray_actor_options={"num_gpus": int(torch_device(options.device).startswith("cuda"))},
     )
     @serve.ingress(build)
