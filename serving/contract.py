@@ -3,8 +3,11 @@
 Light to import: no torch, no web framework.
 """
 
+import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -35,6 +38,12 @@ class ModelInfo:
     cameras: tuple[str, ...]
     chunk: int  # actions of an answer
     image_size: tuple[int, int]  # (height, width) of what the model sees; images of any size are resized
+
+    @cached_property
+    def digest(self) -> str:
+        """The same of servers that mean the same by an action: answers over HTTP hold it, whose client cannot see that
+        the server was started again, with another model."""
+        return hashlib.blake2b(json.dumps(asdict(self)).encode(), digest_size=8).hexdigest()
 
     def key(self, given: str | None) -> str:
         """The dataset that a request means.

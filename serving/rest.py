@@ -120,7 +120,7 @@ class Body:
         if isinstance(call, Reset) or answer is None:
             return JSONResponse({"reset": True})
         if self.kind == MSGPACK:
-            return Response(wire.pack(content(call, answer)), media_type=MSGPACK)
+            return Response(wire.pack({**content(call, answer), "digest": info.digest}), media_type=MSGPACK)
         if not (self.arrays or self.twice):
             found = content(call, answer, details=True) | info.datasets[call.request.unnorm_key].spec.to_dict()
             return JSONResponse({name: plain(value) for name, value in found.items()})

@@ -190,6 +190,7 @@ def metadata(info: ModelInfo) -> dict[str, Any]:
     return {
         "server": f"openvla {importlib.metadata.version('openvla')}",
         "model": info.model,
+        "digest": info.digest,
         "unnorm_keys": list(info.datasets),
         "default_unnorm_key": info.default_key,
         "cameras": list(info.cameras),

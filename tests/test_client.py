@@ -453,12 +453,31 @@ def test_a_server_that_was_started_again_with_another_model():
         guard.close()
 
 
+def test_a_server_that_was_started_again_with_another_model_between_two_requests():
+    """Over HTTP nothing of it is seen but what the answers say."""
+    digests = ["one"]
+    answer = lambda message: {**right(message, dims=7), "digest": digests[0]}  # noqa: E731
+    scripted = Scripted(metadata(dims=7, digest="one"), answer)
+    with asking(scripted, "http") as client:
+        guard = client.guard(wait=30, execute=1, fallback="raise")
+        seen = {"images": IMAGE, "instruction": "go"}
+        assert guard.step(seen).source == "answer"
+        digests[0], scripted.first = "two", metadata(dims=7, digest="two")
+        scripted.first["datasets"]["robot"]["relative"] = [False] * 7
+        for _ in range(2):
+            with pytest.raises(NoAction):
+                guard.step(seen)
+        guard.close()
+        assert client.info.digest == "two"
+
+
 def test_what_a_server_says_is_read_as_it_is_meant():
     fake = FakeModel(cameras=("primary", "wrist"), chunk=4, state_dim=8, keys=("stated", "guessed"))
     stated = dataclasses.replace(fake.info.datasets["stated"], stated=True)
     info = dataclasses.replace(fake.info, datasets={**fake.info.datasets, "stated": stated})
     read = read_info(unpack(pack(service.metadata(info))))
     assert (read.cameras, read.chunk, read.default_key) == (info.cameras, info.chunk, None)
+    assert read.digest == info.digest != fake.info.digest
     for key, dataset in info.datasets.items():
         found = read.datasets[key]
         assert (found.stated, found.state_dim) == (dataset.stated, dataset.state_dim)

@@ -126,6 +126,7 @@ def test_msgpack_gets_msgpack(server):
     answer = server.post("/act", content=sent, headers={"Content-Type": "application/msgpack"})
     found = wire.unpack(answer.content)
     assert found["actions"].shape == (1, 7) and found["request_id"] == 5
+    assert found["digest"] == server.get("/info").json()["digest"]
 
 
 def test_a_large_picture_is_decoded_in_another_thread(server):

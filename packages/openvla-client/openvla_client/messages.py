@@ -43,6 +43,7 @@ class ServerInfo:
     cameras: tuple[str, ...]
     chunk: int
     image_size: tuple[int, int]
+    digest: str | None = None  # the same of servers that mean the same
 
     def key(self, given: str | None = None) -> str:
         """Raises a `ValueError` for a key that the server does not have, or where it has several and none is named."""
@@ -149,7 +150,7 @@ def read_info(content: Any) -> ServerInfo:
         default = content["default_unnorm_key"]
         info = ServerInfo(
             str(content["model"]), datasets, default, tuple(map(str, content["cameras"])),
-            _count(content["chunk"]) or 0, (int(height), int(width)),
+            _count(content["chunk"]) or 0, (int(height), int(width)), content.get("digest"),
         )  # fmt: skip
         if not info.cameras or not (default is None or default in datasets):
             raise ValueError("no cameras, or a default key that is none")
@@ -187,6 +188,8 @@ def read_answer(content: Any, sent: Mapping[str, Any], info: ServerInfo, seconds
     for name in ("request_id", "unnorm_key", "session", "step"):
         if content.get(name) != sent.get(name) and (name == "request_id" or name in sent):
             raise BadAnswer(f"An answer of {name}={content.get(name)!r:.100} came, asked was {sent.get(name)!r:.100}.")
+    if content.get("digest", info.digest) != info.digest:
+        raise BadAnswer("The server was started again with another model than it said.")
     key = sent["unnorm_key"]
     shape = (info.chunk, info.datasets[key].spec.action_dim)
     timing = content.get("server_timing")
