@@ -429,8 +429,11 @@ def test_a_guarded_client(scheme):
         guard.reset(start=[0] * 6 + [1])
         guard.step({"images": IMAGE, "instruction": "open the drawer"})
         guard.close()
+        other = client.guard(wait=30)
+        assert other.step({"images": IMAGE, "instruction": "open the drawer"}).source == "answer"
+        other.close()
     sessions = [message["session"] for message in scripted.messages]
-    assert sessions[0] != sessions[1] and [message["step"] for message in scripted.messages] == [0, 0]
+    assert len(set(sessions)) == 3 and [message["step"] for message in scripted.messages] == [0, 0, 0]
 
 
 def test_a_server_that_was_started_again_with_another_model():

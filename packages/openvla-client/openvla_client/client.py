@@ -1,6 +1,7 @@
 """Asks a server of `openvla serve` for actions and waits for them: `AsyncClient` in a thread of its own."""
 
 import asyncio
+import secrets
 import threading
 from collections.abc import Coroutine
 from concurrent.futures import CancelledError
@@ -94,10 +95,12 @@ class Client:
             options = {"fallback": "raise", **options}
         options = {"spec": dataset.spec, **options}
 
+        own = secrets.token_hex(4)  # guards that share a client are robots of their own
+
         def answer(ask: Ask) -> Any:
             # What comes later than that could not act any more.
             timeout = guard.stalled_after + (chunk - 1) * guard.period
-            session = f"{self.session}-{ask.epoch}"
+            session = f"{self.session}-{own}-{ask.epoch}"
             if (other := ask.observation.get("unnorm_key", key)) != key:
                 raise ValueError(
                     f"unnorm_key={other!r}: this guard is of {key!r}; client.guard({other!r}) makes another."
