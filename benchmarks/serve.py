@@ -14,6 +14,7 @@ import asyncio
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -74,7 +75,7 @@ def server(arguments: argparse.Namespace, max_batch: int) -> Iterator[str]:
         line = next((line for line in process.stdout if "http://" in line), None)
         if line is None:
             raise SystemExit("The server did not start.")
-        yield line.split("http://")[1].split(";")[0].split("/")[0]
+        yield re.split("[,;/ ]", line.split("http://")[1])[0]
     finally:
         process.terminate()
         process.wait(60)

@@ -52,8 +52,9 @@ class OpenVLANode(Node):
         self.seen_at = time.monotonic()  # not the stamp of the message, which may be of another machine
 
     def on_instruction(self, message) -> None:
-        self.instruction = message.data
-        self.guard.reset(self.start)
+        if message.data != self.instruction:  # what is only said again begins nothing, and wakes no DEAD guard
+            self.instruction = message.data
+            self.guard.reset(self.start)
 
     def on_step(self) -> None:
         if self.image is None or not self.instruction:
