@@ -6,11 +6,22 @@ others of `other`), `throughput`, `startup` (memory and loading, in a process of
 
 from typing import Any
 
+from ..extras import require
+from ..folders import write_json
 from ..options.benchmark import BenchOptions
 
 
 def bench(options: BenchOptions) -> tuple[dict[str, Any], str]:
-    """The figures that were asked for, and their table."""
+    """The figures that were asked for, and their table.
+
+    Raises:
+        ModuleNotFoundError, OSError: Before anything is measured, if they cannot be written to `output`.
+        ValueError: See each of them.
+    """
+    if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        if options.what == "latency":
+            require("matplotlib", purpose="the plot beside --output", preferred="demo")
     from . import exact, latency, startup, throughput
 
     run, table = {
@@ -21,4 +32,10 @@ def bench(options: BenchOptions) -> tuple[dict[str, Any], str]:
         "exact": (exact.exact, exact.table),
     }[options.what]
     report = run(options)
+    if options.output is not None:
+        write_json(options.output, report)
+        if options.what == "latency":
+            from .plot import plot
+
+            plot(report, options.output.with_suffix(".png"))
     return report, table(report)

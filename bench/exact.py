@@ -9,7 +9,6 @@ import torch
 
 from ..decoding_openvla import EagerSteps
 from ..device import synchronize
-from ..folders import write_json
 from ..graphs_openvla import plain_decoding
 from ..inputs_openvla import ModelInputs, check_prompts
 from ..options.benchmark import BenchOptions
@@ -58,8 +57,6 @@ def exact(options: BenchOptions) -> dict[str, Any]:
         **({"prepared_seconds": prepared.seconds} if prepared else {}),
         "ways": results,
     }
-    if options.output is not None:
-        write_json(options.output, report)
     return report
 
 

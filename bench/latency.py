@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ..folders import write_json
 from ..graphs_openvla import plain_decoding
 from ..options.benchmark import BenchOptions
 from ..stages_openvla import stage
@@ -36,6 +35,9 @@ class Local:
             self.last = None
         if self.drafts == "right":
             self(frame)
+
+    def close(self) -> None:
+        """Nothing is open."""
 
     def __call__(self, frame: Frame) -> np.ndarray:
         more: dict[str, Any] = {"draft": self.last} if self.drafts else {}
@@ -105,7 +107,7 @@ def latency(options: BenchOptions) -> dict[str, Any]:
                 same[name].append(bool(np.allclose(chosen[name], chosen["predict_action"], rtol=1e-5, atol=1e-6)))
     finally:
         for way in ways.values():
-            way.close() if hasattr(way, "close") else None
+            way.close()
     rates = machine_rates(model.device, model.dtype)
     work = {name: count_work(model, partial(way, frames[-1])) for name, way in ways.items() if _counts(way)}
     report = {
@@ -115,11 +117,6 @@ def latency(options: BenchOptions) -> dict[str, Any]:
         "machine": rates,
         "ways": {name: _figures(times[name], same[name], passes[name], work.get(name, {}), rates) for name in ways},
     }
-    if options.output is not None:
-        from .plot import plot
-
-        write_json(options.output, report)
-        plot(report, options.output.with_suffix(".png"))
     return report
 
 

@@ -78,6 +78,9 @@ class Onnx:
         if frame.begins:
             self.policy.reset()
 
+    def close(self) -> None:
+        """Nothing is open."""
+
     def __call__(self, frame: Frame) -> np.ndarray:
         return self.policy.act(frame.images, frame.instruction, state=frame.state)
 

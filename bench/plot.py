@@ -35,5 +35,4 @@ def plot(report: dict[str, Any], path: Path) -> None:
     axes.set_title(f"{report['model']}, {report['dtype']}, {report['device']}, {report['threads']} thread(s)")
     axes.margins(x=0.1)
     figure.legend(loc="outside right upper")
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

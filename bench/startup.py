@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..folders import write_json
 from ..options.benchmark import BenchOptions
 
 
@@ -36,8 +35,6 @@ def startup(options: BenchOptions) -> dict[str, Any]:
     if done.returncode or line is None:
         raise ValueError(f"The process that was measured ended with {done.returncode}, see above.")
     report = json.loads(line.removeprefix(MARK))
-    if options.output is not None:
-        write_json(options.output, report)
     return report
 
 

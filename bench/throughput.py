@@ -6,7 +6,6 @@ from typing import Any
 from tqdm import tqdm
 
 from ..device import synchronize
-from ..folders import write_json
 from ..options.benchmark import BenchOptions
 from .clock import QUANTILES, WARM_UP, described, headline, quantiles
 from .subject import Frame, PresetInputs, frames_of, numbers, open_subject
@@ -45,8 +44,6 @@ def throughput(options: BenchOptions) -> dict[str, Any]:
             for size, found in times.items()
         },
     }
-    if options.output is not None:
-        write_json(options.output, report)
     return report
 
 

@@ -13,8 +13,9 @@ class BenchOptions(ModelOptions):
     """What is measured, and on what."""
 
     what: Literal["latency", "throughput", "memory", "load", "exact"] = required(
-        "What to measure: latency (one action, by stage), throughput (batches), memory, load (from the start of the "
-        "program to the first action) or exact (whether fast ways give the tokens of plain decoding).",
+        "What to measure: latency (one action, by stage), throughput (batches), memory or load (both tell seconds and "
+        "memory, from the start of a program to its first action) or exact (whether fast ways give the tokens of plain "
+        "decoding).",
         argument=True,
     )
     preset: Literal["openvla-7b", "openvla-v01-7b"] | None = option(
@@ -39,4 +40,6 @@ class BenchOptions(ModelOptions):
     )
     onnx: Path | None = option(None, "An export of the model (export --to onnx), timed with the others.", shown="none")
     threads: int | None = option(None, "Threads of torch on a CPU.", shown="as torch chooses", least=1)
-    output: Path | None = option(None, "JSON file for the figures; a plot of latency beside it.", shown="none")
+    output: Path | None = option(
+        None, "JSON file for the figures; of latency a plot beside it (needs [demo]).", shown="none"
+    )

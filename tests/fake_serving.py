@@ -53,3 +53,13 @@ def request(level: int = 0, instruction: str = "open the drawer", **given) -> Re
     image = np.full((8, 8, 3), level, np.uint8)
     observation = Observation({"image": image}, np.zeros(0, np.float32), instruction)
     return Request(**{"observation": observation, "unnorm_key": "robot", **given})
+
+
+def warm(server):
+    """A `TestClient` of an app, once its engine is ready."""
+
+    async def wait():
+        await server.app.state.service.warm
+
+    server.portal.call(wait)
+    return server

@@ -136,3 +136,13 @@ def test_what_cannot_be_measured(given, message, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match=message):
         bench(BenchOptions(**{"device": "cpu", **given}))
     assert numbers("batch_sizes", "1, 16") == [1, 16]
+
+
+def test_what_cannot_be_written_is_known_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr("openvla.bench.latency.latency", lambda options: pytest.fail("measured"))
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError):
+        bench(BenchOptions(what="latency", output=tmp_path / "file" / "latency.json"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
+    with pytest.raises(ModuleNotFoundError, match="openvla.demo"):
+        bench(BenchOptions(what="latency", output=tmp_path / "latency.json"))

@@ -10,6 +10,7 @@ from pathlib import Path
 import openvla_client
 import pytest
 from openvla_client import wire
+from wheels import build
 
 import openvla
 from openvla.serving.auth import VARIABLE
@@ -58,14 +59,6 @@ def test_what_is_imported_is_there_and_light():
     assert Path(wire.__file__) == ROOT / "serving/wire.py"
     assert openvla_client.__version__ == openvla.__version__
     assert openvla_client.async_client.VARIABLE == VARIABLE
-
-
-def build(source: Path, target: str, folder: Path) -> Path:
-    arguments = [sys.executable, "-m", "hatchling", "build", "--target", target, "--directory", folder]
-    done = subprocess.run(arguments, cwd=source, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (file,) = folder.glob("*.whl" if target == "wheel" else "*.tar.gz")
-    return file
 
 
 def test_the_wheel_holds_the_shared_files(tmp_path):

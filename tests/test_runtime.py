@@ -17,6 +17,7 @@ import torch
 from openvla_runtime import OnnxPolicy
 from openvla_runtime import __version__ as runtime_version
 from tiny import TINY, TinyCheckpoint
+from wheels import build
 
 import openvla
 from openvla import OpenVLAConfig, OpenVLAForActionPrediction, OpenVLAProcessor
@@ -183,14 +184,6 @@ def test_it_acts_where_torch_is_missing(exported, model):
     image = np.full((48, 64, 3), 90, np.uint8)
     expected = model.predict_action(image, "open the drawer", state=STATE, return_dict=True).token_ids
     assert act_without_torch(RUNTIME, exported) == expected.tolist()
-
-
-def build(source: Path, target: str, folder: Path) -> Path:
-    arguments = [sys.executable, "-m", "hatchling", "build", "--target", target, "--directory", folder]
-    done = subprocess.run(arguments, cwd=source, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (file,) = folder.glob("*.whl" if target == "wheel" else "*.tar.gz")
-    return file
 
 
 def test_the_wheel_holds_the_shared_files(exported, tmp_path):

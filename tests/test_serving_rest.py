@@ -10,7 +10,7 @@ import threading
 import json_numpy
 import numpy as np
 import pytest
-from fake_serving import FakeModel
+from fake_serving import FakeModel, warm
 from PIL import Image
 from starlette.testclient import TestClient
 
@@ -33,26 +33,16 @@ def client(model=None, limits=None, **given) -> TestClient:
     return TestClient(app, base_url="http://localhost", raise_server_exceptions=False)
 
 
-def ready(server: TestClient) -> TestClient:
-    """When it is warm."""
-
-    async def warm():
-        await server.app.state.service.warm
-
-    server.portal.call(warm)
-    return server
-
-
 @pytest.fixture(scope="module")
 def server():
     with client() as made:
-        yield ready(made)
+        yield warm(made)
 
 
 @pytest.fixture(scope="module")
 def chunks():
     with client(FakeModel(("full_image", "wrist_image"), chunk=4, state_dim=8, keys=("libero",))) as made:
-        yield ready(made)
+        yield warm(made)
 
 
 def png(image=IMAGE, kind="PNG") -> bytes:
@@ -270,7 +260,7 @@ def test_what_is_not_read_is_refused(server, headers, status):
 def test_more_than_the_limits_is_refused():
     limits = Limits(message_bytes=2000, picture_pixels=100, instruction_letters=9, name_letters=9, state_numbers=3)
     with client(FakeModel(("primary",), chunk=2), limits) as server:
-        ready(server)
+        warm(server)
         for given in (
             {**GOOD, "image": base64.b64encode(png(np.zeros((11, 11, 3), np.uint8))).decode()},
             {**GOOD, "image": json.loads(zeros(11, 11, 3))},
@@ -303,7 +293,7 @@ def test_a_model_that_fails_is_not_explained_to_clients(caplog):
             raise RuntimeError("secret place")
 
     with client(Broken(("primary",))) as server, caplog.at_level(logging.ERROR):
-        answer = ready(server).post("/act", json={**GOOD, "request_id": 7})
+        answer = warm(server).post("/act", json={**GOOD, "request_id": 7})
     assert answer.status_code == 500 and answer.json()["code"] == "failed" and answer.json()["request_id"] == 7
     assert "secret" not in answer.text and "Traceback" not in answer.text
     assert "secret place" in caplog.text
@@ -317,7 +307,7 @@ def test_actions_that_are_not_finite_are_none():
             return answer
 
     with client(Wild(("primary",))) as server:
-        assert ready(server).post("/act", json=GOOD).status_code == 500
+        assert warm(server).post("/act", json=GOOD).status_code == 500
 
 
 def test_what_nobody_thought_of_is_logged_and_not_told(server, monkeypatch, caplog):

@@ -6,7 +6,7 @@ import threading
 
 import numpy as np
 import pytest
-from fake_serving import FakeModel
+from fake_serving import FakeModel, warm
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
@@ -39,18 +39,10 @@ def made(model=None, limits=None, **engine) -> TestClient:
     return TestClient(app, base_url="http://localhost")
 
 
-def ready(server: TestClient) -> TestClient:
-    async def warm():
-        await server.app.state.service.warm
-
-    server.portal.call(warm)
-    return server
-
-
 @pytest.fixture(scope="module")
 def server():
     with made() as client:
-        yield ready(client)
+        yield warm(client)
 
 
 def ask(socket, message):
@@ -73,7 +65,7 @@ def test_the_server_speaks_first_and_says_what_it_is(server):
 
 
 def test_an_observation_gets_a_chunk_of_actions():
-    with made(FakeModel(("primary",), chunk=5)) as client, ready(client).websocket_connect(ROOT) as socket:
+    with made(FakeModel(("primary",), chunk=5)) as client, warm(client).websocket_connect(ROOT) as socket:
         assert heard(socket)["chunk"] == 5
         answer = ask(socket, GOOD)
         assert answer["actions"].shape == (5, 7) and answer["actions"][0, 0] == pytest.approx(0.1)
@@ -127,7 +119,7 @@ def test_a_model_that_fails_is_not_explained(server, monkeypatch):
 def test_vllm_omni_s_clients_get_bare_arrays():
     with (
         made(FakeModel(("primary", "wrist"), chunk=3)) as client,
-        ready(client).websocket_connect(ROOT[:-1] + REALTIME) as socket,
+        warm(client).websocket_connect(ROOT[:-1] + REALTIME) as socket,
     ):
         first = heard(socket)
         assert (first["image_resolution"], first["n_external_cameras"], first["needs_wrist_camera"]) == (
@@ -146,7 +138,7 @@ def test_vllm_omni_s_clients_get_bare_arrays():
 def test_an_episode_ends_where_it_is_said_and_where_the_connection_does():
     model = FakeModel(("primary",))
     with made(model) as client:
-        with ready(client).websocket_connect(ROOT) as socket:
+        with warm(client).websocket_connect(ROOT) as socket:
             heard(socket)
             own = ask(socket, GOOD)["session"]
             assert ask(socket, {"endpoint": "reset", "session": "a"}) == {"reset": True}
@@ -157,7 +149,7 @@ def test_an_episode_ends_where_it_is_said_and_where_the_connection_does():
 
 def test_answers_come_in_order_and_the_newest_observation_wins():
     model = SlowModel(("primary",))
-    with made(model, max_batch=1) as client, ready(client).websocket_connect(ROOT) as socket:
+    with made(model, max_batch=1) as client, warm(client).websocket_connect(ROOT) as socket:
         heard(socket)
         socket.send_bytes(wire.pack({**GOOD, "request_id": 0}))
         assert model.asked.acquire(timeout=30)  # the model has the first
@@ -175,7 +167,7 @@ def test_answers_come_in_order_and_the_newest_observation_wins():
 def test_a_large_observation_is_not_taken_for_a_newer_one(monkeypatch):
     """The second is read while the first still is."""
     model, reading = SlowModel(("primary",)), threading.Event()
-    with made(model, max_batch=1) as client, ready(client).websocket_connect(ROOT) as socket:
+    with made(model, max_batch=1) as client, warm(client).websocket_connect(ROOT) as socket:
         service = client.app.state.service
         read = service.read
 
@@ -236,7 +228,7 @@ def test_who_takes_no_answers_keeps_no_place(how):
 def test_who_leaves_waits_no_more():
     model = SlowModel(("primary",))
     with made(model, max_batch=1) as client:
-        engine = ready(client).app.state.service.engine
+        engine = warm(client).app.state.service.engine
         with client.websocket_connect(ROOT) as first, client.websocket_connect(ROOT) as second:
             heard(first), heard(second)
             first.send_bytes(wire.pack(GOOD))
@@ -251,21 +243,21 @@ def test_who_leaves_waits_no_more():
 
 
 def test_a_silent_connection_is_closed():
-    with made(limits=Limits(idle_seconds=0.01)) as client, ready(client).websocket_connect(ROOT) as socket:
+    with made(limits=Limits(idle_seconds=0.01)) as client, warm(client).websocket_connect(ROOT) as socket:
         heard(socket)
         with pytest.raises(WebSocketDisconnect):
             socket.receive_bytes()
 
 
 def test_there_is_room_for_so_many_bytes():
-    with made(limits=Limits(bodies_bytes=100)) as client, ready(client).websocket_connect(ROOT) as socket:
+    with made(limits=Limits(bodies_bytes=100)) as client, warm(client).websocket_connect(ROOT) as socket:
         heard(socket)
         assert ask(socket, GOOD)["code"] == "busy"
 
 
 def test_what_is_in_flight_is_answered_when_the_server_stops():
     model = SlowModel(("primary",))
-    with made(model) as client, ready(client).websocket_connect(ROOT) as socket:
+    with made(model) as client, warm(client).websocket_connect(ROOT) as socket:
         heard(socket)
         socket.send_bytes(wire.pack(GOOD))
         assert model.asked.acquire(timeout=30)
