@@ -32,9 +32,7 @@ FILES = ("JPEG", "PNG")  # what is read as a picture
 # How the dtype of an array may be written: 8 to 64 bits, no objects, no structures, no booleans, no text.
 CODES = ("i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
 DTYPES = {kind.str: kind for code in CODES for kind in (np.dtype(">" + code), np.dtype("<" + code))}
-DTYPES |= {
-    np.dtype(code).name: np.dtype("<" + code) for code in CODES
-}  # "float32" says no order: that of most machines
+DTYPES |= {np.dtype(code).name: np.dtype("<" + code) for code in CODES}  # "float32" says no order
 # Single numbers may be true or false; bytes of an array of booleans could be anything but 0 and 1.
 SCALARS = DTYPES | dict.fromkeys(("|b1", "bool"), np.dtype(bool))
 # What Pillow raises while it opens a file, according to the damage.
