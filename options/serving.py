@@ -21,6 +21,12 @@ class ServeOptions(ModelOptions):
         5.0, "How long a free model waits for requests that are likely to come, to answer them at once.", least=0
     )
     queue_size: int = option(64, "Requests that wait; more are told to come again (503).", least=1)
+    hang_after_s: float = option(
+        120.0,
+        "Seconds that the model may take for a batch. After them it counts as hung: /readyz says so, and requests are "
+        "refused (503) until it returns.",
+        above=0,
+    )
     mapping: dict[str, str] = pairs(
         "A name that clients send, and what it is: a camera of the model, state or instruction; NAME= for what is "
         "ignored. The usual names need no such option.",

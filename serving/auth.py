@@ -122,13 +122,13 @@ class Gate:
         return True
 
 
-def refusal_response(refusal: Refusal) -> JSONResponse:
+def refusal_response(refusal: Refusal, **more: bool) -> JSONResponse:
     headers = {}
     if isinstance(refusal, Busy):
         headers["Retry-After"] = str(max(1, round(refusal.retry_after)))
     if isinstance(refusal, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(refusal.content(), refusal.status, headers)
+    return JSONResponse({**more, **refusal.content()}, refusal.status, headers)
 
 
 async def refuse(refusal: Refusal, scope: Scope, receive: Receive, send: Send) -> None:

@@ -128,7 +128,12 @@ class Engine(Protocol):
 
     @property
     def ready(self) -> bool:
-        """Warmed up, and not stopping."""
+        """Warmed up, not hung, and not stopping."""
+        ...
+
+    @property
+    def problem(self) -> "Busy | None":
+        """Why it is not ready; None where it is."""
         ...
 
     async def act(self, request: Request) -> Answer:
@@ -157,6 +162,10 @@ class Engine(Protocol):
 
     def waiting(self) -> int:
         """Requests in the queue now."""
+        ...
+
+    def predicting(self) -> float:
+        """Seconds that the batch with the model has taken so far; 0 if it has none."""
         ...
 
 
@@ -205,7 +214,7 @@ class TooLarge(Refusal):
 
 
 class Busy(Refusal):
-    """The queue is full, or the server is starting or stopping. `retry_after`: seconds to wait."""
+    """The queue is full, the server is starting or stopping, or the model hangs. `retry_after`: seconds to wait."""
 
     status, code = 503, "busy"
 
@@ -215,6 +224,12 @@ class Busy(Refusal):
 
     def content(self) -> dict[str, Any]:
         return {**super().content(), "retry_after": self.retry_after}
+
+
+class Hung(Busy):
+    """The model has not returned from a prediction for too long."""
+
+    code = "hung"
 
 
 class Late(Refusal):

@@ -4,37 +4,32 @@
 free, and then at most `max_wait_ms` for others, if as many as lately were asked at once are not there yet: a robot that
 is alone does not wait. Of a session the newest observation alone is answered. Refused is what comes while the queue is
 full, before the model is warm and while the server stops (`Busy`), what would be answered too late (`Late`) and what
-the model fails at (`Failed`); nothing of that stops the others.
+the model fails at (`Failed`); nothing of that stops the others. A model that does not return from a batch for
+`hang_after` seconds counts as hung until it does: all are refused (`Hung`), and its late answers go to nobody.
 """
 
 import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import replace
 
-from .contract import Answer, Busy, Failed, Late, Model, Refusal, Request, Superseded
+from .contract import Answer, Busy, Failed, Hung, Late, Model, Refusal, Request, Superseded
 from .live import LiveView
+from .waiting import RecentPeak, Waiting
 from .worker import Worker
 
 
 logger = logging.getLogger(__name__)
 LATELY = 1.0  # seconds for which it is remembered how many asked at once
-
-
-@dataclass(eq=False)
-class Waiting:
-    """A request whose answer somebody awaits."""
-
-    request: Request
-    future: asyncio.Future[Answer]
-    since: float
-
-    def refuse(self, refusal: Refusal) -> None:
-        """Unless there is an answer, or nobody waits any more."""
-        if not self.future.done():
-            self.future.set_exception(refusal)
+PROBLEMS = {  # by state: why requests are refused
+    "starting": "The model is warming up: ask again.",
+    "broken": "The model could not be warmed up: the log of the server says why.",
+    "hung": "The model hangs: it has not returned from a prediction. Ask another server, or again later.",
+    "stopping": "The server is stopping: ask another one, or again once it is back.",
+}
+PROBLEMS["stopped"] = PROBLEMS["stopping"]
 
 
 class Engine:
@@ -44,11 +39,12 @@ class Engine:
         max_batch: Requests that the model is asked at once, at most.
         max_wait_ms: How long the model, when it is free, waits for requests that are likely to come.
         queue_size: Requests that wait, at most.
+        hang_after: Seconds that a batch may take, with all that is tried again in smaller ones.
         clock: In seconds; that of `Request.deadline`.
         live: What people see of the robots that ask.
 
     Attributes:
-        state: "starting", "ready", "stopping", "stopped" or "broken" (warm-up failed).
+        state: "starting", "ready", "hung", "stopping", "stopped" or "broken" (warm-up failed).
         outcomes: How many requests ended how: "answered", "gone" (the client is), or the code of a refusal.
         batches: How many batches there were of each size.
     """
@@ -59,6 +55,7 @@ class Engine:
         max_batch: int = 16,
         max_wait_ms: float = 5.0,
         queue_size: int = 64,
+        hang_after: float = 120.0,
         clock: Callable[[], float] = time.monotonic,
         live: LiveView | None = None,
     ):
@@ -68,6 +65,8 @@ class Engine:
         self.batches: Counter[int] = Counter()
         self._worker = Worker(model, max_batch)
         self._max_wait, self._queue_size, self._clock = max_wait_ms / 1000, queue_size, clock
+        self._hang_after = hang_after
+        self._began: float | None = None  # since when the model has a batch
         self._waiting: dict[Hashable, Waiting] = {}  # by session, or by itself; the first is the next
         self._open: Counter[Hashable] = Counter()  # who awaits an answer, and how many
         self._lately = RecentPeak(LATELY)
@@ -81,6 +80,14 @@ class Engine:
     def ready(self) -> bool:
         return self.state == "ready"
 
+    @property
+    def problem(self) -> Busy | None:
+        """Why requests are refused; None where they are not."""
+        if self.ready:
+            return None
+        said = PROBLEMS[self.state]
+        return Hung(said, retry_after=5.0) if self.state == "hung" else Busy(said, retry_after=1.0)
+
     async def start(self) -> None:
         """Warm the model up, and return when it is ready. Until then requests are refused as `Busy`.
 
@@ -92,13 +99,15 @@ class Engine:
         except Exception as error:
             logger.exception("The model could not be warmed up.")
             self.state = "broken"
-            raise Failed("The model could not be warmed up: the log of the server says why.") from error
+            raise Failed(PROBLEMS["broken"]) from error
         if self.state == "starting":
             self.state = "ready"
             self._task = asyncio.create_task(self._run())
 
     async def stop(self, patience: float = 30.0) -> None:
-        """Refuse new requests, and answer those that are accepted, for at most `patience` seconds."""
+        """Refuse new requests, and answer those that are accepted, for at most `patience` seconds. Does not wait for a
+        model that hangs: nobody is left that it could answer."""
+        patience = 0.0 if self.state == "hung" else patience
         self.state = "stopping"
         self._arrived.set()
         if self._task is not None:
@@ -114,7 +123,7 @@ class Engine:
         """The answer to a request. Whoever is cancelled while he waits leaves nothing in the queue.
 
         Raises:
-            Busy: If the queue is full, or the model is not ready.
+            Busy: If the queue is full, or the model is not ready; `Hung` if it hangs.
             Late: If there is no answer at the deadline.
             Superseded: If a newer observation of the session came in.
             Failed: If the model failed at it.
@@ -146,6 +155,10 @@ class Engine:
         """Requests in the queue now."""
         return len(self._waiting)
 
+    def predicting(self) -> float:
+        """Seconds that the batch with the model has taken so far; 0 if it has none."""
+        return 0.0 if self._began is None else self._clock() - self._began
+
     def unanswered(self) -> int:
         """Requests in the queue or with the model now."""
         return self._open.total()
@@ -161,10 +174,8 @@ class Engine:
         return self._worker.out_of_memory
 
     async def _answer(self, request: Request, since: float) -> Answer:
-        if self.state == "starting":
-            raise Busy("The model is warming up: ask again.", retry_after=1.0)
-        if not self.ready:
-            raise self._stopping()
+        if problem := self.problem:
+            raise problem
         left = None if request.deadline is None else request.deadline - since
         waiting = Waiting(request, asyncio.get_running_loop().create_future(), since)
         if self._is_late(waiting):
@@ -212,10 +223,6 @@ class Engine:
     def _late() -> Late:
         return Late("There was no answer before the deadline: ask with what is seen now.")
 
-    @staticmethod
-    def _stopping() -> Busy:
-        return Busy("The server is stopping: ask another one, or again once it is back.", retry_after=1.0)
-
     # Batches ----------------------------------------------------------------------------------------------------------
 
     async def _run(self) -> None:
@@ -229,8 +236,7 @@ class Engine:
                     await self._arrived.wait()
         finally:  # nobody waits for what will not come
             self.state = "stopping"
-            for waiting in self._waiting.values():
-                waiting.refuse(self._stopping())
+            self._refuse(self._waiting.values())
 
     async def _gather(self) -> None:
         """Wait for as many requests as lately were asked at once, but not longer than `max_wait_ms`."""
@@ -254,10 +260,15 @@ class Engine:
     async def _ask(self, batch: list[Waiting]) -> None:
         if not batch:
             return
-        began = self._clock()
+        self._began = began = self._clock()
+        watchdog = asyncio.get_running_loop().call_later(self._hang_after, self._hang, batch)
         try:
             found = await self._worker.act([waiting.request for waiting in batch])
             ended = self._clock()
+            if self.state == "hung":
+                self.state = "ready"
+                logger.warning("The model has returned, after %.0f s. It is asked again.", ended - began)
+                return
             self.batches[len(batch)] += 1
             self._seconds += 0.2 * (ended - began - self._seconds)
             for waiting, answer in zip(batch, found, strict=True):
@@ -268,25 +279,18 @@ class Engine:
                     timing = {**times, **answer.timing, "batch_size": float(len(batch))}
                     waiting.future.set_result(replace(answer, timing=timing))
         finally:
-            for waiting in batch:  # of a stop that lost patience
-                waiting.refuse(self._stopping())
+            watchdog.cancel()
+            self._began = None
+            self._refuse(batch)  # of a stop that lost patience
 
+    def _hang(self, batch: list[Waiting]) -> None:
+        """The model has taken too long for a batch."""
+        if self.ready:  # whoever stops has a patience of his own
+            self.state = "hung"
+            logger.error("The model has not returned for %g s: requests are refused until it does.", self._hang_after)
+            self._refuse([*batch, *self._waiting.values()])
 
-class RecentPeak:
-    """The largest of the numbers that were seen in the last `seconds`, or up to twice as long ago."""
-
-    def __init__(self, seconds: float):
-        self.seconds, self._began, self._peak, self._before = seconds, 0.0, 0, 0
-
-    def see(self, number: int, now: float) -> None:
-        self._turn(now)
-        self._peak = max(self._peak, number)
-
-    def peak(self, now: float) -> int:
-        self._turn(now)
-        return max(self._peak, self._before)
-
-    def _turn(self, now: float) -> None:
-        if now >= self._began + self.seconds:
-            self._before = self._peak if now < self._began + 2 * self.seconds else 0
-            self._began, self._peak = now, 0
+    def _refuse(self, unanswered: Iterable[Waiting]) -> None:
+        """Who waits, and will not be answered."""
+        for waiting in unanswered:
+            waiting.refuse(self.problem or Busy(PROBLEMS["stopping"], retry_after=1.0))

@@ -37,6 +37,11 @@ class Metrics:
         )
         Gauge("openvla_queue", "Requests that wait now.", registry=registry).set_function(engine.waiting)
         Gauge("openvla_ready", "1 if it answers.", registry=registry).set_function(lambda: float(engine.ready))
+        Gauge(
+            "openvla_predicting_seconds",
+            "Time that the batch with the model has taken so far: one that hangs shows here first. 0: none.",
+            registry=registry,
+        ).set_function(engine.predicting)
         self._sockets = Gauge("openvla_websockets", "Robots that are connected.", registry=registry)
 
     def came(self, protocol: str) -> None:

@@ -21,6 +21,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
 from . import contract, wire
+from .auth import refusal_response
 from .contract import Answer, BadRequest, Gone, ModelInfo, Refusal, TooLarge
 from .limits import Limits
 from .names import Call, Reset
@@ -50,11 +51,11 @@ def routes(service: Service) -> APIRouter:
         """Whether the server lives."""
         return "OK\n"
 
-    @router.get("/readyz", responses={503: {"description": "It is starting or stopping."}})
+    @router.get("/readyz", responses={503: {"description": "It is starting or stopping, or the model hangs."}})
     async def readyz() -> JSONResponse:
         """Whether the server answers requests now."""
-        ready = service.engine.ready
-        return JSONResponse({"ready": ready}, 200 if ready else 503)
+        problem = service.engine.problem
+        return JSONResponse({"ready": True}) if problem is None else refusal_response(problem, ready=False)
 
     @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:

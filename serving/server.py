@@ -28,6 +28,7 @@ from .service import Service
 
 PAGE_PATHS = ("/", *(f"/page/{name}" for name in FILES))  # the page asks for the key: its files need none
 GRACE = 30  # seconds in which what is in flight is answered when the server stops
+CLOSING = 5  # seconds after them in which clients have to take what they were answered
 
 
 def load_model(options: ServeOptions) -> Model:
@@ -83,7 +84,12 @@ def make_app(
         page: Makes the routes of `GET /`.
     """
     engine = Engine(
-        model, options.max_batch, options.max_wait_ms, options.queue_size, live=LiveView(frames=options.live_frames)
+        model,
+        options.max_batch,
+        options.max_wait_ms,
+        options.queue_size,
+        options.hang_after_s,
+        live=LiveView(frames=options.live_frames),
     )
     names = [name.strip() for name in (options.allow_host or "").split(",") if name.strip()]
     return create_app(
@@ -158,7 +164,7 @@ class Server(uvicorn.Server):
                 ws_per_message_deflate=False,  # nothing is unpacked before its size is known
                 limit_concurrency=2 * limits.connections,  # also those that never finish what they ask
                 timeout_keep_alive=30,
-                timeout_graceful_shutdown=GRACE,
+                timeout_graceful_shutdown=CLOSING,
                 proxy_headers=False,
                 server_header=False,
                 access_log=False,
@@ -198,7 +204,7 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if self._task is not None:
             self._task.cancel()
-        await self.service.stop()
+        await self.service.stop(GRACE, CLOSING)
         await super().shutdown(sockets)
 
     async def _wait_for_model(self) -> None:

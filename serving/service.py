@@ -145,12 +145,13 @@ class Service:
         self.warm = asyncio.ensure_future(self.engine.start())
         self.warm.add_done_callback(lambda warm: warm.cancelled() or warm.exception())  # which the engine has logged
 
-    async def stop(self, patience: float = 5.0) -> None:
-        """Answer what is in flight, refuse the rest; see `Engine.stop`."""
+    async def stop(self, patience: float = 30.0, closing: float = 5.0) -> None:
+        """Answer what is in flight, refuse the rest; see `Engine.stop`. Then wait for at most `closing` seconds until
+        clients have taken their answers."""
         for close in self.closers:
             await close()
-        await self.engine.stop()
-        until = time.monotonic() + patience
+        await self.engine.stop(patience)
+        until = time.monotonic() + closing
         while self.open and time.monotonic() < until:
             await asyncio.sleep(0.01)
         self._threads.shutdown(wait=False)

@@ -2,9 +2,12 @@
 
 import asyncio
 import logging
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
+from queue import SimpleQueue
+from typing import Any
 
 from ..policy import check_numbers
 from .contract import Answer, Failed, Model, Refusal, Request
@@ -14,7 +17,8 @@ logger = logging.getLogger(__name__)
 
 
 class Worker:
-    """A model in a thread of its own.
+    """A model in a thread of its own: a daemon, since a process waits at its end for all others, those of executors
+    included, and this one may never return.
 
     Args:
         limit: Requests that it is asked at once, at most. Halved, for good, where memory is too small.
@@ -25,7 +29,8 @@ class Worker:
 
     def __init__(self, model: Model, limit: int):
         self.model, self.limit, self.out_of_memory = model, limit, 0
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="openvla-model")
+        self._jobs: SimpleQueue[tuple[Future, Callable[[], Any]] | None] = SimpleQueue()
+        threading.Thread(target=self._run, name="openvla-model", daemon=True).start()
 
     async def warm_up(self) -> None:
         """Until the model is as fast as it gets; with smaller batches where memory is too small.
@@ -33,20 +38,35 @@ class Worker:
         Raises:
             MemoryError: If it is too small for a single request.
         """
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._warm_up)
+        await asyncio.wrap_future(self._submit(self._warm_up))
 
     async def act(self, requests: Sequence[Request]) -> list[Answer | Refusal]:
         """The answer to each request, or why there is none."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._act, requests)
+        return await asyncio.wrap_future(self._submit(lambda: self._act(requests)))
 
     def end_session(self, session: str) -> None:
         """After what the model does now. Returns at once."""
-        self._thread.submit(self.model.end_session, session)
+        self._submit(lambda: self.model.end_session(session))
 
     def close(self) -> None:
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        """The thread ends after what the model does now. Returns at once."""
+        self._jobs.put(None)
+
+    def _submit(self, work: Callable[[], Any]) -> Future:
+        future: Future = Future()
+        self._jobs.put((future, work))
+        return future
 
     # In the thread ----------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            future, work = job
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(work())
+                except BaseException as error:  # of whoever awaits it
+                    future.set_exception(error)
 
     def _warm_up(self) -> None:
         while True:

@@ -90,7 +90,7 @@ class Scripted:
             loop.close()
 
     async def _readyz(self, request):
-        return web.json_response({}, status=self.ready)
+        return web.json_response({"error": "The model warms up.", "code": "busy"}, status=self.ready)
 
     async def _info(self, request):
         body = self.first if isinstance(self.first, (bytes, str)) else json.dumps(self.first)

@@ -272,7 +272,7 @@ def test_somebody_who_says_nothing(scheme):
 def test_a_server_that_is_starting_is_waited_for(scheme):
     scripted = Scripted(ready=503)
     with scripted.running():
-        with pytest.raises(Refused, match="wait") as caught:
+        with pytest.raises(Refused, match="warms up.*wait=60") as caught:
             connect(scripted.url(scheme))
         assert caught.value.code == "busy"
         threading.Timer(0.3, lambda: setattr(scripted, "ready", 200)).start()

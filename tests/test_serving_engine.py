@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from fake_serving import FakeModel, request
 
-from openvla.serving.contract import BadRequest, Busy, Failed, Late, Superseded
-from openvla.serving.engine import Engine, RecentPeak
+from openvla.serving.contract import BadRequest, Busy, Failed, Hung, Late, Superseded
+from openvla.serving.engine import Engine
+from openvla.serving.waiting import RecentPeak
 from openvla.serving.worker import sizes_up_to
 
 
@@ -319,6 +320,47 @@ async def test_memory_that_is_too_small(caplog):
             await soon(engine.act(request()))
         model.fits = 2
         assert level(await soon(engine.act(request(5)))) == 5 and engine.limit == 2
+
+
+# A model that hangs
+
+
+@in_loop
+async def test_a_model_that_hangs_is_told_and_comes_back(caplog):
+    model, clock = Gated(), Clock()
+    async with running(model, hang_after=0.01, max_batch=1, clock=clock) as engine:
+        accepted = await asked(engine, of("a", 1), of("b", 2))
+        await model.has_begun()
+        clock.now += 5
+        assert engine.predicting() == 5
+        for task in accepted:
+            with pytest.raises(Hung, match="hangs"):
+                await soon(task)
+        assert not engine.ready and engine.state == "hung" and engine.waiting() == 0
+        assert isinstance(engine.problem, Hung) and "not returned" in caplog.text
+        with pytest.raises(Hung) as refused:  # at once
+            await engine.act(of("a", 3))
+        assert refused.value.status == 503 and refused.value.retry_after > 0
+        engine.end_session("a")  # does not wait either
+        model.through.release()
+        while not engine.ready:
+            await asyncio.sleep(0.001)
+        assert engine.problem is None and engine.predicting() == 0 and "has returned" in caplog.text
+        model.through.release()
+        assert level(await soon(engine.act(of("a", 4)))) == 4  # and not what it was late with
+        assert model.batches == [1, 1] and engine.outcomes == {"hung": 3, "answered": 1}
+
+
+@in_loop
+async def test_a_stop_does_not_wait_for_a_model_that_hangs():
+    model = Gated()
+    engine = Engine(model, hang_after=0.01)
+    await engine.start()
+    with pytest.raises(Hung):
+        await soon(engine.act(of("a")))
+    await soon(engine.stop(patience=FOREVER))
+    assert engine.state == "stopped"
+    model.through.release()
 
 
 # Life

@@ -148,6 +148,9 @@ def test_it_is_not_ready_before_it_is_warm():
     engine = Engine(FakeModel(("primary",)))
     server = TestClient(create_app(engine), base_url="http://localhost")  # not started
     assert server.get("/readyz").status_code == 503 and server.get("/healthz").status_code == 200
+    assert server.get("/readyz").json() == {
+        "ready": False, "error": "The model is warming up: ask again.", "code": "busy", "retry_after": 1.0
+    }  # fmt: skip
     refused = server.post("/act", json=example(engine.info))
     assert refused.status_code == 503 and refused.json()["code"] == "busy" and int(refused.headers["Retry-After"]) >= 1
 

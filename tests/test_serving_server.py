@@ -1,11 +1,13 @@
 """`openvla serve` as a process: listens, says where, answers, stops well. The model is a fake one."""
 
+import json
 import os
 import signal
 import socket
 import threading
 import urllib.error
 import urllib.request
+from email.message import Message
 from types import SimpleNamespace
 
 import numpy as np
@@ -42,17 +44,18 @@ class Model(FakeModel):
             raise RuntimeError("no kernels")
 
 say = lambda line: print(line, flush=True)
-sys.exit(0 if serve(ServeOptions(port=0), say, load=lambda options: Model(("primary",))) else 1)
+options = ServeOptions(port=0, hang_after_s=float(sys.argv[4]))
+sys.exit(0 if serve(options, say, load=lambda options: Model(("primary",))) else 1)
 """
 GOOD = {"image": np.full((8, 8, 3), 100, np.uint8), "instruction": "go"}
 
 
 class Server:
-    def __init__(self, *, seconds: float = 0.0, **environment):
+    def __init__(self, *, seconds: float = 0.0, hang_after: float = 100.0, **environment):
         read, write = os.pipe()
         folder = os.path.dirname(__file__)
         env = {name: value for name, value in os.environ.items() if name != "OPENVLA_API_KEY"} | environment
-        self.process = start(PROGRAM, folder, seconds, "works", stdout=write, env=env)
+        self.process = start(PROGRAM, folder, seconds, "works", hang_after, stdout=write, env=env)
         os.close(write)
         with os.fdopen(read) as lines:
             self.line = lines.readline()
@@ -65,6 +68,16 @@ class Server:
                 return answer.status, answer.read()
         except urllib.error.HTTPError as error:
             return error.code, error.read()
+
+    def post(self, message: dict) -> tuple[int, bytes, Message]:
+        body, headers = wire.to_json(message).encode(), {"Content-Type": "application/json"}
+        try:
+            with urllib.request.urlopen(
+                urllib.request.Request(f"http://127.0.0.1:{self.port}/act", body, headers), timeout=60
+            ) as answer:
+                return answer.status, answer.read(), answer.headers
+        except urllib.error.HTTPError as error:
+            return error.code, error.read(), error.headers
 
     def connect(self, **more):
         return connect(f"ws://127.0.0.1:{self.port}/", max_size=None, **more)
@@ -127,12 +140,7 @@ def test_what_is_in_flight_is_answered_before_it_stops(stop, request):
     found = []
 
     def ask():
-        body = wire.to_json({**GOOD, "details": True}).encode()
-        asked = urllib.request.Request(
-            f"http://127.0.0.1:{server.port}/act", body, {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(asked, timeout=60) as answer:
-            found.append(wire.from_json(answer.read()))
+        found.append(wire.from_json(server.post({**GOOD, "details": True})[1]))
 
     with server.connect(compression=None) as robot:
         robot.recv()
@@ -153,8 +161,28 @@ def test_what_is_in_flight_is_answered_before_it_stops(stop, request):
     assert server.process.wait(timeout=60) == 0
 
 
+def test_a_model_that_hangs_is_told_and_does_not_keep_the_process(request):
+    server = Server(seconds=1e5, hang_after=0.05)
+    request.addfinalizer(server.process.kill)
+    with server.connect(compression=None) as robot:
+        robot.recv()
+        robot.send(wire.pack(GOOD))
+        assert json.loads(robot.recv(timeout=60))["code"] == "hung"
+        robot.send(wire.pack(GOOD))  # the connection is still there
+        assert json.loads(robot.recv(timeout=60))["retry_after"] > 0
+        status, said, headers = server.post(GOOD)
+        assert status == 503 and b"hangs" in said and int(headers["Retry-After"]) > 0
+        status, said = server.get("/readyz")
+        assert status == 503 and json.loads(said)["ready"] is False and "hangs" in json.loads(said)["error"]
+        metrics = server.get("/metrics")[1].decode()
+        assert "openvla_ready 0.0" in metrics and 'code="hung",protocol="websocket"} 2.0' in metrics
+        assert float(metrics.split("\nopenvla_predicting_seconds ")[1].split()[0]) > 0.05
+        os.kill(server.process.pid, signal.SIGTERM)
+    assert server.process.wait(timeout=60) == 0  # its thread never returned
+
+
 def test_a_model_that_cannot_be_warmed_up_ends_the_server():
-    done = start(PROGRAM, os.path.dirname(__file__), 0, "broken").done(timeout=120)
+    done = start(PROGRAM, os.path.dirname(__file__), 0, "broken", 100).done(timeout=120)
     assert done.returncode == 1 and "no kernels" in done.stderr and not done.stdout
 
 

@@ -13,13 +13,14 @@ from typing import Any
 
 import aiohttp
 
-from .connection import Address, Connection, get, open_connection
+from .connection import Address, Connection, get, open_connection, parsed
 from .errors import BadAnswer, NoAnswer, NotReached, Refused
-from .messages import FORMATS, Answer, ServerInfo, encoded, read_answer, request
+from .messages import FORMATS, Answer, ServerInfo, encoded, read_answer, read_refusal, request
 
 
 VARIABLE = "OPENVLA_API_KEY"
 LONGEST = 600_000.0  # milliseconds that a server lets a request wait
+NOT_READY = ("busy", "hung")  # codes of a server that may be ready later
 BACK_OFF = (0.05, 1.0)  # seconds between attempts to connect: the first, the longest
 
 
@@ -77,12 +78,14 @@ class AsyncClient:
         while True:
             try:
                 async with self._in_time(self.settings.timeout):
-                    status, _ = await get(self._session(), self.address, "/readyz")
+                    status, body = await get(self._session(), self.address, "/readyz")
                     if status == 503:
-                        raise Refused(f"{self.address.url}: the server is starting; connect(..., wait=60).", "busy")
+                        refused = read_refusal(parsed(body), NOT_READY[0])
+                        said = f"{self.address.url}: {refused} connect(..., wait=60) waits."
+                        raise Refused(said, refused.code, refused.retry_after)
                     return (await self._connected(time.monotonic() + self.settings.timeout)).info
             except (NotReached, NoAnswer, Refused) as error:
-                if isinstance(error, Refused) and error.code != "busy" or time.monotonic() >= end:
+                if isinstance(error, Refused) and error.code not in NOT_READY or time.monotonic() >= end:
                     raise
             await asyncio.sleep(min(0.2, max(0.0, end - time.monotonic())))
 

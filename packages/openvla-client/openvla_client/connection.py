@@ -112,7 +112,7 @@ class Requests:
         except UNREACHED as error:
             self.closed = True
             raise NotReached(f"{self._address.url}: {_told(error)}; {REMEDY}") from error
-        return decoded(body) if packed else _parsed(body)
+        return decoded(body) if packed else parsed(body)
 
     async def close(self) -> None:
         self.closed = True
@@ -177,7 +177,7 @@ class WebSocket:
         if message is None:
             raise NotReached(f"{self._url}: the connection broke (close code {self._socket.close_code}); {REMEDY}")
         if message.type is aiohttp.WSMsgType.TEXT:
-            raise read_refusal(_parsed(message.data), "refused")
+            raise read_refusal(parsed(message.data), "refused")
         return decoded(message.data)
 
     async def _read(self) -> None:
@@ -223,13 +223,13 @@ async def _body(response: aiohttp.ClientResponse) -> bytes:
 
 def _json(status: int, body: bytes) -> Any:
     """Raises `Refused` of another status than 200."""
-    content = _parsed(body)
+    content = parsed(body)
     if status != 200:
         raise read_refusal(content, f"http_{status}")
     return content
 
 
-def _parsed(data: str | bytes) -> Any:
+def parsed(data: str | bytes) -> Any:
     try:
         return json.loads(data)
     except (ValueError, RecursionError):

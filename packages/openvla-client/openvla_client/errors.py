@@ -12,7 +12,7 @@ class NoAnswer(TimeoutError):
 class Refused(RuntimeError):
     """The server says no, and why.
 
-    code: "bad_request", "unauthorized", "too_large", "busy", "late", "superseded", "failed", ...
+    code: "bad_request", "unauthorized", "too_large", "busy", "hung", "late", "superseded", "failed", ...
     retry_after: Seconds to wait, where the server says so.
     """
 
