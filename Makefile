@@ -6,6 +6,10 @@ BIN := $(VENV)/bin
 OUTPUTS := outputs
 JOBS ?= 2
 
+# Where the environment forbids bytecode each of the tests' processes compiles torch and transformers again: twice as long
+# as it takes to import them.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help demo policy test test-floor test-newest test-install test-page test-runtime test-ray test-fuzz check format bench constraints clean
 
 help:

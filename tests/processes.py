@@ -135,7 +135,8 @@ def serve(listeners: list[tuple[socket.socket, tuple[str, ...]]]) -> dict:
     that are to do one."""
     (own, modules), *later = listeners
     waiting: list = [sys.stdin, own, *(listener for listener, _ in later)]
-    select.select(waiting, [], [])  # nobody may ask
+    if sys.stdin in select.select(waiting, [], [])[0]:  # nobody has asked
+        os._exit(0)
     for module in modules:
         with suppress(ImportError):  # of an extra; who needs it finds out
             import_module(module)
