@@ -9,6 +9,7 @@ import copy
 import json
 import os
 import random
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -58,15 +59,37 @@ FILE_DAMAGE = {
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory) -> Path:
+    """A tiny published folder, of whose 32,000 tokens the bytes, the characters of ASCII and those of actions are left:
+    words and merges take most of the time of loading a folder."""
     folder = tmp_path_factory.mktemp("model")
     for file in TINY[1].folder.iterdir():
-        (shutil.copyfile if file.suffix == ".json" else os.symlink)(file, folder / file.name)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "timm_model_kwargs": TINY[1].timm_model_kwargs}))
-    # A tokenizer has the same tokens without its 61,000 merges, which take most of the time of loading a folder.
+        shutil.copyfile(file, folder / file.name)
+
+    def change(name: str, **fields) -> None:
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**content, **fields}))
+
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    tokenizer["model"]["merges"] = []
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    ids = tokenizer["model"]["vocab"]
+    character = re.compile("[!-~▁]")
+    kept = [name for name, id in ids.items() if not 259 <= id < 32000 - 256 or character.fullmatch(name)]
+    rows, pad = torch.tensor([ids[name] for name in kept]), len(kept)
+    few = {"<PAD>": pad, **{name: row for row, name in enumerate(kept)}}
+    added = [{**token, "id": few[token["content"]]} for token in tokenizer["added_tokens"]]
+    model = {**tokenizer["model"], "vocab": {name: few[name] for name in kept}, "merges": []}
+    change("tokenizer.json", model=model, added_tokens=added)
+    decoder = {str(token["id"]): {key: token[key] for key in token if key != "id"} for token in added}
+    change("tokenizer_config.json", added_tokens_decoder=decoder)
+    change("added_tokens.json", **{"<PAD>": pad})
+    change("generation_config.json", pad_token_id=pad)
+    text = json.loads((folder / "config.json").read_text())["text_config"]
+    text |= {"pad_token_id": pad, "vocab_size": pad + 64}
+    change("config.json", timm_model_kwargs=TINY[1].timm_model_kwargs, pad_token_id=pad, text_config=text)
+    weights = load_file(folder / "model.safetensors")
+    for name in ("language_model.lm_head.weight", "language_model.model.embed_tokens.weight"):
+        weights[name] = torch.cat([weights[name][rows], weights[name][32000:]])
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert outcome(folder, weights=True) == "right"
     return folder
 
 
