@@ -163,6 +163,51 @@ def test_what_is_committed_goes_with_the_request():
     assert committed == [None, [1, 2, 3], [2, 3, 4], [3, 4, 5], [4, 5], [5], None]
 
 
+def told_and_executed(bench, steps, **more):
+    """Each committed action that was sent for a step, and what was executed in it."""
+    executed = [bench.step(**more).action for _ in range(steps)]
+    told = [
+        (ask.step + i, action) for ask in bench.asked if ask.committed is not None
+        for i, action in enumerate(ask.committed) if ask.step + i < len(executed) + 1
+    ]  # fmt: skip
+    return [(action.tolist(), executed[step - 1].tolist()) for step, action in told]
+
+
+def test_what_is_committed_is_what_will_be_executed():
+    bench = Bench(JOINTS, start=[0, 0, 0], wait=0, commit=3, limits=Limits(step={"a": 0.25}))
+    bench.step()
+    bench.answer([[i, -i, 0.5] for i in range(6)])
+    pairs = told_and_executed(bench, 5)
+    assert len(pairs) == 3 + 3 + 3 + 2 + 1 and all(told == done for told, done in pairs)
+    assert bench.asked[1].committed[:, 0].tolist() == [0.25, 0.5, 0.75]  # each from where the one before leads
+    assert bench.asked[1].committed[:, 1].tolist() == [-1, -2, -3]
+
+
+def test_what_may_not_be_executed_is_not_committed():
+    refusing = Bench(start=still(), wait=0, commit=3, limits=Limits(step={"x": 2.5}, refuse=True))
+    refusing.step()
+    refusing.answer([[i, 0, 0, 1] for i in range(6)])
+    pairs = told_and_executed(refusing, 3)
+    assert [told for told, _ in pairs] == [[1, 0, 0, 1], [2, 0, 0, 1], [2, 0, 0, 1]]
+    assert all(told == done for told, done in pairs)
+    placed = Bench(start=still(), wait=0, commit=3, limits=Limits(place={"z": (0.1, 0.5)}))
+    for position, expected in (([0, 0, 0.2, 0], [[1, 0, 0.3, 1]]), (None, None)):
+        placed.guard.reset(still())
+        placed.step()
+        placed.answer([[i, 0, 1, 1] for i in range(6)])
+        placed.step(position=position)  # where it stands in the steps after that, nobody knows
+        committed = placed.asked[-1].committed
+        assert (committed if committed is None else committed.round(9).tolist()) == expected
+
+
+def test_what_a_loop_that_was_held_up_leaves_out_is_not_committed():
+    bench = Bench(start=still(), wait=0, commit=2)
+    bench.step()
+    bench.answer([[i, 0, 0, 1] for i in range(6)])
+    bench.now += 0.2
+    assert bench.step().action[0] == 2 and bench.asked[-1].committed[:, 0].tolist() == [2, 3]
+
+
 # What never acts ------------------------------------------------------------------------------------------------------
 
 

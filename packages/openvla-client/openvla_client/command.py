@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 
@@ -40,6 +41,11 @@ class Command:
     answered: np.ndarray | None = None
     reason: str = ""
     limited: tuple[str, ...] = ()
+
+    def record(self) -> dict[str, Any]:
+        """As a line of the audit has it."""
+        lists = {name: value.tolist() for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        return {**vars(self), **lists}
 
 
 class NoAction(RuntimeError):

@@ -45,6 +45,7 @@ class Guard:
         execute: Of each answer only the first so many actions count. Default: all.
         commit: So many actions of the last answer are sent with each request, as those that are executed while the
             server thinks: it answers with how they go on. As many steps as an answer takes; for models that learned it.
+            They are sent as `limits` will have them; fewer where that is not certain before (`Limits.ahead`).
         stalled_after, dead_after: Seconds, see above. Defaults: five control periods (at least `max_age`), 5 seconds
             (at least twice `stalled_after`).
         fallback: "hold": no motion where an action is a change, the last target where it is a place, grippers as they
@@ -182,7 +183,7 @@ class Guard:
         seen_at = now if seen_at is None else seen_at
         arrived: list[dict[str, Any]] = []
         self._collect(arrived)
-        asked = self._ask(step, now, seen_at, observation)
+        asked = self._ask(step, now, seen_at, observation, here)
         seen = None if self._audit is None else self._digest(observation)  # while the answer is on its way
         if asked is not None:
             self._collect(arrived, asked.id, min(self.wait, self.wait - (self._clock() - now)))
@@ -195,9 +196,9 @@ class Guard:
             command = replace(command, reason=f"seen_at={seen_at} is not a time of the guard's clock, {now}")
         if self._audit is not None:
             asked_id = None if asked is None else asked.id
-            self._audit(
-                self._record(command, step, now, {"seen": seen, "seen_at": seen_at, "asked": asked_id}, arrived)
-            )
+            request = {"seen": seen, "seen_at": seen_at, "asked": asked_id, "arrived": arrived}
+            at = datetime.datetime.now(datetime.UTC).isoformat()  # for people; nothing is decided by it
+            self._audit({"at": at, "clock": now, "epoch": self.epoch, "step": step, **request, **command.record()})
         if command.action is not None:
             self._last = command.action.copy()
         return command, step
@@ -220,7 +221,7 @@ class Guard:
         self._before = now
         return now
 
-    def _ask(self, step: int, now: float, seen_at: float, observation: Any) -> Ask | None:
+    def _ask(self, step: int, now: float, seen_at: float, observation: Any, here: np.ndarray | None) -> Ask | None:
         if self.state is State.DEAD or not self._usable(seen_at, now):
             return None
         if step < self._asked_at + self.ask_every:
@@ -228,7 +229,10 @@ class Guard:
                 self._plan.next(step, now)
                 return None
         self._asked_at = step
-        asked = Ask(self.epoch, next(self._ids), step, observation, self._plan.ahead(step, self.commit))
+        ahead = self._plan.ahead(step, now, self.commit)
+        if self.limits is not None and self.spec is not None:
+            ahead = self.limits.ahead(ahead, self.spec, self._last, here)
+        asked = Ask(self.epoch, next(self._ids), step, observation, ahead if len(ahead) else None)
         self._plan.asked(asked, seen_at)
         self._transport.submit(asked)
         return asked
@@ -301,22 +305,6 @@ class Guard:
                 return Command(action, "hold", self.state, age, reason=reason)
             reason += " (and nothing was executed that could be held: reset(start=...) says it)"
         return Command(None, "none", self.state, age, reason=reason)
-
-    def _record(
-        self, command: Command, step: int, now: float, seen: dict[str, Any], arrived: list[dict[str, Any]]
-    ) -> dict[str, Any]:
-        """The line of a step."""
-        return {
-            "at": datetime.datetime.now(datetime.UTC).isoformat(),  # for people; nothing is decided by it
-            "clock": now,
-            "epoch": self.epoch,
-            "step": step,
-            **seen,
-            "arrived": arrived,
-            **vars(command),
-            "action": None if command.action is None else command.action.tolist(),
-            "answered": None if command.answered is None else command.answered.tolist(),
-        }
 
 
 def _seconds(name: str, given: float | None, default: float, least: float) -> float:

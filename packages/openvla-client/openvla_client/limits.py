@@ -75,6 +75,28 @@ class Limits:
                 cut.append(name)
         return allowed, cut
 
+    def ahead(
+        self, actions: np.ndarray, spec: ActionSpec, last: np.ndarray | None, position: np.ndarray | None
+    ) -> np.ndarray:
+        """(n, A) the next actions, (m, A), as they will be executed: cut to the limits, and only as many as are certain
+        now. The first that will be refused ends them, and so does, after the first step, a limit of the place of a
+        relative dimension: where the robot stands then is not known.
+
+        Args:
+            last, position: As of `apply`, before the first of them.
+        """
+        certain: list[np.ndarray] = []
+        for action in actions:
+            try:
+                action, cut = self.apply(action, spec, last, position)
+            except ValueError:
+                break
+            if cut and self.refuse:
+                break
+            certain.append(action)
+            last, position = action, None
+        return np.array(certain).reshape(-1, actions.shape[1])
+
 
 def numbers(given: Sequence[float] | np.ndarray | None, name: str, dims: int, finite: bool = True) -> np.ndarray | None:
     """(A,) float64 of what a caller gave, or None.

@@ -106,13 +106,14 @@ class Plan:
         """Seconds from an observation to when the last action of its answer is due."""
         return 0.0 if self.newest is None else (len(self.newest.actions) - 1) * self.period
 
-    def ahead(self, step: int, count: int) -> np.ndarray | None:
-        """(n, A) actions of the newest answer for this step and those after it, n at most `count`; None for none."""
+    def ahead(self, step: int, now: float, count: int) -> np.ndarray:
+        """(n, A) actions of the newest answer for this step and those after it, n at most `count`."""
         newest = self.newest
-        if newest is None:
-            return None
-        first = max(step - newest.step, newest.done + 1)
-        return newest.actions[first : first + count].copy() if first < len(newest.actions) and count else None
+        try:
+            first = self.next(step, now)
+        except Stale:
+            newest = None
+        return np.zeros((0, self.dims or 0)) if newest is None else newest.actions[first : first + count].copy()
 
     def next(self, step: int, now: float) -> int:
         """Index of the action of the newest answer that is for this step.
