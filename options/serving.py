@@ -2,12 +2,44 @@
 
 from dataclasses import dataclass
 
-from .fields import option, pairs
+from .fields import Options, option, pairs
 from .prediction import ModelOptions
 
 
 @dataclass(kw_only=True)
-class ServeOptions(ModelOptions):
+class Limits(Options):
+    """How much of everything a server takes from outside. Checked before the memory is taken; what is above is refused,
+    with 413 or, where waiting helps, with 503."""
+
+    message_bytes: int = option(
+        32 * 2**20, "Bytes of one body or message. Nothing that is compressed is read.", least=1
+    )
+    bodies_bytes: int = option(
+        256 * 2**20, "Bytes of all bodies and messages that come in or are answered at a time.", least=1
+    )
+    picture_pixels: int = option(
+        4096 * 4096, "Height times width of an image, known before a JPEG or PNG is decoded.", least=1
+    )
+    state_numbers: int = option(1024, "Numbers of a state.", least=1)
+    instruction_letters: int = option(1000, "Letters of an instruction.", least=1)
+    name_letters: int = option(200, "Letters of the name of a session or a request.", least=1)
+    connections: int = option(64, "Requests and WebSockets at a time, of all clients together.", least=1)
+    ahead: int = option(
+        4,
+        "Requests of one WebSocket that may wait for their answers; it is read no further before one is sent.",
+        least=1,
+    )
+    head_seconds: float = option(
+        40.0, "Seconds after which a connection that asks nothing is ended; if it asked before, 30 are enough.", above=0
+    )
+    body_seconds: float = option(30.0, "Seconds until a body that has begun has to be there.", above=0)
+    send_seconds: float = option(10.0, "Seconds until a client has to have taken an answer.", above=0)
+    idle_seconds: float = option(3600.0, "Seconds without a message after which a WebSocket is closed.", above=0)
+    timeout_ms: float = option(600_000.0, "The longest that a request may say it waits, in milliseconds.", above=0)
+
+
+@dataclass(kw_only=True)
+class ServeOptions(Limits, ModelOptions):
     """A model behind a socket."""
 
     host: str = option(

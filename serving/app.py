@@ -6,10 +6,10 @@ from contextlib import asynccontextmanager
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse
 
+from ..options.serving import Limits
 from . import rest, websocket
 from .auth import OPEN_PATHS, Gate, refusal_response
 from .contract import Engine, Refusal
-from .limits import Limits
 from .service import Service
 
 

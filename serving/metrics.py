@@ -1,8 +1,11 @@
 """What Prometheus reads at `/metrics`."""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
 
 from .contract import Answer, Engine, Refusal
+from .room import Room
 
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
@@ -10,10 +13,15 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
 
 class Metrics:
-    """Of one server."""
+    """Of one server.
 
-    def __init__(self, engine: Engine):
+    Attributes:
+        labels: Of all of them, where servers are several: which one it is.
+    """
+
+    def __init__(self, engine: Engine, room: Room):
         self.registry = registry = CollectorRegistry()
+        self.labels: dict[str, str] = {}
         self._requests = Counter("openvla_requests", "Requests that came.", ["protocol"], registry=registry)
         self._refusals = Counter(
             "openvla_refusals",
@@ -42,6 +50,9 @@ class Metrics:
             "Time that the batch with the model has taken so far: one that hangs shows here first. 0: none.",
             registry=registry,
         ).set_function(engine.predicting)
+        Gauge(
+            "openvla_bodies_bytes", "Bodies and messages that come in or are answered now.", registry=registry
+        ).set_function(lambda: room.taken)
         self._sockets = Gauge("openvla_websockets", "Robots that are connected.", registry=registry)
 
     def came(self, protocol: str) -> None:
@@ -61,4 +72,9 @@ class Metrics:
         self._sockets.inc(change)
 
     def text(self) -> bytes:
-        return generate_latest(self.registry)
+        return generate_latest(self)  # type: ignore[arg-type]  # it calls `collect` alone
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in self.registry.collect():
+            metric.samples = [sample._replace(labels={**self.labels, **sample.labels}) for sample in metric.samples]
+            yield metric

@@ -14,9 +14,9 @@ import numpy as np
 
 from ..choices_openvla import closest
 from ..observation import Observation
+from ..options.serving import Limits
 from ..prompts_openvla import has_words
 from .contract import BadRequest, ModelInfo, Refusal, Request, TooLarge
-from .limits import Limits
 from .values import numbers, pixels, pixels_of_file, short_text
 
 
@@ -229,10 +229,15 @@ class Reader:
             raise BadRequest(f"'{STATE[0]}' and '{parts[0]}' both say what the state is: send one.")
         if state_dim is None:
             return np.zeros(0, np.float32)
+        if missing := [name for name in STATE_PARTS if parts and name not in found]:
+            raise BadRequest(
+                f"'{parts[0]}' came without '{missing[0]}': DROID's state is both, and what one alone is to a model of "
+                f"{state_dim} numbers is not clear. Send both, or 'state' (or openvla serve --map {parts[0]}=state)."
+            )
         values = [found[name] for name in parts] or ([found[STATE[0]]] if STATE[0] in found else [])
         if not values:
             raise BadRequest(f"state is missing: this model takes {state_dim} numbers. {self.expected()}")
-        rows = [np.atleast_1d(numbers("state", value, self.limits)) for value in values]
+        rows = [np.atleast_1d(numbers("state", value, self.limits.state_numbers)) for value in values]
         if any(row.ndim != 1 for row in rows) or sum(map(len, rows)) != state_dim:
             shapes = " and ".join(str(row.shape) for row in rows)
             raise BadRequest(f"state: shape {shapes} came, expected ({state_dim},).")
@@ -245,7 +250,7 @@ class Reader:
     def _committed(self, value: Any, action_dim: int) -> np.ndarray | None:
         if value is None:
             return None
-        steps = numbers("committed", value, self.limits)
+        steps = numbers("committed", value, self.info.chunk * action_dim)
         if steps.size == 0:
             return None
         if steps.ndim != 2 or steps.shape[1] != action_dim or len(steps) >= self.info.chunk:
@@ -258,7 +263,7 @@ class Reader:
     def _deadline(self, value: Any, arrived: float) -> float | None:
         if value is None:
             return None
-        milliseconds = numbers("timeout_ms", value, self.limits)
+        milliseconds = numbers("timeout_ms", value, 1)
         if milliseconds.ndim or not 0 < milliseconds <= self.limits.timeout_ms:
             raise BadRequest(f"timeout_ms: expected a number above 0 and up to {self.limits.timeout_ms:g}.")
         return arrived + float(milliseconds) / 1000

@@ -17,11 +17,12 @@ from fastapi import APIRouter
 from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.requests import Request as HTTPRequest
 
+from ..options.serving import Limits
 from .contract import Answer, BadRequest, Dataset, Engine, NotThere, Request
 from .episodes import Episodes, Step
-from .limits import Limits
 from .live import LiveView
 from .rest import read_body, unless_gone
+from .room import Room, Share
 
 
 WORDS = Limits(message_bytes=16 * 1024)  # of what is said about an episode
@@ -136,7 +137,7 @@ def add_episodes(router: APIRouter, episodes: Episodes) -> None:
 
 async def read_words(http: HTTPRequest, **kinds: type) -> dict[str, Any]:
     """The fields of a small body, those of `kinds` alone; a `Refusal` for anything else."""
-    body = await read_body(http, WORDS)
+    body = await read_body(http, WORDS, Share(Room(WORDS.message_bytes)))
     try:
         given = body.decode()
     except ValueError as error:

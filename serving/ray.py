@@ -15,17 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
+from fastapi.responses import PlainTextResponse
 from ray import serve
 
 from ..device import torch_device
 from ..hub import published_name
 from ..options.serving import ServeOptions
 from .auth import read_key
-from .contract import Model
-from .limits import Limits
+from .contract import Engine, Model
 from .model import OpenVLAModel
 from .server import GRACE, check_address, listen, make_app
+from .service import Service
 
 
 logger = logging.getLogger(__name__)
@@ -101,7 +102,7 @@ def application(options: ServeOptions, load: Callable[[ServeOptions], Model] = O
             "max_replicas": options.max_replicas or options.replicas,
             "target_ongoing_requests": options.max_batch,  # an open WebSocket counts as one
         },
-        max_ongoing_requests=Limits().connections,
+        max_ongoing_requests=options.connections,
         max_queued_requests=options.queue_size,
         graceful_shutdown_timeout_s=GRACE,
         health_check_period_s=5,
@@ -119,6 +120,17 @@ def application(options: ServeOptions, load: Callable[[ServeOptions], Model] = O
     return Replica.bind()  # type: ignore[attr-defined]  # it is a `Deployment`
 
 
+def no_page(engine: Engine, service: Service) -> APIRouter:
+    """`GET /` in place of the page, which shows the robots and episodes of one process."""
+    router = APIRouter(include_in_schema=False)
+
+    @router.get("/")
+    async def index() -> PlainTextResponse:
+        return PlainTextResponse("With --ray there is no page. openvla serve without it has one.\n", 404)
+
+    return router
+
+
 def replica_app(options: ServeOptions, load: Callable[[ServeOptions], Model]) -> FastAPI:
     """The app of one replica, which is there once its model is warm.
 
@@ -127,7 +139,8 @@ def replica_app(options: ServeOptions, load: Callable[[ServeOptions], Model]) ->
     """
     key = read_key(os.environ)
     check_address(options.host, key is not None or options.insecure)
-    app = make_app(options, load(options), key)
+    app = make_app(options, load(options), key, page=no_page)
+    app.state.service.metrics.labels["replica"] = serve.get_replica_context().replica_id.unique_id
     lifespan = app.router.lifespan_context
 
     @asynccontextmanager

@@ -20,11 +20,12 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
+from ..options.serving import Limits
 from . import contract, wire
 from .auth import refusal_response
 from .contract import Answer, BadRequest, Gone, ModelInfo, Refusal, TooLarge
-from .limits import Limits
 from .names import Call, Reset
+from .room import Share
 from .service import Service, content, metadata
 
 
@@ -40,10 +41,9 @@ def routes(service: Service) -> APIRouter:
     @router.post("/act", openapi_extra={"requestBody": request_body(service.info)}, responses=responses())
     async def act(request: Request) -> Response:
         """What to do for what the robot sees."""
-        with service.sending(), service.asked("rest"):
-            body = await read_body(request, service.limits)
-            with service.room(len(body.data)):
-                call, answer = await unless_gone(request, service.answer(body.decode, len(body.data)))
+        with service.sending(), service.asked("rest"), service.room.share() as share:
+            body = await read_body(request, service.limits, share)
+            call, answer = await unless_gone(request, service.answer(body.decode, len(body.data)))
             return body.response(call, answer, service.info)
 
     @router.get("/healthz", response_class=PlainTextResponse)
@@ -79,8 +79,8 @@ async def read_request(request: Request, service: Service) -> contract.Request:
     Raises:
         Refusal: If there is none.
     """
-    body = await read_body(request, service.limits)
-    with service.room(len(body.data)):
+    with service.room.share() as share:
+        body = await read_body(request, service.limits, share)
         call = await service.read(body.decode, len(body.data))
     if isinstance(call, Reset):
         raise BadRequest("endpoint: expected an observation.")
@@ -135,8 +135,14 @@ def plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, np.ndarray) else value
 
 
-async def read_body(request: Request, limits: Limits) -> Body:
-    """Raises a `BadRequest` for what is of no known form, a `TooLarge` for more than is taken."""
+async def read_body(request: Request, limits: Limits, share: Share) -> Body:
+    """The body, which takes its share of the room as it comes.
+
+    Raises:
+        BadRequest: If it is of no known form.
+        TooLarge: If it is larger than the limits.
+        Busy: If there is no room.
+    """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind not in (JSON, FORM, MSGPACK):
         raise BadRequest(f"Content-Type: {kind[:50] or 'none'} came, expected {JSON}, {FORM} or {MSGPACK}.")
@@ -153,6 +159,7 @@ async def read_body(request: Request, limits: Limits) -> Body:
                 size += len(part)
                 if size > limits.message_bytes:
                     raise TooLarge(f"A body of more than {limits.message_bytes} bytes.")
+                share.resize(size)
     except TimeoutError:
         raise BadRequest(f"The body did not come within {limits.body_seconds:g} seconds.") from None
     except ClientDisconnect:

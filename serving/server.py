@@ -8,22 +8,23 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import uvicorn
 from fastapi import APIRouter, FastAPI
 
-from ..options.serving import ServeOptions
+from ..options.serving import Limits, ServeOptions
 from .app import create_app
 from .auth import OPEN_PATHS, VARIABLE, is_loopback, read_key
 from .contract import Failed, Model, ModelInfo
 from .engine import Engine
 from .episodes import Episodes, Simulator
-from .limits import Limits
 from .live import LiveView
 from .page import FILES, page_routes
 from .rest import read_request
 from .service import Service
+from .sockets import CountedSocket
 
 
 PAGE_PATHS = ("/", *(f"/page/{name}" for name in FILES))  # the page asks for the key: its files need none
@@ -63,7 +64,7 @@ def serve(
     with listen(options.host, options.port) as listener:
         app = make_app(options, load(options), key, page=lambda engine, service: page(engine, service, simulator))
         port, info = listener.getsockname()[1], app.state.service.info
-        server = Server(app, Limits(), lambda: say(start_line(info, options.host, port, key is not None)))
+        server = Server(app, options, lambda: say(start_line(info, options.host, port, key is not None)))
         logging.getLogger("python_multipart").setLevel(logging.ERROR)
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # what uvicorn raises again once it is done
         try:
@@ -93,7 +94,8 @@ def make_app(
     )
     names = [name.strip() for name in (options.allow_host or "").split(",") if name.strip()]
     return create_app(
-        engine, mapping=options.mapping, key=key, names=names, open_paths=(*OPEN_PATHS, *(PAGE_PATHS if page else ())),
+        engine, options, mapping=options.mapping, key=key, names=names,
+        open_paths=(*OPEN_PATHS, *(PAGE_PATHS if page else ())),
         routes=[lambda service: page(engine, service)] if page else [],
     )  # fmt: skip
 
@@ -156,10 +158,11 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, app: Any, limits: Limits, announce: Callable[[], Any]):
+        self.service: Service = app.state.service
         super().__init__(
             uvicorn.Config(
                 app,
-                ws="websockets-sansio",
+                ws=partial(CountedSocket, room=self.service.room),  # type: ignore[arg-type]  # it is called alone
                 ws_max_size=limits.message_bytes,
                 ws_per_message_deflate=False,  # nothing is unpacked before its size is known
                 limit_concurrency=2 * limits.connections,  # also those that never finish what they ask
@@ -172,7 +175,6 @@ class Server(uvicorn.Server):
                 log_config=None,
             )
         )
-        self.service: Service = app.state.service
         self._head_seconds = limits.head_seconds
         self._silent: dict[Any, tuple[Any, float]] = {}  # connection -> its last request, and since when there is none
         self.broken = False

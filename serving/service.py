@@ -10,10 +10,11 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
-from .contract import Answer, BadRequest, Busy, Engine, Failed, ModelInfo, Refusal, Request
-from .limits import Limits
+from ..options.serving import Limits
+from .contract import Answer, BadRequest, Engine, Failed, ModelInfo, Refusal, Request
 from .metrics import Metrics
 from .names import Call, Reader, Reset
+from .room import Room
 
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ class Service:
 
     Attributes:
         ask: A request in, an answer out. Whoever wants to see what robots see puts itself around it.
+        room: For bodies and messages, see `Limits.bodies_bytes`.
         open: Requests whose answers are not sent yet.
         closers: What else has to end before the engine does.
         warm: Done when the engine is ready, or could not be made so (`Failed`).
@@ -37,12 +39,12 @@ class Service:
 
     def __init__(self, engine: Engine, limits: Limits, mapping: Mapping[str, str] | None = None):
         self.engine, self.limits = engine, limits
-        self.reader, self.metrics = Reader(engine.info, limits, mapping), Metrics(engine)
+        self.room = Room(limits.bodies_bytes)
+        self.reader, self.metrics = Reader(engine.info, limits, mapping), Metrics(engine, self.room)
         self.ask: Callable[[Request], Awaitable[Answer]] = engine.act
         self.closers: list[Callable[[], Awaitable[Any]]] = []
         self.open = 0
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="read")
-        self._bytes = 0
 
     @property
     def info(self) -> ModelInfo:
@@ -109,17 +111,6 @@ class Service:
             return decode()
         except ValueError as error:
             raise BadRequest(f"{error} {self.reader.expected()}") from error
-
-    @contextmanager
-    def room(self, size: int) -> Iterator[None]:
-        """Memory for a body of so many bytes; `Busy` where there is none left."""
-        if self._bytes + size > self.limits.bodies_bytes:
-            raise Busy("Too much is being sent at a time.", retry_after=1.0)
-        self._bytes += size
-        try:
-            yield
-        finally:
-            self._bytes -= size
 
     @contextmanager
     def asked(self, protocol: str) -> Iterator[None]:

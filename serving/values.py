@@ -4,9 +4,9 @@ from typing import Any
 
 import numpy as np
 
+from ..options.serving import Limits
 from ..pixels_openvla import load_image
 from .contract import BadRequest, TooLarge
-from .limits import Limits
 from .wire import from_base64, picture_size
 
 
@@ -24,16 +24,16 @@ def short_text(field: str, value: Any, limits: Limits) -> str | None:
     return value
 
 
-def numbers(field: str, value: Any, limits: Limits) -> np.ndarray:
-    """float64 of any shape, all finite."""
+def numbers(field: str, value: Any, most: int) -> np.ndarray:
+    """At most so many float64 of any shape, all finite."""
     try:
         array = np.asarray(value)
     except (ValueError, TypeError, OverflowError) as error:
         raise BadRequest(f"{field}: expected numbers in rows of one length.") from error
     if array.dtype.kind not in "iuf":
         raise BadRequest(f"{field}: expected numbers, {type(value).__name__} of {array.dtype} came.")
-    if array.size > limits.state_numbers:
-        raise TooLarge(f"{field}: {array.size} numbers, at most {limits.state_numbers}.")
+    if array.size > most:
+        raise TooLarge(f"{field}: {array.size} numbers, at most {most}.")
     if not np.isfinite(array).all():
         raise BadRequest(f"{field}: it holds NaN or infinite numbers.")
     return array.astype(np.float64)

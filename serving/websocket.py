@@ -130,7 +130,7 @@ class Conversation:
             return wire.unpack(message)
 
         try:
-            with self.service.asked("websocket"), self.service.room(len(message)):
+            with self.service.asked("websocket"), self.service.room.share(len(message)):
                 call, answer = await self.service.answer(decode, len(message), self.session, self.turn)
         except Refusal as refusal:
             return json.dumps(refusal.content())

@@ -30,8 +30,8 @@ from openvla_client.wire import pack, unpack
 from PIL import Image
 from scripted_server import Scripted, metadata, right
 
+from openvla.options.serving import Limits
 from openvla.serving import service
-from openvla.serving.limits import Limits
 
 
 SCHEMES = ("ws", "http")

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections import Counter
 from pathlib import Path
 
@@ -120,9 +122,14 @@ async def ask_while_one_dies(port: int) -> tuple[dict, Counter, Counter, int]:
 def test_a_replica_is_killed_under_load(started):
     server = started("load")
     assert "serving" in server.said
+    with pytest.raises(urllib.error.HTTPError) as nothing:
+        urllib.request.urlopen(f"http://127.0.0.1:{server.port}/", timeout=60)
+    assert nothing.value.code == 404 and b"With --ray there is no page" in nothing.value.read()
     answers, refusals, pids, killed = asyncio.run(ask_while_one_dies(server.port))
     print(f"{len(answers)} answers by {dict(pids)}, of which {killed} was killed; asked again: {dict(refusals)}")
     assert len(answers) == ROBOTS * STEPS  # each once, and the right one
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=60) as metrics:
+        assert b'openvla_ready{replica="' in metrics.read()
     assert pids[killed] < sum(pids.values()) / 2 and refusals  # what was in flight there was asked again
     assert server.stop() == 0
 

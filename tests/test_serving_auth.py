@@ -4,10 +4,10 @@ import pytest
 from fake_serving import FakeModel
 from starlette.testclient import TestClient, WebSocketDenialResponse
 
+from openvla.options.serving import Limits
 from openvla.serving.app import create_app
 from openvla.serving.auth import VARIABLE, is_loopback, read_key
 from openvla.serving.engine import Engine
-from openvla.serving.limits import Limits
 from openvla.serving.server import check_address
 
 

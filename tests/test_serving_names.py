@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from fake_serving import FakeModel
 
+from openvla.options.serving import Limits
 from openvla.serving import wire
 from openvla.serving.contract import BadRequest, TooLarge
-from openvla.serving.limits import Limits
 from openvla.serving.names import Call, Reader, Reset
 
 
@@ -257,6 +257,8 @@ STATES = {
     "huge": ({"state": [0] * 7 + [10**400]}, "expected numbers"),
     "text": ({"state": ["0"] * 8}, "expected numbers"),
     "true": ({"state": [True] * 8}, "expected numbers"),
+    "as many numbers by chance": ({"joint_position": np.zeros(8)}, "without 'gripper_position'.*--map joint_position="),
+    "the other part alone": ({"observation/gripper_position": np.zeros(8)}, "without 'joint_position'.*8 numbers"),
     "both": ({"state": np.zeros(8), "joint_position": np.zeros(7)}, "send one"),
 }
 
@@ -285,7 +287,15 @@ def test_several_datasets_need_a_key():
     assert read(made, {**GOOD, "unnorm_key": "b"}).request.unnorm_key == "b"
 
 
+def test_committed_steps_have_a_limit_of_their_own():
+    made = reader(chunk=100, limits=Limits(state_numbers=3))
+    assert read(made, {**GOOD, "committed": np.zeros((99, 7))}).request.observation.committed.shape == (99, 7)
+    with pytest.raises(TooLarge, match="at most 700"):
+        made.read({**GOOD, "committed": np.zeros((101, 7))})
+
+
 def test_limits_are_kept():
+    assert (Limits().message_bytes, Limits().picture_pixels) == (wire.MOST_BYTES, wire.MOST_PIXELS)
     limits = Limits(picture_pixels=100, state_numbers=9, instruction_letters=5, name_letters=3)
     made = reader(limits=limits, state_dim=3)
     good = {**GOOD, "state": np.zeros(3)}

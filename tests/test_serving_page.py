@@ -49,8 +49,11 @@ class FakeEngine:
     async def start(self):
         pass
 
-    async def stop(self):
+    async def stop(self, patience=30.0):
         pass
+
+    def predicting(self):
+        return 0.0
 
     def waiting(self):
         return 0

@@ -14,11 +14,11 @@ from fake_serving import FakeModel, warm
 from PIL import Image
 from starlette.testclient import TestClient
 
+from openvla.options.serving import Limits
 from openvla.serving import wire
 from openvla.serving.app import create_app
 from openvla.serving.contract import Late
 from openvla.serving.engine import Engine
-from openvla.serving.limits import Limits
 from openvla.serving.rest import example
 from openvla.serving.wire import MOST_BYTES
 
@@ -172,8 +172,21 @@ def test_metrics_count(server):
         'openvla_requests_total{protocol="rest"}',
         "openvla_queue 0.0",
         "openvla_ready 1.0",
+        "openvla_predicting_seconds 0.0",
+        "openvla_bodies_bytes 0.0",
     ):
         assert line in text, text
+
+
+def test_metrics_say_which_replica_they_are_of(server):
+    metrics = server.app.state.service.metrics
+    metrics.labels["replica"] = "a1"
+    try:
+        text = server.get("/metrics").text
+    finally:
+        metrics.labels.clear()
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    assert lines and all('replica="a1"' in line for line in lines)
 
 
 def test_examples_of_the_description_work(server, chunks):
@@ -270,7 +283,7 @@ def test_more_than_the_limits_is_refused():
             {**GOOD, "instruction": "go to there"},
             {**GOOD, "session": "a" * 10},
             {**GOOD, "request_id": "a" * 10},
-            {**GOOD, "committed": [[0.0] * 7]},
+            {**GOOD, "committed": [[0.0] * 7] * 3},
         ):
             answer = server.post("/act", json=given)
             assert (answer.status_code, answer.json()["code"]) == (413, "too_large"), answer.text
@@ -402,6 +415,22 @@ def test_who_leaves_frees_the_place_in_the_queue():
         assert (await held)[0]["status"] == 200
         await service.stop()
         assert model.batches == [1]
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_a_body_that_is_coming_in_takes_room_already():
+    async def run() -> None:
+        app = create_app(Engine(FakeModel(("primary",))), Limits(bodies_bytes=1500))
+        room, leave = app.state.service.room, asyncio.Event()
+        first = asyncio.create_task(call(app, [bytes(1000)], 1200, leave))
+        while room.taken != 1000:
+            await asyncio.sleep(0.001)
+        sent = await call(app, [bytes(400), bytes(400)], 800, asyncio.Event())
+        assert sent[0]["status"] == 503 and room.taken == 1000
+        leave.set()
+        await first
+        assert room.taken == 0
 
     asyncio.run(asyncio.wait_for(run(), 60))
 

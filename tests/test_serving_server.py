@@ -7,6 +7,7 @@ import socket
 import threading
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from email.message import Message
 from types import SimpleNamespace
 
@@ -18,17 +19,16 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from openvla.action_spec import usual_spec
-from openvla.options.serving import ServeOptions
+from openvla.options.serving import Limits, ServeOptions
 from openvla.serving import server as serving
 from openvla.serving import wire
 from openvla.serving.app import create_app
 from openvla.serving.contract import Dataset, ModelInfo
 from openvla.serving.engine import Engine
-from openvla.serving.limits import Limits
 
 
 PROGRAM = """
-import sys, time
+import json, sys, time
 sys.path.insert(0, sys.argv[1])
 from fake_serving import FakeModel
 from openvla.options.serving import ServeOptions
@@ -44,22 +44,26 @@ class Model(FakeModel):
             raise RuntimeError("no kernels")
 
 say = lambda line: print(line, flush=True)
-options = ServeOptions(port=0, hang_after_s=float(sys.argv[4]))
+options = ServeOptions(port=0, **json.loads(sys.argv[4]))
 sys.exit(0 if serve(options, say, load=lambda options: Model(("primary",))) else 1)
 """
 GOOD = {"image": np.full((8, 8, 3), 100, np.uint8), "instruction": "go"}
 
 
 class Server:
-    def __init__(self, *, seconds: float = 0.0, hang_after: float = 100.0, **environment):
+    def __init__(self, *, seconds: float = 0.0, options: dict | None = None, **environment):
         read, write = os.pipe()
         folder = os.path.dirname(__file__)
         env = {name: value for name, value in os.environ.items() if name != "OPENVLA_API_KEY"} | environment
-        self.process = start(PROGRAM, folder, seconds, "works", hang_after, stdout=write, env=env)
+        self.process = start(PROGRAM, folder, seconds, "works", json.dumps(options or {}), stdout=write, env=env)
         os.close(write)
         with os.fdopen(read) as lines:
             self.line = lines.readline()
         self.port = int(self.line.partition("http://127.0.0.1:")[2].partition(",")[0])
+
+    def metric(self, name: str) -> float:
+        """0 before it is counted."""
+        return float((self.get("/metrics")[1].decode().partition(f"\n{name} ")[2].split() or [0])[0])
 
     def get(self, path: str, **headers) -> tuple[int, bytes]:
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", headers=headers)
@@ -123,6 +127,61 @@ def test_a_message_above_the_limit_closes_the_connection(server):
     assert server.get("/readyz")[0] == 200
 
 
+def test_messages_that_are_coming_in_take_room_already(request):
+    server = Server(options={"bodies_bytes": 5000, "message_bytes": 4000, "ahead": 1})
+    request.addfinalizer(server.process.kill)
+    message, ending = wire.pack({**GOOD, "image": np.zeros((24, 24, 3), np.uint8)}), threading.Event()
+
+    def slowly():
+        yield bytes(3900)
+        ending.wait(60)
+        yield b" "
+
+    with server.connect(compression=None) as slow, server.connect(compression=None) as robot:
+        slow.recv(), robot.recv()
+        sender = threading.Thread(target=lambda: slow.send(slowly()))
+        sender.start()
+        while server.metric("openvla_bodies_bytes") < 3900:
+            pass
+        robot.send(message)
+        with pytest.raises(ConnectionClosed) as closed:
+            robot.recv(timeout=60)
+        assert closed.value.rcvd.code == 1013  # try again later
+        ending.set()
+        assert json.loads(slow.recv(timeout=60))["code"] == "bad_request"
+        sender.join()
+    while server.metric("openvla_bodies_bytes"):
+        pass
+    with server.connect(compression=None) as robot:
+        robot.recv()
+        robot.send(message)
+        assert wire.unpack(robot.recv(timeout=60))["actions"].shape == (1, 7)
+
+
+def test_who_sends_without_end_is_read_no_further_than_ahead(request):
+    server = Server(seconds=1e5, options={"ahead": 2})
+    request.addfinalizer(server.process.kill)
+    message, sent = wire.pack({**GOOD, "image": np.zeros((600, 600, 3), np.uint8)}), []
+
+    def endlessly():
+        with suppress(ConnectionClosed):
+            for number in range(1000):
+                robot.send(message)
+                sent.append(number)
+
+    with server.connect(compression=None) as robot:
+        robot.recv()
+        sender = threading.Thread(target=endlessly)
+        sender.start()
+        came = 'openvla_requests_total{protocol="websocket"}'
+        while server.metric(came) < 4:  # the one that is sent next, two in its wake, one that waits for their place
+            pass
+        assert [server.metric(came) for _ in range(20)] == [4] * 20
+        assert server.metric("openvla_bodies_bytes") <= 5 * len(message) and len(sent) < 50
+        server.process.kill()
+        sender.join(60)
+
+
 def test_a_key_of_the_environment_is_asked():
     server = Server(OPENVLA_API_KEY="a key")
     try:
@@ -162,7 +221,7 @@ def test_what_is_in_flight_is_answered_before_it_stops(stop, request):
 
 
 def test_a_model_that_hangs_is_told_and_does_not_keep_the_process(request):
-    server = Server(seconds=1e5, hang_after=0.05)
+    server = Server(seconds=1e5, options={"hang_after_s": 0.05})
     request.addfinalizer(server.process.kill)
     with server.connect(compression=None) as robot:
         robot.recv()
@@ -174,15 +233,14 @@ def test_a_model_that_hangs_is_told_and_does_not_keep_the_process(request):
         assert status == 503 and b"hangs" in said and int(headers["Retry-After"]) > 0
         status, said = server.get("/readyz")
         assert status == 503 and json.loads(said)["ready"] is False and "hangs" in json.loads(said)["error"]
-        metrics = server.get("/metrics")[1].decode()
-        assert "openvla_ready 0.0" in metrics and 'code="hung",protocol="websocket"} 2.0' in metrics
-        assert float(metrics.split("\nopenvla_predicting_seconds ")[1].split()[0]) > 0.05
+        assert server.metric("openvla_ready") == 0 and server.metric("openvla_predicting_seconds") > 0.05
+        assert server.metric('openvla_refusals_total{code="hung",protocol="websocket"}') == 2
         os.kill(server.process.pid, signal.SIGTERM)
     assert server.process.wait(timeout=60) == 0  # its thread never returned
 
 
 def test_a_model_that_cannot_be_warmed_up_ends_the_server():
-    done = start(PROGRAM, os.path.dirname(__file__), 0, "broken", 100).done(timeout=120)
+    done = start(PROGRAM, os.path.dirname(__file__), 0, "broken", "{}").done(timeout=120)
     assert done.returncode == 1 and "no kernels" in done.stderr and not done.stdout
 
 

@@ -10,10 +10,10 @@ from fake_serving import FakeModel, warm
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
+from openvla.options.serving import Limits
 from openvla.serving import wire
 from openvla.serving.app import create_app
 from openvla.serving.engine import Engine
-from openvla.serving.limits import Limits
 from openvla.serving.websocket import REALTIME
 
 

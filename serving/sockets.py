@@ -1,0 +1,51 @@
+"""Messages of WebSockets while they come in."""
+
+from typing import Any
+
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.protocol import State
+
+from .contract import Busy
+from .room import Room, Share
+
+
+TRY_AGAIN_LATER = 1013  # of WebSockets
+
+
+class CountedSocket(WebSocketsSansIOProtocol):
+    """A WebSocket whose messages take their share of a room while they come in; without room it is closed. uvicorn
+    gathers them to their end, and lets one wait until it is asked for, where nothing else sees them."""
+
+    def __init__(self, *args: Any, room: Room, **more: Any):
+        super().__init__(*args, **more)
+        self._share, self._waiting = Share(room), 0
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        try:
+            self._share.resize(self._coming() + self._waiting)
+        except Busy as busy:
+            self._share.resize(0)
+            if self.conn.state is State.OPEN:
+                self.conn.fail(TRY_AGAIN_LATER, str(busy))
+                self.handle_parser_exception()
+
+    def send_receive_event_to_app(self) -> None:
+        self._waiting += self._coming()
+        super().send_receive_event_to_app()
+
+    async def receive(self) -> Any:
+        message = await super().receive()
+        if self.queue.empty():
+            self._waiting = 0
+            self._share.resize(self._coming())
+        return message
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._share.resize(0)
+
+    def _coming(self) -> int:
+        """Bytes of the message that is not complete."""
+        fragments = getattr(self, "frames", None) or [getattr(self, "bytes", b"")]  # the latter of older uvicorn
+        return len(self.conn.reader.buffer) + sum(map(len, fragments))
