@@ -99,6 +99,8 @@ def latency(options: BenchOptions) -> dict[str, Any]:
                 with staged(model.device, found) if local and number % 2 else nullcontext():
                     with timed(model.device, found):
                         chosen[name] = way(frame)
+                if isinstance(way, Other):
+                    found["total"] = way.milliseconds
                 if number >= WARM_UP:
                     times[name].append(found)
                     if local and getattr(way.found, "token_passes", None) is not None:

@@ -19,8 +19,11 @@ WORKER = Path(__file__).with_name("worker.py")
 class Other:
     """Another interpreter that loads the same folder and predicts the same frames, one after the other.
 
-    What it has installed decides what is measured: openvla of any version, or what the code of the folder needs. Its
-    times hold a copy of the image through a pipe (below a millisecond for 256 x 256).
+    What it has installed decides what is measured: openvla of any version; or, where there is none, the original's
+    code, of the folder itself or of `--original-code`.
+
+    Attributes:
+        milliseconds: Of the last prediction by its own clock: without the pipe that images come through.
 
     Raises:
         ValueError: If it cannot be started, or does not answer; its own words are in the error stream.
@@ -29,20 +32,27 @@ class Other:
     def __init__(self, python: str, options: BenchOptions, key: str):
         if options.preset is not None:
             raise ValueError("--against compares predictions of a folder: give --model, and no --preset.")
+        code = options.original_code
+        if code is not None and not (code / "modeling_prismatic.py").is_file():
+            raise ValueError(
+                f"--original-code: no modeling_prismatic.py in '{code}'; give prismatic/extern/hf of a clone of the "
+                "original's repository."
+            )
         settings: dict[str, Any] = {
             "model": options.model,
             "unnorm_key": key,
             "device": options.device,
             "dtype": options.dtype,
+            "threads": options.threads,
+            "code": options.original_code and str(options.original_code.resolve()),
         }
-        settings["threads"] = options.threads
         try:
             self.process = subprocess.Popen(
                 [python, str(WORKER), json.dumps(settings)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
             )
         except OSError as error:
             raise ValueError(f"--against: '{python}' cannot be started ({error}): give an interpreter.") from error
-        self.python = python
+        self.python, self.milliseconds = python, 0.0
         self._receive()
 
     def prepare(self, frame: Frame) -> None:
@@ -54,7 +64,9 @@ class Other:
         assert self.process.stdin is not None  # a pipe, as asked for
         self.process.stdin.write(json.dumps({**content, "instruction": frame.instruction}) + "\n")
         self.process.stdin.flush()
-        return np.array(self._receive()["actions"])
+        answer = self._receive()
+        self.milliseconds = answer["ms"]
+        return np.array(answer["actions"])
 
     def _receive(self) -> dict[str, Any]:
         assert self.process.stdout is not None

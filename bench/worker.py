@@ -1,12 +1,45 @@
 """Run by another interpreter: a line of JSON in, a line of JSON out. Knows openvla of any version, or none.
 
-`{"shape", "image", "instruction"}` -> `{"actions"}`, in the units of the dataset.
+`{"shape", "image", "instruction"}` -> `{"actions", "ms"}`: in the units of the dataset, and from raw image to them.
 """
 
 import base64
+import importlib
 import json
 import sys
+import time
+from pathlib import Path
 from typing import Any
+
+
+def original_classes(code: str | None) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for the code in the model's folder; or registers that of the folder `code`, as
+    its README does: configuration_prismatic.py, modeling_prismatic.py, processing_prismatic.py."""
+    import transformers
+
+    if code is None:
+        return {"trust_remote_code": True}
+    folder = Path(code)
+    sys.path.insert(0, str(folder.parent))
+    parts = ("configuration", "modeling", "processing")
+    configuration, modeling, processing = (importlib.import_module(f"{folder.name}.{part}_prismatic") for part in parts)
+    config = configuration.OpenVLAConfig
+    transformers.AutoConfig.register("openvla", config)
+    transformers.AutoImageProcessor.register(config, processing.PrismaticImageProcessor)
+    transformers.AutoProcessor.register(config, processing.PrismaticProcessor)
+    transformers.AutoModelForVision2Seq.register(config, modeling.OpenVLAForActionPrediction)
+    return {}
+
+
+def size_towers(folder: Path) -> None:
+    """Towers of the sizes of config.json (`timm_model_kwargs`), which the original's code does not read."""
+    config = json.loads((folder / "config.json").read_text()) if folder.is_dir() else {}
+    if not config.get("timm_model_kwargs"):
+        return
+    import timm
+
+    create, sizes = timm.create_model, dict(zip(config["timm_model_ids"], config["timm_model_kwargs"]))
+    timm.create_model = lambda name, *values, **named: create(name, *values, **{**named, **sizes[name]})
 
 
 def open_model(settings: dict[str, Any]) -> Any:
@@ -25,7 +58,8 @@ def open_model(settings: dict[str, Any]) -> Any:
         from PIL import Image
         from transformers import AutoModelForVision2Seq, AutoProcessor
 
-        code = {"trust_remote_code": True}
+        code = original_classes(settings["code"])
+        size_towers(Path(settings["model"]))
         processor = AutoProcessor.from_pretrained(settings["model"], **code)
         model = AutoModelForVision2Seq.from_pretrained(settings["model"], **loading, **code).to(device).eval()
 
@@ -48,8 +82,10 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         pixels = np.frombuffer(base64.b64decode(request["image"]), np.uint8).reshape(request["shape"])
-        action = np.asarray(predict(pixels, request["instruction"]))
-        print(json.dumps({"actions": action.tolist()}), file=out, flush=True)
+        started = time.perf_counter()
+        action = np.asarray(predict(pixels, request["instruction"]))  # on the host: nothing is computed any more
+        milliseconds = 1000 * (time.perf_counter() - started)
+        print(json.dumps({"actions": action.tolist(), "ms": milliseconds}), file=out, flush=True)
 
 
 if __name__ == "__main__":

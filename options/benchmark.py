@@ -35,8 +35,13 @@ class BenchOptions(ModelOptions):
     batch_sizes: str = option("1,2,4,8,16", "Numbers of samples predicted at once, for throughput.")
     against: dict[str, Any] = pairs(
         "Another environment that predicts the same frames, in turns: NAME=PYTHON, an interpreter with another version "
-        "of openvla, or with what the code of the folder needs.",
+        "of openvla, or without it and with what the original's code needs.",
         flag="--against",
+    )
+    original_code: Path | None = option(
+        None,
+        "The original's code, for an environment of --against without openvla: prismatic/extern/hf of a clone.",
+        shown="the code in the model's folder",
     )
     onnx: Path | None = option(None, "An export of the model (export --to onnx), timed with the others.", shown="none")
     threads: int | None = option(None, "Threads of torch on a CPU.", shown="as torch chooses", least=1)

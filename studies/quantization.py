@@ -6,7 +6,7 @@
     python studies/quantization.py docs/results/quantization --only --closed-loop RUNS
 
 - actions: the embedded policy on frames of the scripted experts; tokens and actions against its own in float32.
-- memory: each precision in a process of its own, of a model with random weights whose size matters ("mid", 0.27 B).
+- memory: each precision in a process of its own, of a model with random weights whose size matters ("mid", 0.25 B).
 - time: all precisions in one process, interleaved, the least of all rounds; wall clock and CPU time of the thread,
   which a loaded machine stretches less.
 
@@ -33,12 +33,12 @@ from closed_loop import PRECISIONS, quantization_rows, success, table
 from matplotlib.figure import Figure
 
 from openvla import OpenVLAForActionPrediction
+from openvla.bench.mid import mid_model
 from openvla.data.samples import main_camera
 from openvla.data.sources import open_sources
 from openvla.folders import write_json
 from openvla.options.prediction import EMBEDDED_POLICY
 from openvla.policy import load_model
-from openvla.presets import load_preset_config, load_preset_statistics
 from openvla.quantization_openvla import OpenVLAQuantizationConfig
 from openvla.quantized_linear_openvla import largest_activation
 
@@ -46,26 +46,6 @@ from openvla.quantized_linear_openvla import largest_activation
 Precisions = dict[str, dict[str, Any]]  # name -> options of `load_model`
 PARTS = ("actions", "memory", "time")
 STAGES = ("towers", "projector", "prefill", "decode")
-TOWER = {"img_size": 224, "embed_dim": 384, "depth": 6, "num_heads": 6}
-LANGUAGE = {
-    "hidden_size": 1024,
-    "intermediate_size": 2816,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
-}
-
-
-def mid_model(folder: Path) -> Path:
-    """A model of the published form and 0.25 billion random weights."""
-    config = load_preset_config("openvla-7b")
-    config.timm_model_kwargs = [TOWER] * len(config.timm_model_ids)
-    config.text_config.update(LANGUAGE)
-    config.norm_stats = {"bridge_orig": load_preset_statistics("openvla-7b")["bridge_orig"]}
-    config.empty_token_id = 29871
-    torch.manual_seed(0)
-    OpenVLAForActionPrediction(config).save_pretrained(folder)
-    return folder
 
 
 def mid_inputs(model: Any) -> dict[str, torch.Tensor]:
@@ -267,7 +247,7 @@ def report_text(found: dict[str, Any], closed: list[dict[str, Any]]) -> str:
         ]
     for kind, title in (
         ("embedded", "the embedded policy (7.8 M parameters)"),
-        ("mid", "mid (0.27 B, random weights)"),
+        ("mid", "mid (0.25 B, random weights)"),
     ):
         if times := found.get(f"time, {kind}"):
             rows = [

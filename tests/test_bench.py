@@ -3,9 +3,11 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -19,12 +21,16 @@ from openvla.stages_openvla import STAGES, stage, watch_stages
 
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from original_folders import write_tiny  # noqa: E402 - a script, not part of the package
+
+
 DEMONSTRATIONS = str(ROOT / "tests" / "fixtures" / "demos" / "lerobot_image")
 ANSWERS = """
 import json, sys
 print(json.dumps({"ready": True}), flush=True)
 for line in sys.stdin:
-    print(json.dumps({"actions": [0.0] * 7, "shape": json.loads(line)["shape"]}), flush=True)
+    print(json.dumps({"actions": [0.0] * 7, "ms": 1.5, "shape": json.loads(line)["shape"]}), flush=True)
 """
 
 
@@ -77,6 +83,7 @@ def test_latency_of_the_embedded_policy(tmp_path, monkeypatch):
     for row in ways.values():
         assert 0 < row["min_ms"] <= row["p50_ms"] <= row["p90_ms"] <= row["p99_ms"]
         assert sum(found["min_ms"] for found in row["stages"].values()) < 5 * row["p99_ms"]
+    assert ways["fake"]["min_ms"] == ways["fake"]["p99_ms"] == 1.5  # by its own clock
     vision = ways["predict_action"]["stages"]["vision"]
     assert vision["limit_ms"] == limit_ms(vision, report["machine"])
     assert "right drafts" in table and "limit" in table
@@ -112,12 +119,78 @@ def test_startup_of_a_process(capsys):
         )
 
 
+SETTINGS = {"unnorm_key": "metaworld", "threads": None, "device": "auto", "dtype": "auto", "code": None}
+
+
 def test_what_another_environment_runs():
-    settings = {"model": str(ROOT), "unnorm_key": "metaworld", "threads": None, "device": "auto", "dtype": "auto"}
+    settings = {**SETTINGS, "model": str(ROOT)}
     image = np.zeros((64, 64, 3), np.uint8)
     action = worker.open_model({**settings, "device": "cpu"})(image, "open the drawer")
     expected = load_model(str(ROOT)).predict_action(image, "open the drawer")
     assert action.tolist() == expected.tolist()
+
+
+# In place of the original's three files, and of the old transformers that they need: what is asked of both.
+ORIGINAL = {
+    "configuration": "class OpenVLAConfig: pass",
+    "processing": """
+from .configuration_prismatic import OpenVLAConfig
+class PrismaticImageProcessor: pass
+class PrismaticProcessor:
+    def __call__(self, prompt, image): return Inputs(prompt=prompt, image=image)
+class Inputs(dict):
+    def to(self, device, dtype): return self
+""",
+    "modeling": """
+import timm
+class OpenVLAForActionPrediction:
+    dtype = None
+    def to(self, device): return self
+    def eval(self): return self
+    def predict_action(self, prompt, image, unnorm_key, do_sample):
+        assert prompt == "In: What action should the robot take to open the drawer?\\nOut:" and not do_sample
+        depths = [len(timm.create_model(name, pretrained=False, num_classes=0).blocks) for name in NAMES]
+        return [*image.size, *depths, unnorm_key]
+NAMES = "vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"
+""",
+}
+
+
+def test_the_original_is_run_from_a_folder_of_its_code(tmp_path, monkeypatch):
+    code = tmp_path / "clone" / "hf"
+    code.mkdir(parents=True)
+    for name, content in ORIGINAL.items():
+        (code / f"{name}_prismatic.py").write_text(content)
+    tiny = write_tiny(tmp_path / "tiny")
+    monkeypatch.setitem(sys.modules, "openvla", None)  # an environment without it
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    monkeypatch.setattr("timm.create_model", timm.create_model)  # worker replaces it
+    registered = {}
+    autos = ("AutoConfig", "AutoImageProcessor", "AutoProcessor", "AutoModelForVision2Seq")
+    old = SimpleNamespace(**{auto: FakeAuto(registered) for auto in autos})
+    monkeypatch.setitem(sys.modules, "transformers", old)
+    predict = worker.open_model({**SETTINGS, "model": str(tiny), "device": "cpu", "code": str(code)})
+    assert predict(np.zeros((48, 64, 3), np.uint8), "Open the drawer") == [64, 48, 3, 4, "metaworld"]
+
+
+class FakeAuto:
+    """An auto class that makes what was registered last."""
+
+    def __init__(self, registered: dict):
+        self.registered = registered
+
+    def register(self, key, value):
+        self.registered[id(self)] = value
+
+    def from_pretrained(self, folder, **options):
+        assert not options and (Path(folder) / "config.json").is_file()
+        return self.registered[id(self)]()
+
+
+def test_code_that_is_not_the_originals(tmp_path):
+    given = {"what": "latency", "against": {"original": sys.executable}, "original_code": tmp_path, "device": "cpu"}
+    with pytest.raises(ValueError, match="give prismatic/extern/hf of a clone"):
+        bench(BenchOptions(**given))
 
 
 @pytest.mark.parametrize(

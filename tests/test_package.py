@@ -19,25 +19,19 @@ from openvla import OpenVLAForActionPrediction, OpenVLAProcessor, hub
 from openvla.conversion import hub_folder, package_checkpoint
 
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from original_folders import write_tiny  # noqa: E402 - a script, not part of the package
+
+
 NAMES = ["tiny-openvla-fused", "tiny-openvla-siglip"]
 IMAGE = np.random.default_rng(0).integers(0, 256, (120, 160, 3), dtype=np.uint8)
 INSTRUCTION = "Open the Drawer"
 
 
-def source(name: str, folder: Path) -> Path:
-    """A published checkpoint whose config.json also tells the sizes of its towers."""
-    shutil.copytree(Path(__file__).parent / "fixtures" / name, folder, copy_function=shutil.copyfile)
-    sizes = json.loads((folder / "tiny_vision_sizes.json").read_text())["overrides"]
-    config = json.loads((folder / "config.json").read_text())
-    config["timm_model_kwargs"] = [sizes[model_id] for model_id in config["timm_model_ids"]]
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
 @pytest.fixture(scope="module")
 def published(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("published")
-    return {name: source(name, root / name) for name in NAMES}
+    return {name: write_tiny(root / name, name) for name in NAMES}
 
 
 @pytest.fixture(scope="module")
