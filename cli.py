@@ -239,7 +239,7 @@ def bench(options: BenchOptions) -> None:
     openvla bench latency --threads 1 --output latency.json
     openvla bench latency --preset openvla-7b --device cuda --field action_head=l1_regression --field action_chunk=8
     openvla bench latency --model my-folder --against before=old-env/bin/python --onnx my-folder-onnx
-    openvla bench latency --model my-folder --against original=env/bin/python --original-code openvla/prismatic/extern/hf
+    openvla bench latency --model my-folder --against old=env/bin/python --original-code clone/prismatic/extern/hf
     openvla bench throughput --batch-sizes 1,8,16
     openvla bench memory --model openvla/openvla-7b --quantization int4
     openvla bench exact --dataset data/mt10 --frames 200 --threads 1

@@ -1,8 +1,8 @@
 """What predictions cost.
 
 `subject`: what is measured, on which frames. `clock`: stages. `roofline`: what the hardware allows. `latency` (against
-others of `other`), `throughput`, `startup` (memory and loading, in a process of their own), `exact`; `plot`. `mid`: a model to
-measure with.
+others of `other`), `throughput`, `startup` (memory and loading, in a process of their own), `exact`; `plot`. `mid`: a
+model to measure with.
 """
 
 from typing import Any
