@@ -156,14 +156,15 @@ def test_held_out_episodes_are_evaluated(six_episodes, tmp_path, curves):
 
 
 def test_how_a_batch_is_computed_changes_nothing(tmp_path):
-    same = {"strategy": "last_layer", "dtype": "float32", "learning_rate": 1e-3, "save_every": 3, "log_every": 1}
+    same = {"strategy": "last_layer", "dtype": "float32", "learning_rate": 1e-3, "save_every": 2, "log_every": 1}
+    same["steps"] = 2
     finetune(options(tmp_path / "plain", batch_size=4, **same))
     finetune(options(tmp_path / "workers", batch_size=4, workers=2, **same))
     finetune(options(tmp_path / "accumulated", batch_size=2, gradient_accumulation=2, **same))
     finetune(options(tmp_path / "checkpointed", batch_size=4, gradient_checkpointing=True, **same))
     finetune(options(tmp_path / "bf16", batch_size=4, precision="bf16", **same))
     expected = losses(tmp_path / "plain")
-    assert len(expected) == 3
+    assert len(expected) == 2
     assert losses(tmp_path / "workers") == expected
     assert losses(tmp_path / "accumulated") == pytest.approx(expected, abs=1e-4)
     assert losses(tmp_path / "checkpointed") == pytest.approx(expected, abs=1e-4)
@@ -182,6 +183,7 @@ from accelerate.utils import DistributedType
 from openvla.training import FinetuneOptions, finetune, run, trainer
 
 torch.set_num_threads(1)
+run.plot_curves = lambda runs, path: False
 jobs = [FinetuneOptions(**job) for job in json.loads(sys.argv[1])]
 if jobs[0].optimizer == "muon":  # as the fixture float32_muon
     from functools import partial
@@ -275,10 +277,18 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
 
 STEPS_OF_BOTH = {"dtype": "float32", "learning_rate": 1e-3, "save_every": 2, "log_every": 1, "steps": 4, "keep": 9}
 STEPS_OF_BOTH |= {"eval_every": 4, "eval_samples": 4}  # one batch of one process, and one of each of two
+FEWER = {**STEPS_OF_BOTH, "steps": 2, "eval_every": 2}  # the second is of weights that the first has changed
 RUNS_OF_BOTH = {
-    "full": {"strategy": "full"},
-    "lora": {"strategy": "lora"},
-    "head": {"strategy": "lora", "head": "l1_regression", "action_chunk": 3, "chunk_end": "drop", "film": True},
+    "full": {**STEPS_OF_BOTH, "strategy": "full"},
+    "lora": {**FEWER, "strategy": "lora"},
+    "head": {
+        **FEWER,
+        "strategy": "lora",
+        "head": "l1_regression",
+        "action_chunk": 3,
+        "chunk_end": "drop",
+        "film": True,
+    },
 }
 
 
@@ -287,7 +297,7 @@ def one_process(six_episodes, tmp_path_factory) -> Path:
     """Runs of one process and batch 4."""
     folder = tmp_path_factory.mktemp("one")
     for name, changes in RUNS_OF_BOTH.items():
-        finetune(options(folder / name, six_episodes, batch_size=4, **changes, **STEPS_OF_BOTH))
+        finetune(options(folder / name, six_episodes, batch_size=4, **changes))
     return folder
 
 
@@ -299,7 +309,7 @@ def test_two_processes_learn_what_one_does(fsdp, one_process, six_episodes, tmp_
     if fsdp and not hasattr(torch.cpu.Stream, "record_event"):
         pytest.skip("torch 2.6 runs FSDP2 on accelerators only")
     two = {
-        name: options(tmp_path / "two" / name, six_episodes, batch_size=2, fsdp=fsdp, **changes, **STEPS_OF_BOTH)
+        name: options(tmp_path / "two" / name, six_episodes, batch_size=2, fsdp=fsdp, **changes)
         for name, changes in RUNS_OF_BOTH.items()
     }
 

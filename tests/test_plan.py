@@ -1,5 +1,6 @@
 """The plan of a run against real runs: what autograd keeps, gradients, optimizer states, FLOPs."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -24,13 +25,20 @@ BATCH, TOKENS = 2, 12
 
 @pytest.fixture(scope="module")
 def config() -> OpenVLAConfig:
-    return OpenVLAConfig.from_pretrained(ROOT)
+    """The embedded policy with two layers each: a step without values takes its time for each operation."""
+    config = OpenVLAConfig.from_pretrained(ROOT)
+    for tower in config.timm_model_kwargs:
+        tower |= {"depth": 2, "embed_dim": 64, "num_heads": 2}
+    text = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+    for name, value in text.items():
+        setattr(config.text_config, name, value)
+    return config
 
 
-def real_model(strategy: str, precision: str, **options):
+def real_model(config: OpenVLAConfig, strategy: str, precision: str, **options):
     """As `finetune` loads a model that is stored in bfloat16."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    model = OpenVLAForActionPrediction.from_pretrained(ROOT, dtype=dtype)
+    model = OpenVLAForActionPrediction(copy.deepcopy(config)).to(dtype)
     model = apply_strategy(model, strategy, **options)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -64,7 +72,7 @@ def real_saved_bytes(model, config, autocast: bool) -> int:
 )
 def test_a_step_without_values_keeps_what_a_real_one_keeps(config, strategy, precision):
     adapter = {"rank": 4} if strategy == "lora" else {}
-    model = real_model(strategy, precision, **adapter)
+    model = real_model(config, strategy, precision, **adapter)
     plan = estimate(config, strategy, batch_size=BATCH, text_tokens=TOKENS, precision=precision, **adapter)
     assert plan.activations == real_saved_bytes(model, config, autocast=precision == "bf16")
 
@@ -83,7 +91,7 @@ def test_muon_keeps_one_number_for_a_weight_of_a_matrix(config, float32_muon, st
     """Adapters of rank 2 are too thin for it and go to AdamW."""
     arguments = {"batch_size": BATCH, "text_tokens": TOKENS, "precision": "float32", **adapter}
     plan = estimate(config, strategy, optimizer="muon", **arguments)
-    model = real_model(strategy, "float32", **adapter)
+    model = real_model(config, strategy, "float32", **adapter)
     real_saved_bytes(model, config, autocast=False)
     optimizer = make_muon(model, learning_rate=0.01, weight_decay=0.1)
     optimizer.step()
@@ -97,7 +105,7 @@ def test_gradient_checkpointing_keeps_what_a_real_run_keeps(config):
     arguments = {"batch_size": BATCH, "text_tokens": TOKENS, "precision": "float32"}
     whole = estimate(config, "full", **arguments)
     plan = estimate(config, "full", gradient_checkpointing=True, **arguments)
-    model = real_model("full", "float32")
+    model = real_model(config, "full", "float32")
     checkpoint_activations(model)
     block = run_step(build(config, "full", "float32"), config, BATCH, TOKENS).largest_block
     assert plan.activations == real_saved_bytes(model, config, autocast=False) + block
@@ -105,9 +113,10 @@ def test_gradient_checkpointing_keeps_what_a_real_run_keeps(config):
     assert plan.flops_per_sample == whole.flops_per_sample
 
 
-def test_a_quantized_base_weighs_what_it_weighs(config):
+def test_a_quantized_base_weighs_what_it_weighs(config, tmp_path):
     pytest.importorskip("bitsandbytes", reason="a quantized model needs the [quant] extra")
-    model = OpenVLAForActionPrediction.from_pretrained(ROOT, quantization_config=qlora_quantization(torch.float32))
+    OpenVLAForActionPrediction(copy.deepcopy(config)).save_pretrained(tmp_path)
+    model = OpenVLAForActionPrediction.from_pretrained(tmp_path, quantization_config=qlora_quantization(torch.float32))
     model = apply_strategy(model, "qlora", rank=4)
     plan = estimate(config, "qlora", batch_size=BATCH, text_tokens=TOKENS, rank=4)
     real = 0
@@ -152,7 +161,7 @@ def test_flops_of_a_layer_are_those_of_its_formula(config):
     that predict the answer and the last one."""
     text = config.text_config
     before = estimate(config, "full", batch_size=1, text_tokens=TOKENS).flops_per_sample
-    wider = OpenVLAConfig.from_pretrained(ROOT)
+    wider = copy.deepcopy(config)
     wider.text_config.vocab_size += 64
     wider.image_token_id += 64
     after = estimate(wider, "full", batch_size=1, text_tokens=TOKENS).flops_per_sample
