@@ -6,6 +6,8 @@ const PAPER = { x: [-0.6, 0.42], y: [0.88, 0.22], z: [0, -0.92] };
 const REACH = 40; // length of an axis, of 120
 const [LEFT, TOP] = [58, 62]; // the origin
 
+export const the = (id) => document.getElementById(id);
+
 // An element with attributes and children. Text is only ever text.
 export function make(name, attributes = {}, ...children) {
   const element = ["svg", "g", "line", "path", "circle", "rect", "text", "polyline", "title"].includes(name)
@@ -103,23 +105,25 @@ export function drawTrace(dim, low, high, history, steps) {
   return svg;
 }
 
-// What one number was chosen from: 256 bins from `low` to `high`, the one that was chosen marked.
+// What one number was chosen from: bins from `low` to `high`, on a paper 256 wide; the one that was chosen marked.
 export function drawDistribution(low, high, value, probabilities, interval) {
   const svg = make("svg", { class: "bins", viewBox: "0 0 256 48", preserveAspectRatio: "none", role: "img" });
-  const at = (unit) => Math.min(255, Math.max(0, (255 * (unit - low)) / (high - low)));
+  const bins = probabilities?.length ?? 256;
+  const bin = 256 / bins; // its width; the last of them has no middle of its own
+  const at = (unit) => Math.min(256 - bin, Math.max(0, ((256 - bin) * (unit - low)) / (high - low)));
   if (interval) {
     const [left, right] = interval.map(at);
-    svg.append(make("rect", { class: "middle", x: left - 0.5, y: 0, width: right - left + 1, height: 40 }));
+    svg.append(make("rect", { class: "middle", x: left - bin / 2, y: 0, width: right - left + bin, height: 40 }));
   }
   if (low < 0 && high > 0) svg.append(make("line", { class: "zero", x1: at(0), y1: 0, x2: at(0), y2: 40 }));
   if (probabilities) {
     const wide = 2; // bins of one bar
     const bars = [];
-    for (let bin = 0; bin < probabilities.length; bin += wide) bars.push(probabilities.slice(bin, bin + wide).reduce((sum, share) => sum + share, 0));
+    for (let first = 0; first < bins; first += wide) bars.push(probabilities.slice(first, first + wide).reduce((sum, share) => sum + share, 0));
     const most = Math.max(...bars);
     for (const [index, share] of bars.entries()) {
       const height = (38 * share) / most;
-      if (height > 0.2) svg.append(make("rect", { class: "bar", x: index * wide, y: 40 - height, width: wide - 0.3, height }));
+      if (height > 0.2) svg.append(make("rect", { class: "bar", x: index * wide * bin, y: 40 - height, width: (wide - 0.3) * bin, height }));
     }
   }
   svg.append(make("line", { class: "base", x1: 0, y1: 40, x2: 256, y2: 40 }));

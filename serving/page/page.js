@@ -1,15 +1,15 @@
 // The page: one picture, one instruction, one action. Robots and the simulator are in watch.js.
 
 import { call, json } from "./api.js";
-import { drawCompass, drawDistribution, make, number, translation } from "./draw.js";
+import { drawCompass, drawDistribution, make, number, the, translation } from "./draw.js";
 import { watchRobots, openSimulator } from "./watch.js";
 
-const the = (id) => document.getElementById(id);
 const pictures = new Map(); // camera -> File or Blob
 let about, answer, shown; // what the server said of itself, its last answer, the dataset of that
 let turn = 0; // counts pictures and questions: an answer that comes after its picture was changed is not shown
+let question = new AbortController(); // the last one: nobody waits for its answer once there is another
 
-export function trouble(error) {
+function trouble(error) {
   the("trouble").textContent = error ? error.message : "";
   the("trouble").hidden = !error;
 }
@@ -75,6 +75,8 @@ function addExample(example, shows) {
 function forget() {
   answer = null;
   turn += 1;
+  question.abort();
+  question = new AbortController();
   the("compass")?.replaceChildren();
   the("numbers").replaceChildren();
   the("steps").hidden = true;
@@ -97,7 +99,7 @@ async function predict() {
   the("waiting").textContent = "The model looks …";
   const begun = performance.now();
   try {
-    const found = await json("act", { method: "POST", body });
+    const found = await json("act", { method: "POST", body, signal: question.signal });
     if (mine !== turn) return;
     answer = found;
     shown = about.datasets[answer.unnorm_key];
@@ -126,7 +128,7 @@ function showStep() {
   if (!shown.stated) said.push("what the numbers are is not said by the data: the usual names, a guess");
   if (hz) said.push(`${hz} actions in a second`);
   said.push(answer.distributions
-    ? "bars: the probability of each bin, from q01 to q99 of the data; shaded: the middle 90%; the mark: what was chosen"
+    ? "bars: the probability of each bin, from the lowest number that the model can say to the highest; shaded: the middle 90%; the mark: what was chosen"
     : "this model gives numbers and no tokens, so it has no probabilities");
   the("meaning").textContent = `${said.join("; ")}.`;
 }

@@ -1,9 +1,8 @@
 // What goes on at the server: robots that ask, and the episode in the simulator.
 
 import { call, json, post } from "./api.js";
-import { drawCompass, drawTrace, make, number } from "./draw.js";
+import { drawCompass, drawTrace, make, number, the } from "./draw.js";
 
-const the = (id) => document.getElementById(id);
 const pause = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
 
 // Robots -------------------------------------------------------------------------------------------------------------
@@ -16,7 +15,7 @@ export async function watchRobots(about) {
       try {
         showRobots((await json("robots", { quiet: true })).robots, about);
       } catch (error) {
-        the("no-robots").hidden = false;
+        showRobots([], about); // what was true a while ago looks as if it were now
         the("no-robots").textContent = error.message;
       }
     }
@@ -28,7 +27,7 @@ function showRobots(robots, about) {
   the("no-robots").hidden = robots.length > 0;
   the("no-robots").textContent = "No robot has asked yet.";
   const known = new Set(robots.map((robot) => robot.number));
-  for (const [key, card] of cards) if (!known.has(key)) { card.element.remove(); cards.delete(key); }
+  for (const [key, card] of cards) if (!known.has(key)) removeCard(key, card);
   for (const robot of robots) {
     if (!cards.has(robot.number)) cards.set(robot.number, newCard());
     showRobot(cards.get(robot.number), robot, about);
@@ -38,10 +37,15 @@ function showRobots(robots, about) {
 }
 
 function newCard() {
-  const card = { frame: 0, image: make("img", { alt: "" }), name: make("b"), mark: make("span", { class: "mark" }), told: make("p"), lines: make("p", { class: "note" }) };
-  card.image.hidden = true;
-  card.element = make("article", { class: "robot" }, card.image, make("div", {}, make("p", {}, card.mark, card.name), card.told, card.lines));
+  const card = { frame: 0, loading: false, images: make("div", { class: "seen" }), name: make("b"), mark: make("span", { class: "mark" }), told: make("p"), lines: make("p", { class: "note" }) };
+  card.element = make("article", { class: "robot" }, card.images, make("div", {}, make("p", {}, card.mark, card.name), card.told, card.lines));
   return card;
+}
+
+function removeCard(key, card) {
+  card.element.remove();
+  cards.delete(key);
+  showImages(card, []);
 }
 
 function ago(seconds) {
@@ -69,20 +73,29 @@ function showRobot(card, robot, about) {
   if (robot.action.length) lines.push(`action ${robot.action.map((value) => number(value, 2)).join(" ")}`);
   if (robot.proprio.length) lines.push(`state ${robot.proprio.map((value) => number(value, 2)).join(" ")}`);
   card.lines.replaceChildren(...lines.flatMap((line) => [line, make("br")]));
-  if (about.frames && robot.pictures && robot.frame !== card.frame) showFrame(card, robot);
+  if (about.frames && robot.pictures && robot.frame !== card.frame && !card.loading) showFrame(card, robot);
 }
 
+// Its last picture of each camera. One at a time: of two requests the older might be answered last.
 async function showFrame(card, robot) {
-  card.frame = robot.frame;
+  card.loading = true;
   try {
-    const blob = await (await call(`robots/${robot.number}/0`, { quiet: true })).blob();
-    URL.revokeObjectURL(card.image.src);
-    card.image.src = URL.createObjectURL(blob);
-    card.image.alt = `What ${card.name.textContent} saw last`;
-    card.image.hidden = false;
+    const cameras = [...Array(robot.pictures).keys()];
+    const found = await Promise.all(cameras.map((camera) => call(`robots/${robot.number}/${camera}`, { quiet: true })));
+    const blobs = await Promise.all(found.map((response) => response.blob()));
+    card.frame = robot.frame;
+    if (cards.get(robot.number) === card) showImages(card, blobs);
   } catch {
-    card.image.hidden = true; // it was pushed out of the view meanwhile
+    showImages(card, []); // it was pushed out of the view meanwhile
+  } finally {
+    card.loading = false;
   }
+}
+
+function showImages(card, blobs) {
+  for (const image of card.images.children) URL.revokeObjectURL(image.src);
+  const alt = `What ${card.name.textContent} saw last`;
+  card.images.replaceChildren(...blobs.map((blob) => make("img", { alt, src: URL.createObjectURL(blob) })));
 }
 
 // Simulator ----------------------------------------------------------------------------------------------------------
