@@ -188,7 +188,9 @@ class Engine:
         except TimeoutError:
             raise self._late() from None
         finally:
-            self._open -= Counter([key])
+            self._open[key] -= 1
+            if not self._open[key]:
+                del self._open[key]
             if self._waiting.get(key) is waiting:
                 del self._waiting[key]
 
@@ -240,13 +242,18 @@ class Engine:
 
     async def _gather(self) -> None:
         """Wait for as many requests as lately were asked at once, but not longer than `max_wait_ms`."""
+        if self._are_enough():  # a robot that is alone
+            return
         try:
             async with asyncio.timeout(self._max_wait):
-                while self.ready and len(self._waiting) < min(self.limit, self._lately.peak(self._clock())):
+                while not self._are_enough():
                     self._arrived.clear()
                     await self._arrived.wait()
         except TimeoutError:
             pass
+
+    def _are_enough(self) -> bool:
+        return not self.ready or len(self._waiting) >= min(self.limit, self._lately.peak(self._clock()))
 
     def _take(self) -> list[Waiting]:
         """The next batch, out of the queue."""

@@ -116,9 +116,9 @@ class LiveView:
 
 
 def smaller(image: np.ndarray) -> np.ndarray:
-    """A copy of at most SIDE pixels, by leaving out rows and columns: microseconds, whatever the size."""
+    """At most SIDE pixels, by leaving out rows and columns: microseconds, whatever the size, which is not kept."""
     stride = -(-max(image.shape[:2]) // SIDE)
-    return image[::stride, ::stride].copy()
+    return image if stride <= 1 else image[::stride, ::stride].copy()
 
 
 def shorten(text: str) -> str:

@@ -37,6 +37,7 @@ class Metrics:
             buckets=SECONDS,
             registry=registry,
         )
+        self._stages: dict[str, Histogram] = {}  # to look one up takes longer than to count
         self._batch = Histogram(
             "openvla_batch_size",
             "Requests in the batch of each answer: a batch of 16 counts 16 times.",
@@ -63,7 +64,9 @@ class Metrics:
             if name == "batch_size":
                 self._batch.observe(value)
             elif name.endswith("_ms"):
-                self._seconds.labels(name.removesuffix("_ms")).observe(value / 1000)
+                if name not in self._stages:
+                    self._stages[name] = self._seconds.labels(name.removesuffix("_ms"))
+                self._stages[name].observe(value / 1000)
 
     def refused(self, protocol: str, refusal: Refusal) -> None:
         self._refusals.labels(protocol, refusal.code).inc()

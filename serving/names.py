@@ -263,10 +263,10 @@ class Reader:
     def _deadline(self, value: Any, arrived: float) -> float | None:
         if value is None:
             return None
-        milliseconds = numbers("timeout_ms", value, 1)
-        if milliseconds.ndim or not 0 < milliseconds <= self.limits.timeout_ms:
+        number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+        if not (number and 0 < value <= self.limits.timeout_ms):
             raise BadRequest(f"timeout_ms: expected a number above 0 and up to {self.limits.timeout_ms:g}.")
-        return arrived + float(milliseconds) / 1000
+        return arrived + float(value) / 1000
 
 
 def _flat(message: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from ..options.serving import Limits
-from ..pixels_openvla import load_image
+from ..pixels_openvla import LONGEST_SIDE, load_image
 from .contract import BadRequest, TooLarge
 from .wire import from_base64, picture_size
 
@@ -48,6 +48,8 @@ def pixels(name: str, image: Any, limits: Limits) -> np.ndarray:
         elif isinstance(image, np.ndarray):
             image = _upright(image)
             _check_size(image.shape[0], image.shape[1], limits)
+            if _is_read(image):
+                return np.ascontiguousarray(image)
         else:
             raise ValueError(f"{type(image).__name__} came, expected an array, or a JPEG or PNG file.")
         return np.asarray(load_image(image))
@@ -82,6 +84,16 @@ def _upright(image: np.ndarray) -> np.ndarray:
     if image.ndim not in (2, 3) or image.shape[2:] not in ((), (1,), (3,), (4,)):
         raise ValueError(f"shape {image.shape} came, expected (height, width, 3).")
     return image
+
+
+def _is_read(image: np.ndarray) -> bool:
+    """Whether it is already what `load_image` makes of it, in half a millisecond and by two copies."""
+    height, width = image.shape[:2]
+    return (
+        image.dtype == np.uint8
+        and image.shape[2:] == (3,)
+        and 0 < max(height, width) <= LONGEST_SIDE * min(height, width)
+    )
 
 
 def _check_size(height: int, width: int, limits: Limits) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import replace
 from queue import SimpleQueue
 from typing import Any
@@ -29,7 +29,7 @@ class Worker:
 
     def __init__(self, model: Model, limit: int):
         self.model, self.limit, self.out_of_memory = model, limit, 0
-        self._jobs: SimpleQueue[tuple[Future, Callable[[], Any]] | None] = SimpleQueue()
+        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         threading.Thread(target=self._run, name="openvla-model", daemon=True).start()
 
     async def warm_up(self) -> None:
@@ -38,35 +38,52 @@ class Worker:
         Raises:
             MemoryError: If it is too small for a single request.
         """
-        await asyncio.wrap_future(self._submit(self._warm_up))
+        await self._call(self._warm_up)
 
     async def act(self, requests: Sequence[Request]) -> list[Answer | Refusal]:
         """The answer to each request, or why there is none."""
-        return await asyncio.wrap_future(self._submit(lambda: self._act(requests)))
+        return await self._call(lambda: self._act(requests))
 
     def end_session(self, session: str) -> None:
         """After what the model does now. Returns at once."""
-        self._submit(lambda: self.model.end_session(session))
+        self._jobs.put(lambda: self._end_session(session))
 
     def close(self) -> None:
         """The thread ends after what the model does now. Returns at once."""
         self._jobs.put(None)
 
-    def _submit(self, work: Callable[[], Any]) -> Future:
-        future: Future = Future()
-        self._jobs.put((future, work))
+    def _call(self, work: Callable[[], Any]) -> asyncio.Future[Any]:
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+
+        def tell(result: Any, error: BaseException | None) -> None:
+            if future.done():  # nobody waits any more
+                return
+            future.set_result(result) if error is None else future.set_exception(error)
+
+        def job() -> None:
+            result, failed = None, None
+            try:
+                result = work()
+            except BaseException as error:  # of whoever awaits it
+                failed = error
+            with suppress(RuntimeError):  # the loop is closed: it came too late for everybody
+                loop.call_soon_threadsafe(tell, result, failed)
+
+        self._jobs.put(job)
         return future
 
     # In the thread ----------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
-            future, work = job
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(work())
-                except BaseException as error:  # of whoever awaits it
-                    future.set_exception(error)
+            job()
+
+    def _end_session(self, session: str) -> None:
+        try:
+            self.model.end_session(session)
+        except Exception:  # a session is only a cache
+            logger.exception("The model failed at the end of session %r.", session)
 
     def _warm_up(self) -> None:
         while True:
