@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ..action_tokenizer import normalize_actions
 from ..graphs_openvla import plain_decoding
 from ..options.benchmark import BenchOptions
 from ..stages_openvla import stage
 from .clock import QUANTILES, WARM_UP, described, headline, quantiles, staged, timed
+from .exact import NEAR, gap
 from .other import Other, open_onnx
 from .roofline import count_work, limit_ms, machine_rates
 from .subject import Frame, PresetInputs, frames_of, open_subject
@@ -74,8 +76,8 @@ def latency(options: BenchOptions) -> dict[str, Any]:
 
     Returns:
         The machine's rates, and for each way: quantiles of the total; of those in this process the quantiles of every
-        stage, from each second frame, and their limit; passes of the language model; the share of frames whose tokens
-        (of other environments: actions) are those of `predict_action`; how many times as fast it is as plain decoding.
+        stage, from each second frame, and their limit; passes of the language model; the share of frames whose actions
+        are those of `predict_action`, and of each that differs its number and gap (see `token_gap`).
     """
     model, key = open_subject(options)
     frames = frames_of(options, model, key, options.frames + WARM_UP)
@@ -85,7 +87,7 @@ def latency(options: BenchOptions) -> dict[str, Any]:
         prepared = model.prepare_for_inference((1,), (bucket,), unnorm_key=key)
     ways = ways_of(options, model, key)
     times: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
-    same: dict[str, list[bool]] = {name: [] for name in ways}
+    differences: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
     passes: dict[str, list[int]] = {name: [] for name in ways}
     try:
         for number, frame in enumerate(tqdm(frames, unit="frame", disable=None)):
@@ -106,7 +108,10 @@ def latency(options: BenchOptions) -> dict[str, Any]:
                     if local and getattr(way.found, "token_passes", None) is not None:
                         passes[name].append(int(way.found.token_passes.max()))
             for name in names if number >= WARM_UP else ():
-                same[name].append(bool(np.allclose(chosen[name], chosen["predict_action"], rtol=1e-5, atol=1e-6)))
+                same = np.isclose(chosen[name], chosen["predict_action"], rtol=1e-5, atol=1e-6)
+                if not same.all():
+                    found_gap = token_gap(ways["predict_action"], frame, chosen[name], same)
+                    differences[name].append({"frame": number - WARM_UP, "gap": found_gap})
     finally:
         for way in ways.values():
             way.close()
@@ -117,9 +122,37 @@ def latency(options: BenchOptions) -> dict[str, Any]:
         "frames": len(frames) - WARM_UP,
         **({"graphs": prepared.graphs, "no_graphs": prepared.reason} if prepared else {}),
         "machine": rates,
-        "ways": {name: _figures(times[name], same[name], passes[name], work.get(name, {}), rates) for name in ways},
+        "near": NEAR,
+        "ways": {
+            name: _figures(times[name], differences[name], passes[name], work.get(name, {}), rates) for name in ways
+        },
     }
     return report
+
+
+def token_gap(way: Local, frame: Frame, actions: np.ndarray, same: np.ndarray) -> float | None:
+    """By how much the model of `way`, which predicted `frame` last, prefers its token to that of `actions`, in logits,
+    where the first number differs; None of a head that chooses no tokens. Below `NEAR` it is rounding, which may go
+    either way.
+
+    Args:
+        actions: Of another way, in the units of the dataset.
+        same: Which of its numbers are equal; not all are.
+    """
+    model = way.model
+    if not model.action_head.takes_drafts:
+        return None
+    mode = model.normalization.get(way.key, "bounds_q99")
+    normalized = normalize_actions(actions, model.norm_stats[way.key]["action"], mode)
+    place = int(same.reshape(-1).argmin())
+    other = int(np.asarray(model.action_tokenizer.encode(normalized)).reshape(-1)[place])
+    tokens = way.found.token_ids.reshape(-1)[: place + 1]
+    if way.preset is None:
+        processor = model.processor
+        inputs = dict(processor(processor.format_prompt(frame.instruction), frame.images, return_tensors="pt"))
+    else:
+        inputs = way.preset([frame])
+    return gap(model, inputs, tokens, other)
 
 
 def _prompt(model: Any, frame: Frame) -> list[int]:
@@ -132,7 +165,11 @@ def _counts(way: Any) -> bool:
 
 
 def _figures(
-    times: list[dict[str, float]], same: list[bool], passes: list[int], work: dict[str, Any], rates: dict[str, float]
+    times: list[dict[str, float]],
+    differences: list[dict[str, Any]],
+    passes: list[int],
+    work: dict[str, Any],
+    rates: dict[str, float],
 ) -> dict[str, Any]:
     totals = [found["total"] for found in times if len(found) == 1]
     watched = [found for found in times if len(found) > 1]
@@ -149,10 +186,17 @@ def _figures(
         )
     return {
         **quantiles(totals or [found["total"] for found in times]),
-        "same": float(np.mean(same)),
+        "same": 1 - len(differences) / len(times),
+        "differences": differences,
         **({"passes": float(np.mean(passes))} if passes else {}),
         "stages": stages,
     }
+
+
+def _gaps(differences: list[dict[str, Any]]) -> str:
+    """The largest."""
+    gaps = [found["gap"] for found in differences if found["gap"] is not None]
+    return f"{max(gaps):.1e}" if gaps else ""
 
 
 def table(report: dict[str, Any]) -> str:
@@ -161,15 +205,14 @@ def table(report: dict[str, Any]) -> str:
     lines = [
         headline(report),
         f"measured here: {rates['gflops']:.0f} GFLOP/s, {rates['gbytes']:.1f} GB/s",
-        "way                    min ms      p50      p90      p99  same    passes  limit ms  share",
+        "way                    min ms      p50      p90      p99  same  gap      passes  limit ms  share",
     ]
     for name, row in report["ways"].items():
         times = " ".join(f"{row[part]:8.2f}" for part in QUANTILES)
-        lines.append(
-            f"{name:<20} {times} {row['same']:5.0%} {row.get('passes', float('nan')):9.2f}".replace("nan", "   ")
-        )
+        passes = f"{row['passes']:6.2f}" if "passes" in row else ""
+        lines.append(f"{name:<20} {times} {row['same']:5.0%}  {_gaps(row['differences']):<7} {passes}".rstrip())
         for stage_name, found in row["stages"].items():
             times = " ".join(f"{found[part]:8.2f}" for part in QUANTILES)
-            limit = f"{found['limit_ms']:26.2f} {found['share']:6.0%}" if "share" in found else ""
+            limit = f"{found['limit_ms']:32.2f} {found['share']:6.0%}" if "share" in found else ""
             lines.append(f"  {stage_name:<18} {times} {limit}".rstrip())
     return "\n".join(lines)

@@ -78,6 +78,8 @@ def test_latency_of_the_embedded_policy(tmp_path, monkeypatch):
     ways = report["ways"]
     assert list(ways) == ["predict_action", "plain decoding", "drafts", "right drafts", "fake"]
     assert [row["same"] for row in ways.values()] == [1, 1, 1, 1, 0]
+    assert [found["frame"] for found in ways["fake"]["differences"]] == [0, 1, 2, 3]
+    assert all(found["gap"] > report["near"] for found in ways["fake"]["differences"])  # of zeros, which it never chose
     assert (ways["plain decoding"]["passes"], ways["right drafts"]["passes"]) == (7, 1)
     assert set(ways["predict_action"]["stages"]) == {*STAGES, "other"} and not ways["fake"]["stages"]
     for row in ways.values():
@@ -86,7 +88,7 @@ def test_latency_of_the_embedded_policy(tmp_path, monkeypatch):
     assert ways["fake"]["min_ms"] == ways["fake"]["p99_ms"] == 1.5  # by its own clock
     vision = ways["predict_action"]["stages"]["vision"]
     assert vision["limit_ms"] == limit_ms(vision, report["machine"])
-    assert "right drafts" in table and "limit" in table
+    assert "right drafts" in table and "limit" in table and "e+0" in table.splitlines()[-1]
 
 
 def test_work_is_what_the_layers_multiply():
