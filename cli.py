@@ -241,7 +241,8 @@ def bench(options: BenchOptions) -> None:
     openvla bench latency --model my-folder --against before=old-env/bin/python --onnx my-folder-onnx
     openvla bench latency --model my-folder --against old=env/bin/python --original-code clone/prismatic/extern/hf
     openvla bench throughput --batch-sizes 1,8,16
-    openvla bench memory --model openvla/openvla-7b --quantization int4
+    openvla bench load --model openvla/openvla-7b --quantization int4
+    openvla bench memory --frames 1000
     openvla bench exact --dataset data/mt10 --frames 200 --threads 1
     """
     from .bench import bench as run

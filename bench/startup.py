@@ -1,9 +1,11 @@
-"""From the start of a program to its first action, and the memory that it takes: in a process of their own."""
+"""What loading takes, from the start of a program to its first action, and whether memory stays flat while it predicts:
+in a process of its own."""
 
 import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,9 @@ from typing import Any
 from ..options.benchmark import BenchOptions
 
 
-PREDICTIONS = 5
+PREDICTIONS = 5  # after the first one, of `load`
+PARTS = (0.01, 0.1, 0.25, 0.5, 1.0)  # of the predictions of `memory`, after which memory is looked at
+DISTINCT = 8  # frames of `memory`, again and again: hundreds of them would be memory themselves
 MARK = "openvla-bench "  # before the figures, among what libraries print
 PROGRAM = (
     "import sys, time; begun = time.time(); from openvla.bench.startup import measure; measure(sys.argv[1], begun)"
@@ -22,9 +26,10 @@ def startup(options: BenchOptions) -> dict[str, Any]:
     """Load a model and predict in a new process.
 
     Returns:
-        Seconds of imports, of loading, and of the first and a later action; memory in MB after each, and the largest so
-        far: of the process (pages of a mapped file of weights are in it, and not in `without_files_mb`), on a GPU of
-        torch's allocator as well.
+        load: Seconds of imports, of loading, and of the first and a later action. memory: Seconds of loading and of so
+        many of the predictions, and what memory grew by after the first tenth of them (`growth_mb`). Both: memory in MB
+        after each, and the largest so far: of the process (pages of a mapped file of weights are in it, and not in
+        `without_files_mb`), on a GPU of torch's allocator as well.
 
     Raises:
         ValueError: If the process fails; its own words are in the error stream.
@@ -57,11 +62,44 @@ def measure(settings: str, begun: float) -> None:
     model, key = open_subject(options)
     note("loading", time.perf_counter() - started)
     preset = PresetInputs(options.preset, model) if options.preset else None
-    for number, frame in enumerate(frames_of(options, model, key, 1 + PREDICTIONS)):
+    count = options.frames if options.what == "memory" else 1 + PREDICTIONS
+    frames = frames_of(options, model, key, min(count, DISTINCT))
+
+    def predict(number: int) -> None:
+        predict_batch(model, key, [frames[number % len(frames)]], preset)
+
+    if options.what == "memory":
+        many(predict, count, note)
+        report = {"predictions": count, **growth(stages, count)}
+    else:
+        first_and_later(predict, count, note)
+        report = {}
+    print(MARK + json.dumps({**described(options, model), **report, "stages": stages}), flush=True)
+
+
+Note = Callable[[str, float], None]
+
+
+def first_and_later(predict: Callable[[int], None], count: int, note: Note) -> None:
+    for number in range(count):
         started = time.perf_counter()
-        predict_batch(model, key, [frame], preset)
-        note("first action" if number == 0 else "later action", time.perf_counter() - started)
-    print(MARK + json.dumps({**described(options, model), "stages": stages}), flush=True)
+        predict(number)
+        note("later action" if number else "first action", time.perf_counter() - started)
+
+
+def many(predict: Callable[[int], None], count: int, note: Note) -> None:
+    looks, started = {max(1, round(part * count)) for part in PARTS}, time.perf_counter()
+    for number in range(count):
+        predict(number)
+        if number + 1 in looks:
+            note(f"{number + 1} actions", time.perf_counter() - started)
+
+
+def growth(stages: dict[str, dict[str, float]], count: int) -> dict[str, float]:
+    """MB that came after the first tenth of the predictions; nothing where the system does not tell."""
+    first, last = (stages[f"{max(1, round(part * count))} actions"] for part in (0.1, 1.0))
+    name = "without_files_mb"
+    return {"growth_mb": round(last[name] - first[name], 1)} if name in last else {}
 
 
 def memory(torch: Any) -> dict[str, float]:
@@ -90,4 +128,6 @@ def table(report: dict[str, Any]) -> str:
     for stage, row in report["stages"].items():
         values = (f"{row[name]:17.1f}" if name in row else " " * 17 for name in names)
         lines.append(" ".join([f"{stage:<14} {row['seconds']:8.3f}", *values]))
+    if "growth_mb" in report:
+        lines.append(f"{report['growth_mb']} MB more after the first tenth of {report['predictions']} predictions")
     return "\n".join(lines)

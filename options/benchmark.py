@@ -13,9 +13,9 @@ class BenchOptions(ModelOptions):
     """What is measured, and on what."""
 
     what: Literal["latency", "throughput", "memory", "load", "exact"] = required(
-        "What to measure: latency (one action, by stage), throughput (batches), memory or load (both tell seconds and "
-        "memory, from the start of a program to its first action) or exact (whether fast ways give the tokens of plain "
-        "decoding).",
+        "What to measure: latency (one action, by stage), throughput (batches), load (seconds and memory from the "
+        "start of a program to its first action), memory (whether it stays flat over --frames predictions, such as 1000) or "
+        "exact (whether fast ways give the tokens of plain decoding).",
         argument=True,
     )
     preset: Literal["openvla-7b", "openvla-v01-7b"] | None = option(
@@ -30,7 +30,7 @@ class BenchOptions(ModelOptions):
         None, "Demonstrations whose frames are predicted, as finetune takes them.", shown="random images; exact: needed"
     )
     split: str = option("train", "Split of the dataset.")
-    frames: int = option(100, "Predictions that are timed: the first frames of the first episodes.", least=1)
+    frames: int = option(100, "Predictions that are measured: the first frames of the first episodes.", least=1)
     size: str = option("256,256", "Height and width of random images, in pixels.")
     batch_sizes: str = option("1,2,4,8,16", "Numbers of samples predicted at once, for throughput.")
     against: dict[str, Any] = pairs(

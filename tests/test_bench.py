@@ -13,7 +13,7 @@ from PIL import Image
 
 from openvla.bench import bench, other, worker
 from openvla.bench.roofline import count_work, limit_ms
-from openvla.bench.startup import measure
+from openvla.bench.startup import measure, table
 from openvla.bench.subject import numbers
 from openvla.options.benchmark import BenchOptions
 from openvla.policy import load_model
@@ -111,10 +111,19 @@ def test_throughput():
     assert two["actions_per_second"] == pytest.approx(2000 / two["p50_ms"])
 
 
-def test_startup_of_a_process(capsys):
-    measure(json.dumps({"what": "load", "device": "cpu", "size": "40,60"}), 0.0)
+@pytest.mark.parametrize(
+    "what, stages",
+    [
+        ("load", ["imports", "loading", "first action", "later action"]),
+        ("memory", ["imports", "loading", "1 actions", "2 actions", "5 actions", "10 actions", "20 actions"]),
+    ],
+)
+def test_startup_of_a_process(what, stages, capsys):
+    measure(json.dumps({"what": what, "device": "cpu", "size": "40,60", "frames": 20}), 0.0)
     report = json.loads(capsys.readouterr().out.removeprefix("openvla-bench "))
-    assert list(report["stages"]) == ["imports", "loading", "first action", "later action"]
+    assert list(report["stages"]) == stages
+    shown = table(report)
+    assert ("growth_mb" in report) == (what == "memory" and sys.platform == "linux") == ("first tenth" in shown)
     if sys.platform == "linux":
         assert all(
             row["peak_mb"] >= row["memory_mb"] > row["without_files_mb"] > 10 for row in report["stages"].values()
