@@ -57,10 +57,12 @@ def test_random_actions_are_those_of_the_model():
 
 
 def test_modes_and_resume(tmp_path):
-    run(tmp_path / "blocking", policy="expert")
-    run(tmp_path / "prompt", policy="expert", control="realtime", latency=0.0)
+    short = {"policy": "expert", "episodes": 1, "max_steps": 150}
+    run(tmp_path / "blocking", **short)
+    run(tmp_path / "prompt", **short, control="realtime", latency=0.0)
     assert outcome(tmp_path / "prompt") == outcome(tmp_path / "blocking")
-    late = {"policy": "expert", "control": "realtime", "hz": 5.0, "latency": 0.8}
+    assert all(success for _, _, success, _ in outcome(tmp_path / "blocking"))
+    late = {**short, "control": "realtime", "hz": 5.0, "latency": 0.8}
     run(tmp_path / "late", **late)
     assert outcome(tmp_path / "late") != outcome(tmp_path / "blocking")
 

@@ -93,9 +93,16 @@ def test_own_exceptions_are_respected():
     assert "language_model.lm_head" in layers
 
 
-@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
 @pytest.mark.parametrize(
-    "excepted", [["lm_head"], ["lm_head", "vision_backbone"], ["lm_head", "projector"], []], ids=str
+    ("bits", "excepted"),  # with each of both: some layers, and none
+    [
+        ("load_in_4bit", ["lm_head"]),
+        ("load_in_8bit", ["lm_head", "vision_backbone"]),
+        ("load_in_4bit", ["lm_head", "projector"]),
+        ("load_in_4bit", []),
+        ("load_in_8bit", []),
+    ],
+    ids=str,
 )
 def test_towers_and_projector_may_be_quantized(bits, excepted, tmp_path):
     """As in the original: a config that names its own exceptions quantizes all the rest; the folder loads again."""

@@ -51,8 +51,16 @@ def folder(request, tmp_path_factory):
     return quantize_checkpoint(ROOT, tmp_path_factory.mktemp("quantized") / "out", bits=request.param), request.param
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("bits", KINDS)
+@pytest.mark.parametrize(
+    ("tiny_checkpoint", "bits", "dtype"),  # each two of these together
+    [
+        ("tiny-openvla-fused", 8, torch.float32),
+        ("tiny-openvla-fused", 4, torch.bfloat16),
+        ("tiny-openvla-siglip", 8, torch.bfloat16),
+        ("tiny-openvla-siglip", 4, torch.float32),
+    ],
+    indirect=["tiny_checkpoint"],
+)
 def test_rounded_while_it_is_loaded(bits, dtype, tiny_checkpoint, tmp_path):
     unquantized = tiny_checkpoint.load(dtype=dtype)
     model = tiny_checkpoint.load(dtype=dtype, quantization_config=OpenVLAQuantizationConfig(bits))

@@ -205,9 +205,10 @@ def test_keys_at_every_door(tmp_path, monkeypatch):
     assert out.exit_code == 0, out.output
     assert json.loads((tmp_path / "s").read_text())["task"]["action"]["max"] == [5.0] * 6 + [1.0]
     policy = "tests/fixtures/tiny-openvla-siglip"
-    plan = plan_run(FinetuneOptions(dataset=str(path), output=str(tmp_path / "out"), model=policy, **given))
+    same = {"output": str(tmp_path / "out"), "model": policy, "strategy": "last_layer"}
+    plan = plan_run(FinetuneOptions(dataset=str(path), **same, **given))
     assert "2 episodes, 12 steps" in plan and "unlabeled: removed 0 steps" in plan
-    run = ["finetune", "--dataset", str(path), "--output", str(tmp_path / "out"), "--model", policy, "--dry-run"]
+    run = ["finetune", "--dataset", str(path), "--dry-run", *(f"--{key}={value}" for key, value in same.items())]
     out = CliRunner().invoke(app, [*run, *flags])
     assert out.exit_code == 0 and "2 episodes, 12 steps" in out.output
     out = CliRunner().invoke(app, [*run, "--action-key", "arm,foot"])
