@@ -25,7 +25,7 @@ from ..options.serving import ServeOptions
 from .auth import read_key
 from .contract import Engine, Model
 from .model import OpenVLAModel
-from .server import GRACE, check_address, listen, make_app
+from .server import GRACE, check_address, keep_loaded, listen, make_app
 from .service import Service
 
 
@@ -147,6 +147,7 @@ def replica_app(options: ServeOptions, load: Callable[[ServeOptions], Model]) ->
     async def warm(app: FastAPI) -> AsyncIterator[Any]:
         async with lifespan(app) as state:
             await app.state.service.warm
+            keep_loaded()
             yield state
 
     app.router.lifespan_context = warm

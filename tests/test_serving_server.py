@@ -28,7 +28,7 @@ from openvla.serving.engine import Engine
 
 
 PROGRAM = """
-import json, sys, time
+import gc, json, sys, time
 sys.path.insert(0, sys.argv[1])
 from fake_serving import FakeModel
 from openvla.options.serving import ServeOptions
@@ -44,6 +44,7 @@ class Model(FakeModel):
             raise RuntimeError("no kernels")
 
 say = lambda line: print(line, flush=True)
+gc.freeze = lambda: print("what is loaded is kept", file=sys.stderr)
 options = ServeOptions(port=0, **json.loads(sys.argv[4]))
 sys.exit(0 if serve(options, say, load=lambda options: Model(("primary",))) else 1)
 """
@@ -236,7 +237,8 @@ def test_a_model_that_hangs_is_told_and_does_not_keep_the_process(request):
         assert server.metric("openvla_ready") == 0 and server.metric("openvla_predicting_seconds") > 0.05
         assert server.metric('openvla_refusals_total{code="hung",protocol="websocket"}') == 2
         os.kill(server.process.pid, signal.SIGTERM)
-    assert server.process.wait(timeout=60) == 0  # its thread never returned
+    done = server.process.done(timeout=60)  # its thread never returned
+    assert done.returncode == 0 and "what is loaded is kept" in done.stderr and "not returned for 0.05 s" in done.stderr
 
 
 def test_a_model_that_cannot_be_warmed_up_ends_the_server():
