@@ -70,7 +70,8 @@ def find_cameras(names: Collection[str], views: Sequence[str]) -> list[str]:
 
     A name that is there is itself. Otherwise "primary" is the first camera in colour that is not on an arm (the first
     of all where there is no other), "secondary" the second, "wrist" the first on an arm, "left_wrist" and "right_wrist"
-    the first on an arm that says so. Names of OpenVLA-OFT ("full_image") are such views as well.
+    the first on an arm that says so. Names of OpenVLA-OFT ("full_image") are such views as well. A camera that has the
+    name of another view is not taken, alone or not: a model that sees the wrong camera still gives an action.
 
     Raises:
         ValueError: If there is no such camera, or two views are one camera; lists what there is.
@@ -89,6 +90,7 @@ def find_cameras(names: Collection[str], views: Sequence[str]) -> list[str]:
             "left_wrist": [name for name in on_arm if side in words_of(name)],
             "right_wrist": [name for name in on_arm if side in words_of(name)],
         }.get(meant, [])
+        candidates = [name for name in candidates if view_of(name) not in VIEWS or view_of(name) == meant]
         camera = view if view in names else next(iter(candidates), None)
         if camera is None or camera in found:
             problem = f"no camera for the view '{view}'" if camera is None else f"'{camera}' alone for two views"

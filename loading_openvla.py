@@ -33,12 +33,14 @@ from .outputs_openvla import CACHE_NAMES
 from .parts_openvla import PARTS_FILE, ModelParts
 from .processing_openvla import HUB_KWARGS, OpenVLAProcessor
 from .quantization_openvla import (
+    KNOWN_METHODS,
     METHOD,
     check_quantized,
     has_quantized_layers,
     keep_split_blocks_from_packing,
     take_quantization,
     turn_block_scales_back,
+    unknown_method,
 )
 from .vision_openvla import init_vision_weights
 from .weights_openvla import LOADING, check_filled, check_folder, check_loaded, check_placed, read_tensors
@@ -196,6 +198,23 @@ class OpenVLAPreTrainedModel(AdapterBelongings, ModelParts, PreTrainedModel):
             model, info = super().from_pretrained(
                 name, *model_args, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
             )
+            check_placed(model.device, kwargs.get("device_map"))
+            if output_loading_info:
+                return model, info
+            if name is not None or kwargs.get("state_dict"):  # an empty state_dict: all random on purpose
+                check_loaded(where or name, info, ignore_mismatched_sizes)
+                check_filled(where or name, model.named_parameters())
+            return model
+        except (ImportError, ValueError) as error:
+            hub = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
+            config = {} if name is None else OpenVLAConfig.get_config_dict(name, **hub)[0]
+            method = unknown_method(kwargs.get("quantization_config"), config)
+            if method is None:
+                raise
+            raise ValueError(
+                f"'{where or name}' is quantized by '{method}', which does not load here: {error} Taken are "
+                f"{', '.join(KNOWN_METHODS)} (openvla quantize; openvla[quant]): give the model that it was made of."
+            ) from error
         except TypeError as error:
             if "__init__() got an unexpected keyword argument" not in str(error):
                 raise
@@ -204,13 +223,6 @@ class OpenVLAPreTrainedModel(AdapterBelongings, ModelParts, PreTrainedModel):
                 f"from_pretrained does not know {unknown}={kwargs.get(unknown)!r:.100}."
                 f"{closest(unknown, {*OpenVLAConfig().to_dict(), *LOADING})}"
             ) from error
-        check_placed(model.device, kwargs.get("device_map"))
-        if output_loading_info:
-            return model, info
-        if name is not None or kwargs.get("state_dict"):  # an empty state_dict: all random on purpose
-            check_loaded(where or name, info, ignore_mismatched_sizes)
-            check_filled(where or name, model.named_parameters())
-        return model
 
     def save_pretrained(self, save_directory, **kwargs):
         """Save weights under the published names, with the statistics beside them."""
@@ -333,6 +345,15 @@ class OpenVLAPreTrainedModel(AdapterBelongings, ModelParts, PreTrainedModel):
             raise ValueError(f"model.processor is an OpenVLAProcessor, got {type(value).__name__}.")
         value.check_fits(self.config)
         self._processor, self._processor_is_set = value, True
+
+    def requires_grad_(self, requires_grad: bool = True):
+        """As in every torch module; a `ValueError` where weights of few bits were to learn."""
+        if requires_grad and not all(weight.is_floating_point() for weight in self.parameters()):
+            raise ValueError(
+                "Weights of a quantized model do not learn: model.dequantize() gives plain layers back; or take the "
+                "model that it was made of, or let adapters learn (openvla finetune --strategy qlora)."
+            )
+        return super().requires_grad_(requires_grad)
 
     def to(self, *args, **kwargs):
         """As in every torch module; a model that bitsandbytes quantized stays where it was loaded."""

@@ -121,8 +121,10 @@ class OpenVLAPolicy(Policy):
         """(N, A) actions in the units of `unnorm_key`, or (N, K, A) of a model that predicts K steps.
 
         Raises:
-            ValueError: If an observation holds no image, or not that of the camera.
+            ValueError: If there is no observation, or one holds no image, or not that of the camera.
         """
+        if not len(observations):
+            raise ValueError("observations is empty: give one for each robot.")
         found = self.predict(observations)
         counted = all("token_passes" in prediction for prediction in found)
         self.passes = [int(prediction["token_passes"].max()) for prediction in found] if counted else []
@@ -201,7 +203,10 @@ class OpenVLAPolicy(Policy):
             raise ValueError(f"No camera '{self.camera}' in the observation; there are {', '.join(images)}.")
         if not images:
             raise ValueError("The observation holds no image: OpenVLA acts on what it sees.")
-        return images if self.camera is None else {self.camera: images[self.camera]}
+        if self.camera is None:
+            return images
+        seen = getattr(self.model, "camera_names", [])  # chosen, so that it is what the model sees, whatever its name
+        return {seen[0] if len(seen) == 1 else self.camera: images[self.camera]}
 
 
 def load_model(

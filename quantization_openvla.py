@@ -2,7 +2,7 @@
 bitsandbytes."""
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from .quantized_linear_openvla import LINEARS, QuantizedLinear, fits
 
 
 METHOD = "openvla"  # `quant_method` of config.json
+KNOWN_METHODS = (METHOD, "bitsandbytes")
 # "projector" is part of the names of those of state and noisy actions too.
 NOT_QUANTIZED = [
     "vision_backbone",
@@ -234,6 +235,14 @@ def check_quantized(model: nn.Module, given: Any, where: Any) -> None:
                         f"'{where}': the weights of {name}, or their {buffer}, are not finite: the file is damaged, or "
                         "training diverged."
                     )
+
+
+def unknown_method(given: Any, config: Mapping[str, Any]) -> str | None:
+    """`quant_method` of what was asked for, or else of a config.json, if it is none that this package knows."""
+    stored = config.get("quantization_config") or {}
+    method = getattr(given, "quant_method", None) or stored.get("quant_method")
+    name = str(getattr(method, "value", method))  # of an enumeration of the library
+    return None if method is None or name in KNOWN_METHODS else name
 
 
 def has_quantized_layers(model: nn.Module) -> bool:

@@ -14,8 +14,8 @@ class BenchOptions(ModelOptions):
 
     what: Literal["latency", "throughput", "memory", "load", "exact"] = required(
         "What to measure: latency (one action, by stage), throughput (batches), load (seconds and memory from the "
-        "start of a program to its first action), memory (whether it stays flat over --frames predictions, such as 1000) or "
-        "exact (whether fast ways give the tokens of plain decoding).",
+        "start of a program to its first action), memory (whether it stays flat over --frames predictions, such as "
+        "1000) or exact (whether fast ways give the tokens of plain decoding).",
         argument=True,
     )
     preset: Literal["openvla-7b", "openvla-v01-7b"] | None = option(

@@ -42,6 +42,9 @@ TWO = ["primary", "wrist"]
         ),
         (["front_depth", "front", "side"], ["primary", "secondary"], ["front", "side"]),
         (["a", "b"], ["b", "a"], ["b", "a"]),
+        (["full_image"], ["primary"], ["full_image"]),
+        (["primary"], ["full_image"], ["primary"]),
+        (["secondary", "side"], ["primary"], ["side"]),
     ],
 )
 def test_views_by_name(names, views, found):
@@ -52,7 +55,11 @@ def test_views_by_name(names, views, found):
     ("names", "views", "message"),
     [
         (["image"], TWO, "no camera for the view 'wrist': there are image"),
-        (["wrist_image"], TWO, "'wrist_image' alone for two views"),
+        (["wrist_image"], TWO, "no camera for the view 'primary': there are wrist_image"),
+        (["eye_in_hand_rgb"], TWO, "'eye_in_hand_rgb' alone for two views"),
+        (["wrist"], ["primary"], "no camera for the view 'primary': there are wrist"),  # as the server has it
+        (["full_image"], ["wrist"], "no camera for the view 'wrist'"),
+        (["left_wrist_image", "image"], TWO, "no camera for the view 'wrist'"),
         ([], ["primary"], "there are none"),
         (["front_depth"], ["primary"], "no camera for the view 'primary'"),
         (["image", "side"], ["top"], "Views: primary, secondary"),

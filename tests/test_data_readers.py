@@ -26,6 +26,7 @@ import torch
 from data_files import jpeg, png, write_records, write_rlds, write_video
 
 from openvla.data import DamagedDataError, EpisodeStream, decode_image, frames, open_dataset
+from openvla.data.formats import video
 from openvla.data.stream import shuffled
 
 
@@ -504,6 +505,15 @@ def test_lerobot_needs_no_other_reader_to_be_imported_first():
 
 
 # HDF5
+
+
+def test_lerobot_without_the_library_of_videos(monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)  # as if it were not installed
+    assert not hasattr(video, "av")  # not imported with the module
+    images = open_dataset(DEMOS / "lerobot_image")
+    assert next(iter(images[0].images.values()))[0].shape == (84, 84, 3)
+    with pytest.raises(ModuleNotFoundError, match=r"reading videos needs av.*openvla\[data\]"):
+        video.Video(DEMOS / "none.mp4")
 
 
 def test_hdf5():

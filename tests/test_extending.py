@@ -13,12 +13,14 @@ import pytest
 from typer.testing import CliRunner
 
 from openvla import OpenVLAForActionPrediction, OpenVLAProcessor
-from openvla.action_heads_openvla import HEADS, make_head
+from openvla.action_heads_openvla import HEADS, TokenHead, make_head
 from openvla.cli import app
 from openvla.configuration_openvla import OpenVLAConfig
 from openvla.conversion.hub_folder import code_files
 from openvla.conversion.own_head import carry_head
+from openvla.outputs_openvla import ActionPrediction
 from openvla.plugins import load_class
+from openvla.sampling_openvla import Choice
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,7 +86,7 @@ def test_what_the_examples_make(names):
     assert Path("my-policy/config.json").exists()
 
 
-def test_the_head_of_the_page(names):
+def test_the_head_of_the_page(names, monkeypatch):
     """It gives its targets back: training and prediction agree on the order."""
     model, action = (names["A head"][name] for name in ("model", "action"))
     head = model.action_head
@@ -94,6 +96,19 @@ def test_the_head_of_the_page(names):
     decoded = head.tokenizer.decode(np.array(tokens))
     np.testing.assert_allclose(np.roll(decoded, -1), wanted, atol=1 / 128)
     assert abs(decoded[0] - 0.9) < 1 / 128  # the gripper comes first
+
+    # A draft is in the order of what a prediction gave, and is decoded in that of the tokens.
+    drafts = []
+
+    def actions(self, model, inputs, shape, choice):
+        drafts.append(choice.draft)
+        return ActionPrediction(token_ids=np.arange(14).reshape(1, 2, 7))
+
+    monkeypatch.setattr(TokenHead, "actions", actions)
+    for draft in ([], [list(range(9))]):
+        found = head.actions(None, None, (2, 7), Choice(draft=draft))
+    head.actions(None, None, (2, 7), Choice(draft=[found.token_ids.reshape(-1).tolist(), []]))
+    assert drafts == [[], [[6, 0, 1, 2, 3, 4, 5]], [list(range(14)), []]]
 
 
 WITHOUT_THE_PACKAGE = """

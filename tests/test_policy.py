@@ -42,6 +42,10 @@ def test_what_a_policy_cannot_act_on(model):
         OpenVLAPolicy(model, camera="top").act([seen(front=FRONT, wrist=WRIST)])
     with pytest.raises(ValueError, match="holds no image"):
         OpenVLAPolicy(model).act([seen()])
+    with pytest.raises(ValueError, match="observations is empty"):
+        OpenVLAPolicy(model).act([])
+    with pytest.raises(ValueError, match="no camera for the view 'primary': there are wrist"):
+        OpenVLAPolicy(model).act([seen(wrist=WRIST)])
     with pytest.raises(KeyError, match="unnorm_key='bridge'"):
         OpenVLAPolicy(model, unnorm_key="bridge")
     with pytest.raises(ValueError, match="quantization='int5' is unknown"):

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -191,6 +192,26 @@ def test_vocabulary_may_grow(folder):
     before = model.predict_action(PICTURE, "open the drawer").tolist()
     model.resize_token_embeddings(model.get_input_embeddings().weight.shape[0] + 8)
     assert model.predict_action(PICTURE, "open the drawer").tolist() == before
+
+
+def test_weights_of_few_bits_are_asked_to_learn(folder):
+    path, _ = folder
+    model = load(path)
+    with pytest.raises(ValueError, match=r"do not learn: model.dequantize\(\) gives plain layers"):
+        model.requires_grad_(True)
+    assert not any(weight.requires_grad for weight in model.requires_grad_(False).parameters())
+    assert all(weight.requires_grad for weight in model.dequantize().requires_grad_().parameters())
+
+
+@pytest.mark.parametrize("method", ["awq", "of_tomorrow"])
+def test_weights_that_others_quantized(folder, method, tmp_path):
+    path, _ = folder
+    broken = Path(shutil.copytree(path, tmp_path / "model"))
+    config = json.loads((broken / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, "bits": 4}
+    (broken / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"is quantized by '{method}', which does not load here.*openvla quantize"):
+        load(broken)
 
 
 def test_nothing_is_trained_on_it(folder, tmp_path):

@@ -4,12 +4,17 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import av
 import numpy as np
 
+from ...extras import require
 from ..episode import COPY_AGAIN, CameraImages, DamagedDataError, check_data_file
 from .handles import kept_open
+
+
+if TYPE_CHECKING:
+    pass
 
 
 TOLERANCE = 1e-4  # seconds that a frame may lie from the time asked for, as in LeRobot (`tolerance_s`)
@@ -24,11 +29,14 @@ class Video:
     """
 
     def __init__(self, path: Path):
-        self.path = path
+        require("av", purpose="reading videos")
+        import av  # not above: data sets without videos are read without it
+
+        self.path, self._unreadable = path, (av.FFmpegError, OSError)
         try:
             self._container = av.open(str(check_data_file(path, "video")))
             self._stream = self._container.streams.video[0]
-        except (av.FFmpegError, OSError, IndexError) as error:
+        except (*self._unreadable, IndexError) as error:
             raise DamagedDataError(f"{path}: not a readable video ({error}): {COPY_AGAIN}") from error
         if self._stream.codec_context is None:
             raise DamagedDataError(f"{path}: a video that nothing here can decode: {COPY_AGAIN}")
@@ -60,7 +68,7 @@ class Video:
                 try:
                     # Times in the file are multiples of its time base: half of one is their rounding.
                     pixels = self._decode(target, tolerance / self._time_base + 0.5)
-                except (av.FFmpegError, OSError, ValueError) as error:
+                except (*self._unreadable, ValueError) as error:
                     self._frames = None
                     raise DamagedDataError(f"{self.path}, {seconds:.3f} s: cannot decode: {error}") from error
                 if pixels is None:
