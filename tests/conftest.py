@@ -84,6 +84,24 @@ def tiny_processor(tiny_checkpoint):
     return tiny_checkpoint.processor()
 
 
+@pytest.fixture(scope="session")
+def small_policy(tmp_path_factory):
+    """Folder of the embedded policy in small, with random weights: two blocks of everything, of width 32."""
+    import torch
+
+    from openvla import OpenVLAConfig, OpenVLAForActionPrediction, OpenVLAProcessor
+
+    root, folder = os.path.dirname(os.path.dirname(__file__)), tmp_path_factory.mktemp("small_policy")
+    config = OpenVLAConfig.from_pretrained(root)
+    sizes = {"depth": 2, "embed_dim": 32, "num_heads": 2, "patch_size": 56}
+    config.timm_model_kwargs = [{**tower, **sizes} for tower in config.timm_model_kwargs]
+    config.text_config.update({"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8})
+    torch.manual_seed(0)
+    OpenVLAForActionPrediction(config).save_pretrained(folder)
+    OpenVLAProcessor.from_pretrained(root).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory):
     """Statistics of datasets are cached: not where the user's are."""

@@ -37,7 +37,8 @@ IMAGE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
 
 def options(output: Path, dataset: Path | str = DEMOS / "lerobot_image", **changes) -> FinetuneOptions:
     settings = {"steps": 3, "batch_size": 2, "rank": 4, "shuffle_buffer": 16, "name": "mine", "logging": "none"}
-    return FinetuneOptions(model=str(ROOT), dataset=str(dataset), output=str(output), **{**settings, **changes})
+    settings |= {"model": str(ROOT), "dataset": str(dataset), "output": str(output)}
+    return FinetuneOptions(**{**settings, **changes})
 
 
 def log(output: Path, step: int | None = None) -> list[dict]:
@@ -69,19 +70,20 @@ def losses(output: Path, key: str = "loss") -> dict[int, float]:
 @pytest.mark.parametrize(
     "strategy, dataset", [*((strategy, "lerobot") for strategy in STRATEGIES), ("full", "rlds"), ("lora", "hdf5")]
 )
-def test_strategies_on_formats(strategy, dataset, tmp_path):
+def test_strategies_on_formats(strategy, dataset, small_policy, tmp_path):
     if strategy == "qlora":
         pytest.importorskip("bitsandbytes", reason="qlora needs the [quant] extra")
     folder = tmp_path / "run"
     split = SPLITS.get(dataset, "train")
-    finetune(options(folder, DEMOS / FORMATS[dataset], split=split, strategy=strategy, steps=2, dtype="float32"))
+    made = {"model": str(small_policy), "split": split, "strategy": strategy, "steps": 2, "dtype": "float32"}
+    finetune(options(folder, DEMOS / FORMATS[dataset], **made))
     if strategy in ("lora", "qlora"):
         adapter = load_file(folder / "adapter_model.safetensors")
         assert all("lora_" in name for name in adapter)  # no whole embeddings beside them
         assert any(tensor.any() for name, tensor in adapter.items() if "lora_B" in name)  # it has learned
         assert merge_adapter(folder, tmp_path / "merged") < 1e-4
         folder = tmp_path / "merged"
-    before, after = load_file(ROOT / "model.safetensors"), load_file(folder / "model.safetensors")
+    before, after = load_file(small_policy / "model.safetensors"), load_file(folder / "model.safetensors")
     assert {name: tensor.shape for name, tensor in before.items()} == {n: t.shape for n, t in after.items()}
     assert any(not torch.equal(before[name].float(), after[name].float()) for name in before)
     model = AutoModel.from_pretrained(str(folder))
@@ -155,9 +157,9 @@ def test_held_out_episodes_are_evaluated(six_episodes, tmp_path, curves):
     assert (tmp_path / "run" / "curves.png").stat().st_size > 5000
 
 
-def test_how_a_batch_is_computed_changes_nothing(tmp_path):
+def test_how_a_batch_is_computed_changes_nothing(small_policy, tmp_path):
     same = {"strategy": "last_layer", "dtype": "float32", "learning_rate": 1e-3, "save_every": 2, "log_every": 1}
-    same["steps"] = 2
+    same |= {"steps": 2, "model": str(small_policy)}
     finetune(options(tmp_path / "plain", batch_size=4, **same))
     finetune(options(tmp_path / "workers", batch_size=4, workers=2, **same))
     finetune(options(tmp_path / "accumulated", batch_size=2, gradient_accumulation=2, **same))
@@ -293,23 +295,24 @@ RUNS_OF_BOTH = {
 
 
 @pytest.fixture(scope="module")
-def one_process(six_episodes, tmp_path_factory) -> Path:
+def one_process(small_policy, six_episodes, tmp_path_factory) -> Path:
     """Runs of one process and batch 4."""
     folder = tmp_path_factory.mktemp("one")
     for name, changes in RUNS_OF_BOTH.items():
-        finetune(options(folder / name, six_episodes, batch_size=4, **changes))
+        finetune(options(folder / name, six_episodes, model=str(small_policy), batch_size=4, **changes))
     return folder
 
 
 @pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
-def test_two_processes_learn_what_one_does(fsdp, one_process, six_episodes, tmp_path):
+def test_two_processes_learn_what_one_does(fsdp, one_process, small_policy, six_episodes, tmp_path):
     """Two gloo processes of batch 2 against one of batch 4, plain (DDP) or sharded (FSDP2), the latter stopped and
     resumed: the same losses, in training and evaluation, and a plain checkpoint in the published layout; also with a
     head that has weights of its own, beside an adapter."""
     if fsdp and not hasattr(torch.cpu.Stream, "record_event"):
         pytest.skip("torch 2.6 runs FSDP2 on accelerators only")
+    same = {"model": str(small_policy), "batch_size": 2, "fsdp": fsdp}
     two = {
-        name: options(tmp_path / "two" / name, six_episodes, batch_size=2, fsdp=fsdp, **changes)
+        name: options(tmp_path / "two" / name, six_episodes, **same, **changes)
         for name, changes in RUNS_OF_BOTH.items()
     }
 

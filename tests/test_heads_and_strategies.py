@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_parallel_heads import DATA, IMAGES, ROOT, WORDS, state_of
+from test_parallel_heads import DATA, IMAGES, WORDS, state_of
 
-from openvla import OpenVLAConfig, OpenVLAForActionPrediction, OpenVLAProcessor
+from openvla import OpenVLAForActionPrediction
 from openvla.action_heads_openvla import HEADS
 from openvla.parts_openvla import is_added
 from openvla.training import STRATEGIES, FinetuneOptions, finetune, qlora_quantization, run
@@ -39,22 +39,6 @@ PARTS = {
     "l1_regression": {"proprio_projector.", "vision_backbone.", "action_head."},
     "diffusion": {"proprio_projector.", "vision_backbone.", "action_head.", "noisy_action_projector."},
 }
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    """The embedded policy in small: two blocks of everything, of width 32."""
-    folder = tmp_path_factory.mktemp("base")
-    config = OpenVLAConfig.from_pretrained(ROOT)
-    config.timm_model_kwargs = [
-        {**tower, "depth": 2, "embed_dim": 32, "num_heads": 2, "patch_size": 56} for tower in config.timm_model_kwargs
-    ]
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
-    config.text_config.update(sizes)
-    torch.manual_seed(0)
-    OpenVLAForActionPrediction(config).save_pretrained(folder)
-    OpenVLAProcessor.from_pretrained(ROOT).save_pretrained(folder)
-    return folder
 
 
 def options(output: Path, base: Path, head: str, **changes) -> FinetuneOptions:
@@ -99,7 +83,7 @@ COMBINED = [
 
 
 @pytest.mark.parametrize(("strategy", "head"), COMBINED)
-def test_strategies_with_heads(strategy, head, base, tmp_path, monkeypatch):
+def test_strategies_with_heads(strategy, head, small_policy, tmp_path, monkeypatch):
     if head == "diffusion":
         pytest.importorskip("diffusers", reason="needs the [oft] extra")
     loading = {}
@@ -109,7 +93,7 @@ def test_strategies_with_heads(strategy, head, base, tmp_path, monkeypatch):
         quantization = loading["quantization_config"] = qlora_quantization(torch.float32)
         monkeypatch.setattr(run, "qlora_quantization", lambda: quantization)
     monkeypatch.setattr(run, "ActionTrainer", Watched)
-    finetune(options(tmp_path / "run", base, head, strategy=strategy))
+    finetune(options(tmp_path / "run", small_policy, head, strategy=strategy))
 
     before, after = Watched.before, Watched.after
     names = {name.removeprefix("base_model.model."): name for name in after}
@@ -134,11 +118,11 @@ def test_every_strategy_and_head_is_tested():
     assert STRATEGIES.keys() == LEARNS.keys() and PARTS.keys() <= HEADS.keys()
 
 
-def test_a_full_run_with_a_head_continues(base, tmp_path):
+def test_a_full_run_with_a_head_continues(small_policy, tmp_path):
     """Stopped after the first of two steps, the second of which draws noise and prefixes: the same weights."""
     pytest.importorskip("diffusers", reason="needs the [oft] extra")
     changes = {"strategy": "full", "save_every": 1, "keep": 2, "prefix_training": 3, "camera_names": "primary"}
-    made = options(tmp_path / "run", base, "diffusion", **changes)
+    made = options(tmp_path / "run", small_policy, "diffusion", **changes)
     finetune(made)
     shutil.copytree(tmp_path / "run", tmp_path / "without_a_stop")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "checkpoint-2")
@@ -166,7 +150,7 @@ class TwoCameras:
         return {"actions": actions, "state": state, "instruction": "lift the lid", "images": images}
 
 
-def test_workers_that_are_spawned_make_the_same_batches(base, tmp_path, monkeypatch):
+def test_workers_that_are_spawned_make_the_same_batches(small_policy, tmp_path, monkeypatch):
     """Where processes are not forked (macOS, Windows) a worker receives a copy of what makes its batches: not of the
     trainer, which cannot be copied and holds the model."""
     copies = []
@@ -182,7 +166,7 @@ def test_workers_that_are_spawned_make_the_same_batches(base, tmp_path, monkeypa
 
     monkeypatch.setattr(run, "ActionTrainer", Copies)
     changes = {"camera_names": "primary,wrist", "image_aug": True, "strategy": "last_layer", "steps": 1}
-    finetune(options(tmp_path / "run", base, "l1_regression", **changes), data=TwoCameras())
+    finetune(options(tmp_path / "run", small_policy, "l1_regression", **changes), data=TwoCameras())
     own, copy = copies
     assert {"proprio", "actions", "action_is_pad", "pixel_values"} <= own.keys() == copy.keys()
     assert own["pixel_values"].shape[1] == 12 and own["actions"].shape == (2, CHUNK, 7)
