@@ -33,6 +33,7 @@ class CountedSocket(WebSocketsSansIOProtocol):
     def send_receive_event_to_app(self) -> None:
         self._waiting += self._coming()
         super().send_receive_event_to_app()
+        self.bytes = b""  # where older uvicorn leaves the message
 
     async def receive(self) -> Any:
         message = await super().receive()
@@ -47,5 +48,5 @@ class CountedSocket(WebSocketsSansIOProtocol):
 
     def _coming(self) -> int:
         """Bytes of the message that is not complete."""
-        fragments = getattr(self, "frames", None) or [getattr(self, "bytes", b"")]  # the latter of older uvicorn
+        fragments = getattr(self, "frames", None) or [getattr(self, "bytes", b"")]
         return len(self.conn.reader.buffer) + sum(map(len, fragments))
