@@ -93,7 +93,7 @@ def small_policy(tmp_path_factory):
 
     root, folder = os.path.dirname(os.path.dirname(__file__)), tmp_path_factory.mktemp("small_policy")
     config = OpenVLAConfig.from_pretrained(root)
-    sizes = {"depth": 2, "embed_dim": 32, "num_heads": 2, "patch_size": 56}
+    sizes = {"depth": 2, "embed_dim": 32, "num_heads": 2, "patch_size": 32}
     config.timm_model_kwargs = [{**tower, **sizes} for tower in config.timm_model_kwargs]
     config.text_config.update({"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8})
     torch.manual_seed(0)

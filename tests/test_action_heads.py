@@ -102,13 +102,14 @@ def test_an_adapter_brings_its_chunk(tmp_path):
     assert act(OpenVLAForActionPrediction.from_pretrained(tmp_path / "again")).shape == (CHUNK, 7)
 
 
-def test_the_plan_counts_its_tokens(tmp_path):
-    config = OpenVLAConfig.from_pretrained(ROOT)
+def test_the_plan_counts_its_tokens(small_policy, tmp_path):
+    config = OpenVLAConfig.from_pretrained(small_policy)
     one, three = (estimate(config, "full", batch_size=1, text_tokens=40, shape=(chunk, 7)) for chunk in (1, CHUNK))
     width, vocabulary = config.text_config.hidden_size, config.text_config.vocab_size
     # Forward and backward of the output layer on 14 more positions
     assert three.flops_per_sample - one.flops_per_sample == 3 * 2 * 14 * width * vocabulary
-    plans = [plan_run(options(tmp_path / "run", action_chunk=chunk, strategy="full")) for chunk in (1, CHUNK)]
+    made = {"model": str(small_policy), "strategy": "full"}
+    plans = [plan_run(options(tmp_path / "run", action_chunk=chunk, **made)) for chunk in (1, CHUNK)]
     assert plans[0] != plans[1]
     with pytest.raises(ValueError, match="action_chunk=0"):
         options(tmp_path / "run", action_chunk=0)

@@ -238,10 +238,10 @@ def test_proprio_dim_of_a_config(dim):
         OpenVLAConfig(proprio_dim=dim)
 
 
-def test_the_state_is_trained_saved_and_predicted(tmp_path):
+def test_the_state_is_trained_saved_and_predicted(small_policy, tmp_path):
     pytest.importorskip("accelerate", reason="training needs the [train] extra")
     settings = {"steps": 1, "batch_size": 2, "shuffle_buffer": 16, "name": "mine", "logging": "none"}
-    made = {"model": str(ROOT), "dataset": str(DEMOS), "output": str(tmp_path / "run")}
+    made = {"model": str(small_policy), "dataset": str(DEMOS), "output": str(tmp_path / "run")}
     options = FinetuneOptions(**made, **settings, strategy="frozen_vision", proprio=True, camera_names="primary,wrist")
     assert "trains" in plan_run(options)
     finetune(options)

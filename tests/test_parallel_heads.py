@@ -193,13 +193,14 @@ def test_diffusion_begins_with_its_generator(models):
 
 
 @pytest.mark.parametrize("head", ["tokens", "parallel_tokens", "l1_regression", "diffusion"])
-def test_actions_that_are_decided_come_back_and_are_continued(head, models):
+def test_actions_that_are_decided_come_back_and_are_continued(head, models, monkeypatch):
     """The rest of the chunk depends on them; a head of tokens continues its own beginning as it would have."""
     if head == "tokens":
         model = OpenVLAForActionPrediction.from_pretrained(ROOT).eval()
         model.config.action_chunk = CHUNK
     else:
         model = models[head]
+        monkeypatch.setattr(model.action_head, "num_inference_steps", 10, raising=False)  # of a diffusion
 
     def act(committed, images=IMAGES, words=WORDS):
         torch.manual_seed(0)

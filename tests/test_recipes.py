@@ -112,12 +112,13 @@ def test_settings_of_other_runs_are_compared_by_values():
     assert differences(oft, asdict(options(recipe="oft", decay_after=5))) == ["decay_after was 100000, is 5"]
 
 
-def test_the_command_line_shows_it(tmp_path):
+def test_the_command_line_shows_it(small_policy, tmp_path):
     pytest.importorskip("accelerate", reason="training needs the [train] extra")
     pytest.importorskip("peft", reason="training needs the [train] extra")
 
     def plan(*more):
-        arguments = ["finetune", "--dataset", DATA, "--output", tmp_path / "run", "--dry-run", *more]
+        arguments = ["finetune", "--dataset", DATA, "--output", tmp_path / "run", "--dry-run"]
+        arguments += ["--model", small_policy, *more]
         found = CliRunner().invoke(cli.app, list(map(str, arguments)))
         assert found.exit_code == 0, found.output
         return found.stdout
