@@ -31,8 +31,7 @@ def create_app(
     Args:
         mapping: See `names.Reader`.
         key, names, open_paths: See `auth.Gate`.
-        routes: Further ones, such as those of a page: each makes a router of the `Service`, whose `ask` it may put
-            itself around.
+        routes: Further ones, such as those of a page: each makes a router of the `Service`.
 
     Attributes:
         state.service: The `Service`.

@@ -7,7 +7,7 @@ text and nothing else in `page/*.js`, and nothing but these files is executed (`
 
 import base64
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ HEADERS = {
 def page_routes(
     engine: Engine,
     read: Callable[[HTTPRequest], Awaitable[Request]],
+    ask: Callable[[Request], Coroutine[Any, Any, Answer]],
     *,
     live: LiveView,
     episodes: Episodes | None = None,
@@ -53,6 +54,7 @@ def page_routes(
 
     Args:
         read: The request of a model in the body of one of HTTP.
+        ask: Its answer.
         live: That of the engine.
         episodes: None: the server runs no simulator.
         examples: Folder of pictures with their `frames.json`.
@@ -83,7 +85,7 @@ def page_routes(
     @router.post("/page/act")
     async def act(http: HTTPRequest) -> Response:
         request = replace(await read(http), distributions=True)
-        answer = await unless_gone(http, engine.act(request))
+        answer = await unless_gone(http, ask(request))
         return _json(
             answer_content(answer, engine.info.datasets[request.unnorm_key]) | {"unnorm_key": request.unnorm_key}
         )

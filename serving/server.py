@@ -107,7 +107,9 @@ def page(engine: Engine, service: Service, simulator: Simulator | None) -> APIRo
     episodes = None if simulator is None else Episodes(simulator, engine)
     if episodes is not None:
         service.closers.append(episodes.close)
-    return page_routes(engine, lambda http: read_request(http, service), live=engine.live, episodes=episodes)
+    return page_routes(
+        engine, lambda http: read_request(http, service), service.ask, live=engine.live, episodes=episodes
+    )
 
 
 def check_address(host: str, safe: bool) -> None:

@@ -28,7 +28,6 @@ class Service:
     """What the protocols share.
 
     Attributes:
-        ask: A request in, an answer out. Whoever wants to see what robots see puts itself around it.
         room: For bodies and messages, see `Limits.bodies_bytes`.
         open: Requests whose answers are not sent yet.
         closers: What else has to end before the engine does.
@@ -41,7 +40,6 @@ class Service:
         self.engine, self.limits = engine, limits
         self.room = Room(limits.bodies_bytes)
         self.reader, self.metrics = Reader(engine.info, limits, mapping), Metrics(engine, self.room)
-        self.ask: Callable[[Request], Awaitable[Answer]] = engine.act
         self.closers: list[Callable[[], Awaitable[Any]]] = []
         self.open = 0
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="read")
@@ -79,7 +77,7 @@ class Service:
                     self.engine.end_session(call.session)
                 return call, None
             read = time.monotonic()
-            answer = await self.ask(call.request)
+            answer = await self.ask(call.request, size)
             timing = {"read_ms": 1000 * (read - arrived), "total_ms": 1000 * (time.monotonic() - arrived)}
             answer = replace(answer, timing={**answer.timing, **timing})
         except Refusal as refusal:
@@ -92,6 +90,12 @@ class Service:
             raise failed from None
         self.metrics.answered(answer)
         return call, answer
+
+    async def ask(self, request: Request, size: int = 0) -> Answer:
+        """The engine's answer. What the images of a message of `size` bytes were decoded to takes its room, too."""
+        pixels = sum(image.nbytes for image in request.observation.images.values())
+        with self.room.share(max(0, pixels - size)):
+            return await self.engine.act(request)
 
     async def read(
         self, decode: Callable[[], Any], size: int, session: str | None = None, arrived: float | None = None

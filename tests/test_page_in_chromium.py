@@ -46,7 +46,9 @@ class Served:
         def routes(service):
             if episodes is not None:
                 service.closers.append(episodes.close)
-            return page_routes(engine, lambda http: read_request(http, service), live=engine.live, episodes=episodes)
+            return page_routes(
+                engine, lambda http: read_request(http, service), service.ask, live=engine.live, episodes=episodes
+            )
 
         app = create_app(engine, routes=[routes], open_paths=PAGE_PATHS, key=key)
         self.engine = engine

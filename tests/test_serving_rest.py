@@ -337,7 +337,7 @@ def test_late_answers_are_refusals(server, monkeypatch):
     async def late(request):
         raise Late("too late")
 
-    monkeypatch.setattr(server.app.state.service, "ask", late)
+    monkeypatch.setattr(server.app.state.service.engine, "act", late)
     answer = server.post("/act", json=GOOD)
     assert (answer.status_code, answer.json()) == (504, {"error": "too late", "code": "late"})
 
@@ -433,6 +433,16 @@ def test_a_body_that_is_coming_in_takes_room_already():
         assert room.taken == 0
 
     asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_what_images_are_decoded_to_takes_room():
+    with client(FakeModel(("primary",)), Limits(bodies_bytes=500_000)) as server:
+        warm(server)
+        for side, status in ((600, 503), (300, 200)):
+            black = png(np.zeros((side, side, 3), np.uint8))
+            answer = server.post("/act", files={"image": black}, data={"instruction": "go"})
+            assert answer.status_code == status and len(black) < 10_000, answer.text
+        assert server.app.state.service.room.taken == 0
 
 
 def test_a_body_that_does_not_come_is_not_awaited_for_ever():
