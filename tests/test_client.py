@@ -258,8 +258,8 @@ def test_nobody_there(scheme):
         taken.bind(("127.0.0.1", 0))
         begin = time.monotonic()
         with pytest.raises(NotReached, match="openvla serve"):
-            connect(f"{scheme}://127.0.0.1:{taken.getsockname()[1]}")
-        assert time.monotonic() - begin < 5
+            connect(f"{scheme}://127.0.0.1:{taken.getsockname()[1]}", timeout=600)
+        assert time.monotonic() - begin < 300  # at once, and not when the time is over
 
 
 def test_somebody_who_says_nothing(scheme):
@@ -328,10 +328,14 @@ def test_attempts_to_connect_are_spaced_out():
 
         thread = threading.Thread(target=turn_away, daemon=True)
         thread.start()
-        for timeout in (0.1, 1.5):  # the first may still believe in the connection that broke
+        with pytest.raises((NotReached, NoAnswer)):  # it may still believe in the connection that broke
+            client.act(IMAGE, "go", timeout=0.1)
+        begin = time.monotonic()
+        while len(attempts) < 3:
             with pytest.raises((NotReached, NoAnswer)):
-                client.act(IMAGE, "go", timeout=timeout)
-        assert 3 <= len(attempts) <= 16, len(attempts)  # each counts twice: the library tries once more
+                client.act(IMAGE, "go", timeout=1.5)
+        # Each counts twice: the library tries once more
+        assert len(attempts) <= 6 + 10 * (time.monotonic() - begin), len(attempts)
         closing.shutdown(socket.SHUT_RDWR)
         thread.join(10)
 
