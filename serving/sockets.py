@@ -22,13 +22,7 @@ class CountedSocket(WebSocketsSansIOProtocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        try:
-            self._share.resize(self._coming() + self._waiting)
-        except Busy as busy:
-            self._share.resize(0)
-            if self.conn.state is State.OPEN:
-                self.conn.fail(TRY_AGAIN_LATER, str(busy))
-                self.handle_parser_exception()
+        self._count()
 
     def send_receive_event_to_app(self) -> None:
         self._waiting += self._coming()
@@ -39,12 +33,21 @@ class CountedSocket(WebSocketsSansIOProtocol):
         message = await super().receive()
         if self.queue.empty():
             self._waiting = 0
-            self._share.resize(self._coming())
+            self._count()
         return message
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._share.resize(0)
+
+    def _count(self) -> None:
+        try:
+            self._share.resize(self._coming() + self._waiting)
+        except Busy as busy:
+            self._share.resize(0)
+            if self.conn.state is State.OPEN:
+                self.conn.fail(TRY_AGAIN_LATER, str(busy))
+                self.handle_parser_exception()
 
     def _coming(self) -> int:
         """Bytes of the message that is not complete."""
