@@ -24,10 +24,10 @@ IMAGE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "processor_config.json")
 
 
-def model_folder(folder: Path) -> Path:
+def model_folder(source: Path, folder: Path) -> Path:
     folder.mkdir(parents=True)
     for name in (*MODEL_FILES, "dataset_statistics.json"):
-        shutil.copyfile(ROOT / name, folder / name)
+        shutil.copyfile(source / name, folder / name)
     return folder
 
 
@@ -39,10 +39,10 @@ def train(model: Path | str, output: Path | str, **changes) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
+def trained(small_policy, tmp_path_factory) -> Path:
     """A folder with a base and a run on it, which was started with relative paths."""
     place = tmp_path_factory.mktemp("place")
-    (model_folder(place / "base") / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    (model_folder(small_policy, place / "base") / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         train("base", "run", logging="tensorboard")
@@ -368,8 +368,8 @@ def test_the_base_is_found_from_anywhere(place, monkeypatch):
     assert act(OpenVLAForActionPrediction.from_pretrained(place / "merged")) == pytest.approx(expected, abs=1e-6)
 
 
-def test_a_base_far_away_is_noted_on_this_machine(tmp_path):
-    base = model_folder(tmp_path / "far" / "away" / "models" / "base")
+def test_a_base_far_away_is_noted_on_this_machine(small_policy, tmp_path):
+    base = model_folder(small_policy, tmp_path / "far" / "away" / "models" / "base")
     run = train(base, tmp_path / "a" / "b" / "c" / "run", strategy="lora")
     assert json.loads((run / "adapter_config.json").read_text())["base_model_name_or_path"] == "base"
     act(OpenVLAForActionPrediction.from_pretrained(run))
