@@ -156,6 +156,13 @@ def test_activations_and_flops_grow_with_the_batch(config):
     assert (large.weights, large.gradients) == (small.weights, small.gradients)
 
 
+def test_a_text_may_be_longer_than_the_patches_of_an_image(config):
+    """49 here: such a text might hold them already, which only values could tell."""
+    arguments = {"batch_size": 1, "precision": "float32", "shape": (9, 7)}
+    short, long = (estimate(config, "last_layer", text_tokens=length, **arguments) for length in (66, 72))
+    assert short.activations < long.activations
+
+
 def test_flops_of_a_layer_are_those_of_its_formula(config):
     """Forward and backward of the output layer: 3 products of 2 * rows * inner * columns each, on the rows
     that predict the answer and the last one."""

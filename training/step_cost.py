@@ -97,7 +97,9 @@ def run_step(
     """
     if dtype is not None:
         model = model.to(dtype)
-    head = (model.get_base_model() if hasattr(model, "get_base_model") else model).action_head
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = base.action_head
+    base._placeholders = lambda input_ids, inputs_embeds: None  # a text with room for them is looked at, for its values
     batch = head.prepare(training_inputs(config, batch_size, text_tokens, shape))  # looks at values
     # Tensors of the CPU and not of the meta device: autocast knows no meta tensors.
     with FakeTensorMode() as fake, FlopCounterMode(display=False) as counter:
