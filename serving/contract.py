@@ -232,6 +232,15 @@ class Hung(Busy):
     code = "hung"
 
 
+PROBLEMS = {  # by the state of an engine: why requests are refused
+    "starting": "The model is warming up: ask again.",
+    "broken": "The model could not be warmed up: the log of the server says why.",
+    "hung": "The model hangs: it has not returned from a prediction. Ask another server, or again later.",
+    "stopping": "The server is stopping: ask another one, or again once it is back.",
+}
+PROBLEMS["stopped"] = PROBLEMS["stopping"]
+
+
 class Late(Refusal):
     """The deadline passed before there was an answer."""
 

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
 
-from .contract import Answer, Busy, Failed, Hung, Late, Model, Refusal, Request, Superseded
+from .contract import PROBLEMS, Answer, Busy, Failed, Hung, Late, Model, Refusal, Request, Superseded
 from .live import LiveView
 from .waiting import RecentPeak, Waiting
 from .worker import Worker
@@ -23,13 +23,6 @@ from .worker import Worker
 
 logger = logging.getLogger(__name__)
 LATELY = 1.0  # seconds for which it is remembered how many asked at once
-PROBLEMS = {  # by state: why requests are refused
-    "starting": "The model is warming up: ask again.",
-    "broken": "The model could not be warmed up: the log of the server says why.",
-    "hung": "The model hangs: it has not returned from a prediction. Ask another server, or again later.",
-    "stopping": "The server is stopping: ask another one, or again once it is back.",
-}
-PROBLEMS["stopped"] = PROBLEMS["stopping"]
 
 
 class Engine:
