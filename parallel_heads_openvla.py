@@ -185,6 +185,7 @@ class DiffusionHead(RegressionHead):
     """The noise in noisy actions, which is taken away step by step; one pass of the language model for each step."""
 
     TRAIN_STEPS = 50
+    wants_executed = True
 
     def __init__(self, tokenizer: ActionTokenizer, config: OpenVLAConfig):
         super().__init__(tokenizer, config)
@@ -218,7 +219,8 @@ class DiffusionHead(RegressionHead):
         noise = torch.randn(wanted.shape, **where)  # type: ignore[call-overload]
         times = torch.randint(0, self.TRAIN_STEPS, (len(wanted),), **where)  # type: ignore[call-overload]
         decided = _steps(wanted) < self.draw_prefixes(model, batch)[..., None]
-        noisy = torch.where(decided, wanted, self.scheduler.add_noise(wanted, noise, times))
+        executed = batch.get("executed", wanted).to(wanted)
+        noisy = torch.where(decided, executed, self.scheduler.add_noise(wanted, noise, times))
         predicted = model(**_inputs(batch), noisy_actions=noisy, times=times).predicted.float()
         kept = self.scheduler.alphas_cumprod.to(wanted.device)[times][:, None, None]
         clean = ((noisy - (1 - kept).sqrt() * predicted.detach()) / kept.sqrt()).clamp(-1, 1)
@@ -265,9 +267,12 @@ class DiffusionHead(RegressionHead):
         return _numbers(sample, embeds.dtype)
 
 
+NOT_INPUTS = ("labels", "actions", "executed", "action_is_pad")
+
+
 def _inputs(batch: dict[str, Any]) -> dict[str, Any]:
     """What `forward` takes of a batch."""
-    return {name: value for name, value in batch.items() if name not in ("labels", "actions", "action_is_pad")}
+    return {name: value for name, value in batch.items() if name not in NOT_INPUTS}
 
 
 def _steps(actions: torch.Tensor) -> torch.Tensor:

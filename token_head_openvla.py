@@ -43,12 +43,14 @@ class TokenHead:
         parallel: Whether all answers come out of one pass, `model(..., first_action=...)`.
         takes_drafts: Whether tokens are decoded one after the other, so that guesses of them save passes.
         wants_actions: Whether `loss` needs the normalized `actions` (batch, K, A) of the collator.
+        wants_executed: The same of `executed`, what the robot did where it differs.
         margin: Of `unnormalize_actions`.
     """
 
     parallel = False
     takes_drafts = True
     wants_actions = False
+    wants_executed = False
     margin = 0.0
 
     def __init__(self, tokenizer: ActionTokenizer, config: OpenVLAConfig | None = None):

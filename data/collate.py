@@ -32,17 +32,24 @@ class ActionCollator:
         if self.tokenizer.pad_token_id is None or self.tokenizer.eos_token_id is None:
             raise ValueError("The tokenizer has no pad or end token: set pad_token and eos_token before training.")
 
-    def tokens(self, instruction: str, actions: np.ndarray) -> tuple[list[int], list[int]]:
+    def tokens(
+        self, instruction: str, actions: np.ndarray, executed: np.ndarray | None = None
+    ) -> tuple[list[int], list[int]]:
         """Token ids and labels of one sample.
+
+        What the expert answers at a step depends on what was done before it, so that the tokens of `executed` are read,
+        and those of `actions` learned.
 
         Args:
             instruction: What to do; "" of a step without words, which is trained on where it was asked for
                 (`keep_unlabeled`), as in the original.
             actions: (A,) or (chunk, A) normalized to [-1, 1].
+            executed: Of the same shape, what the robot did. Default: the actions.
         """
         prompt = self.processor.prompt_ids(instruction, allow_empty=True)
         answer = self.head.targets(actions, self.tokenizer.eos_token_id)
-        return prompt + answer, [IGNORE_INDEX] * len(prompt) + answer
+        read = answer if executed is None else self.head.targets(executed, self.tokenizer.eos_token_id)
+        return prompt + read, [IGNORE_INDEX] * len(prompt) + answer
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """A batch padded on the right.
@@ -50,16 +57,18 @@ class ActionCollator:
         Args:
             samples: Each with `instruction`, normalized `actions` (A,) or (K, A), and `image` in any form `load_image`
                 reads (of several cameras `{camera: image}`), not cropped here: `FrameSamples` or its augmentation did.
-                `state` (S,) of a model that sees it; `action_is_pad` (K,) bool where a chunk is padded.
+                `state` (S,) of a model that sees it; `action_is_pad` (K,) bool where a chunk is padded; `executed`
+                (K, A) where the robot did something else than the actions.
 
         Returns:
             `input_ids`, `labels` (N, length) int64, `attention_mask` (N, length) bool, `pixel_values` (N, channels,
             height, width), images of several cameras one after the other; `proprio` (N, S) float32, normalized states
             of a model that sees them. For a head whose `wants_actions` is True, `actions` (N, K, A) float32,
-            normalized. Where the chunk of a sample is padded, `action_is_pad` (N, K) bool: steps that are not recorded,
-            which the loss leaves out. The key is absent where nothing is padded.
+            normalized; `executed` alike, of one whose `wants_executed` is. Where the chunk of a sample is padded,
+            `action_is_pad` (N, K) bool: steps that are not recorded, which the loss leaves out. The key is absent where
+            nothing is padded.
         """
-        rows = [self.tokens(sample["instruction"], sample["actions"]) for sample in samples]
+        rows = [self.tokens(sample["instruction"], sample["actions"], sample.get("executed")) for sample in samples]
         length = max(len(ids) for ids, _ in rows)
         input_ids = torch.full((len(rows), length), self.tokenizer.pad_token_id)
         labels = torch.full((len(rows), length), IGNORE_INDEX)
@@ -84,6 +93,9 @@ class ActionCollator:
         batch: dict[str, torch.Tensor] = {}
         if getattr(self.head, "wants_actions", False):
             batch["actions"] = torch.tensor(actions, dtype=torch.float32)
+        if getattr(self.head, "wants_executed", False):
+            executed = [np.atleast_2d(sample.get("executed", sample["actions"])) for sample in samples]
+            batch["executed"] = torch.tensor(np.stack(executed), dtype=torch.float32)
         if any("action_is_pad" in sample for sample in samples):
             none = np.zeros(actions.shape[1], dtype=bool)
             batch["action_is_pad"] = torch.tensor(np.stack([sample.get("action_is_pad", none) for sample in samples]))

@@ -128,11 +128,13 @@ class PythonDataset(EpisodeDataset):
                 f"{len(self) - 1} there"
             ) from error
         if isinstance(found, Episode):
-            fields: Mapping = {name: getattr(found, name) for name in ("actions", "instruction", "images", "state")}
+            fields: Mapping = {
+                name: getattr(found, name) for name in ("actions", "instruction", "images", "state", "executed")
+            }
             fields = {**fields, "instruction": found.step_instructions or found.instruction}
         elif isinstance(found, Mapping):
             fields = found
-            unknown = set(fields) - {"actions", "instruction", "images", "state"}
+            unknown = set(fields) - {"actions", "instruction", "images", "state", "executed"}
             if "actions" not in fields or unknown:
                 there = sorted(map(str, fields))
                 raise DamagedDataError(f"{where}: expected actions, instruction, images, state; found {there}")
@@ -152,6 +154,7 @@ class PythonDataset(EpisodeDataset):
             origin=where,
             action_dim=self._action_dim,
             state_dim=self._state_dim,
+            executed=fields.get("executed"),
         )
         self._action_dim = self._action_dim or episode.actions.shape[1]
         if episode.state is not None:

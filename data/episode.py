@@ -15,6 +15,7 @@ from ..files_openvla import check_file
 from .images import decode_image
 
 
+EXECUTED = "executed_action"  # its name in files that openvla record writes; LeRobot takes "action..." for an action
 COPY_AGAIN = "it was damaged or cut off, copy or download it again"
 
 
@@ -126,6 +127,7 @@ class Episode:
     padded: int = (
         0  # of a training frame, whose actions are a chunk (K, A): its last steps, where they are not recorded
     )
+    executed: np.ndarray | None = None  # like actions, where the robot did something else: noise, a student
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -150,6 +152,7 @@ class Episode:
             index=self.index,
             step_instructions=texts if texts and len(set(texts)) > 1 else None,
             origin=self.origin,
+            executed=None if self.executed is None else self.executed[steps].copy(),
         )
 
 
@@ -164,6 +167,7 @@ def make_episode(
     origin: str,
     action_dim: int | None = None,
     state_dim: int | None = None,
+    executed: Any = None,
 ) -> Episode:
     """Check what a reader found and make the episode of it.
 
@@ -187,6 +191,10 @@ def make_episode(
             raise DamagedDataError(
                 f"{origin}: states have {state.shape[1]} dimensions, those of the dataset {state_dim}"
             )
+    if executed is not None:
+        executed = matrix(executed, "executed action", origin)
+        if executed.shape != actions.shape:
+            raise DamagedDataError(f"{origin}: executed actions are {executed.shape}, the actions {actions.shape}")
     frames = {camera: _as_images(value, f"{origin}, camera {camera!r}") for camera, value in images.items()}
     if not isinstance(instructions, str | bytes | Sequence | np.ndarray):
         raise DamagedDataError(f"{origin}: the instruction is {instructions!r}, expected a text, or one for each step")
@@ -207,6 +215,7 @@ def make_episode(
         index=index,
         step_instructions=tuple(texts) if len(set(texts)) > 1 else None,
         origin=origin,
+        executed=executed,
     )
 
 

@@ -106,4 +106,5 @@ def select_steps(episode: Episode, steps: np.ndarray) -> Episode:
         index=episode.index,
         step_instructions=texts if texts and len(set(texts)) > 1 else None,
         origin=episode.origin,
+        executed=None if episode.executed is None else episode.executed[steps],
     )

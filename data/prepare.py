@@ -94,16 +94,20 @@ class PreparedDataset(EpisodeDataset):
             if not self.remark or self.remark in str(error):
                 raise
             raise type(error)(f"{error.args[0]} ({self.name}: {self.remark})") from error
-        origin, actions = episode.origin or f"{self.name}, episode {index}", episode.actions.copy()
-        dims = actions.shape[1]
+        origin = episode.origin or f"{self.name}, episode {index}"
+        dims = episode.actions.shape[1]
         grippers = default_grippers(dims, self.names) if self.gripper_dims is None else self.gripper_dims
         grippers = check_grippers(grippers, dims, origin)
-        if grippers:
-            actions[:, grippers] = open_is_1(actions[:, grippers], self.gripper, origin)
-        _check_size(actions, "action", "correct it, or leave the episode out", origin)
+        moves = {"actions": episode.actions.copy()}
+        if episode.executed is not None:
+            moves["executed"] = episode.executed.copy()
+        for values in moves.values():
+            if grippers:
+                values[:, grippers] = open_is_1(values[:, grippers], self.gripper, origin)
+            _check_size(values, "action", "correct it, or leave the episode out", origin)
         if episode.state is not None:
             _check_size(episode.state, "state", "correct it, or leave states out (--state-key none)", origin)
-        episode = replace(episode, actions=actions, dataset_name=self.name)
+        episode = replace(episode, **moves, dataset_name=self.name)
         return apply_filters(episode, self.filters, self.removed, grippers)
 
     def read(self, indices: Iterable[int]) -> Iterator[Episode]:

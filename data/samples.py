@@ -54,7 +54,7 @@ def model_cameras(episode: Episode, camera_names: Sequence[str], camera: str | N
 class FrameSamples(Dataset):
     """`{"instruction", "actions", "image" (H, W, 3) uint8, "dataset"}` of `samples[position, frame]`; "image" of
     several cameras is `{camera: image}`, "state" (S,) is there where the frame has one, "action_is_pad" (K,) bool where
-    its last steps are not recorded.
+    its last steps are not recorded, "executed" (K, A) where a chunk is known not to be what the robot did.
 
     Frames are those of `Source.frames`: normalized actions of K steps, one image of each camera. An image is decoded
     and becomes what the model is to see (`OpenVLAImageProcessor.trained_pixels`); with an augmentation, whose random
@@ -94,5 +94,6 @@ class FrameSamples(Dataset):
             "image": images if len(images) > 1 else image,
             "dataset": frame.dataset_name,
             **({} if frame.state is None else {"state": frame.state[0]}),
+            **({} if frame.executed is None or len(frame.executed) == 1 else {"executed": frame.executed}),
             **({"action_is_pad": np.arange(-len(frame.actions), 0) >= -frame.padded} if frame.padded else {}),
         }

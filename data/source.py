@@ -179,7 +179,8 @@ class Source:
         """The training frames of an episode of `dataset` or `held_out`; none where a filter drops it.
 
         Each has an image, still encoded, of each camera that the model sees, in its order, `actions` (action_chunk, A)
-        normalized to [-1, 1], and `state` (1, S) normalized where its statistics are known (None elsewhere). What comes
+        normalized to [-1, 1], `executed` of the same shape where it is known to differ (noise may leave [-1, 1]), and
+        `state` (1, S) normalized where its statistics are known (None elsewhere). What comes
         past the end of the episode says `chunk_end`; `padded` counts steps that are not to be learned.
 
         Args:
@@ -189,14 +190,11 @@ class Source:
             ValueError: If `action_chunk` is below 1, or the episode lacks the camera.
         """
         action_chunk = self.action_chunk if action_chunk is None else action_chunk
-        stats = self.statistics["action"]
         if self._drops(episode):
             return
         cameras = model_cameras(episode, self.camera_names, self.camera)
-        absolute = self.absolute if self.chunk_end == "still" else np.ones(self.action_dim, dtype=bool)
-        trajectory = {"action": episode.actions, "observation": {}, "absolute_action_mask": absolute}
-        chunks = chunk_act_obs(trajectory, 1, action_chunk - 1)["action"]
-        chunks = normalize_actions(chunks, stats, self.normalization).astype(np.float32)
+        chunks = self._chunks(episode.actions, action_chunk)
+        executed = None if episode.executed is None else self._chunks(episode.executed, action_chunk)
         beyond = np.maximum(np.arange(len(episode)) + action_chunk - len(episode), 0)  # steps past the end, of a chunk
         proprio = proprio_statistics(self.statistics)
         state = None
@@ -207,10 +205,19 @@ class Source:
             kept &= droid_moves_raw(episode.actions)
         if self.chunk_end == "drop":
             kept &= beyond == 0
-        seen = replace(episode, images={name: episode.images[name] for name in cameras}, state=state)
+        images = {name: episode.images[name] for name in cameras}
+        seen = replace(episode, images=images, state=state, executed=None)
         for step in np.flatnonzero(kept):
             padded = int(beyond[step]) if self.chunk_end == "repeat" else 0
-            yield replace(seen[step : step + 1], actions=chunks[step].copy(), padded=padded)
+            done = None if executed is None else executed[step].copy()
+            yield replace(seen[step : step + 1], actions=chunks[step].copy(), padded=padded, executed=done)
+
+    def _chunks(self, actions: np.ndarray, action_chunk: int) -> np.ndarray:
+        """(T, action_chunk, A) float32, normalized: of each step its action and those that follow."""
+        absolute = self.absolute if self.chunk_end == "still" else np.ones(self.action_dim, dtype=bool)
+        trajectory = {"action": actions, "observation": {}, "absolute_action_mask": absolute}
+        chunks = chunk_act_obs(trajectory, 1, action_chunk - 1)["action"]
+        return normalize_actions(chunks, self.statistics["action"], self.normalization).astype(np.float32)
 
     def _drops(self, episode: Episode) -> bool:
         """Whether a filter of complete episodes drops this one."""

@@ -46,6 +46,7 @@ def record_episode(
     images: dict[str, list[bytes]] = {camera: [] for camera in observation.images}
     states: list[np.ndarray] = []
     actions: list[np.ndarray] = []
+    done: list[np.ndarray] = []  # what was executed
     strength = noise * generator.random()
     driven = generator.integers(environment.max_steps // 2 + 1) if student is not None else 0
     if student is not None:
@@ -66,6 +67,7 @@ def record_episode(
         else:
             executed = action.copy()
             executed[:3] += strength * generator.standard_normal(3)
+        done.append(executed)
         observation, success = environment.step(executed)
         if left is not None:
             left -= 1
@@ -78,11 +80,14 @@ def record_episode(
         state=np.stack(states),
         dataset_name=task,
         index=seed,
+        executed=np.stack(done) if noise or student is not None else None,
     )
 
 
 def save_episode(episode: Episode, file: Path, *, seed: int, failed: int) -> None:
     arrays: dict[str, Any] = {"actions": episode.actions, "state": episode.state}
+    if episode.executed is not None:
+        arrays["executed"] = episode.executed
     for camera, frames in episode.images.items():
         assert isinstance(frames, EncodedImages)
         arrays[f"bytes.{camera}"] = np.frombuffer(b"".join(frames.encoded), np.uint8)
@@ -94,11 +99,13 @@ def save_episode(episode: Episode, file: Path, *, seed: int, failed: int) -> Non
     part.replace(file)
 
 
-def is_episode(file: Path) -> bool:
-    """Whether there is a file as `save_episode` writes it; a disk that lost power may keep a part of one."""
+def is_episode(file: Path, executed: bool = False) -> bool:
+    """Whether there is a file as `save_episode` writes it, and where `executed` is needed, with that: version 0.2 left
+    it out. A disk that lost power may keep a part of one."""
+    needed = {"actions.npy", "seed.npy", "failed.npy"} | ({"executed.npy"} if executed else set())
     try:
         with zipfile.ZipFile(file) as archive:
-            return {"actions.npy", "seed.npy", "failed.npy"} <= set(archive.namelist()) and archive.testzip() is None
+            return needed <= set(archive.namelist()) and archive.testzip() is None
     except (OSError, zipfile.BadZipFile, zlib.error):
         return False
 
@@ -117,4 +124,5 @@ def load_episode(file: Path, dataset_name: str) -> Episode:
             dataset_name=dataset_name,
             index=int(arrays["seed"]),
             origin=str(file),
+            executed=arrays["executed"] if "executed" in arrays else None,
         )

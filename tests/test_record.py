@@ -10,9 +10,11 @@ from typer.testing import CliRunner
 
 from openvla.cli import app
 from openvla.data import open_dataset
+from openvla.data.writers.hdf5 import write_hdf5
+from openvla.data.writers.lerobot import write_lerobot
 from openvla.evaluation import RECORDING_SEEDS, make_environment, recorder
 from openvla.evaluation import record as record_module
-from openvla.evaluation.expert_episode import load_episode, record_episode, save_episode
+from openvla.evaluation.expert_episode import is_episode, load_episode, record_episode, save_episode
 from openvla.evaluation.record import published, record
 from openvla.evaluation.recorder import Recorder
 from openvla.folders import locked
@@ -75,8 +77,10 @@ def test_noise_is_executed_and_the_clean_answer_is_recorded():
     difference = executed - episode.actions
     assert difference[:, :3].any(axis=1).all() and not difference[:, 3:].any()
     np.testing.assert_allclose(episode.actions[:, 0], -np.clip(episode.state[:, 0], -0.1, 0.1), rtol=1e-5)
+    np.testing.assert_array_equal(episode.executed, executed)
     again = record_episode(Point(), "go", 10_000, noise=0.05)
     np.testing.assert_array_equal(again.state, episode.state)
+    assert record_episode(Point(), "go", 10_000).executed is None  # what was executed is what was recorded
 
 
 def test_each_episode_draws_its_own_noise_up_to_the_strongest():
@@ -186,6 +190,29 @@ def test_an_episode_survives_its_file(tmp_path):
     np.testing.assert_array_equal(found.state, episode.state)
     assert found.images["image"].encoded == episode.images["image"].encoded
     assert found.instruction == episode.instruction
+    noisy = record_episode(Point(), "go", 10_000, noise=0.05)
+    save_episode(noisy, tmp_path / "noisy.npz", seed=1, failed=0)
+    np.testing.assert_array_equal(load_episode(tmp_path / "noisy.npz", "made").executed, noisy.executed)
+    assert is_episode(tmp_path / "noisy.npz", executed=True)
+    # What was recorded by a version that did not keep it is recorded again where it is needed.
+    assert is_episode(tmp_path / "file.npz") and not is_episode(tmp_path / "file.npz", executed=True)
+
+
+@pytest.mark.parametrize("format", ["lerobot", "hdf5"])
+def test_what_was_executed_comes_back_from_files(format, tmp_path):
+    noisy = [record_episode(Point(), "go", seed, noise=0.05, image_format="png") for seed in (10_000, 10_003)]
+    if format == "lerobot":
+        write_lerobot(noisy, tmp_path / "data", fps=20)
+    else:
+        write_hdf5(noisy, tmp_path / "data" / "go_demo.hdf5", env_name="go", frequency=20)
+    for episode, found in zip(noisy, open_dataset(tmp_path / "data"), strict=True):
+        np.testing.assert_array_equal(found.executed, episode.executed)
+        assert (found.executed != found.actions).any()
+        np.testing.assert_array_equal(found[3:5].executed, episode.executed[3:5])
+    # Asked for as the action, it is one like any other.
+    other = open_dataset(tmp_path / "data", action_key="executed_action")
+    np.testing.assert_array_equal(other[0].actions, noisy[0].executed)
+    assert other[0].executed is None
 
 
 def test_a_recording_is_a_data_set_whose_actions_solve_the_task(tmp_path, opengl):

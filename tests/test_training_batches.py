@@ -1,6 +1,7 @@
 """From the demonstrations of each format to a batch: several cameras, states, chunks and what heads learn from."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -191,6 +192,45 @@ def test_episodes_that_are_shorter_than_a_chunk():
     assert [frame.padded for frame in source.frames(source.dataset[0])] == [3, 4, 5, 6, 7, 8]
     with pytest.raises(ValueError, match="chunk_end='pad' is unknown"):
         open_source(in_memory(), chunk_end="pad")
+
+
+def noisy(steps: int = 6) -> PythonDataset:
+    """Of which other actions were executed; the last number is a gripper, 1: closed."""
+    clean = in_memory(episodes=1, steps=steps)[0]
+    executed = clean.actions + np.float32(0.5) * (np.arange(7) < 3)
+    return PythonDataset([replace(clean, executed=executed)], "mine")
+
+
+def test_what_was_executed_is_read_and_the_answer_learned():
+    source = open_source(noisy(), action_chunk=3, gripper="open-is-0")
+    processor = TINY[0].processor()
+    samples, collator = FrameSamples(processor.image_processor), ActionCollator(processor)
+    frame = next(source.frames(source.dataset[0]))
+    assert frame.executed.shape == frame.actions.shape == (3, 7)
+    assert (frame.executed != frame.actions)[:, :3].any() and np.array_equal(
+        frame.executed[:, 3:], frame.actions[:, 3:]
+    )
+    whole = source.dataset[0]
+    expected = normalize_actions(whole.executed[:3], source.statistics["action"]).astype(np.float32)
+    np.testing.assert_array_equal(frame.executed, expected)
+    batch = collator([samples[0, frame]])
+    answer = batch["labels"][0] != -100
+    tokenizer = collator.head.tokenizer
+    learned, read = (batch[name][0][answer][:-1].numpy().reshape(3, 7) for name in ("labels", "input_ids"))
+    np.testing.assert_array_equal(learned, tokenizer.encode(frame.actions))
+    np.testing.assert_array_equal(read, tokenizer.encode(frame.executed))
+    assert "executed" not in batch
+    collator.head.wants_executed = True
+    np.testing.assert_array_equal(collator([samples[0, frame]])["executed"].numpy()[0], frame.executed)
+
+
+def test_single_actions_are_learned_as_before():
+    """Tokens of one action follow each other; noise between them would only hide them from each other."""
+    source, processor = open_source(noisy()), TINY[0].processor()
+    sample = FrameSamples(processor.image_processor)[0, next(source.frames(source.dataset[0]))]
+    batch = ActionCollator(processor)([sample])
+    answer = batch["labels"][0] != -100
+    assert torch.equal(batch["labels"][0][answer], batch["input_ids"][0][answer])
 
 
 class Numbers(TokenHead):

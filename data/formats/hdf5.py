@@ -13,7 +13,16 @@ import numpy as np
 from ...cameras_openvla import not_colour, order_cameras
 from ...options.datasets import HDF5Options, Keys
 from ..dataset import EpisodeDataset, OnError, action_keys, key_list, name_cameras, warn_of_camera
-from ..episode import COPY_AGAIN, CameraImages, DamagedDataError, Episode, as_text, check_data_file, make_episode
+from ..episode import (
+    COPY_AGAIN,
+    EXECUTED,
+    CameraImages,
+    DamagedDataError,
+    Episode,
+    as_text,
+    check_data_file,
+    make_episode,
+)
 from .handles import kept_open
 
 
@@ -104,6 +113,7 @@ class HDF5Dataset(EpisodeDataset):
             if not self.options.cameras:  # none: for statistics, which find what training would stop for
                 self._check_cameras(group, 0 if actions is None else len(actions), origin)
             cameras = name_cameras(_cameras(group) if self.options.cameras is None else self.options.cameras)
+            known = self.options.action_key is None and EXECUTED in group
             state_key = self.options.state_key
             if state_key is None:
                 state_key = next((names for names in STATE_NAMES if all(n in group for n in names)), [])
@@ -118,6 +128,7 @@ class HDF5Dataset(EpisodeDataset):
                 index=index,
                 origin=origin,
                 action_dim=self._expected_dim(),
+                executed=_columns(group, EXECUTED, origin) if known else None,
             )
         except DamagedDataError:
             raise

@@ -13,7 +13,16 @@ from ...cameras_openvla import order_cameras
 from ...options.datasets import LeRobotOptions
 from ..dataset import EpisodeDataset, OnError, action_keys, key_list, name_cameras, warn_of_camera
 from ..dimensions import dimension_names
-from ..episode import CameraImages, DamagedDataError, EncodedImages, Episode, as_text, check_data_file, make_episode
+from ..episode import (
+    EXECUTED,
+    CameraImages,
+    DamagedDataError,
+    EncodedImages,
+    Episode,
+    as_text,
+    check_data_file,
+    make_episode,
+)
 from .lerobot_meta import (
     fill_path,
     is_colour,
@@ -161,6 +170,8 @@ class LeRobotDataset(EpisodeDataset):
         of_images = [key for key in self.cameras.values() if self.features[key]["dtype"] == "image"]
         wanted = {*filter(None, self.action_keys), *filter(None, self.state_keys), *of_images, "episode_index"}
         optional = {"frame_index"}
+        if executed := [EXECUTED] if self.action_keys == ["action"] and EXECUTED in self.features else []:
+            wanted.add(EXECUTED)
         if self._of_video:
             wanted.add("timestamp")
         if self.language_key is None:
@@ -186,6 +197,7 @@ class LeRobotDataset(EpisodeDataset):
             index=index,
             origin=origin,
             action_dim=self._declared_dim(self.action_keys),
+            executed=self._columns(table, executed, origin) if executed else None,
         )
 
     def _video(self, row: dict[str, Any], key: str, times: np.ndarray, origin: str) -> VideoImages:

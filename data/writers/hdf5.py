@@ -9,7 +9,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from ..episode import Episode
+from ..episode import EXECUTED, Episode
 
 
 MARGIN = 2**20  # bytes of everything but images, and of what the library holds back
@@ -81,6 +81,8 @@ def _write_episode(group: h5py.Group, episode: Episode) -> None:
     last = np.zeros(len(episode), dtype=np.uint8)
     last[-1] = 1
     group.create_dataset("actions", data=episode.actions.astype(np.float64))
+    if episode.executed is not None:
+        group.create_dataset(EXECUTED, data=episode.executed.astype(np.float64))
     group.create_dataset("rewards", data=last)
     group.create_dataset("dones", data=last)
     seen = group.create_group("obs")

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..episode import EncodedImages, Episode
+from ..episode import EXECUTED, EncodedImages, Episode
 from ..images import JPEG_START, ImageFormat, encode_image
 from .lerobot_statistics import FeatureStatistics
 
@@ -77,7 +77,8 @@ class LeRobotWriter:
     def _shapes(self, episode: Episode) -> dict[str, tuple[int, ...]]:
         cameras = {image_key(camera): frames[0].shape for camera, frames in episode.images.items()}
         state = {} if episode.state is None else {"observation.state": episode.state.shape[1:]}
-        return cameras | state | {"action": episode.actions.shape[1:]}
+        executed = {} if episode.executed is None else {EXECUTED: episode.executed.shape[1:]}
+        return cameras | state | {"action": episode.actions.shape[1:]} | executed
 
     def add(self, episode: Episode) -> None:
         if (shapes := self._shapes(episode)) != self.shapes:
@@ -93,6 +94,8 @@ class LeRobotWriter:
         values: dict[str, np.ndarray] = {"action": episode.actions}
         if episode.state is not None:
             values = {"observation.state": episode.state} | values
+        if episode.executed is not None:
+            values[EXECUTED] = episode.executed
         values["timestamp"] = (np.arange(count) / self.fps).astype(np.float32)
         values["frame_index"] = np.arange(count)
         values["episode_index"] = np.full(count, number)
@@ -154,7 +157,8 @@ class LeRobotWriter:
         self, robot_type: str | None, action_names: Sequence[str] | None, state_names: Sequence[str] | None
     ) -> None:
         """Everything in meta/."""
-        for key, names in {"action": action_names, "observation.state": state_names}.items():
+        named = {"action": action_names, EXECUTED: action_names, "observation.state": state_names}
+        for key, names in named.items():
             if names is not None and key in self.features:
                 if len(names) != self.features[key]["shape"][0]:
                     raise ValueError(f"{len(names)} names for {key}, which has {self.features[key]['shape'][0]}.")
