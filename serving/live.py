@@ -116,8 +116,8 @@ class LiveView:
 
 
 def smaller(image: np.ndarray) -> np.ndarray:
-    """A copy of at most SIDE pixels, by leaving out rows and columns: microseconds, whatever the size. Not a view, which
-    would keep the complete message it came in."""
+    """A copy of at most SIDE pixels, by leaving out rows and columns: microseconds, whatever the size. Not a view,
+    which would keep the complete message it came in."""
     stride = -(-max(image.shape[:2]) // SIDE)
     return image[::stride, ::stride].copy()
 
