@@ -98,16 +98,14 @@ class PreparedDataset(EpisodeDataset):
         dims = episode.actions.shape[1]
         grippers = default_grippers(dims, self.names) if self.gripper_dims is None else self.gripper_dims
         grippers = check_grippers(grippers, dims, origin)
-        moves = {"actions": episode.actions.copy()}
-        if episode.executed is not None:
-            moves["executed"] = episode.executed.copy()
-        for values in moves.values():
+        actions, executed = episode.actions.copy(), None if episode.executed is None else episode.executed.copy()
+        for values in (actions,) if executed is None else (actions, executed):
             if grippers:
                 values[:, grippers] = open_is_1(values[:, grippers], self.gripper, origin)
             _check_size(values, "action", "correct it, or leave the episode out", origin)
         if episode.state is not None:
             _check_size(episode.state, "state", "correct it, or leave states out (--state-key none)", origin)
-        episode = replace(episode, **moves, dataset_name=self.name)
+        episode = replace(episode, actions=actions, executed=executed, dataset_name=self.name)
         return apply_filters(episode, self.filters, self.removed, grippers)
 
     def read(self, indices: Iterable[int]) -> Iterator[Episode]:
