@@ -69,7 +69,8 @@ class FinetuneOptions(DatasetOptions):
     chunk_end: Literal["still", "repeat", "drop"] | None = option(
         None,
         "What a chunk of several steps holds past the end of its episode: still, no motion, learned like all else; "
-        "repeat, the last action again, not learned; drop, there are no such chunks, as in OpenVLA-OFT. Default: "
+        "repeat, the last action again, not learned; drop, there are no such chunks, as in OpenVLA-OFT. For --chunking "
+        "prefix take repeat: a model that continues what is executed learns from still to stand for ever. Default: "
         "repeat for heads that learn numbers, still for those of tokens.",
     )
     camera_names: str | None = option(
