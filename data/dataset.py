@@ -104,6 +104,9 @@ class PartOfDataset(EpisodeDataset):
         return [part for part in parts if part]
 
 
+FIELDS = ("actions", "instruction", "images", "state", "executed")  # of an episode in memory
+
+
 class PythonDataset(EpisodeDataset):
     """Any object with `__len__` and `__getitem__` that gives `Episode`s or mappings with the fields `actions` (T, A),
     `instruction` (text, or one per step; "" without), `images` {camera: (T, H, W, 3) uint8, or T encoded images} and
@@ -128,16 +131,13 @@ class PythonDataset(EpisodeDataset):
                 f"{len(self) - 1} there"
             ) from error
         if isinstance(found, Episode):
-            fields: Mapping = {
-                name: getattr(found, name) for name in ("actions", "instruction", "images", "state", "executed")
-            }
+            fields: Mapping = {name: getattr(found, name) for name in FIELDS}
             fields = {**fields, "instruction": found.step_instructions or found.instruction}
         elif isinstance(found, Mapping):
             fields = found
-            unknown = set(fields) - {"actions", "instruction", "images", "state", "executed"}
-            if "actions" not in fields or unknown:
+            if "actions" not in fields or set(fields) - set(FIELDS):
                 there = sorted(map(str, fields))
-                raise DamagedDataError(f"{where}: expected actions, instruction, images, state; found {there}")
+                raise DamagedDataError(f"{where}: expected {', '.join(FIELDS)}; found {there}")
         else:
             raise DamagedDataError(f"{where}: expected an Episode or a mapping, found {type(found).__name__}")
         instruction, images = fields.get("instruction"), fields.get("images")

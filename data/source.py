@@ -180,8 +180,8 @@ class Source:
 
         Each has an image, still encoded, of each camera that the model sees, in its order, `actions` (action_chunk, A)
         normalized to [-1, 1], `executed` of the same shape where it is known to differ (noise may leave [-1, 1]), and
-        `state` (1, S) normalized where its statistics are known (None elsewhere). What comes
-        past the end of the episode says `chunk_end`; `padded` counts steps that are not to be learned.
+        `state` (1, S) normalized where its statistics are known (None elsewhere). What comes past the end of the
+        episode says `chunk_end`; `padded` counts steps that are not to be learned.
 
         Args:
             action_chunk: Default: that of the source.

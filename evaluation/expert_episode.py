@@ -100,8 +100,8 @@ def save_episode(episode: Episode, file: Path, *, seed: int, failed: int) -> Non
 
 
 def is_episode(file: Path, executed: bool = False) -> bool:
-    """Whether there is a file as `save_episode` writes it, and where `executed` is needed, with that: version 0.2 left
-    it out. A disk that lost power may keep a part of one."""
+    """Whether there is a file as `save_episode` writes it, and where `executed` is needed, with that: earlier versions
+    left it out. A disk that lost power may keep a part of one."""
     needed = {"actions.npy", "seed.npy", "failed.npy"} | ({"executed.npy"} if executed else set())
     try:
         with zipfile.ZipFile(file) as archive:

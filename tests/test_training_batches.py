@@ -15,6 +15,7 @@ from openvla.action_heads_openvla import HEADS, Comparison, TokenHead, head_with
 from openvla.data import PythonDataset, open_sources
 from openvla.data.augment import ImageAugmentation
 from openvla.data.collate import ActionCollator
+from openvla.data.filters import select_steps
 from openvla.data.samples import FrameSamples
 from openvla.data.source import CHUNK_ENDS
 from openvla.data.sources import open_source
@@ -222,6 +223,28 @@ def test_what_was_executed_is_read_and_the_answer_learned():
     assert "executed" not in batch
     collator.head.wants_executed = True
     np.testing.assert_array_equal(collator([samples[0, frame]])["executed"].numpy()[0], frame.executed)
+
+
+def test_what_was_executed_is_the_beginning_that_a_diffusion_continues():
+    pytest.importorskip("diffusers", reason="its schedule needs the [oft] extra")
+    head = head_without_weights(OpenVLAConfig(action_head="diffusion", action_dim=2, action_chunk=3))
+    head.draw_prefixes = lambda model, batch: torch.tensor([[2]])
+    seen = []
+
+    def model(noisy_actions, **inputs):
+        assert "executed" not in inputs
+        seen.append(noisy_actions)
+        return SimpleNamespace(predicted=torch.zeros(1, 3, 2))
+
+    model.training = True
+    batch = {"actions": torch.zeros(1, 3, 2), "labels": torch.zeros(1, 7, dtype=torch.long)}
+    head.loss(model, {**batch, "executed": torch.full((1, 3, 2), 0.5)})
+    assert (seen[0][:, :2] == 0.5).all() and (seen[0][:, 2] != 0.5).all()
+
+
+def test_steps_that_are_selected_keep_what_was_executed():
+    episode, steps = noisy()[0], np.array([0, 3, 5])
+    np.testing.assert_array_equal(select_steps(episode, steps).executed, episode.executed[steps])
 
 
 def test_single_actions_are_learned_as_before():

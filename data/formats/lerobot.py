@@ -170,8 +170,8 @@ class LeRobotDataset(EpisodeDataset):
         of_images = [key for key in self.cameras.values() if self.features[key]["dtype"] == "image"]
         wanted = {*filter(None, self.action_keys), *filter(None, self.state_keys), *of_images, "episode_index"}
         optional = {"frame_index"}
-        if executed := [EXECUTED] if self.action_keys == ["action"] and EXECUTED in self.features else []:
-            wanted.add(EXECUTED)
+        executed = [EXECUTED] if self.action_keys == ["action"] and EXECUTED in self.features else []
+        wanted.update(executed)
         if self._of_video:
             wanted.add("timestamp")
         if self.language_key is None:

@@ -4,17 +4,12 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ...extras import require
 from ..episode import COPY_AGAIN, CameraImages, DamagedDataError, check_data_file
 from .handles import kept_open
-
-
-if TYPE_CHECKING:
-    pass
 
 
 TOLERANCE = 1e-4  # seconds that a frame may lie from the time asked for, as in LeRobot (`tolerance_s`)
