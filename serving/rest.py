@@ -8,7 +8,7 @@ plain numbers with their names.
 import asyncio
 import base64
 import json
-from collections.abc import AsyncGenerator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,8 @@ import numpy as np
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.datastructures import UploadFile
+from python_multipart.multipart import parse_options_header
+from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
@@ -26,7 +27,7 @@ from .auth import refusal_response
 from .contract import Answer, BadRequest, Gone, ModelInfo, Refusal, TooLarge
 from .names import Call, Reset
 from .room import Share
-from .service import Service, content, metadata
+from .service import QUICK, Service, content, metadata
 
 
 JSON, FORM, MSGPACK = "application/json", "multipart/form-data", "application/msgpack"
@@ -165,16 +166,22 @@ async def read_body(request: Request, limits: Limits, share: Share) -> Body:
     except ClientDisconnect:
         raise Gone("The client has gone.") from None
     data = b"".join(parts)
-    return Body(kind, data, await read_form(request, data) if kind == FORM else {})
+    if kind != FORM:
+        return Body(kind, data, {})
+    form = read_form(request.headers, data)
+    return Body(kind, data, await (asyncio.to_thread(asyncio.run, form) if size > QUICK else form))
 
 
-async def read_form(request: Request, data: bytes) -> dict[str, Any]:
+async def read_form(headers: Headers, data: bytes) -> dict[str, Any]:
     """Fields and files of a form. What is no text (state, step, ...) is JSON."""
+    charset = parse_options_header(headers["content-type"])[1].get(b"charset", b"utf-8")
+    if charset.lower() != b"utf-8":  # of Python's others one takes hours for a megabyte (punycode)
+        raise BadRequest(f"charset={charset.decode('latin1'):.50}: expected utf-8.")
 
     async def once() -> AsyncGenerator[bytes, None]:
         yield data
 
-    parser = MultiPartParser(request.headers, once(), max_files=FILES, max_fields=FIELDS, max_part_size=len(data))
+    parser = MultiPartParser(headers, once(), max_files=FILES, max_fields=FIELDS, max_part_size=len(data))
     parser.spool_max_size = len(data) + 1  # nothing is written to a disk
     try:
         fields = await parser.parse()
@@ -264,7 +271,10 @@ def request_body(info: ModelInfo) -> dict[str, Any]:
     }
     examples = {
         "base64": {"summary": "Image files in base64", "value": given},
-        "json-numpy": {"summary": "Arrays, as clients of the original send them", "value": numpy_free(arrays)},
+        "json-numpy": {
+            "summary": "Arrays, as clients of the original send them",
+            "value": json.loads(wire.to_json(arrays)),
+        },
     }
     schema = {"type": "object", "required": list(given), "properties": known}
     return {
@@ -274,11 +284,6 @@ def request_body(info: ModelInfo) -> dict[str, Any]:
             FORM: {"schema": {"type": "object", "required": list(given), "properties": files}},
         },
     }
-
-
-def numpy_free(message: Mapping[str, Any]) -> Any:
-    """As it stands in JSON."""
-    return json.loads(wire.to_json(message))
 
 
 def responses() -> dict[int | str, dict[str, Any]]:

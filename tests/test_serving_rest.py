@@ -15,7 +15,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from openvla.options.serving import Limits
-from openvla.serving import wire
+from openvla.serving import rest, service, wire
 from openvla.serving.app import create_app
 from openvla.serving.contract import Late
 from openvla.serving.engine import Engine
@@ -298,6 +298,35 @@ def test_a_form_has_so_many_parts(server):
     assert server.post("/act", files={"image": png()}, data={str(n): "1" for n in range(40)}).status_code == 400
     twice = [("image", png()), ("image", png())]
     assert "twice" in server.post("/act", files=twice).json()["error"]
+
+
+def test_a_form_is_read_as_utf8_alone(server):
+    """Python decodes punycode in the square of its length: 320 kB stopped everybody for 5 s."""
+    sent = (
+        b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\n' + b"a" * 9000 + b"-" + b"a" * 9000 + b"\r\n--x--\r\n"
+    )
+    for charset in ("punycode", "idna", "utf-7"):
+        kind = f"multipart/form-data; boundary=x; charset={charset}"
+        answer = server.post("/act", content=sent, headers={"Content-Type": kind})
+        assert answer.status_code == 400 and f"charset={charset}: expected utf-8" in answer.json()["error"]
+    kind = "multipart/form-data; boundary=x; charset=UTF-8"
+    assert "charset" not in server.post("/act", content=sent, headers={"Content-Type": kind}).json()["error"]
+
+
+def test_a_large_form_is_read_in_another_thread(server, monkeypatch):
+    threads, read = [], rest.read_form
+
+    async def noted(*given):
+        threads.append(threading.current_thread())
+        return await read(*given)
+
+    monkeypatch.setattr(rest, "read_form", noted)
+    large = png(np.random.default_rng(0).integers(0, 255, (600, 600, 3), np.uint8))
+    assert len(large) > service.QUICK
+    for image in (png(), large):
+        found = server.post("/act", files={"image": image}, data={"instruction": "go"}).json()
+        assert found["actions"][0][0] == pytest.approx(0.1, abs=0.03)
+    assert threads[0] is not threads[1]
 
 
 # What fails -----------------------------------------------------------------------------------------------------------
