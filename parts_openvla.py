@@ -105,12 +105,14 @@ class ModelParts:
         before = {name: getattr(self.config, name) for name in PARTS}
         wanted = {name: fields.get(name, before[name]) for name in PARTS}
         file = Path(folder) / PARTS_FILE
+        holds_weights = asks_for_parts(wanted) or file.is_file()  # not where only the tokens are chosen all at once
         if wanted == before and not asks_for_parts(fields) and not file.is_file():
             return
-        check_weight_file(file, whole_numbers=False)
+        if holds_weights:
+            check_weight_file(file, whole_numbers=False)
         self.__dict__["_parts_owner"] = None  # nobody's until all are there: they begin at random
         self.add_parts(**wanted)
-        stored, own = load_file(file), self.added_parameters()
+        stored, own = load_file(file) if holds_weights else {}, self.added_parameters()
         shapes = {
             name: (stored[name].shape, own[name].shape)
             for name in stored.keys() & own.keys()

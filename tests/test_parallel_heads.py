@@ -151,6 +151,27 @@ def test_an_adapter_brings_its_parts(adapter, tmp_path):
         wrapped.predict_action(IMAGES[0], WORDS[0])
 
 
+def test_an_adapter_of_a_head_without_weights(small_policy, tmp_path):
+    """No file of parts is written: none is asked for, by who loads, merges, continues or goes on with the run."""
+    pytest.importorskip("peft", reason="adapters need the [train] extra")
+    made = {"strategy": "lora", "head": "parallel_tokens", "model": str(small_policy), "save_every": 1, "keep": 2}
+    finetune(options(tmp_path / "run", **made))
+    assert not (tmp_path / "run" / "added_parts.safetensors").exists()
+    model = OpenVLAForActionPrediction.from_pretrained(tmp_path / "run")
+    expected = model.predict_action(IMAGES[0], WORDS[0], return_dict=True)
+    assert expected.actions.shape == (CHUNK, 7) and model.config.action_head == "parallel_tokens"
+    merge_adapter(tmp_path / "run", tmp_path / "merged")
+    merged = OpenVLAForActionPrediction.from_pretrained(tmp_path / "merged")
+    found = merged.predict_action(IMAGES[0], WORDS[0], return_dict=True)
+    np.testing.assert_allclose(found.token_probabilities, expected.token_probabilities, atol=1e-4)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "checkpoint-2")
+    (tmp_path / "run" / "dataset_statistics.json").unlink()
+    before = (tmp_path / "run" / "adapter_model.safetensors").read_bytes()
+    finetune(options(tmp_path / "run", **made), resume=True)
+    assert (tmp_path / "run" / "adapter_model.safetensors").read_bytes() == before
+    finetune(options(tmp_path / "more", **{**made, "model": str(tmp_path / "run")}, action_chunk=None))
+
+
 def test_an_adapter_without_its_parts_is_refused(adapter, tmp_path):
     shutil.copytree(adapter, tmp_path / "run")
     (tmp_path / "run" / "added_parts.safetensors").unlink()
