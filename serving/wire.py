@@ -12,7 +12,8 @@ import json
 import math
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 import msgpack
@@ -26,6 +27,8 @@ LONGEST_LIST = 1024  # in msgpack, whose lists say how long they will be, and ta
 MOST_LEVELS = 8  # of lists and maps within each other
 MOST_PIXELS = 4096 * 4096  # of a picture
 MOST_SCANS = 32  # of a JPEG: progressive ones have about 10, and each goes over all pixels, however few bytes it has
+MOST_PARTS = 64  # of a picture beside its pixels: each takes its time, and a kilobyte of a PNG may unpack to 1 MiB
+ALONE = {0xC8, *range(0xD0, 0xDA), *range(0xF0, 0xFE)}  # marks of a JPEG that no length follows
 MOST_AXES = 6
 LONGEST_AXIS = 2**31
 FILES = ("JPEG", "PNG")  # what is read as a picture
@@ -228,17 +231,39 @@ def picture_size(data: bytes) -> tuple[int, int]:
     """(height, width) that a JPEG or PNG file says it has, before any of its pixels is decoded.
 
     Raises:
-        ValueError: If it is no such file, or a JPEG that would take minutes to decode.
+        ValueError: If it is no such file, or one that would take minutes to open or to decode.
     """
     # In what is coded this mark cannot occur: it begins a scan.
     if data.startswith(b"\xff\xd8") and (scans := data.count(b"\xff\xda")) > MOST_SCANS:
         raise ValueError(f"a JPEG file of {scans} scans, at most {MOST_SCANS}.")
+    if sum(1 for _ in islice(_parts(data), MOST_PARTS + 1)) > MOST_PARTS:
+        raise ValueError(f"a picture file of more than {MOST_PARTS} parts beside its pixels.")
     try:
         with Image.open(io.BytesIO(data), formats=FILES) as picture:
             width, height = picture.size
     except UNREADABLE as error:
         raise ValueError(f"{len(data)} bytes that are no {' or '.join(FILES)} file: {type(error).__name__}") from error
     return height, width
+
+
+def _parts(data: bytes) -> Iterator[int]:
+    """Where segments before the first scan of a JPEG begin, as Pillow goes through them; or chunks of a PNG, without
+    those that hold more than a few pixels."""
+    if data.startswith(b"\x89PNG"):
+        at = 8
+        while at < len(data):
+            size = int.from_bytes(data[at : at + 4], "big")
+            if data[at + 4 : at + 8] != b"IDAT" or size < 1024:
+                yield at
+            at += 12 + size
+    elif data.startswith(b"\xff\xd8"):
+        at = 2
+        while len(mark := data[at : at + 2]) == 2 and mark != b"\xff\xda":
+            yield at
+            if mark[0] != 0xFF or mark[1] in (0, 0xFF):  # between segments
+                at += 1
+            else:
+                at += 2 if mark[1] in ALONE else 2 + max(2, int.from_bytes(data[at + 2 : at + 4], "big"))
 
 
 def check_picture(data: bytes, most_pixels: int = MOST_PIXELS) -> tuple[int, int]:

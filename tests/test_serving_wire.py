@@ -6,6 +6,7 @@ import json
 import tracemalloc
 import warnings
 import zlib
+from pathlib import Path
 
 import json_numpy
 import msgpack
@@ -177,12 +178,13 @@ def test_only_numbers_are_sent():
         wire.to_json({"a": float("nan")})
 
 
+def part(kind: bytes, data: bytes) -> bytes:
+    """A chunk of a PNG."""
+    return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+
 def png(width: int, height: int) -> bytes:
     """A file of 8-bit grey that is a few hundred bytes, whatever its size."""
-
-    def part(kind: bytes, data: bytes) -> bytes:
-        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
-
     head = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 0, 0, 0, 0])
     return b"\x89PNG\r\n\x1a\n" + part(b"IHDR", head) + part(b"IDAT", zlib.compress(b"\0" * 99)) + part(b"IEND", b"")
 
@@ -240,3 +242,42 @@ def test_a_jpeg_of_thousands_of_scans_is_not_decoded():
     scan, end = file[file.rindex(b"\xff\xda") : -2], file[-2:]
     with pytest.raises(ValueError, match="a JPEG file of 1010 scans, at most 32"):
         wire.picture_size(file[:-2] + 1000 * scan + end)
+
+
+UNPACKED = part(b"iCCP", b"a\0\0" + zlib.compress(bytes(2**20)))  # 1 kB
+
+
+@pytest.mark.parametrize("more", [UNPACKED, part(b"zTXt", b"a\0\0"), part(b"IDAT", b""), part(b"prIv", b"")])
+@pytest.mark.parametrize("at", [33, -12], ids=["before", "after"])
+def test_a_png_of_thousands_of_chunks_is_not_opened(more, at, monkeypatch):
+    """Pillow unpacks each profile: 210 kB of them took 0.7 s, wherever they stand."""
+    file = png(8, 8)
+    assert wire.picture_size(file[:at] + 3 * more + file[at:]) == (8, 8)
+    monkeypatch.setattr(Image, "open", None)
+    with pytest.raises(ValueError, match="more than 64 parts"):
+        wire.picture_size(file[:at] + 1000 * more + file[at:])
+
+
+@pytest.mark.parametrize(
+    "more", [b"\xff\xe5\0\2", b"\xff\xfe\0\4ab", b"\xff\xe1\0\0", b"\xff\xf3", b"\xff\xd8", b"\xff", b"a"]
+)
+def test_a_jpeg_of_thousands_of_segments_is_not_opened(more, monkeypatch):
+    file = wire.picture_file(np.zeros((8, 8, 3), np.uint8))
+    assert wire.picture_size(file[:2] + b"\xff\xe1\xff\xff" + bytes(65533) + file[2:]) == (8, 8)
+    monkeypatch.setattr(Image, "open", None)
+    with pytest.raises(ValueError, match="more than 64 parts"):
+        wire.picture_size(file[:20] + 1000 * more + file[20:])
+
+
+def test_files_of_cameras_and_programs_have_few_parts():
+    for path in (Path(__file__).parents[1] / "examples" / "frames").glob("*.png"):
+        assert wire.picture_size(path.read_bytes())
+    pixels, exif = Image.effect_noise((2000, 1500), 90).convert("RGB"), Image.Exif()
+    exif[0x010F] = "maker" * 1000
+    for kind, given in (
+        ("JPEG", {"progressive": True, "icc_profile": bytes(300_000)}),
+        ("PNG", {"icc_profile": bytes(3000)}),
+    ):
+        stream = io.BytesIO()
+        pixels.save(stream, kind, exif=exif, **given)
+        assert wire.picture_size(stream.getvalue()) == (1500, 2000)
