@@ -8,7 +8,7 @@ from fastapi.responses import JSONResponse
 
 from ..options.serving import Limits
 from . import rest, websocket
-from .auth import OPEN_PATHS, Gate, refusal_response
+from .auth import OPEN_PATHS, Gate, checked_key, refusal_response
 from .contract import Engine, Refusal
 from .service import Service
 
@@ -33,10 +33,13 @@ def create_app(
         key, names, open_paths: See `auth.Gate`.
         routes: Further ones, such as those of a page: each makes a router of the `Service`.
 
+    Raises:
+        ValueError: If `key` is empty, or no header could hold it.
+
     Attributes:
         state.service: The `Service`.
     """
-    limits = limits or Limits()
+    limits, key = limits or Limits(), None if key is None else checked_key(key)
     service = Service(engine, limits, mapping)
 
     @asynccontextmanager

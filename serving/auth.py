@@ -29,8 +29,11 @@ def read_key(environment: Any) -> str | None:
         ValueError: If it is empty, or no header could hold it.
     """
     key = environment.get(VARIABLE)
-    if key is None:
-        return None
+    return None if key is None else checked_key(key)
+
+
+def checked_key(key: str) -> str:
+    """Without spaces around it. A `ValueError` if it is none."""
     key = key.strip()
     if not key or not (key.isascii() and key.isprintable()):
         raise ValueError(f"{VARIABLE} is set, and empty or not ASCII: give a key (openssl rand -hex 32), or unset it.")

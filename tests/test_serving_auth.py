@@ -69,11 +69,14 @@ def test_whether_a_server_lives_is_told_without_a_key():
 def test_keys_that_are_none_are_refused(key):
     with pytest.raises(ValueError, match=VARIABLE):
         read_key({VARIABLE: key})
+    with pytest.raises(ValueError, match=VARIABLE):  # or "Bearer " alone would open it
+        app(key=key)
 
 
 def test_a_key_is_read_from_the_environment():
     assert read_key({VARIABLE: f" {KEY}\n"}) == KEY
     assert read_key({}) is None
+    assert client("robots.example", key=f" {KEY}\n").get("/info", headers={"Authorization": f"Bearer {KEY}"}).is_success
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.0.0.1:8000", "[::1]:8000", "192.168.1.5", "gpu-box"])
