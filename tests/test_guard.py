@@ -144,6 +144,34 @@ def test_steps_that_come_too_fast_do_not_run_ahead():
     assert "faster" in commands[-1].reason
 
 
+def test_a_loop_that_is_too_fast_moves_the_robot_no_faster():
+    """Each of its observations is answered at once: without a limit an arm would move ten times as fast."""
+    bench = Bench(start=still(), wait=0)
+    bench.step(after=0.01)
+    acted = 0
+    for _ in range(200):
+        bench.answer([0.1, 0, 0, 1])
+        command = bench.step(after=0.01)
+        acted += command.source == "answer"
+    assert acted == 2 + 20 and "faster" in command.reason and command.action[0] == 0
+    bench.now += 1
+    bench.step(after=0)  # a timer that makes up for what it missed
+    steps = []
+    for _ in range(5):
+        bench.answer([0.1, 0, 0, 1])
+        steps.append(bench.step(after=0).source)
+    assert steps == ["answer", "answer", "answer", "hold", "hold"]
+
+
+def test_a_loop_in_time_loses_nothing():
+    bench, jitter = Bench(start=still(), wait=0), np.random.default_rng(0).uniform(-0.045, 0.045, 500)
+    bench.step(after=0)
+    for number, late in enumerate(jitter, 1):
+        bench.now = 100 + number / 10 + late
+        bench.answer([0.1, 0, 0, 1])
+        assert bench.step(after=0).source == "answer"
+
+
 def test_ask_every_and_execute():
     bench = Bench(start=still(), wait=0, ask_every=4, execute=6)
     bench.step()
@@ -310,6 +338,38 @@ def test_times_of_another_clock_are_refused():
     bench.step(seen_at=bench.now - 0.15)
     bench.answer([0.1, 0, 0, 1])
     assert bench.step().age == pytest.approx(0.25) and "max_age" in bench.lines[-1]["reason"]
+
+
+def test_what_was_seen_once_moves_once():
+    """A camera that is slower than the loop: the change that was executed is not in its picture yet."""
+    bench = Bench(start=still(), wait=0)
+    bench.step(seen_at=100.0)
+    bench.answer([0.1, 0, 0, 1])
+    assert [bench.step(seen_at=100.0).source for _ in range(2)] == ["answer", "hold"]
+    bench.step(seen_at=100.25)
+    bench.answer([0.1, 0, 0, 1])
+    assert bench.step(seen_at=100.25).source == "answer"
+    assert len(bench.asked) == 2
+    bench.step(seen_at=100.2)  # older than what was asked
+    bench.step(seen_at=100.25)
+    assert len(bench.asked) == 2 and "nothing new was seen" in bench.lines[-1]["reason"]
+    bench.guard.reconnected()
+    bench.step(seen_at=100.25)
+    assert len(bench.asked) == 2
+    bench.guard.reset(still())
+    bench.step(seen_at=bench.now)
+    assert len(bench.asked) == 3
+
+
+def test_what_another_guard_asked_never_acts():
+    """Two robots on one transport, or a program that was started again before the answer came."""
+    one, other = Bench(start=still(), wait=0), Bench(start=still(), wait=0)
+    one.step()
+    other.step()
+    assert one.asked[0].id == other.asked[0].id
+    one.answer([0.5, 0, 0, 1])
+    other.replies = one.replies
+    assert other.step().source == "hold" and "epoch" in other.lines[-1]["arrived"][0]["refused"]
 
 
 # States, fallback -----------------------------------------------------------------------------------------------------

@@ -135,6 +135,7 @@ class Guard:
             self._plan.clear()
             self._last = held
             self._step, self._asked_at, self.state = 0, -self.ask_every, State.DEGRADED
+            self._seen_at = -math.inf  # of what was asked last
             self._since: tuple[float, int] | None = None  # time and step of the newest observation that was answered
 
     def reconnected(self) -> None:
@@ -160,7 +161,8 @@ class Guard:
 
         Args:
             observation: For the transport; not to be changed afterwards.
-            seen_at: When it was seen, by `clock`. Default: now.
+            seen_at: When it was seen, by `clock`. Default: now. What was not seen later than what was asked before is
+                not asked: its motion would be executed twice.
             position: (A,) where the robot stands, in the units of the actions, NaN where that is unknown: for limits.
 
         Raises:
@@ -180,10 +182,10 @@ class Guard:
         self._step += 1
         self._see_connection()
         now = self._now(step)
-        seen_at = now if seen_at is None else seen_at
+        new, seen_at = seen_at is None or not seen_at <= self._seen_at, now if seen_at is None else seen_at
         arrived: list[dict[str, Any]] = []
         self._collect(arrived)
-        asked = self._ask(step, now, seen_at, observation, here)
+        asked = self._ask(step, now, seen_at, observation, here) if new else None
         seen = None if self._audit is None else self._digest(observation)  # while the answer is on its way
         if asked is not None:
             self._collect(arrived, asked.id, min(self.wait, self.wait - (self._clock() - now)))
@@ -194,6 +196,8 @@ class Guard:
             command = replace(command, reason="another connection, or a clock that went back: a new epoch has begun")
         elif command.source != "answer" and not self._usable(seen_at, now):
             command = replace(command, reason=f"seen_at={seen_at} is not a time of the guard's clock, {now}")
+        elif command.source != "answer" and not new:
+            command = replace(command, reason=f"nothing new was seen: {command.reason}")
         if self._audit is not None:
             asked_id = None if asked is None else asked.id
             request = {"seen": seen, "seen_at": seen_at, "asked": asked_id, "arrived": arrived}
@@ -217,7 +221,7 @@ class Guard:
             self._since = (now, step)
         elif now < self._before:
             self._plan.clear()
-            self._since = (now, self._since[1])
+            self._since, self._seen_at = (now, self._since[1]), -math.inf
         self._before = now
         return now
 
@@ -228,7 +232,7 @@ class Guard:
             with suppress(Stale):
                 self._plan.next(step, now)
                 return None
-        self._asked_at = step
+        self._asked_at, self._seen_at = step, seen_at
         ahead = self._plan.ahead(step, now, self.commit)
         if self.limits is not None and self.spec is not None:
             ahead = self.limits.ahead(ahead, self.spec, self._last, here)
@@ -262,12 +266,9 @@ class Guard:
         if self.state is State.DEAD:
             return self._fall_back(age, "too long without an answer, nothing acts before reset()")
         try:
-            index = self._plan.next(step, now)
+            newest, index = self._plan.take(step, now)
         except Stale as stale:
             return self._fall_back(age, str(stale))
-        newest = self._plan.newest
-        assert newest is not None
-        newest.done = index  # whatever comes of it: it is not offered again
         answered, reason = newest.actions[index], ""
         action, limited = answered, list[str]()
         if self.limits is not None and self.spec is not None:

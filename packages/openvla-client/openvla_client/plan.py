@@ -1,6 +1,7 @@
 """Which action of which answer may act now. Times are of one machine and one monotonic clock."""
 
 import math
+import secrets
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,18 +47,20 @@ class Plan:
         execute: Of each answer only the first so many actions count; None: all.
     """
 
+    EARLY = 2  # periods; a loop that is faster than the control rate executes so many actions more, and no further
     LONGEST = 1024  # actions of an answer
     PENDING = 256  # requests; older ones are not waited for any more
 
     def __init__(self, period: float, max_age: float, dims: int | None, execute: int | None):
         self.period, self.max_age, self.dims, self.execute = period, max_age, dims, execute
-        self.epoch = 0
+        self.epoch = secrets.randbits(32)  # of no other guard, nor of this program before it was started again
         self.clear()
 
     def clear(self) -> None:
         """A new epoch: whatever was asked before it never acts."""
         self.epoch += 1
         self.newest: Answered | None = None
+        self._taken = -math.inf  # when the actions that were taken end, had the loop kept to the control rate
         self._pending: dict[int, tuple[int, float]] = {}  # id -> (step, time) of the observation
 
     def asked(self, ask: Ask, time: float) -> None:
@@ -137,4 +140,14 @@ class Plan:
             raise Stale(f"the newest action is {age:.3f} s old, max_age is {self.max_age:g} s")
         if by_time < -self.max_age - EPSILON:
             raise Stale(f"the next action is due in {-by_time:.3f} s: steps come faster than the control rate")
+        if self._taken - now > self.EARLY * self.period + EPSILON:
+            raise Stale("steps come faster than the control rate")
         return index
+
+    def take(self, step: int, now: float) -> tuple[Answered, int]:
+        """The newest answer and the index of `next`, which is not offered again, whatever comes of it."""
+        index = self.next(step, now)
+        assert self.newest is not None
+        self.newest.done = index
+        self._taken = max(self._taken, now) + self.period
+        return self.newest, index

@@ -13,7 +13,7 @@ import numpy as np
 class Ask:
     """What a guard asks. `epoch` and `id` have to come back with the reply, and are unique to it."""
 
-    epoch: int  # begins again with 1 in each guard; higher after each reset and reconnection
+    epoch: int  # begins with a random number in each guard; higher after each reset and reconnection
     id: int  # counts requests over all epochs
     step: int  # of the control loop since the last reset, from 0 on
     observation: Any
