@@ -345,8 +345,8 @@ def normalize_actions(
     Args:
         actions: (..., A) actions (or states) in the units of the dataset.
         stats: `"action"` (or `"proprio"`) entry of a dataset's statistics.
-        constant: `"clip"`: dimensions that never change become -1 or 1, as the formula has it (the evaluation of
-            OpenVLA-OFT).
+        constant: `"clip"`: dimensions that never change become -1 or 1, as the formula has it, and those that the mask
+            excludes are clipped as well (the evaluation of OpenVLA-OFT).
 
     Returns:
         (..., A) float64.
@@ -359,7 +359,7 @@ def normalize_actions(
     scaled = np.where(mask, np.clip(2 * (actions - first) / (second - first + 1e-8) - 1, -1, 1), actions)
     if constant == "zero" and "min" in stats and "max" in stats:
         scaled = np.where(np.asarray(stats["min"]) == np.asarray(stats["max"]), 0.0, scaled)
-    return scaled
+    return np.clip(scaled, -1, 1) if constant == "clip" else scaled
 
 
 def check_state_given(state: Any, proprio_dim: int | None) -> None:

@@ -202,14 +202,19 @@ def camera_images(images: Any, camera_names: Sequence[str]) -> list[list[Any]]:
     """Images of samples, those of the cameras that a model sees in its order; see `OpenVLAProcessor.__call__`.
 
     Raises:
-        ValueError: If a camera is missing, or an image does not say which camera it is of and the model sees several.
+        ValueError: If a camera is missing or shows several images, or an image does not say which camera it is of and
+            the model sees several.
     """
     samples = []
     for entry in as_image_list(images):
         if isinstance(entry, Mapping):
             if "pixel_values" in entry:
                 raise ValueError("Model inputs instead of images: give them as predict_action(**inputs).")
-            samples.append([entry[name] for name in find_cameras(list(entry), camera_names)])
+            if not all(isinstance(name, str) for name in entry):
+                raise ValueError(
+                    f"Images are given by the names of their cameras, got {list(entry)}: {{camera: image}}."
+                )
+            samples.append([_single(name, entry[name]) for name in find_cameras(list(entry), camera_names)])
         elif len(camera_names) > 1:
             raise ValueError(
                 f"The model sees {', '.join(camera_names)}: give {{camera: image}} with one of each, not one image."
@@ -217,6 +222,17 @@ def camera_images(images: Any, camera_names: Sequence[str]) -> list[list[Any]]:
         else:
             samples.append([entry])
     return samples
+
+
+def _single(camera: str, image: Any) -> Any:
+    """The one image of a camera: of several, one might be taken for that of the next camera."""
+    images = as_image_list(image)
+    if len(images) != 1 or is_image_list(image):
+        raise ValueError(
+            f"The camera '{camera}' shows {len(images)} image(s) in a list, expected one: for a batch give a list of "
+            "{camera: image}, one for each sample."
+        )
+    return images[0]
 
 
 __all__ = ["PIXEL_FIELDS", "PixelSteps", "camera_images", "read_samples"]

@@ -49,7 +49,8 @@ def as_tensor(name: str, values: Any) -> torch.Tensor:
             return torch.stack([as_tensor(name, row) for row in values])
         array = np.asarray(values)
     except (ValueError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{name} must have rows of one length: pad them, or give a tensor ({error}).") from error
+        remedy = "pad them, or give a tensor" if name == "input_ids" else "give others in another call"
+        raise ValueError(f"{name} must have rows of one length: {remedy} ({error}).") from error
     if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
         raise ValueError(f"{name} must be a tensor, an array or lists of numbers, got {type(values).__name__}.")
     return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("=")))

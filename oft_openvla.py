@@ -18,7 +18,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
-from .choices_openvla import check_choice
+from .choices_openvla import check_choice, closest
 from .files_openvla import QUIET, check_file, local_folder, read_json
 
 
@@ -136,8 +136,8 @@ class OFTFolder:
         """Fields of the configuration that the parts, and the platforms of the original, stand for.
 
         Args:
-            given: Arguments of `from_pretrained`: `action_chunk`, `camera_names` and `normalization` win over what
-                platforms stand for; the latter may also be one name for all datasets.
+            given: Arguments of `from_pretrained`: `action_chunk`, `camera_names`, `normalization` and `norm_stats` win
+                over what platforms and files say; `normalization` may also be one name for all datasets.
 
         Raises:
             ValueError: If parts are damaged or unknown, contradict `given`, or stand for no platform.
@@ -148,7 +148,7 @@ class OFTFolder:
                 f"action_head={asked!r}: '{self.files['action_head']}' is one of '{head}', and the weights beside it "
                 "were trained with it."
             )
-        statistics = self._statistics()
+        statistics = self._statistics(given.get("norm_stats"))
         if action_dim is None:
             sizes = {len(content["action"]["q01"]) for content in statistics.values()}
             action_dim = sizes.pop() if len(sizes) == 1 else None
@@ -178,6 +178,7 @@ class OFTFolder:
             "constant_state": "clip",
             "use_film": "vision_backbone" in self.files,
             "normalization": dict.fromkeys(statistics, units) if isinstance(units, str) else dict(units),
+            "norm_stats": statistics or None,  # in config.json are those of the base
         }
 
     def complete(self, config: Any) -> Any:
@@ -208,9 +209,9 @@ class OFTFolder:
             f"begin with {' or '.join(HEAD_PREFIXES)}."
         )
 
-    def _statistics(self) -> dict[str, Any]:
+    def _statistics(self, given: Mapping[str, Any] | None) -> dict[str, Any]:
         file = self.folder / "dataset_statistics.json"
-        found = read_json(file) if file.is_file() else {}
+        found = given or (read_json(file) if file.is_file() else {})
         return {name: value for name, value in found.items() if "q01" in (value.get("action") or {})}
 
     def check_statistics(self, statistics: Mapping[str, Any] | None, fields: Any) -> None:
@@ -223,6 +224,11 @@ class OFTFolder:
             raise FileNotFoundError(
                 f"'{self.folder}' has no dataset_statistics.json, so its actions would have no units: copy that of its "
                 "training, or give norm_stats."
+            )
+        for dataset in fields.normalization.keys() - statistics.keys():
+            raise ValueError(
+                f"normalization names '{dataset}', of which there are no statistics.{closest(dataset, statistics)} "
+                f"Known: {', '.join(sorted(statistics))}."
             )
         for dataset, content in statistics.items():
             for kind, expected in (("action", fields.action_dim), ("proprio", fields.proprio_dim)):
@@ -245,7 +251,8 @@ class OFTFolder:
             if base is not None:
                 raise ValueError(
                     f"base='{os.fspath(base)}': the weights in '{self.folder}' are merged already, and adding the "
-                    "adapter a second time would spoil them: leave base out."
+                    f"adapter a second time would spoil them: leave base out. (A folder with {ADAPTER_CONFIG} and no "
+                    "config.json is one that was not merged.)"
                 )
             return None
         if base is not None:

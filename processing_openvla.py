@@ -267,7 +267,7 @@ class OpenVLAProcessor(ProcessorMixin):
         pixels = self.image_processor(flat, **options)["pixel_values"]
         return pixels.reshape(len(samples), -1, *pixels.shape[2:])
 
-    def __call__(self, text=None, images=None, **kwargs) -> BatchFeature:
+    def __call__(self, text=None, images=None, state=None, **kwargs) -> BatchFeature:
         """Token ids of prompts and pixel values of images.
 
         Args:
@@ -275,6 +275,7 @@ class OpenVLAProcessor(ProcessorMixin):
                 stand for actions are text; `split_special_tokens=False` reads them as tokens.
             images: As many images as prompts, in any form `load_image` reads; of a model of several cameras as many
                 `{camera: image}`.
+            state: (S,) or (N, S) of the robot, handed on as it is to `predict_action(**inputs)`, which knows its units.
             kwargs: Options of the tokenizer (`padding`, `truncation`, `max_length`, ...) and of the image processor.
                 Prompts of a batch are padded to the longest unless `padding` says otherwise.
 
@@ -312,7 +313,10 @@ class OpenVLAProcessor(ProcessorMixin):
                 raise ValueError(
                     f"{prompts} prompt(s) for {len(data['pixel_values'])} image(s): give one image for each prompt."
                 )
-        return BatchFeature(data=data, tensor_type=return_tensors)
+        inputs = BatchFeature(data=data, tensor_type=return_tensors)
+        if state is not None:
+            inputs["state"] = state  # not a tensor of ours, which `inputs.to(dtype)` would round
+        return inputs
 
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")

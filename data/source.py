@@ -63,8 +63,9 @@ class Source:
 
     @property
     def state_dim(self) -> int:
-        """Numbers of a state; 0 where there are none, or no statistics of them."""
-        return len((proprio_statistics(self.statistics) or {"q01": ()})["q01"])
+        """Numbers of a state; 0 where an episode has none, or there are no statistics of them."""
+        known = proprio_statistics(self.statistics) if self.survey.proprio else None
+        return len((known or {"q01": ()})["q01"])
 
     @property
     def names(self) -> list[str]:

@@ -120,6 +120,10 @@ def test_images_that_do_not_fit_the_cameras(tmp_path):
         ({"full_image": SCENE}, "no camera for the view 'wrist'"),
         ({"pixel_values": torch.zeros(1, 6, 224, 224)}, r"predict_action\(\*\*inputs\)"),
         ([SCENE, HAND], r"2 image\(s\) for 1 instruction"),
+        ({"full_image": [SCENE, HAND], "wrist_image": []}, r"'full_image' shows 2 image\(s\) in a list"),
+        ({"full_image": [SCENE], "wrist_image": HAND}, r"give a list of {camera: image}, one for each sample"),
+        ({"full_image": np.stack([SCENE, HAND]), "wrist_image": HAND[None][:0]}, r"shows 2 image\(s\)"),
+        ({0: SCENE, 1: HAND}, r"by the names of their cameras, got \[0, 1\]"),
     ):
         with pytest.raises(ValueError, match=message):
             model.predict_action(image, "open the drawer", unnorm_key="bridge_orig")
@@ -250,6 +254,10 @@ def test_the_state_is_trained_saved_and_predicted(small_policy, tmp_path):
     images = {"agentview_rgb": SCENE, "eye_in_hand_rgb": HAND}
     low, high = (np.array(model.norm_stats["mine"]["proprio"][name]) for name in ("q01", "q99"))
     action = model.predict_action(images, "open the drawer", state=low)
+    prompt = model.processor.format_prompt("open the drawer")
+    inputs = model.processor(prompt, images, state=low).to(torch.float64)
+    assert inputs["state"] is low  # in all its digits
+    assert np.array_equal(model.predict_action(**inputs), action)
     batch = model.predict_action([images] * 2, ["open the drawer"] * 2, state=np.stack([low, high]))
     np.testing.assert_allclose(batch[0], action, atol=1e-6)
     seen = [Observation(images, state.astype(np.float32), "open the drawer") for state in (low, high)]

@@ -163,6 +163,29 @@ def test_a_model_outlives_its_folder(broken):
 def test_statistics_that_are_given_win(saved):
     own = json.loads((saved / "libero-l1" / "dataset_statistics.json").read_text())["libero_spatial_no_noops"]
     assert list(load_oft("libero-l1", saved, norm_stats={"mine": own}).norm_stats) == ["mine"]
+    # Those of ALOHA are in units of min and max, whatever the dataset is called
+    (own,) = json.loads((saved / "aloha-film-l1" / "dataset_statistics.json").read_text()).values()
+    model = load_oft("aloha-film-l1", saved, norm_stats={"mine": own})
+    assert model.normalization == {"mine": "bounds"}
+    np.testing.assert_array_equal(act(model), act(load_oft("aloha-film-l1", saved)))
+
+
+def test_normalization_of_a_dataset_that_is_not_there(saved):
+    refused(saved / "libero-l1", "normalization names 'libero_spatial'.*Did you mean 'libero_spatial_no_noops'",
+            normalization={"libero_spatial": "bounds"})  # fmt: skip
+
+
+def test_a_state_that_the_mask_leaves_as_it_is(broken):
+    """The evaluation of OpenVLA-OFT clips it all the same, its training does not."""
+    folder = broken("libero-l1")
+    file = folder / "dataset_statistics.json"
+    content = json.loads(file.read_text())
+    content["libero_spatial_no_noops"]["proprio"]["mask"] = [True] * 7 + [False]
+    file.write_text(json.dumps(content))
+    model = load_oft("libero-l1", folder.parent)
+    images = dict(zip(model.camera_names, IMAGES))
+    found = [model.predict_action(images, INSTRUCTION, state=[0.0] * 7 + [last]) for last in (1.0, 5.0, 0.5)]
+    assert np.array_equal(found[0], found[1]) and not np.array_equal(found[0], found[2])
 
 
 def test_quantized(saved):
@@ -254,8 +277,8 @@ def test_another_head_than_that_of_the_weights(saved):
 def test_statistics_that_are_missing(broken):
     folder = broken("libero-l1")
     (folder / "dataset_statistics.json").unlink()
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"norm_stats": None}))
+    next(folder.glob("proprio_projector--*")).unlink()
+    assert json.loads((folder / "config.json").read_text())["norm_stats"]  # of the base: other units
     refused(folder, "has no dataset_statistics.json", FileNotFoundError)
 
 

@@ -111,6 +111,8 @@ def test_the_table_shows_states():
 def test_a_dataset_without_states_gives_none(tmp_path):
     source = open_source(in_memory(states=False))
     assert source.state_dim == 0 and next(source.frames(source.dataset[0])).state is None
+    given = open_source(in_memory()).statistics  # of states that are not here
+    assert given["proprio"] and open_source(in_memory(states=False), statistics=given).state_dim == 0
     options = FinetuneOptions(dataset="x", output=str(tmp_path), strategy="last_layer", proprio=True)
     with pytest.raises(ValueError, match=r"'mine' has no states \(--state-key names them\)"):
         prepare(options, data=in_memory(states=False))

@@ -211,7 +211,7 @@ def proprio_dim(options: FinetuneOptions, sources: Sequence[Source], config: Ope
     expected = config.proprio_dim or next(iter(dims.values()))
     for name, dim in dims.items():
         if not dim or dim != expected:
-            found = f"states of {dim} numbers" if dim else "no states (--state-key names them)"
+            found = f"states of {dim} numbers" if dim else "no states (--state-key names them), or not in every episode"
             raise ValueError(f"The model is to see the state, and '{name}' has {found}; expected {expected or 'some'}.")
     return expected
 
