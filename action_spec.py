@@ -44,6 +44,8 @@ class ActionSpec:
         dims = len(self.names)
         if not dims or len(self.relative) != dims or not all(isinstance(name, str) for name in self.names):
             raise ValueError(f"action_spec: {dims} names and {len(self.relative)} entries of relative, one for each.")
+        if not all(isinstance(one, bool) for one in self.relative):  # "false" would count as true, and 0 as no motion
+            raise ValueError(f"action_spec: relative={list(self.relative)}, expected true or false of each number.")
         if not all(isinstance(dim, int) and 0 <= dim < dims for dim in self.grippers):
             raise ValueError(f"action_spec: grippers={list(self.grippers)}, expected dimensions from 0 to {dims - 1}.")
         if self.hz is not None and not (isinstance(self.hz, (int, float)) and 0 < self.hz < 1e6):

@@ -77,6 +77,7 @@ def test_a_spec_goes_through_json_and_back():
     [
         {"names": []},
         {"relative": [True]},
+        {"relative": ["false", "true", "true"]},
         {"grippers": [3]},
         {"grippers": ["a"]},
         {"hz": 0},
