@@ -7,15 +7,20 @@ it is told (scripted_server.py).
 import asyncio
 import dataclasses
 import json
+import os
+import select
+import signal
 import socket
 import threading
 import time
+import tracemalloc
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
 from fake_serving import FakeModel
 from openvla_client import (
+    Audit,
     BadAnswer,
     NoAction,
     NoAnswer,
@@ -169,6 +174,8 @@ WRONG = {
     "no request": lambda message: {name: value for name, value in right(message).items() if name != "request_id"},
     "another session": changed(session="another"),
     "another step": changed(step=8),
+    "a step that is an array": changed(step=np.array([1, 1])),
+    "another model": changed(digest=np.zeros(2)),
     "another dataset": changed(unnorm_key="bridge"),
     "probabilities of another shape": changed(probabilities=np.zeros((2, 2))),
     "probabilities that are none": changed(normalized=np.full((2, 3), np.nan)),
@@ -193,8 +200,13 @@ def test_a_wrong_answer_is_none(name, scheme):
 
 
 @pytest.mark.parametrize(
-    "first", [{}, [], b"\x00", metadata(chunk=0), metadata(datasets={}), metadata(cameras=[]), metadata(image_size=7)]
-)
+    "first",
+    [
+        {}, [], b"\x00", metadata(chunk=0), metadata(datasets={}), metadata(cameras=[]), metadata(image_size=7),
+        metadata(image_size=[float("inf"), 8]), metadata(digest=[1]), metadata(default_unnorm_key=["robot"]),
+        metadata(datasets={"robot": {"names": ["a", "b"], "relative": ["false", "true"]}}),
+    ],
+)  # fmt: skip
 def test_a_server_that_is_none_of_ours(first, scheme):
     with Scripted(first).running() as scripted, pytest.raises(BadAnswer, match="openvla serve|cannot be read"):
         connect(scripted.url(scheme))
@@ -218,6 +230,29 @@ def test_a_refusal_says_why(scheme):
             client.act(IMAGE, "go")
         client.act(IMAGE, "go")
     assert scripted.connections == (scheme == "ws")  # it stays open
+
+
+@pytest.mark.parametrize("wait", ["NaN", "Infinity", "-1", "1" + "0" * 400, '"1"', "null"])
+def test_no_time_is_believed_that_nobody_can_wait(wait):
+    scripted = Scripted(answer=lambda message: f'{{"error": "full", "code": "busy", "retry_after": {wait}}}')
+    with asking(scripted, "ws") as client:
+        with pytest.raises(Refused, match="full") as caught:
+            client.act(IMAGE, "go")
+        assert caught.value.retry_after is None
+        scripted.answer = changed(server_timing={"a": 2**63, "b": float("nan"), "infer_ms": 2.0, "c": -1, "d": [1]})
+        assert client.act(IMAGE, "go").timing == {"infer_ms": 2.0}
+
+
+def test_what_a_server_says_takes_little_memory():
+    """16 MiB of JSON became 430 MiB of small maps."""
+    with Scripted("[" + "{}," * 2**21 + "{}]").running() as scripted:
+        tracemalloc.start()
+        try:
+            with pytest.raises(BadAnswer, match="openvla serve"):
+                connect(scripted.url("http"))
+            assert tracemalloc.get_traced_memory()[1] < 60 * 2**20  # both sides of it
+        finally:
+            tracemalloc.stop()
 
 
 def test_a_late_answer_goes_to_nobody(scheme):
@@ -248,6 +283,34 @@ def test_answers_nobody_asked_for():
 @contextmanager
 def nothing():
     yield
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_in_another_process_nobody_waits_for_ever(tmp_path):
+    """Threads do not come along: a call would never return, and lines never be written."""
+    audit = Audit(tmp_path / "audit.jsonl")
+    with asking(Scripted(), "ws") as client:
+        reader, writer = os.pipe()
+        if not (child := os.fork()):
+            try:
+                client.act(IMAGE, "go")
+            except NotReached as error:
+                audit.write({})
+                client.close()
+                os.write(writer, f"{error} {audit.lost} lost".encode())
+            os._exit(0)
+        try:
+            assert select.select([reader], [], [], 60)[0]
+            said = os.read(reader, 1000).decode()
+            assert "another process" in said and "1 lost" in said
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            os.close(reader)
+            os.close(writer)
+        client.act(IMAGE, "go")
+    audit.close()
 
 
 # Connections ----------------------------------------------------------------------------------------------------------

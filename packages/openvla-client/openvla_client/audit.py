@@ -45,7 +45,7 @@ class Audit:
     def write(self, record: Mapping[str, Any]) -> None:
         """Does not block and does not raise: what cannot be written counts in `lost`."""
         with self._changed:
-            if self._closed or len(self._lines) >= self.WAITING:
+            if self._closed or len(self._lines) >= self.WAITING or not self._thread.is_alive():  # as after a fork
                 self.lost += 1
             else:
                 self._lines.append(record)

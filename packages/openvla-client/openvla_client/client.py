@@ -119,7 +119,7 @@ class Client:
         self._call(self._client.reset())
 
     def close(self) -> None:
-        if self._loop.is_closed():
+        if self._loop.is_closed() or not self._thread.is_alive():
             return
         self._call(_ended(self._client))
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -136,6 +136,9 @@ class Client:
         if self._loop.is_closed():
             work.close()
             raise NotReached("This client is closed: connect(url) makes another one.")
+        if not self._thread.is_alive():
+            work.close()
+            raise NotReached("This client is of another process (a fork): connect(url) in this one.")
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()

@@ -4,7 +4,6 @@ A connection on which an answer did not come in time is closed: what comes late 
 """
 
 import asyncio
-import json
 from contextlib import suppress
 from dataclasses import dataclass
 from ssl import SSLContext
@@ -15,6 +14,7 @@ import aiohttp
 
 from .errors import BadAnswer, NotReached
 from .messages import MOST_BYTES, ServerInfo, decoded, read_info, read_refusal
+from .wire import from_json
 
 
 MSGPACK = "application/msgpack"
@@ -231,8 +231,8 @@ def _json(status: int, body: bytes) -> Any:
 
 def parsed(data: str | bytes) -> Any:
     try:
-        return json.loads(data)
-    except (ValueError, RecursionError):
+        return from_json(data)
+    except ValueError:
         return None
 
 

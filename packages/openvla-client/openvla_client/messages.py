@@ -17,6 +17,7 @@ from .wire import check_picture, pack, picture_file, unpack
 
 FORMATS = ("raw", "jpeg", "png")
 MOST_BYTES = 16 * 2**20  # of an answer
+LONGEST = 1e9  # times that are believed, in seconds or milliseconds
 
 
 @dataclass(frozen=True)
@@ -146,14 +147,14 @@ def read_info(content: Any) -> ServerInfo:
             )
             for key, entry in content["datasets"].items()
         }
-        height, width = content["image_size"]
-        default = content["default_unnorm_key"]
+        height, width = map(_count, content["image_size"])
+        default, digest = content["default_unnorm_key"], content.get("digest")
         info = ServerInfo(
             str(content["model"]), datasets, default, tuple(map(str, content["cameras"])),
-            _count(content["chunk"]) or 0, (int(height), int(width)), content.get("digest"),
+            _count(content["chunk"]) or 0, (height or 0, width or 0), digest,
         )  # fmt: skip
-        if not info.cameras or not (default is None or default in datasets):
-            raise ValueError("no cameras, or a default key that is none")
+        if not info.cameras or not (default is None or default in datasets) or not isinstance(digest, str | None):
+            raise ValueError("no cameras, a default key that is none, or a digest that is no text")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadAnswer(
             f"This is no server of `openvla serve`: it does not say what its model is ({error!r})."
@@ -174,7 +175,8 @@ def read_refusal(content: Any, code: str) -> Refused:
     found = content if isinstance(content, dict) else {}
     wait = found.get("retry_after")
     said = str(found.get("error") or f"The server, or a proxy before it, refused and did not say why ({code}).")[:2000]
-    return Refused(said, str(found.get("code") or code)[:50], wait if isinstance(wait, (int, float)) else None)
+    known = isinstance(wait, (int, float)) and 0 <= wait < LONGEST
+    return Refused(said, str(found.get("code") or code)[:50], wait if known else None)
 
 
 def read_answer(content: Any, sent: Mapping[str, Any], info: ServerInfo, seconds: float) -> Answer:
@@ -186,9 +188,9 @@ def read_answer(content: Any, sent: Mapping[str, Any], info: ServerInfo, seconds
     if not isinstance(content, dict):
         raise BadAnswer(f"A {type(content).__name__} came back, expected a map with 'actions'.")
     for name in ("request_id", "unnorm_key", "session", "step"):
-        if content.get(name) != sent.get(name) and (name == "request_id" or name in sent):
-            raise BadAnswer(f"An answer of {name}={content.get(name)!r:.100} came, asked was {sent.get(name)!r:.100}.")
-    if content.get("digest", info.digest) != info.digest:
+        if name in sent and not _is(content.get(name), sent[name]):
+            raise BadAnswer(f"An answer of {name}={content.get(name)!r:.100} came, asked was {sent[name]!r:.100}.")
+    if not _is(content.get("digest", info.digest), info.digest):
         raise BadAnswer("The server was started again with another model than it said.")
     key = sent["unnorm_key"]
     shape = (info.chunk, info.datasets[key].spec.action_dim)
@@ -198,11 +200,20 @@ def read_answer(content: Any, sent: Mapping[str, Any], info: ServerInfo, seconds
         key,
         _numbers(content, "probabilities", shape) if "probabilities" in content else None,
         _numbers(content, "normalized", shape) if "normalized" in content else None,
-        {str(name): float(value) for name, value in timing.items() if isinstance(value, (int, float))}
+        {
+            str(n): float(value)
+            for n, value in timing.items()
+            if isinstance(value, (int, float)) and 0 <= value < LONGEST
+        }
         if isinstance(timing, dict)
         else {},
         seconds,
     )
+
+
+def _is(came: Any, expected: Any) -> bool:
+    """Never asks an array, which may have come, whether it is true."""
+    return type(came) is type(expected) and came == expected
 
 
 def _numbers(content: dict, name: str, shape: tuple[int, int]) -> np.ndarray:
