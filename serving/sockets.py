@@ -3,13 +3,15 @@
 from typing import Any
 
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.frames import Frame
 from websockets.protocol import State
 
 from .contract import Busy
 from .room import Room, Share
 
 
-TRY_AGAIN_LATER = 1013  # of WebSockets
+TRY_AGAIN_LATER, TOO_BIG = 1013, 1009  # of WebSockets
+MOST_FRAGMENTS = 16_384  # of a message: 2 KiB each of the largest; empty ones take room that no byte of them counts
 
 
 class CountedSocket(WebSocketsSansIOProtocol):
@@ -18,13 +20,21 @@ class CountedSocket(WebSocketsSansIOProtocol):
 
     def __init__(self, *args: Any, room: Room, **more: Any):
         super().__init__(*args, **more)
-        self._share, self._waiting = Share(room), 0
+        self._share, self._waiting, self._fragments = Share(room), 0, 0
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         self._count()
 
+    def handle_cont(self, event: Frame) -> None:
+        self._fragments += 1
+        if self._fragments <= MOST_FRAGMENTS:
+            super().handle_cont(event)
+        else:
+            self._fail(TOO_BIG, f"more than {MOST_FRAGMENTS} fragments")
+
     def send_receive_event_to_app(self) -> None:
+        self._fragments = 0
         self._waiting += self._coming()
         super().send_receive_event_to_app()
         self.bytes = b""  # where older uvicorn leaves the message
@@ -45,9 +55,12 @@ class CountedSocket(WebSocketsSansIOProtocol):
             self._share.resize(self._coming() + self._waiting)
         except Busy as busy:
             self._share.resize(0)
-            if self.conn.state is State.OPEN:
-                self.conn.fail(TRY_AGAIN_LATER, str(busy))
-                self.handle_parser_exception()
+            self._fail(TRY_AGAIN_LATER, str(busy))
+
+    def _fail(self, code: int, reason: str) -> None:
+        if self.conn.state is State.OPEN:
+            self.conn.fail(code, reason)
+            self.handle_parser_exception()
 
     def _coming(self) -> int:
         """Bytes of the message that is not complete."""

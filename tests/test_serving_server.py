@@ -128,6 +128,18 @@ def test_a_message_above_the_limit_closes_the_connection(server):
     assert server.get("/readyz")[0] == 200
 
 
+def test_a_message_has_so_many_fragments(server):
+    """Empty ones have no bytes that could be too many."""
+    with server.connect(compression=None) as robot:
+        robot.recv()
+        robot.send([wire.pack(GOOD), *[b""] * 1000])
+        assert wire.unpack(robot.recv(timeout=60))["actions"].shape == (1, 7)
+        with pytest.raises(ConnectionClosed) as closed:
+            robot.send(b"" for _ in range(10**6))
+        assert closed.value.rcvd is None or closed.value.rcvd.code == 1009
+    assert server.get("/readyz")[0] == 200
+
+
 def test_messages_that_are_coming_in_take_room_already(request):
     server = Server(options={"bodies_bytes": 5000, "message_bytes": 4000, "ahead": 1})
     request.addfinalizer(server.process.kill)
