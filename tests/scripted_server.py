@@ -38,7 +38,7 @@ class Scripted:
     entry after another.
 
     Attributes:
-        first: Metadata, or bytes or text as they are.
+        first: Metadata, or bytes or text as they are. An HTTP error: in place of all of it.
         messages: What came.
         connections: How many WebSockets were opened.
     """
@@ -93,6 +93,8 @@ class Scripted:
         return web.json_response({"error": "The model warms up.", "code": "busy"}, status=self.ready)
 
     async def _info(self, request):
+        if isinstance(self.first, Exception):
+            raise self.first
         body = self.first if isinstance(self.first, (bytes, str)) else json.dumps(self.first)
         return web.Response(body=body, content_type="application/json")
 
@@ -111,6 +113,8 @@ class Scripted:
         return web.Response(body=body, content_type="application/msgpack")
 
     async def _socket(self, request):
+        if isinstance(self.first, Exception):
+            raise self.first
         self.headers.append(request.headers)
         self.connections += 1
         socket = web.WebSocketResponse(max_msg_size=2**26)

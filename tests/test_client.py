@@ -18,6 +18,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
+from aiohttp import web
 from fake_serving import FakeModel
 from openvla_client import (
     Audit,
@@ -210,6 +211,13 @@ def test_a_wrong_answer_is_none(name, scheme):
 def test_a_server_that_is_none_of_ours(first, scheme):
     with Scripted(first).running() as scripted, pytest.raises(BadAnswer, match="openvla serve|cannot be read"):
         connect(scripted.url(scheme))
+
+
+def test_nobody_is_led_to_another_server(scheme):
+    with Scripted().running() as other, Scripted(web.HTTPFound(other.url("http"))).running() as scripted:
+        with pytest.raises(Refused) as caught:
+            connect(scripted.url(scheme), key="secret")
+        assert caught.value.code == "http_302" and not other.headers
 
 
 def test_a_refusal_says_why(scheme):

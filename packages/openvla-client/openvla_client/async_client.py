@@ -13,7 +13,7 @@ from typing import Any
 
 import aiohttp
 
-from .connection import Address, Connection, get, open_connection, parsed
+from .connection import Address, Connection, get, open_connection, parsed, refuse_redirect
 from .errors import BadAnswer, NoAnswer, NotReached, Refused
 from .messages import FORMATS, Answer, ServerInfo, encoded, read_answer, read_refusal, request
 
@@ -146,8 +146,10 @@ class AsyncClient:
     def _session(self) -> aiohttp.ClientSession:
         if self._http is None:
             never = aiohttp.ClientTimeout(total=None, connect=None, sock_connect=None, sock_read=None)  # see _in_time
+            here = aiohttp.TraceConfig()
+            here.on_request_redirect.append(refuse_redirect)
             self._http = aiohttp.ClientSession(
-                timeout=never, cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False
+                timeout=never, cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False, trace_configs=[here]
             )
         return self._http
 

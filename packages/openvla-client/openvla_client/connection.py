@@ -12,7 +12,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import aiohttp
 
-from .errors import BadAnswer, NotReached
+from .errors import BadAnswer, NotReached, Refused
 from .messages import MOST_BYTES, ServerInfo, decoded, read_info, read_refusal
 from .wire import from_json
 
@@ -77,6 +77,13 @@ class Connection(Protocol):
 async def open_connection(http: aiohttp.ClientSession, address: Address) -> Connection:
     """Raises `NotReached`, `Refused`, or `BadAnswer`; the caller bounds the time."""
     return await (WebSocket if address.websocket else Requests).open(http, address)
+
+
+async def refuse_redirect(http: aiohttp.ClientSession, context: Any, sent: aiohttp.TraceRequestRedirectParams) -> None:
+    """WebSockets of aiohttp would follow: to another server, whose actions would move the robot, or out of TLS."""
+    status = sent.response.status
+    said = f"{sent.url} leads to another address (HTTP status {status}): connect to that one, if it is yours."
+    raise Refused(said, f"http_{status}")
 
 
 async def get(http: aiohttp.ClientSession, address: Address, path: str) -> tuple[int, bytes]:
