@@ -23,6 +23,7 @@ from PIL import Image
 
 MOST_BYTES = 32 * 2**20  # of one message: three cameras of full HD, raw
 MOST_ITEMS = 10_000  # entries of lists and maps in one message; the numbers of an array count once
+LONGEST_NAME = 1000  # of an entry of a map: names are looked at again and again
 LONGEST_LIST = 1024  # in msgpack, whose lists say how long they will be, and take their room then
 MOST_LEVELS = 8  # of lists and maps within each other
 MOST_PIXELS = 4096 * 4096  # of a picture
@@ -92,6 +93,8 @@ class _Counted:
 
     def made_map(self, pairs: list[tuple[Any, Any]]) -> Any:
         self._count(len(pairs) + 1)
+        if any(len(name) > LONGEST_NAME for name, _ in pairs):
+            raise ValueError(f"a name of more than {LONGEST_NAME} letters.")
         content = dict(pairs)
         if len(content) != len(pairs):
             raise ValueError("a map that has the same name twice.")

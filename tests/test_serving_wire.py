@@ -166,6 +166,19 @@ def test_bad_messages_are_refused_before_memory_is_taken(data):
     assert wire.unpack(nested(8))
 
 
+def test_long_names_are_refused():
+    """One of 1 MB that began with "image/" over and over took 9 s."""
+    for name in ("a" * 1000, "a" * 1001):
+        for read, data in ((wire.from_json, json.dumps({name: 1})), (wire.unpack, msgpack.packb({name: 1}))):
+            if len(name) == 1000:
+                assert read(data) == {name: 1}
+            else:
+                with pytest.raises(ValueError, match="a name of more than 1000"):
+                    read(data)
+    with pytest.raises(ValueError, match="a name"):
+        wire.unpack(msgpack.packb({b"a" * 1001: 1}))
+
+
 def test_only_numbers_are_sent():
     for array in (np.array([None]), np.array(["a"]), np.array([True]), np.array([1j])):
         for write in (wire.pack, wire.to_json):
