@@ -150,8 +150,9 @@ def read_state(
     rows = as_tensor("state", state).to(torch.float64)
     rows = rows[None] if rows.ndim == 1 else rows
     if tuple(rows.shape) != (len(unnorm_keys), proprio_dim) or not bool(rows.isfinite().all()):
+        broken = "" if bool(rows.isfinite().all()) else " and holds NaN or infinity"
         raise ValueError(
-            f"state has shape {tuple(rows.shape)}, expected finite numbers ({len(unnorm_keys)}, {proprio_dim})."
+            f"state has shape {tuple(rows.shape)}{broken}, expected finite numbers ({len(unnorm_keys)}, {proprio_dim})."
         )
     entries = zip(rows.cpu().numpy(), unnorm_keys, modes)
     normalized = [normalize_state(row, norm_stats or {}, key, mode, constant) for row, key, mode in entries]
@@ -286,9 +287,10 @@ def read_committed(
     rows = rows[None] if rows.ndim == 2 else rows
     fits = rows.ndim == 3 and len(rows) == len(unnorm_keys) and rows.shape[2] == shape[1] and rows.shape[1] < shape[0]
     if not fits or not np.isfinite(rows).all():
+        broken = "" if np.isfinite(rows).all() else " and holds NaN or infinity"
         raise ValueError(
-            f"committed has shape {np.shape(committed)}, expected finite actions ({len(unnorm_keys)}, n, {shape[1]}), "
-            f"the first n of the {shape[0]} steps of a prediction, n below {shape[0]}."
+            f"committed has shape {np.shape(committed)}{broken}, expected finite actions ({len(unnorm_keys)}, n, "
+            f"{shape[1]}), the first n of the {shape[0]} steps of a prediction, n below {shape[0]}."
         )
     if not rows.shape[1]:
         return None

@@ -109,8 +109,8 @@ FIELDS = ("actions", "instruction", "images", "state", "executed")  # of an epis
 
 class PythonDataset(EpisodeDataset):
     """Any object with `__len__` and `__getitem__` that gives `Episode`s or mappings with the fields `actions` (T, A),
-    `instruction` (text, or one per step; "" without), `images` {camera: (T, H, W, 3) uint8, or T encoded images} and
-    `state` (T, S), of which only `actions` is required."""
+    `instruction` (text, or one per step; "" without), `images` {camera: (T, H, W, 3) uint8, or T encoded images},
+    `state` (T, S) and `executed` (T, A), what the robot did where it differs, of which only `actions` is required."""
 
     def __init__(self, episodes: Any, name: str | None = None, on_error: OnError = "raise"):
         super().__init__(name or getattr(episodes, "name", None) or type(episodes).__name__, on_error)

@@ -265,7 +265,7 @@ def test_the_state_is_trained_saved_and_predicted(small_policy, tmp_path):
     for state, message in (
         (None, r"sees the state of the robot \(8 numbers\)"),
         (low[:7], r"state has shape \(1, 7\), expected finite numbers \(1, 8\)"),
-        (low * np.nan, "expected finite numbers"),
+        (low * np.nan, r"shape \(1, 8\) and holds NaN or infinity, expected finite numbers"),
         ("far", "state must be"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -135,6 +135,13 @@ def test_a_full_run_with_a_head_continues(small_policy, tmp_path):
     assert all(torch.equal(found[name], expected[name]) for name in expected.keys() | found.keys())
 
 
+def test_activations_are_computed_again_in_bfloat16(small_policy, tmp_path):
+    """By the kernels of the forward pass, also on a CPU, where training chooses its own."""
+    changes = {"strategy": "full", "gradient_checkpointing": True, "precision": "bf16", "dtype": "auto"}
+    finetune(options(tmp_path / "run", small_policy, "l1_regression", **changes, steps=1))
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
 class TwoCameras:
     """Demonstrations of two cameras and a state, as a Python object."""
 

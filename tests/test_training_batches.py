@@ -20,6 +20,7 @@ from openvla.data.samples import FrameSamples
 from openvla.data.source import CHUNK_ENDS
 from openvla.data.sources import open_source
 from openvla.data.statistics import compute_statistics, statistics_table
+from openvla.data.writers.hdf5 import write_hdf5
 from openvla.options.training import FinetuneOptions
 from openvla.training import finetune
 from openvla.training.preparation import prepare
@@ -247,6 +248,13 @@ def test_what_was_executed_is_the_beginning_that_a_diffusion_continues():
 def test_steps_that_are_selected_keep_what_was_executed():
     episode, steps = noisy()[0], np.array([0, 3, 5])
     np.testing.assert_array_equal(select_steps(episode, steps).executed, episode.executed[steps])
+
+
+def test_what_was_executed_is_read_beside_the_actions_it_differs_from(tmp_path):
+    write_hdf5(noisy(), tmp_path / "lift_demo.hdf5")
+    for key, known in ((None, True), ("actions", True), ("executed_action", False)):
+        source = open_source(tmp_path / "lift_demo.hdf5", action_key=key)
+        assert (source.dataset[0].executed is not None) == known
 
 
 def test_single_actions_are_learned_as_before():

@@ -171,6 +171,10 @@ class ActionTrainer(Trainer):
 
     # Loss and metrics -------------------------------------------------------------------------------------------------
 
+    def training_step(self, *args, **kwargs):
+        with attention_kernel(self.args):  # also in the backward pass, where activations are computed again
+            return super().training_step(*args, **kwargs)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)
         scale = inputs.pop("action_scale")

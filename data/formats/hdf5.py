@@ -113,7 +113,7 @@ class HDF5Dataset(EpisodeDataset):
             if not self.options.cameras:  # none: for statistics, which find what training would stop for
                 self._check_cameras(group, 0 if actions is None else len(actions), origin)
             cameras = name_cameras(_cameras(group) if self.options.cameras is None else self.options.cameras)
-            known = self.options.action_key is None and EXECUTED in group
+            known = action_keys(self.options.action_key, "actions") == ["actions"] and EXECUTED in group
             state_key = self.options.state_key
             if state_key is None:
                 state_key = next((names for names in STATE_NAMES if all(n in group for n in names)), [])
