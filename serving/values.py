@@ -1,5 +1,6 @@
 """Values of a message: checked, bounded, and as the model takes them."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from .contract import BadRequest, TooLarge
 from .wire import from_base64, picture_size
 
 
+NUMBERS = (int, float, np.ndarray, np.number)
 LEAST_FILE = 64  # letters of a picture in base64
 
 
@@ -26,6 +28,9 @@ def short_text(field: str, value: Any, limits: Limits) -> str | None:
 
 def numbers(field: str, value: Any, most: int) -> np.ndarray:
     """At most so many float64 of any shape, all finite."""
+    # Before an array is made, which has for each text the room of the longest.
+    if not all(isinstance(one, NUMBERS) for one in _leaves(value)):
+        raise BadRequest(f"{field}: expected numbers, other things came in a {type(value).__name__}.")
     try:
         array = np.asarray(value)
     except (ValueError, TypeError, OverflowError) as error:
@@ -37,6 +42,14 @@ def numbers(field: str, value: Any, most: int) -> np.ndarray:
     if not np.isfinite(array).all():
         raise BadRequest(f"{field}: it holds NaN or infinite numbers.")
     return array.astype(np.float64)
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, (list, tuple)):
+        for one in value:
+            yield from _leaves(one)
+    else:
+        yield value
 
 
 def pixels(name: str, image: Any, limits: Limits) -> np.ndarray:

@@ -1,6 +1,7 @@
 """What each client's observation is read as; what could mean two things is refused."""
 
 import base64
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -257,6 +258,9 @@ STATES = {
     "huge": ({"state": [0] * 7 + [10**400]}, "expected numbers"),
     "text": ({"state": ["0"] * 8}, "expected numbers"),
     "true": ({"state": [True] * 8}, "expected numbers"),
+    "nothing": ({"state": [0.0] * 7 + [None]}, "expected numbers"),
+    "a map": ({"state": [{}] * 8}, "expected numbers"),
+    "text of no letters": ({"state": [""] * 8}, "expected numbers"),
     "as many numbers by chance": ({"joint_position": np.zeros(8)}, "without 'gripper_position'.*--map joint_position="),
     "the other part alone": ({"observation/gripper_position": np.zeros(8)}, "without 'joint_position'.*8 numbers"),
     "both": ({"state": np.zeros(8), "joint_position": np.zeros(7)}, "send one"),
@@ -268,6 +272,19 @@ def test_states_that_are_none_are_refused(name):
     given, expected = STATES[name]
     with pytest.raises(BadRequest, match=expected):
         reader(state_dim=8).read({**GOOD, **given})
+
+
+@pytest.mark.parametrize("letter", ["a", b"a"])
+def test_texts_among_numbers_take_no_memory(letter):
+    """An array has for each of them the room of the longest: 130 kB became 3.6 GB."""
+    for value in ([letter * 20_000] + [letter] * 2000, [[letter * 20_000, *[letter] * 2000]]):
+        tracemalloc.start()
+        try:
+            with pytest.raises(BadRequest, match="committed: expected numbers"):
+                reader().read({**GOOD, "committed": value})
+            assert tracemalloc.get_traced_memory()[1] < 2**20
+        finally:
+            tracemalloc.stop()
 
 
 def test_other_names_are_mapped():
