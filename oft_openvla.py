@@ -286,11 +286,11 @@ class OFTFolder:
             adapter = read_adapter(self.folder / ADAPTER_WEIGHTS)
             if film:
                 adapter = {name: weight for name, weight in adapter.items() if not name.startswith("vision_backbone.")}
-            found = merge_lora(found, adapter, self._scaling(), self.folder / ADAPTER_WEIGHTS)
+            found = merge_lora(found, adapter, self._scaling(adapter), self.folder / ADAPTER_WEIGHTS)
         if film:
             towers = read_checkpoint(self.files["vision_backbone"])
             named = {re.sub(r"(\.blocks\.\d+)\.block\.", r"\1.", name): tensor for name, tensor in towers.items()}
-            scaling = self._scaling() if any(".lora_A." in name for name in named) else 1.0
+            scaling = self._scaling(named) if any(".lora_A." in name for name in named) else 1.0
             found |= merge_lora({}, named, scaling, self.files["vision_backbone"])
         for part in self.files:
             if part != "vision_backbone":
@@ -304,8 +304,9 @@ class OFTFolder:
             raise ValueError(f"'{file}' holds no {part} (tensors {', '.join(list(tensors)[:3])}, ...).")
         return {f"{part}.{name.removeprefix(prefix)}": tensor for name, tensor in tensors.items()}
 
-    def _scaling(self) -> float:
-        """Of the adapter, also of the part of it that lies in the file of the towers."""
+    def _scaling(self, adapter: Mapping[str, torch.Tensor]) -> float:
+        """Of the adapter, also of the part of it that lies in the file of the towers; a `ValueError` if these tensors
+        are of another adapter than adapter_config.json."""
         file = self.folder / ADAPTER_CONFIG
         if not file.is_file():
             raise FileNotFoundError(
@@ -320,6 +321,12 @@ class OFTFolder:
         rank = config.get("r")
         if not isinstance(rank, int) or rank < 1:
             raise ValueError(f"r={rank!r} in '{file}': expected the rank of the adapter.")
+        found = {len(weight) for name, weight in adapter.items() if ".lora_A." in name}
+        if found - {rank}:
+            raise ValueError(
+                f"'{file}' is of an adapter of rank {rank}, the weights in '{self.folder}' are of one of rank "
+                f"{', '.join(map(str, sorted(found)))}: take that of their training, it says how strong they are."
+            )
         return float(config.get("lora_alpha") or min(rank, 16)) / rank
 
 

@@ -252,7 +252,9 @@ class DiffusionHead(RegressionHead):
         self._check(shape, choice)
         check_generator(choice.generator, model.device)
         scheduler, count = self.scheduler, self.num_tokens(shape)
-        scheduler.set_timesteps(self.num_inference_steps)
+        if self.num_inference_steps not in range(1, self.TRAIN_STEPS + 1):
+            raise ValueError(f"num_inference_steps={self.num_inference_steps!r}: expected 1 to {self.TRAIN_STEPS}.")
+        scheduler.set_timesteps(int(self.num_inference_steps))
         sequence = model.action_sequence(inputs, count, with_time=True)
         embeds = sequence.inputs_embeds
         where = {"dtype": embeds.dtype, "device": embeds.device, "generator": choice.generator}

@@ -303,6 +303,14 @@ def test_film_without_the_strength_of_its_adapter(broken):
     refused(folder, "No lora_adapter/adapter_config.json", FileNotFoundError)
 
 
+def test_an_adapter_of_another_training(saved, broken):
+    folder = broken("aloha-film-l1")
+    shutil.copyfile(
+        saved / "libero-diffusion/lora_adapter/adapter_config.json", folder / "lora_adapter/adapter_config.json"
+    )
+    refused(folder, "is of an adapter of rank 2, the weights in .* of one of rank 32")
+
+
 # Converted ------------------------------------------------------------------------------------------------------------
 
 

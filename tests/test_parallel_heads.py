@@ -199,12 +199,16 @@ def test_a_run_with_parts_continues(adapter, tmp_path):
     np.testing.assert_allclose(found[0], found[1], atol=1e-6)
 
 
-def test_diffusion_begins_with_its_generator(models):
+def test_diffusion_begins_with_its_generator(models, monkeypatch):
     model = models["diffusion"]
     found = [
         model.predict_action(IMAGES[0], WORDS[0], generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
     ]
     assert np.array_equal(found[0], found[1]) and not np.allclose(found[0], found[2])
+    for steps in (0, -1, 51, 1.5):
+        monkeypatch.setattr(model.action_head, "num_inference_steps", steps)
+        with pytest.raises(ValueError, match=f"num_inference_steps={steps}: expected 1 to 50"):
+            model.predict_action(IMAGES[0], WORDS[0])
     with pytest.raises(ValueError, match="generator must be a torch.Generator"):
         model.predict_action(IMAGES[0], WORDS[0], generator=3)
     model.action_head.num_inference_steps = 5
