@@ -490,6 +490,12 @@ def test_outside_of_the_workspace_only_inwards(here, change, allowed):
     assert action[2] == pytest.approx(allowed)
 
 
+def test_an_action_at_its_limit_is_not_beyond_it():
+    limits = Limits(step={"a": 0.1}, place={"a": (0.0, 0.8)}, refuse=True)
+    for last, action, cut in ((0.7, 0.8, []), (0.3, 0.2, []), (0.1, 0.0, []), (0.7, 0.8 + 1e-6, ["a"])):
+        assert limits.apply(np.array([action, 5, 0]), JOINTS, np.array([last, 0, 0]), None)[1] == cut
+
+
 # Audit ----------------------------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """Limits of a robot's motion, by dimension: what an action may be at most, whatever a model says."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -70,7 +71,7 @@ class Limits:
                 if not np.isfinite(before):
                     raise ValueError(f"{name} has a limit of its step: start or position has to say where it is")
                 value = float(np.clip(value, before - self.step[name], before + self.step[name]))
-            if value != action[dim]:
+            if not math.isclose(value, action[dim], rel_tol=1e-9, abs_tol=1e-12):  # sums of floats: 0.7 + 0.1 < 0.8
                 allowed[dim] = value
                 cut.append(name)
         return allowed, cut
