@@ -6,6 +6,7 @@ it is told (scripted_server.py).
 
 import asyncio
 import dataclasses
+import io
 import json
 import os
 import select
@@ -31,12 +32,13 @@ from openvla_client import (
     connect,
     connect_async,
 )
-from openvla_client.messages import read_info
+from openvla_client.messages import picture, read_info
 from openvla_client.wire import pack, unpack
 from PIL import Image
 from scripted_server import Scripted, metadata, right
 
 from openvla.options.serving import Limits
+from openvla.pixels_openvla import load_image
 from openvla.serving import service
 
 
@@ -76,6 +78,23 @@ def test_a_call(scheme):
     assert (sent["unnorm_key"], sent["step"], sent["details"]) == ("robot", 3, True)
     assert 0 < sent["timeout_ms"] <= 10_000 and sent["session"]
     assert scripted.headers[0]["Authorization"] == "Api-Key secret"
+
+
+def test_pictures_of_any_mode_are_seen_as_the_model_s_own_reader_sees_them():
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 9, 4), np.uint8)
+    rgb, turned = Image.fromarray(pixels[..., :3]), Image.Exif()
+    turned[0x0112] = 6
+    file = io.BytesIO()
+    rgb.save(file, "JPEG", exif=turned)
+    deep = Image.fromarray((pixels[..., 0].astype(np.uint16) + 1) * 250)
+    for image in (
+        rgb, Image.fromarray(pixels), deep, Image.open(file), rgb.convert("P"), rgb.convert("L"), rgb.convert("LA"),
+        rgb.convert("1"), rgb.convert("CMYK"), rgb.convert("YCbCr"),
+    ):  # fmt: skip
+        sent = picture(image, "raw", 95)
+        np.testing.assert_array_equal(np.asarray(load_image(sent)), np.asarray(load_image(image)), image.mode)
+    with pytest.raises(ValueError, match="mode F"):
+        picture(rgb.convert("F"), "raw", 95)
 
 
 def test_a_server_is_not_asked_to_wait_longer_than_it_would():

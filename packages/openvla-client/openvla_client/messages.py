@@ -1,5 +1,6 @@
 """What is sent to a server, and what is believed of what it sends back."""
 
+import io
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from .action_spec import ActionSpec
 from .errors import BadAnswer, Refused
@@ -80,7 +81,8 @@ def picture(image: Any, form: str, quality: int) -> np.ndarray | bytes:
     """An image as it is sent: (H, W, 3) uint8, or a JPEG or PNG file.
 
     Args:
-        image: (H, W, 3) uint8, one of Pillow's, or a file: its path or its bytes, which are sent as they are.
+        image: (H, W, 3) uint8, one of Pillow's, or a file: its path or its bytes, which are sent as they are. Pillow's
+            with transparency or 16 bits are sent as PNG files, for the server to read as it reads all files.
 
     Raises:
         ValueError: If it is none of them.
@@ -92,6 +94,9 @@ def picture(image: Any, form: str, quality: int) -> np.ndarray | bytes:
         check_picture(bytes(image))
         return bytes(image)
     if isinstance(image, Image.Image):
+        image = ImageOps.exif_transpose(image)  # as it is done with files
+        if image.mode not in ("RGB", "L", "1", "CMYK", "YCbCr") or "transparency" in image.info:
+            return _as_png(image)
         image = np.asarray(image.convert("RGB"))
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         given = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
@@ -99,6 +104,15 @@ def picture(image: Any, form: str, quality: int) -> np.ndarray | bytes:
             f"An image is {given}: expected (height, width, 3) uint8, a Pillow image, or a JPEG or PNG file."
         )
     return np.ascontiguousarray(image) if form == "raw" else picture_file(image, form.upper(), quality)
+
+
+def _as_png(image: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    try:
+        image.save(stream, "PNG", compress_level=1)
+    except OSError as error:
+        raise ValueError(f"An image of mode {image.mode}: expected RGB. {error}.") from error
+    return stream.getvalue()
 
 
 def request(
