@@ -117,7 +117,9 @@ class OpenVLAModel:
         with memory_errors():
             self.policy.model.prepare_for_inference(batch_sizes, prompt_buckets=(32, 64), unnorm_key=key)
         state = np.zeros(self.info.datasets[key].state_dim or 0, np.float32)
-        images = {camera: np.zeros((*self.info.image_size, 3), np.uint8) for camera in self.info.cameras}
+        height, width = self.info.image_size
+        frame = np.zeros((height + 1, width, 3), np.uint8)  # to be resized, as those of robots: all libraries are there
+        images = dict.fromkeys(self.info.cameras, frame)
         request = Request(Observation(images, state, "open the drawer"), key)
         for size in batch_sizes:
             for _ in range(2):  # libraries choose their kernels in the first

@@ -1,5 +1,6 @@
 """An OpenVLA model behind requests: actions of `predict_action`, whatever else is asked at once or was before."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -123,7 +124,7 @@ def test_chunks_and_committed_steps(served):
     assert chunked.act(requests)[1].actions[:2].tolist() == decided.tolist()
 
 
-def test_a_model_that_sees_two_cameras_and_a_state(tmp_path):
+def test_a_model_that_sees_two_cameras_and_a_state(tmp_path, monkeypatch):
     """Heads that give numbers have no tokens, and no drafts."""
     saved_by_oft("libero-l1", tmp_path)
     served = OpenVLAModel(load_oft("libero-l1", tmp_path), "oft")
@@ -135,6 +136,10 @@ def test_a_model_that_sees_two_cameras_and_a_state(tmp_path):
         assert answer.actions.shape == (8, 7) and answer.probabilities is answer.distributions is None
         np.testing.assert_allclose(answer.actions, served.act([request])[0].actions, atol=1e-5)
     served.warm_up([1])
+    with monkeypatch.context() as patch:  # said before robots ask
+        patch.setitem(sys.modules, "simplejpeg", None)
+        with pytest.raises(ModuleNotFoundError, match=r"openvla\[oft\]"):
+            served.warm_up([1])
     for entry in served.policy.model.norm_stats.values():
         entry.pop("proprio")
     with pytest.raises(ValueError, match="statistics have no proprio of any dataset"):
