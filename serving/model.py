@@ -101,15 +101,17 @@ class OpenVLAModel:
                 raise BadRequest(problem)
         slots = [self._slot(request.session) for request in requests]
         observations = [replace(request.observation, slot=slot) for request, slot in zip(requests, slots)]
-        with memory_errors():
-            found = self.policy.predict(
-                observations,
-                [request.unnorm_key for request in requests],
-                **({"return_distributions": True} if any(request.distributions for request in requests) else {}),
-            )
-        for request, slot in zip(requests, slots):
-            if request.session is None:
-                self.policy.reset(slot)
+        try:
+            with memory_errors():
+                found = self.policy.predict(
+                    observations,
+                    [request.unnorm_key for request in requests],
+                    **({"return_distributions": True} if any(request.distributions for request in requests) else {}),
+                )
+        finally:  # also where the second dataset of a batch failed
+            for request, slot in zip(requests, slots):
+                if request.session is None:
+                    self.policy.reset(slot)
         return [answer(prediction, request.distributions) for prediction, request in zip(found, requests)]
 
     def warm_up(self, batch_sizes: Sequence[int]) -> None:

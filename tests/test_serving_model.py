@@ -97,7 +97,7 @@ def test_warm_up(served):
     assert len(served._slots) <= 2
 
 
-def test_several_datasets_in_a_batch():
+def test_several_datasets_in_a_batch(monkeypatch):
     model = TINY[0].load()
     keys = list(model.norm_stats)[:2]
     served = OpenVLAModel(model, "tiny")
@@ -110,6 +110,18 @@ def test_several_datasets_in_a_batch():
         seen = request.observation
         expected = model.predict_action(seen.images, seen.instruction, unnorm_key=request.unnorm_key)
         assert answer.actions.tolist() == [expected.tolist()]
+    assert not served.policy._last
+    predict = served.policy._predict
+
+    def failing(observations, unnorm_key, **more):
+        if unnorm_key == keys[1]:
+            raise RuntimeError("no kernels")
+        return predict(observations, unnorm_key=unnorm_key, **more)
+
+    monkeypatch.setattr(served.policy, "_predict", failing)
+    with pytest.raises(RuntimeError, match="no kernels"):
+        served.act(requests)
+    assert not served.policy._last  # requests without a session leave nothing
 
 
 def test_chunks_and_committed_steps(served):
