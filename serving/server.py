@@ -8,6 +8,7 @@ import shlex
 import signal
 import socket
 import time
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -86,6 +87,7 @@ def make_app(
     Args:
         page: Makes the routes of `GET /`.
     """
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # thousands of lines of a picture that somebody made for that
     engine = Engine(
         model,
         options.max_batch,

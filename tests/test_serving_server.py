@@ -7,6 +7,7 @@ import socket
 import threading
 import urllib.error
 import urllib.request
+import warnings
 from contextlib import suppress
 from email.message import Message
 from types import SimpleNamespace
@@ -256,6 +257,15 @@ def test_a_model_that_hangs_is_told_and_does_not_keep_the_process(request):
 def test_a_model_that_cannot_be_warmed_up_ends_the_server():
     done = start(PROGRAM, os.path.dirname(__file__), 0, "broken", "{}").done(timeout=120)
     assert done.returncode == 1 and "no kernels" in done.stderr and not done.stdout
+
+
+def test_pictures_write_no_lines():
+    """One of 60 kB whose EXIF has 5,000 entries that point nowhere wrote a warning for each."""
+    with warnings.catch_warnings(record=True) as said:
+        serving.make_app(ServeOptions(), FakeModel(), None)
+        warnings.warn_explicit("Tag data larger than file", UserWarning, "x.py", 1, "PIL.TiffImagePlugin", {})
+        warnings.warn_explicit("all else", UserWarning, "x.py", 1, "torch", {})
+    assert [str(one.message) for one in said] == ["all else"]
 
 
 def test_a_port_that_is_taken_is_told_before_a_model_is_loaded():
