@@ -340,6 +340,13 @@ def test_in_another_process_nobody_waits_for_ever(tmp_path):
     audit.close()
 
 
+def test_a_guard_commits_fewer_actions_than_an_answer_has():
+    with asking(Scripted(metadata(dims=7)), "http") as client:
+        with pytest.raises(ValueError, match="commit=2: this model answers 2 actions"):
+            client.guard(commit=2)
+        assert client.guard(commit=1).commit == 1
+
+
 # Connections ----------------------------------------------------------------------------------------------------------
 
 

@@ -88,9 +88,16 @@ class Client:
         Args:
             options: Of `Guard`. `spec` and `hz` are the server's, where they are not given. Where the model does not
                 state what its actions mean, the fallback is "raise", unless `spec` or `fallback` is given.
+
+        Raises:
+            ValueError: If the server has no such key, or refuses so many committed actions; see `Guard`.
         """
         key, chunk = self.info.key(unnorm_key), self.info.chunk
         dataset = self.info.datasets[key]
+        if (commit := options.get("commit", 0)) >= chunk:
+            raise ValueError(
+                f"commit={commit}: this model answers {chunk} actions, of which fewer can be decided before."
+            )
         if not dataset.stated and "spec" not in options:
             options = {"fallback": "raise", **options}
         options = {"spec": dataset.spec, **options}
