@@ -12,7 +12,29 @@ import numpy as np
 from ..data.episode import EncodedImages, Episode
 from ..data.images import ImageFormat, encode_image
 from ..policy import Policy, begin_episode
-from .environment import Environment, check_action
+from .control import BlockingControl, RealtimeControl
+from .environment import Environment, check_action, standstill
+
+
+class LateAnswers:
+    """In spells of 1 to `delay` steps the robot does what the expert answered 1 to `delay` steps ago; between them are
+    1 to 2 * `delay` steps at once."""
+
+    def __init__(self, delay: int, start: np.ndarray, generator: np.random.Generator) -> None:
+        """Args:
+        start: (A,) what is executed where the expert had not answered yet.
+        """
+        self._most, self._start, self._generator = delay, start, generator
+        self._age, self._left = int(generator.integers(2)), 0  # of what is executed; steps to go with it
+
+    def executed(self, answers: list[np.ndarray]) -> np.ndarray:
+        """(A,) what is done at a step, of the answers until then, the newest last."""
+        if not self._left:
+            late = not self._age
+            self._age = int(self._generator.integers(1, self._most + 1)) if late else 0
+            self._left = int(self._generator.integers(1, (1 if late else 2) * self._most + 1))
+        self._left -= 1
+        return answers[-1 - self._age] if self._age < len(answers) else self._start
 
 
 def record_episode(
@@ -22,7 +44,9 @@ def record_episode(
     *,
     variation: str = "",
     noise: float = 0.0,
+    delay: int = 0,
     student: Policy | None = None,
+    latency: float = 0.0,
     paraphrases: bool = False,
     after_success: int = 5,
     image_format: ImageFormat = "jpeg",
@@ -33,8 +57,11 @@ def record_episode(
     episode draws its own standard deviation between 0 and `noise`.
 
     Args:
+        delay: Steps by which answers of the expert are late at most, see `LateAnswers`; 0: none is.
         student: Acts in the first steps, of which each episode draws the number up to half of `max_steps`. The actions
             of the episode are the expert's nevertheless (DAgger, arXiv 1011.0686).
+        latency: Seconds that the student takes for an answer, while the world goes on and it continues what is executed
+            ("prefix" of `RealtimeControl`); each episode draws its own between 0 and this.
 
     Raises:
         ValueError: If the student gives something that is no action.
@@ -49,8 +76,13 @@ def record_episode(
     done: list[np.ndarray] = []  # what was executed
     strength = noise * generator.random()
     driven = generator.integers(environment.max_steps // 2 + 1) if student is not None else 0
+    control: BlockingControl | RealtimeControl = BlockingControl(execute=1)
     if student is not None:
         begin_episode(student)
+        if latency:
+            latency *= generator.random()
+            control = RealtimeControl(environment.frequency, standstill(environment), chunking="prefix")
+    late = LateAnswers(delay, standstill(environment), generator) if delay else None
     left: int | None = None  # steps to go, once the task is done
     while left != 0:
         if left is None and len(actions) == environment.max_steps:
@@ -60,14 +92,17 @@ def record_episode(
         action = environment.expert_action().astype(np.float32)
         states.append(observation.state)
         actions.append(action)
-        if student is not None and len(actions) <= driven:
-            answer = student.act([replace(observation, instruction=instruction)])
-            first = np.atleast_2d(np.squeeze(np.asarray(answer), axis=0))[0]  # of a chunk
-            executed = check_action(first, len(action))
+        step = len(actions) - 1
+        if student is not None and step < driven:
+            if control.wants_action(step):
+                committed = control.committed(step, latency)
+                answer = student.act([replace(observation, instruction=instruction, step=step, committed=committed)])
+                control.give(step, np.squeeze(np.asarray(answer), axis=0), latency)
+            executed = check_action(control.action(step), len(action))
         else:
-            executed = action.copy()
+            executed = np.array(action if late is None else late.executed(actions))
             executed[:3] += strength * generator.standard_normal(3)
-        done.append(executed)
+        done.append(executed.astype(np.float32))
         observation, success = environment.step(executed)
         if left is not None:
             left -= 1
@@ -80,7 +115,7 @@ def record_episode(
         state=np.stack(states),
         dataset_name=task,
         index=seed,
-        executed=np.stack(done) if noise or student is not None else None,
+        executed=np.stack(done) if noise or delay or student is not None else None,
     )
 
 

@@ -27,7 +27,7 @@ class Recorder:
         self.blind: Environment | None = None
         if options.student is not None:
             self.student = OpenVLAPolicy.load(options.student, device=torch_device(options.device))
-        elif options.noise:
+        elif options.noise or options.delay:
             # The expert fails more often then; pictures take nearly all of the time, so a first try goes without.
             self.blind = open_environment(options, render=False)
 
@@ -51,7 +51,9 @@ class Recorder:
             seed,
             variation=axis,
             noise=options.noise,
+            delay=options.delay,
             student=self.student,
+            latency=options.latency,
             paraphrases=options.paraphrases,
             after_success=options.after_success,
             image_format="png" if options.format == "hdf5" else options.images,

@@ -76,10 +76,23 @@ class RecordOptions(SimulatorOptions):
         "its own below. The recorded action stays the expert's clean answer to what was seen: how to recover.",
         least=0,
     )
+    delay: int = option(
+        0,
+        "Steps by which answers of the expert are late at most: in spells of up to so many steps the robot does what "
+        "the expert answered before, as where a model thinks while the world goes on. The recorded action stays the "
+        "answer to what was seen. For chunks that are to be used in real time.",
+        least=0,
+    )
     student: str | None = option(
         None,
         "Model that acts first, for a number of steps that each episode draws, up to half of the longest; then the "
         "expert ends it. Recorded is the expert's answer throughout: what the model should have done (DAgger).",
+    )
+    latency: float = option(
+        0.0,
+        "Seconds that an answer of the student takes at most, while the world goes on and the student continues what "
+        "is executed (evaluate --control realtime --chunking prefix); each episode draws its own below.",
+        least=0,
     )
     device: str = option("cpu", "Where the student runs: auto, cpu, cuda or mps.", neutral=True)
     seed: int = option(
@@ -90,6 +103,8 @@ class RecordOptions(SimulatorOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.latency and self.student is None:
+            raise ValueError(f"latency={self.latency:g}: of a student, give one; answers of the expert have --delay.")
         if self.seed + self.episodes > MOST_EPISODES:
             raise ValueError(
                 f"seed={self.seed}, episodes={self.episodes}: episodes are numbered up to {MOST_EPISODES}."

@@ -1,5 +1,6 @@
 """Recording: experts' episodes as a data set, the same whoever records it and however often it is interrupted."""
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -8,13 +9,15 @@ import processes
 import pytest
 from typer.testing import CliRunner
 
+from openvla.action_spec import usual_spec
 from openvla.cli import app
 from openvla.data import open_dataset
 from openvla.data.writers.hdf5 import write_hdf5
 from openvla.data.writers.lerobot import write_lerobot
 from openvla.evaluation import RECORDING_SEEDS, make_environment, recorder
 from openvla.evaluation import record as record_module
-from openvla.evaluation.expert_episode import is_episode, load_episode, record_episode, save_episode
+from openvla.evaluation.environment import standstill
+from openvla.evaluation.expert_episode import LateAnswers, is_episode, load_episode, record_episode, save_episode
 from openvla.evaluation.record import published, record
 from openvla.evaluation.recorder import Recorder
 from openvla.folders import locked
@@ -83,6 +86,68 @@ def test_noise_is_executed_and_the_clean_answer_is_recorded():
     assert record_episode(Point(), "go", 10_000).executed is None  # what was executed is what was recorded
 
 
+def test_late_answers_are_executed_and_what_was_seen_is_answered():
+    """`delay` 3: at most steps the newest answer, else one of the three before it, for one to three steps; before the
+    first answer the robot stands still."""
+    ages = []
+    for seed in range(10_000, 10_040):
+        point = Point()
+        point.action_spec, point.frequency = usual_spec(7), 20.0
+        episode = record_episode(point, "go", seed, delay=3, after_success=20)
+        executed = np.stack(point.executed)
+        np.testing.assert_allclose(episode.actions[:, 0], -np.clip(episode.state[:, 0], -0.1, 0.1), rtol=1e-5)
+        np.testing.assert_array_equal(episode.executed, executed)
+        for step, action in enumerate(executed):
+            could = [age for age in range(4) if age <= step and np.array_equal(action, episode.actions[step - age])]
+            could += [-1] if step < 3 and np.array_equal(action, standstill(point)) else []
+            assert could, (seed, step)
+            ages.append(could[0])
+    assert 0 < ages.count(-1) < 80 and set(ages) == {-1, 0, 1, 2, 3}
+    again = record_episode(point, "go", seed, delay=3, after_success=20)
+    np.testing.assert_array_equal(again.executed, episode.executed)
+
+
+def test_late_answers_last_as_long_as_is_said():
+    generator = np.random.default_rng(0)
+    spells, between, oldest = set(), set(), set()
+    for _ in range(200):
+        late = LateAnswers(3, np.full(1, -1.0), generator)
+        ages = [step - int(late.executed([np.array([n]) for n in range(step + 1)])[0]) for step in range(40)]
+        runs = [(age, len(list(run))) for age, run in itertools.groupby(ages[4:-4])][1:-1]
+        spells |= {length for age, length in runs if age}
+        between |= {length for age, length in runs if not age}
+        oldest.add(max(ages[4:]))
+    assert spells == {1, 2, 3} and max(oldest) == 3 and between == {1, 2, 3, 4, 5, 6}
+
+
+def test_a_late_student_continues_what_is_executed():
+    """Of a student that takes up to 0.2 s, the world sees what `RealtimeControl` makes of it; it is asked again when it
+    is free, and told what is executed until its answer is there."""
+
+    class Student:
+        def act(self, observations):
+            (observation,) = observations
+            self.asked.append((observation.step, observation.committed))
+            return np.array([[[-0.001 * (observation.step + 1), 0, 0, 0, 0, 0, 0.5]] * 8])
+
+    most, waited = set(), set()
+    for seed in range(10_000, 10_020):
+        point, student = Point(), Student()
+        point.action_spec, point.frequency, student.asked = usual_spec(7), 20.0, []
+        record_episode(point, "go", seed, student=student, latency=0.2)
+        executed = np.stack(point.executed)
+        driven = next((step for step, action in enumerate(executed) if action[0] == np.float32(-0.1)), len(executed))
+        for (before, _), (step, committed) in itertools.pairwise(student.asked):
+            waited.add(step - before)
+            last = min(step + len(committed), driven)  # then the expert has it
+            np.testing.assert_array_equal(committed[: last - step], executed[step:last])
+            most.add(len(committed))
+        if student.asked:
+            assert student.asked[0] == (0, None)
+            np.testing.assert_array_equal(executed[0], standstill(point))  # nothing is there yet
+    assert most == {1, 2, 3, 4} and waited == {1, 2, 3}  # what an answer needs beyond whole steps adds up
+
+
 def test_each_episode_draws_its_own_noise_up_to_the_strongest():
     """Standard deviations of y and z, which nothing else moves: uniform between 0 and `noise`."""
     strengths = []
@@ -122,7 +187,7 @@ def test_a_student_acts_and_the_expert_answers():
         def act(self, observations):
             return np.full((1, 7), np.nan)
 
-    with pytest.raises(ValueError, match="7 finite numbers"):
+    with pytest.raises(ValueError, match="expected finite numbers"):
         record_episode(Point(), "go", 10_000, student=Broken())
 
 
@@ -196,6 +261,21 @@ def test_an_episode_survives_its_file(tmp_path):
     assert is_episode(tmp_path / "noisy.npz", executed=True)
     # What was recorded by a version that did not keep it is recorded again where it is needed.
     assert is_episode(tmp_path / "file.npz") and not is_episode(tmp_path / "file.npz", executed=True)
+
+
+def test_episodes_that_a_student_drove_and_others_make_one_data_set(tmp_path):
+    """A student answers in float64, the expert in float32: files that mixed them could not be written."""
+
+    class Student:
+        def act(self, observations):
+            return np.array([[-0.01, 0, 0, 0, 0, 0, 1.0]])
+
+    episodes = [record_episode(Point(), "go", seed, student=Student()) for seed in range(10_000, 10_060)]
+    drove = [np.float32(-0.01) in episode.executed[:, 0] for episode in filter(None, episodes)]
+    assert any(drove) and not all(drove)
+    assert {episode.executed.dtype for episode in filter(None, episodes)} == {np.dtype(np.float32)}
+    write_lerobot(filter(None, episodes), tmp_path / "data", fps=20)
+    assert len(open_dataset(tmp_path / "data")) == len(drove)
 
 
 @pytest.mark.parametrize("format", ["lerobot", "hdf5"])
@@ -386,6 +466,7 @@ from pathlib import Path
 import numpy as np
 import openvla.data.writers.lerobot, openvla.data.writers.hdf5
 from openvla.evaluation import record as record_module
+from openvla.evaluation.environment import standstill
 from openvla.evaluation import recorder
 from openvla.observation import Observation
 from openvla.options.evaluation import RecordOptions

@@ -200,3 +200,12 @@ def test_hdf5_files_appear_whole(tmp_path):
         write_hdf5([make()], tmp_path / "x_demo.hdf5")
     with pytest.raises(ValueError, match="No episodes"):
         write_hdf5([], tmp_path / "y_demo.hdf5")
+
+
+def test_numbers_of_any_type_are_written_as_float32(tmp_path):
+    """What `meta/info.json` says of them; a file of two types could not be written."""
+    episode = make(cameras=["image"])
+    wide = replace(episode, actions=episode.actions.astype(np.float64), state=episode.state.astype(np.float64))
+    write_lerobot([episode, wide], tmp_path, fps=10)
+    for found in open_dataset(tmp_path):
+        assert_same(found, episode)

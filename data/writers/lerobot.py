@@ -91,11 +91,8 @@ class LeRobotWriter:
             cells = [{"bytes": data, "path": f"frame-{step:06d}.{suffix}"} for step, data in enumerate(frames)]
             columns[key] = pa.array(cells, IMAGE_TYPE)
         texts = episode.step_instructions or (episode.instruction,) * count
-        values: dict[str, np.ndarray] = {"action": episode.actions}
-        if episode.state is not None:
-            values = {"observation.state": episode.state} | values
-        if episode.executed is not None:
-            values[EXECUTED] = episode.executed
+        vectors = {"observation.state": episode.state, "action": episode.actions, EXECUTED: episode.executed}
+        values = {key: np.asarray(array, np.float32) for key, array in vectors.items() if array is not None}
         values["timestamp"] = (np.arange(count) / self.fps).astype(np.float32)
         values["frame_index"] = np.arange(count)
         values["episode_index"] = np.full(count, number)
