@@ -47,7 +47,7 @@ def open_source(
     max_action: float | None = None,
     max_proprio: float | None = None,
     action_chunk: int = 1,
-    chunk_end: str = "still",
+    chunk_end: str = "repeat",
     normalization: str | Mapping[str, str] = "bounds_q99",
     camera_names: Sequence[str] = ("primary",),
     on_error: OnError = "raise",

@@ -52,7 +52,7 @@ class Source:
     recorded_names: list[str] | None = None  # of the dimensions of an action
     state_names: list[str] | None = None
     action_chunk: int = 1  # steps that one sample is for
-    chunk_end: str = "still"  # one of `CHUNK_ENDS`
+    chunk_end: str = "repeat"  # one of `CHUNK_ENDS`
     normalization: str = "bounds_q99"  # what -1 and 1 stand for, of actions and states; or "bounds", min and max
     camera_names: Sequence[str] = ("primary",)  # what the model sees
     mask_given: bool = False  # which dimensions are scaled was said, and not found from the data

@@ -84,8 +84,9 @@ class DatasetOptions(HDF5Options, LeRobotOptions):
     )
     absolute_dims: str | None = option(
         None,
-        "Dimensions that are places and not changes, counted from 0: 0,1,2, or all, as of joint positions. They repeat "
-        "past the end of an episode, and where a robot waits. Default: grippers, and what is not scaled.",
+        "Dimensions that are places and not changes, counted from 0: 0,1,2, or all, as of joint positions. They are "
+        "kept where a robot waits, or a chunk ends with standstill (--chunk-end still). Default: grippers, and what is "
+        "not scaled.",
     )
     frame: str | None = option(None, "Frame of the actions, in words: base, end effector. For card and predictions.")
     unit: str | None = option(None, "Unit of the actions, in words: metres and radians. For card and predictions.")

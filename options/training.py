@@ -14,7 +14,7 @@ from .prediction import EMBEDDED_POLICY
 # Options that are not given, by recipe. What OpenVLA and OpenVLA-OFT have in common is not here: rank, alpha, dropout
 # and learning rate of adapters.
 RECIPES: dict[str, dict[str, Any]] = {
-    "openvla": {"schedule": "constant", "weight_decay": 0.0, "max_grad_norm": 1.0},
+    "openvla": {"chunk_end": "repeat", "schedule": "constant", "weight_decay": 0.0, "max_grad_norm": 1.0},
     "oft": {
         "head": "l1_regression",
         "action_chunk": 8,
@@ -68,10 +68,10 @@ class FinetuneOptions(DatasetOptions):
     )
     chunk_end: Literal["still", "repeat", "drop"] | None = option(
         None,
-        "What a chunk of several steps holds past the end of its episode: still, no motion, learned like all else; "
-        "repeat, the last action again, not learned; drop, there are no such chunks, as in OpenVLA-OFT. For --chunking "
-        "prefix take repeat: a model that continues what is executed learns from still to stand for ever. Default: "
-        "repeat for heads that learn numbers, still for those of tokens.",
+        "What a chunk of several steps holds past the end of its episode: repeat, the last action again, not learned; "
+        "drop, there are no such chunks, as in OpenVLA-OFT; still, no motion, learned like all else: a model that "
+        "continues what is executed (--chunking prefix) learns from it to stand for ever.",
+        shown="repeat; drop with --recipe oft",
     )
     camera_names: str | None = option(
         None,

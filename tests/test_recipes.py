@@ -59,7 +59,7 @@ def test_learning_rate_of_each_step():
 
 def test_what_a_recipe_decides():
     plain, oft = options(), options(recipe="oft")
-    assert (plain.head, plain.action_chunk, plain.chunk_end) == (None, None, None)
+    assert (plain.head, plain.action_chunk, plain.chunk_end) == (None, None, "repeat")
     assert (plain.schedule, plain.decay_after, plain.weight_decay, plain.max_grad_norm) == ("constant", None, 0.0, 1.0)
     assert (oft.head, oft.action_chunk, oft.chunk_end) == ("l1_regression", 8, "drop")
     assert (oft.schedule, oft.decay_after, oft.weight_decay, oft.max_grad_norm) == ("step", 100_000, 0.01, 0.0)
@@ -72,7 +72,7 @@ def test_what_a_recipe_decides():
     [
         {"head": "diffusion"},
         {"action_chunk": 1},
-        {"chunk_end": "repeat"},
+        {"chunk_end": "still"},
         {"schedule": "constant"},
         {"decay_after": 7},
         {"weight_decay": 0.0},
@@ -103,7 +103,7 @@ def test_what_is_refused():
 
 def test_settings_of_other_runs_are_compared_by_values():
     """A run of an older version, which had no recipes, continues; so does one whose recipe is written out."""
-    older = json.loads(OLDER.read_text())
+    older = {**json.loads(OLDER.read_text()), "chunk_end": "repeat"}  # of single actions nothing else was known
     now = {**asdict(options(rank=4)), **{name: older[name] for name in ("dataset", "learning_rate", "model")}}
     assert differences(older, {**now, "global_batch": 2}) == []
     oft = asdict(options(recipe="oft"))

@@ -65,6 +65,20 @@ def test_a_run_of_an_older_version_is_continued(tmp_path):
     assert (tmp_path / "run" / "checkpoints" / "checkpoint-2").is_dir()
 
 
+def test_what_chunks_held_at_the_end_where_an_older_run_did_not_say_it(tmp_path):
+    """It depended on the head then, and was saved as null."""
+    made = {"model": str(ROOT), "strategy": "last_layer", "batch_size": 2, "save_every": 1, "logging": "none"}
+    options = FinetuneOptions(
+        dataset=str(DEMO), output=str(tmp_path / "run"), steps=1, action_chunk=2, eval_every=0, image_aug=False, **made
+    )
+    finetune(options)
+    file = tmp_path / "run" / "finetune.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "chunk_end": None}))
+    with pytest.raises(ValueError, match="chunk_end was 'still', is 'repeat'"):
+        finetune(replace(options, steps=2), resume=True)
+    finetune(replace(options, steps=2, chunk_end="still"), resume=True)
+
+
 def test_options_that_older_runs_did_not_have_were_as_by_default():
     before = {"schedule": "constant", "rank": 4, "global_batch": 2}
     now = {**decisive(FinetuneOptions), "schedule": "constant", "rank": 4, "global_batch": 2, "steps": 3}

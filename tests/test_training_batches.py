@@ -304,7 +304,7 @@ def test_a_head_of_numbers_is_trained(monkeypatch, tmp_path):
     pytest.importorskip("accelerate", reason="training needs the [train] extra")
     made = {"model": str(ROOT), "dataset": "mine", "output": str(tmp_path / "run"), "strategy": "last_layer"}
     options = {**made, "steps": 2, "batch_size": 8, "logging": "none", "action_chunk": 4}
-    assert {source.chunk_end for source in prepare(FinetuneOptions(**options), data=in_memory()).sources} == {"still"}
+    assert {source.chunk_end for source in prepare(FinetuneOptions(**options), data=in_memory()).sources} == {"repeat"}
     monkeypatch.setitem(HEADS, "tokens", Numbers)
     Numbers.seen.clear()
     finetune(FinetuneOptions(**options), data=in_memory(steps=5))

@@ -174,7 +174,6 @@ def prepare(options: FinetuneOptions, processes: int = 1, data: Any = None) -> R
     # The JPEG round trip of OpenVLA-OFT is one of its evaluation: demonstrations were through it when recorded.
     crop, quality = ImageAugmentation.crop_area if options.image_aug else None, processor.image_processor.jpeg_quality
     processor = processor.with_pixels("lanczos3", crop, quality)
-    learns_numbers = getattr(HEADS.get(config.action_head), "wants_actions", False)
     sources = open_sources(
         options.dataset if data is None else data,
         data_root=options.data_root,
@@ -183,7 +182,7 @@ def prepare(options: FinetuneOptions, processes: int = 1, data: Any = None) -> R
             **source_options(options),
             "action_chunk": config.action_chunk,
             "camera_names": config.camera_names,
-            "chunk_end": options.chunk_end or ("repeat" if learns_numbers else "still"),
+            "chunk_end": options.chunk_end,
             "normalization": options.normalization or config.normalization,
         },
     )

@@ -205,6 +205,7 @@ def check_begun(
     now: Mapping[str, Any],
     statistics: Mapping[str, Any],
     checkpoint: Path | None,
+    unsaid: Mapping[str, Any],
 ) -> None:
     """Whether a run continues with the options and data that it was begun with.
 
@@ -212,11 +213,13 @@ def check_begun(
         options: As they were given; so older versions stored paths.
         now: As they are stored, with `global_batch` and `data_digests`.
         statistics: Of its datasets.
+        unsaid: What options meant to earlier versions that are saved as null.
 
     Raises:
         ValueError: Names the options, datasets and statistics that have changed.
     """
     before, _ = read_settings(output / STARTED)
+    before |= {name: value for name, value in unsaid.items() if before.get(name) is None}
     same = {name: value for name, value in asdict(options).items() if before.get(name) == value}
     changed = differences(before, {**now, **same})
     files: Mapping[str, Any] = now["data_digests"]

@@ -218,7 +218,10 @@ def train(options: FinetuneOptions, arguments: TrainingArguments, resume: bool, 
     if main:
         made["data_digests"] = data_digests(run.sources)
     if begun:
-        check_begun(output, options, made, run.statistics, checkpoint)
+        # Earlier versions left it to the head: only chunks of tokens ended with standstill.
+        stood = run.shape[0] > 1 and not run.head.wants_actions
+        unsaid = {"chunk_end": "still" if stood else options.chunk_end}
+        check_begun(output, options, made, run.statistics, checkpoint, unsaid)
     set_seed(options.seed)  # adapters are made before the Trainer sets it
     model = load_model(run, arguments.bf16, checkpoint)
     if main:
