@@ -92,7 +92,9 @@ class LeRobotWriter:
             columns[key] = pa.array(cells, IMAGE_TYPE)
         texts = episode.step_instructions or (episode.instruction,) * count
         vectors = {"observation.state": episode.state, "action": episode.actions, EXECUTED: episode.executed}
-        values = {key: np.asarray(array, np.float32) for key, array in vectors.items() if array is not None}
+        values: dict[str, np.ndarray] = {
+            key: np.asarray(array, np.float32) for key, array in vectors.items() if array is not None
+        }
         values["timestamp"] = (np.arange(count) / self.fps).astype(np.float32)
         values["frame_index"] = np.arange(count)
         values["episode_index"] = np.full(count, number)
