@@ -8,6 +8,7 @@ text and nothing else in `page/*.js`, and nothing but these files is executed (`
 import base64
 import json
 from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ def page_routes(
     engine: Engine,
     read: Callable[[HTTPRequest], Awaitable[Request]],
     ask: Callable[[Request], Coroutine[Any, Any, Answer]],
+    asked: Callable[[str], AbstractContextManager[None]],
     *,
     live: LiveView,
     episodes: Episodes | None = None,
@@ -55,6 +57,7 @@ def page_routes(
     Args:
         read: The request of a model in the body of one of HTTP.
         ask: Its answer.
+        asked: Counts requests and refusals of a protocol, see `Service.asked`.
         live: That of the engine.
         episodes: None: the server runs no simulator.
         examples: Folder of pictures with their `frames.json`.
@@ -84,8 +87,9 @@ def page_routes(
 
     @router.post("/page/act")
     async def act(http: HTTPRequest) -> Response:
-        request = replace(await read(http), distributions=True)
-        answer = await unless_gone(http, ask(request))
+        with asked("page"):
+            request = replace(await read(http), distributions=True)
+            answer = await unless_gone(http, ask(request))
         return _json(
             answer_content(answer, engine.info.datasets[request.unnorm_key]) | {"unnorm_key": request.unnorm_key}
         )

@@ -110,8 +110,9 @@ def page(engine: Engine, service: Service, simulator: Simulator | None) -> APIRo
     if episodes is not None:
         service.closers.append(episodes.close)
     return page_routes(
-        engine, lambda http: read_request(http, service), service.ask, live=engine.live, episodes=episodes
-    )
+        engine, lambda http: read_request(http, service), service.ask, service.asked, live=engine.live,
+        episodes=episodes,
+    )  # fmt: skip
 
 
 def check_address(host: str, safe: bool) -> None:

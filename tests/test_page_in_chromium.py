@@ -47,7 +47,12 @@ class Served:
             if episodes is not None:
                 service.closers.append(episodes.close)
             return page_routes(
-                engine, lambda http: read_request(http, service), service.ask, live=engine.live, episodes=episodes
+                engine,
+                lambda http: read_request(http, service),
+                service.ask,
+                service.asked,
+                live=engine.live,
+                episodes=episodes,
             )
 
         app = create_app(engine, routes=[routes], open_paths=PAGE_PATHS, key=key)

@@ -67,7 +67,12 @@ def page(engine=None, *, episodes=None, **options) -> TestClient:
         if episodes is not None:
             service.closers.append(episodes.close)
         return page_routes(
-            engine, lambda http: read_request(http, service), service.ask, live=engine.live, episodes=episodes
+            engine,
+            lambda http: read_request(http, service),
+            service.ask,
+            service.asked,
+            live=engine.live,
+            episodes=episodes,
         )
 
     app = create_app(engine, routes=[routes], open_paths=PAGE_PATHS, **options)
@@ -239,7 +244,11 @@ def test_a_head_without_tokens_has_no_spread():
 def test_refusals_come_in_words():
     response = page().post("/page/act", **form(instruction=" "))
     assert response.status_code == 400 and "instruction" in response.json()["error"]
-    busy = page(FakeEngine(refusals=[Busy("The queue is full.", 0.5)])).post("/page/act", **form())
+    full = page(FakeEngine(refusals=[Busy("The queue is full.", 0.5)]))
+    busy = full.post("/page/act", **form())
+    counted = full.get("/metrics").text
+    assert 'openvla_requests_total{protocol="page"} 1.0' in counted
+    assert 'openvla_refusals_total{code="busy",protocol="page"} 1.0' in counted
     assert busy.status_code == 503 and busy.json()["error"] == "The queue is full."
 
 
