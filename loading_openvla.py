@@ -90,7 +90,8 @@ class OpenVLAPreTrainedModel(AdapterBelongings, ModelParts, PreTrainedModel):
             action_head: "parallel_tokens" of a folder of OpenVLA-OFT's discrete variant, which does not tell it.
             base: What the adapter of a folder of OpenVLA-OFT was trained on, if it was not merged.
             ignore_mismatched_sizes: Let tensors of another shape than the stored ones begin at random.
-            norm_stats: Statistics that count instead of those of the folder.
+            norm_stats: Statistics that count instead of those of the folder; so do others in `config`, where an auto
+                class puts them.
             output_loading_info: Return the model, and a dict of the names that are missing, unexpected or of another
                 shape, instead of raising an error for them.
 
@@ -122,6 +123,8 @@ class OpenVLAPreTrainedModel(AdapterBelongings, ModelParts, PreTrainedModel):
         if name is not None:
             head = kwargs.get("action_head", getattr(kwargs.get("config"), "action_head", None))
             oft = find_oft(oft_folder(name, **hub), head)
+        if given is None and oft is None and name is not None:
+            given = _statistics_of_config(kwargs.get("config"), name, hub)
         loaded = cls._load(name, *model_args, **kwargs) if oft is None else cls._load_oft(oft, name, hub, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model._hub_kwargs |= hub
@@ -381,6 +384,17 @@ class OpenVLAPreTrainedModel(AdapterBelongings, ModelParts, PreTrainedModel):
             execution = (getattr(hook, "execution_device", None) for hook in hooks)
             return torch.device(next((where for where in execution if where is not None), device))
         return device
+
+
+def _statistics_of_config(config: Any, name: Any, hub: dict[str, Any]) -> dict | None:
+    """Statistics in a config that are not those of `name`'s config.json: an auto class was given them."""
+    if not getattr(config, "norm_stats", None):
+        return None
+    try:
+        stored = OpenVLAConfig.get_config_dict(name, **hub)[0].get("norm_stats")
+    except OSError:
+        stored = None
+    return None if config.norm_stats == stored else check_statistics(config.norm_stats)
 
 
 __all__ = ["OpenVLAPreTrainedModel"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import TINY, golden_image
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from openvla import AutoModelForVision2Seq, OpenVLAConfig, OpenVLAForActionPrediction, OpenVLAProcessor
 from openvla.conversion import package_checkpoint
@@ -368,6 +368,11 @@ def test_no_statistics(folder):
 def test_statistics_that_are_given_win(folder):
     given = {"mine": {"action": {"q01": [-2.0] * 7, "q99": [2.0] * 7}}}
     assert list(load(folder, norm_stats=given).norm_stats) == ["mine"]
+    # An auto class puts them into the config. Those of config.json do not win over the file beside it.
+    assert list(AutoModelForVision2Seq.from_pretrained(str(folder), norm_stats=given).norm_stats) == ["mine"]
+    config = AutoConfig.from_pretrained(str(folder))
+    own = json.loads((folder / "dataset_statistics.json").read_text())
+    assert load(folder, config=config).norm_stats.keys() == own.keys()
     given["mine"]["action"]["q01"][3] = 9.0
     with pytest.raises(ValueError, match="'mine', action, dimension 3.*mirror the motion"):
         load(folder, norm_stats=given)
