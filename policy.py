@@ -113,6 +113,11 @@ class OpenVLAPolicy(Policy):
             policy.model.processor = policy.model.processor.with_pixels(**PIXELS[pixels])
         return policy
 
+    @property
+    def action_chunk(self) -> int:
+        """Steps that one answer holds."""
+        return getattr(getattr(self.model, "config", None), "action_chunk", 1)
+
     def reset(self, slot: int = 0) -> None:
         """An episode begins in `slot`: its draft is forgotten."""
         self._last.pop(slot, None)

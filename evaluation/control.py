@@ -34,7 +34,7 @@ class BlockingControl:
         `check_numbers` refuses it."""
         self._begin, self._actions = step, _chunk(action)[: self._execute]
 
-    def committed(self, step: int, latency: float) -> np.ndarray | None:
+    def committed(self, step: int, latency: float, chunk: int = 1) -> np.ndarray | None:
         """What is executed while the model thinks about `step`: nothing, the world waits."""
         return None
 
@@ -103,12 +103,17 @@ class RealtimeControl:
         self._ready = max(self._ready, step * self.period) + latency
         self._coming.append((self._ready, step, actions))
 
-    def committed(self, step: int, latency: float) -> np.ndarray | None:
-        """(n, A) what is executed from `step` on, until an answer that takes `latency` seconds is there; at most one
-        step less than a chunk holds. None unless `chunking` is "prefix", and before the first answer."""
-        if self._chunking != "prefix" or not (len(self._actions) or self._coming):
+    def committed(self, step: int, latency: float, chunk: int = 1) -> np.ndarray | None:
+        """(n, A) what is executed from `step` on, until an answer that takes `latency` seconds is there: before the
+        first answer `start`. At most one step less than a chunk holds; None unless `chunking` is "prefix".
+
+        Args:
+            chunk: Steps that the first answer will hold. With 1 nothing is committed before it.
+        """
+        if self._chunking != "prefix":
             return None
-        longest = max(len(self._actions), *(len(actions) for *_, actions in self._coming), 0)
+        known = max(len(self._actions), *(len(actions) for *_, actions in self._coming), 0)
+        longest = known or min(chunk, self._execute or chunk)
         there = max(self._ready, step * self.period) + latency
         steps = max(0, math.ceil((there - EPSILON) / self.period) - step)
         ahead = copy.deepcopy(self)

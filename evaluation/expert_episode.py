@@ -95,7 +95,7 @@ def record_episode(
         step = len(actions) - 1
         if student is not None and step < driven:
             if control.wants_action(step):
-                committed = control.committed(step, latency)
+                committed = control.committed(step, latency, getattr(student, "action_chunk", 1))
                 answer = student.act([replace(observation, instruction=instruction, step=step, committed=committed)])
                 control.give(step, np.squeeze(np.asarray(answer), axis=0), latency)
             executed = check_action(control.action(step), len(action))

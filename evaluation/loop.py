@@ -50,6 +50,7 @@ class Slot:
     instruction: str = ""
     step: int = 0
     seconds: list[float] = field(default_factory=list)  # of each prediction
+    usual: float = 0.0  # of the last one, also of the episode before
     passes: list[int] = field(default_factory=list)  # of the language model in each, where they are counted
     executed: list[np.ndarray] = field(default_factory=list)  # the action of each step
     video: EpisodeVideo | None = None
@@ -73,6 +74,7 @@ def run_episodes(
 
     Args:
         policy: In control; None: the environment's scripted expert, which sees the state and shows what is possible.
+            What answers chunks says its `action_chunk`: the standstill before the first one is committed then.
         make: Makes an environment; has to be picklable.
         spec: What the actions of the environment mean.
         control: Makes the control mode of one episode.
@@ -169,8 +171,8 @@ def run_episodes(
                 seen = []
                 for slot in due:
                     assert slot.observation is not None  # it is running
-                    expected = latency if latency is not None else (slot.seconds[-1] if slot.seconds else 0.0)
-                    decided_already = slot.control.committed(slot.step, expected)
+                    expected = slot.usual if latency is None else latency
+                    decided_already = slot.control.committed(slot.step, expected, getattr(policy, "action_chunk", 1))
                     about = {"step": slot.step, "slot": slots.index(slot), "committed": decided_already}
                     seen.append(replace(slot.observation, **about))
                 decided = list(zip(due, checked(policy.act(seen), len(seen), spec.action_dim)))
@@ -181,6 +183,7 @@ def run_episodes(
             elapsed = time.perf_counter() - started
             for slot, action in decided:
                 slot.seconds.append(elapsed)
+                slot.usual = elapsed
                 slot.control.give(slot.step, np.asarray(action), elapsed if latency is None else latency)
 
             stepped = []

@@ -104,12 +104,12 @@ def counting(first: float, steps: int = 4) -> np.ndarray:
     return np.arange(first, first + steps)[:, None]
 
 
-def drive_and_tell(control: RealtimeControl, latency: float, steps: int, answer) -> tuple[list[float], list]:
+def drive_and_tell(control, latency: float, steps: int, answer, chunk: int = 1) -> tuple[list[float], list]:
     """What is executed, and what the model was told to be decided whenever it looked."""
     executed, told = [], []
     for step in range(steps):
         if control.wants_action(step):
-            committed = control.committed(step, latency)
+            committed = control.committed(step, latency, chunk)
             told.append((step, None if committed is None else committed[:, 0].tolist()))
             control.give(step, answer(step, committed), latency)
         executed.append(float(control.action(step)[0]))
@@ -127,13 +127,22 @@ def test_what_is_executed_while_the_model_thinks_is_what_it_is_told():
         given.append((step, own[:, 0].tolist()))
         return own
 
-    executed, told = drive_and_tell(RealtimeControl(10, np.zeros(1), chunking="prefix"), 0.2, 14, answer)
-    assert told[0] == (0, None)
-    for step, committed in told[2:]:
+    executed, told = drive_and_tell(RealtimeControl(10, np.full(1, -1.0), chunking="prefix"), 0.2, 14, answer, 6)
+    assert told[0] == (0, [-1.0, -1.0])  # it stands still until the first answer is there
+    for step, committed in told:
         assert committed == executed[step : step + 2]
     # So no answer changes what was announced: each chunk is executed as it is until the next one is there
-    for (step, actions), (following, _) in zip(given[1:], given[2:]):
+    for (step, actions), (following, _) in zip(given, given[1:]):
         assert executed[step : following + 2] == actions[: following + 2 - step]
+
+
+def test_what_is_committed_before_the_first_answer_leaves_it_something_to_say():
+    def before(latency, chunk, **more):
+        committed = RealtimeControl(10, np.zeros(1), **{"chunking": "prefix", **more}).committed(0, latency, chunk)
+        return 0 if committed is None else len(committed)
+
+    assert [before(latency, 4) for latency in (0.0, 0.1, 0.25, 0.3, 2.0)] == [0, 1, 3, 3, 3]
+    assert before(0.2, 1) == before(0.2, 4, chunking="switch") == 0 and before(0.9, 4, execute=2) == 1
 
 
 def test_without_being_told_a_chunk_breaks_off():
