@@ -114,13 +114,13 @@ def test_a_chunk_in_words():
 
 def test_data_say_what_their_actions_mean():
     """Names, rate and places go from the data to the statistics that a model keeps."""
-    source = open_source(DEMOS / "lerobot_image", unit="Meta-World's")
+    source = open_source(DEMOS / "lerobot_image", unit="Meta-World's", chunk_end="still")
     spec = source.action_spec
     assert spec.hz == 10 and spec.grippers == (6,) and spec.unit == "Meta-World's"
     assert spec.relative == (True,) * 6 + (False,)
-    joints = open_source(DEMOS / "lerobot_image", absolute_dims="all", hz=5)
+    joints = open_source(DEMOS / "lerobot_image", absolute_dims="all", hz=5, chunk_end="still")
     assert not any(joints.action_spec.relative) and joints.action_spec.hz == 5
-    # Past the end of an episode places repeat, changes are none
+    # Standing still past the end of an episode, places repeat and changes are none
     for made, expected in ((joints, lambda last: last), (source, lambda last: [*[0.0] * 6, last[6]])):
         episode = made.dataset[0]
         last = list(made.frames(episode, action_chunk=2))[-1].actions

@@ -494,7 +494,7 @@ def test_nothing_labeled_is_an_error():
 
 def test_chunks_end_with_the_episode():
     parts = moves(3, 5)
-    source = open_source(Made(parts))
+    source = open_source(Made(parts), chunk_end="still")
     stats = source.statistics["action"]
     frames = frames_of(source, action_chunk=3)
     assert len(frames) == 15 and frames[0].actions.shape == (3, 7) and len(frames[0].images["front"]) == 1
@@ -504,6 +504,9 @@ def test_chunks_end_with_the_episode():
     expected = normalize_actions(np.stack([parts[0][-1], still, still]), stats)
     np.testing.assert_allclose(frames[4].actions, expected, atol=1e-6)
     np.testing.assert_array_equal(frames[4].actions[:1], frames_of(source)[4].actions)
+    repeated = frames_of(open_source(Made(parts)), action_chunk=3)[4]  # as by default: the last action, not learned
+    np.testing.assert_array_equal(repeated.actions, [frames[4].actions[0]] * 3)
+    assert repeated.padded == 2
     with pytest.raises(ValueError, match="expected at least 1"):
         frames_of(source, action_chunk=0)
 
