@@ -11,14 +11,10 @@ import pytest
 import uvicorn
 from fake_serving import FakeModel, request
 from PIL import Image
-from test_serving_page import XSS, FakeEngine, FakeWorld, simulator
+from test_serving_page import XSS, FakeEngine, FakeWorld, page_app, simulator
 
-from openvla.serving.app import create_app
 from openvla.serving.contract import Busy
 from openvla.serving.episodes import Episodes
-from openvla.serving.page import page_routes
-from openvla.serving.rest import read_request
-from openvla.serving.server import PAGE_PATHS
 
 
 pytestmark = pytest.mark.chromium
@@ -43,19 +39,7 @@ class Served:
     """An app on a port of its own, its event loop in a thread."""
 
     def __init__(self, engine: FakeEngine, episodes: Episodes | None = None, key: str | None = None):
-        def routes(service):
-            if episodes is not None:
-                service.closers.append(episodes.close)
-            return page_routes(
-                engine,
-                lambda http: read_request(http, service),
-                service.ask,
-                service.asked,
-                live=engine.live,
-                episodes=episodes,
-            )
-
-        app = create_app(engine, routes=[routes], open_paths=PAGE_PATHS, key=key)
+        app = page_app(engine, episodes, key=key)
         self.engine = engine
         self.server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=1))
         self._thread = threading.Thread(target=lambda: asyncio.run(self.server.serve()), daemon=True)

@@ -59,9 +59,8 @@ class FakeEngine:
         return 0
 
 
-def page(engine=None, *, episodes=None, **options) -> TestClient:
+def page_app(engine: FakeEngine, episodes: Episodes | None = None, **options):
     """As `openvla serve` puts it together."""
-    engine = engine or FakeEngine()
 
     def routes(service):
         if episodes is not None:
@@ -75,8 +74,11 @@ def page(engine=None, *, episodes=None, **options) -> TestClient:
             episodes=episodes,
         )
 
-    app = create_app(engine, routes=[routes], open_paths=PAGE_PATHS, **options)
-    return TestClient(app, base_url="http://localhost:8000")
+    return create_app(engine, routes=[routes], open_paths=PAGE_PATHS, **options)
+
+
+def page(engine=None, **options) -> TestClient:
+    return TestClient(page_app(engine or FakeEngine(), **options), base_url="http://localhost:8000")
 
 
 def form(level: int = 7, **fields) -> dict:
