@@ -219,6 +219,11 @@ def test_a_wrong_answer_is_none(name, scheme):
         assert client.act(IMAGE, "go", step=2).actions.shape == (2, 3)  # over another connection
 
 
+def test_a_step_that_numpy_counted_comes_back_as_a_number(scheme):
+    with asking(Scripted(answer=lambda message: {**right(message), "step": int(message["step"])}), scheme) as client:
+        assert client.act(IMAGE, "go", step=np.int64(3)).actions.shape == (2, 3)
+
+
 @pytest.mark.parametrize(
     "first",
     [

@@ -226,8 +226,9 @@ def read_answer(content: Any, sent: Mapping[str, Any], info: ServerInfo, seconds
 
 
 def _is(came: Any, expected: Any) -> bool:
-    """Never asks an array, which may have come, whether it is true."""
-    return type(came) is type(expected) and came == expected
+    """Never asks an array, which may have come, whether it is true. A step may be numpy's and come back as it is or
+    not."""
+    return isinstance(came, str | int | np.integer | None) and came == expected
 
 
 def _numbers(content: dict, name: str, shape: tuple[int, int]) -> np.ndarray:
