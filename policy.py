@@ -33,7 +33,8 @@ QUANTIZATIONS: dict[str, dict[str, Any]] = {
 
 
 class Policy(Protocol):
-    """Observations in, actions out; for several episodes at once."""
+    """Observations in, actions out; for several episodes at once. One that continues committed actions says how many
+    steps its answers hold, `action_chunk`."""
 
     def reset(self, slot: int = 0) -> None:
         """An episode begins in `slot`: forget what was kept of the one before. Here: nothing was."""

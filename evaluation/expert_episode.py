@@ -18,12 +18,13 @@ from .environment import Environment, check_action, standstill
 
 class LateAnswers:
     """In spells of 1 to `delay` steps the robot does what the expert answered 1 to `delay` steps ago; between them are
-    1 to 2 * `delay` steps at once."""
+    1 to 2 * `delay` steps without delay.
+
+    Args:
+        start: (A,) what is executed where the expert had not answered yet.
+    """
 
     def __init__(self, delay: int, start: np.ndarray, generator: np.random.Generator) -> None:
-        """Args:
-        start: (A,) what is executed where the expert had not answered yet.
-        """
         self._most, self._start, self._generator = delay, start, generator
         self._age, self._left = int(generator.integers(2)), 0  # of what is executed; steps to go with it
 

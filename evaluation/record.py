@@ -79,9 +79,7 @@ def _record(options: RecordOptions, output: Path, progress: bool) -> dict[str, A
     files = {
         job: part / "episodes" / f"{'_'.join(filter(None, job[:2])).replace(':', '-')}_{job[2]:05d}.npz" for job in jobs
     }
-    differs = (
-        bool(options.noise or options.delay) or options.student is not None
-    )  # what is executed from what is recorded
+    differs = bool(options.noise or options.delay or options.student)  # what is executed from what is recorded
     missing = [(job, file) for job, file in files.items() if not is_episode(file, executed=differs)]
     with tqdm(total=len(jobs), initial=len(jobs) - len(missing), unit="episode", disable=not progress) as bar:
         _run(partial(recorder.Recorder, options), missing, options.workers, bar.update)

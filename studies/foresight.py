@@ -60,7 +60,7 @@ def succeeds(environment: MetaWorld, task: str, seed: int, latency: float, chunk
     control = RealtimeControl(environment.frequency, standstill(environment), chunking=chunking)
     for step in range(environment.max_steps):
         if control.wants_action(step):
-            control.give(step, foresee(environment, control.committed(step, latency)), latency)
+            control.give(step, foresee(environment, control.committed(step, latency, CHUNK)), latency)
         if environment.step(np.clip(control.action(step), -1, 1))[1]:
             return True
     return False
