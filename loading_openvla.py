@@ -3,7 +3,9 @@
 import copy
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -111,6 +113,8 @@ class OpenVLAPreTrainedModel(AdapterBelongings, ModelParts, PreTrainedModel):
             of_adapter = {**hub, **of_adapter}
         adapter = None if adapter_name is None else find_adapter(adapter_name, of_adapter)
         if adapter is not None:
+            if given is None:
+                given = _statistics_of_config(kwargs.get("config"), [adapter, find_base(adapter)])
             # Not of the base: where the adapter's repository was named, which revision and folder of it
             left_out = ("norm_stats", *(("revision", "subfolder") if adapter_name is name else ()))
             kwargs = {key: value for key, value in kwargs.items() if key not in left_out}
@@ -123,8 +127,11 @@ class OpenVLAPreTrainedModel(AdapterBelongings, ModelParts, PreTrainedModel):
         if name is not None:
             head = kwargs.get("action_head", getattr(kwargs.get("config"), "action_head", None))
             oft = find_oft(oft_folder(name, **hub), head)
-        if given is None and oft is None and name is not None:
-            given = _statistics_of_config(kwargs.get("config"), name, hub)
+        if given is None and oft is not None:
+            base = oft.find_base(kwargs.get("base"))
+            given = _statistics_of_config(kwargs.get("config"), [] if base is None else [base], known=oft.statistics())
+        elif given is None and name is not None:
+            given = _statistics_of_config(kwargs.get("config"), [name], hub)
         loaded = cls._load(name, *model_args, **kwargs) if oft is None else cls._load_oft(oft, name, hub, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model._hub_kwargs |= hub
@@ -386,15 +393,25 @@ class OpenVLAPreTrainedModel(AdapterBelongings, ModelParts, PreTrainedModel):
         return device
 
 
-def _statistics_of_config(config: Any, name: Any, hub: dict[str, Any]) -> dict | None:
-    """Statistics in a config that are not those of `name`'s config.json: an auto class was given them."""
-    if not getattr(config, "norm_stats", None):
+def _statistics_of_config(
+    config: Any,
+    names: Sequence[Any],
+    hub: Mapping[str, Any] = MappingProxyType({}),
+    known: Sequence[Mapping[str, Any]] = (),
+) -> dict | None:
+    """Statistics in a config that somebody gave, as an auto class hands them on; None if there are none, or they are
+    those of the config.json of one of `names`, or `known`."""
+    given = getattr(config, "norm_stats", None)
+    if not given or given in known:
         return None
-    try:
-        stored = OpenVLAConfig.get_config_dict(name, **hub)[0].get("norm_stats")
-    except OSError:
-        stored = None
-    return None if config.norm_stats == stored else check_statistics(config.norm_stats)
+    for name in names:
+        try:
+            stored = OpenVLAConfig.get_config_dict(name, **hub)[0].get("norm_stats")
+        except OSError:
+            continue
+        if given == stored:
+            return None
+    return check_statistics(given)
 
 
 __all__ = ["OpenVLAPreTrainedModel"]

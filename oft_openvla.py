@@ -214,6 +214,12 @@ class OFTFolder:
         found = given or (read_json(file) if file.is_file() else {})
         return {name: value for name, value in found.items() if "q01" in (value.get("action") or {})}
 
+    def statistics(self) -> list[dict[str, Any]]:
+        """Those in the files of the folder: dataset_statistics.json, and config.json, where they are of the base."""
+        config = self.folder / "config.json"
+        of_base = read_json(config).get("norm_stats") if config.is_file() else None
+        return [self._statistics(None), of_base or {}]
+
     def check_statistics(self, statistics: Mapping[str, Any] | None, fields: Any) -> None:
         """Raise an error if statistics are not there, or of other actions or states than the model has.
 

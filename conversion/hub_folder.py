@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import GenerationConfig
 
+from ..adapters_openvla import find_adapter
 from ..configuration_openvla import OpenVLAConfig
 from ..files_openvla import read_json
 from ..folders import new_folder, write_json
@@ -162,9 +163,11 @@ def weight_files(folder: Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: If there are none (says what the folder holds instead), or a shard of the index is missing.
+        ValueError: If the folder holds an adapter beside them, as loading it does.
     """
     files = find_weight_files(folder, [WEIGHTS_FILE])
     if files:
+        find_adapter(folder)
         return files
     if (folder / "adapter_config.json").is_file():
         raise FileNotFoundError(

@@ -230,6 +230,19 @@ def image_processor_of(config: OpenVLAConfig) -> OpenVLAImageProcessor:
     )
 
 
+def check_of_original(config: OpenVLAConfig, where: str | os.PathLike) -> None:
+    """Raise a `ValueError` for a model that a run of the original cannot stand for: there it would act otherwise."""
+    known = {"action_head": "tokens", "action_chunk": 1, "proprio_dim": None, "use_film": False, "n_action_bins": 256}
+    others = [f"{name}={getattr(config, name)!r}" for name, value in known.items() if getattr(config, name) != value]
+    if len(config.camera_names) > 1:
+        others.append(f"camera_names={config.camera_names}")
+    if others:
+        raise ValueError(
+            f"'{where}' has {', '.join(others)}, which the original's training code does not know: one image, one step "
+            "of 256 bins, its tokens one after another. Load it with this package."
+        )
+
+
 # And back -------------------------------------------------------------------------------------------------------------
 
 
@@ -248,6 +261,10 @@ def export_prismatic_checkpoint(
 
     Returns:
         The run folder.
+
+    Raises:
+        ValueError: If the model is one that the original does not know, an adapter or quantized, or `output` is not
+            empty.
     """
     if dtype is not None:
         check_choice("dtype", dtype, DTYPES)
@@ -255,6 +272,7 @@ def export_prismatic_checkpoint(
     check_replaced(output, source, "vla", "a run of the original")
     config = OpenVLAConfig.from_pretrained(source)
     check_unquantized(config, weights)
+    check_of_original(config, weights)
     tensors, table = read_weights(source), name_table(config)
     check_weights(config, {name: tensor.shape for name, tensor in tensors.items()}, f"'{source}'")
     ids = {

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel
 
 import openvla
 from openvla import OpenVLAForActionPrediction, OpenVLAProcessor
@@ -269,6 +269,10 @@ def test_statistics_that_are_given_count_for_an_adapter(place):
     own = {"own": {"action": {"q01": [-2.0] * 7, "q99": [2.0] * 7}}}
     model = OpenVLAForActionPrediction.from_pretrained(place / "run", norm_stats=own)
     assert model.norm_stats == own and list(model.config.norm_stats) == ["metaworld"]
+    assert AutoModel.from_pretrained(str(place / "run"), norm_stats=own).norm_stats == own
+    for config in (place / "run", place / "base"):
+        model = OpenVLAForActionPrediction.from_pretrained(place / "run", config=AutoConfig.from_pretrained(config))
+        assert list(model.norm_stats) == ["mine"]
 
 
 def test_a_model_and_an_adapter_in_one_folder(place):

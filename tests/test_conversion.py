@@ -171,6 +171,25 @@ def test_round_trip_is_bit_equal(tiny, tmp_path):
     export_prismatic_checkpoint(folder, run, overwrite=True)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"action_chunk": 4},
+        {"camera_names": ["primary", "wrist"]},
+        {"action_head": "parallel_tokens"},
+        {"action_head": "l1_regression", "action_dim": 7},
+        {"proprio_dim": 8},
+        {"n_action_bins": 64},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_what_the_original_does_not_know_is_not_exported(tmp_path, fields):
+    folder = tmp_path / "model"
+    OpenVLAConfig(**fields).save_pretrained(folder)
+    with pytest.raises(ValueError, match=f"has {next(iter(fields))}=.* does not know: one image, one step"):
+        export_prismatic_checkpoint(folder, tmp_path / "run")
+
+
 @pytest.mark.parametrize("base_kind", ["hub folder", "checkpoint"])
 def test_frozen_parts_come_from_the_base(tiny, tmp_path, base_kind):
     trained = {"llm_backbone": tiny.parts["llm_backbone"]}

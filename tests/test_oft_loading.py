@@ -163,6 +163,15 @@ def test_a_model_outlives_its_folder(broken):
 def test_statistics_that_are_given_win(saved):
     own = json.loads((saved / "libero-l1" / "dataset_statistics.json").read_text())["libero_spatial_no_noops"]
     assert list(load_oft("libero-l1", saved, norm_stats={"mine": own}).norm_stats) == ["mine"]
+    options = {"timm_model_kwargs": TIMM, "dtype": torch.float32}
+    model = AutoModel.from_pretrained(str(saved / "libero-l1"), norm_stats={"mine": own}, **options)
+    assert list(model.norm_stats) == ["mine"]
+    # What stands in config.json is of the base.
+    content = json.loads((saved / "libero-l1" / "config.json").read_text()) | {"timm_model_kwargs": TIMM}
+    assert "libero_spatial_no_noops" not in content["norm_stats"]
+    config = OpenVLAConfig(**content)
+    model = OpenVLAForActionPrediction.from_pretrained(saved / "libero-l1", config=config)
+    assert list(model.norm_stats) == ["libero_spatial_no_noops"]
     # Those of ALOHA are in units of min and max, whatever the dataset is called
     (own,) = json.loads((saved / "aloha-film-l1" / "dataset_statistics.json").read_text()).values()
     model = load_oft("aloha-film-l1", saved, norm_stats={"mine": own})

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from openvla import OpenVLAForActionPrediction, OpenVLAProcessor, hub
-from openvla.conversion import hub_folder, package_checkpoint
+from openvla.conversion import export_prismatic_checkpoint, hub_folder, package_checkpoint, quantize_checkpoint
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -238,6 +238,15 @@ def test_incomplete_sources(published, tmp_path, remove, add, message):
     with pytest.raises(FileNotFoundError, match=message):
         package_checkpoint(broken, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("make", [package_checkpoint, quantize_checkpoint, export_prismatic_checkpoint])
+def test_an_adapter_beside_the_weights_is_not_left_out(published, tmp_path, make):
+    both = tmp_path / "both"
+    shutil.copytree(published["tiny-openvla-siglip"], both)
+    (both / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="nothing says whether the weights include the adapter"):
+        make(both, tmp_path / "out")
 
 
 def test_damaged_weights(published, tmp_path):
