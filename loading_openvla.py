@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -235,13 +236,45 @@ class OpenVLAPreTrainedModel(AdapterBelongings, ModelParts, PreTrainedModel):
             ) from error
 
     def save_pretrained(self, save_directory, **kwargs):
-        """Save weights under the published names, with the statistics beside them."""
+        """Save weights under the published names, with the statistics beside them.
+
+        A dataset_statistics.json of the folder is replaced (a warning says so if datasets of it are lost), but not by a
+        model that has no statistics.
+        """
         turn_block_scales_back(self)
         self._keep_action_tokens()
         super().save_pretrained(save_directory, **kwargs)
-        if self.norm_stats and kwargs.get("is_main_process", True):
-            with open(f"{save_directory}/dataset_statistics.json", "w", encoding="utf-8") as stream:
-                json.dump(self.norm_stats, stream, indent=2)
+        if kwargs.get("is_main_process", True):
+            self._save_statistics(Path(save_directory))
+
+    def _upload_modified_files(self, working_dir, *args, **kwargs):
+        self._save_statistics(Path(working_dir))  # before the library looks which files are to be uploaded
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+    def _save_statistics(self, folder: Path) -> None:
+        """Write dataset_statistics.json, which counts when the folder is loaded."""
+        file, text = folder / "dataset_statistics.json", json.dumps(self.norm_stats or {}, indent=2)
+        own = json.loads(text)  # lists, as a file has them
+        try:
+            there = read_json(file) if file.is_file() else {}
+        except ValueError:
+            there = {}
+        lost = sorted(name for name, entry in there.items() if entry != own.get(name))
+        if lost and own:
+            warnings.warn(
+                f"'{file}' had other statistics of {', '.join(lost)}, and now has those of the model "
+                f"({', '.join(sorted(own))}). If the others are those of its training, set model.norm_stats before it is "
+                "saved.",
+                stacklevel=3,
+            )
+        elif lost:
+            warnings.warn(
+                f"The model has no statistics: those that were in '{file}' already ({', '.join(lost)}) will count when "
+                "it is loaded. Remove the file if they are of another model.",
+                stacklevel=3,
+            )
+        if own:
+            file.write_text(text, encoding="utf-8")
 
     def load_adapter(self, peft_model_id=None, adapter_name=None, *args, **kwargs):
         """As in every model of the library: a PEFT adapter from a folder or Hub id. It brings the statistics, prompt

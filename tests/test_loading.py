@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import TINY, golden_image
 from transformers import AutoConfig, AutoModel, AutoProcessor
+from transformers.utils import PushToHubMixin
 
 from openvla import AutoModelForVision2Seq, OpenVLAConfig, OpenVLAForActionPrediction, OpenVLAProcessor
 from openvla.conversion import package_checkpoint
@@ -376,6 +377,30 @@ def test_statistics_that_are_given_win(folder):
     given["mine"]["action"]["q01"][3] = 9.0
     with pytest.raises(ValueError, match="'mine', action, dimension 3.*mirror the motion"):
         load(folder, norm_stats=given)
+
+
+def test_statistics_of_a_folder_that_is_saved_to(folder, tmp_path, monkeypatch):
+    """Scripts of the original write those of the training first, and then save a model that has those of its base."""
+    model, file = load(folder), tmp_path / "run" / "dataset_statistics.json"
+    own = json.loads((folder / "dataset_statistics.json").read_text())
+    file.parent.mkdir()
+    file.write_text(json.dumps({"mine": next(iter(own.values()))} | own))
+    with pytest.warns(UserWarning, match="had other statistics of mine, and now.*set model.norm_stats before"):
+        model.save_pretrained(file.parent)
+    assert json.loads(file.read_text()) == own
+    model.save_pretrained(file.parent)
+    model.norm_stats = None
+    with pytest.warns(UserWarning, match="no statistics: those that were in.*will count"):
+        model.save_pretrained(file.parent)
+    assert json.loads(file.read_text()) == own
+    # `save_pretrained(push_to_hub=True)` uploads from within
+    seen = {}
+    monkeypatch.setattr(
+        PushToHubMixin, "_upload_modified_files", lambda self, place, *_: seen.update({"there": os.listdir(place)})
+    )
+    (tmp_path / "new").mkdir()
+    load(folder)._upload_modified_files(tmp_path / "new", "me/mine", {})
+    assert seen["there"] == ["dataset_statistics.json"]
 
 
 # Parts that contradict each other -------------------------------------------------------------------------------------
