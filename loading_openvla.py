@@ -137,6 +137,7 @@ class OpenVLAPreTrainedModel(AdapterBelongings, ModelParts, PreTrainedModel):
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model._hub_kwargs |= hub
         keep_split_blocks_from_packing(model)
+        _cast_unquantized(model)
         check_quantized(model, kwargs.get("quantization_config"), name)
         if given is not None:
             model.config.norm_stats = given
@@ -424,6 +425,16 @@ class OpenVLAPreTrainedModel(AdapterBelongings, ModelParts, PreTrainedModel):
             execution = (getattr(hook, "execution_device", None) for hook in hooks)
             return torch.device(next((where for where in execution if where is not None), device))
         return device
+
+
+def _cast_unquantized(model: PreTrainedModel) -> None:
+    """Of a folder that bitsandbytes quantized, transformers (5.4 to 5.24) leaves the matrices that it did not quantize
+    in the type they are stored in, and casts the others as asked."""
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and quantizer.pre_quantized and quantizer.quantization_config.quant_method != METHOD:
+        for parameter in model.parameters():  # packed ones are of other classes, and may be of any type
+            if type(parameter) is nn.Parameter and parameter.is_floating_point():
+                parameter.data = parameter.data.to(model.config.dtype or parameter.dtype)
 
 
 def _statistics_of_config(

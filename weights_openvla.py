@@ -115,7 +115,14 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """
     files = find_weight_files(folder, WEIGHTS_FILES[:1])
     if not files:
-        raise FileNotFoundError(f"'{folder}' holds no {WEIGHTS_FILES[0]} and no index of its parts: copy the weights.")
+        unmerged = (
+            " Or was its adapter not merged? Then take config.json away and say base=..., what it was trained on."
+            if (folder / "lora_adapter").is_dir()
+            else ""
+        )
+        raise FileNotFoundError(
+            f"'{folder}' holds no {WEIGHTS_FILES[0]} and no index of its parts: copy the weights.{unmerged}"
+        )
     tensors: dict[str, torch.Tensor] = {}
     for file in files:
         check_weight_file(file)

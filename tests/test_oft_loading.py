@@ -295,6 +295,9 @@ def test_bases(saved, broken):
     refused(saved / "libero-diffusion", "holds an adapter and no weights.*trained on 'openvla/openvla-7b'")
     refused(saved / "libero-l1", "merged already.*leave base out", base=str(saved / "base"))
     folder = broken("libero-diffusion")
+    shutil.copyfile(saved / "base" / "config.json", folder / "config.json")
+    refused(folder, "copy the weights. Or was its adapter not merged.*take config.json away", FileNotFoundError)
+    (folder / "config.json").unlink()
     weights = load_file(folder / ADAPTER)
     name = "base_model.model.projector.fc1.lora_B.weight"
     save_file(weights | {name: torch.ones(4, 2)}, folder / ADAPTER)

@@ -78,6 +78,17 @@ def test_the_embedded_policy_is_quantized_too(name, dtype):
     assert np.abs(actions - plain).mean() < np.abs(plain[0] - plain[1]).mean()  # words still matter more
 
 
+@pytest.mark.parametrize("name", ["int8", "nf4"])
+def test_a_quantized_folder_in_another_type(name, tmp_path):
+    """What is not quantized is of the type that was asked for throughout, not in part of that of the folder."""
+    TINY[1].load(quantization_config=CONFIGS[name], dtype=torch.bfloat16).save_pretrained(tmp_path)
+    TINY[1].processor().save_pretrained(tmp_path)
+    again = OpenVLAForActionPrediction.from_pretrained(tmp_path, dtype=torch.float32)
+    found = {parameter.dtype for parameter in again.parameters() if parameter.is_floating_point()}
+    assert found == {torch.float32} and quantized_layers(again)
+    again.predict_action(np.zeros((8, 8, 3), np.uint8), "open the drawer", unnorm_key="bridge_orig")
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_moving_a_quantized_model_is_explained(name):
     model = TINY[1].load(quantization_config=CONFIGS[name])
