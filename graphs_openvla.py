@@ -12,9 +12,10 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,10 +23,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from .compiled_openvla import CompiledLayer, compiling, why_not_compiled
 from .decoding_openvla import EagerSteps, Prefix, Steps
 from .inputs_openvla import ModelInputs
-from .llama_openvla import LlamaSteps, cache_shape, is_plain_llama, open_steps, pool_of
+from .llama_openvla import Layer, LlamaSteps, cache_shape, is_plain_llama, open_steps, pool_of
 from .modules_openvla import every_module
+from .quantized_linear_openvla import Int4Linear
 
 
 TokenRange = tuple[int, int | None]
@@ -37,12 +40,14 @@ class Preparation:
 
     seconds: How long it took.
     graphs: (batch, prompt tokens) of each pair of graphs; empty where none are used.
-    reason: Why there are none.
+    reason: Why there are none, or why they are not compiled.
+    compiled: Whether their kernels are those of `torch.compile`.
     """
 
     seconds: float
     graphs: list[tuple[int, int]] = field(default_factory=list)
     reason: str = ""
+    compiled: bool = False
 
 
 class CudaGraph:
@@ -71,12 +76,21 @@ class GraphSteps:
         model: An `OpenVLAForActionPrediction` on a CUDA device, whose language model is a plain Llama.
         batch, tokens: Samples, and tokens of their padded prompts without patches.
         num_tokens: Of an answer.
+        make_layer: Of `LlamaSteps`.
     """
 
     verifies = True
     record: type = CudaGraph
 
-    def __init__(self, model: Any, batch: int, tokens: int, num_tokens: int, token_range: TokenRange):
+    def __init__(
+        self,
+        model: Any,
+        batch: int,
+        tokens: int,
+        num_tokens: int,
+        token_range: TokenRange,
+        make_layer: Callable[[Any, torch.Tensor], Layer] = Layer,
+    ):
         self.lock = threading.Lock()
         self.batch, self.length, self.num_tokens = batch, tokens + model.num_patches, num_tokens
         device, config = model.device, model.config
@@ -101,15 +115,18 @@ class GraphSteps:
             embeds = embeds.scatter(1, places, features.to(embeds.dtype))
             finite = features.isfinite().flatten(1).all(dim=1, keepdim=True)
             prefix = Prefix(embeds, self.attention_mask, finite)
-            graph_steps[:] = [LlamaSteps(model.language_model, prefix, num_tokens, token_range, cache)]
+            graph_steps[:] = [LlamaSteps(model.language_model, prefix, num_tokens, token_range, cache, make_layer)]
             return graph_steps[0].prefill(self.answers[:, : num_tokens - 1]), finite
 
-        def read_answers() -> tuple[torch.Tensor, ...]:
-            return (graph_steps[0].step(self.answers, 0),)
+        def read_answers(begin: int, count: int) -> tuple[torch.Tensor, ...]:
+            return (graph_steps[0].step(self.answers[:, begin : begin + count], begin),)
 
         self.prefilling = self.record(read_all)
-        self.stepping = self.record(read_answers) if num_tokens > 1 else None
         self.finite = self.prefilling.outputs[1]
+        places = [(0, num_tokens - 1)] if num_tokens > 1 else []
+        if num_tokens > 2 and any(isinstance(module, Int4Linear) for module in every_module(model.language_model)):
+            places += [(begin, 1) for begin in range(num_tokens - 1)]  # its kernel takes twice as long for a few rows
+        self.stepping = {place: self.record(partial(read_answers, *place)) for place in places}
 
     def fill(
         self, inputs: ModelInputs, input_ids: torch.Tensor, mask: torch.Tensor | None, patches: np.ndarray
@@ -132,10 +149,11 @@ class GraphSteps:
         return self.prefilling.outputs[0][:, : 1 + count].clone()
 
     def step(self, token_ids: torch.Tensor, begin: int) -> torch.Tensor:
-        assert self.stepping is not None  # there is more than one token
-        self.answers[:, begin : begin + token_ids.shape[1]] = token_ids
-        self.stepping.replay()
-        return self.stepping.outputs[0][:, begin : begin + token_ids.shape[1]].clone()
+        count = token_ids.shape[1]
+        self.answers[:, begin : begin + count] = token_ids
+        place = (begin, count) if (begin, count) in self.stepping else (0, self.num_tokens - 1)
+        self.stepping[place].replay()
+        return self.stepping[place].outputs[0][:, begin - place[0] :][:, :count].clone()
 
 
 @dataclass
@@ -144,7 +162,7 @@ class Prepared:
 
     steps: list[GraphSteps]
     token_range: TokenRange
-    fingerprint: int
+    snapshot: "Snapshot"
     warned: bool = False
 
     def find(self, model: Any, batch: int, length: int, num_tokens: int, token_range: TokenRange) -> GraphSteps | None:
@@ -155,7 +173,7 @@ class Prepared:
         ]  # fmt: skip
         if not fits or token_range != self.token_range:
             return None
-        if fingerprint(model) != self.fingerprint or not is_plain_llama(model.language_model):
+        if not self.snapshot.is_of(model) or not is_plain_llama(model.language_model):
             if not self.warned:
                 self.warned = True
                 warnings.warn(
@@ -167,40 +185,74 @@ class Prepared:
         return min(fits, key=lambda steps: steps.length)
 
 
-_PLAIN: ContextVar[bool] = ContextVar("plain", default=False)
+_SLOW: ContextVar[str] = ContextVar("slow", default="")
 
 
 @contextmanager
-def plain_decoding() -> Iterator[None]:
-    """Predictions of this thread by the library's own steps, one token after the other, drafts or not: what faster ones
-    are compared with."""
-    before = _PLAIN.set(True)
+def _slow(way: str) -> Iterator[None]:
+    before = _SLOW.set(way)
     try:
         yield
     finally:
-        _PLAIN.reset(before)
+        _SLOW.reset(before)
+
+
+def plain_decoding() -> AbstractContextManager[None]:
+    """Predictions of this thread by the library's own steps, one token after the other, drafts or not: what faster ones
+    are compared with."""
+    return _slow("plain")
+
+
+def without_graphs() -> AbstractContextManager[None]:
+    """Predictions of this thread as without `prepare_for_inference`."""
+    return _slow("own")
 
 
 _PREPARED: WeakKeyDictionary[nn.Module, Prepared] = WeakKeyDictionary()
 
 
-def fingerprint(model: Any) -> int:
-    """Another number where graphs of a model would compute with what it no longer has. Values may change in place."""
-    parts: list[Any] = [model.language_model.config._attn_implementation]
-    for module in every_module(model):
-        parts.append(id(module))
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None:
-                parts.append(tensor.data_ptr())  # another one wherever a tensor is cast or moved
-        if (merged := getattr(module, "merged_adapters", None)) is not None:  # a layer of PEFT
-            scaling = getattr(module, "scaling", None)
-            parts += [*merged, len(merged), getattr(module, "disable_adapters", None), str(module.active_adapters)]
-            parts.append(str(scaling) if isinstance(scaling, dict) else "")
-    return hash(tuple(parts))
+class Snapshot:
+    """What graphs of a model compute with: which modules, and where their tensors are. Values may change in place."""
+
+    def __init__(self, model: Any):
+        modules = every_module(model)
+        self.attention = model.language_model.config._attn_implementation
+        self.parts = [(module._modules, tuple(module._modules.values())) for module in modules if module._modules]
+        tensors = [held for module in modules for held in (module._parameters, module._buffers) if held]
+        self.places = [(held, _places(held)) for held in tensors]  # others wherever a tensor is cast or moved
+        self.adapters = [
+            (module, _adapter(module)) for module in modules if getattr(module, "merged_adapters", None) is not None
+        ]
+
+    def is_of(self, model: Any) -> bool:
+        """Whether graphs would still compute with what the model has. It is asked before every prediction."""
+        return (
+            model.language_model.config._attn_implementation == self.attention
+            and all(tuple(modules.values()) == parts for modules, parts in self.parts)
+            and all(_places(held) == places for held, places in self.places)
+            and all(_adapter(module) == state for module, state in self.adapters)
+        )
+
+
+def _places(tensors: dict[str, torch.Tensor | None]) -> list[int]:
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors.values()]
+
+
+def _adapter(layer: Any) -> tuple[Any, ...]:
+    """What a layer of PEFT adds to its weights."""
+    scaling = getattr(layer, "scaling", None)
+    return (
+        list(layer.merged_adapters),
+        getattr(layer, "disable_adapters", None),
+        str(layer.active_adapters),
+        str(scaling) if isinstance(scaling, dict) else "",
+    )
 
 
 @torch.inference_mode()
-def prepare(model: Any, batch_sizes: Sequence[int], prompt_buckets: Sequence[int], num_tokens: int) -> Preparation:
+def prepare(
+    model: Any, batch_sizes: Sequence[int], prompt_buckets: Sequence[int], num_tokens: int, compile: bool
+) -> Preparation:
     """See `OpenVLAForActionPrediction.prepare_for_inference`."""
     for name, sizes in (("batch_sizes", batch_sizes), ("prompt_buckets", prompt_buckets)):
         whole = isinstance(sizes, (list, tuple, range)) and all(type(size) is int and size > 0 for size in sizes)
@@ -232,13 +284,22 @@ def prepare(model: Any, batch_sizes: Sequence[int], prompt_buckets: Sequence[int
     if reason:
         return Preparation(time.perf_counter() - started, [], reason)
     token_range = model.action_tokenizer.token_range
-    try:
-        with torch.cuda.device(model.device) if model.device.type == "cuda" else nullcontext():
-            steps = [GraphSteps(model, batch, tokens, num_tokens, token_range) for batch, tokens in pairs]
-    except RuntimeError as error:  # something of the model waits for the device
-        return Preparation(time.perf_counter() - started, [], f"it cannot be recorded: {error}")
-    _PREPARED[model] = Prepared(steps, token_range, fingerprint(model))
-    return Preparation(time.perf_counter() - started, pairs)
+    if compile:
+        reason = why_not_compiled(model.language_model)
+    for make_layer in (CompiledLayer, Layer) if compile and not reason else (Layer,):
+        try:
+            with _on_device(model), compiling() if make_layer is CompiledLayer else nullcontext():
+                steps = [GraphSteps(model, *pair, num_tokens, token_range, make_layer) for pair in pairs]
+        except (RuntimeError, ImportError) as error:  # something waits for the device; no compiler is installed
+            reason = f"it cannot be {'compiled' if make_layer is CompiledLayer else 'recorded'}: {error}"
+        else:
+            _PREPARED[model] = Prepared(steps, token_range, Snapshot(model))
+            return Preparation(time.perf_counter() - started, pairs, reason, make_layer is CompiledLayer)
+    return Preparation(time.perf_counter() - started, [], reason)
+
+
+def _on_device(model: Any) -> AbstractContextManager:
+    return torch.cuda.device(model.device) if model.device.type == "cuda" else nullcontext()
 
 
 @contextmanager
@@ -253,11 +314,11 @@ def open_prediction(
     """
     count = num_tokens - (len(decided[0]) if decided else 0)
     layout = model.prompt_layout(inputs, num_tokens, decided)
-    if _PLAIN.get():
+    if _SLOW.get() == "plain":
         prefix = model.prefix(inputs, layout)
         yield EagerSteps(model.language_model, prefix, count, token_range), prefix.finite
         return
-    prepared = _PREPARED.get(model)
+    prepared = None if _SLOW.get() else _PREPARED.get(model)
     batch, length = layout.input_ids.shape
     found = None if prepared is None else prepared.find(model, batch, length, count, token_range)
     if found is not None:
@@ -270,4 +331,4 @@ def open_prediction(
         yield steps, prefix.finite
 
 
-__all__ = ["GraphSteps", "Preparation", "open_prediction", "plain_decoding", "prepare"]
+__all__ = ["GraphSteps", "Preparation", "open_prediction", "plain_decoding", "prepare", "without_graphs"]

@@ -152,12 +152,28 @@ class Layer:
         """(batch, n, width) -> (batch, heads, n, head_dim)."""
         return vectors.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
+    def attention_inputs(
+        self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, last: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries of the last positions, keys and values of all n, (batch, heads, ..., head_dim) each."""
+        normed = norm(self.before_attention, hidden)
+        keys, values = rotated(self.heads(self.key(normed)), cos, sin), self.heads(self.value(normed))
+        if last < hidden.shape[1]:
+            normed, cos, sin = normed[:, -last:], cos[:, :, -last:], sin[:, :, -last:]
+        return rotated(self.heads(self.query(normed)), cos, sin), keys, values
+
+    def after_attention(self, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """(batch, n, hidden) with what was seen, (batch, heads, n, head_dim), and what the MLP makes of it."""
+        hidden = hidden + self.output(attended.transpose(1, 2).flatten(2))
+        return hidden + self.mlp(norm(self.before_mlp, hidden))
+
 
 class LlamaSteps:
     """Steps over the library's Llama weights. See `open_steps`.
 
     Args:
         cache: Of a `CachePool`, (layers, 2, at least batch, heads, at least length + num_tokens, head_dim).
+        make_layer: How a layer is computed, from that of the library and its part of the cache.
     """
 
     verifies = True
@@ -169,12 +185,13 @@ class LlamaSteps:
         num_tokens: int,
         token_range: tuple[int, int | None],
         cache: torch.Tensor,
+        make_layer: Callable[[Any, torch.Tensor], Layer] = Layer,
     ):
         model, first, end = language_model.model, *token_range
         batch, self.length = prefix.inputs_embeds.shape[:2]
         self.prefix, self.embed, self.norm = prefix, model.embed_tokens, model.norm
         used = model.layers[: model.config.num_hidden_layers]  # the cache may be of more
-        self.layers = [Layer(layer, part[:, :batch]) for layer, part in zip(used, cache)]
+        self.layers = [make_layer(layer, part[:, :batch]) for layer, part in zip(used, cache)]
         lm_head = language_model.lm_head
         self.logits: Callable[[torch.Tensor], torch.Tensor] = lambda hidden: lm_head(hidden)[..., first:end]
         if type(lm_head) is nn.Linear and lm_head.bias is None and _is_plain(lm_head):
@@ -196,16 +213,15 @@ class LlamaSteps:
 
     @property
     def mask(self) -> torch.Tensor:
-        """(batch or 1, 1, total, total): who sees whom, as the attention of the model takes it."""
+        """(batch or 1, 1, total, total): what is added to the weights of attention, for who does not see whom."""
         if self._mask is None:
             mask = torch.ones(self.total, self.total, dtype=torch.bool, device=self.cos.device).tril()[None, None]
             if self.padding is not None:  # which sees itself: the softmax of nothing is NaN
                 own = torch.eye(self.total, dtype=torch.bool, device=mask.device)
                 mask = mask & self.padding.bool()[:, None, None] | own
-            if self.layers[0].eager:
-                least = torch.finfo(self.cos.dtype).min
-                mask = torch.zeros_like(mask, dtype=self.cos.dtype).masked_fill(~mask, least)
-            self._mask = mask
+            least = torch.finfo(self.cos.dtype).min if self.layers[0].eager else -torch.inf
+            # Of True and False torch makes the same numbers, in every layer again.
+            self._mask = torch.zeros_like(mask, dtype=self.cos.dtype).masked_fill(~mask, least)
         return self._mask
 
     def prefill(self, token_ids: torch.Tensor | None = None) -> torch.Tensor:
@@ -223,15 +239,8 @@ class LlamaSteps:
         cos, sin = self.cos[:, :, begin:stop], self.sin[:, :, begin:stop]
         for layer in self.layers:
             last = keep if layer is self.layers[-1] else stop - begin
-            normed = norm(layer.before_attention, hidden)
-            layer.keys[:, :, begin:stop] = rotated(layer.heads(layer.key(normed)), cos, sin)
-            layer.values[:, :, begin:stop] = layer.heads(layer.value(normed))
-            if last < stop - begin:
-                hidden, normed, cos, sin = hidden[:, -last:], normed[:, -last:], cos[:, :, -last:], sin[:, :, -last:]
-            query = rotated(layer.heads(layer.query(normed)), cos, sin)
-            attended = self._attended(layer, query, stop).transpose(1, 2).flatten(2)
-            hidden = hidden + layer.output(attended)
-            hidden = hidden + layer.mlp(norm(layer.before_mlp, hidden))
+            query, layer.keys[:, :, begin:stop], layer.values[:, :, begin:stop] = layer.attention_inputs(hidden, cos, sin, last)
+            hidden = layer.after_attention(hidden[:, -last:], self._attended(layer, query, stop))
         return self.logits(norm(self.norm, hidden)).float()
 
     def _attended(self, layer: Layer, query: torch.Tensor, stop: int) -> torch.Tensor:

@@ -450,6 +450,7 @@ class OpenVLAForActionPrediction(ActionVocabulary, OpenVLAGeneration, OpenVLAPre
         batch_sizes: Sequence[int] = (1,),
         prompt_buckets: Sequence[int] = (32,),
         unnorm_key: str | None = None,
+        compile: bool = False,
     ) -> Preparation:
         """Get ready for predictions of certain sizes: memory, and on a CUDA device graphs of kernels.
 
@@ -461,15 +462,18 @@ class OpenVLAForActionPrediction(ActionVocabulary, OpenVLAGeneration, OpenVLAPre
             prompt_buckets: Numbers of prompt tokens, with the one that ends a prompt; each prompt is padded to the next
                 of them, which costs little, and has no graphs beyond the largest.
             unnorm_key: Dataset whose actions will be predicted. May be left out where the model knows only one.
+            compile: Let `torch.compile` make the kernels of the graphs, seconds for each of them. Weights are moved in
+                memory for it. Where it cannot be, `reason` says why, and the graphs are as without.
 
         Raises:
             ValueError: If a size is no whole number of at least 1, or prompts are longer than the model reads.
             MemoryError: If there is not so much.
             KeyError: If `unnorm_key` is unknown.
         """
+        check_flag("compile", compile)
         num_tokens = self.action_head.num_tokens((self.action_chunk, self.get_action_dim(unnorm_key)))
         with evaluation_mode(self), one_type(self):
-            return prepare(self, batch_sizes, prompt_buckets, num_tokens)
+            return prepare(self, batch_sizes, prompt_buckets, num_tokens, compile)
 
     def action_sequence(
         self, inputs: ModelInputs, num_actions: int, decided: Sequence[Sequence[int]] = (), with_time: bool = False

@@ -13,7 +13,7 @@ from ..graphs_openvla import plain_decoding
 from ..inputs_openvla import ModelInputs, check_prompts
 from ..options.benchmark import BenchOptions
 from .clock import QUANTILES, described, headline, quantiles
-from .subject import frames_of, open_subject
+from .subject import frames_of, open_subject, prepare
 
 
 HEAD = "way                  actions  tokens  gap      passes  min ms   p50      p90      p99      ratio"
@@ -42,19 +42,16 @@ def exact(options: BenchOptions) -> dict[str, Any]:
     if not model.action_head.takes_drafts:
         raise ValueError(f"action_head='{model.config.action_head}' chooses no tokens one after the other.")
     prompt, processor = model.processor.format_prompt, model.processor
+    found = frames_of(options, model, key, options.frames)
     frames = [
-        (frame.begins, dict(processor(prompt(frame.instruction), frame.images, return_tensors="pt")))
-        for frame in frames_of(options, model, key, options.frames)
+        (frame.begins, dict(processor(prompt(frame.instruction), frame.images, return_tensors="pt"))) for frame in found
     ]
-    prepared = None
-    if model.device.type == "cuda":
-        longest = max(inputs["input_ids"].shape[1] for _, inputs in frames) + 1
-        prepared = model.prepare_for_inference((1,), (longest,), unnorm_key=key)
-    results = compare(model, frames, key, graphs=bool(prepared and prepared.graphs))
+    prepared = prepare(options, model, key, found)
+    results = compare(model, frames, key, graphs=bool(prepared.get("graphs")))
     report = {
         **described(options, model),
         "frames": len(frames),
-        **({"prepared_seconds": prepared.seconds} if prepared else {}),
+        **prepared,
         "ways": results,
     }
     return report

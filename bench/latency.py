@@ -8,14 +8,14 @@ import numpy as np
 from tqdm import tqdm
 
 from ..action_tokenizer import normalize_actions
-from ..graphs_openvla import plain_decoding
+from ..graphs_openvla import plain_decoding, without_graphs
 from ..options.benchmark import BenchOptions
 from ..stages_openvla import stage
 from .clock import QUANTILES, WARM_UP, described, headline, quantiles, staged, timed
 from .exact import NEAR, gap
 from .other import Other, open_onnx
 from .roofline import count_work, limit_ms, machine_rates
-from .subject import Frame, PresetInputs, frames_of, open_subject
+from .subject import Frame, PresetInputs, frames_of, open_subject, prepare
 
 
 class Local:
@@ -81,10 +81,7 @@ def latency(options: BenchOptions) -> dict[str, Any]:
     """
     model, key = open_subject(options)
     frames = frames_of(options, model, key, options.frames + WARM_UP)
-    prepared = None
-    if model.device.type == "cuda":
-        bucket = 32 if options.preset else max(len(_prompt(model, frame)) for frame in frames) + 1
-        prepared = model.prepare_for_inference((1,), (bucket,), unnorm_key=key)
+    prepared = prepare(options, model, key, frames)
     ways = ways_of(options, model, key)
     times: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
     differences: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
@@ -116,11 +113,12 @@ def latency(options: BenchOptions) -> dict[str, Any]:
         for way in ways.values():
             way.close()
     rates = machine_rates(model.device, model.dtype)
-    work = {name: count_work(model, partial(way, frames[-1])) for name, way in ways.items() if _counts(way)}
+    with without_graphs():  # whose products cannot be counted
+        work = {name: count_work(model, partial(way, frames[-1])) for name, way in ways.items() if _counts(way)}
     report = {
         **described(options, model),
         "frames": len(frames) - WARM_UP,
-        **({"graphs": prepared.graphs, "no_graphs": prepared.reason} if prepared else {}),
+        **prepared,
         "machine": rates,
         "near": NEAR,
         "ways": {
@@ -155,10 +153,6 @@ def token_gap(way: Local, frame: Frame, actions: np.ndarray, same: np.ndarray) -
     return gap(model, inputs, tokens, other)
 
 
-def _prompt(model: Any, frame: Frame) -> list[int]:
-    return model.processor.tokenizer(model.processor.format_prompt(frame.instruction))["input_ids"]
-
-
 def _counts(way: Any) -> bool:
     """Drafts are counted where they are right: then a way has as many passes whenever it is asked."""
     return isinstance(way, Local) and way.drafts != "last"
@@ -174,10 +168,14 @@ def _figures(
     totals = [found["total"] for found in times if len(found) == 1]
     watched = [found for found in times if len(found) > 1]
     stages: dict[str, Any] = {}
-    for name in watched[0] if watched else ():
-        if name != "total":
-            stages[name] = quantiles([found[name] for found in watched])
-            if name in work and work[name]["gbyte"]:
+    names = dict.fromkeys(name for found in watched for name in found)
+    if "vision" not in names and {"vision", "prefill"} <= work.keys():  # one graph of both
+        both = {unit: work["vision"][unit] + work["prefill"][unit] for unit in ("gflop", "gbyte")}
+        work = {**work, "prefill": both}
+    for name in names:
+        if name != "total":  # where drafts are right there are no passes of decoding
+            stages[name] = quantiles([found.get(name, 0.0) for found in watched])
+            if name in work and work[name]["gbyte"] and stages[name]["min_ms"]:
                 limit = limit_ms(work[name], rates)
                 stages[name] |= {**work[name], "limit_ms": limit, "share": limit / stages[name]["min_ms"]}
     if stages:

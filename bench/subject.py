@@ -1,6 +1,7 @@
 """What is measured: a model, and the requests that it answers."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -71,7 +72,7 @@ def random_model(preset: str, device: str, dtype: torch.dtype, **fields: Any) ->
     for name, value in {"action_dim": 7, **fields}.items():
         if not hasattr(config, name):
             raise ValueError(f"--field {name}: the configuration has no such field.")
-        setattr(config, name, value)
+        setattr(config, name, _value(value) if isinstance(value, str) else value)
     config.check_fields()
     config.norm_stats = {KEY: load_preset_statistics("openvla-7b")[KEY]}
     if config.proprio_dim:
@@ -84,6 +85,14 @@ def random_model(preset: str, device: str, dtype: torch.dtype, **fields: Any) ->
             return OpenVLAForActionPrediction(config).eval()
     finally:
         torch.set_default_dtype(before)
+
+
+def _value(text: str) -> Any:
+    """A number, true, false, null or a list as JSON writes them; any other text as it is."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 class PresetInputs:
@@ -124,6 +133,24 @@ def frames_of(options: BenchOptions, model: Any, key: str, count: int) -> list[F
         }
         frames.append(Frame(images, INSTRUCTIONS[number % len(INSTRUCTIONS)], state, begins=True))
     return frames
+
+
+def prepare(options: BenchOptions, model: Any, key: str, frames: list[Frame], sizes: Sequence[int] = (1,)) -> dict:
+    """What a report says of the graphs that a model on a GPU was given, for so many frames at once; {} on a CPU."""
+    if model.device.type != "cuda":
+        return {}
+    longest = PROMPT_TOKENS
+    if not options.preset:
+        processor = model.processor
+        prompts = [processor.format_prompt(frame.instruction) for frame in frames]
+        longest = max(len(processor.tokenizer(prompt)["input_ids"]) for prompt in prompts)
+    done = model.prepare_for_inference(sizes, (longest + 1,), unnorm_key=key, compile=options.compile)
+    return {
+        "graphs": done.graphs,
+        "compiled": done.compiled,
+        "not_prepared": done.reason,
+        "prepared_seconds": done.seconds,
+    }
 
 
 def _size(text: str) -> list[int]:

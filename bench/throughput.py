@@ -8,7 +8,7 @@ from tqdm import tqdm
 from ..device import synchronize
 from ..options.benchmark import BenchOptions
 from .clock import QUANTILES, WARM_UP, described, headline, quantiles
-from .subject import Frame, PresetInputs, frames_of, numbers, open_subject
+from .subject import Frame, PresetInputs, frames_of, numbers, open_subject, prepare
 
 
 def throughput(options: BenchOptions) -> dict[str, Any]:
@@ -22,6 +22,7 @@ def throughput(options: BenchOptions) -> dict[str, Any]:
     frames = frames_of(options, model, key, max(sizes))
     rounds = -(-options.frames // max(sizes)) + WARM_UP
     preset = PresetInputs(options.preset, model) if options.preset else None
+    prepared = prepare(options, model, key, frames, sizes)
     times: dict[int, list[float]] = {size: [] for size in sizes}
     for number in tqdm(range(rounds), unit="round", disable=None):
         for size in sizes:
@@ -34,6 +35,7 @@ def throughput(options: BenchOptions) -> dict[str, Any]:
                 times[size].append(1000 * (time.perf_counter() - started))
     report = {
         **described(options, model),
+        **prepared,
         "rounds": rounds - WARM_UP,
         "batches": {
             str(size): {

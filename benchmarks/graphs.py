@@ -10,6 +10,7 @@ import argparse
 import json
 import time
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,8 @@ import torch
 from openvla import OpenVLAForActionPrediction
 from openvla.bench.subject import random_model
 from openvla.device import synchronize
-from openvla.graphs_openvla import _PREPARED, fingerprint, plain_decoding
+from openvla.graphs_openvla import _PREPARED, Snapshot, plain_decoding, without_graphs
+from openvla.quantization_openvla import OpenVLAQuantizationConfig, quantize_linears
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,15 +49,14 @@ def summary(milliseconds: list[float]) -> dict[str, float]:
     return {name: round(value, 3) for name, value in {"min": min(milliseconds), **parts}.items()}
 
 
-def measure(model, batch: int, rounds: int) -> dict:
+def measure(model, batch: int, rounds: int, compile: bool) -> dict:
     samples = [random_inputs(model, batch) for _ in range(6)]
     for inputs in samples:
         inputs["input_ids"].remainder_(500).clamp_(3)[:, 0] = model.config.text_config.bos_token_id
-    done = model.prepare_for_inference((batch,), (samples[0]["input_ids"].shape[1] + 1,))
-    ways = {"library": (plain_decoding, False), "own": (nullcontext, False), "own, right draft": (nullcontext, True)}
+    done = model.prepare_for_inference((batch,), (samples[0]["input_ids"].shape[1] + 1,), compile=compile)
+    ways = {"library": (plain_decoding, False), "own": (without_graphs, False), "own, right draft": (without_graphs, True)}
     if done.graphs:
         ways |= {"graphs": (nullcontext, False), "graphs, right draft": (nullcontext, True)}
-    prepared = _PREPARED.pop(model, None)
     times: dict[str, list[float]] = {name: [] for name in ways}
     tokens: dict[str, list[np.ndarray]] = {name: [] for name in ways}
     passes: dict[str, int] = {}
@@ -63,8 +64,6 @@ def measure(model, batch: int, rounds: int) -> dict:
         inputs = samples[number % len(samples)]
         chosen = None
         for name, (way, drafted) in ways.items():
-            if "graphs" in name:
-                _PREPARED[model] = prepared
             with way():
                 found, milliseconds = timed(
                     model,
@@ -72,7 +71,6 @@ def measure(model, batch: int, rounds: int) -> dict:
                         **inputs, draft=draft, return_dict=True
                     ),
                 )
-            _PREPARED.pop(model, None)
             chosen = chosen if drafted else found.token_ids
             passes[name] = int(found.token_passes.max())
             if number >= 0:
@@ -80,7 +78,7 @@ def measure(model, batch: int, rounds: int) -> dict:
                 tokens[name].append(found.token_ids.reshape(batch, -1))
     plain = np.concatenate(tokens["library"])
     report = {
-        "prepared": {"seconds": round(done.seconds, 2), "graphs": done.graphs, "reason": done.reason},
+        "prepared": {**asdict(done), "seconds": round(done.seconds, 2)},
         "ms": {name: summary(values) for name, values in times.items()},
         "passes": passes,
         "equal tokens": {
@@ -88,11 +86,16 @@ def measure(model, batch: int, rounds: int) -> dict:
             for name, rows in tokens.items()
         },
     }
-    if prepared is not None:
-        steps = prepared.steps[0]
-        for name, graph in (("towers and prefill", steps.prefilling), ("tokens of an answer", steps.stepping)):
+    if model in _PREPARED:
+        prepared = _PREPARED[model]
+        graphs = {"towers and prefill": prepared.steps[0].prefilling}
+        graphs |= {f"tokens {begin} to {begin + count}": one for (begin, count), one in prepared.steps[0].stepping.items()}
+        for name, graph in list(graphs.items())[:3]:
             report[f"ms of the graph: {name}"] = summary([timed(model, graph.replay)[1] for _ in range(20)])
-    report["ms of the fingerprint"] = summary([timed(model, lambda: fingerprint(model))[1] for _ in range(20)])
+    snapshot = Snapshot(model)
+    report["ms to see that nothing has changed"] = summary(
+        [timed(model, lambda: snapshot.is_of(model))[1] for _ in range(20)]
+    )
     return report
 
 
@@ -103,6 +106,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--dtype", default="bfloat16", help="default: %(default)s")
     parser.add_argument("--batches", default="1", help="batch sizes, joined by commas; default: %(default)s")
+    parser.add_argument("--compile", action="store_true", help="graphs of compiled kernels")
+    parser.add_argument("--bits", type=int, choices=[8, 4], help="weights of the language model of a preset")
     parser.add_argument("--rounds", type=int, default=12, help="predictions of each way; default: %(default)s")
     parser.add_argument("--output", type=Path, help="a JSON file for the figures")
     arguments = parser.parse_args()
@@ -110,6 +115,8 @@ def main() -> None:
     dtype = getattr(torch, arguments.dtype)
     if arguments.preset:
         model = random_model(arguments.preset, arguments.device, dtype)
+        if arguments.bits:
+            quantize_linears(model, OpenVLAQuantizationConfig(arguments.bits))
     else:
         model = OpenVLAForActionPrediction.from_pretrained(arguments.model, dtype=dtype).to(arguments.device).eval()
     cuda = arguments.device.startswith("cuda")
@@ -120,7 +127,7 @@ def main() -> None:
         "torch": torch.__version__,
     }
     for batch in map(int, arguments.batches.split(",")):
-        report[f"batch {batch}"] = measure(model, batch, arguments.rounds)
+        report[f"batch {batch}"] = measure(model, batch, arguments.rounds, arguments.compile)
         report["peak memory, GB"] = round(torch.cuda.max_memory_allocated() / 1e9, 2) if cuda else None
         text = json.dumps(report, indent=1)
         print(text, flush=True)

@@ -1,0 +1,143 @@
+"""Graphs of compiled kernels predict what the model does; here traced as for a GPU and run by torch, not by its compiler."""
+
+import copy
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_graphs import CHANGES, Again, check, details, lora, recordings  # noqa: F401 - a fixture that is used by all
+from test_llama_openvla import new_model, prompts
+
+from openvla import compiled_openvla
+from openvla.compiled_openvla import side_by_side
+from openvla.quantization_openvla import OpenVLAQuantizationConfig, quantize_linears
+
+
+@pytest.fixture(autouse=True)
+def traced(monkeypatch):
+    monkeypatch.setattr(compiled_openvla, "BACKEND", "eager")
+
+
+def prepared(model, **sizes):
+    done = model.prepare_for_inference(compile=True, **sizes)
+    assert done.compiled and not done.reason, done.reason
+    return done
+
+
+@pytest.mark.parametrize("fields", [{}, {"num_key_value_heads": 1}, {"attn_implementation": "eager"}], ids=str)
+def test_tokens_are_those_of_the_model(fields):
+    plain = new_model(**fields)
+    model = copy.deepcopy(plain)
+    assert prepared(model, batch_sizes=(1, 3), prompt_buckets=(8, 12)).graphs == [(1, 8), (1, 12), (3, 8), (3, 12)]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for seed in range(4):
+            for batch in (1, 3):
+                inputs = prompts(batch, seed, padded=seed % 2 == 1)
+                found = check(model, plain, inputs, 7)
+                draft = found.token_ids if batch > 1 else found.token_ids[None]
+                check(model, plain, inputs, 1, draft=draft)
+                draft = draft.copy()
+                draft[:, 2] = 150
+                check(model, plain, inputs, 2, draft=draft)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_roundings_are_those_of_graphs_that_are_not_compiled(dtype):
+    model = new_model().to(dtype)
+    other = copy.deepcopy(model)
+    prepared(model, prompt_buckets=[16])
+    other.prepare_for_inference(prompt_buckets=[16])
+    for seed in range(4):
+        found, expected = (details(one, prompts(1, seed)) for one in (model, other))
+        assert found.token_ids.tolist() == expected.token_ids.tolist()
+        assert found.token_probabilities.tolist() == expected.token_probabilities.tolist()
+
+
+def test_weights_lie_side_by_side_and_are_the_same(tmp_path):
+    plain = new_model()
+    model = copy.deepcopy(plain)
+    prepared(model)
+    attention = model.language_model.model.layers[0].self_attn
+    projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+    places = [module.weight.data_ptr() for module in projections]
+    together = side_by_side(projections)
+    assert together.data_ptr() == places[0] and torch.equal(together, torch.cat([part.weight for part in projections]))
+    prepared(model, batch_sizes=(1, 2))
+    assert [module.weight.data_ptr() for module in projections] == places
+    expected = plain.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert stored.keys() == expected.keys() and all(torch.equal(stored[name], expected[name]) for name in stored)
+    save_file(model.state_dict(), tmp_path / "state.safetensors")
+    check(copy.deepcopy(model), plain, prompts(1), 0)  # which has no graphs
+
+
+def test_weights_still_learn_and_move():
+    plain = new_model()
+    model = copy.deepcopy(plain)
+    prepared(model, prompt_buckets=[16])
+    for one in (model, plain):
+        loss = one(**prompts(1), labels=prompts(1)["input_ids"]).loss
+        loss.backward()
+        torch.optim.SGD(one.parameters(), lr=0.1).step()
+    check(model, plain, prompts(1), 7)  # values have changed where they are
+    expected = plain.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    CHANGES["cast back"](model)
+    with pytest.warns(UserWarning, match="is not what prepare_for_inference recorded"):
+        assert details(model, prompts(1)).token_ids.tolist() == details(plain, prompts(1)).token_ids.tolist()
+    prepared(model, prompt_buckets=[16])
+    check(model, plain, prompts(1), 7)
+
+
+def quantized(model):
+    quantize_linears(model, OpenVLAQuantizationConfig(4))
+
+
+def bias(model):
+    model.language_model.model.layers[1].mlp.up_proj.bias = torch.nn.Parameter(torch.zeros(1))
+
+
+def gelu(model):
+    model.language_model.config.hidden_act = "gelu"
+
+
+@pytest.mark.parametrize("change, reason", [(quantized, "quantized"), (lora, "adapted"), (bias, "biases"), (gelu, "MLP")])
+def test_what_is_not_compiled_has_graphs_as_without(change, reason):
+    model = new_model()
+    change(model)
+    plain = copy.deepcopy(model)
+    done = model.prepare_for_inference(prompt_buckets=[16], compile=True)
+    assert not done.compiled and done.graphs and reason in done.reason
+    if change is not bias:  # which torch cannot add
+        check(model, plain, prompts(1), 7)
+
+
+def test_without_a_compiler(monkeypatch):
+    def missing(graph, inputs):
+        raise ImportError("there is no triton")
+
+    monkeypatch.setattr(compiled_openvla, "BACKEND", missing)
+    plain = new_model()
+    model = copy.deepcopy(plain)
+    done = model.prepare_for_inference(prompt_buckets=[16], compile=True)
+    assert done.graphs and not done.compiled and "cannot be compiled" in done.reason and "triton" in done.reason
+    check(model, plain, prompts(1), 7)
+    with pytest.raises(ValueError, match="compile='yes'"):
+        model.prepare_for_inference(compile="yes")
+
+
+def test_more_sizes_than_torch_compiles_by_default(monkeypatch):
+    """Of one function: eight, unless it is told."""
+    plain = new_model()
+    model = copy.deepcopy(plain)
+    buckets = tuple(range(8, 20))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prepared(model, prompt_buckets=buckets)
+    check(model, plain, prompts(1, 3), 7)
+    assert Again.recorded == 2 * len(buckets)
+    np.testing.assert_equal(details(model, prompts(1)).actions.shape, (7,))
