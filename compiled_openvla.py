@@ -1,7 +1,7 @@
 """A layer of the library's Llama as two compiled functions, for graphs of kernels on a GPU.
 
 Between two products of matrices everything becomes one kernel, with the roundings of half precision that the library
-has; products of the same input become one product, whose weights lie side by side in memory. See `prepare_for_inference`.
+has; products of the same input become one, of weights that lie side by side in memory. See `prepare_for_inference`.
 
 Shapes: `batch` samples, n positions, `hidden` width of the language model.
 """
@@ -108,7 +108,7 @@ _FUNCTIONS: dict[tuple[Callable, str], Callable] = {}
 def _compiled(function: Callable) -> Callable:
     key = (function, BACKEND)
     if key not in _FUNCTIONS:
-        options = {"emulate_precision_casts": True} if BACKEND == "inductor" else None
+        options: Any = {"emulate_precision_casts": True} if BACKEND == "inductor" else None
         _FUNCTIONS[key] = torch.compile(function, fullgraph=True, dynamic=False, backend=BACKEND, options=options)
     return _FUNCTIONS[key]
 

@@ -11,7 +11,7 @@ Shapes: `batch` samples, `length` tokens and patches of a padded prompt.
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -29,6 +29,7 @@ from .inputs_openvla import ModelInputs
 from .llama_openvla import Layer, LlamaSteps, cache_shape, is_plain_llama, open_steps, pool_of
 from .modules_openvla import every_module
 from .quantized_linear_openvla import Int4Linear
+from .sampling_openvla import check_flag
 
 
 TokenRange = tuple[int, int | None]
@@ -234,7 +235,7 @@ class Snapshot:
         )
 
 
-def _places(tensors: dict[str, torch.Tensor | None]) -> list[int]:
+def _places(tensors: Mapping[str, torch.Tensor | None]) -> list[int]:
     return [0 if tensor is None else tensor.data_ptr() for tensor in tensors.values()]
 
 
@@ -258,6 +259,7 @@ def prepare(
         whole = isinstance(sizes, (list, tuple, range)) and all(type(size) is int and size > 0 for size in sizes)
         if not whole or not sizes:
             raise ValueError(f"{name}={sizes!r}: expected whole numbers of at least 1, such as (1, 4).")
+    check_flag("compile", compile)
     started = time.perf_counter()
     _PREPARED.pop(model, None)
     pairs = [(batch, tokens) for batch in sorted({*batch_sizes}) for tokens in sorted({*prompt_buckets})]

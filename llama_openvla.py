@@ -239,7 +239,8 @@ class LlamaSteps:
         cos, sin = self.cos[:, :, begin:stop], self.sin[:, :, begin:stop]
         for layer in self.layers:
             last = keep if layer is self.layers[-1] else stop - begin
-            query, layer.keys[:, :, begin:stop], layer.values[:, :, begin:stop] = layer.attention_inputs(hidden, cos, sin, last)
+            query, keys, values = layer.attention_inputs(hidden, cos, sin, last)
+            layer.keys[:, :, begin:stop], layer.values[:, :, begin:stop] = keys, values
             hidden = layer.after_attention(hidden[:, -last:], self._attended(layer, query, stop))
         return self.logits(norm(self.norm, hidden)).float()
 

@@ -7,8 +7,7 @@ projector), the language model here, `action_heads_openvla` and `decoding_openvl
 Shapes: `batch` samples, `length` prompt tokens, `num_patches` image patches (256 at 224 pixels), `hidden` width of the
 language model, `action_dim` numbers of one action.
 
-The published weights (`openvla/openvla-7b`, `openvla/openvla-v01-7b`) keep their tensor names. Differences from the
-published code are listed in the README.
+The published weights keep their tensor names. Differences from the published code: README.
 """
 
 from collections.abc import Sequence
@@ -55,6 +54,7 @@ if TYPE_CHECKING:  # of a local folder transformers 5.4 and 5.5 copy no more fil
     from .adapters_openvla import AdapterBelongings  # noqa: F401
     from .cameras_openvla import find_cameras  # noqa: F401
     from .choices_openvla import closest  # noqa: F401
+    from .compiled_openvla import CompiledLayer  # noqa: F401
     from .files_openvla import local_folder  # noqa: F401
     from .frames_openvla import PixelSteps  # noqa: F401
     from .image_processing_openvla import OpenVLAImageProcessor  # noqa: F401
@@ -344,8 +344,7 @@ class OpenVLAForActionPrediction(ActionVocabulary, OpenVLAGeneration, OpenVLAPre
         Raises:
             ValueError: Before any compute, if an input is missing, empty, not finite, too long or of a wrong count, or
                 an option is unknown; after it, if the model computed something that is not finite.
-            KeyError: If `unnorm_key` is unknown.
-            FileNotFoundError: If an image is a path that does not exist.
+            KeyError, FileNotFoundError: If `unnorm_key` is unknown, or an image is a path that does not exist.
         """
         check_flag("constrained", constrained)
         check_flag("return_dict", return_dict)
@@ -366,9 +365,8 @@ class OpenVLAForActionPrediction(ActionVocabulary, OpenVLAGeneration, OpenVLAPre
                 raise ValueError("pixel_values without input_ids: give both, or a raw image and an instruction.")
             with stage("preprocessing"):
                 single, inputs = process_raw(self.processor, image, instruction)
-            input_ids, attention_mask, pixel_values = (
-                inputs["input_ids"], inputs["attention_mask"], inputs["pixel_values"]
-            )  # fmt: skip
+            input_ids, attention_mask = inputs["input_ids"], inputs["attention_mask"]
+            pixel_values = inputs["pixel_values"]
         else:
             if image is not None or instruction is not None:
                 raise ValueError("Give either a raw image and an instruction, or input_ids and pixel_values, not both.")
@@ -462,15 +460,13 @@ class OpenVLAForActionPrediction(ActionVocabulary, OpenVLAGeneration, OpenVLAPre
             prompt_buckets: Numbers of prompt tokens, with the one that ends a prompt; each prompt is padded to the next
                 of them, which costs little, and has no graphs beyond the largest.
             unnorm_key: Dataset whose actions will be predicted. May be left out where the model knows only one.
-            compile: Let `torch.compile` make the kernels of the graphs, seconds for each of them. Weights are moved in
-                memory for it. Where it cannot be, `reason` says why, and the graphs are as without.
+            compile: Kernels by `torch.compile`, seconds for each graph; weights are moved in memory. Where it cannot
+                be, `reason` says why.
 
         Raises:
             ValueError: If a size is no whole number of at least 1, or prompts are longer than the model reads.
-            MemoryError: If there is not so much.
-            KeyError: If `unnorm_key` is unknown.
+            MemoryError, KeyError: If there is not so much, or `unnorm_key` is unknown.
         """
-        check_flag("compile", compile)
         num_tokens = self.action_head.num_tokens((self.action_chunk, self.get_action_dim(unnorm_key)))
         with evaluation_mode(self), one_type(self):
             return prepare(self, batch_sizes, prompt_buckets, num_tokens, compile)

@@ -54,7 +54,11 @@ def measure(model, batch: int, rounds: int, compile: bool) -> dict:
     for inputs in samples:
         inputs["input_ids"].remainder_(500).clamp_(3)[:, 0] = model.config.text_config.bos_token_id
     done = model.prepare_for_inference((batch,), (samples[0]["input_ids"].shape[1] + 1,), compile=compile)
-    ways = {"library": (plain_decoding, False), "own": (without_graphs, False), "own, right draft": (without_graphs, True)}
+    ways = {
+        "library": (plain_decoding, False),
+        "own": (without_graphs, False),
+        "own, right draft": (without_graphs, True),
+    }
     if done.graphs:
         ways |= {"graphs": (nullcontext, False), "graphs, right draft": (nullcontext, True)}
     times: dict[str, list[float]] = {name: [] for name in ways}
@@ -87,9 +91,9 @@ def measure(model, batch: int, rounds: int, compile: bool) -> dict:
         },
     }
     if model in _PREPARED:
-        prepared = _PREPARED[model]
-        graphs = {"towers and prefill": prepared.steps[0].prefilling}
-        graphs |= {f"tokens {begin} to {begin + count}": one for (begin, count), one in prepared.steps[0].stepping.items()}
+        first = _PREPARED[model].steps[0]
+        graphs = {"towers and prefill": first.prefilling}
+        graphs |= {f"{count} tokens from {begin}": one for (begin, count), one in first.stepping.items()}
         for name, graph in list(graphs.items())[:3]:
             report[f"ms of the graph: {name}"] = summary([timed(model, graph.replay)[1] for _ in range(20)])
     snapshot = Snapshot(model)

@@ -30,7 +30,8 @@ import torch
 from PIL import Image
 
 from openvla.observation import Observation
-from openvla.options.prediction import EMBEDDED_POLICY, ModelOptions
+from openvla.options.prediction import EMBEDDED_POLICY
+from openvla.options.serving import ServeOptions
 from openvla.serving.contract import Request
 from openvla.serving.engine import Engine
 from openvla.serving.model import OpenVLAModel
@@ -217,7 +218,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
 
-    model = OpenVLAModel.load(ModelOptions(model=arguments.model, device=arguments.device, dtype=arguments.dtype))
+    model = OpenVLAModel.load(ServeOptions(model=arguments.model, device=arguments.device, dtype=arguments.dtype))
     model.warm_up([1])
     report: dict[str, Any] = {
         "model": model.info.model, "device": torch.cuda.get_device_name() if arguments.device.startswith("cuda")

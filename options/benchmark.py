@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .fields import option, pairs, required
-from .prediction import ModelOptions
+from .prediction import GraphOptions, ModelOptions
 
 
 @dataclass(kw_only=True)
-class BenchOptions(ModelOptions):
+class BenchOptions(GraphOptions, ModelOptions):
     """What is measured, and on what."""
 
     what: Literal["latency", "throughput", "memory", "load", "exact"] = required(
@@ -23,13 +23,8 @@ class BenchOptions(ModelOptions):
     )
     preset_fields: dict[str, Any] = pairs(
         "Field of the preset's configuration, any number of times: action_head=l1_regression, action_chunk=8, "
-        "proprio_dim=8, ...; a list as JSON: camera_names='[\"primary\", \"wrist\"]'.",
+        'proprio_dim=8, ...; a list as JSON: camera_names=\'["primary", "wrist"]\'.',
         flag="--field",
-    )
-    compile: bool = option(
-        False,
-        "Compile the kernels of the graphs that predictions on a GPU are made of: a quarter less time, seconds to get "
-        "ready.",
     )
     dataset: str | None = option(
         None, "Demonstrations whose frames are predicted, as finetune takes them.", shown="random images; exact: needed"

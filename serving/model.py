@@ -15,7 +15,7 @@ from ..action_tokenizer import unnormalize_actions
 from ..device import torch_device
 from ..hub import model_folder, published_name, variant_of
 from ..observation import Observation
-from ..options.prediction import ModelOptions
+from ..options.serving import ServeOptions
 from ..policy import OpenVLAPolicy, load_model
 from ..prompts_openvla import check_prompt_ids, end_with_empty
 from .contract import Answer, BadRequest, Dataset, ModelInfo, Request
@@ -37,6 +37,7 @@ class OpenVLAModel:
         name: What clients are told the model is.
         unnorm_key: Dataset of requests that name none. Default: the only one that the model knows.
         sessions: How many it keeps drafts of; those that asked longest ago give way.
+        compile: Of `prepare_for_inference`.
 
     Raises:
         KeyError: If `unnorm_key` is unknown.
@@ -49,6 +50,7 @@ class OpenVLAModel:
         name: str,
         unnorm_key: str | None = None,
         sessions: int = SESSIONS,
+        compile: bool = False,
     ):
         known, state_dim = dict(model.norm_stats or {}), model.config.proprio_dim
         self.policy = OpenVLAPolicy(model, unnorm_key or next(iter(known), None))
@@ -66,13 +68,13 @@ class OpenVLAModel:
             chunk=model.action_chunk,
             image_size=(height, width),
         )
-        self.sessions = sessions
+        self.sessions, self.compile = sessions, compile
         self._slots: OrderedDict[str, int] = OrderedDict()  # session -> where the policy keeps its draft
         self._numbers = count()
         self._problem = lru_cache(1024)(self._find_problem)  # a robot says the same at every step
 
     @classmethod
-    def load(cls, options: ModelOptions) -> Self:
+    def load(cls, options: ServeOptions) -> Self:
         """What `openvla predict` with these options acts with.
 
         Raises:
@@ -87,7 +89,7 @@ class OpenVLAModel:
             quantization=options.quantization,
             **variant_of(folder, options.action_head, options.action_chunk),
         )
-        return cls(model, published_name(options.model), options.unnorm_key)
+        return cls(model, published_name(options.model), options.unnorm_key, compile=options.compile)
 
     def act(self, requests: Sequence[Request]) -> list[Answer]:
         """See `contract.Model`.
@@ -117,7 +119,9 @@ class OpenVLAModel:
     def warm_up(self, batch_sizes: Sequence[int]) -> None:
         key = self.info.default_key or next(iter(self.info.datasets))
         with memory_errors():
-            self.policy.model.prepare_for_inference(batch_sizes, prompt_buckets=(32, 64), unnorm_key=key)
+            self.policy.model.prepare_for_inference(
+                batch_sizes, prompt_buckets=(32, 64), unnorm_key=key, compile=self.compile
+            )
         state = np.zeros(self.info.datasets[key].state_dim or 0, np.float32)
         height, width = self.info.image_size
         frame = np.zeros((height + 1, width, 3), np.uint8)  # to be resized, as those of robots: all libraries are there

@@ -1,4 +1,4 @@
-"""Graphs of compiled kernels predict what the model does; here traced as for a GPU and run by torch, not by its compiler."""
+"""Graphs of compiled kernels predict what the model does. Traced as for a GPU, and run by torch without a compiler."""
 
 import copy
 import warnings
@@ -105,7 +105,9 @@ def gelu(model):
     model.language_model.config.hidden_act = "gelu"
 
 
-@pytest.mark.parametrize("change, reason", [(quantized, "quantized"), (lora, "adapted"), (bias, "biases"), (gelu, "MLP")])
+@pytest.mark.parametrize(
+    "change, reason", [(quantized, "quantized"), (lora, "adapted"), (bias, "biases"), (gelu, "MLP")]
+)
 def test_what_is_not_compiled_has_graphs_as_without(change, reason):
     model = new_model()
     change(model)

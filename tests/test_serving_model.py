@@ -12,7 +12,7 @@ from tiny import TINY
 
 from openvla import OpenVLAForActionPrediction
 from openvla.observation import Observation
-from openvla.options.prediction import ModelOptions
+from openvla.options.serving import ServeOptions
 from openvla.serving.contract import BadRequest, Request
 from openvla.serving.model import OpenVLAModel, memory_errors
 
@@ -24,7 +24,7 @@ FRAMES = np.random.default_rng(0).integers(0, 256, (8, 48, 64, 3), dtype=np.uint
 
 @pytest.fixture(scope="module")
 def served() -> OpenVLAModel:
-    return OpenVLAModel.load(ModelOptions(dtype="float32", device="cpu"))
+    return OpenVLAModel.load(ServeOptions(dtype="float32", device="cpu"))
 
 
 def asked(served: OpenVLAModel, number: int = 0, state=(), key: str | None = None, **given) -> Request:
