@@ -29,11 +29,9 @@ def load_entries(specification: str | Path) -> dict[str, dict[str, Any]]:
     if text in named:
         return {name: {"weight": weight} for name, weight in named[text].items()}
     if is_mixture_file(text):
-        import yaml
-
         if not Path(text).is_file():
             raise FileNotFoundError(f"No mixture file at '{text}'.")
-        loaded = yaml.safe_load(Path(text).read_text(encoding="utf-8"))
+        loaded = _read_yaml(Path(text))
         if not isinstance(loaded, dict) or not loaded:
             raise ValueError(f"'{text}' holds no mixture: expected lines of 'dataset: weight'.")
         pairs: list[tuple[str, Any]] = [(str(name), weight) for name, weight in loaded.items()]
@@ -56,6 +54,30 @@ def load_entries(specification: str | Path) -> dict[str, dict[str, Any]]:
             raise ValueError(f"'{name}' stands in the mixture twice.")
         mixture[name] = {**options, "weight": number}
     return mixture
+
+
+def _read_yaml(file: Path) -> Any:
+    """The content of a YAML file. Raises a `ValueError` where it is no YAML, or a key stands twice in one place, of
+    which the library would keep the last one alone."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            lines: dict[Any, int] = {}
+            for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+                line = key.start_mark.line + 1
+                if key.value in lines:
+                    raise ValueError(
+                        f"'{file}', line {line}: '{key.value}' stands there twice, first in line {lines[key.value]}: "
+                        "leave one out, or give each a name of its own."
+                    )
+                lines[key.value] = line
+            return super().construct_mapping(node, deep)
+
+    try:
+        return yaml.load(file.read_text(encoding="utf-8"), Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"'{file}' is no YAML: {' '.join(str(error).split())}") from error
 
 
 def check_weight(weight: Any, what: str) -> float:

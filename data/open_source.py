@@ -211,10 +211,11 @@ def _survey(
     cache: bool,
     progress: bool,
 ) -> Survey:
-    """The statistics and counts of all episodes, from the cache where they are known."""
+    """The statistics and counts of all episodes, from the cache where they are known. What a reader of one's own gives,
+    or an object that was made with options of its own, may differ for the same files: it is read each time."""
     units = {part: given[part] for part in ("action", "proprio") if part in given} if given else None
     options = {**recording.options, "mask": mask, "units": units, "normalization": normalization}
-    key = content_key(recording.everything, options) if cache else None
+    key = content_key(recording.everything, options) if cache and recording.known else None
     survey = load_survey(key) if key else None
     if survey is None:
         survey = take_survey(recording, mask, units, progress, normalization)

@@ -13,7 +13,7 @@ from ..cameras_openvla import view_of
 from .dataset import EpisodeDataset, OnError, PartOfDataset, name_cameras
 from .episode import DamagedDataError
 from .formats.open import open_dataset, recognise
-from .formats.registry import has_option, standardizes
+from .formats.registry import FORMATS, has_option, standardizes
 from .oxe.catalog import OXEDataset, load_oxe_datasets
 from .oxe.conversions import Trajectory
 from .oxe.recipes import Recipe
@@ -78,6 +78,7 @@ class Recording:
     state_names: list[str] | None
     hz: float | None  # as recorded
     options: dict[str, Any]  # everything that decides actions, states and instructions beside the files
+    known: bool  # whether files and options decide them: not where code of the user's does, or an object was opened
 
 
 def open_recording(
@@ -101,6 +102,7 @@ def open_recording(
         raise ValueError(f"held_out={held_out}: expected a part of the episodes, from 0 to below 1.")
     standard: Standardization | None = None
     without_images: dict[str, Any] = {}
+    known = False
     if isinstance(location, str | os.PathLike):
         path = Path(location).expanduser()
         if not path.exists():
@@ -108,6 +110,7 @@ def open_recording(
         format = format or recognise(path)
         plain = open_dataset(path, format, split, on_error=on_error, **reader)
         without_images = {"cameras": []} if has_option(format, "cameras") else {}
+        known = format in FORMATS
         standard = _standardization(_folder_name(path), plain.name, format, standardize)
         name = name or (standard.name if standard and standardize == "auto" else plain.name)
         options = {"on_error": on_error, **reader}
@@ -163,6 +166,7 @@ def open_recording(
         action_names=names,
         state_names=None if standard else plain.state_names,
         hz=plain.hz,
+        known=known,
         options={
             **{key: value for key, value in reader.items() if key not in ("cameras", "rotate_images")},
             "split": [split, validation],

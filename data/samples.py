@@ -79,7 +79,9 @@ class FrameSamples(Dataset):
 
     def __getitem__(self, item: tuple[int, Episode]) -> dict[str, Any]:
         position, frame = item
-        images, seen = {}, list(frame.images) if len(self.camera_names) > 1 else [main_camera(frame)]
+        images, seen = {}, list(frame.images)
+        if len(seen) != len(self.camera_names):  # not those of a source, which are chosen already
+            seen = [main_camera(frame)]
         for number, (camera, name) in enumerate(zip(self.camera_names, seen, strict=True)):
             image = self.images.trained_pixels(
                 frame.images[name][0], do_center_crop=self.augmentation is None, do_jpeg=False

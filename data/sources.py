@@ -18,6 +18,7 @@ from .source import Source
 
 
 OF_ENTRY = ("name", "weight")  # options of a mixture's entry that change nothing in what is read
+OF_MODEL = ("action_chunk", "camera_names")  # options that all datasets of one model have in common
 
 __all__ = ["Source", "open_source", "open_sources"]
 
@@ -81,7 +82,10 @@ def _located(text: str, root: Path | None) -> list[tuple[str, Path, dict[str, An
     located = []
     for name, entry in load_entries(text).items():
         _check_options(entry, name)
-        relative = Path(entry.pop("path", name)).expanduser()
+        given = entry.pop("path", name)
+        if not isinstance(given, str):
+            raise ValueError(f"{text}, '{name}': path: {given!r}: expected text.")
+        relative = Path(given).expanduser()
         places = [base / relative for base in ((root, beside) if root else (beside,))]
         there = [place for place in places if os.path.exists(place)]
         located.append((name, there[0] if there else places[0], entry))
@@ -150,6 +154,8 @@ def _check_options(options: Mapping[str, Any], entry: str | None = None) -> None
         if key not in known:
             where = f" of '{entry}'" if entry else ""
             raise ValueError(f"No option{where} is called '{key}'.{closest(key, known)} Known: {', '.join(known)}.")
+        if entry and key in OF_MODEL:
+            raise ValueError(f"{key} of '{entry}': one model has one for all datasets, so it is no option of a dataset.")
 
 
 def _missing(text: str, root: Path | None) -> FileNotFoundError:

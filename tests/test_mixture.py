@@ -62,3 +62,23 @@ def test_more_mistakes(tmp_path):
         load_mixture(tmp_path / "list.yaml")
     with pytest.raises(ValueError, match="one for each"):
         mixture_probabilities([1.0], [1, 2])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a: 1\nb: 0.5\na: 3\n", "line 3: 'a' stands there twice, first in line 1"),
+        ("a: {path: x, weight: 1, weight: 2}\n", "line 1: 'weight' stands there twice"),
+        ("a: 1\n b: [\n", "mine.yaml' is no YAML: .*line 2"),
+    ],
+)
+def test_a_file_that_says_two_things(tmp_path, content, message):
+    """The library keeps the last of two equal keys, silently."""
+    (tmp_path / "mine.yaml").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_mixture(tmp_path / "mine.yaml")
+
+
+def test_merged_keys_are_not_given_twice(tmp_path):
+    (tmp_path / "mine.yaml").write_text("a: &usual {weight: 2, path: x}\nb: {<<: *usual, path: y}\n")
+    assert load_mixture(tmp_path / "mine.yaml") == {"a": 2.0, "b": 2.0}

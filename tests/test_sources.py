@@ -580,6 +580,37 @@ def test_statistics_are_kept_by_content(tmp_path, passes, cache):
     assert len(passes) == before + 1
 
 
+def test_what_code_of_the_user_gives_is_read_each_time(tmp_path, passes, monkeypatch):
+    """The files are the same where a reader was corrected, or an object reads them with other options."""
+    (tmp_path / "my_reader.py").write_text(
+        "import numpy as np\n"
+        "from openvla.data import EpisodeDataset\n"
+        "from openvla.data.episode import make_episode\n"
+        "SCALE = 1.0\n"
+        "class Lines(EpisodeDataset):\n"
+        "    def __init__(self, path):\n"
+        "        super().__init__('lines')\n"
+        "        self.path = path\n"
+        "    def __len__(self): return 3\n"
+        "    def content_files(self): return {'numbers': self.path}\n"
+        "    def _load(self, index):\n"
+        "        actions = SCALE * np.loadtxt(self.path).reshape(-1, 7)\n"
+        "        fields = dict(dataset_name='lines', index=index, origin='lines', state=None, instructions='go')\n"
+        "        return make_episode(actions=actions, images={}, **fields)\n"
+    )
+    np.savetxt(tmp_path / "numbers.txt", np.linspace(-1, 1, 35).reshape(5, 7))
+    monkeypatch.syspath_prepend(tmp_path)
+    before = open_source(tmp_path / "numbers.txt", format="my_reader:Lines").statistics["action"]["max"]
+    monkeypatch.setattr("my_reader.SCALE", 0.5)
+    after = open_source(tmp_path / "numbers.txt", format="my_reader:Lines").statistics["action"]["max"]
+    np.testing.assert_allclose(after, np.multiply(0.5, before))
+    for key in ("actions", "obs/ee_states"):
+        source = open_source(open_dataset(DEMOS / "hdf5", action_key=key))
+        own = np.concatenate([episode.actions for episode in open_dataset(DEMOS / "hdf5", "hdf5", "all", action_key=key)])
+        np.testing.assert_allclose(source.statistics["action"]["max"], own.max(0))
+    assert len(passes) == 4
+
+
 def rewrite_parquet(folder: Path) -> None:
     file = next((folder / "data").rglob("*.parquet"))
     table = pq.read_table(file)
@@ -833,6 +864,10 @@ def test_mistakes_of_users(tmp_path):
         open_sources("bridge", data_root=tmp_path / "nowhere")
     with pytest.raises(ValueError, match="No option is called 'heldout'. Did you mean 'held_out'"):
         open_sources(RLDS / "bridge_orig", heldout=0.1)
+    for entry, message in (("path: 5", "mine.yaml, 'a': path: 5: expected text"), ("action_chunk: 8", "one for all")):
+        (tmp_path / "mine.yaml").write_text(f"a: {{{entry}}}\n")
+        with pytest.raises(ValueError, match=message):
+            open_sources(tmp_path / "mine.yaml")
     (tmp_path / "mine.yaml").write_text(f"a: {{path: {DEMOS / 'hdf5'}, wieght: 2}}\n")
     with pytest.raises(ValueError, match="No option of 'a' is called 'wieght'. Did you mean 'weight'"):
         open_sources(tmp_path / "mine.yaml")

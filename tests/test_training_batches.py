@@ -96,6 +96,14 @@ def test_each_camera_is_varied_by_itself():
     assert np.array_equal(alone["image"], first["full_image"])  # a further camera changes nothing in the first
 
 
+def test_a_camera_that_was_named_is_seen_whatever_it_is_called():
+    """The name of an infrared image once stopped a run at its first batch, after its weights were read."""
+    episode = {"actions": np.eye(7), "instruction": "go", "images": {"thermal": np.full((7, 8, 8, 3), 9, np.uint8)}}
+    source = open_source([episode], camera="thermal", held_out=0)
+    sample = FrameSamples(TINY[0].processor().image_processor)[0, next(source.frames(source.dataset[0]))]
+    assert (sample["image"] == 9).all()
+
+
 # Statistics -----------------------------------------------------------------------------------------------------------
 
 
