@@ -65,6 +65,18 @@ def dataset_places(specification: str | os.PathLike, data_root: str | os.PathLik
     return [place for _, place, _ in _located(text, root) if os.path.exists(place)]
 
 
+def mixture_entries(
+    specification: str | os.PathLike, data_root: str | os.PathLike | None = None
+) -> dict[str, dict[str, Any]] | None:
+    """What the entries of a mixture's YAML file say, `{dataset: {"path": where it lies, "weight": ..., options}}`; None
+    of anything else, which says all by itself."""
+    text = os.fspath(specification)
+    if not is_mixture_file(text) or not Path(text).expanduser().is_file():
+        return None
+    root = Path(data_root).expanduser() if data_root is not None else None
+    return {name: {"path": str(place), **entry} for name, place, entry in _located(text, root)}
+
+
 def _single(text: str, root: Path | None) -> Path | None:
     """The one dataset that a specification is the path of."""
     if is_mixture_file(text) and not os.path.isdir(text):
@@ -155,7 +167,9 @@ def _check_options(options: Mapping[str, Any], entry: str | None = None) -> None
             where = f" of '{entry}'" if entry else ""
             raise ValueError(f"No option{where} is called '{key}'.{closest(key, known)} Known: {', '.join(known)}.")
         if entry and key in OF_MODEL:
-            raise ValueError(f"{key} of '{entry}': one model has one for all datasets, so it is no option of a dataset.")
+            raise ValueError(
+                f"{key} of '{entry}': one model has one for all datasets, so it is no option of a dataset."
+            )
 
 
 def _missing(text: str, root: Path | None) -> FileNotFoundError:

@@ -210,6 +210,31 @@ def test_what_a_run_was_begun_with_has_to_be_the_same(dataset, tmp_path):
     assert names(tmp_path / "run") == ["checkpoint-1", "checkpoint-2"]
 
 
+def test_a_mixture_that_was_edited_is_not_continued(dataset, tmp_path):
+    """Weights and cameras of its datasets stand in a file, whose name alone was compared."""
+    demos(dataset.with_name("lift_the_cup_demo.hdf5"))
+    mixture = tmp_path / "mine.yaml"
+    text = (
+        "push: {path: data/push_the_cup_demo.hdf5, weight: 1}\nlift: {path: data/lift_the_cup_demo.hdf5, weight: 2}\n"
+    )
+    mixture.write_text(text)
+    finetune(options(tmp_path / "run", mixture, steps=1, name=None))
+    mixture.write_text(text.replace("weight: 2", "weight: 0.5, camera: agentview_rgb"))
+    said = (
+        "camera of 'lift' in the mixture was None, is 'agentview_rgb'; weight of 'lift' in the mixture was 2.0, is 0.5"
+    )
+    with pytest.raises(ValueError, match=said):
+        finetune(options(tmp_path / "run", mixture, name=None), resume=True)
+    mixture.write_text(text)
+    finetune(options(tmp_path / "run", mixture, name=None), resume=True)
+    content = json.loads((tmp_path / "run" / "finetune.json").read_text())
+    assert content["mixture"]["lift"] == {"path": "../data/lift_the_cup_demo.hdf5", "weight": 2.0}
+    assert str(tmp_path) not in (tmp_path / "run" / "README.md").read_text()
+    del content["mixture"]  # as older versions wrote it
+    (tmp_path / "run" / "finetune.json").write_text(json.dumps(content))
+    finetune(options(tmp_path / "run", mixture, name=None, steps=3), resume=True)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("finished")

@@ -606,7 +606,9 @@ def test_what_code_of_the_user_gives_is_read_each_time(tmp_path, passes, monkeyp
     np.testing.assert_allclose(after, np.multiply(0.5, before))
     for key in ("actions", "obs/ee_states"):
         source = open_source(open_dataset(DEMOS / "hdf5", action_key=key))
-        own = np.concatenate([episode.actions for episode in open_dataset(DEMOS / "hdf5", "hdf5", "all", action_key=key)])
+        own = np.concatenate(
+            [episode.actions for episode in open_dataset(DEMOS / "hdf5", "hdf5", "all", action_key=key)]
+        )
         np.testing.assert_allclose(source.statistics["action"]["max"], own.max(0))
     assert len(passes) == 4
 

@@ -211,7 +211,7 @@ def check_begun(
 
     Args:
         options: As they were given; so older versions stored paths.
-        now: As they are stored, with `global_batch` and `data_digests`.
+        now: As they are stored, with `global_batch`, `data_digests`, and of a YAML file `mixture`, what it says.
         statistics: Of its datasets.
         unsaid: What options meant to earlier versions that are saved as null.
 
@@ -227,6 +227,11 @@ def check_begun(
     stored = known if checkpoint is None else read_json(checkpoint / FINISHED)
     if stored.keys() != files.keys():
         changed.append(f"the datasets were {', '.join(sorted(stored))}, are {', '.join(sorted(files))}")
+    entries, earlier = now.get("mixture", {}), before.get("mixture", {})  # runs of older versions have none
+    for name in sorted(entries.keys() & earlier.keys()):
+        for key in sorted(entries[name].keys() | earlier[name].keys()):
+            if (was := earlier[name].get(key)) != (is_now := entries[name].get(key)):
+                changed.append(f"{key} of '{name}' in the mixture was {was!r}, is {is_now!r}")
     for name in sorted(known.keys() & files.keys()):
         if known[name] != files[name]:
             changed.append(f"the files of the dataset '{name}' are others")

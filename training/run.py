@@ -1,5 +1,6 @@
 """Fine-tuning on one's own demonstrations: a run from options to a checkpoint, on one page."""
 
+import json
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +18,7 @@ from ..configuration_openvla import OpenVLAConfig
 from ..data.augment import ImageAugmentation
 from ..data.collate import ActionCollator
 from ..data.samples import FrameSamples
+from ..data.sources import mixture_entries
 from ..data.stream import MixtureStream
 from ..files_openvla import local_folder
 from ..folders import locked, weights_digest, with_version, write_json
@@ -309,6 +311,11 @@ def shared_options(options: FinetuneOptions) -> dict[str, Any]:
     for name in ("data_root", "statistics"):
         if made[name] is not None:
             made[name] = _portable(made[name], output)
+    if (entries := mixture_entries(options.dataset, options.data_root)) is not None:  # a file that may change
+        for entry in entries.values():
+            places = {name: _portable(entry[name], output) for name in ("path", "statistics") if entry.get(name)}
+            entry |= places
+        made["mixture"] = json.loads(json.dumps(entries, default=str))
     return {**made, "model": portable_model(options.model, output), "output": Path(output).resolve().name}
 
 
