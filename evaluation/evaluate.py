@@ -2,7 +2,8 @@
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..action_spec import ActionSpec
+from ..action_spec import ActionSpec, spec_of
 from ..action_tokenizer import NORMALIZATIONS, get_action_stats, resolve_unnorm_key
 from ..device import torch_device
 from ..files_openvla import read_json
@@ -41,7 +42,8 @@ from .environment import (
 from .loop import EPISODES, Job, run_episodes
 from .policies import ConstantPolicy, RandomPolicy
 from .rendering import opengl_backend
-from .report import REPORT, write_report
+from .report import REPORT, NoEpisodes, without_paths, write_report
+from .workers import EnvironmentFailure, EnvironmentProcess
 
 
 SETTINGS = "evaluation.json"
@@ -93,11 +95,14 @@ def evaluate(
     hz = here.frequency if options.hz is None else options.hz
     spec = action_spec_of(here)
     make_control: Any = partial(BlockingControl, options.execute)
+    said: dict[str, Any] = {}  # in the report alone: what was decided by default, or by the model
     if control == "realtime":
         late, relative = options.late or "repeat", np.array(spec.relative)
         chunking = options.chunking or "switch"
+        said = {"chunking": chunking, "late": late}
         make_control = partial(RealtimeControl, hz, standstill(here), late, relative, chunking, options.execute)
         make_control()  # refuses a rate that is none
+    frequency = here.frequency
     here.close()
     if of_environment.get("render", renders(here)):
         opengl_backend()
@@ -108,7 +113,7 @@ def evaluate(
     kept = {name: of_environment[name] for name in options.env_options if name not in OF_THIS_MACHINE}
     about = {name: value for name, value in {**about, "env_options": kept}.items() if value not in UNSAID}
 
-    folder, latency, unnorm_key = Path(options.output).expanduser(), options.latency, options.unnorm_key
+    folder, latency, unnorm_key = Path(options.output).expanduser(), None, options.unnorm_key
     with locked(folder):
         digests: dict[str, str] = {}
         stats: dict[str, Any] = {}
@@ -123,6 +128,15 @@ def evaluate(
             variant = variant_of(source, options.action_head, options.action_chunk)
             config = config_of(source, **variant)
             check_dimensions(stats, options.model, options.env, spec)
+            recorded = spec_of(statistics, resolve_unnorm_key(statistics, unnorm_key)).hz
+            if recorded and abs(recorded / frequency - 1) > 0.01:
+                said["recorded_hz"] = recorded
+                warnings.warn(
+                    f"The actions of '{options.model}' were recorded at {recorded:g} a second, and '{options.env}' "
+                    f"takes {frequency:g}: each lasts another time here. Give the simulator the rate of the recording "
+                    f"(metaworld: --env-option frequency={recorded:g}); --hz changes no action.",
+                    stacklevel=2,
+                )
             if options.policy == "model":
                 of_environment = with_cameras(of_environment, options.env, config.camera_names)
             digests = file_digests(source, weights=options.policy == "model")
@@ -141,15 +155,15 @@ def evaluate(
                 pixels=options.pixels,
                 variant=variant,
             )
+            said |= {"unnorm_key": resolve_unnorm_key(statistics, unnorm_key)}
+            said |= {"dtype": str(acting.model.dtype).removeprefix("torch.")}
+            said |= {"action_chunk": config.action_chunk} if config.action_chunk > 1 else {}
+            about["device"] = ", ".join(dict.fromkeys([*filter(None, [before.get("device")]), device]))
             if "center_crop" in before:
                 check_older_pixels(before["center_crop"], source, acting, getattr(here, "size", None))
+        make: Any = partial(make_environment, options.env, **of_environment)
         if control == "realtime":
-            if "latency" in before:
-                latency = before["latency"]  # a resumed run is one with the first
-            elif latency is None:
-                size = of_environment.get("size", 224)
-                latency = single_latency(acting, chosen[0], size) if acting is not None else 0.0
-            about["latency"] = round(float(latency or 0.0), 4)
+            about["latency"] = latency = decide_latency(options.latency, before, acting, make, varied[0], folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / SETTINGS, with_version({**about, **({"digests": digests} if digests else {})}))
 
@@ -161,18 +175,20 @@ def evaluate(
         torch.manual_seed(POLICY_SEED)
         records = run_episodes(
             acting,
-            partial(make_environment, options.env, **of_environment),
+            make,
             jobs,
             folder,
             spec=spec,
             control=make_control,
-            latency=latency if control == "realtime" else None,
+            latency=latency,
             max_steps=max_steps,
             workers=options.workers or min(8, os.cpu_count() or 1),
             videos=options.videos,
             progress=progress,
         )
-        return write_report(folder, records, about)
+        return write_report(
+            folder, records, {**about, **{name: value for name, value in said.items() if name not in about}}
+        )
 
 
 def with_cameras(of_environment: dict[str, Any], env: str, sees: Sequence[str]) -> dict[str, Any]:
@@ -285,11 +301,54 @@ def reference_policy(name: str, stats: dict[str, Any], normalization: str) -> Po
     return ConstantPolicy(np.asarray(stats["mean"]))
 
 
+def decide_latency(
+    given: float | None,
+    before: Mapping[str, Any],
+    policy: Policy | None,
+    make: Callable[[], Environment],
+    first: tuple[str, str],
+    folder: Path,
+) -> float:
+    """Seconds that a prediction takes, as they are written down: those of the settings that the folder was begun with,
+    those given, or measured on what is seen first.
+
+    Args:
+        first: Variation and task of the first episode.
+
+    Raises:
+        ValueError: If others are given than the folder was begun with.
+    """
+    known = before.get("latency")
+    if known is not None and given is not None and round(given, 4) != known:
+        raise ValueError(
+            f"'{folder}' holds another evaluation: latency was {known:g}, is {given:g}. Leave it out to continue, or "
+            "choose another folder."
+        )
+    if known is not None:
+        return float(known)
+    if given is None and policy is not None:
+        variation, task = first
+        process = EnvironmentProcess(make)
+        try:
+            process.ask("reset", EVALUATION_SEEDS[0], task, variation)
+            given = median_latency(policy, process.answer())
+        except EnvironmentFailure as failure:
+            raise NoEpisodes(f"No latency can be measured: {without_paths(str(failure))}.") from failure
+        finally:
+            process.stop()
+    return round(float(given or 0.0), 4)
+
+
 def single_latency(policy: Policy, instruction: str, size: int) -> float:
+    """`median_latency` of an observation that nothing has seen: noise, and a state of eight zeros."""
+    image = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    images = {"image": image, "wrist_image": image}
+    return median_latency(policy, Observation(images, np.zeros(8, dtype=np.float32), instruction))
+
+
+def median_latency(policy: Policy, observation: Observation) -> float:
     """Median seconds of ten predictions for one observation, after two to warm up; each the first of an episode, as a
     policy that keeps its last action would have it easy with the same observation again."""
-    image = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
-    observation = Observation({"image": image, "wrist_image": image}, np.zeros(8, dtype=np.float32), instruction)
     times = []
     for _ in range(12):
         begin_episode(policy)

@@ -4,15 +4,18 @@ import json
 import runpy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from openvla import OpenVLAForActionPrediction
 from openvla.cli import app
 from openvla.evaluation import evaluate as evaluate_module
 from openvla.evaluation.evaluate import evaluate, reference_policy
+from openvla.evaluation.loop import run_episodes
 from openvla.evaluation.rendering import NoOpenGL
 from openvla.evaluation.report import EpisodeResult
 from openvla.folders import locked
@@ -75,6 +78,37 @@ def test_modes_and_resume(tmp_path):
         run(folder, **{**late, "hz": 10.0})
     with pytest.raises(ValueError, match="dtype was None, is 'bfloat16'"):
         run(folder, **late, dtype="bfloat16")
+    with pytest.raises(ValueError, match="latency was 0.8, is 0.4. Leave it out to continue"):
+        run(folder, **{**late, "latency": 0.4})  # was taken for the first, silently
+    run(folder, **{**late, "latency": None})
+    assert json.loads((folder / "evaluation.json").read_text())["latency"] == 0.8
+    report = (folder / "report.md").read_text()
+    assert "- chunking: `switch`" in report and "- late: `repeat`" in report  # also where they were not given
+
+
+def test_latency_is_measured_on_what_is_seen_and_used_as_it_is_written_down(tmp_path, monkeypatch):
+    """States of the simulator, whatever they are: eight zeros suit some models only."""
+    seen, used = [], []
+    monkeypatch.setattr(
+        evaluate_module, "median_latency", lambda policy, observation: seen.append(observation) or 0.10003
+    )
+    monkeypatch.setattr(
+        evaluate_module,
+        "run_episodes",
+        lambda *args, latency, **more: used.append(latency) or run_episodes(*args, **more),
+    )
+    short = {"policy": Still(), "episodes": 1, "max_steps": 1, "control": "realtime"}
+    for _ in range(2):
+        run(tmp_path, **short)
+    assert used == [0.1, 0.1] and len(seen) == 1  # beside 0.1 s an answer would come one step of 20 later
+    assert seen[0].state.any() and seen[0].instruction == "open the drawer"
+
+
+def test_another_rate_than_that_of_the_demonstrations_is_said(tmp_path):
+    short = {"policy": "mean", "episodes": 1, "max_steps": 1, "tasks": "reach-v3"}
+    with pytest.warns(UserWarning, match="recorded at 20 a second, and 'metaworld' takes 10"):
+        run(tmp_path, **short, frequency=10)
+    assert "- recorded_hz: `20.0`" in (tmp_path / "report.md").read_text()
 
 
 def test_a_policy_of_another_kind(tmp_path):
@@ -101,6 +135,8 @@ def small_model(folder: Path) -> Path:
 
 class Still:
     """In place of a model."""
+
+    model = SimpleNamespace(dtype=torch.bfloat16)
 
     def act(self, observations):
         return np.zeros((len(observations), 7))
