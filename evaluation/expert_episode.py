@@ -13,7 +13,7 @@ from ..data.episode import EncodedImages, Episode
 from ..data.images import ImageFormat, encode_image
 from ..policy import Policy, begin_episode
 from .control import BlockingControl, RealtimeControl
-from .environment import Environment, check_action, standstill
+from .environment import Environment, action_spec_of, check_action, standstill
 
 
 class LateAnswers:
@@ -65,9 +65,9 @@ def record_episode(
             ("prefix" of `RealtimeControl`); each episode draws its own between 0 and this.
 
     Raises:
-        ValueError: If the student gives something that is no action.
+        ValueError: If the expert or the student gives something that is no action.
     """
-    generator = np.random.default_rng([seed, zlib.crc32(task.encode())])
+    generator, dims = np.random.default_rng([seed, zlib.crc32(task.encode())]), action_spec_of(environment).action_dim
     observation = environment.reset(seed, task, variation)
     texts = environment.instructions(task) if paraphrases else (observation.instruction,)
     instruction = texts[generator.integers(len(texts))]
@@ -90,7 +90,7 @@ def record_episode(
             return None
         for camera, image in observation.images.items():
             images[camera].append(encode_image(image, image_format))
-        action = environment.expert_action().astype(np.float32)
+        action = expert_answer(environment, dims)
         states.append(observation.state)
         actions.append(action)
         step = len(actions) - 1
@@ -118,6 +118,16 @@ def record_episode(
         index=seed,
         executed=np.stack(done) if noise or delay or student is not None else None,
     )
+
+
+def expert_answer(environment: Environment, action_dim: int) -> np.ndarray:
+    """(A,) float32; a ValueError where it is no action of the environment, before anything is recorded of it."""
+    try:
+        return check_action(environment.expert_action(), action_dim).astype(np.float32)
+    except ValueError as error:
+        raise ValueError(
+            f"The expert of {type(environment).__name__}: {error} Actions of other numbers need an action_spec."
+        ) from error
 
 
 def save_episode(episode: Episode, file: Path, *, seed: int, failed: int) -> None:

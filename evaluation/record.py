@@ -5,6 +5,7 @@ import json
 import queue
 import shutil
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -92,16 +93,19 @@ def _record(options: RecordOptions, output: Path, progress: bool) -> dict[str, A
             # Tasks take turns: whatever part of the episodes is held out has all of them
             (load_episode(files[*case, number], options.env) for number in numbers for case in varied),
             complete,
-            fps=round(environment.frequency),
+            fps=environment.frequency,
             robot_type=environment.robot,
             action_names=spec.names if (spec := getattr(environment, "action_spec", None)) else ACTION_NAMES,
             state_names=environment.state_names,
         )
     else:
+        words = {task: environment.instructions(task)[0].replace(" ", "_") for task in tasks}
+        said = Counter(words.values())
         for task in tasks:
+            name = words[task] if said[words[task]] == 1 else f"{words[task]}_{task}"  # words of several tasks
             write_hdf5(
                 (load_episode(files[job], options.env) for job in jobs if job[0] == task),
-                complete / f"{environment.instructions(task)[0].replace(' ', '_')}_demo.hdf5",
+                complete / f"{name}_demo.hdf5",
                 env_name=task,
                 frequency=environment.frequency,
             )

@@ -31,7 +31,7 @@ TASK = "reach-v3"
 class Point:
     """A point that is to reach 0, which it does from positive seeds only. Keeps what is executed."""
 
-    tasks, max_steps = ("go",), 40
+    tasks, max_steps, frequency = ("go",), 40, 20.0
 
     def instructions(self, task, *, held_out=False):
         return ("go home", "return", "come back", "move to zero")
@@ -318,6 +318,52 @@ def test_a_recording_is_a_data_set_whose_actions_solve_the_task(tmp_path, opengl
     environment.close()
     np.testing.assert_array_equal(np.stack(states[:-1]), episode.state)
     assert successes.index(True) == len(episode) - 6
+
+
+SLIDE = """
+import numpy as np
+from openvla.observation import Observation
+
+class Slide:
+    tasks, task_sets, max_steps, frequency, robot, state_names = ("go", "come"), {}, 20, 12.5, "point", ("x",)
+    dims = 7
+    def instructions(self, task, *, held_out=False): return ("go home",)
+    def variations(self, task): return ()
+    def __init__(self, size=8): pass
+    def reset(self, seed, task, variation=""):
+        self.x = 1.0
+        return self.see()
+    def see(self):
+        return Observation({"image": np.zeros((8, 8, 3), np.uint8)}, np.array([self.x], np.float32), "go home")
+    def expert_action(self): return np.array([-0.5] + [0.0] * (self.dims - 1))
+    def step(self, action):
+        self.x += action[0]
+        return self.see(), self.x < 0.1
+    def close(self): pass
+
+class Short(Slide):
+    dims = 4
+"""
+
+
+@pytest.mark.parametrize("format", ["lerobot", "hdf5"])
+def test_any_rate_and_tasks_with_the_same_words(format, tmp_path, monkeypatch):
+    (tmp_path / "slide_simulator.py").write_text(SLIDE)
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = options(tmp_path, env="slide_simulator:Slide", tasks="go,come", size=8, format=format, after_success=1)
+    record(mine, progress=False)
+    dataset = open_dataset(tmp_path / "out")
+    assert len(dataset) == 4 and {episode.instruction for episode in dataset} == {"go home"}
+    if format == "lerobot":
+        assert dataset.info["fps"] == dataset.hz == 12.5  # was rounded: another rate in every policy made of it
+
+
+def test_an_expert_of_other_numbers_is_refused_at_its_first_step(tmp_path, monkeypatch):
+    """It was, when all episodes were recorded and the names of their numbers were to be written."""
+    (tmp_path / "slide_simulator.py").write_text(SLIDE)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="The expert of Short: .*expected 7 finite numbers.*need an action_spec"):
+        record(options(tmp_path, env="slide_simulator:Short", tasks="go"), progress=False)
 
 
 def test_interrupted_recordings_go_on_and_end_the_same(tmp_path, opengl, monkeypatch):

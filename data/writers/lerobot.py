@@ -25,7 +25,7 @@ def write_lerobot(
     episodes: Iterable[Episode],
     folder: Path,
     *,
-    fps: int,
+    fps: float,
     robot_type: str | None = None,
     action_names: Sequence[str] | None = None,
     state_names: Sequence[str] | None = None,
@@ -37,7 +37,7 @@ def write_lerobot(
     `meta/info.json` is there, which is written last.
 
     Args:
-        fps: Actions in a second.
+        fps: Actions in a second. Those of LeRobot itself are whole numbers; others are written as they are.
         action_names, state_names: What the numbers are called; one for each.
 
     Raises:
@@ -63,8 +63,9 @@ def write_lerobot(
 class LeRobotWriter:
     """The files of a data set while they grow; `first` decides cameras, sizes and dimensions."""
 
-    def __init__(self, folder: Path, first: Episode, fps: int, image_format: ImageFormat):
-        self.folder, self.fps, self.image_format = folder, fps, image_format
+    def __init__(self, folder: Path, first: Episode, fps: float, image_format: ImageFormat):
+        self.folder, self.image_format = folder, image_format
+        self.fps = int(fps) if float(fps).is_integer() else float(fps)  # 20 and not 20.0, as LeRobot has it
         self.shapes = self._shapes(first)
         self.features = image_features(first) | vector_features(self.shapes)
         self.tasks: dict[str, int] = {}
