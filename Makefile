@@ -36,11 +36,12 @@ UV := $(shell command -v uv 2>/dev/null || echo $(VENV)-uv/bin/uv)
 $(VENV)-uv/bin/uv:
 	$(PYTHON) -m pip install --quiet --target $(VENV)-uv uv
 
-# $(call environment,FOLDER,CONSTRAINTS,EXTRA): an editable installation pinned by a constraints file
+# $(call environment,FOLDER,CONSTRAINTS,EXTRA): an editable installation pinned by a constraints file. With pip (--seed): without
+# it, `pip install` in the activated environment would be another Python's, and silently install there.
 comma := ,
 define environment
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or later is needed, $(PYTHON) is " + sys.version)'
-	test -x $(1)/bin/python || $(UV) venv --quiet --python $(PYTHON) $(1)
+	test -x $(1)/bin/python || $(UV) venv --quiet --seed --python $(PYTHON) $(1)
 	$(UV) pip install --quiet --python $(1)/bin/python --constraints $(2) --editable '.[$(3)]'
 	touch $@
 endef

@@ -54,9 +54,6 @@ def names(tmp_path_factory):
     """What the page leaves behind: the variables of each section, after all blocks ran."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("extending"))
-        generator = np.random.default_rng(0)
-        episodes = [generator.uniform(-0.4, 0.4, (4 + number, 7)).tolist() for number in range(6)]
-        Path("robot.jsonl").write_text("\n".join(map(json.dumps, episodes)))
         patch.setattr(sys, "path", [str(Path.cwd()), *(entry for entry in sys.path if entry)])
         patch.setitem(HEADS, "gripper_first", None)  # restored afterwards
         for name in MODULES:

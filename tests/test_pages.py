@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,17 @@ def test_a_page(page):
         if anchor and linked.suffix == ".md":
             titles = re.findall(r"^#+ (.+)$", linked.read_text(), flags=re.MULTILINE)
             assert anchor in {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}, target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_installs_can_be_installed(page):
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    text = page.read_text()
+    for names in re.findall(r"(?:'\.|openvla)\[([\w,]+)\]", text):
+        assert set(names.split(",")) <= extras.keys(), f"{page.name}: [{names}]"
+    for line in "\n".join(blocks("bash", page)).splitlines():
+        if line.startswith("pip install"):  # pip calls it --constraint, and takes none with hashes for a folder: uv does
+            assert "--constraint" not in line and " -c " not in line, f"{page.name}: {line}"
 
 
 def test_the_readme_has_every_verb():
