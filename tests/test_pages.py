@@ -48,8 +48,9 @@ def test_what_a_page_installs_can_be_installed(page):
     text = page.read_text()
     for names in re.findall(r"(?:'\.|openvla)\[([\w,]+)\]", text):
         assert set(names.split(",")) <= extras.keys(), f"{page.name}: [{names}]"
+    # pip calls it --constraint, and takes none with hashes for a folder; uv does
     for line in "\n".join(blocks("bash", page)).splitlines():
-        if line.startswith("pip install"):  # pip calls it --constraint, and takes none with hashes for a folder: uv does
+        if line.startswith("pip install"):
             assert "--constraint" not in line and " -c " not in line, f"{page.name}: {line}"
 
 
