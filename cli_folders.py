@@ -91,7 +91,7 @@ def package(options: PackageOptions) -> None:
 @verbs.command()
 @options_of(QuantizeOptions)
 def quantize(options: QuantizeOptions) -> None:
-    """Write a folder with weights of 8 or 4 bits.
+    """Write a folder with weights of 8 or 4 bits, or in fp8.
 
     It loads as every other folder does, also where this package is not installed. Layers of the language model are
     quantized; towers, projector, heads and output layer stay as they are. Measure what it costs: evaluate --model OUT.

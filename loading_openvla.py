@@ -45,6 +45,7 @@ from .quantization_openvla import (
     turn_block_scales_back,
     unknown_method,
 )
+from .quantized_linear_openvla import is_rounded
 from .vision_openvla import init_vision_weights
 from .weights_openvla import LOADING, check_filled, check_folder, check_loaded, check_placed, read_tensors
 
@@ -392,7 +393,7 @@ class OpenVLAPreTrainedModel(AdapterBelongings, ModelParts, PreTrainedModel):
 
     def requires_grad_(self, requires_grad: bool = True):
         """As in every torch module; a `ValueError` where weights of few bits were to learn."""
-        if requires_grad and not all(weight.is_floating_point() for weight in self.parameters()):
+        if requires_grad and any(map(is_rounded, self.parameters())):
             raise ValueError(
                 "Weights of a quantized model do not learn: model.dequantize() gives plain layers back; or take the "
                 "model that it was made of, or let adapters learn (openvla finetune --strategy qlora)."

@@ -44,6 +44,7 @@ from .modules_openvla import evaluation_mode, one_type
 from .outputs_openvla import CACHE, ActionPrediction, OpenVLAOutput, one_cache
 from .parallel_openvla import ActionSequence, action_sequence
 from .patches_openvla import IGNORE_INDEX, PatchLayout, find_placeholders
+from .quantized_linear_openvla import is_rounded
 from .sampling_openvla import Choice, check_flag, read_sampling
 from .stages_openvla import stage
 from .vision_openvla import OpenVLAProjector, OpenVLAVisionBackbone
@@ -66,7 +67,6 @@ if TYPE_CHECKING:  # of a local folder transformers 5.4 and 5.5 copy no more fil
     from .processing_openvla import OpenVLAProcessor  # noqa: F401
     from .prompts_openvla import check_prompt_ids  # noqa: F401
     from .quantization_openvla import take_quantization  # noqa: F401
-    from .quantized_linear_openvla import QuantizedLinear  # noqa: F401
     from .tensors_openvla import is_tensor  # noqa: F401
     from .token_head_openvla import TokenHead  # noqa: F401
     from .weights_openvla import check_folder  # noqa: F401
@@ -114,7 +114,7 @@ class OpenVLAForActionPrediction(ActionVocabulary, OpenVLAGeneration, OpenVLAPre
         """(batch, cameras * 3 * towers, height, width) -> (batch, patches of all cameras, hidden), in type and on
         device of the model. `condition` (batch, hidden) is the mean embedding of each prompt's words, for FiLM."""
         features = self.vision_backbone(pixel_values.to(self.device), condition)
-        projector = next((p.dtype for p in self.projector.parameters() if p.is_floating_point()), features.dtype)
+        projector = next((p.dtype for p in self.projector.parameters() if not is_rounded(p)), features.dtype)
         return self.projector(features.to(projector))
 
     def _encode(

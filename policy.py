@@ -27,6 +27,7 @@ FARTHEST = 100.0  # numbers of an action beyond it are those of another unit, or
 QUANTIZATIONS: dict[str, dict[str, Any]] = {
     "int8": {"quant_method": "openvla", "bits": 8},
     "int4": {"quant_method": "openvla", "bits": 4},
+    "fp8": {"quant_method": "openvla", "bits": "fp8"},
     "bnb-int8": {"quant_method": "bitsandbytes", "load_in_8bit": True},
     "bnb-nf4": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
 }
@@ -227,8 +228,9 @@ def load_model(
 
     Args:
         dtype: "auto": as the weights are stored.
-        quantization: Of the language model, rounded while it is read. "int8": fast on a CPU; "int4": small; "bnb-int8"
-            and "bnb-nf4": those of bitsandbytes. None: as the folder says.
+        quantization: Of the language model, rounded while it is read. "int8": fast on a CPU; "int4": small; "fp8": for
+            batches on a GPU that multiplies such; "bnb-int8" and "bnb-nf4": those of bitsandbytes. None: as the folder
+            says.
         variant: What the folder does not tell, of a model of OpenVLA-OFT, see `from_pretrained`.
 
     Raises:

@@ -1,5 +1,5 @@
-"""Quantized loading: ours of 8 and 4 bits, what stays unquantized, the original's keywords, and workarounds for
-bitsandbytes."""
+"""Quantized loading: ours of 8 bits, 4 bits and fp8, what stays unquantized, the original's keywords, and workarounds
+for bitsandbytes."""
 
 import logging
 from collections.abc import Collection, Mapping
@@ -13,7 +13,7 @@ from transformers.quantizers import AutoQuantizationConfig, HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .quantized_linear_openvla import LINEARS, QuantizedLinear, fits
+from .quantized_linear_openvla import LINEARS, QuantizedLinear, fits, is_rounded
 
 
 METHOD = "openvla"  # `quant_method` of config.json
@@ -88,17 +88,18 @@ class OpenVLAQuantizationConfig(QuantizationConfigMixin):
     read, and in config.json it says that they are stored so (`openvla quantize`).
 
     Args:
-        bits: 8: the fast ones on a CPU, where activations have 8 bits as well. 4: the small ones.
+        bits: 8: the fast ones on a CPU, where activations have 8 bits as well. 4: the small ones. "fp8": floats of 8
+            bits, for batches on a GPU that multiplies them.
         modules_to_not_convert: Parts that stay as they are. Default: towers, projectors, heads and lm_head; the last
             two stay in any case.
 
     Raises:
-        ValueError: If `bits` is another number, or parts are no list of names.
+        ValueError: If `bits` is something else, or parts are no list of names.
     """
 
-    def __init__(self, bits: int = 8, modules_to_not_convert: list[str] | None = None, **unknown: Any):
-        if type(bits) is not int or bits not in LINEARS:
-            raise ValueError(f"bits={bits!r}: weights have {' or '.join(map(str, LINEARS))} bits.")
+    def __init__(self, bits: int | str = 8, modules_to_not_convert: list[str] | None = None, **unknown: Any):
+        if type(bits) not in (int, str) or bits not in LINEARS:
+            raise ValueError(f"bits={bits!r}: expected one of {', '.join(map(repr, LINEARS))}.")
         parts = modules_to_not_convert
         if parts is not None and not (
             isinstance(parts, (list, tuple)) and all(isinstance(part, str) for part in parts)
@@ -167,7 +168,7 @@ class OpenVLAQuantizer(HfQuantizer):
     def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
         name, _, tensor = param_name.rpartition(".")
         module = model.get_submodule(name)
-        return tensor == "weight" and isinstance(module, QuantizedLinear) and module.weight.is_floating_point()
+        return tensor == "weight" and isinstance(module, QuantizedLinear) and not is_rounded(module.weight)
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Round()
@@ -223,7 +224,7 @@ def check_quantized(model: nn.Module, given: Any, where: Any) -> None:
     stored = quantizer.quantization_config
     if given is not None and quantizer.pre_quantized and given.to_dict() != stored.to_dict():
         raise ValueError(
-            f"'{where}' holds weights of {stored.bits} bits, and {getattr(given, 'bits', given)} were asked for: leave "
+            f"'{where}' holds weights of {_named(stored)}, and {_named(given)} were asked for: leave "
             "quantization out, or give the model that they were made of."
         )
     for name, module in model.named_modules():
@@ -235,6 +236,11 @@ def check_quantized(model: nn.Module, given: Any, where: Any) -> None:
                         f"'{where}': the weights of {name}, or their {buffer}, are not finite: the file is damaged, or "
                         "training diverged."
                     )
+
+
+def _named(config: Any) -> str:
+    bits = getattr(config, "bits", config)
+    return f"{bits} bits" if isinstance(bits, int) else str(bits)
 
 
 def unknown_method(given: Any, config: Mapping[str, Any]) -> str | None:

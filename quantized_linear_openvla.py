@@ -1,8 +1,9 @@
 """Linear layers whose weights have 8 or 4 bits: how they are rounded, how they are multiplied.
 
-On a CPU 8 bits are the fast ones: activations are rounded as well, each token by its largest number, and whole numbers
-are multiplied by oneDNN. 4 bits are the small ones: a few tokens pass a kernel that reads 4 bits, many (the prompt) a
-matrix product with weights that are unpacked for it. On a GPU weights alone are rounded.
+On a CPU whole numbers of 8 bits are the fast ones: activations are rounded as well, each token by its largest number,
+and multiplied by oneDNN. 4 bits are the small ones: a few tokens pass a kernel that reads 4 bits, many (the prompt) a
+matrix product with weights that are unpacked for it. Floats of 8 bits (fp8) are for GPUs that multiply them and for
+batches: there activations are rounded as well, by whole numbers and 4 bits weights alone.
 
 Weights are stored in a form of our own, the same for every machine, and are packed for a kernel when they first run
 there; the packed form takes their place, so that they are in memory once.
@@ -18,7 +19,11 @@ from torch.nn.functional import linear
 
 GROUP_SIZES = (64, 32)  # of 4-bit weights that share a scale; the first that divides a row
 FEW = 8  # rows that a kernel for few of them is faster for
+FEW_ON_CUDA = 16  # the same of 4 bits there: at 8 rows it takes as long as bfloat16, at 276 twenty times (H200)
 SMALLEST = 1e-30  # step of a row of zeros
+FLOAT8 = torch.float8_e4m3fn
+LARGEST_FLOAT8 = 448.0
+EIGHTS = -0x77777778  # the highest bit of each half byte of an int32
 SHRUNK = (1.0, 0.93, 0.86, 0.79)  # ranges that are tried for a group of 4-bit weights
 AT_ONCE = 2**18  # weights that are rounded or unpacked at once: what stays in the cache, and is little memory
 
@@ -72,7 +77,7 @@ class QuantizedLinear(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.weight.is_floating_point():
+        if not is_rounded(self.weight):
             raise ValueError("The weights were not rounded: load the model with from_pretrained.")
         if x.requires_grad and torch.is_grad_enabled():
             return linear(x, self.dequantize(x.dtype), self.bias)
@@ -107,12 +112,15 @@ class QuantizedLinear(nn.Module):
 
     def _apply(self, fn, recurse=True):
         self.unpack()
-        kept = {name: self.get_buffer(name) for name in self.fixed}
+        weight, kept = self.weight, {name: self.get_buffer(name) for name in self.fixed}
+        data = weight.data  # of that before, where torch gives the parameter another content
         super()._apply(fn, recurse)
         for name, dtype in self.fixed.items():  # a cast of the model rounds them and back, so they come from before
             moved = self.get_buffer(name)
             if moved.dtype != dtype:
                 setattr(self, name, kept[name].to(moved.device))
+        if is_rounded(data) and self.weight.dtype != data.dtype:  # floats of 8 bits are floats to torch
+            self.weight = nn.Parameter(data.to(self.weight.device), requires_grad=False)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -127,8 +135,8 @@ class QuantizedLinear(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args):
         self.unpack()
         given = state_dict.get(f"{prefix}weight")
-        if given is not None and given.is_floating_point() and not self.weight.is_floating_point():
-            *_, errors = args  # to be cast would make zeros of nearly all of them
+        if given is not None and is_rounded(self.weight) and given.dtype != self.weight.dtype:
+            *_, errors = args  # to be cast would make zeros of nearly all of them, or other numbers
             errors.append(f"{prefix}weight is {given.dtype}, and this layer holds {self.bits} bits: round it first.")
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -143,6 +151,11 @@ class QuantizedLinear(nn.Module):
 def kernel_of(weight: torch.Tensor) -> str | None:
     """What a weight is packed for. Who multiplies reads the weight of a layer once: another thread may pack it."""
     return getattr(weight, "kernel", None)
+
+
+def is_rounded(weight: torch.Tensor) -> bool:
+    """Whether numbers have few bits; floats of 8 bits are so."""
+    return weight.dtype == FLOAT8 or not weight.is_floating_point()
 
 
 # 8 bits ---------------------------------------------------------------------------------------------------------------
@@ -244,6 +257,78 @@ def largest_activation() -> int:
     raise ValueError("onednn.qlinear_pointwise gives wrong products on this CPU: load the model without 8 bits.")
 
 
+# Floats of 8 bits -----------------------------------------------------------------------------------------------------
+
+
+class Float8Linear(QuantizedLinear):
+    """Weights in float8_e4m3fn, with one factor (`scale`) for each output: the largest of a row becomes 448.
+
+    A GPU that multiplies them (compute capability 8.9 and above) is given activations of the same type, each row with a
+    factor of its own; the product has bfloat16. Everywhere else the weights are unpacked: memory is saved, not time."""
+
+    bits = 8
+    scale: torch.Tensor  # not the name of 8-bit whole numbers: a folder of these must not load as the other
+    fixed = {"scale": torch.float32}
+
+    @staticmethod
+    def stored(in_features, out_features):
+        return {"weight": ((out_features, in_features), FLOAT8), "scale": ((out_features,), torch.float32)}
+
+    @staticmethod
+    def quantize(weight):
+        parts = [round_to_float8(rows) for rows in _finite(weight).split(max(1, AT_ONCE // weight.shape[1]))]
+        small, scales = zip(*parts)
+        return {"weight": torch.cat(small), "scale": torch.cat(scales)[:, 0]}
+
+    def plain(self):
+        return self.weight
+
+    def dequantize(self, dtype):
+        return (self.weight.float() * self.scale[:, None]).to(dtype)
+
+    def multiply(self, rows):
+        whole_tiles = self.in_features % 16 == 0 and self.out_features % 16 == 0
+        if whole_tiles and multiplies_float8(rows.device):
+            return _product_of_float8(rows, self.weight, self.scale)
+        kind = float_type(rows)
+        return linear(rows.to(kind), self.dequantize(kind))
+
+
+def round_to_float8(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows, n) floats -> the same in float8, and the float32 factor (rows, 1) of each row. Of a row of zeros: zeros. A
+    row with a number that is not finite has a factor that is not."""
+    largest = torch.linalg.vector_norm(rows, torch.inf, 1, keepdim=True).float()
+    factor = largest.clamp(min=SMALLEST) / LARGEST_FLOAT8
+    return (rows / factor).to(FLOAT8), factor
+
+
+def _product_of_float8(rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """(rows, in) floats, (out, in) and (out,) -> (rows, out) bfloat16. Rows are filled up to a multiple of 16: torch
+    asks for that of the other two sizes, cuBLAS refuses some numbers of rows."""
+    count = len(rows)
+    if count % 16:
+        rows = nn.functional.pad(rows, (0, 0, 0, -count % 16))
+    small, factor = round_to_float8(rows.contiguous())
+    product = torch._scaled_mm(small, weight.t(), factor, scale[None], out_dtype=torch.bfloat16)
+    return product[:count]
+
+
+@cache
+def multiplies_float8(device: torch.device) -> bool:
+    """Whether a device multiplies floats of 8 bits with factors of rows and columns, found by a small product: torch
+    refuses that on some chips that have the instructions."""
+    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < (8, 9):
+        return False
+    sizes = torch.arange(64.0, device=device)
+    rows, weight = sizes[:3, None] - sizes % 7, sizes[:32, None] % 5 - sizes % 3
+    small, factor = round_to_float8(weight)
+    try:
+        product = _product_of_float8(rows, small, factor[:, 0]).float()
+    except RuntimeError:
+        return False
+    return bool((product - rows @ weight.T).norm() < 0.05 * (rows @ weight.T).norm())
+
+
 # 4 bits ---------------------------------------------------------------------------------------------------------------
 
 
@@ -279,6 +364,9 @@ class Int4Linear(QuantizedLinear):
         if kernel_of(weight) is None:
             return weight
         if kernel_of(weight) == "cuda":
+            tiles = 2 * weight.shape[-1]
+            if knows_tiles(weight.device, tiles):
+                return _join(((_unpack_tiles(weight) >> 4) + 8).to(torch.uint8))
             return _join(_unpack_cuda(weight, self.in_features, self.out_features))
         return _join(_unpack_cpu(weight, self.in_features))
 
@@ -315,11 +403,12 @@ class Int4Linear(QuantizedLinear):
             if not kernel_of(packed):  # there the even column is in the high half
                 turned = (packed << 4) | (packed >> 4)
                 packed = self.pack(torch.ops.aten._convert_weight_to_int4pack(turned, tiles), "cuda")
-            return torch.ops.aten._weight_int4pack_mm(rows.bfloat16().contiguous(), packed, group, self.scale_and_zero)
-        kind = rows.dtype
-        native = kind == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        if rows.device.type == "cpu" and not native:
-            kind = torch.float32  # what a CPU has no instructions for is many times slower
+                knows_tiles(rows.device, tiles)  # asked before a graph may be recorded
+            rows = rows.bfloat16().contiguous()
+            if len(rows) > FEW_ON_CUDA and knows_tiles(rows.device, tiles):
+                return linear(rows, _scaled_tiles(packed, self.scale_and_zero))
+            return torch.ops.aten._weight_int4pack_mm(rows, packed, group, self.scale_and_zero)
+        kind = float_type(rows)
         rows, weight = rows.to(kind), self._readable()
         y = rows.new_empty(len(rows), self.out_features)
         step = max(64, AT_ONCE // self.in_features // 64 * 64)
@@ -404,15 +493,58 @@ def _unpack_cuda(packed: torch.Tensor, in_features: int, out_features: int) -> t
     return product.t().add(8).to(torch.uint8)
 
 
-# Of both --------------------------------------------------------------------------------------------------------------
+def _unpack_tiles(packed: torch.Tensor) -> torch.Tensor:
+    """(out_features / 8, in_features / (16 tiles), 32, tiles / 2) int32 as the CUDA kernel takes it -> (out_features,
+    in_features) int8, 16 (q - 8) of the numbers q from 0 to 15: element by element, from half bytes in their place.
+
+    The 32 are the threads of a tensor core: four to a row, each with columns c, c + 1, c + 8 and c + 9 (c = 0, 2, 4, 6)
+    of two tiles of 16 columns. Bytes: even columns of both tiles, odd columns of both; the low half: c or c + 1."""
+    rows, columns, _, pairs = packed.shape
+    stored = (packed ^ EIGHTS).view(torch.int8).view(rows, columns, 8, 4, pairs, 2, 2)
+    stored = stored.permute(0, 2, 1, 4, 6, 3, 5)  # rows of 8; columns by pair, tile, (half,) thread and odd
+    whole = stored.new_empty(rows, 8, columns, pairs, 2, 2, 4, 2)
+    torch.bitwise_left_shift(stored, 4, out=whole[..., 0, :, :])
+    torch.bitwise_and(stored, -16, out=whole[..., 1, :, :])
+    return whole.view(8 * rows, -1)
 
 
-LINEARS: dict[int, type[QuantizedLinear]] = {8: Int8Linear, 4: Int4Linear}
+def _scaled_tiles(packed: torch.Tensor, scale_and_zero: torch.Tensor) -> torch.Tensor:
+    """What the CUDA kernel has packed -> (out_features, in_features) bfloat16, rounded once as there."""
+    groups = _unpack_tiles(packed).unflatten(1, (len(scale_and_zero), -1))
+    scale, zero = scale_and_zero.transpose(0, 1).unsqueeze(3).unbind(2)  # (out_features, groups, 1)
+    return torch.addcmul(zero, groups, scale / 16).flatten(1)
 
 
-def fits(bits: int, in_features: int) -> bool:
+@cache
+def knows_tiles(device: torch.device, tiles: int) -> bool:
+    """Whether the CUDA kernel orders 4-bit weights as `_unpack_tiles` takes them, found by packing some: on GPUs of
+    another maker it has another order."""
+    whole = torch.arange(16 * 32 * tiles, device=device).view(16, -1) * 7919 // 64 % 16
+    scale_and_zero = torch.tensor([2.0, 1.0], dtype=torch.bfloat16, device=device).expand(tiles, 16, 2)
+    try:
+        halves = (whole[:, ::2] << 4 | whole[:, 1::2]).to(torch.uint8)
+        packed = torch.ops.aten._convert_weight_to_int4pack(halves, tiles)
+        return torch.equal(_scaled_tiles(packed, scale_and_zero).long(), 2 * (whole - 8) + 1)
+    except RuntimeError:
+        return False
+
+
+# Of all ---------------------------------------------------------------------------------------------------------------
+
+
+LINEARS: dict[int | str, type[QuantizedLinear]] = {8: Int8Linear, 4: Int4Linear, "fp8": Float8Linear}
+
+
+def fits(bits: int | str, in_features: int) -> bool:
     """Whether a layer with rows of this length can have so few bits."""
-    return bits == 8 or group_size(in_features) is not None
+    return bits != 4 or group_size(in_features) is not None
+
+
+def float_type(rows: torch.Tensor) -> torch.dtype:
+    """The type in which unpacked weights are multiplied: that of the rows, or float32 where a CPU has no instructions
+    for it, which is many times slower."""
+    native = rows.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.float32 if rows.device.type == "cpu" and not native else rows.dtype
 
 
 def _finite(weight: torch.Tensor) -> torch.Tensor:
@@ -433,4 +565,4 @@ def _has(name: str, key: str, library: str = "aten") -> bool:
         return False
 
 
-__all__ = ["LINEARS", "Int4Linear", "Int8Linear", "QuantizedLinear", "fits"]
+__all__ = ["LINEARS", "Float8Linear", "Int4Linear", "Int8Linear", "QuantizedLinear", "fits"]

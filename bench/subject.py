@@ -54,7 +54,7 @@ def open_subject(options: BenchOptions) -> tuple[Any, str]:
         model = random_model(options.preset, device, dtype, **options.preset_fields)
         if options.quantization is not None:
             if "bits" not in QUANTIZATIONS[options.quantization]:
-                raise ValueError(f"quantization='{options.quantization}': of a preset int8 or int4.")
+                raise ValueError(f"quantization='{options.quantization}': of a preset int8, int4 or fp8.")
             quantize_linears(model, OpenVLAQuantizationConfig(QUANTIZATIONS[options.quantization]["bits"]))
     else:
         variant = {"action_head": options.action_head, "action_chunk": options.action_chunk}

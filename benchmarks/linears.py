@@ -1,4 +1,4 @@
-"""Time the linear layers of a model in float, 8 and 4 bits, by the number of tokens, beside what memory allows.
+"""Time the linear layers of a model in float, 8 bits, 4 bits and fp8, by the number of tokens, beside what memory can.
 
     python benchmarks/linears.py --device cuda --dtype bfloat16
     python benchmarks/linears.py --width 1024 --inner 2816 --dtype float32
@@ -21,7 +21,7 @@ from openvla.device import synchronize
 from openvla.quantized_linear_openvla import LINEARS
 
 
-def block(width: int, inner: int, dtype: torch.dtype, device: str, bits: int | None) -> list[nn.Module]:
+def block(width: int, inner: int, dtype: torch.dtype, device: str, bits: int | str | None) -> list[nn.Module]:
     """The layers, with random weights."""
     layers: list[nn.Module] = []
     for inputs, outputs in [(width, width)] * 4 + [(width, inner)] * 2 + [(inner, width)]:
@@ -80,7 +80,7 @@ def main() -> None:
     rate = 2 * source.nbytes / (least(lambda: target.copy_(source), device, 10)[0] / 1000)  # bytes in a second
     blocks = {
         name: block(arguments.width, arguments.inner, dtype, device, bits)
-        for name, bits in ((arguments.dtype, None), ("int8", 8), ("int4", 4))
+        for name, bits in ((arguments.dtype, None), ("int8", 8), ("int4", 4), ("fp8", "fp8"))
     }
     figures = []
     for rows in arguments.rows:

@@ -31,7 +31,7 @@ def quantize_checkpoint(
     model: str | os.PathLike,
     output: str | os.PathLike,
     *,
-    bits: int = 8,
+    bits: int | str = 8,
     towers: bool = False,
     dtype: str | None = None,
     max_shard_size: int | str = "5GB",
@@ -46,7 +46,7 @@ def quantize_checkpoint(
     Args:
         model: Folder or Hub id with safetensors weights, published layout or ours.
         output: Folder to write; it appears complete or not at all.
-        bits: 8 or 4, see `quantized_linear_openvla`.
+        bits: 8, 4 or "fp8", see `quantized_linear_openvla`.
         towers: Quantize vision towers and projector as well as the language model.
         dtype: Of all other weights, and of the activations. Default: as stored.
         revision: Branch, tag or commit of a Hub id.

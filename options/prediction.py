@@ -62,9 +62,10 @@ class ModelOptions(VariantOptions):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = option(
         "auto", "Type of the weights in memory; auto: as they are stored."
     )
-    quantization: Literal["int8", "int4", "bnb-int8", "bnb-nf4"] | None = option(
+    quantization: Literal["int8", "int4", "fp8", "bnb-int8", "bnb-nf4"] | None = option(
         None,
-        "Load the language model with fewer bits. int8: fast on a CPU; int4: small; folders of either: see quantize. "
+        "Load the language model with fewer bits. int8: fast on a CPU; int4: small; fp8: faster for batches on a GPU "
+        "that multiplies such (compute capability 8.9 or more), no gain for one sample; folders of these: quantize. "
         "bnb-int8, bnb-nf4: those of bitsandbytes.",
     )
 

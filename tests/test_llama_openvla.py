@@ -219,7 +219,7 @@ def test_weights_that_change_between_predictions(model):
     check_equal(changed, inputs)
 
 
-@pytest.mark.parametrize("quantization", ["int8", "int4", "bnb-int8", "bnb-nf4"])
+@pytest.mark.parametrize("quantization", ["int8", "int4", "fp8", "bnb-int8", "bnb-nf4"])
 def test_quantized_linear_layers_are_called(quantization):
     pytest.importorskip("bitsandbytes", reason="quantized loading needs the [quant] extra")
     model = load_model(str(ROOT), quantization=quantization, dtype="float32")

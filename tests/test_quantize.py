@@ -1,4 +1,4 @@
-"""Models of 8 and 4 bits: rounded while they are loaded, or a folder of `openvla quantize`."""
+"""Models of 8 bits, 4 bits and fp8: rounded while they are loaded, or a folder of `openvla quantize`."""
 
 import copy
 import json
@@ -24,13 +24,14 @@ from openvla.quantization_openvla import (
     has_quantized_layers,
     quantize_linears,
 )
-from openvla.quantized_linear_openvla import Int4Linear, Int8Linear, QuantizedLinear
+from openvla.quantized_linear_openvla import Float8Linear, Int4Linear, Int8Linear, QuantizedLinear
 from openvla.training import apply_strategy
 
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURE = next((ROOT / "examples" / "frames").glob("drawer*.png"))
-KINDS = {8: Int8Linear, 4: Int4Linear}
+KINDS = {8: Int8Linear, 4: Int4Linear, "fp8": Float8Linear}
+NAMES = {8: "int8", 4: "int4", "fp8": "fp8"}
 
 
 def quantized_layers(model) -> set[str]:
@@ -46,7 +47,7 @@ def plain():
     return load()
 
 
-@pytest.fixture(scope="module", params=[8, 4], ids="int{}".format)
+@pytest.fixture(scope="module", params=KINDS, ids=NAMES.get)
 def folder(request, tmp_path_factory):
     """The embedded policy, written with fewer bits; and how many."""
     return quantize_checkpoint(ROOT, tmp_path_factory.mktemp("quantized") / "out", bits=request.param), request.param
@@ -59,6 +60,8 @@ def folder(request, tmp_path_factory):
         ("tiny-openvla-fused", 4, torch.bfloat16),
         ("tiny-openvla-siglip", 8, torch.bfloat16),
         ("tiny-openvla-siglip", 4, torch.float32),
+        ("tiny-openvla-siglip", "fp8", torch.bfloat16),
+        ("tiny-openvla-fused", "fp8", torch.float32),
     ],
     indirect=["tiny_checkpoint"],
 )
@@ -100,17 +103,17 @@ def test_a_folder_is_what_rounding_while_loading_gives(folder, plain):
     assert config["quant_method"] == "openvla" and config["bits"] == bits
     action, expected = (model.predict_action(PICTURE, "open the drawer") for model in (stored, plain))
     assert np.abs(action - expected).max() < 0.2
-    with pytest.raises(ValueError, match=f"holds weights of {bits} bits, and {12 - bits} were asked for"):
-        load_model(str(path), quantization=f"int{12 - bits}")
+    other = 4 if bits == 8 else 8
+    with pytest.raises(ValueError, match=f"holds weights of {bits}( bits)?, and {other} bits were asked for"):
+        load_model(str(path), quantization=NAMES[other])
     with pytest.raises(ValueError, match="is quantized: give the model that it was made of"):
         quantize_checkpoint(path, path.parent / "again")
     with pytest.raises(ValueError, match="is quantized: give the model that it was made of"):
         export_prismatic_checkpoint(path, path.parent / "again")
     assert not (path.parent / "again").exists()
     mixed = load(path, dtype=torch.bfloat16)
-    assert {module.weight.dtype for name, module in mixed.named_modules() if name in quantized_layers(mixed)} <= {
-        torch.int8,
-        torch.uint8,
+    assert {module.weight.dtype for name, module in mixed.named_modules() if name in quantized_layers(mixed)} == {
+        KINDS[bits].stored(64, 64)["weight"][1]
     }
     assert mixed.predict_action(PICTURE, "open the drawer").shape == (7,)
 
@@ -124,13 +127,15 @@ def test_a_folder_carries_its_code(folder, tmp_path):
 import json, sys
 from transformers import AutoModel, AutoModelForImageTextToText
 from PIL import Image
-for name, kind in zip(sys.argv[2:], (AutoModel, AutoModelForImageTextToText)):
+for name, kind in zip(sys.argv[2:4], (AutoModel, AutoModelForImageTextToText)):
     model = kind.from_pretrained(name, trust_remote_code=True)
     print(json.dumps(model.predict_action(Image.open(sys.argv[1]), "open the drawer").tolist()))
-    print(sum(type(module).__name__.startswith("Int") for module in model.modules()), "openvla" in sys.modules)
+    print(sum(type(module).__name__ == sys.argv[4] for module in model.modules()), "openvla" in sys.modules)
 """
     environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    ran = processes.run(program, PICTURE, path, packaged, cwd=tmp_path, env=environment, server="libraries")
+    ran = processes.run(
+        program, PICTURE, path, packaged, KINDS[bits].__name__, cwd=tmp_path, env=environment, server="libraries"
+    )
     assert ran.returncode == 0, ran.stderr
     lines = ran.stdout.splitlines()
     assert [json.loads(line) for line in lines[::2]] == [expected] * 2
@@ -252,7 +257,7 @@ def test_a_damaged_folder(folder, damage, tmp_path):
         "scales": f"weights of {layer}, or their .*, are not finite",
         "weights": "matrices of one value throughout",
         "missing": f"1 missing: {scale}",
-        "config": "bits=3: weights have 8 or 4 bits",
+        "config": "bits=3: expected one of 8, 4, 'fp8'",
     }
     with pytest.raises(ValueError, match=expected[damage]):
         load(tmp_path)
@@ -275,13 +280,13 @@ def test_weights_that_are_not_finite(how, tmp_path):
 
 def test_names_of_the_command_line(tmp_path):
     pytest.importorskip("bitsandbytes", reason="it needs the [quant] extra")
-    assert list(QUANTIZATIONS) == ["int8", "int4", "bnb-int8", "bnb-nf4"]
+    assert list(QUANTIZATIONS) == ["int8", "int4", "fp8", "bnb-int8", "bnb-nf4"]
     kinds = {}
     for name in QUANTIZATIONS:
         model = load_model(str(ROOT), quantization=name)
         module = model.get_submodule("language_model.model.layers.0.mlp.up_proj")
         kinds[name] = type(module).__name__
-    assert list(kinds.values()) == ["Int8Linear", "Int4Linear", "Linear8bitLt", "Linear4bit"]
+    assert list(kinds.values()) == ["Int8Linear", "Int4Linear", "Float8Linear", "Linear8bitLt", "Linear4bit"]
     given = ["--image", str(PICTURE), "--instruction", "open the drawer", "--device", "cpu", "--json"]
     run = CliRunner().invoke
     written = run(cli.app, ["quantize", str(ROOT), str(tmp_path / "out"), "--bits", "8"])
@@ -298,9 +303,9 @@ def test_names_of_the_command_line(tmp_path):
 @pytest.mark.parametrize(
     "given, words",
     [
-        ({"bits": 5}, "bits=5: weights have 8 or 4 bits"),
+        ({"bits": 5}, "bits=5: expected one of 8, 4, 'fp8'"),
         ({"bits": True}, "bits=True"),
-        ({"bits": [8]}, "bits=.8.: weights have"),
+        ({"bits": [8]}, "bits=.8.: expected one of"),
         ({"modules_to_not_convert": "lm_head"}, "modules_to_not_convert='lm_head': expected a list"),
         ({"bits": 8, "groups": 3}, "holds groups, which this version"),
     ],

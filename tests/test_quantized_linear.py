@@ -1,4 +1,4 @@
-"""Layers of 8 and 4 bits against a reference that rounds in float64."""
+"""Layers of 8 bits, 4 bits and fp8 against a reference that rounds in float64."""
 
 import copy
 import pickle
@@ -8,10 +8,19 @@ import torch
 from torch.nn.functional import linear
 
 from openvla import quantized_linear_openvla as layers
-from openvla.quantized_linear_openvla import Int4Linear, Int8Linear, fits, largest_activation, rows_of_a_block
+from openvla.quantized_linear_openvla import (
+    Float8Linear,
+    Int4Linear,
+    Int8Linear,
+    fits,
+    largest_activation,
+    round_to_float8,
+    rows_of_a_block,
+)
 
 
-KINDS = [Int8Linear, Int4Linear]
+KINDS = [Int8Linear, Int4Linear, Float8Linear]
+PACKED = KINDS[:2]  # for a kernel of the CPU
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -70,12 +79,14 @@ def test_close_to_the_weights_it_was_made_of(kind, dtype, rows):
     x = torch.randn(rows, 96, generator=torch.Generator().manual_seed(1)).to(dtype)
     y, expected = module(x), x.double() @ weight.double().T
     assert y.dtype == dtype
-    assert (y.double() - expected).norm() / expected.norm() < {8: 0.02, 4: 0.12}[kind.bits]
+    assert (y.double() - expected).norm() / expected.norm() < {Int8Linear: 0.02, Int4Linear: 0.12, Float8Linear: 0.04}[
+        kind
+    ]
     exact = x.double() @ module.dequantize(torch.float32).double().T  # few rows and many alike
     assert (y.double() - exact).norm() / exact.norm() < 0.015
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PACKED)
 def test_stored_and_packed_is_one(kind):
     module, _, stored = made(kind)
     plain = module.dequantize(torch.float32)
@@ -98,7 +109,7 @@ def test_stored_and_packed_is_one(kind):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("rows", [2, 40])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PACKED)
 def test_packed_by_another_thread_meanwhile(kind, rows, monkeypatch):
     module, _, _ = made(kind)
     x, kernel_of, calls = torch.randn(rows, 96), layers.kernel_of, []
@@ -117,8 +128,11 @@ def test_packed_by_another_thread_meanwhile(kind, rows, monkeypatch):
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_that_are_not_rounded_are_refused(kind, strict):
-    """Cast to whole numbers they would be zeros."""
+    """Cast to whole numbers they would be zeros; whole numbers as floats of 8 bits others."""
     module, weight, stored = made(kind)
+    other = Int8Linear if kind is Float8Linear else Float8Linear
+    with pytest.raises(RuntimeError, match=f"weight is {other.stored(1, 1)['weight'][1]}, and this layer"):
+        module.load_state_dict({"weight": other.quantize(weight)["weight"]}, strict=strict)
     with pytest.raises(RuntimeError, match=f"weight is torch.float32, and this layer holds {kind.bits} bits"):
         module.load_state_dict({"weight": weight}, strict=strict)
     assert torch.equal(module.state_dict()["weight"], stored["weight"])
@@ -130,7 +144,7 @@ def test_rows_that_lie_across_memory(kind):
     module, _, _ = made(kind)
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(96, 3).to(dtype).T
-        assert torch.equal(module(x), module(x.contiguous()))
+        torch.testing.assert_close(module(x), module(x.contiguous()))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -140,7 +154,7 @@ def test_a_cast_leaves_scales_as_they_are(kind, dtype):
     with torch.inference_mode():
         y = module(torch.ones(2, 96))
     module.to(dtype)
-    assert module.bias.dtype == dtype and not module.weight.is_floating_point()
+    assert module.bias.dtype == dtype and module.weight.dtype in (stored["weight"].dtype, torch.int8)
     with torch.inference_mode():
         assert module(torch.ones(2, 96, dtype=dtype)).dtype == dtype
     for name in module.fixed:
@@ -197,7 +211,7 @@ def test_weights_of_zero_and_of_any_size(kind):
 
 
 def test_rows_that_no_group_divides():
-    assert fits(8, 33) and not fits(4, 33) and fits(4, 672) and fits(4, 4096)
+    assert fits(8, 33) and fits("fp8", 33) and not fits(4, 33) and fits(4, 672) and fits(4, 4096)
     assert Int4Linear.stored(672, 256)["scale_and_zero"][0] == (21, 256, 2)  # of 32
 
 
@@ -208,8 +222,8 @@ def test_order_of_the_4_bit_kernel_is_found(monkeypatch):
     module, _, _ = made(Int4Linear, 192)
     with torch.inference_mode():
         expected = module(torch.ones(2, 96))
-        monkeypatch.setattr(layers, "rows_of_a_block", lambda: None)  # a kernel with another order is not used
         module.unpack()
+        monkeypatch.setattr(layers, "rows_of_a_block", lambda: None)  # a kernel with another order is not used
         torch.testing.assert_close(module(torch.ones(2, 96)), expected, rtol=2e-2, atol=2e-2)
         assert module.kernel is None
     assert rows_of_a_block() in (32, 64)
@@ -219,3 +233,106 @@ def test_without_the_kernel_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setattr(layers, "_has", lambda *_: False)
     with pytest.raises(ValueError, match="onednn.qlinear_pointwise.*install torch >= 2.6.*without quantization"):
         largest_activation.__wrapped__()
+
+
+# What a GPU does, without one -----------------------------------------------------------------------------------------
+
+
+def packed_for_cuda(whole: torch.Tensor, tiles: int) -> torch.Tensor:
+    """(rows, columns) numbers 0 to 15 as torch's CUDA kernel packs them, one after the other."""
+    rows, columns = whole.shape
+    packed = torch.zeros(rows // 8, columns // (16 * tiles), 32, tiles // 2, dtype=torch.int64)
+    offsets = (0, 8, 16, 24, 1, 9, 17, 25)  # of the half bytes of a number, from the lowest
+    for row, column, thread, pair in (
+        place.tolist() for place in torch.cartesian_prod(*map(torch.arange, packed.shape))
+    ):
+        first = 16 * tiles * column + 32 * pair + 2 * (thread % 4)
+        for place, offset in enumerate(offsets):
+            packed[row, column, thread, pair] += int(whole[8 * row + thread // 4, first + offset]) << 4 * place
+    return torch.where(packed < 2**31, packed, packed - 2**32).int()
+
+
+@pytest.mark.parametrize("tiles", [2, 4, 8])
+@pytest.mark.parametrize("group", [32, 64])
+def test_4_bits_are_unpacked_from_the_order_of_cuda(tiles, group):
+    generator = torch.Generator().manual_seed(tiles)
+    whole = torch.randint(0, 16, (24, 64 * tiles), generator=generator)
+    packed = packed_for_cuda(whole, tiles)
+    assert torch.equal((layers._unpack_tiles(packed) >> 4) + 8, whole)
+    scale_and_zero = torch.randn(whole.shape[1] // group, 24, 2, generator=generator).bfloat16()
+    scale, zero = scale_and_zero.double().transpose(0, 1)[..., None].unbind(2)
+    expected = (whole.unflatten(1, (-1, group)) - 8) * scale + zero
+    assert torch.equal(layers._scaled_tiles(packed, scale_and_zero), expected.flatten(1).bfloat16())
+
+
+def test_an_order_of_cuda_that_is_another_is_not_taken(monkeypatch):
+    orders = {"as here": lambda halves: halves, "another": lambda halves: halves.flip(0)}
+    for name, change in orders.items():
+
+        def pack(halves, tiles, change=change):
+            return packed_for_cuda(
+                torch.stack([halves >> 4, halves & 15], -1).flatten(1).long()[change(torch.arange(16))], tiles
+            )
+
+        monkeypatch.setattr(torch.ops.aten, "_convert_weight_to_int4pack", pack)
+        assert layers.knows_tiles.__wrapped__(torch.device("cpu"), 4) == (name == "as here")
+
+
+@pytest.fixture
+def float8_products(monkeypatch):
+    """`torch._scaled_mm` in float64, with what it asks for on a GPU; the numbers of rows that it was given."""
+    given = []
+
+    def scaled_mm(rows, weight, scale_a, scale_b, out_dtype):
+        assert rows.dtype == weight.dtype == torch.float8_e4m3fn and scale_a.dtype == scale_b.dtype == torch.float32
+        assert rows.is_contiguous() and weight.t().is_contiguous() and scale_b.is_contiguous()
+        assert scale_a.shape == (len(rows), 1) and scale_b.shape == (1, weight.shape[1])
+        assert all(size % 16 == 0 for size in (*rows.shape, *weight.shape))
+        given.append(len(rows))
+        return ((rows.double() @ weight.double()) * scale_a.double() * scale_b.double()).to(out_dtype)
+
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+    monkeypatch.setattr(layers, "multiplies_float8", lambda device: True)
+    return given
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_float8_is_the_product_of_rounded_numbers(dtype, float8_products):
+    module, weight, stored = made(Float8Linear, bias=False)
+    assert stored["weight"].float().abs().amax(1).eq(448).all()
+    for rows in (1, 15, 16, 40):
+        x = torch.randn(rows, 96, generator=torch.Generator().manual_seed(1)) * torch.logspace(-3, 2, rows)[:, None]
+        x = x.to(dtype)
+        y, exact = module(x), x.double() @ module.dequantize(torch.float64).T
+        assert y.dtype == dtype and y.shape == (rows, 128)
+        assert ((y.double() - exact).norm(dim=1) / exact.norm(dim=1)).max() < 0.05  # three bits of a mantissa
+    assert float8_products == [16, 16, 16, 48]
+    assert torch.equal(module(x.T.contiguous().T), y)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_float8_rows_of_nothing_finite_and_of_zeros(value, dtype, float8_products):
+    module, _, _ = made(Float8Linear, bias=False)
+    x = torch.randn(20, 96).to(dtype)
+    x[0, 3], x[1], x[2] = value, 0, torch.finfo(dtype).max
+    x[3] = torch.finfo(dtype).tiny
+    y = module(x)
+    assert not y[0].isfinite().any() and y[3:].isfinite().all() and (y[1] == 0).all()
+    small, factor = round_to_float8(x[1:])
+    assert small.isfinite().all() and factor.isfinite().all()  # 448 is reached and not passed
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("size", [(40, 32), (32, 40)], ids=str)
+def test_float8_of_other_sizes_is_unpacked(size, float8_products):
+    module, _, _ = made(Float8Linear, *size, bias=False)
+    x = torch.randn(5, size[1])
+    torch.testing.assert_close(module(x), x @ module.dequantize(torch.float32).T)
+    assert not float8_products
+
+
+def test_float8_is_for_gpus():
+    assert not layers.multiplies_float8(torch.device("cpu"))

@@ -16,6 +16,7 @@ from transformers import BitsAndBytesConfig
 from ..choices_openvla import check_choice
 from ..parts_openvla import is_added
 from ..quantization_openvla import NOT_QUANTIZED, has_quantized_layers
+from ..quantized_linear_openvla import is_rounded
 
 
 STRATEGIES: dict[str, Callable[..., nn.Module]] = {}
@@ -79,7 +80,7 @@ def freeze_unused(model: Any) -> None:
 
 
 def _train_only(model: nn.Module, *parts: nn.Module) -> nn.Module:
-    if any(not parameter.is_floating_point() for parameter in model.parameters()):
+    if any(map(is_rounded, model.parameters())):
         raise ValueError(
             "The weights are quantized and cannot learn themselves: use strategy 'qlora', or load them without "
             "quantization."
@@ -150,7 +151,7 @@ def lora(
         raise ValueError(f"rank={rank}: an adapter needs at least 1.")
     if has_quantized_layers(model):
         raise ValueError(
-            "The model has weights of 8 or 4 bits (`openvla quantize`), to which no adapter can be added: train on the "
+            "The model has weights of few bits (`openvla quantize`), to which no adapter can be added: train on the "
             "model that it was made of, with strategy 'qlora' where memory is short."
         )
     if adapter is not None:
