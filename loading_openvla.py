@@ -265,8 +265,8 @@ class OpenVLAPreTrainedModel(AdapterBelongings, ModelParts, PreTrainedModel):
         if lost and own:
             warnings.warn(
                 f"'{file}' had other statistics of {', '.join(lost)}, and now has those of the model "
-                f"({', '.join(sorted(own))}). If the others are those of its training, set model.norm_stats before it is "
-                "saved.",
+                f"({', '.join(sorted(own))}). If the others are those of its training, set model.norm_stats before it "
+                "is saved.",
                 stacklevel=3,
             )
         elif lost:
