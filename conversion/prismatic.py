@@ -18,6 +18,7 @@ from ..files_openvla import read_json
 from ..folders import new_folder, write_json
 from ..hub import model_folder, statistics_of
 from ..image_processing_openvla import OpenVLAImageProcessor
+from ..pixels_openvla import PIXELS
 from ..presets import load_base_vlms
 from ..processing_openvla import OpenVLAProcessor, prompt_template_of
 from .hub_folder import (
@@ -30,7 +31,7 @@ from .hub_folder import (
     write_companions,
     write_weights,
 )
-from .training_run import LATEST, PARTS, find_checkpoint, lazy, name_table, read_checkpoint, rename, run_ids
+from .training_run import LATEST, PARTS, find_checkpoint, lazy, name_table, read_checkpoint, rename, run_ids, saw_crops
 
 
 # Where the defaults of the transformers configuration classes (7B) are not the sizes of the id.
@@ -70,7 +71,8 @@ def convert_prismatic_checkpoint(
     """Write a checkpoint of the original's training code as a self-contained Hub folder.
 
     The checkpoint stays on disk; one shard is in memory at a time. Every name and shape is compared with what the
-    configuration calls for before anything is written.
+    configuration calls for before anything is written. A model that was trained with random crops (`image_aug` in the
+    run's config.json) gets the pixels of the original's evaluation of such models, others the published ones.
 
     Args:
         checkpoint: A .pt file, or the folder of its run.
@@ -117,6 +119,8 @@ def convert_prismatic_checkpoint(
 
     config.dtype = dtype
     processor = OpenVLAProcessor(image_processor_of(config), fast_tokenizer, prompt_template_of(config.to_dict()))
+    if saw_crops(run):
+        processor = processor.with_pixels(**PIXELS["libero"])
     output = Path(output)
     check_replaced(output, run, "model_type", "a model")
     with new_folder(output, overwrite) as folder:

@@ -115,3 +115,9 @@ def run_ids(run: Path) -> dict[str, str]:
         return {field: model[field] for field in fields}
     base_vlm = str((content.get("vla") or {}).get("base_vlm", ""))
     return load_base_vlms().get(base_vlm, {})
+
+
+def saw_crops(run: Path) -> bool:
+    """Whether a run's config.json says that images were cropped at random (`image_aug`)."""
+    file = run / "config.json"
+    return file.is_file() and read_json(file).get("image_aug") is True

@@ -143,6 +143,16 @@ def test_converted_model_is_the_published_one(tiny, tmp_path):
     assert torch.equal(ids, published("In: What action should the robot take to x?\nOut:")["input_ids"])
 
 
+def test_pixels_of_a_run_with_random_crops(tiny, tmp_path, run):
+    """They are stored with the processor: a model that never saw a complete image is shown none."""
+    content = json.loads((run / "config.json").read_text())
+    for image_aug, crop in ((True, 0.9), (False, None)):
+        (run / "config.json").write_text(json.dumps({**content, "image_aug": image_aug}))
+        folder = convert(run, tmp_path / str(image_aug), tiny)
+        images = OpenVLAProcessor.from_pretrained(folder).image_processor
+        assert (images.resize_filter, images.center_crop) == ("lanczos3" if crop else None, crop)
+
+
 def test_bfloat16_shards(tiny, tmp_path):
     folder = convert(write_run(tmp_path / "run", tiny), tmp_path / "out", tiny, dtype="bfloat16", max_shard_size="4MB")
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
