@@ -28,6 +28,20 @@ class OpenVLAImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[ca
     interpolations: list
     means: list
     stds: list
+    resize_filter: str | None
+    center_crop: float | int | None
+    jpeg_quality: int | None
+
+
+# Not for a single call: what a model was trained to see, and what the library's own image processors know beside it
+OF_PROCESSOR = (
+    "use_fused_vision_backbone", "input_sizes", "interpolations", "means", "stds", "resize_filter", "center_crop",
+    "jpeg_quality",
+)  # fmt: skip
+OF_LIBRARY = {
+    "size": "input_sizes", "crop_size": "input_sizes", "resample": "interpolations", "image_mean": "means",
+    "image_std": "stds",
+}  # fmt: skip
 
 
 class OpenVLAImageProcessor(PixelSteps, BaseImageProcessor):
@@ -76,7 +90,19 @@ class OpenVLAImageProcessor(PixelSteps, BaseImageProcessor):
 
         Returns:
             `pixel_values`: (N, 3 * towers, height, width) float32.
+
+        Raises:
+            ValueError: If an image cannot be read, or `kwargs` ask for another thing that the model was trained to see.
         """
+        for name in (*OF_PROCESSOR, *OF_LIBRARY):
+            own, value = getattr(self, name, None), kwargs.get(name)
+            if name in OF_LIBRARY and value is not None:
+                raise ValueError(f"{name}={value!r}: here it is {OF_LIBRARY[name]}, a field of the image processor.")
+            if name in OF_PROCESSOR and name in kwargs and value != own:
+                raise ValueError(
+                    f"{name}={value!r}: the image processor has {own!r}. What a model was trained to see is no option "
+                    f"of a call: load another one, OpenVLAProcessor.from_pretrained(FOLDER, {name}=...)."
+                )
         return BatchFeature(data={"pixel_values": self.normalized(images, **kwargs)}, tensor_type=return_tensors)
 
     def apply_transform(self, img: Image.Image):

@@ -563,3 +563,31 @@ def test_count_mismatch(tiny_processor, photo):
 
 def test_empty_token(tiny_processor):
     assert tiny_processor.empty_token_id == 29871
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"center_crop": 0.5}, {"resize_filter": "lanczos3"}, {"jpeg_quality": 95}, {"means": [[0.5] * 3]}],
+    ids=lambda options: next(iter(options)),
+)
+def test_what_a_model_was_trained_to_see_is_no_option_of_a_call(options):
+    """It was ignored: other pixels than were asked for."""
+    (name,) = options
+    processor, picture = TINY[1].processor(), golden_image(0)
+    assert processor.image_processor(picture, **{name: getattr(processor.image_processor, name)})
+    if name == "means":
+        options = {"means": [[0.1] * 3]}
+    for call in (processor.image_processor, lambda image, **kwargs: processor("Open.", image, **kwargs)):
+        with pytest.raises(ValueError, match=f"{name}=.*no option of a call.*from_pretrained"):
+            call(picture, **options)
+        with pytest.raises(ValueError, match="size=.*here it is input_sizes"):
+            call(picture, size={"height": 8, "width": 8})
+    if name != "means":
+        loaded = OpenVLAProcessor.from_pretrained(TINY[1].folder, **options)
+        assert getattr(loaded.image_processor, name) == options[name]
+
+
+def test_fields_that_are_given_are_checked():
+    for name, value in (("center_crop", 5), ("resize_filter", "nope"), ("jpeg_quality", 0)):
+        with pytest.raises(ValueError, match=f"{name}="):
+            OpenVLAProcessor.from_pretrained(TINY[1].folder, **{name: value})
