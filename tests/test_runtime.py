@@ -311,6 +311,32 @@ def test_folders_that_are_no_export(exported, tmp_path):
         OnnxPolicy(exported, "none")
 
 
+def test_a_provider_is_what_was_asked_for(exported, monkeypatch):
+    """ONNX Runtime takes the CPU where libraries of a GPU are missing, and fewer bits on a GPU than in the graph."""
+    import onnxruntime
+
+    made, started = [], ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+    class Session(onnxruntime.InferenceSession):
+        def __init__(self, file, options, providers):
+            made.append(providers)
+            super().__init__(file, options, providers=["CPUExecutionProvider"])
+
+        def get_providers(self):
+            return started
+
+    there = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: there)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    assert OnnxPolicy(exported, provider="cuda").drafts
+    assert made[0] == [("CUDAExecutionProvider", {"use_tf32": "0"}), ("CPUExecutionProvider", {})]
+    started[0] = "TensorrtExecutionProvider"
+    assert not OnnxPolicy(exported, provider="tensorrt").drafts
+    del started[0]
+    with pytest.raises(ValueError, match="provider='cuda' could not be started"):
+        OnnxPolicy(exported, provider="cuda")
+
+
 def test_what_is_not_exported(small, tmp_path, monkeypatch):
     config = OpenVLAConfig.from_pretrained(small)
     for name, value, message in (

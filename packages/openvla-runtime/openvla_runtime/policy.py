@@ -35,7 +35,7 @@ from .prompts_openvla import (
     special_tokens_of,
     spell_action_tokens,
 )
-from .sessions import open_session
+from .sessions import EXACT, open_session
 
 
 FORMAT_VERSION = 1  # of runtime.json, the newest that is known here
@@ -74,9 +74,11 @@ class OnnxPolicy:
         unnorm_key: Dataset in whose units actions are. May be left out where the model knows only one, or each call of
             `act` says it.
         provider: What runs the graphs: "cpu", "cuda", "tensorrt", "coreml", "directml" (each needs a build of
-            onnxruntime that has it), or "openvino".
+            onnxruntime that has it), or "openvino". Others than "cpu", "cuda" and "openvino" may compute in less than
+            float32, so that tokens may be others than those of the model.
         threads: Of the CPU; None: as many as the library chooses.
-        drafts: Whether to use them; False for one token after the other, always. Default: in float32 only. What 16 bits
+        drafts: Whether to use them; False for one token after the other, always. Default: in float32 only, and of the
+            three providers that compute in it. What 16 bits
             round, and int8 quantizes, depends a little on what is read together: two tokens that are all but equally
             probable may change places.
 
@@ -114,7 +116,7 @@ class OnnxPolicy:
         if unnorm_key is not None:
             resolve_unnorm_key(self.statistics, unnorm_key)
         self.unnorm_key = unnorm_key
-        self.drafts = self.dtype == "float32" if drafts is None else drafts
+        self.drafts = (self.dtype == "float32" and provider in EXACT) if drafts is None else drafts
         for file in (VISION_FILE, LANGUAGE_MODEL_FILE):
             check_file(folder / file, "graph")
         for file, digest in content["files"].items():

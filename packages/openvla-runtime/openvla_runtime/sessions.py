@@ -17,6 +17,8 @@ PROVIDERS = {  # of ONNX Runtime, by the names that people say
     "directml": "DmlExecutionProvider",
 }
 OPENVINO = "openvino"
+EXACT = ("cpu", "cuda", OPENVINO)  # compute in float32 what is exported in float32; others may in less
+OPTIONS = {"cuda": {"use_tf32": "0"}}  # otherwise products of float32 keep 10 bits: other tokens than the model's
 
 
 class Session(Protocol):
@@ -41,9 +43,15 @@ class OnnxSession:
         options = onnxruntime.SessionOptions()
         if threads is not None:
             options.intra_op_num_threads = options.inter_op_num_threads = threads
+        chosen = PROVIDERS[provider]
         # What a provider cannot do the CPU does.
-        providers = list(dict.fromkeys([PROVIDERS[provider], PROVIDERS["cpu"]]))
-        self._session = onnxruntime.InferenceSession(file, options, providers=providers)
+        providers = {chosen: OPTIONS.get(provider, {}), PROVIDERS["cpu"]: {}}
+        self._session = onnxruntime.InferenceSession(file, options, providers=list(providers.items()))
+        if chosen not in self._session.get_providers():  # ONNX Runtime goes on with the CPU alone
+            raise ValueError(
+                f"provider='{provider}' could not be started, mostly because libraries of it are missing or of another "
+                "version (ONNX Runtime has said which): install what this build of onnxruntime needs, or take another."
+            )
         self._outputs = [output.name for output in self._session.get_outputs()]
         types = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
         self.inputs = {
@@ -90,7 +98,7 @@ def open_session(file: Path, provider: str, threads: int | None) -> Session:
         threads: None: as many as the library chooses.
 
     Raises:
-        ValueError: If nothing of that name is there, or the library cannot read the graph.
+        ValueError: If nothing of that name is there, it cannot be started, or the library cannot read the graph.
         ModuleNotFoundError: If OpenVINO is asked for and not installed.
     """
     check_choice("provider", provider, [*PROVIDERS, OPENVINO])
