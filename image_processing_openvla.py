@@ -4,6 +4,9 @@ pass here with what a model was trained on.
 Pixel values equal those of the published `processing_prismatic.py` (transformers 4.40.1, timm 0.9.10).
 """
 
+import json
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -11,6 +14,7 @@ from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ImagesKwargs
 
+from .files_openvla import read_json
 from .frames_openvla import PixelSteps
 
 
@@ -78,6 +82,17 @@ class OpenVLAImageProcessor(PixelSteps, BaseImageProcessor):
         if self.jpeg_quality is None:  # as in files of versions before the field
             fields.pop("jpeg_quality", None)
         return fields
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> Any:
+        """As in every image processor; where a processor_config.json is in the folder, which counts, it is changed
+        too."""
+        file = Path(save_directory) / "processor_config.json"
+        processor = read_json(file) if file.is_file() else {}
+        if "image_processor" in processor:
+            kept = {name: value for name, value in processor["image_processor"].items() if name == "auto_map"}
+            processor["image_processor"] = kept | json.loads(self.to_json_string())
+            file.write_text(json.dumps(processor, indent=2) + "\n", encoding="utf-8")
+        return super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
     def preprocess(self, images: Any, return_tensors: str | None = None, **kwargs) -> BatchFeature:
         """Model inputs of images.

@@ -47,7 +47,15 @@ from .quantization_openvla import (
 )
 from .quantized_linear_openvla import is_rounded
 from .vision_openvla import init_vision_weights
-from .weights_openvla import LOADING, check_filled, check_folder, check_loaded, check_placed, read_tensors
+from .weights_openvla import (
+    LOADING,
+    WEIGHTS_FILES,
+    check_filled,
+    check_folder,
+    check_loaded,
+    check_placed,
+    read_tensors,
+)
 
 
 class OpenVLAPreTrainedModel(AdapterBelongings, ModelParts, PreTrainedModel):
@@ -245,9 +253,13 @@ class OpenVLAPreTrainedModel(AdapterBelongings, ModelParts, PreTrainedModel):
         """
         turn_block_scales_back(self)
         self._keep_action_tokens()
+        folder, main = Path(save_directory), kwargs.get("is_main_process", True)
+        before = _written(folder)
         super().save_pretrained(save_directory, **kwargs)
-        if kwargs.get("is_main_process", True):
-            self._save_statistics(Path(save_directory))
+        if main and _written(folder) != before:  # in several files; the library would load an older single one
+            (folder / WEIGHTS_FILES[0]).unlink(missing_ok=True)
+        if main:
+            self._save_statistics(folder)
 
     def _upload_modified_files(self, working_dir, *args, **kwargs):
         self._save_statistics(Path(working_dir))  # before the library looks which files are to be uploaded
@@ -426,6 +438,12 @@ class OpenVLAPreTrainedModel(AdapterBelongings, ModelParts, PreTrainedModel):
             execution = (getattr(hook, "execution_device", None) for hook in hooks)
             return torch.device(next((where for where in execution if where is not None), device))
         return device
+
+
+def _written(folder: Path) -> int | None:
+    """When the index of weights in several files was written; None without one."""
+    index = folder / f"{WEIGHTS_FILES[0]}.index.json"
+    return index.stat().st_mtime_ns if index.is_file() else None
 
 
 def _cast_unquantized(model: PreTrainedModel) -> None:

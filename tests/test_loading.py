@@ -379,6 +379,16 @@ def test_statistics_that_are_given_win(folder):
         load(folder, norm_stats=given)
 
 
+def test_older_weights_in_a_folder_that_is_saved_to(folder, tmp_path):
+    """One file is looked for first, also where newer weights lie in several beside it."""
+    model, run = load(folder), tmp_path / "run"
+    for number, size in enumerate(("50GB", "5MB", "50GB")):
+        torch.nn.init.constant_(model.projector.fc1.bias, number)
+        model.save_pretrained(run, max_shard_size=size)
+        assert (load(run).projector.fc1.bias == number).all()
+        assert (run / "model.safetensors").is_file() == (size == "50GB")
+
+
 def test_statistics_of_a_folder_that_is_saved_to(folder, tmp_path, monkeypatch):
     """Scripts of the original write those of the training first, and then save a model that has those of its base."""
     model, file = load(folder), tmp_path / "run" / "dataset_statistics.json"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny import TINY, golden_image
+from transformers import AutoImageProcessor
 
 from openvla import OpenVLAConfig, OpenVLAImageProcessor, OpenVLAProcessor, load_image
 from openvla.pixels_openvla import as_image_list
@@ -591,3 +592,13 @@ def test_fields_that_are_given_are_checked():
     for name, value in (("center_crop", 5), ("resize_filter", "nope"), ("jpeg_quality", 0)):
         with pytest.raises(ValueError, match=f"{name}="):
             OpenVLAProcessor.from_pretrained(TINY[1].folder, **{name: value})
+
+
+def test_an_image_processor_that_is_saved_by_itself_counts(tmp_path):
+    """In the published layout as well as in today's, where processor_config.json is looked at first."""
+    TINY[1].processor().save_pretrained(tmp_path)
+    for crop in (0.9, None):
+        OpenVLAImageProcessor.from_pretrained(tmp_path, center_crop=crop).save_pretrained(tmp_path)
+        for load in (OpenVLAImageProcessor, AutoImageProcessor):
+            assert load.from_pretrained(tmp_path).center_crop == crop
+        assert OpenVLAProcessor.from_pretrained(tmp_path).image_processor.center_crop == crop
