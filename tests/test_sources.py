@@ -666,6 +666,36 @@ def test_one_other_action_makes_other_statistics(tmp_path, passes, name, rewrite
     assert passes == [1, 1] and after["action"]["mean"][0] != before["action"]["mean"][0]
 
 
+def test_words_above_the_demonstrations_count(tmp_path, passes):
+    """Written into a file whose episodes had none, they were not found: what was known of it had no words."""
+    shutil.copytree(DEMOS / "hdf5", tmp_path / "hdf5")
+    (path,) = (tmp_path / "hdf5").glob("*.hdf5")
+    path = path.rename(path.with_name("unnamed.hdf5"))
+    for words in ("lift it", "lower it"):
+        shutil.copyfile(path, path.with_suffix(".new"))
+        with h5py.File(path.with_suffix(".new"), "a") as file:
+            file["data"].attrs.pop("problem_info", None)
+            file.attrs["language_instruction"] = words
+        path.with_suffix(".new").replace(path)
+        assert open_source(path).survey.instructions == [words]
+
+
+def test_what_lies_in_other_files_is_read_each_time(tmp_path, passes):
+    (path,) = (DEMOS / "hdf5").glob("*.hdf5")
+    shutil.copyfile(path, tmp_path / "elsewhere.h5.part")
+    with h5py.File(tmp_path / path.name, "w") as file:
+        file["data"] = h5py.ExternalLink("elsewhere.h5.part", "/data")
+    age(tmp_path)
+    before = open_source(tmp_path / path.name).statistics["action"]["max"][0]
+    with h5py.File(tmp_path / "new", "w") as file:
+        with h5py.File(path) as old:
+            old.copy("data", file)
+        file["data/demo_0/actions"][0, 0] = 9.0
+    (tmp_path / "new").replace(tmp_path / "elsewhere.h5.part")
+    assert open_source(tmp_path / path.name).statistics["action"]["max"][0] != before
+    assert passes == [1, 1]
+
+
 def test_images_do_not_count(tmp_path, passes):
     shutil.copytree(DEMOS / "hdf5", tmp_path / "hdf5")
     open_source(tmp_path / "hdf5")

@@ -139,21 +139,43 @@ class HDF5Dataset(EpisodeDataset):
         return self.files
 
     def content_digest(self, path: Path) -> str:
-        """Of everything but images, which fill most of a file."""
+        """Of everything but images, which fill most of a file.
+
+        Raises:
+            OSError: If a part lies in another file, of which nothing is known here.
+        """
         digest = hashlib.sha256()
 
         def add(name: str, item: h5py.Group | h5py.Dataset) -> None:
             digest.update(repr((name, sorted((key, str(value)) for key, value in item.attrs.items()))).encode())
+            if isinstance(item, h5py.Dataset) and (item.is_virtual or item.external):
+                raise OSError(f"{path}: {item.name} is stored in other files")
             if isinstance(item, h5py.Dataset) and item.ndim < 4:
                 values = np.asarray(item[()])
                 raw = repr(values.tolist()).encode() if values.dtype == object else values.tobytes()
                 digest.update(repr((values.dtype.str, values.shape)).encode() + raw)
+            for key in item if isinstance(item, h5py.Group) else ():
+                link = item.get(key, getlink=True)
+                if isinstance(link, h5py.ExternalLink):
+                    raise OSError(f"{path}: {item.name}/{key} lies in {link.filename}")
+                if isinstance(link, h5py.SoftLink):
+                    digest.update(repr((name, key, link.path)).encode())
+                    target = item.get(key)
+                    if link.path.startswith("/") and link.path.split("/")[1] not in rooms and target is not None:
+                        add(link.path, target)  # not visited by itself
 
-        content = open_file(path)
-        for room in ("data", "mask"):
+        content, rooms = open_file(path), ("data", "mask")
+        for room in rooms:
             if room in content:
+                if isinstance(content.get(room, getlink=True), h5py.ExternalLink):
+                    raise OSError(f"{path}: {room} lies in another file")
                 add(room, content[room])
                 content[room].visititems(add)
+        for key in filter(None, (*LANGUAGE_NAMES, self.options.language_key)):  # words may stand above them as well
+            if key in content.attrs:
+                digest.update(repr((key, str(content.attrs[key]))).encode())
+            if isinstance(content.get(key), h5py.Dataset):
+                add(key, content[key])
         return digest.hexdigest()
 
     def _check_cameras(self, group: h5py.Group, steps: int, origin: str) -> None:
