@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 LOOKED_AT = 50  # episodes whose gripper is looked at
 CLIPPED = 0.1  # share of the steps; the data's own quantiles clip 0.02
 NARROW = 0.05  # part of the range of the statistics that the data takes at least
+FOLLOWED, NEAR = 10, 0.1  # episodes looked at; mean distance to the state that counts as following it, of the range
 GRIPPER_DIMS = "--gripper-dims"
 
 
@@ -30,7 +31,7 @@ def check_data(source: "Source") -> list[str]:
             f"{name}: {', '.join(still)} never change{'s' if len(still) == 1 else ''}; the model will always give the "
             "one value it has seen."
         )
-    found += check_rare(source) + check_grippers(source) + check_clipped(source)
+    found += check_rare(source) + check_grippers(source) + check_clipped(source) + check_places(source)
     wide = [
         f"{label} ({max(abs(least), abs(most)) / max(abs(q01), abs(q99), 1e-9):.0f} times q01 or q99)"
         for label, least, most, q01, q99 in zip(names, own["min"], own["max"], action["q01"], action["q99"])
@@ -44,6 +45,28 @@ def check_data(source: "Source") -> list[str]:
         )
         found.append(f"{name}: outliers in {', '.join(wide)}; {fate}. Are they real?")
     return found
+
+
+def check_places(source: "Source") -> list[str]:
+    """Dimensions that are taken for changes and follow the state, as positions of joints do: where a robot waits, a
+    change is 0, and that of a place is a motion."""
+    picked = np.unique(np.linspace(0, len(source.dataset) - 1, FOLLOWED).astype(int))
+    seen = [episode for episode in source.dataset.read(picked) if episode.state is not None]
+    if source.absolute_dims is not None or not seen or seen[0].state.shape[1] != source.action_dim:  # type: ignore[union-attr]
+        return []
+    actions, states = (np.concatenate([getattr(episode, what) for episode in seen]) for what in ("actions", "state"))
+    apart, range_ = abs(actions - states).mean(0), np.ptp(actions, axis=0)
+    alike = (apart < NEAR * range_) & (abs(actions).mean(0) > NEAR * range_)
+    relative = [dim for dim in range(source.action_dim) if not source.absolute[dim]]
+    places = [dim for dim in relative if alike[dim]]
+    if 2 * len(places) <= len(relative):
+        return []
+    listed = "all" if len(places) == len(relative) else ",".join(map(str, places))
+    return [
+        f"{source.name}: {', '.join(source.names[dim] for dim in places)} follow the state, as places do, and are "
+        "taken for changes: a robot that waits would be told 0, which is a motion then. Are they places? --absolute-dims "
+        f"{listed}, or none."
+    ]
 
 
 def check_rare(source: "Source") -> list[str]:

@@ -54,6 +54,26 @@ def test_what_looks_wrong_with_the_data(change, expected):
     assert expected in found and found.startswith("mine:")
 
 
+@pytest.mark.parametrize("places", [True, False])
+def test_positions_that_are_taken_for_changes(places):
+    """Of joint positions, as most arms record them, a guard's standstill would be all zeros: a motion."""
+    rng = np.random.default_rng(0)
+
+    def episode() -> dict:
+        joints = 0.5 + np.cumsum(rng.normal(size=(41, 6)), axis=0) * 0.03
+        actions = joints[1:] if places else np.diff(joints, axis=0)
+        return {"actions": actions, "state": joints[:-1], "instruction": "pick up the cup"}
+
+    made, options = PythonDataset([episode() for _ in range(5)], name="mine"), {"gripper_dims": "none", "held_out": 0}
+    found = check_data(open_source(made, **options))
+    assert [text.partition(" follow")[0] for text in found] == (
+        ["mine: " + ", ".join(action_names(6))] if places else []
+    )
+    assert all(text.endswith("--absolute-dims all, or none.") for text in found)
+    for said in ("all", "none"):
+        assert check_data(open_source(made, **options, absolute_dims=said)) == []
+
+
 def test_statistics_of_another_dataset():
     now = source().statistics["action"]
     assert check_statistics("mine", now, now) == []
