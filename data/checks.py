@@ -64,8 +64,8 @@ def check_places(source: "Source") -> list[str]:
     listed = "all" if len(places) == len(relative) else ",".join(map(str, places))
     return [
         f"{source.name}: {', '.join(source.names[dim] for dim in places)} follow the state, as places do, and are "
-        "taken for changes: a robot that waits would be told 0, which is a motion then. Are they places? --absolute-dims "
-        f"{listed}, or none."
+        "taken for changes: a robot that waits would be told 0, which is a motion then. Are they places? "
+        f"--absolute-dims {listed}, or none."
     ]
 
 
