@@ -15,9 +15,11 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers.models.llama import modeling_llama as llama
 
-from .llama_openvla import Layer, as_function, rotated
+from .llama_openvla import Layer, as_function, is_plain, rotated
+from .quantized_linear_openvla import Float8Linear, product_of_float8
 
 
+Weights = tuple[torch.Tensor, ...]  # (weight,), or (weight, scale) in fp8
 SHAPES = 256  # that a function is compiled for: two or three for each graph
 BACKEND = "inductor"
 
@@ -31,24 +33,25 @@ def why_not_compiled(language_model: Any) -> str:
             linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
         if type(mlp) is not llama.LlamaMLP or mlp.config.hidden_act != "silu":
             return "its MLP is not the one of Llama"
-        if any(as_function(module) is module or module.bias is not None for module in linears):
-            return "its linear layers are quantized, adapted, watched or have biases"
+        plain = all(as_function(module) is not module for module in linears)
+        if not (plain or all(is_float8(module) for module in linears)) or any(one.bias is not None for one in linears):
+            return "its linear layers are quantized to whole numbers, adapted, watched or have biases"
         if len({(module.weight.dtype, module.weight.device) for module in linears}) > 1:
             return "its weights are of several types or on several devices"
     return ""
 
 
 class CompiledLayer(Layer):
-    """A `Layer` of plain linear layers without biases. Its weights are moved in memory: parts of one tensor for all
-    products of the same input."""
+    """A `Layer` of plain linear layers without biases, or of such in fp8. Plain weights are moved in memory: parts of
+    one tensor for all products of the same input."""
 
     def __init__(self, layer: Any, cache: torch.Tensor):
         super().__init__(layer, cache)
         attention, mlp = layer.self_attn, layer.mlp
-        self.inputs = side_by_side([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.inputs = weights_of(attention.q_proj, attention.k_proj, attention.v_proj)
         self.widths = [part.out_features for part in (attention.q_proj, attention.k_proj, attention.v_proj)]
-        self.gate_up = side_by_side([mlp.gate_proj, mlp.up_proj])
-        self.output_weight, self.down_weight = attention.o_proj.weight.data, mlp.down_proj.weight.data
+        self.gate_up = weights_of(mlp.gate_proj, mlp.up_proj)
+        self.outputs, self.down = weights_of(attention.o_proj), weights_of(mlp.down_proj)
 
     def attention_inputs(self, hidden, cos, sin, last):
         before = self.before_attention
@@ -60,9 +63,8 @@ class CompiledLayer(Layer):
     def after_attention(self, hidden, attended):
         before = self.before_mlp
         return _compiled(_after_attention)(
-            hidden, attended, self.output_weight, before.weight.data, before.variance_epsilon, self.gate_up,
-            self.down_weight,
-        )  # fmt: skip
+            hidden, attended, self.outputs, before.weight.data, before.variance_epsilon, self.gate_up, self.down
+        )
 
 
 @contextmanager
@@ -73,6 +75,18 @@ def compiling() -> Iterator[None]:
     limit = "recompile_limit" if hasattr(dynamo_config, "recompile_limit") else "cache_size_limit"  # before torch 2.7
     with dynamo_config.patch({limit: SHAPES}):
         yield
+
+
+def is_float8(module: nn.Module) -> bool:
+    """Whether a layer multiplies floats of 8 bits, and nothing watches it."""
+    return type(module) is Float8Linear and module.is_fast(module.weight.device) and is_plain(module)
+
+
+def weights_of(*modules: Any) -> list[Weights]:
+    """What `_product` takes of some layers with the same input."""
+    if type(modules[0]) is Float8Linear:
+        return [(module.weight.data, module.scale) for module in modules]
+    return [(side_by_side(modules),)]
 
 
 def side_by_side(modules: Sequence[nn.Linear]) -> torch.Tensor:
@@ -120,17 +134,26 @@ def _rms_norm(hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tor
     return weight * values.to(hidden.dtype)
 
 
+def _product(values: torch.Tensor, weights: list[Weights], widths: Sequence[int]) -> Sequence[torch.Tensor]:
+    """(batch, n, in) -> (batch, n, width) for each of `widths`."""
+    if len(weights[0]) == 1:
+        return linear(values, weights[0][0]).split(widths, dim=-1)
+    rows = values.flatten(0, -2)
+    products = [product_of_float8(rows, weight, scale) for weight, scale in weights]
+    return [product.unflatten(0, values.shape[:-1]).to(values.dtype) for product in products]
+
+
 def _attention_inputs(
     hidden: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
     norm_weight: torch.Tensor,
     epsilon: float,
-    weights: torch.Tensor,
+    weights: list[Weights],
     widths: list[int],
     head_dim: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    projected = linear(_rms_norm(hidden, norm_weight, epsilon), weights).split(widths, dim=-1)
+    projected = _product(_rms_norm(hidden, norm_weight, epsilon), weights, widths)
     query, key, value = (part.unflatten(-1, (-1, head_dim)).transpose(1, 2) for part in projected)
     return rotated(query, cos, sin), rotated(key, cos, sin), value
 
@@ -138,15 +161,17 @@ def _attention_inputs(
 def _after_attention(
     hidden: torch.Tensor,
     attended: torch.Tensor,
-    output_weight: torch.Tensor,
+    outputs: list[Weights],
     norm_weight: torch.Tensor,
     epsilon: float,
-    gate_up: torch.Tensor,
-    down_weight: torch.Tensor,
+    gate_up: list[Weights],
+    down: list[Weights],
 ) -> torch.Tensor:
-    hidden = hidden + linear(attended.transpose(1, 2).flatten(2), output_weight)
-    gate, up = linear(_rms_norm(hidden, norm_weight, epsilon), gate_up).chunk(2, dim=-1)
-    return hidden + linear(nn.functional.silu(gate) * up, down_weight)
+    width = hidden.shape[-1]
+    hidden = hidden + _product(attended.transpose(1, 2).flatten(2), outputs, [width])[0]
+    rows = sum(len(weights[0]) for weights in gate_up)
+    gate, up = _product(_rms_norm(hidden, norm_weight, epsilon), gate_up, [rows // 2] * 2)
+    return hidden + _product(nn.functional.silu(gate) * up, down, [width])[0]
 
 
 __all__ = ["CompiledLayer", "compiling", "side_by_side", "why_not_compiled"]

@@ -111,7 +111,7 @@ def is_plain_llama(language_model: Any) -> bool:
     for layer in layers:
         modules += [layer, layer.self_attn, layer.input_layernorm, layer.post_attention_layernorm]
     kinds = {llama.LlamaForCausalLM, llama.LlamaModel, *LAYER}
-    return all(type(module) in kinds and _is_plain(module) for module in modules) and all(
+    return all(type(module) in kinds and is_plain(module) for module in modules) and all(
         layer.self_attn.config._attn_implementation in ("sdpa", "eager") for layer in layers
     )
 
@@ -120,7 +120,7 @@ LAYER = (llama.LlamaDecoderLayer, llama.LlamaAttention, llama.LlamaRMSNorm)
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # whose frequencies do not depend on the length of a sequence
 
 
-def _is_plain(module: nn.Module) -> bool:
+def is_plain(module: nn.Module) -> bool:
     """Whether a call of a module is its class's forward and no more."""
     if "forward" in module.__dict__ or module._forward_pre_hooks or module.__dict__.get("_compiled_call_impl"):
         return False
@@ -142,7 +142,7 @@ class Layer:
         )
         self.before_attention, self.before_mlp = layer.input_layernorm, layer.post_attention_layernorm
         self.mlp = mlp
-        if type(mlp) is llama.LlamaMLP and _is_plain(mlp):
+        if type(mlp) is llama.LlamaMLP and is_plain(mlp):
             gate, up, down = (as_function(getattr(mlp, name)) for name in ("gate_proj", "up_proj", "down_proj"))
             self.mlp = lambda hidden: down(mlp.act_fn(gate(hidden)) * up(hidden))
         self.head_dim, self.scaling = attention.head_dim, attention.scaling
@@ -194,7 +194,7 @@ class LlamaSteps:
         self.layers = [make_layer(layer, part[:, :batch]) for layer, part in zip(used, cache)]
         lm_head = language_model.lm_head
         self.logits: Callable[[torch.Tensor], torch.Tensor] = lambda hidden: lm_head(hidden)[..., first:end]
-        if type(lm_head) is nn.Linear and lm_head.bias is None and _is_plain(lm_head):
+        if type(lm_head) is nn.Linear and lm_head.bias is None and is_plain(lm_head):
             rows = lm_head.weight[first:end]
             self.logits = lambda hidden: functional.linear(hidden, rows)
         self.total = self.length + num_tokens - 1  # the last token is not read
@@ -263,7 +263,7 @@ class LlamaSteps:
 
 def as_function(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     """What a call of a linear layer does, without the way through the module where nothing happens on it."""
-    if type(module) is nn.Linear and _is_plain(module):
+    if type(module) is nn.Linear and is_plain(module):
         return partial(functional.linear, weight=module.weight, bias=module.bias)
     return module
 

@@ -287,11 +287,14 @@ class Float8Linear(QuantizedLinear):
         return (self.weight.float() * self.scale[:, None]).to(dtype)
 
     def multiply(self, rows):
-        whole_tiles = self.in_features % 16 == 0 and self.out_features % 16 == 0
-        if whole_tiles and multiplies_float8(rows.device):
-            return _product_of_float8(rows, self.weight, self.scale)
+        if self.is_fast(rows.device):
+            return product_of_float8(rows, self.weight, self.scale)
         kind = float_type(rows)
         return linear(rows.to(kind), self.dequantize(kind))
+
+    def is_fast(self, device: torch.device) -> bool:
+        """Whether its product is one of floats of 8 bits there."""
+        return self.in_features % 16 == 0 and self.out_features % 16 == 0 and multiplies_float8(device)
 
 
 def round_to_float8(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -302,7 +305,7 @@ def round_to_float8(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (rows / factor).to(FLOAT8), factor
 
 
-def _product_of_float8(rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def product_of_float8(rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """(rows, in) floats, (out, in) and (out,) -> (rows, out) bfloat16. Rows are filled up to a multiple of 16: torch
     asks for that of the other two sizes, cuBLAS refuses some numbers of rows."""
     count = len(rows)
@@ -323,7 +326,7 @@ def multiplies_float8(device: torch.device) -> bool:
     rows, weight = sizes[:3, None] - sizes % 7, sizes[:32, None] % 5 - sizes % 3
     small, factor = round_to_float8(weight)
     try:
-        product = _product_of_float8(rows, small, factor[:, 0]).float()
+        product = product_of_float8(rows, small, factor[:, 0]).float()
     except RuntimeError:
         return False
     return bool((product - rows @ weight.T).norm() < 0.05 * (rows @ weight.T).norm())

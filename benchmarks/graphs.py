@@ -20,6 +20,7 @@ from openvla import OpenVLAForActionPrediction
 from openvla.bench.subject import random_model
 from openvla.device import synchronize
 from openvla.graphs_openvla import _PREPARED, Snapshot, plain_decoding, without_graphs
+from openvla.policy import QUANTIZATIONS
 from openvla.quantization_openvla import OpenVLAQuantizationConfig, quantize_linears
 
 
@@ -111,7 +112,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", help="default: %(default)s")
     parser.add_argument("--batches", default="1", help="batch sizes, joined by commas; default: %(default)s")
     parser.add_argument("--compile", action="store_true", help="graphs of compiled kernels")
-    parser.add_argument("--bits", type=int, choices=[8, 4], help="weights of the language model of a preset")
+    parser.add_argument("--quantization", choices=["int8", "int4", "fp8"], help="of a preset")
     parser.add_argument("--rounds", type=int, default=12, help="predictions of each way; default: %(default)s")
     parser.add_argument("--output", type=Path, help="a JSON file for the figures")
     arguments = parser.parse_args()
@@ -119,8 +120,8 @@ def main() -> None:
     dtype = getattr(torch, arguments.dtype)
     if arguments.preset:
         model = random_model(arguments.preset, arguments.device, dtype)
-        if arguments.bits:
-            quantize_linears(model, OpenVLAQuantizationConfig(arguments.bits))
+        if arguments.quantization:
+            quantize_linears(model, OpenVLAQuantizationConfig(QUANTIZATIONS[arguments.quantization]["bits"]))
     else:
         model = OpenVLAForActionPrediction.from_pretrained(arguments.model, dtype=dtype).to(arguments.device).eval()
     cuda = arguments.device.startswith("cuda")

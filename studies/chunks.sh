@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
 # Four policies of the same demonstrations, samples and seeds, which differ in what one prediction is: one action or eight,
-# words or numbers, one camera or two and the state. studies/chunks.py compares them in the closed loop.
+# words or numbers, one camera or two and the state. All start from the policy of the package. Plans in the demonstrations
+# are late (--delay), as answers will be. studies/chunks.py compares them in the closed loop.
 #
 #     bash studies/chunks.sh outputs/chunks
 #     python studies/chunks.py docs/results/chunks --policies outputs/chunks
 #
-# Every command continues where it was stopped. POLICY=l1 trains that one alone, so that several machines can share.
+# Every command continues where it was stopped. POLICY=l1 trains that one alone, so that several machines can share;
+# PRECISION=float32 on a CPU without bfloat16.
 set -euo pipefail
 output=${1:-outputs/chunks}
 
-openvla record --tasks "${TASKS:-drawer-open-v3,push-v3,button-press-topdown-v3}" --episodes "${EPISODES:-150}" --noise 0.6 \
-    --after-success 2 --wrist --workers 2 --output "$output/demos"
-[ -f "$output/fresh/config.json" ] || python examples/fresh_policy.py "$output/fresh"
+openvla record --tasks "${TASKS:-drawer-open-v3,push-v3,button-press-topdown-v3}" --episodes "${EPISODES:-160}" --noise 0.2 \
+    --delay 4 --after-success 6 --wrist --workers "${WORKERS:-2}" --output "$output/demos"
 
 declare -A what=(
     [one]=""
@@ -21,8 +22,8 @@ declare -A what=(
 )
 for policy in ${POLICY:-one tokens l1 l1_wrist}; do
     # Without augmentation: camera, light and table are always the same.
-    openvla finetune --model "$output/fresh" --strategy full --dataset "$output/demos" --name metaworld --held-out 0.03 \
-        --no-image-aug --batch-size 64 --precision bf16 --optimizer muon --weight-decay 0.05 --learning-rate 2e-3 \
-        --schedule linear --warmup-steps 150 --steps "${STEPS:-2500}" --shuffle-buffer 20000 --workers 1 \
-        --save-every 500 --eval-every 500 --output "$output/$policy" --resume ${what[$policy]}
+    openvla finetune --strategy full --dataset "$output/demos" --name metaworld --held-out 0.03 \
+        --no-image-aug --batch-size 64 --precision "${PRECISION:-bf16}" --optimizer muon --weight-decay 0.05 \
+        --learning-rate 1.5e-3 --schedule linear --warmup-steps 50 --steps "${STEPS:-1600}" --shuffle-buffer 20000 \
+        --workers "${READERS:-1}" --save-every 400 --eval-every 400 --output "$output/$policy" --resume ${what[$policy]}
 done

@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 from test_graphs import CHANGES, Again, check, details, lora, recordings  # noqa: F401 - a fixture that is used by all
 from test_llama_openvla import new_model, prompts
 
-from openvla import compiled_openvla
+from openvla import compiled_openvla, quantized_linear_openvla
 from openvla.compiled_openvla import side_by_side
 from openvla.quantization_openvla import OpenVLAQuantizationConfig, quantize_linears
+from openvla.quantized_linear_openvla import round_to_float8
 
 
 @pytest.fixture(autouse=True)
@@ -116,6 +117,27 @@ def test_what_is_not_compiled_has_graphs_as_without(change, reason):
     assert not done.compiled and done.graphs and reason in done.reason
     if change is not bias:  # which torch cannot add
         check(model, plain, prompts(1), 7)
+
+
+def test_float8(monkeypatch):
+    """As on a GPU that multiplies such, with a product of the same roundings."""
+
+    def product(rows, weight, scale):
+        small, factor = round_to_float8(rows)
+        return ((small.float() * factor) @ (weight.float() * scale[:, None]).T).bfloat16()
+
+    for module in (quantized_linear_openvla, compiled_openvla):
+        monkeypatch.setattr(module, "product_of_float8", product)
+    monkeypatch.setattr(quantized_linear_openvla, "multiplies_float8", lambda device: True)
+    plain = new_model().to(torch.bfloat16)
+    quantize_linears(plain, OpenVLAQuantizationConfig("fp8"))
+    model, other = copy.deepcopy(plain), copy.deepcopy(plain)
+    prepared(model, prompt_buckets=[16])
+    other.prepare_for_inference(prompt_buckets=[16])
+    for seed in range(3):
+        found, expected = (details(one, prompts(1, seed)) for one in (model, other))
+        assert found.token_ids.tolist() == expected.token_ids.tolist()
+        assert found.token_probabilities.tolist() == expected.token_probabilities.tolist()
 
 
 def test_without_a_compiler(monkeypatch):
