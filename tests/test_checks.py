@@ -10,7 +10,7 @@ from openvla import OpenVLAConfig, OpenVLAProcessor
 from openvla.action_spec import action_names
 from openvla.data import PythonDataset
 from openvla.data.sources import open_source
-from openvla.training.checks import check_data, check_images, check_result, check_statistics
+from openvla.training.checks import check_cameras, check_data, check_images, check_result, check_statistics
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,6 +94,14 @@ def test_images_that_do_not_fit_the_towers():
     processor.image_processor.input_sizes[1] = [3, 384, 384]
     (found,) = check_images(processor, config)
     assert "384 px" in found
+
+
+def test_a_wrist_that_is_called_the_scene():
+    """Trained with --camera wrist_image, a model was shown the scene in evaluation, and nothing said so."""
+    (found,) = check_cameras("mine", "wrist_image", ["primary"])
+    assert "from the camera 'wrist_image', on the arm" in found and "--cameras wrist" in found
+    for camera, names in (("front", ["primary"]), (None, ["primary"]), ("wrist_image", ["wrist"])):
+        assert check_cameras("mine", camera, names) == []
 
 
 def test_actions_that_are_not_learned():

@@ -8,6 +8,7 @@ import numpy as np
 import timm
 
 from ..action_spec import action_names
+from ..cameras_openvla import find_cameras, view_of
 from ..configuration_openvla import OpenVLAConfig
 from ..data.checks import check_data
 from ..processing_openvla import OpenVLAProcessor
@@ -15,7 +16,7 @@ from ..processing_openvla import OpenVLAProcessor
 
 GOOD_L1 = 0.01  # normalized; half a bin is 0.004
 
-__all__ = ["check_data", "check_images", "check_result", "check_statistics"]
+__all__ = ["check_cameras", "check_data", "check_images", "check_result", "check_statistics"]
 
 
 class DivergedError(ValueError):
@@ -70,6 +71,29 @@ def check_images(processor: OpenVLAProcessor, config: OpenVLAConfig) -> list[str
                 f"{config.image_sizes[tower]} px."
             )
     return found
+
+
+def check_cameras(name: str, camera: str | None, camera_names: Sequence[str]) -> list[str]:
+    """Whether a view that the model calls the scene is one on the arm: nothing tells a robot or simulator of that.
+
+    Args:
+        camera: What was chosen for the view "primary", of the dataset `name`.
+    """
+    scene = next((view for view in camera_names if view_of(view) == "primary"), None)
+    if camera is None or scene is None or _view(camera) != "wrist":
+        return []
+    return [
+        f"{name}: the model learns from the camera '{camera}', on the arm, under the name of the scene ('{scene}'); "
+        "where it acts, that name is the camera that looks at the scene. Give --cameras wrist instead of --camera."
+    ]
+
+
+def _view(camera: str) -> str:
+    """Which view a camera is found for: "wrist" or "primary"."""
+    try:
+        return "wrist" if find_cameras([camera], ["wrist"]) else "primary"
+    except ValueError:
+        return "primary"
 
 
 def check_result(metrics: Mapping[str, float], names: Sequence[str]) -> list[str]:

@@ -26,7 +26,7 @@ from ..hub import config_of
 from ..options.training import FinetuneOptions
 from ..processing_openvla import OpenVLAProcessor
 from .checkpoints import starting_point, starting_processor
-from .checks import check_data, check_images, check_statistics
+from .checks import check_cameras, check_data, check_images, check_statistics
 from .resume import check_output
 from .step_cost import TEXT_TOKENS
 
@@ -85,6 +85,7 @@ class Run:
         """Where quality may be lost."""
         found = [warning for source in self.sources for warning in check_data(source)]
         for source in self.sources:
+            found += check_cameras(source.name, source.camera, self.config.camera_names)
             before = (self.config.norm_stats or {}).get(source.name)
             if before:
                 found += check_statistics(source.name, before["action"], source.statistics["action"], source.names)
