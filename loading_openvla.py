@@ -81,6 +81,7 @@ class OpenVLAPreTrainedModel(AdapterBelongings, ModelParts, PreTrainedModel):
         self._processor_is_set = False
         self._adapted_processor: tuple[dict | None, OpenVLAProcessor | None] = (None, None)
         self._hub_kwargs: dict[str, Any] = {}
+        self._source: str | None = None  # the folder it came from, wherever the process goes meanwhile
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -145,6 +146,8 @@ class OpenVLAPreTrainedModel(AdapterBelongings, ModelParts, PreTrainedModel):
         loaded = cls._load(name, *model_args, **kwargs) if oft is None else cls._load_oft(oft, name, hub, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model._hub_kwargs |= hub
+        if name is not None and (folder := local_folder(name)) is not None:
+            model._source = str(folder.resolve())
         keep_split_blocks_from_packing(model)
         _cast_unquantized(model)
         check_quantized(model, kwargs.get("quantization_config"), name)
@@ -186,7 +189,8 @@ class OpenVLAPreTrainedModel(AdapterBelongings, ModelParts, PreTrainedModel):
         model.name_or_path = model.config.name_or_path = os.fspath(name)
         model._hub_kwargs = {"action_head": model.config.action_head, "camera_names": model.config.camera_names}
         if base is not None:
-            model._hub_kwargs["base"] = base
+            of_base = local_folder(base)
+            model._hub_kwargs["base"] = base if of_base is None else of_base.resolve()
         if (oft.folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(oft.folder)
         return loaded
@@ -376,12 +380,13 @@ class OpenVLAPreTrainedModel(AdapterBelongings, ModelParts, PreTrainedModel):
         """The processor of the folder the model came from, loaded when first needed, with the pixels and prompt form of
         an active adapter; may be set."""
         if self._processor is None:
-            if not self.config.name_or_path:
+            source = self._source or self.config.name_or_path
+            if not source:
                 raise ValueError(
                     "The model was made from a config and knows no processor: set model.processor = "
                     "OpenVLAProcessor.from_pretrained(folder)."
                 )
-            processor = OpenVLAProcessor.from_pretrained(self.config.name_or_path, **self._hub_kwargs)
+            processor = OpenVLAProcessor.from_pretrained(source, **self._hub_kwargs)
             processor.check_fits(self.config)
             self._processor = processor
         if self._processor_is_set:

@@ -188,6 +188,15 @@ def test_whole_numbers_without_their_quantization(folder, tensors, dtype):
         load(folder)
 
 
+def test_a_model_knows_its_folder_wherever_the_process_goes(folder, tmp_path, monkeypatch):
+    """Its processor is loaded when it is first needed; another folder of the same name may be there then."""
+    monkeypatch.chdir(folder.parent)
+    model = load(folder.name)
+    (tmp_path / "elsewhere" / folder.name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert model.processor.tokenizer.vocab_size == 32000
+
+
 def test_shards_and_older_files(folder, tensors, tmp_path):
     model = load(folder)
     model.save_pretrained(tmp_path / "sharded", max_shard_size="1MB")
