@@ -10,12 +10,16 @@ import os
 import pickle
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import list_repo_files, snapshot_download
+from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError, safe_open
 
 from .choices_openvla import check_choice, closest
@@ -55,9 +59,27 @@ def oft_folder(name: str | os.PathLike, subfolder: str | None = None, **hub: Any
     hub = {key: value for key, value in hub.items() if key in HUB}
     within = f"{subfolder}/" if subfolder else ""
     if cached_file(os.fspath(name), within + ADAPTER_CONFIG, **QUIET, **hub) is None:
-        return None
+        config = cached_file(os.fspath(name), f"{within}config.json", **QUIET, **hub)
+        if config is None or not _has_parts(Path(config), os.fspath(name), within, hub):
+            return None
     wanted = [f"{within}{pattern}" for pattern in ("*.json", *(f"{part}--*.pt" for part in COMPONENTS))]
     return Path(snapshot_download(os.fspath(name), allow_patterns=wanted, **hub)) / within
+
+
+def _has_parts(config: Path, name: str, within: str, hub: Mapping[str, Any]) -> bool:
+    """Whether a Hub repository without an adapter holds parts beside its config.json, whose names nothing tells."""
+    if "action_head" in read_json(config):  # ours
+        return False
+    files = [file.name for file in config.parent.iterdir()]
+    if not hub.get("local_files_only"):
+        with suppress(OSError, HTTPError):  # without a network what is there has to do
+            files += _repository_files(name, hub.get("revision"), hub.get("token"))
+    return any(fnmatch(file, f"{place}{part}--*.pt") for file in files for part in COMPONENTS for place in {"", within})
+
+
+@lru_cache(maxsize=32)  # asked for several times by each loading
+def _repository_files(name: str, revision: str | None, token: str | bool | None) -> list[str]:
+    return list_repo_files(name, revision=revision, token=token)
 
 
 def with_weights(name: str | os.PathLike, folder: Path, **hub: Any) -> Path:

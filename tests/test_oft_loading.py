@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, BitsAndBytesConfig
 from typer.testing import CliRunner
 
-from openvla import OpenVLAConfig, OpenVLAForActionPrediction, OpenVLAProcessor
+from openvla import OpenVLAConfig, OpenVLAForActionPrediction, OpenVLAProcessor, oft_openvla
 from openvla.cli import app
 from openvla.conversion import convert_oft_checkpoint, package_checkpoint
 from openvla.evaluation.evaluate import evaluate
@@ -85,6 +85,33 @@ def test_the_configuration_follows_from_the_parts(saved, variant):
     config = OpenVLAConfig.from_pretrained(saved / variant, **given(variant, saved))
     assert tuple(getattr(config, field) for field in FIELDS) == EXPECTED[variant]
     assert config.constant_state == "clip"
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["in the cache", "named by the Hub"])
+def test_a_hub_repository_without_its_adapter(saved, tmp_path, monkeypatch, there):
+    """The merged weights are all that a model needs, and many publish no more: it was taken for an ordinary one."""
+    repository = tmp_path / "models--somebody--oft"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    shutil.copytree(saved / "libero-l1", snapshot, ignore=shutil.ignore_patterns("lora_adapter"))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    names = [path.name for path in snapshot.iterdir()]
+    if not there:
+        (part,) = snapshot.glob("action_head--*.pt")
+        content = part.read_bytes()
+        part.unlink()
+
+        def download(*_, **__):
+            part.write_bytes(content)
+            return str(snapshot)
+
+        monkeypatch.setattr(oft_openvla, "list_repo_files", lambda *_, **__: names)
+        monkeypatch.setattr(oft_openvla, "snapshot_download", download)
+        oft_openvla._repository_files.cache_clear()
+    options = {"cache_dir": tmp_path, "timm_model_kwargs": TIMM, "dtype": torch.float32}
+    model = OpenVLAForActionPrediction.from_pretrained("somebody/oft", **options)
+    np.testing.assert_allclose(act(model.eval()), act(load_oft("libero-l1", saved)), atol=1e-5)
+    oft_openvla._repository_files.cache_clear()
 
 
 def test_what_no_file_says_can_be_given(saved):
