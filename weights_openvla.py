@@ -7,6 +7,7 @@ with random parts still moves the arm: here both are errors that say what happen
 import os
 import zipfile
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,24 +58,37 @@ def find_weight_files(folder: Path, names: Iterable[str] = WEIGHTS_FILES) -> lis
 
     Raises:
         FileNotFoundError: If a shard that the index names is missing.
-        ValueError: If the index is damaged.
+        ValueError: If the index is damaged, or there are weights in one file and in several.
     """
     for name in names:
-        if (folder / name).is_file():
-            return [folder / name]
-        index = folder / f"{name}.index.json"
+        single, index = folder / name, folder / f"{name}.index.json"
+        if single.is_file():
+            shards = []
+            with suppress(ValueError):  # a damaged index is not needed
+                shards = _shards(index) if index.is_file() else []
+            if shards and single not in shards and all(file.is_file() for file in shards):
+                raise ValueError(
+                    f"'{folder}' holds weights twice, in {name} and in {shards[0].name}, ...: one of the two is older, "
+                    f"and the library would take {name}. Remove the older ones."
+                )
+            return [single]
         if index.is_file():
-            shards = read_json(index).get("weight_map")
-            if not isinstance(shards, Mapping) or not shards:
-                raise ValueError(f"'{index}' has no weight_map: it was damaged, copy or download it again.")
-            files = [folder / str(shard) for shard in sorted(set(shards.values()))]
-            missing = [file.name for file in files if not file.is_file()]
+            shards = _shards(index)
+            missing = [file.name for file in shards if not file.is_file()]
             if missing:
                 raise FileNotFoundError(
                     f"'{folder}' lacks {', '.join(missing)}, which its {index.name} names: copy or download them, too."
                 )
-            return files
+            return shards
     return []
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names, in order; a `ValueError` if it is damaged."""
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, Mapping) or not shards:
+        raise ValueError(f"'{index}' has no weight_map: it was damaged, copy or download it again.")
+    return [index.parent / str(shard) for shard in sorted(set(shards.values()))]
 
 
 def check_weight_file(file: Path, whole_numbers: bool = False) -> None:

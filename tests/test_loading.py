@@ -202,6 +202,10 @@ def test_shards_and_older_files(folder, tensors, tmp_path):
     model.save_pretrained(tmp_path / "sharded", max_shard_size="1MB")
     shards = sorted((tmp_path / "sharded").glob("*.safetensors"))
     assert len(shards) > 1 and load(tmp_path / "sharded").num_parameters() == model.num_parameters()
+    (tmp_path / "sharded" / "model.safetensors").symlink_to(folder / "model.safetensors")  # of another training
+    with pytest.raises(ValueError, match="holds weights twice.*Remove the older ones"):
+        load(tmp_path / "sharded")
+    (tmp_path / "sharded" / "model.safetensors").unlink()
     content = shards[1].read_bytes()
     shards[1].write_text(LFS_POINTER)
     with pytest.raises(ValueError, match=f"{shards[1].name}' is a Git LFS pointer"):
