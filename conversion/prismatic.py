@@ -1,6 +1,7 @@
 """Checkpoints of the original's training code <-> Hub folders."""
 
 import os
+import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -119,6 +120,12 @@ def convert_prismatic_checkpoint(
 
     config.dtype = dtype
     processor = OpenVLAProcessor(image_processor_of(config), fast_tokenizer, prompt_template_of(config.to_dict()))
+    if not config.llm_backbone_id.endswith("-pure") and not config.llm_backbone_id.startswith("vicuna"):
+        warnings.warn(
+            f"The original trains {config.llm_backbone_id} with a prompt form of its own, which is not known here: "
+            f"processor_config.json of '{output}' has {processor.prompt_template!r}. Replace its prompt_template.",
+            stacklevel=2,
+        )
     if saw_crops(run):
         processor = processor.with_pixels(**PIXELS["libero"])
     output = Path(output)

@@ -153,6 +153,13 @@ def test_pixels_of_a_run_with_random_crops(tiny, tmp_path, run):
         assert (images.resize_filter, images.center_crop) == ("lanczos3" if crop else None, crop)
 
 
+def test_prompts_that_are_not_known_are_said(tiny, tmp_path, run):
+    config = tiny.config()
+    config.llm_backbone_id = "llama2-7b-chat"
+    with pytest.warns(UserWarning, match="llama2-7b-chat with a prompt form of its own.*Replace its prompt_template"):
+        convert(run, tmp_path / "chat", tiny, config=config)
+
+
 def test_bfloat16_shards(tiny, tmp_path):
     folder = convert(write_run(tmp_path / "run", tiny), tmp_path / "out", tiny, dtype="bfloat16", max_shard_size="4MB")
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
