@@ -105,7 +105,7 @@ def find_oft(folder: Path | None, action_head: str | None = None) -> "OFTFolder 
             nothing that tells it from an ordinary OpenVLA model.
 
     Raises:
-        ValueError: If there are several files for one part, parts and no head while `action_head` is None, or
+        ValueError: If there are several files for one part, parts of several steps, parts and no head while `action_head` is None, or
             `action_head` is not that of a folder of this package.
     """
     config = None if folder is None else folder / "config.json"
@@ -121,6 +121,12 @@ def find_oft(folder: Path | None, action_head: str | None = None) -> "OFTFolder 
             )
         if found:
             files[part] = found[0]
+    steps = {file.name.partition("--")[2] for file in files.values()} - {"latest_checkpoint.pt"}
+    if len(steps) > 1:
+        raise ValueError(
+            f"'{folder}' holds parts of several steps of a training ({', '.join(file.name for file in files.values())}): "
+            "take all of the step that the weights are of."
+        )
     if "action_head" in files:
         return OFTFolder(folder, files)
     if action_head == "parallel_tokens" and (config.is_file() or (folder / ADAPTER_CONFIG).is_file()):

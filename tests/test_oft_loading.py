@@ -250,6 +250,8 @@ def test_two_files_of_one_part(broken):
     refused(folder, "2 files for action_head .action_head--150000_checkpoint.pt, action_head--latest_checkpoint.pt")
     (folder / "action_head--150000_checkpoint.pt").unlink()
     assert OpenVLAConfig.from_pretrained(folder).action_head == "l1_regression"  # "latest" is a step as well
+    (folder / "action_head--latest_checkpoint.pt").rename(folder / "action_head--50000_checkpoint.pt")
+    refused(folder, "parts of several steps.*action_head--50000.*proprio_projector--150000")
 
 
 @pytest.mark.parametrize("part", ["action_head", "proprio_projector"])
