@@ -105,8 +105,8 @@ def find_oft(folder: Path | None, action_head: str | None = None) -> "OFTFolder 
             nothing that tells it from an ordinary OpenVLA model.
 
     Raises:
-        ValueError: If there are several files for one part, parts of several steps, parts and no head while `action_head` is None, or
-            `action_head` is not that of a folder of this package.
+        ValueError: If there are several files for one part, parts of several steps, parts and no head while
+            `action_head` is None, or `action_head` is not that of a folder of this package.
     """
     config = None if folder is None else folder / "config.json"
     if folder is None or config is None or (config.is_file() and "action_head" in read_json(config)):  # ours
@@ -123,9 +123,10 @@ def find_oft(folder: Path | None, action_head: str | None = None) -> "OFTFolder 
             files[part] = found[0]
     steps = {file.name.partition("--")[2] for file in files.values()} - {"latest_checkpoint.pt"}
     if len(steps) > 1:
+        names = ", ".join(file.name for file in files.values())
         raise ValueError(
-            f"'{folder}' holds parts of several steps of a training ({', '.join(file.name for file in files.values())}): "
-            "take all of the step that the weights are of."
+            f"'{folder}' holds parts of several steps of a training ({names}): take all of the step that the weights "
+            "are of."
         )
     if "action_head" in files:
         return OFTFolder(folder, files)
