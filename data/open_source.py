@@ -11,6 +11,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from ..action_spec import spec_of
 from ..action_tokenizer import check_statistics, read_statistics
 from ..choices_openvla import check_choice, closest
 from ..configuration_openvla import UNITS
@@ -75,6 +76,7 @@ def open_source(
         gripper: Convention of the data, one of `GRIPPERS`.
         standardize: "auto" (RLDS datasets whose name is in `STANDARDIZE`), None or "none", or a name in it.
         statistics: A dataset_statistics.json or its content, or the statistics of this dataset, instead of its own.
+            What it says of the meaning of the actions (`action_spec`) counts where options and recording say nothing.
         mask: (A,) which dimensions are scaled, also as text ("1,1,1,1,1,1,0"). Default: all but grippers in [0, 1].
         gripper_dims: Which dimensions are grippers, counted from 0, also as text ("6,13"; "none": there is none).
             Default: those that the recording names so; else the last, and of 14 or 16 (two arms) that of the
@@ -133,6 +135,10 @@ def open_source(
                     "needs: take those of `openvla stats`, or leave it out."
                 )
     survey = _survey(recording, scaled, given, normalization, cache, progress)
+    meaning = spec_of({recording.name: given}, recording.name) if given and "action_spec" in given else None
+    places = parse_absolute(absolute_dims)
+    if meaning is not None and places is None:
+        places = tuple(dim for dim, relative in enumerate(meaning.relative) if not relative)
     source = Source(
         name=recording.name,
         dataset=recording.train,
@@ -149,10 +155,10 @@ def open_source(
         gripper_dims=recording.gripper_dims,
         recorded_names=recording.action_names,
         state_names=recording.state_names,
-        absolute_dims=parse_absolute(absolute_dims),
-        frame=frame,
-        unit=unit,
-        hz=recording.hz if hz is None else float(hz),
+        absolute_dims=places,
+        frame=meaning.frame if meaning and frame is None else frame,
+        unit=meaning.unit if meaning and unit is None else unit,
+        hz=float(hz) if hz is not None else recording.hz or (meaning.hz if meaning else None),
         mask_given=scaled is not None,
         action_chunk=action_chunk,
         chunk_end=chunk_end,

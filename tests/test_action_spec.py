@@ -130,3 +130,17 @@ def test_data_say_what_their_actions_mean():
     assert statistics_with_spec(source)["action_spec"] == spec.to_dict()
     with pytest.raises(ValueError, match="absolute_dims='x'"):
         open_source(DEMOS / "lerobot_image", absolute_dims="x")
+
+
+def test_statistics_that_are_given_bring_their_meaning():
+    """`openvla stats --absolute-dims all` and `finetune --statistics` made changes of places again."""
+    said = {"absolute_dims": "all", "unit": "radians", "frame": "joints"}
+    given = statistics_with_spec(open_source(DEMOS / "hdf5", **said, hz=7))
+    taken = open_source(DEMOS / "hdf5", statistics=given).action_spec
+    assert not any(taken.relative) and (taken.unit, taken.frame, taken.hz) == ("radians", "joints", 7.0)
+    other = open_source(DEMOS / "hdf5", statistics=given, absolute_dims="none", unit="degrees", hz=5).action_spec
+    assert other.relative == (True,) * 6 + (False,) and (other.unit, other.frame, other.hz) == (
+        "degrees",
+        "joints",
+        5.0,
+    )
