@@ -210,6 +210,13 @@ def test_what_a_run_was_begun_with_has_to_be_the_same(dataset, tmp_path):
     assert names(tmp_path / "run") == ["checkpoint-1", "checkpoint-2"]
 
 
+def test_options_of_python_are_those_that_were_written_down(dataset, tmp_path):
+    given = {"cameras": ("agentview_rgb",), "gripper_dims": (6,)}  # lists in a file
+    finetune(options(tmp_path / "run", dataset, steps=1, **given))
+    finetune(options(tmp_path / "run", dataset, **given), resume=True)
+    assert names(tmp_path / "run") == ["checkpoint-1", "checkpoint-2"]
+
+
 def test_a_mixture_that_was_edited_is_not_continued(dataset, tmp_path):
     """Weights and cameras of its datasets stand in a file, whose name alone was compared."""
     demos(dataset.with_name("lift_the_cup_demo.hdf5"))

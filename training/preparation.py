@@ -212,6 +212,8 @@ def proprio_dim(options: FinetuneOptions, sources: Sequence[Source], config: Ope
     for name, dim in dims.items():
         if not dim or dim != expected:
             found = f"states of {dim} numbers" if dim else "no states (--state-key names them), or not in every episode"
+            if not dim and options.statistics is not None:
+                found += ", or the statistics given have none of them"
             raise ValueError(f"The model is to see the state, and '{name}' has {found}; expected {expected or 'some'}.")
     return expected
 

@@ -220,7 +220,8 @@ def check_begun(
     """
     before, _ = read_settings(output / STARTED)
     before |= {name: value for name, value in unsaid.items() if before.get(name) is None}
-    same = {name: value for name, value in asdict(options).items() if before.get(name) == value}
+    given, now = (json.loads(json.dumps(each, default=str)) for each in (asdict(options), now))  # tuples are lists
+    same = {name: value for name, value in given.items() if before.get(name) == value}
     changed = differences(before, {**now, **same})
     files: Mapping[str, Any] = now["data_digests"]
     known: Mapping[str, Any] = before.get("data_digests", files)  # runs of older versions have none
