@@ -69,7 +69,9 @@ def record_episode(
     """
     generator, dims = np.random.default_rng([seed, zlib.crc32(task.encode())]), action_spec_of(environment).action_dim
     observation = environment.reset(seed, task, variation)
-    texts = environment.instructions(task) if paraphrases else (observation.instruction,)
+    texts = environment.instructions(task) if paraphrases else ()
+    if observation.instruction not in texts:  # a variation that words the task itself
+        texts = (observation.instruction,)
     instruction = texts[generator.integers(len(texts))]
     images: dict[str, list[bytes]] = {camera: [] for camera in observation.images}
     states: list[np.ndarray] = []

@@ -239,6 +239,12 @@ def test_paraphrases_are_drawn_by_the_seed():
     texts = [record_episode(Point(), "go", seed, paraphrases=True).instruction for seed in range(10_000, 10_030)]
     assert set(texts) == set(Point().instructions("go"))
 
+    class Reworded(Point):
+        def reset(self, seed, task, variation=""):
+            return replace(super().reset(seed, task), instruction="unheard words")
+
+    assert record_episode(Reworded(), "go", 10_000, paraphrases=True).instruction == "unheard words"
+
 
 def test_a_failed_attempt_is_counted_and_the_next_seed_tried(tmp_path, monkeypatch):
     assert record_episode(Point(), "go", 3) is None
