@@ -35,7 +35,7 @@ def why_not_compiled(language_model: Any) -> str:
             return "its MLP is not the one of Llama"
         plain = all(as_function(module) is not module for module in linears)
         if not (plain or all(is_float8(module) for module in linears)) or any(one.bias is not None for one in linears):
-            return "its linear layers are quantized to whole numbers, adapted, watched or have biases"
+            return "its linear layers are quantized, adapted, watched or have biases"
         if len({(module.weight.dtype, module.weight.device) for module in linears}) > 1:
             return "its weights are of several types or on several devices"
     return ""

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -119,15 +118,16 @@ class GraphSteps:
             graph_steps[:] = [LlamaSteps(model.language_model, prefix, num_tokens, token_range, cache, make_layer)]
             return graph_steps[0].prefill(self.answers[:, : num_tokens - 1]), finite
 
-        def read_answers(begin: int, count: int) -> tuple[torch.Tensor, ...]:
-            return (graph_steps[0].step(self.answers[:, begin : begin + count], begin),)
+        def read_answers() -> tuple[torch.Tensor, ...]:
+            return (graph_steps[0].step(self.answers, 0),)
 
         self.prefilling = self.record(read_all)
+        self.stepping = self.record(read_answers) if num_tokens > 1 else None
         self.finite = self.prefilling.outputs[1]
-        places = [(0, num_tokens - 1)] if num_tokens > 1 else []
-        if num_tokens > 2 and any(isinstance(module, Int4Linear) for module in every_module(model.language_model)):
-            places += [(begin, 1) for begin in range(num_tokens - 1)]  # its kernel takes twice as long for a few rows
-        self.stepping = {place: self.record(partial(read_answers, *place)) for place in places}
+        # Recordings know addresses and hold nothing: memory that is let go of here is given to other tensors, and both
+        # write over each other.
+        steps = graph_steps[0]
+        self.held = (cache, steps.cos, steps.sin, steps.padding, steps.mask)
 
     def fill(
         self, inputs: ModelInputs, input_ids: torch.Tensor, mask: torch.Tensor | None, patches: np.ndarray
@@ -150,11 +150,10 @@ class GraphSteps:
         return self.prefilling.outputs[0][:, : 1 + count].clone()
 
     def step(self, token_ids: torch.Tensor, begin: int) -> torch.Tensor:
-        count = token_ids.shape[1]
-        self.answers[:, begin : begin + count] = token_ids
-        place = (begin, count) if (begin, count) in self.stepping else (0, self.num_tokens - 1)
-        self.stepping[place].replay()
-        return self.stepping[place].outputs[0][:, begin - place[0] :][:, :count].clone()
+        assert self.stepping is not None  # there is more than one token
+        self.answers[:, begin : begin + token_ids.shape[1]] = token_ids
+        self.stepping.replay()
+        return self.stepping.outputs[0][:, begin : begin + token_ids.shape[1]].clone()
 
 
 @dataclass
@@ -268,6 +267,8 @@ def prepare(
         reason = f"action_head='{model.config.action_head}' predicts in one pass"
     elif not is_plain_llama(model.language_model):
         reason = "the language model has the library's own steps"
+    elif any(isinstance(module, Int4Linear) for module in every_module(model.language_model)):
+        reason = "with weights of 4 bits they failed (misaligned address; torch 2.11, an H200)"
     else:
         pool, longest = pool_of(model.language_model), max(prompt_buckets) + model.num_patches + num_tokens
         most = model.config.text_config.max_position_embeddings

@@ -213,15 +213,16 @@ class LlamaSteps:
 
     @property
     def mask(self) -> torch.Tensor:
-        """(batch or 1, 1, total, total): what is added to the weights of attention, for who does not see whom."""
+        """(batch or 1, 1, total, total): who sees whom, as the attention of the model takes it."""
         if self._mask is None:
             mask = torch.ones(self.total, self.total, dtype=torch.bool, device=self.cos.device).tril()[None, None]
             if self.padding is not None:  # which sees itself: the softmax of nothing is NaN
                 own = torch.eye(self.total, dtype=torch.bool, device=mask.device)
                 mask = mask & self.padding.bool()[:, None, None] | own
-            least = torch.finfo(self.cos.dtype).min if self.layers[0].eager else -torch.inf
-            # Of True and False torch makes the same numbers, in every layer again.
-            self._mask = torch.zeros_like(mask, dtype=self.cos.dtype).masked_fill(~mask, least)
+            if self.layers[0].eager:
+                least = torch.finfo(self.cos.dtype).min
+                mask = torch.zeros_like(mask, dtype=self.cos.dtype).masked_fill(~mask, least)
+            self._mask = mask
         return self._mask
 
     def prefill(self, token_ids: torch.Tensor | None = None) -> torch.Tensor:

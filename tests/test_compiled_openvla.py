@@ -95,7 +95,7 @@ def test_weights_still_learn_and_move():
 
 
 def quantized(model):
-    quantize_linears(model, OpenVLAQuantizationConfig(4))
+    quantize_linears(model, OpenVLAQuantizationConfig("fp8"))
 
 
 def bias(model):

@@ -10,6 +10,10 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from test_llama_openvla import new_model, prompts
+from torch import is_tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from openvla.graphs_openvla import GraphSteps, Preparation
 from openvla.llama_openvla import _POOLS
@@ -179,6 +183,58 @@ def test_what_is_not_finite_is_no_action(plain):
         model.language_model.model.layers[0].mlp.down_proj.weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match="NaN or infinite"):
         model.predict_action(**prompts(1))
+
+
+class Forgetful:
+    """As a graph of a GPU: it has addresses, and holds nothing but its outputs."""
+
+    used: list[StorageWeakRef] = []
+
+    def __init__(self, function):
+        function()  # as there, to warm up
+        with Storages() as seen:
+            self.outputs = function()
+        Forgetful.used += [reference for reference in seen.read if reference.cdata not in seen.made]
+
+    def replay(self):
+        raise AssertionError("there is nothing to run")
+
+
+class Storages(TorchDispatchMode):
+    """The memory that operations read, and that they make."""
+
+    def __init__(self):
+        super().__init__()
+        self.read: list[StorageWeakRef] = []
+        self.made: set[int] = set()
+        self.all: list[StorageWeakRef] = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        given = [
+            StorageWeakRef(value.untyped_storage()) for value in tree_leaves((arguments, options)) if is_tensor(value)
+        ]
+        found = function(*arguments, **(options or {}))
+        self.read += [reference for reference in given if reference.cdata not in self.made]
+        known = {reference.cdata for reference in given}
+        made = [StorageWeakRef(value.untyped_storage()) for value in tree_leaves(found) if is_tensor(value)]
+        self.made |= {reference.cdata for reference in made if reference.cdata not in known}
+        self.all += made  # an address that is let go of would be another's
+        return found
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_memory_that_graphs_use_is_not_given_to_others(monkeypatch, compile):
+    """What a recording reads or writes from outside of it is there as long as the graphs are: no name that ended with
+    the recording holds it alone. The second graph reads what the first has made."""
+    monkeypatch.setattr("openvla.compiled_openvla._compiled", lambda function: function)
+    monkeypatch.setattr(GraphSteps, "record", Forgetful)
+    monkeypatch.setattr(Forgetful, "used", [])
+    model = new_model(proprio_dim=3)
+    model.norm_stats[next(iter(model.norm_stats))]["proprio"] = {"q01": [-1.0] * 3, "q99": [1.0] * 3}
+    done = model.prepare_for_inference(compile=compile)
+    assert done.graphs and done.compiled == compile
+    assert len({reference.cdata for reference in Forgetful.used}) > 20
+    assert not [reference for reference in Forgetful.used if reference.expired()]
 
 
 def test_without_graphs(monkeypatch, plain):
