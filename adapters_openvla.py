@@ -8,6 +8,7 @@ adapter's folder but what stands in adapter_config.json; there, under the free `
 """
 
 import os
+import re
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -15,10 +16,11 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers.utils import cached_file
 
 from .action_tokenizer import check_statistics, read_statistics
-from .files_openvla import QUIET, cache_folder, local_folder, read_json, weights_digest
+from .files_openvla import QUIET, cache_folder, check_file, local_folder, read_json, weights_digest
 from .image_processing_openvla import OpenVLAImageProcessor
 from .modules_openvla import every_module
 from .parts_openvla import PARTS, asks_for_parts
@@ -32,6 +34,7 @@ ADAPTER = "adapter_config.json"
 OF_MODEL = ("action_chunk", "camera_names", "normalization", "constant_state")
 EMBEDDED_POLICY = "embedded policy"  # the name of the base that comes with the package
 PACKAGE = Path(__file__).resolve().parent
+NAMELESS = re.compile(r"\.lora_(embedding_)?[AB](\.weight|\.bias)?$")  # of an adapter's tensors as they are stored
 
 
 # What belongs to an adapter -------------------------------------------------------------------------------------------
@@ -70,6 +73,25 @@ def read_belongings(adapter: str | os.PathLike, **hub: Any) -> dict[str, Any]:
     if images := found.get("processor", {}).get("image_processor"):
         images |= pixels_of_older_run(Path(config).parent, images)
     return found
+
+
+def adapter_names(adapter: str | os.PathLike, hub: Mapping[str, Any]) -> list[str] | None:
+    """Names of the tensors of an adapter, a folder or Hub id; None where it is not stored as safetensors."""
+    hub = {name: value for name, value in hub.items() if name in HUB_KWARGS}
+    file = cached_file(os.fspath(adapter), "adapter_model.safetensors", **QUIET, **hub)
+    if file is None:
+        return None
+    with safe_open(check_file(file, "weights file of the adapter"), framework="pt") as stored:
+        return list(stored.keys())
+
+
+def with_adapter_name(names: Iterable[str], adapter: str) -> list[str]:
+    """Names of stored tensors as a model has them: X.lora_A.weight is X.lora_A.NAME.weight there."""
+    own = (name.removeprefix("base_model.model.").removeprefix("model.") for name in names)
+    return [
+        re.sub(r"(\.lora_\w+)", rf"\1.{adapter}", name, count=1) if f".{adapter}." not in f"{name}." else name
+        for name in own
+    ]
 
 
 def of_processor(content: dict[str, Any]) -> dict[str, Any]:
@@ -374,17 +396,40 @@ class AdapterBelongings:
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         # torch calls it of every module whose weights are loaded: PEFT loads those of an adapter in this way.
         configs = self.__dict__.get("_peft_config") or {}
+        # PEFT gives the name of the adapter to tensors of layers that it knows only.
+        strange = [key for key in state_dict if NAMELESS.search(key)] if configs else []
         for name, config in configs.items():
             loaded = {key: value for key, value in state_dict.items() if f".{name}." in f"{key}."}
-            if not loaded:
+            if not loaded and not (strange and name == list(configs)[-1]):
                 continue
             _check_filled(name, loaded.values())
+            self._check_complete(name, [key.removeprefix(prefix) for key in (*loaded, *strange)])
             if getattr(config, "_openvla_loaded", False) and config.inference_mode and self._differ(loaded, prefix):
                 _forget(config, f"Other weights were loaded under the name of the adapter '{name}'")
             config._openvla_loaded = True
         if configs:
             self._tuner_layers()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[misc]
+
+    def _check_complete(self, name: str, loaded: Iterable[str]) -> None:
+        """Raise a `ValueError` if the weights that were loaded for an adapter are not those that it has here: the
+        libraries warn of what is missing at the most, and a layer without its weights does nothing."""
+        own = {key for key, _ in self.named_parameters() if ".lora_" in key and f".{name}." in f"{key}."}  # type: ignore
+        found = {key for key in loaded if ".lora_" in key}
+        problems = [
+            f"{len(keys)} {problem}: {', '.join(sorted(keys)[:3])}{', ...' if len(keys) > 3 else ''}"
+            for problem, keys in (("missing", own - found), ("that the model does not have", found - own))
+            if keys
+        ]
+        if problems:
+            why = f"The weights of the adapter '{name}' are not those of its adapter_config.json on this base"
+            config = self.__dict__["_peft_config"][name]
+            _forget(config, why)
+            config._openvla_loaded = True
+            raise ValueError(
+                f"{why}. Tensors {'; '.join(problems)}. Is it an adapter of another base, or was it saved under other "
+                "names or cut off?"
+            )
 
     def _differ(self, loaded: Mapping[str, torch.Tensor], prefix: str) -> bool:
         own = dict(self.named_parameters())  # type: ignore[attr-defined]

@@ -21,11 +21,13 @@ from .adapters_openvla import (
     KEY,
     OF_MODEL,
     AdapterBelongings,
+    adapter_names,
     belongings,
     check_base,
     find_adapter,
     find_base,
     read_belongings,
+    with_adapter_name,
     with_belongings,
 )
 from .choices_openvla import closest
@@ -329,7 +331,12 @@ class OpenVLAPreTrainedModel(AdapterBelongings, ModelParts, PreTrainedModel):
         if brought.get("model") and peft_model_id is not None:
             parts = cached_file(peft_model_id, PARTS_FILE, **QUIET, **hub)
             self.load_parts(Path(parts).parent if parts else peft_model_id, brought["model"], owner=None)
+        stored = kwargs.get("adapter_state_dict")
+        if stored is None and peft_model_id is not None:
+            stored = adapter_names(peft_model_id, hub)
         loaded = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
+        if stored is not None:
+            self._check_complete(adapter_name or "default", with_adapter_name(stored, adapter_name or "default"))
         if "_parts_owner" in self.__dict__ and self.__dict__["_parts_owner"] is None:
             self.__dict__["_parts_owner"] = adapter_name or "default"
             for field in OF_MODEL:  # without it its parts predict nothing: the config says what they do

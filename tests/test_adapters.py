@@ -265,6 +265,36 @@ def test_adapters_that_were_never_filled(place):
             load()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda names: {name: name.replace("projector", "connector") for name in names}, "missing.*does not have"),
+        (lambda names: {name: name.replace(".model.", ".model.policy.") for name in names}, "missing.*does not have"),
+        (lambda names: {name: name for name in names if "projector" not in name}, r"\d missing: projector"),
+        (lambda names: {name: name for name in names if "lora_A" in name}, r"missing: .*lora_B"),
+    ],
+    ids=["of another base", "under a prefix", "of a part", "half of each"],
+)
+def test_weights_of_an_adapter_that_do_not_fit(place, change, message):
+    """The libraries leave layers without weights as they are, and pass over others: the base would act."""
+    file = place / "run" / "adapter_model.safetensors"
+    weights = load_file(file)
+    save_file({new: weights[old] for old, new in change(weights).items()}, file, metadata={"format": "pt"})
+    base = OpenVLAForActionPrediction.from_pretrained(place / "base")
+    for load in (
+        lambda: OpenVLAForActionPrediction.from_pretrained(place / "run"),
+        lambda: base.load_adapter(str(place / "run")),
+        lambda: peft.PeftModel.from_pretrained(
+            OpenVLAForActionPrediction.from_pretrained(place / "base"), place / "run"
+        ),
+        lambda: merge_adapter(place / "run", place / "merged"),
+    ):
+        with pytest.raises(ValueError, match=f"adapter 'default' are not those of its adapter_config.json.*{message}"):
+            load()
+    with pytest.raises(ValueError, match="are not those of its adapter_config.json"):  # nor does it act later
+        act(base)
+
+
 def test_statistics_that_are_given_count_for_an_adapter(place):
     own = {"own": {"action": {"q01": [-2.0] * 7, "q99": [2.0] * 7}}}
     model = OpenVLAForActionPrediction.from_pretrained(place / "run", norm_stats=own)
