@@ -51,17 +51,21 @@ class Preparation:
 
 
 class CudaGraph:
-    """A recording of what a function does on the device; `outputs` are written again by each `replay`."""
+    """A recording of what a function does on the device; `outputs` are written again by each `replay`.
 
-    def __init__(self, function: Callable[[], tuple[torch.Tensor, ...]]):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+    Args:
+        stream: Of graphs that are let go of together. A graph that ends takes with it the working memory of cuBLAS of
+            its stream, which others recorded there still use (pytorch#193402): torch's default is one stream for all.
+    """
+
+    def __init__(self, function: Callable[[], tuple[torch.Tensor, ...]], stream: Any):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
             for _ in range(2):  # libraries choose their kernels and take their memory
                 function()
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, stream=stream):
             self.outputs = function()
         self.replay()  # what other graphs read is there when they are recorded
 
@@ -121,8 +125,9 @@ class GraphSteps:
         def read_answers() -> tuple[torch.Tensor, ...]:
             return (graph_steps[0].step(self.answers, 0),)
 
-        self.prefilling = self.record(read_all)
-        self.stepping = self.record(read_answers) if num_tokens > 1 else None
+        stream = torch.cuda.Stream() if device.type == "cuda" else None
+        self.prefilling = self.record(read_all, stream)
+        self.stepping = self.record(read_answers, stream) if num_tokens > 1 else None
         self.finite = self.prefilling.outputs[1]
         # Recordings know addresses and hold nothing: memory that is let go of here is given to other tensors, and both
         # write over each other.

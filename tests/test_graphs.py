@@ -24,7 +24,7 @@ class Again:
 
     recorded = replayed = 0
 
-    def __init__(self, function):
+    def __init__(self, function, stream):
         self.function, self.outputs = function, function()
         Again.recorded += 1
 
@@ -190,7 +190,7 @@ class Forgetful:
 
     used: list[StorageWeakRef] = []
 
-    def __init__(self, function):
+    def __init__(self, function, stream):
         function()  # as there, to warm up
         with Storages() as seen:
             self.outputs = function()
@@ -251,7 +251,7 @@ def test_without_graphs(monkeypatch, plain):
 
 
 def test_what_cannot_be_recorded(monkeypatch, plain):
-    def refuse(function):
+    def refuse(function, stream):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(GraphSteps, "record", staticmethod(refuse))
