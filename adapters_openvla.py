@@ -24,7 +24,7 @@ from .files_openvla import QUIET, cache_folder, check_file, local_folder, read_j
 from .image_processing_openvla import OpenVLAImageProcessor
 from .modules_openvla import every_module
 from .parts_openvla import PARTS, asks_for_parts
-from .processing_openvla import HUB_KWARGS, OpenVLAProcessor, pixels_of_older_run
+from .processing_openvla import HUB_KWARGS, STARTED, OpenVLAProcessor, pixels_of_older_run
 from .weights_openvla import WEIGHTS_FILES
 
 
@@ -71,6 +71,7 @@ def read_belongings(adapter: str | os.PathLike, **hub: Any) -> dict[str, Any]:
     elif (images := file("preprocessor_config.json")) is not None:
         found["processor"] = of_processor({"image_processor": read_json(images)})
     if images := found.get("processor", {}).get("image_processor"):
+        file(STARTED)  # of a Hub id it is brought beside the others
         images |= pixels_of_older_run(Path(config).parent, images)
     return found
 

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.processing_utils import ProcessingKwargs
+from transformers.utils import cached_file
 
 from .configuration_openvla import OpenVLAConfig
-from .files_openvla import local_folder, read_json
+from .files_openvla import QUIET, local_folder, read_json
 from .frames_openvla import camera_images
 from .image_processing_openvla import OpenVLAImageProcessor
 from .oft_openvla import find_oft, oft_folder
@@ -87,19 +88,19 @@ class OpenVLAProcessor(ProcessorMixin):
             key: kwargs.pop(key) for key in ("action_head", "base", "camera_names") if key in kwargs
         }
         folder = local_folder(name)
-        has_config = False
         if folder is not None:
             folder /= kwargs.get("subfolder") or ""
-            has_config = (folder / "config.json").is_file()
             _check_processor_files(folder)
         processor = super().from_pretrained(name, **kwargs)
-        if folder is not None and (pixels := pixels_of_older_run(folder, _image_fields(folder))):
+        place = folder if folder is not None else _cached_folder(name, hub)
+        if place is not None and (pixels := pixels_of_older_run(place, _image_fields(place))):
             processor = processor.with_pixels(**pixels)
         oft = find_oft(oft_folder(name, **hub), given.get("action_head"))
         if oft is not None:
             if not _image_fields(oft.folder).keys() & PIXELS["oft"].keys():
                 processor = processor.with_pixels(**PIXELS["oft"])
             given["action_chunk"] = 1  # which pixels and prompts do not depend on, and no file says
+        has_config = cached_file(name, "config.json", **QUIET, **hub) is not None
         if processor.prompt_template is None or has_config or oft is not None:
             config, _ = OpenVLAConfig.get_config_dict(name, **hub, **given)
             if processor.prompt_template is None:
@@ -320,6 +321,8 @@ class OpenVLAProcessor(ProcessorMixin):
 
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+STARTED = "finetune.json"  # of `openvla finetune`
+SHOWN = {"resize_filter", "center_crop"}  # fields of the image processor that older versions did not store
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
@@ -345,6 +348,15 @@ def _check_processor_files(folder: Path) -> None:
         )
 
 
+def _cached_folder(name: Any, hub: dict[str, Any]) -> Path | None:
+    """Where the files of the processor of a Hub id lie, and beside them what an older run says; None without them."""
+    files = [cached_file(name, file, **QUIET, **hub) for file in PROCESSOR_FILES]
+    place = next((Path(file).parent for file in files if file is not None), None)
+    if place is not None and not _image_fields(place).keys() & SHOWN:
+        cached_file(name, STARTED, **QUIET, **hub)
+    return place
+
+
 def _image_fields(folder: Path) -> dict[str, Any]:
     """Fields of the image processor in a folder, today's layout or the published one."""
     files = [folder / name for name in PROCESSOR_FILES]
@@ -359,8 +371,8 @@ def pixels_of_older_run(folder: Path, fields: Mapping[str, Any]) -> dict[str, An
     Older versions stored it in finetune.json alone, as `image_aug`. Tells in a warning what is assumed.
     """
     places = [folder, *(folder.absolute().parents[1:2] if folder.absolute().parent.name == "checkpoints" else ())]
-    started = next((place / "finetune.json" for place in places if (place / "finetune.json").is_file()), None)
-    if started is None or fields.keys() & {"resize_filter", "center_crop"}:
+    started = next((place / STARTED for place in places if (place / STARTED).is_file()), None)
+    if started is None or fields.keys() & SHOWN:
         return {}
     with_crops = read_json(started).get("image_aug")
     if with_crops is None:  # something else of that name

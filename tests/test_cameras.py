@@ -113,6 +113,16 @@ def test_a_model_of_two_cameras(tmp_path):
     assert generated.shape[1] == inputs["input_ids"].shape[1] + 3
 
 
+def test_a_processor_of_the_hub_knows_the_cameras(tmp_path):
+    """Of a Hub id it saw one camera, and was not compared with the model."""
+    repository = tmp_path / "models--me--robot"
+    two_cameras(repository / "snapshots" / ("0" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    processor = OpenVLAProcessor.from_pretrained("me/robot", cache_dir=tmp_path, local_files_only=True)
+    assert processor.camera_names == TWO
+
+
 def test_images_that_do_not_fit_the_cameras(tmp_path):
     model = two_cameras(tmp_path)
     for image, message in (

@@ -47,6 +47,16 @@ def test_what_an_older_adapter_was_trained_to_see_is_filled_in():
     assert (processor.image_processor.resize_filter, processor.image_processor.center_crop) == ("lanczos3", 0.9)
 
 
+def test_what_an_older_run_on_the_hub_was_trained_to_see_is_filled_in(tmp_path):
+    repository = tmp_path / "models--me--older"
+    shutil.copytree(ADAPTER, repository / "snapshots" / ("0" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    with pytest.warns(UserWarning, match="finetune.json"):
+        processor = OpenVLAProcessor.from_pretrained("me/older", cache_dir=tmp_path, local_files_only=True)
+    assert (processor.image_processor.resize_filter, processor.image_processor.center_crop) == ("lanczos3", 0.9)
+
+
 def test_a_config_without_the_new_fields_means_what_it_meant(tmp_path):
     content = json.loads((ROOT / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in content.items() if k not in NEW_FIELDS}))
