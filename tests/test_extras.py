@@ -38,6 +38,12 @@ def test_the_table_names_extras_that_exist():
             assert known, f"{library} is not in [{extra}]"
 
 
+def test_every_simulator_brings_what_films_and_recordings_need():
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for extra in ("sim", "robosuite"):  # robosuite's once did not: its episodes ran, and the first film failed
+        assert "openvla[data]" in declared[extra]
+
+
 def test_the_extra_of_a_verb_is_preferred():
     assert remedy("simplejpeg") == "simplejpeg, which is not installed: pip install 'openvla[data]'."
     assert "'openvla[sim]'" in str(remedy("simplejpeg", "sim"))
