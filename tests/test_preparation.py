@@ -2,15 +2,17 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
 import pytest
 from data_files import jpeg, own_rlds
 
+from openvla.action_spec import action_names
 from openvla.data import PythonDataset
 from openvla.training import FinetuneOptions, plan_run
-from openvla.training.preparation import num_patches, prepare, text_tokens
+from openvla.training.preparation import Run, num_patches, prepare, text_tokens
 
 
 pytest.importorskip("accelerate", reason="training needs the [train] extra")
@@ -133,3 +135,19 @@ def test_statistics_that_are_given(tmp_path):
         file.write_text(text)
         with pytest.raises(ValueError, match=message):
             prepare(options(tmp_path, statistics=str(file)), data=dataset(episode()))
+
+
+@pytest.mark.parametrize(
+    "recorded, expected",
+    [
+        (["shoulder", "elbow", "wrist"], ["shoulder", "elbow", "wrist"]),
+        (["dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper"], action_names(7)),
+    ],
+)
+def test_the_log_calls_numbers_as_they_were_recorded(recorded, expected):
+    """Seven joints were logged as x, y, z, roll, ..."""
+    source = SimpleNamespace(names=recorded, action_dim=len(recorded))
+    run = Run(None, [source, source], SimpleNamespace(action_chunk=1), None)
+    assert run.action_names == expected
+    run = Run(None, [source, SimpleNamespace(names=recorded[::-1])], SimpleNamespace(action_chunk=1), None)
+    assert run.action_names == action_names(len(recorded))

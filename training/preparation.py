@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ..action_heads_openvla import HEADS, TokenHead, head_without_weights
+from ..action_spec import action_names
 from ..action_tokenizer import ActionTokenizer, check_same_action_dim
 from ..choices_openvla import check_choice
 from ..configuration_openvla import HEADS_WITH_WEIGHTS, OpenVLAConfig
@@ -75,6 +76,14 @@ class Run:
     def shape(self) -> tuple[int, int]:
         """(K, A) of the actions of a sample."""
         return self.config.action_chunk, self.sources[0].action_dim
+
+    @property
+    def action_names(self) -> list[str]:
+        """Of the numbers of an action, for logs: as recorded, where all datasets agree; a pose, in changes or not, has
+        the usual names."""
+        usual, recorded = action_names(self.shape[1]), {tuple(source.names) for source in self.sources}
+        names = list(recorded.pop()) if len(recorded) == 1 else usual
+        return usual if [name.removeprefix("d") for name in names] == usual else names
 
     @property
     def global_batch(self) -> int:

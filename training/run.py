@@ -12,7 +12,6 @@ from tqdm import tqdm
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, TrainingArguments, set_seed
 from transformers.trainer_utils import IntervalStrategy
 
-from ..action_spec import action_names
 from ..adapters_openvla import KEY, OF_MODEL, name_base, portable_model, portable_path, read_belongings
 from ..configuration_openvla import OpenVLAConfig
 from ..data.augment import ImageAugmentation
@@ -264,6 +263,7 @@ def train(options: FinetuneOptions, arguments: TrainingArguments, resume: bool, 
         statistics=run.statistics,
         scales={source.name: torch.from_numpy(source.action_scale) for source in run.sources},
         shape=run.shape,
+        names=run.action_names,
         frames=run.mixture[1],
         decay_after=options.decay_after,
         done=done,
@@ -276,7 +276,7 @@ def train(options: FinetuneOptions, arguments: TrainingArguments, resume: bool, 
     trainer.save_result(output, run.config.dtype if options.dtype == "auto" else None)
     if main:
         plot_curves({options.strategy: trainer.state.log_history}, output / "curves.png")
-        for warning in check_result(trainer.last_metrics, action_names(run.shape[1])):
+        for warning in check_result(trainer.last_metrics, run.action_names):
             tqdm.write(f"warning   {warning}")
     trainer.accelerator.wait_for_everyone()
 

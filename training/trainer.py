@@ -91,6 +91,7 @@ class ActionTrainer(Trainer):
         statistics: `{dataset: statistics}`, written beside every checkpoint.
         scales: `{dataset: (A,)}` units in one unit of normalized action, of the L1 in units.
         shape: (K, A) of the actions of a sample.
+        names: Of the A numbers, in the log.
         frames: Training frames, which make an epoch.
         decay_after: Updates after which the learning rate is a tenth; None: the schedule of the arguments.
         done: Steps that a resumed run has made before; where they are all, `train` makes none.
@@ -108,6 +109,7 @@ class ActionTrainer(Trainer):
         statistics: dict[str, Any],
         scales: dict[str, torch.Tensor],
         shape: tuple[int, int],
+        names: Sequence[str],
         frames: int,
         decay_after: int | None,
         done: int,
@@ -125,7 +127,7 @@ class ActionTrainer(Trainer):
         self.batches = TrainingBatches(collator, scales)
         self._last_batch: dict[str, Any] = {}
         self.decay_after = decay_after
-        self.head, self.shape = collator.head, shape
+        self.head, self.shape, self.names = collator.head, shape, names
         self.train_metrics, self.eval_metrics = ActionMetrics(shape[1]), ActionMetrics(shape[1])
         self.last_metrics: dict[str, float] = {}
         # The loss is the mean of its own batch: accumulated batches are averaged by the Trainer, not by the model.
@@ -195,7 +197,7 @@ class ActionTrainer(Trainer):
             with torch.no_grad(), self.compute_loss_context_manager():
                 self.compute_loss(model, self._prepare_inputs(batch))
         model.train()
-        computed = self.eval_metrics.compute()
+        computed = self.eval_metrics.compute(self.names)
         if not math.isfinite(loss := computed.get("loss", 0.0)):
             raise self._diverged(f"the loss on held-out frames is {loss}")
         found = {f"{metric_key_prefix}_{name}": value for name, value in computed.items()}
@@ -208,7 +210,7 @@ class ActionTrainer(Trainer):
         self.state.epoch = round(samples * self.args.gradient_accumulation_steps / self.frames, 4)
         if "loss" in logs and "eval_loss" not in logs:
             # The Trainer's own loss stays: it is that of all ranks as well.
-            self.last_metrics = self.train_metrics.compute()
+            self.last_metrics = self.train_metrics.compute(self.names)
             logs = {**self.last_metrics, **logs}
         super().log(logs, *args, **kwargs)
 
