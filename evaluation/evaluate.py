@@ -94,6 +94,12 @@ def evaluate(
     max_steps = here.max_steps if options.max_steps is None else options.max_steps
     hz = here.frequency if options.hz is None else options.hz
     spec = action_spec_of(here)
+    if options.episodes > (different := getattr(here, "initial_states", options.episodes)):
+        warnings.warn(
+            f"episodes={options.episodes}: each task of '{options.env}' begins in {different} states, and further "
+            "episodes repeat them: they say little that is new, and the intervals of the report are too narrow.",
+            stacklevel=2,
+        )
     make_control: Any = partial(BlockingControl, options.execute)
     said: dict[str, Any] = {}  # in the report alone: what was decided by default, or by the model
     if control == "realtime":

@@ -74,6 +74,7 @@ class Libero:
     """
 
     frequency = 20.0
+    initial_states = 50  # of each task
     robot = "panda"
     state_names: tuple[str, ...] = ("x", "y", "z", "rx", "ry", "rz", "finger_left", "finger_right")
 

@@ -111,6 +111,12 @@ def test_another_rate_than_that_of_the_demonstrations_is_said(tmp_path):
     assert "- recorded_hz: `20.0`" in (tmp_path / "report.md").read_text()
 
 
+def test_episodes_that_repeat_others_are_said(tmp_path, monkeypatch):
+    monkeypatch.setattr("openvla.evaluation.metaworld.MetaWorld.initial_states", 1, raising=False)
+    with pytest.warns(UserWarning, match="episodes=2: each task of 'metaworld' begins in 1 states"):
+        run(tmp_path, policy="expert", max_steps=1, tasks="reach-v3")
+
+
 def test_a_policy_of_another_kind(tmp_path):
     class Up:
         def act(self, observations):
