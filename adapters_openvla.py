@@ -241,6 +241,7 @@ class AdapterBelongings:
     """
 
     config: Any
+    device: Any
     modules: Any
 
     @property
@@ -387,7 +388,16 @@ class AdapterBelongings:
     def _bring(self, name: str, brought: dict[str, Any]) -> None:
         """Note what belongs to the adapter `name`, whose weights were just loaded."""
         config = self.peft_config[name]
-        _check_filled(name, [value for key, value in self.named_parameters() if f".{name}." in f"{key}."])  # type: ignore
+        own = [value for key, value in self.named_parameters() if f".{name}." in f"{key}."]  # type: ignore[attr-defined]
+        if self.device.type != "meta" and any(value.is_meta for value in own):
+            why = f"Weights of the adapter '{name}' have no values: they are on layers that are offloaded"
+            _forget(config, why)
+            config._openvla_loaded = True
+            raise ValueError(
+                f"{why} (device_map), from where they are not brought back. Merge it first (`openvla merge RUN OUT`) "
+                "and load OUT, or keep these layers on a device."
+            )
+        _check_filled(name, own)
         config.auto_mapping = {**(config.auto_mapping or {}), KEY: brought}
         config._openvla_checked, config._openvla_loaded = False, True
         self._check_adapter(config)

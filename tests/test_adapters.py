@@ -295,6 +295,15 @@ def test_weights_of_an_adapter_that_do_not_fit(place, change, message):
         act(base)
 
 
+def test_an_adapter_of_layers_that_are_offloaded(place):
+    """Its weights were nowhere, and the answer whatever lay in memory."""
+    parts = {"vision_backbone": "cpu", "projector": "cpu", "language_model": "disk"}
+    with pytest.raises(ValueError, match="on layers that are offloaded.*openvla merge"):
+        OpenVLAForActionPrediction.from_pretrained(
+            place / "run", device_map=parts, offload_folder=str(place / "offloaded")
+        )
+
+
 def test_statistics_that_are_given_count_for_an_adapter(place):
     own = {"own": {"action": {"q01": [-2.0] * 7, "q99": [2.0] * 7}}}
     model = OpenVLAForActionPrediction.from_pretrained(place / "run", norm_stats=own)
