@@ -52,7 +52,7 @@ def described(options: BenchOptions, model: Any) -> dict[str, Any]:
     """What every report says first."""
     device = model.device
     return {
-        "model": options.preset or Path(options.model).name,
+        "model": options.preset or Path(options.model).resolve().name,
         "weights": "random" if options.preset else "loaded",
         "parameters": model.num_parameters(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
@@ -69,4 +69,5 @@ def described(options: BenchOptions, model: Any) -> dict[str, Any]:
 
 def headline(report: dict[str, Any]) -> str:
     frames = f"{report['frames']} frames, " if "frames" in report else ""
-    return f"{report['model']}: {frames}{report['dtype']} on {report['device']}, {report['threads']} thread(s)"
+    kind = ", ".join(part for part in (report["quantization"], report["dtype"]) if part)
+    return f"{report['model']}: {frames}{kind} on {report['device']}, {report['threads']} thread(s)"

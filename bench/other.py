@@ -98,7 +98,7 @@ class Onnx:
 
 
 def open_onnx(options: BenchOptions, key: str) -> Onnx:
-    """Raises a `ModuleNotFoundError` where openvla-runtime is not installed."""
+    """Raises a `ModuleNotFoundError` without openvla-runtime, a `ValueError` where the export is of another model."""
     packages = Path(__file__).resolve().parents[1] / "packages" / "openvla-runtime"
     if packages.is_dir():  # a checkout
         sys.path.append(str(packages))
@@ -110,4 +110,7 @@ def open_onnx(options: BenchOptions, key: str) -> Onnx:
             "repository.",
             name="openvla_runtime",
         ) from error
-    return Onnx(OnnxPolicy(str(options.onnx), key, threads=options.threads))
+    try:
+        return Onnx(OnnxPolicy(str(options.onnx), key, threads=options.threads))
+    except KeyError as error:
+        raise ValueError(f"onnx='{options.onnx}' is an export of another model: it does not know '{key}'.") from error

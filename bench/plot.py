@@ -19,6 +19,8 @@ def plot(report: dict[str, Any], path: Path) -> None:
     named = set()
     for place, (_, row) in enumerate(ways):
         left, parts = 0.0, {stage: found["min_ms"] for stage, found in row["stages"].items()}
+        # Stages are of other frames than the total: they divide it.
+        parts = {stage: width * row["min_ms"] / sum(parts.values()) for stage, width in parts.items()}
         for stage, width in (parts or {"total": row["min_ms"]}).items():
             label = None if stage in named else stage
             axes.barh(place, width, left=left, color=COLORS[stage], label=label)
@@ -31,7 +33,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
             named.add("limit")
         axes.text(left, place, f" {row['min_ms']:.1f}", va="center")
     axes.set_yticks(range(len(ways)), [name for name, _ in ways])
-    axes.set_xlabel("ms for one prediction (least)")
+    axes.set_xlabel("ms for one prediction (least), divided as its stages are")
     axes.set_title(f"{report['model']}, {report['dtype']}, {report['device']}, {report['threads']} thread(s)")
     axes.margins(x=0.1)
     figure.legend(loc="outside right upper")

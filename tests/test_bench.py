@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 
 from openvla.bench import bench, other, worker
+from openvla.bench.latency import _figures
 from openvla.bench.roofline import count_work, limit_ms
 from openvla.bench.startup import measure, table
-from openvla.bench.subject import numbers
+from openvla.bench.subject import _value, numbers
 from openvla.options.benchmark import BenchOptions
 from openvla.policy import load_model
 from openvla.stages_openvla import STAGES, stage, watch_stages
@@ -104,8 +105,37 @@ def test_work_is_what_the_layers_multiply():
     assert limit_ms({"gflop": 0.0, "gbyte": 1.0}, {"gflops": 100.0, "gbytes": 10.0}) == 100.0
 
 
+def test_stages_that_some_frames_do_not_have():
+    """A frame whose draft is right has no passes of decoding; and one graph has both towers and prefill."""
+    unit = {"gflop": 1.0, "gbyte": 1.0}
+    times = [{"total": 9.0}, {"total": 8.0, "prefill": 5.0}, {"total": 9.0, "prefill": 5.0, "decode": 3.0}]
+    found = _figures(
+        times, [], [1, 1, 2], {"vision": unit, "prefill": unit, "decode": unit}, {"gflops": 1, "gbytes": 1}
+    )
+    assert found["min_ms"] == 9.0 and list(found["stages"]) == ["prefill", "decode", "other"]
+    assert found["stages"]["decode"]["min_ms"] == 0.0 and "share" not in found["stages"]["decode"]
+    assert found["stages"]["prefill"]["limit_ms"] == 2000.0 and found["stages"]["other"]["p99_ms"] < 3.0
+
+
+def test_fields_of_a_preset_are_numbers_and_lists():
+    texts = ("8", "true", "null", '["primary", "wrist"]', "l1_regression", "0.5")
+    assert [_value(text) for text in texts] == [8, True, None, ["primary", "wrist"], "l1_regression", 0.5]
+
+
+def test_an_export_of_another_model(monkeypatch):
+    def refuse(*arguments, **options):
+        raise KeyError("unnorm_key='mine' is unknown")
+
+    monkeypatch.setattr("openvla_runtime.OnnxPolicy", refuse)
+    with pytest.raises(ValueError, match="onnx='exported' is an export of another model: it does not know 'mine'"):
+        other.open_onnx(BenchOptions(what="latency", onnx="exported"), "mine")
+
+
 def test_throughput():
-    report, table = bench(BenchOptions(what="throughput", frames=2, batch_sizes="1,2", device="cpu", size="40,60"))
+    report, table = bench(
+        BenchOptions(what="throughput", frames=2, batch_sizes="1,2", device="cpu", size="40,60", quantization="int8")
+    )
+    assert table.startswith(f"{ROOT.name}: int8, ")
     assert list(report["batches"]) == ["1", "2"] and "actions/s" in table
     two = report["batches"]["2"]
     assert two["actions_per_second"] == pytest.approx(2000 / two["p50_ms"])
