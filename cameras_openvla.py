@@ -45,7 +45,12 @@ def not_colour(name: str) -> str | None:
 
 def order_cameras(cameras: Sequence[str]) -> list[str]:
     """Cameras that look at the scene first, those on the arm after them; by name within both."""
-    return sorted(cameras, key=lambda name: (any(word in name.lower() for word in ("wrist", "hand", "gripper")), name))
+    return sorted(cameras, key=lambda name: (is_on_arm(name), name))
+
+
+def is_on_arm(name: str) -> bool:
+    """Whether a camera is one on the arm, by its name."""
+    return any(word in name.lower() for word in ("wrist", "hand", "gripper"))
 
 
 # Views of a model -----------------------------------------------------------------------------------------------------
@@ -77,7 +82,7 @@ def find_cameras(names: Collection[str], views: Sequence[str]) -> list[str]:
         ValueError: If there is no such camera, or two views are one camera; lists what there is.
     """
     colours = [name for name in names if not not_colour(name)]
-    on_arm = [name for name in colours if "wrist" in name or "hand" in name]
+    on_arm = [name for name in colours if is_on_arm(name)]
     around = [name for name in colours if name not in on_arm]
     found: list[str] = []
     for view in views:
@@ -102,4 +107,4 @@ def find_cameras(names: Collection[str], views: Sequence[str]) -> list[str]:
     return found
 
 
-__all__ = ["VIEWS", "find_cameras", "not_colour", "order_cameras", "view_of", "words_of"]
+__all__ = ["VIEWS", "find_cameras", "is_on_arm", "not_colour", "order_cameras", "view_of", "words_of"]

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from ..cameras_openvla import find_cameras, not_colour, view_of
+from ..cameras_openvla import find_cameras, is_on_arm, not_colour, view_of
 from ..image_processing_openvla import OpenVLAImageProcessor
 from .augment import ImageAugmentation
 from .episode import Episode
@@ -35,7 +35,7 @@ def main_camera(episode: Episode, camera: str | None = None) -> str:
         raise ValueError(
             f"{episode.origin or episode}: {', '.join(names)} is {not_colour(names[0])} by name; give camera to use it."
         )
-    return next((name for name in colours if "wrist" not in name and "hand" not in name), colours[0])
+    return next((name for name in colours if not is_on_arm(name)), colours[0])
 
 
 def model_cameras(episode: Episode, camera_names: Sequence[str], camera: str | None = None) -> list[str]:

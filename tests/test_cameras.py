@@ -41,6 +41,8 @@ TWO = ["primary", "wrist"]
             ["cam_high", "cam_right_wrist"],
         ),
         (["front_depth", "front", "side"], ["primary", "secondary"], ["front", "side"]),
+        (["gripper_cam", "front"], TWO, ["front", "gripper_cam"]),
+        (["Wrist", "front"], TWO, ["front", "Wrist"]),
         (["a", "b"], ["b", "a"], ["b", "a"]),
         (["full_image"], ["primary"], ["full_image"]),
         (["primary"], ["full_image"], ["primary"]),
@@ -49,6 +51,10 @@ TWO = ["primary", "wrist"]
 )
 def test_views_by_name(names, views, found):
     assert find_cameras(names, views) == found
+    if views[0] == "primary" and "secondary" not in names:  # training chooses as prediction does
+        images = {name: np.zeros((1, 8, 8, 3), np.uint8) for name in names}
+        source = open_source([{"actions": np.ones((1, 7)), "instruction": "go", "images": images}])
+        assert [*next(source.frames(source.dataset[0])).images] == found[:1]
 
 
 @pytest.mark.parametrize(

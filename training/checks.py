@@ -8,7 +8,7 @@ import numpy as np
 import timm
 
 from ..action_spec import action_names
-from ..cameras_openvla import find_cameras, view_of
+from ..cameras_openvla import is_on_arm, view_of
 from ..configuration_openvla import OpenVLAConfig
 from ..data.checks import check_data
 from ..processing_openvla import OpenVLAProcessor
@@ -80,20 +80,12 @@ def check_cameras(name: str, camera: str | None, camera_names: Sequence[str]) ->
         camera: What was chosen for the view "primary", of the dataset `name`.
     """
     scene = next((view for view in camera_names if view_of(view) == "primary"), None)
-    if camera is None or scene is None or _view(camera) != "wrist":
+    if camera is None or scene is None or not is_on_arm(camera):
         return []
     return [
         f"{name}: the model learns from the camera '{camera}', on the arm, under the name of the scene ('{scene}'); "
         "where it acts, that name is the camera that looks at the scene. Give --cameras wrist instead of --camera."
     ]
-
-
-def _view(camera: str) -> str:
-    """Which view a camera is found for: "wrist" or "primary"."""
-    try:
-        return "wrist" if find_cameras([camera], ["wrist"]) else "primary"
-    except ValueError:
-        return "primary"
 
 
 def check_result(metrics: Mapping[str, float], names: Sequence[str]) -> list[str]:
