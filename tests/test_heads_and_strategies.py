@@ -111,8 +111,8 @@ def test_strategies_with_heads(strategy, head, small_policy, tmp_path, monkeypat
     assert (model.config.action_head, model.config.proprio_dim) == (head, 8)
     found = act(model, state_of(model))
     assert found.shape == (2, CHUNK, 7)
-    # On a CPU with AVX-512 for bfloat16 bitsandbytes packs weights when they first run without gradients, and its products
-    # round otherwise from then on.
+    # On a CPU with AVX-512 for bfloat16 bitsandbytes packs weights when they first run without gradients, and its
+    # products round otherwise from then on.
     np.testing.assert_allclose(found, Watched.actions, atol=1e-3 if strategy == "qlora" else 1e-6)
 
 
