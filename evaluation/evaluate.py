@@ -15,6 +15,7 @@ import torch
 from ..action_spec import ActionSpec, spec_of
 from ..action_tokenizer import NORMALIZATIONS, get_action_stats, resolve_unnorm_key
 from ..device import torch_device
+from ..extras import require
 from ..files_openvla import read_json
 from ..folders import locked, read_settings, with_version, write_json
 from ..hub import config_of, file_digests, model_folder, published_name, statistics_of, variant_of
@@ -76,13 +77,15 @@ def evaluate(
         ValueError: If an option is impossible, the actions of the model are not those of the environment, or the folder
             holds an evaluation with other options, or of other weights.
         BlockingIOError: If another process evaluates into the same folder.
-        NoOpenGL: If there is nothing to render with.
+        NoOpenGL, ModuleNotFoundError: If there is nothing to render with, or to write films.
     """
     named = {"policy": policy} if isinstance(policy, str) else {}
     if options is None:
         options = EvaluateOptions.of(**given, **named)
     elif given or named:
         raise ValueError(f"{', '.join(given | named)}: give the options as one object, or all of them as keywords.")
+    if options.videos:
+        require("av", purpose="A film (--videos)")
     acting: Policy | None = None if policy is None or isinstance(policy, str) else policy
     control, device = options.control, torch_device(options.device)
     of_environment = environment_options(options.env, options.environment_options)

@@ -9,7 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 from openvla import cli
+from openvla.evaluation.evaluate import evaluate
 from openvla.extras import EXTRAS, remedy, require
+from openvla.training import plan
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,6 +58,18 @@ def test_require():
         patch.setitem(sys.modules, "bitsandbytes", None)
         with pytest.raises(ModuleNotFoundError, match=r"'int8' needs bitsandbytes.*openvla\[quant\]"):
             require("bitsandbytes", purpose="'int8'")
+
+
+def test_what_is_missing_is_said_before_work_begins(monkeypatch, tmp_path, capsys):
+    """Films are written last, adapters are made after a model without values."""
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(ModuleNotFoundError, match=r"A film \(--videos\) needs av.*openvla\["):
+        evaluate(policy="mean", tasks="reach-v3", episodes=1, output=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(SystemExit):
+        plan.main(["openvla-7b"])
+    assert "strategy 'lora' needs peft" in capsys.readouterr().err
 
 
 def test_verbs_without_extras(tmp_path):

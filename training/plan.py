@@ -20,7 +20,7 @@ from torch import nn
 from ..action_heads_openvla import head_without_weights
 from ..choices_openvla import check_choice
 from ..configuration_openvla import OpenVLAConfig
-from ..extras import ignore_library_warnings
+from ..extras import ignore_library_warnings, require
 from ..modeling_openvla import OpenVLAForActionPrediction
 from ..presets import load_preset_config, preset_names
 from ..quantization_openvla import NOT_QUANTIZED
@@ -269,12 +269,14 @@ def main(argv: list[str] | None = None) -> None:
     ignore_library_warnings()
     plans = []
     try:
+        if adapted := sorted({"lora", "qlora"} & set(strategies)):
+            require("peft", purpose=f"strategy '{adapted[0]}'", preferred="train")
         preset = model in preset_names()
         config = load_preset_config(model) if preset else OpenVLAConfig.from_pretrained(model)
         for strategy in strategies:
             adapter = {"rank": rank} if strategy in ("lora", "qlora") else {}
             plans.append(estimate(config, strategy, **given, **adapter))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         parser.exit(2, f"error: {' '.join(str(error).split())}\n")
     print(table(plans))
 
