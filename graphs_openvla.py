@@ -28,7 +28,7 @@ from .inputs_openvla import ModelInputs
 from .llama_openvla import Layer, LlamaSteps, cache_shape, is_plain_llama, open_steps, pool_of
 from .modules_openvla import every_module
 from .quantized_linear_openvla import Int4Linear
-from .sampling_openvla import check_flag
+from .sampling_openvla import Choice, check_flag
 
 
 TokenRange = tuple[int, int | None]
@@ -298,12 +298,50 @@ def prepare(
         try:
             with _on_device(model), compiling() if make_layer is CompiledLayer else nullcontext():
                 steps = [GraphSteps(model, *pair, num_tokens, token_range, make_layer) for pair in pairs]
+            _PREPARED[model] = Prepared(steps, token_range, Snapshot(model))
+            for pair in pairs:
+                check_prediction(model, *pair, num_tokens)
         except (RuntimeError, ImportError) as error:  # something waits for the device; no compiler is installed
+            _PREPARED.pop(model, None)
             reason = f"it cannot be {'compiled' if make_layer is CompiledLayer else 'recorded'}: {error}"
         else:
-            _PREPARED[model] = Prepared(steps, token_range, Snapshot(model))
             return Preparation(time.perf_counter() - started, pairs, reason, make_layer is CompiledLayer)
     return Preparation(time.perf_counter() - started, [], reason)
+
+
+def check_prediction(model: Any, batch: int, tokens: int, num_tokens: int) -> None:
+    """Raise a `RuntimeError` where graphs of a size give other probabilities than the model does without: it moves an
+    arm. Of noise as an image, in one pass and in several."""
+    shape, config = (model.action_chunk, num_tokens // model.action_chunk), model.config
+    channels, *size = model.vision_backbone.input_shape
+    noise = torch.randn(
+        batch, len(model.camera_names) * channels, *size, generator=torch.Generator().manual_seed(tokens)
+    )
+    special = {config.image_token_id, config.empty_token_id, config.pad_token_id, config.text_config.eos_token_id}
+    word = next(token for token in range(3, 10) if token not in special)
+    words = [config.text_config.bos_token_id or 0, *[word] * max(1, tokens - 2)]  # and one that ends the prompt
+    proprio = None if config.proprio_dim is None else torch.zeros(batch, config.proprio_dim)
+    inputs = ModelInputs([words] * batch, noise, proprio)
+
+    def predict(draft: list[list[int]] | None) -> Any:
+        return model.action_head.actions(model, inputs, shape, Choice(draft=draft, distributions=True))
+
+    try:
+        with without_graphs():
+            expected = predict(None)
+    except ValueError as error:  # what is not finite
+        raise RuntimeError(f"of noise there is nothing to compare ({error})") from error
+    token_ids = expected.token_ids.reshape(batch, -1)
+    exact = all(parameter.dtype == torch.float32 for parameter in model.language_model.parameters())
+    for draft in (None, token_ids.tolist()):
+        found = predict(draft)
+        same = (found.token_ids.reshape(batch, -1) == token_ids).cumprod(axis=1)
+        told = np.concatenate([np.ones_like(same[:, :1]), same[:, :-1]], axis=1).astype(bool)  # after the same tokens
+        gaps = np.abs(found.token_distributions - expected.token_distributions).sum(axis=-1).reshape(batch, -1) / 2
+        if (worst := gaps[told].max()) > (0.02 if exact else 0.2):  # rounding moves them as well
+            raise RuntimeError(
+                f"of {batch} sample(s) and {tokens} prompt tokens {worst:.0%} of the probability went to other tokens"
+            )
 
 
 def _on_device(model: Any) -> AbstractContextManager:

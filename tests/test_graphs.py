@@ -185,6 +185,24 @@ def test_what_is_not_finite_is_no_action(plain):
         model.predict_action(**prompts(1))
 
 
+class Wrong(Again):
+    """Its third replay, and all after it, end in memory that others write into."""
+
+    def replay(self):
+        super().replay()
+        if Again.replayed > 2:
+            self.outputs[0].copy_(self.outputs[0].roll(1, dims=-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_graphs_that_predict_something_else_are_refused(dtype, monkeypatch, plain):
+    monkeypatch.setattr(GraphSteps, "record", Wrong)
+    model = copy.deepcopy(plain).to(dtype)
+    done = model.prepare_for_inference(prompt_buckets=[16])
+    assert not done.graphs and "of the probability went to other tokens" in done.reason
+    check(model, copy.deepcopy(plain).to(dtype), prompts(1), 0)
+
+
 class Forgetful:
     """As a graph of a GPU: it has addresses, and holds nothing but its outputs."""
 
@@ -228,6 +246,7 @@ def test_memory_that_graphs_use_is_not_given_to_others(monkeypatch, compile):
     the recording holds it alone. The second graph reads what the first has made."""
     monkeypatch.setattr("openvla.compiled_openvla._compiled", lambda function: function)
     monkeypatch.setattr(GraphSteps, "record", Forgetful)
+    monkeypatch.setattr("openvla.graphs_openvla.check_prediction", lambda *arguments: None)
     monkeypatch.setattr(Forgetful, "used", [])
     model = new_model(proprio_dim=3)
     model.norm_stats[next(iter(model.norm_stats))]["proprio"] = {"q01": [-1.0] * 3, "q99": [1.0] * 3}
