@@ -582,7 +582,7 @@ def test_statistics_are_kept_by_content(tmp_path, passes, cache):
 
 def test_what_code_of_the_user_gives_is_read_each_time(tmp_path, passes, monkeypatch):
     """The files are the same where a reader was corrected, or an object reads them with other options."""
-    (tmp_path / "my_reader.py").write_text(
+    (tmp_path / "scaled_reader.py").write_text(
         "import numpy as np\n"
         "from openvla.data import EpisodeDataset\n"
         "from openvla.data.episode import make_episode\n"
@@ -600,9 +600,9 @@ def test_what_code_of_the_user_gives_is_read_each_time(tmp_path, passes, monkeyp
     )
     np.savetxt(tmp_path / "numbers.txt", np.linspace(-1, 1, 35).reshape(5, 7))
     monkeypatch.syspath_prepend(tmp_path)
-    before = open_source(tmp_path / "numbers.txt", format="my_reader:Lines").statistics["action"]["max"]
-    monkeypatch.setattr("my_reader.SCALE", 0.5)
-    after = open_source(tmp_path / "numbers.txt", format="my_reader:Lines").statistics["action"]["max"]
+    before = open_source(tmp_path / "numbers.txt", format="scaled_reader:Lines").statistics["action"]["max"]
+    monkeypatch.setattr("scaled_reader.SCALE", 0.5)
+    after = open_source(tmp_path / "numbers.txt", format="scaled_reader:Lines").statistics["action"]["max"]
     np.testing.assert_allclose(after, np.multiply(0.5, before))
     for key in ("actions", "obs/ee_states"):
         source = open_source(open_dataset(DEMOS / "hdf5", action_key=key))
