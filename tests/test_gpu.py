@@ -190,12 +190,15 @@ def test_compiled_graphs_give_the_tokens_of_others(dtype):
     """With the roundings of kernels that are not compiled; products of merged weights may add up in another order."""
     model, other = (FUSED.load(dtype=dtype).cuda() for _ in range(2))
     sizes = {"batch_sizes": (1, 3), "prompt_buckets": (24, 48), "unnorm_key": "bridge_orig"}
+    plain = {count: predict(other, INSTRUCTIONS[:count]) for count in (1, 3)}
     done = model.prepare_for_inference(**sizes, compile=True)
     assert done.compiled and len(done.graphs) == 4, done.reason
     other.prepare_for_inference(**sizes)
     with torch.compiler.set_stance("fail_on_recompile"):
         for count in (1, 3):
             expected = predict(other, INSTRUCTIONS[:count])
+            if dtype == torch.float32:
+                assert expected.token_ids.tolist() == plain[count].token_ids.tolist()
             for draft in (None, expected.token_ids, np.roll(expected.token_ids, 1, axis=1)):
                 found = predict(model, INSTRUCTIONS[:count], draft=draft)
                 if dtype == torch.float32:
