@@ -20,7 +20,8 @@ from .survey import Survey, largest_normalized, proprio_statistics
 from .trajectory import chunk_act_obs
 
 
-# What follows in a chunk that begins less than `action_chunk` steps before the end of its episode.
+# What follows in a chunk that begins less than `action_chunk` steps before the end of its episode, or before another
+# instruction.
 CHUNK_ENDS = {
     "still": "no motion: relative dimensions are 0, absolute ones (grippers) repeat; learned like all else",
     "repeat": "the last action again; not learned",
@@ -182,7 +183,8 @@ class Source:
         Each has an image, still encoded, of each camera that the model sees, in its order, `actions` (action_chunk, A)
         normalized to [-1, 1], `executed` of the same shape where it is known to differ (noise may leave [-1, 1]), and
         `state` (1, S) normalized where its statistics are known (None elsewhere). What comes past the end of the
-        episode says `chunk_end`; `padded` counts steps that are not to be learned.
+        episode says `chunk_end`; `padded` counts steps that are not to be learned. Where the instruction changes along
+        the way, a chunk ends with its own: what follows was done for another one.
 
         Args:
             action_chunk: Default: that of the source.
@@ -194,9 +196,13 @@ class Source:
         if self._drops(episode):
             return
         cameras = model_cameras(episode, self.camera_names, self.camera)
-        chunks = self._chunks(episode.actions, action_chunk)
-        executed = None if episode.executed is None else self._chunks(episode.executed, action_chunk)
-        beyond = np.maximum(np.arange(len(episode)) + action_chunk - len(episode), 0)  # steps past the end, of a chunk
+        parts = told_the_same(episode)
+        chunks = np.concatenate([self._chunks(episode.actions[part], action_chunk) for part in parts])
+        executed = None
+        if episode.executed is not None:
+            executed = np.concatenate([self._chunks(episode.executed[part], action_chunk) for part in parts])
+        end = np.concatenate([np.full(part.stop - part.start, part.stop) for part in parts])
+        beyond = np.maximum(np.arange(len(episode)) + action_chunk - end, 0)  # steps past the end, of a chunk
         proprio = proprio_statistics(self.statistics)
         state = None
         if proprio is not None and episode.state is not None:
@@ -231,6 +237,15 @@ class Source:
         if self.max_proprio is None or proprio is None or episode.state is None:
             return False
         return largest_normalized(episode.state, proprio, self.normalization) > self.max_proprio
+
+
+def told_the_same(episode: Episode) -> list[slice]:
+    """The steps of an episode that has some, in parts of one instruction each."""
+    texts = episode.step_instructions
+    if texts is None:
+        return [slice(0, len(episode))]
+    changes = [step for step in range(1, len(texts)) if texts[step] != texts[step - 1]]
+    return [slice(start, stop) for start, stop in zip([0, *changes], [*changes, len(texts)], strict=True)]
 
 
 def statistics_with_spec(source: Source) -> dict[str, Any]:

@@ -197,6 +197,21 @@ def test_the_end_of_an_episode(chunk_end):
     assert source.num_frames == 3 * len(frames)
 
 
+@pytest.mark.parametrize("chunk_end", CHUNK_ENDS)
+def test_a_chunk_ends_with_its_instruction(chunk_end):
+    """What follows was done for another one: it is never what an instruction asks for."""
+    chunk, told = 4, in_memory(1, 7).episodes[0]
+    told["instruction"] = ["open the drawer"] * 3 + ["close it"] * 4
+    one = PythonDataset([told], "mine")
+    apart = PythonDataset([one[0][:3], one[0][3:]], "mine")
+    sources = [open_source(data, action_chunk=chunk, chunk_end=chunk_end, held_out=0) for data in (one, apart)]
+    frames, expected = ([f for episode in s.dataset for f in s.frames(episode)] for s in sources)
+    assert len(frames) == len(expected) == (1 if chunk_end == "drop" else 7)
+    for frame, other in zip(frames, expected, strict=True):
+        assert frame.instruction == other.instruction and frame.padded == other.padded
+        assert np.array_equal(frame.actions, other.actions)
+
+
 def test_episodes_that_are_shorter_than_a_chunk():
     with pytest.raises(ValueError, match=r"(?s)Nothing is left to train on.*chunk_end: removed 18 steps, of these 3"):
         open_source(in_memory(steps=6), action_chunk=7, chunk_end="drop")
