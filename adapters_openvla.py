@@ -31,7 +31,7 @@ from .weights_openvla import WEIGHTS_FILES
 KEY = "openvla"
 ADAPTER = "adapter_config.json"
 # Fields of the configuration that training may change
-OF_MODEL = ("action_chunk", "camera_names", "normalization", "constant_state")
+OF_MODEL = ("action_chunk", "camera_names", "normalization", "constant_state", "prefix_training")
 EMBEDDED_POLICY = "embedded policy"  # the name of the base that comes with the package
 PACKAGE = Path(__file__).resolve().parent
 NAMELESS = re.compile(r"\.lora_(embedding_)?[AB](\.weight|\.bias)?$")  # of an adapter's tensors as they are stored

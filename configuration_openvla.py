@@ -111,6 +111,7 @@ class OpenVLAConfig(transformers.PreTrainedConfig):
         proprio_dim: Numbers of the robot's state that the model sees beside the images; None: it sees none.
         constant_state: What a number of the state becomes that never changed in training: "zero", as in training, or
             "clip", -1 or 1, as in the evaluation of OpenVLA-OFT.
+        prefix_training: Steps of a chunk that a head which predicts in one pass learned to be given, at most; 0: none.
         use_film: The words of the prompt scale and shift the features of every block of the towers (FiLM).
         normalization: `{dataset: "bounds_q99" | "bounds"}`: which statistics -1 and 1 stand for, q01 and q99 or min and
             max. A dataset that is not there: "bounds_q99".
@@ -145,6 +146,7 @@ class OpenVLAConfig(transformers.PreTrainedConfig):
     action_dim: int | None = None
     proprio_dim: int | None = None
     constant_state: str = "zero"
+    prefix_training: int = 0
     use_film: bool = False
     normalization: dict = None  # type: ignore[assignment]
     camera_names: list = None  # type: ignore[assignment]
@@ -252,6 +254,11 @@ class OpenVLAConfig(transformers.PreTrainedConfig):
             raise ValueError(
                 f"use_film={self.use_film!r}, action_head='{self.action_head}': expected true or false, and FiLM is "
                 "for heads that predict in one pass (parallel_tokens, l1_regression, diffusion)."
+            )
+        if self.prefix_training not in range(self.action_chunk) or isinstance(self.prefix_training, bool):
+            raise ValueError(
+                f"prefix_training={self.prefix_training!r}: expected 0, or fewer steps than the {self.action_chunk} of a "
+                "chunk (action_chunk)."
             )
         check_choice("constant_state", self.constant_state, ("zero", "clip"))
         if not isinstance(self.normalization, dict):

@@ -5,6 +5,7 @@ prompt tokens.
 """
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -270,6 +271,7 @@ def read_committed(
     norm_stats: Mapping[str, Any],
     unnorm_keys: Sequence[str],
     modes: Sequence[str],
+    learned: int | None,
 ) -> np.ndarray | None:
     """(batch, n, A) normalized actions that are decided already; None without any.
 
@@ -277,6 +279,7 @@ def read_committed(
         committed: (n, A) of one sample or (batch, n, A), in the units of the dataset; n below K.
         shape: (K, A) of a prediction.
         unnorm_keys, modes: As in `read_state`.
+        learned: Steps that the head learned to be given, at most; more are a warning. None: it takes any number.
 
     Raises:
         ValueError: If they are not finite, or of another shape.
@@ -294,6 +297,13 @@ def read_committed(
         )
     if not rows.shape[1]:
         return None
+    if learned is not None and rows.shape[1] > learned:
+        warnings.warn(
+            f"{rows.shape[1]} steps are committed, and this model learned to continue "
+            f"{f'at most {learned}' if learned else 'none'} (config.prefix_training={learned}): what follows may not fit "
+            "them. Train with --prefix-training, or use chunks without a prefix (--chunking switch).",
+            stacklevel=3,
+        )
     keys = zip(rows, unnorm_keys, modes)
     return np.stack([normalize_actions(row, norm_stats[key]["action"], mode) for row, key, mode in keys])
 

@@ -383,6 +383,12 @@ class OpenVLAPreTrainedModel(AdapterBelongings, ModelParts, PreTrainedModel):
         return self._of_adapters("constant_state", self._active_adapters())
 
     @property
+    def prefix_training(self) -> int | None:
+        """Steps of a chunk that the head learned to be given, at most: of an active adapter, else of the config; None
+        where any number may be, as with tokens that follow one another."""
+        return self._of_adapters("prefix_training", self._active_adapters()) if self.action_head.parallel else None
+
+    @property
     def processor(self) -> OpenVLAProcessor:
         """The processor of the folder the model came from, loaded when first needed, with the pixels and prompt form of
         an active adapter; may be set."""

@@ -388,7 +388,7 @@ class OpenVLAForActionPrediction(ActionVocabulary, OpenVLAGeneration, OpenVLAPre
         names = [resolve_unnorm_key(norm_stats, key) for key in keys]
         modes = [self.normalization.get(name, "bounds_q99") for name in names]
         proprio = read_state(state, self.config, norm_stats, names, modes, self.constant_state)
-        decided = read_committed(committed, shape, norm_stats or {}, names, modes)
+        decided = read_committed(committed, shape, norm_stats or {}, names, modes, self.prefix_training)
         inputs = ModelInputs(prompts, pixel_values, proprio, decided)
         sampling = read_sampling(
             self.action_head.num_tokens(shape), _keywords(), self.device,

@@ -38,11 +38,15 @@ def state_of(model) -> np.ndarray:
     return np.array(model.norm_stats["mine"]["proprio"]["mean"])
 
 
+ADAPTER = {"strategy": "lora", "head": "l1_regression", "film": True, "proprio": True, "prefix_training": 2}
+ADAPTER |= {"save_every": 1, "keep": 2}
+
+
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory) -> Path:
     """A LoRA run with everything that is new to the model: head, FiLM, state."""
     folder = tmp_path_factory.mktemp("parts") / "run"
-    finetune(options(folder, strategy="lora", head="l1_regression", film=True, proprio=True, save_every=1, keep=2))
+    finetune(options(folder, **ADAPTER))
     return folder
 
 
@@ -63,12 +67,20 @@ def models() -> dict[str, OpenVLAForActionPrediction]:
 @pytest.mark.parametrize(("head", "strategy"), [("parallel_tokens", "last_layer"), ("diffusion", "sandwich")])
 def test_it_is_trained_saved_and_predicted(head, strategy, tmp_path):
     pytest.importorskip("diffusers" if head == "diffusion" else "torch", reason="needs the [oft] extra")
-    finetune(options(tmp_path, head=head, strategy=strategy, eval_every=1, held_out=0.2))
+    finetune(options(tmp_path, head=head, strategy=strategy, eval_every=1, held_out=0.2, prefix_training=1))
     config = OpenVLAConfig.from_pretrained(tmp_path)
+    assert config.prefix_training == 1
     assert (config.action_head, config.action_chunk) == (head, CHUNK)
     assert config.action_dim == (7 if head == "diffusion" else None)
     model = OpenVLAForActionPrediction.from_pretrained(tmp_path)
     assert model.predict_action(IMAGES[0], WORDS[0]).shape == (CHUNK, 7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert model.predict_action(IMAGES[0], WORDS[0], committed=np.zeros((1, 7))).shape == (CHUNK, 7)
+    with pytest.warns(
+        UserWarning, match=r"2 steps are committed, and this model learned to continue at most 1 \(config"
+    ):
+        model.predict_action(IMAGES[0], WORDS[0], committed=np.zeros((2, 7)))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -139,6 +151,7 @@ def test_an_adapter_brings_its_parts(adapter, tmp_path):
     other.load_adapter(str(adapter))
     for loaded in (model, other):  # without the adapter nothing is predicted
         assert (loaded.config.action_chunk, loaded.config.action_head) == (CHUNK, "l1_regression")
+        assert loaded.prefix_training == 2
     np.testing.assert_allclose(other.predict_action(IMAGES[0], WORDS[0], state=state), expected, atol=1e-6)
     # As one model of both
     assert merge_adapter(adapter, tmp_path / "merged") < 1e-4
@@ -185,8 +198,7 @@ def test_a_run_with_parts_continues(adapter, tmp_path):
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "checkpoint-2")
     for name in ("adapter_model.safetensors", "added_parts.safetensors", "dataset_statistics.json"):
         (tmp_path / "run" / name).unlink()
-    made = {"strategy": "lora", "head": "l1_regression", "film": True, "proprio": True, "save_every": 1, "keep": 2}
-    finetune(options(tmp_path / "run", **made), resume=True)
+    finetune(options(tmp_path / "run", **ADAPTER), resume=True)
     for name in ("adapter_model.safetensors", "added_parts.safetensors"):
         assert (tmp_path / "run" / name).read_bytes() == (adapter / name).read_bytes(), name
     more = options(
@@ -237,7 +249,10 @@ def test_actions_that_are_decided_come_back_and_are_continued(head, models, monk
     np.testing.assert_allclose(continued[:, :1], own, atol=1e-12)
     if head == "tokens":
         np.testing.assert_allclose(continued, free, atol=1e-6)
-    forced = act(other)
+        forced = act(other)
+    else:
+        with pytest.warns(UserWarning, match="2 steps are committed, and this model learned to continue none"):
+            forced = act(other)
     assert np.array_equal(forced[:, :2], other) and np.isfinite(forced).all()
     if "tokens" in head:  # those that were given are their tokens, and sure
         shown = model.predict_action(IMAGES, WORDS, committed=other, return_dict=True)
@@ -296,7 +311,7 @@ def test_prefixes_are_given_and_not_learned(head, models):
 def test_what_prefix_training_refuses(tmp_path):
     with pytest.raises(ValueError, match="prefix_training=1: action_head='tokens' continues what it is given"):
         finetune(options(tmp_path / "a", prefix_training=1))
-    with pytest.raises(ValueError, match="prefix_training=3: fewer steps than the 3 of a chunk"):
+    with pytest.raises(ValueError, match="prefix_training=3: expected 0, or fewer steps than the 3 of a chunk"):
         finetune(options(tmp_path / "b", prefix_training=3, head="l1_regression"))
 
 

@@ -69,7 +69,7 @@ class Run:
         """How actions come out of the model."""
         head = head_without_weights(self.config, ActionTokenizer(self.processor.tokenizer, self.config.n_action_bins))
         if head.parallel:
-            head.action_dim, head.prefix_training = self.shape[1], self.options.prefix_training or 0
+            head.action_dim, head.prefix_training = self.shape[1], self.config.prefix_training
         return head
 
     @property
@@ -156,6 +156,7 @@ def prepare(options: FinetuneOptions, processes: int = 1, data: Any = None) -> R
     if options.camera_names is not None:
         config.camera_names = [name.strip() for name in options.camera_names.split(",")]
     config.constant_state = "zero"  # as `Source.frames` normalizes states, also where the model had OpenVLA-OFT's
+    config.prefix_training = options.prefix_training or 0
     config.use_film |= options.film
     if options.head is not None:
         check_choice(
@@ -167,17 +168,12 @@ def prepare(options: FinetuneOptions, processes: int = 1, data: Any = None) -> R
         config.action_head = options.head
         if options.head in HEADS_WITH_WEIGHTS and config.action_dim is None:
             config.action_dim = 1  # until the data says
+    if options.prefix_training and not getattr(HEADS.get(config.action_head), "parallel", False):
+        raise ValueError(
+            f"prefix_training={options.prefix_training}: action_head='{config.action_head}' continues what it is given "
+            "without that, leave it out."
+        )
     config.check_fields()
-    if options.prefix_training:
-        if not getattr(HEADS.get(config.action_head), "parallel", False):
-            raise ValueError(
-                f"prefix_training={options.prefix_training}: action_head='{config.action_head}' continues what it is "
-                "given without that, leave it out."
-            )
-        if options.prefix_training >= config.action_chunk:
-            raise ValueError(
-                f"prefix_training={options.prefix_training}: fewer steps than the {config.action_chunk} of a chunk."
-            )
     processor = starting_processor(base, adapter)
     processor.camera_names = list(config.camera_names)
     # The pixels of the original's training; who trained with random crops is shown the center (docs/training.md).
