@@ -255,11 +255,6 @@ class OpenVLAConfig(transformers.PreTrainedConfig):
                 f"use_film={self.use_film!r}, action_head='{self.action_head}': expected true or false, and FiLM is "
                 "for heads that predict in one pass (parallel_tokens, l1_regression, diffusion)."
             )
-        if self.prefix_training not in range(self.action_chunk) or isinstance(self.prefix_training, bool):
-            raise ValueError(
-                f"prefix_training={self.prefix_training!r}: expected 0, or fewer steps than the {self.action_chunk} of a "
-                "chunk (action_chunk)."
-            )
         check_choice("constant_state", self.constant_state, ("zero", "clip"))
         if not isinstance(self.normalization, dict):
             raise ValueError(f"normalization={self.normalization!r}: expected {{dataset: 'bounds_q99' or 'bounds'}}.")
@@ -281,6 +276,11 @@ class OpenVLAConfig(transformers.PreTrainedConfig):
             value = getattr(self, field)
             if not (_is_count(value) or (field == "pad_to_multiple_of" and value == 0)):
                 raise ValueError(f"{field}={value!r}: expected a positive integer.")
+        if self.prefix_training not in range(self.action_chunk) or isinstance(self.prefix_training, bool):
+            raise ValueError(
+                f"prefix_training={self.prefix_training!r}: expected 0, or fewer steps than the {self.action_chunk} of "
+                "a chunk (action_chunk)."
+            )
         if not 2 <= self.n_action_bins <= self.action_vocab_size:
             raise ValueError(
                 f"n_action_bins={self.n_action_bins} does not fit a vocabulary of {self.action_vocab_size} tokens "

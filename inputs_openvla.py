@@ -300,8 +300,8 @@ def read_committed(
     if learned is not None and rows.shape[1] > learned:
         warnings.warn(
             f"{rows.shape[1]} steps are committed, and this model learned to continue "
-            f"{f'at most {learned}' if learned else 'none'} (config.prefix_training={learned}): what follows may not fit "
-            "them. Train with --prefix-training, or use chunks without a prefix (--chunking switch).",
+            f"{f'at most {learned}' if learned else 'none'} (config.prefix_training={learned}): what follows may not "
+            "fit them. Train with --prefix-training, or use chunks without a prefix (--chunking switch).",
             stacklevel=3,
         )
     keys = zip(rows, unnorm_keys, modes)
