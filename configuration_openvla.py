@@ -6,6 +6,7 @@ fine-tuned from them, and names three things those files leave implicit: the siz
 """
 
 import copy
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -350,6 +351,11 @@ class OpenVLAConfig(transformers.PreTrainedConfig):
             unused["normalization"] = content["normalization"]
         return content, unused
 
+    def to_dict(self) -> dict[str, Any]:
+        """As in every configuration of the library; arrays among `norm_stats` become lists."""
+        content = super().to_dict()
+        return content | {"norm_stats": plain_statistics(content["norm_stats"])} if "norm_stats" in content else content
+
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """As in every configuration of the library; `auto_map` names only code that is in the folder."""
         config = copy.copy(self)
@@ -382,6 +388,17 @@ def code_in(folder: str | os.PathLike, auto_map: Mapping[str, Any]) -> dict[str,
     return {name: target for name, target in local.items() if (Path(folder) / f"{target.split('.')[0]}.py").is_file()}
 
 
+def plain_statistics(statistics: Any) -> Any:
+    """Statistics as a JSON file holds them: lists in place of arrays and tensors."""
+
+    def plain(value: Any) -> Any:
+        if not hasattr(value, "tolist"):
+            raise TypeError(f"norm_stats holds {value!r} ({type(value).__name__}), expected numbers, lists and texts.")
+        return value.tolist()
+
+    return json.loads(json.dumps(statistics, default=plain))
+
+
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
@@ -396,4 +413,4 @@ def no_config(folder: str | os.PathLike) -> str:
     return f"{message}: was it copied or downloaded in full?"
 
 
-__all__ = ["OpenVLAConfig"]
+__all__ = ["OpenVLAConfig", "plain_statistics"]

@@ -31,7 +31,7 @@ from .adapters_openvla import (
     with_belongings,
 )
 from .choices_openvla import closest
-from .configuration_openvla import TRANSFORMERS, OpenVLAConfig
+from .configuration_openvla import TRANSFORMERS, OpenVLAConfig, plain_statistics
 from .files_openvla import QUIET, local_folder, read_json
 from .oft_openvla import OFTFolder, find_oft, oft_folder, with_weights
 from .outputs_openvla import CACHE_NAMES
@@ -273,8 +273,8 @@ class OpenVLAPreTrainedModel(AdapterBelongings, ModelParts, PreTrainedModel):
 
     def _save_statistics(self, folder: Path) -> None:
         """Write dataset_statistics.json, which counts when the folder is loaded."""
-        file, text = folder / "dataset_statistics.json", json.dumps(self.norm_stats or {}, indent=2)
-        own = json.loads(text)  # lists, as a file has them
+        file, text = folder / "dataset_statistics.json", json.dumps(plain_statistics(self.norm_stats) or {}, indent=2)
+        own = json.loads(text)
         try:
             there = read_json(file) if file.is_file() else {}
         except ValueError:
@@ -353,6 +353,7 @@ class OpenVLAPreTrainedModel(AdapterBelongings, ModelParts, PreTrainedModel):
 
     @norm_stats.setter
     def norm_stats(self, value: dict | None) -> None:
+        value = plain_statistics(value)
         active = [config for config in self._active_adapters() if belongings(config).keys() & {"norm_stats", "unknown"}]
         for config in active:
             brought = {**belongings(config), "norm_stats": value}

@@ -6,6 +6,7 @@ import shutil
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -400,6 +401,24 @@ def test_older_weights_in_a_folder_that_is_saved_to(folder, tmp_path):
         model.save_pretrained(run, max_shard_size=size)
         assert (load(run).projector.fc1.bias == number).all()
         assert (run / "model.safetensors").is_file() == (size == "50GB")
+
+
+@pytest.mark.parametrize("as_numbers", [lambda x: np.array(x, dtype=np.float32), torch.tensor])
+def test_statistics_of_arrays_are_saved(folder, tmp_path, as_numbers):
+    """As those of TensorFlow datasets and of scripts come, wherever they enter."""
+    model = load(folder)
+    given = {"mine": {"action": {"q01": as_numbers([-0.5] * 7), "q99": as_numbers([0.5] * 7)}, "n": np.int64(3)}}
+    model.norm_stats = given
+    OpenVLAConfig(**{**model.config.to_dict(), "norm_stats": given}).save_pretrained(tmp_path / "config")
+    model.save_pretrained(tmp_path / "set")
+    model.config.norm_stats = given
+    assert "mine" in repr(model.config)
+    model.save_pretrained(tmp_path / "config_set")
+    for name in ("set", "config_set"):
+        assert load(tmp_path / name).norm_stats == {"mine": {"action": {"q01": [-0.5] * 7, "q99": [0.5] * 7}, "n": 3}}
+    assert json.loads((tmp_path / "config" / "config.json").read_text())["norm_stats"]["mine"]["n"] == 3
+    with pytest.raises(TypeError, match="norm_stats holds <object.*expected numbers"):
+        model.norm_stats = {"mine": object()}
 
 
 def test_statistics_of_a_folder_that_is_saved_to(folder, tmp_path, monkeypatch):
