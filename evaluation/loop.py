@@ -159,7 +159,7 @@ def run_episodes(
                 if slot.job.episode < videos:
                     parts = (slot.job.task, slot.job.variation.replace(":", "-"), f"{slot.job.episode:03d}")
                     name = "_".join(filter(None, parts))
-                    slot.video = EpisodeVideo(folder / "videos" / f"{name}.mp4", observation)
+                    slot.video = EpisodeVideo(folder / "videos" / f"{name}.mp4", observation, spec.names)
 
             running = [slot for slot in slots if slot.observation is not None]
             due = [slot for slot in running if slot.control.wants_action(slot.step)]

@@ -33,10 +33,13 @@ class EpisodeVideo:
     """An mp4 of an episode: the first camera, the instruction above, bars of the action below, the outcome at the end.
 
     Frames are kept small until `save` writes them; nothing stands at `path` before.
+
+    Args:
+        names: Of the A numbers of an action; where they are of other length, the usual ones.
     """
 
-    def __init__(self, path: Path, first: Observation):
-        self.path, self.instruction = path, first.instruction
+    def __init__(self, path: Path, first: Observation, names: Sequence[str] = ()):
+        self.path, self.instruction, self.names = path, first.instruction, names
         self.frames: list[np.ndarray] = []
         self.actions: list[np.ndarray] = []
 
@@ -52,10 +55,10 @@ class EpisodeVideo:
         import av
 
         limits = np.maximum(np.abs(np.stack(self.actions)).max(axis=0), 1e-6)
-        pictures = [
-            draw(frame, self.instruction, action / limits, None) for frame, action in zip(self.frames, self.actions)
-        ]
-        pictures += [draw(self.frames[-1], self.instruction, self.actions[-1] / limits, success)] * FPS
+        names = self.names if len(self.names) == len(limits) else action_names(len(limits))
+        bars = [list(zip(names, action / limits, strict=True)) for action in self.actions]
+        pictures = [draw(frame, self.instruction, bar, None) for frame, bar in zip(self.frames, bars)]
+        pictures += [draw(self.frames[-1], self.instruction, bars[-1], success)] * FPS
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_suffix(".part.mp4")
         with av.open(str(part), "w") as container:
@@ -157,16 +160,15 @@ def wrap(text: str, fits: Callable[[str], bool]) -> list[str]:
     return lines
 
 
-def draw(frame: np.ndarray, instruction: str, action: np.ndarray, success: bool | None) -> Image.Image:
+def draw(frame: np.ndarray, instruction: str, action: Sequence[tuple[str, float]], success: bool | None) -> Image.Image:
     """One picture of the film.
 
     Args:
         frame: (H, W, 3) uint8.
-        action: (A,) in [-1, 1] of what the episode saw.
+        action: Name and value of each number, in [-1, 1] of what the episode saw.
         success: None until it ends.
     """
     height = WIDTH * frame.shape[0] // frame.shape[1]
-    names = action_names(len(action))
     picture = Image.new("RGB", (WIDTH, (LINE + height + 3 * LINE + 1) // 2 * 2), "white")
     picture.paste(Image.fromarray(frame).resize((WIDTH, height)), (0, LINE))
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
@@ -176,7 +178,7 @@ def draw(frame: np.ndarray, instruction: str, action: np.ndarray, success: bool 
         pen.rectangle((0, LINE, WIDTH - 1, LINE + height - 1), outline=color, width=6)
         pen.text((WIDTH - 70, 3), text, fill=color, font=font)
     width = WIDTH / len(action)
-    for index, (name, value) in enumerate(zip(names, action)):
+    for index, (name, value) in enumerate(action):
         left, base = index * width, LINE + height + LINE
         pen.text((left + 4, base + LINE + 2), name, fill="black", font=font)
         top, bottom = sorted((base, base - float(np.clip(value, -1, 1)) * (LINE - 3)))

@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 from typer.testing import CliRunner
 
 from openvla.cli import app
@@ -108,3 +108,17 @@ def test_a_film_of_somebody_else_is_not_replaced(tmp_path, monkeypatch):
     video.add(observation, np.zeros(7))
     video.save(success=True)
     check_replaceable(tmp_path / "go.mp4")
+
+
+@pytest.mark.parametrize(
+    ("named", "written"), [(("waist", "elbow"), ("waist", "elbow")), ((), ("action[0]", "action[1]"))]
+)
+def test_films_call_actions_as_the_environment_does(tmp_path, monkeypatch, named, written):
+    pytest.importorskip("av", reason="films need the [sim] extra")
+    said = []
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda pen, at, text, **how: said.append(text))
+    observation = Observation({"image": np.zeros((64, 64, 3), np.uint8)}, np.zeros(1), "go")
+    video = EpisodeVideo(tmp_path / "go.mp4", observation, named)
+    video.add(observation, np.array([0.5, -1.0]))
+    video.save(success=True)
+    assert {*written} <= {*said} and (tmp_path / "go.mp4").is_file()

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from openvla.cli import app
 from openvla.data import DamagedDataError, open_dataset
+from openvla.data.formats.hdf5 import control_frequency
 from openvla.data.sources import open_source, open_sources
 from openvla.files_openvla import LFS_POINTER
 from openvla.options.training import FinetuneOptions
@@ -143,6 +144,29 @@ def test_files_that_are_upside_down_are_known_by_their_attributes(tmp_path, attr
         frames = open_dataset(path, rotate_images=given)[0].images["agentview_rgb"]
         np.testing.assert_array_equal(frames[2], stored[::-1, ::-1] if expected else stored)
         np.testing.assert_array_equal(frames[1:][1], frames[2])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"env_kwargs": {"control_freq": 20}}, 20.0),
+        ({"env_kwargs": {"control_freq": 0}}, None),
+        ({"env_kwargs": {"control_freq": float("nan")}}, None),
+        ({"env_kwargs": []}, None),
+        ([], None),
+        (None, None),
+    ],
+)
+def test_hdf5_says_how_many_steps_a_second_has(tmp_path, arguments, expected):
+    """As LIBERO, robomimic and the recorder of this package write it."""
+    words = {"problem_info": LIBERO["problem_info"]}
+    path = hdf5(tmp_path, words if arguments is None else words | {"env_args": json.dumps(arguments)})
+    source = open_source(path, held_out=0)
+    assert source.dataset.dataset.hz == source.action_spec.hz == expected
+    assert open_source(path, held_out=0, hz=7).action_spec.hz == 7
+    with h5py.File(tmp_path / "broken.hdf5", "w") as file:
+        file.create_group("data").attrs["env_args"] = "{"
+    assert control_frequency(tmp_path / "broken.hdf5") is None
 
 
 def test_hdf5_depth_is_no_camera(tmp_path):

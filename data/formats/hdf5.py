@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -98,6 +99,8 @@ class HDF5Dataset(EpisodeDataset):
             )
         self.splits = sorted(masks) or ["train"]
         self.files = {file.relative_to(path).as_posix() if file != Path(path) else file.name: file for file in files}
+        rates = {control_frequency(file) for file in dict.fromkeys(file for file, _ in self.demos)}
+        self.hz = rates.pop() if len(rates) == 1 else None
         self._action_dim: int | None = None
         self._has_camera: bool | None = None
 
@@ -256,6 +259,17 @@ def _words_within(group: h5py.Group, attribute: str, key: str, origin: str) -> s
         return as_text(json.loads(as_text(found, origin) or "{}").get(key), origin)
     except (ValueError, AttributeError) as error:
         raise DamagedDataError(f"{origin}: the attribute {attribute} is not a JSON object: {error}") from error
+
+
+def control_frequency(file: Path) -> float | None:
+    """Steps in a second, by the arguments of the simulator that a file holds (`env_args` of robomimic and LIBERO); None
+    where they do not say."""
+    found = open_file(file)["data"].attrs.get("env_args")
+    try:
+        hz = float(json.loads(as_text(found, str(file)) or "{}")["env_kwargs"]["control_freq"])
+    except (ValueError, TypeError, KeyError):
+        return None
+    return hz if 0 < hz < math.inf else None
 
 
 def upside_down(file: Path) -> bool:
