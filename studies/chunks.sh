@@ -11,7 +11,7 @@
 set -euo pipefail
 output=${1:-outputs/chunks}
 
-openvla record --tasks "${TASKS:-drawer-open-v3,push-v3,button-press-topdown-v3}" --episodes "${EPISODES:-160}" --noise 0.2 \
+openvla record --tasks "${TASKS:-drawer-open-v3,push-v3,button-press-topdown-v3}" --episodes "${EPISODES:-130}" --noise 0.2 \
     --delay 4 --after-success 6 --wrist --workers "${WORKERS:-2}" --output "$output/demos"
 
 declare -A what=(
@@ -24,6 +24,6 @@ for policy in ${POLICY:-one tokens l1 l1_wrist}; do
     # Without augmentation: camera, light and table are always the same.
     openvla finetune --strategy full --dataset "$output/demos" --name metaworld --held-out 0.03 \
         --no-image-aug --batch-size 64 --precision "${PRECISION:-bf16}" --optimizer muon --weight-decay 0.05 \
-        --learning-rate 1.5e-3 --schedule linear --warmup-steps 50 --steps "${STEPS:-1600}" --shuffle-buffer 20000 \
-        --workers "${READERS:-1}" --save-every 400 --eval-every 400 --output "$output/$policy" --resume ${what[$policy]}
+        --learning-rate 1.5e-3 --schedule linear --warmup-steps 20 --steps "${STEPS:-1140}" --shuffle-buffer 20000 \
+        --workers "${READERS:-1}" --save-every 285 --eval-every 285 --output "$output/$policy" --resume ${what[$policy]}
 done
