@@ -31,6 +31,7 @@ from openvla_client import (
     State,
     connect,
     connect_async,
+    messages,
 )
 from openvla_client.messages import picture, read_info
 from openvla_client.wire import pack, unpack
@@ -519,6 +520,27 @@ def test_with_await(scheme):
         assert len(asyncio.run(ask(scripted.url(scheme)))) == 4
     assert scripted.messages[-1]["endpoint"] == "reset"
     assert scripted.messages[-1]["session"] == scripted.messages[0]["session"]
+
+
+def test_a_picture_is_compressed_beside_the_loop(scheme, monkeypatch):
+    """Which may be the one that moves a robot: here it goes on while the picture waits for it."""
+    others, compress = threading.Event(), messages.picture_file
+
+    def waiting(*given):
+        assert others.wait(30)
+        return compress(*given)
+
+    async def ask(url):
+        async with await connect_async(url, images="jpeg") as client:
+            answer = asyncio.ensure_future(client.act(IMAGE, "go"))
+            await asyncio.sleep(0.05)
+            others.set()
+            return await answer
+
+    monkeypatch.setattr(messages, "picture_file", waiting)
+    scripted = Scripted()
+    with scripted.running():
+        assert asyncio.run(ask(scripted.url(scheme))).actions.shape[1]
 
 
 # With a guard ---------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import secrets
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from ssl import SSLContext
 from typing import Any
 
@@ -107,11 +108,13 @@ class AsyncClient:
         timeout = self.settings.timeout if timeout is None else timeout
         async with self._in_time(timeout):
             connection = await self._connected(begin + timeout)
-            message = request(
-                connection.info, images, instruction, state=state, unnorm_key=unnorm_key, step=step,
+            make = partial(
+                request, connection.info, images, instruction, state=state, unnorm_key=unnorm_key, step=step,
                 committed=committed, session=self.session if session is None else session, details=details,
                 form=self.settings.images, quality=self.settings.quality,
             )  # fmt: skip
+            # A picture takes milliseconds to compress, and the loop may move a robot.
+            message = make() if self.settings.images == "raw" else await asyncio.to_thread(make)
             message["request_id"] = next(self._requests)
             left = 1000 * (begin + timeout - time.monotonic())
             message["timeout_ms"] = min(max(1.0, left), LONGEST)
