@@ -490,6 +490,30 @@ def test_outside_of_the_workspace_only_inwards(here, change, allowed):
     assert action[2] == pytest.approx(allowed)
 
 
+@pytest.mark.parametrize(
+    ("turn", "last", "action", "allowed"),
+    [
+        (None, 179.0, -179.0, 176.0),  # a number as any other: the long way round
+        (360, 179.0, -179.0, -179.0),  # two degrees
+        (360, 179.0, -170.0, -178.0),
+        (360, -179.0, 170.0, 178.0),
+        (360, 1.0, 359.0, 359.0),  # counted from 0 on
+        (360, 359.0, 8.0, 2.0),
+        (360, 3.0, 352.0, 0.0),
+        (360, 10.0, 20.0, 13.0),
+        (360, 10.0, 13.0, 13.0),
+        (2 * np.pi, 3.1, -3.1, -3.1),
+    ],
+)
+def test_an_angle_turns_the_short_way_round(turn, last, action, allowed):
+    limits = Limits(step={"a": 3.0}, turn={} if turn is None else {"a": turn})
+    limits.check(JOINTS)
+    found, cut = limits.apply(np.array([action, 5, 0]), JOINTS, np.array([last, 0, 0]), None)
+    assert found.tolist() == pytest.approx([allowed, 5, 0]) and (cut == ["a"]) == (allowed != action)
+    with pytest.raises(ValueError, match="turn of x: a change is no angle"):
+        Limits(step={"x": 1}, turn={"x": 360}).check(POSE)
+
+
 def test_an_action_at_its_limit_is_not_beyond_it():
     limits = Limits(step={"a": 0.1}, place={"a": (0.0, 0.8)}, refuse=True)
     for last, action, cut in ((0.7, 0.8, []), (0.3, 0.2, []), (0.1, 0.0, []), (0.7, 0.8 + 1e-6, ["a"])):
@@ -650,7 +674,18 @@ def test_something_that_cannot_be_asked():
         Guard(object(), POSE)
 
 
-@pytest.mark.parametrize("options", [{"step": {"x": 0}}, {"step": {"x": float("nan")}}, {"place": {"x": (2, 1)}}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"step": {"x": 0}},
+        {"step": {"x": float("nan")}},
+        {"place": {"x": (2, 1)}},
+        {"step": {"x": 1}, "turn": {"x": 0}},
+        {"step": {"x": 1}, "turn": {"x": float("inf")}},
+        {"turn": {"x": 360}},
+        {"step": {"x": 1}, "place": {"x": (0, 1)}, "turn": {"x": 360}},
+    ],
+)
 def test_limits_that_make_no_sense(options):
     with pytest.raises(ValueError, match="expected"):
         Limits(**options)

@@ -19,11 +19,14 @@ class Limits:
         place: name -> (lowest, highest) place: of an absolute dimension the action itself, of a relative one `position`
             and the action together. A robot that stands outside may stay or come back, not go further out.
         refuse: Whether an action beyond a limit is refused completely; otherwise it is cut to the limit.
+        turn: name -> what a full turn is, `2 * math.pi` or 360: of an absolute angle, whose step is then measured the
+            short way round. Without it a step from 179 to -179 degrees is one of -358, and cut to a turn backwards.
     """
 
     step: Mapping[str, float] = field(default_factory=dict)
     place: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     refuse: bool = False
+    turn: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, step in self.step.items():
@@ -33,11 +36,21 @@ class Limits:
             if len(bounds) != 2 or not bounds[0] <= bounds[1]:
                 raise ValueError(f"place={{{name!r}: {bounds!r}}}: expected (lowest, highest).")
 
+        for name, turn in self.turn.items():
+            if not 0 < turn < math.inf or name not in self.step or name in self.place:
+                raise ValueError(
+                    f"turn={{{name!r}: {turn!r}}}: expected a full turn, above 0, of an angle whose step is limited and "
+                    "whose place is not: within a place there is no way round."
+                )
+
     def check(self, spec: ActionSpec) -> None:
-        """Raise a `ValueError` for names that the robot's actions do not have."""
+        """Raise a `ValueError` for names that the robot's actions do not have, and for turns of changes."""
         unknown = sorted({*self.step, *self.place} - {*spec.names})
         if unknown:
             raise ValueError(f"limits of {', '.join(unknown)}: the dimensions are {', '.join(spec.names)}.")
+        changes = [name for name in self.turn if spec.relative[spec.names.index(name)]]
+        if changes:
+            raise ValueError(f"turn of {', '.join(changes)}: a change is no angle to turn from, leave it out.")
 
     def apply(
         self, action: np.ndarray, spec: ActionSpec, last: np.ndarray | None, position: np.ndarray | None
@@ -70,11 +83,22 @@ class Limits:
             if name in self.step:
                 if not np.isfinite(before):
                     raise ValueError(f"{name} has a limit of its step: start or position has to say where it is")
-                value = float(np.clip(value, before - self.step[name], before + self.step[name]))
+                value = self._near(before, value, name)
             if not math.isclose(value, action[dim], rel_tol=1e-9, abs_tol=1e-12):  # sums of floats: 0.7 + 0.1 < 0.8
                 allowed[dim] = value
                 cut.append(name)
         return allowed, cut
+
+    def _near(self, before: float, value: float, name: str) -> float:
+        """The value of a step that its limit allows; of an angle in the turn that is counted in."""
+        step, turn = self.step[name], self.turn.get(name)
+        if turn is None:
+            return float(np.clip(value, before - step, before + step))
+        change = (value - before + turn / 2) % turn - turn / 2
+        if abs(change) <= step:
+            return value
+        lowest = 0.0 if max(before, value) > turn / 2 else -turn / 2
+        return (before + math.copysign(step, change) - lowest) % turn + lowest
 
     def ahead(
         self, actions: np.ndarray, spec: ActionSpec, last: np.ndarray | None, position: np.ndarray | None
