@@ -39,8 +39,8 @@ class Limits:
         for name, turn in self.turn.items():
             if not 0 < turn < math.inf or name not in self.step or name in self.place:
                 raise ValueError(
-                    f"turn={{{name!r}: {turn!r}}}: expected a full turn, above 0, of an angle whose step is limited and "
-                    "whose place is not: within a place there is no way round."
+                    f"turn={{{name!r}: {turn!r}}}: expected a full turn, above 0, of an angle whose step is limited "
+                    "and whose place is not: within a place there is no way round."
                 )
 
     def check(self, spec: ActionSpec) -> None:
