@@ -109,7 +109,17 @@ class EagerSteps:
         ).logits[:, -1:]
         self.begin, self.stop = self.stop, self.stop + 1
         first, end = self.token_range
+        check_rows(logits.shape[-1], end)
         return logits[..., first:end].float()
+
+
+def check_rows(rows: int, end: int | None) -> None:
+    """Raise a `ValueError` if an output layer with so many rows lacks some of the tokens before `end`."""
+    if end is not None and rows < end:
+        raise ValueError(
+            f"The output layer of the language model (lm_head) has {rows} rows, and action tokens end at {end}: give "
+            "set_output_embeddings one with a row for every token."
+        )
 
 
 def decode_tokens(
@@ -246,4 +256,4 @@ def check_finite(probabilities: np.ndarray, dtype: torch.dtype) -> None:
         )
 
 
-__all__ = ["Decoded", "EagerSteps", "Prefix", "Steps", "check_finite", "choose_token", "decode_tokens"]
+__all__ = ["Decoded", "EagerSteps", "Prefix", "Steps", "check_finite", "check_rows", "choose_token", "decode_tokens"]

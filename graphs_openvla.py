@@ -25,7 +25,7 @@ from torch import nn
 from .compiled_openvla import CompiledLayer, compiling, why_not_compiled
 from .decoding_openvla import EagerSteps, Prefix, Steps
 from .inputs_openvla import ModelInputs
-from .llama_openvla import Layer, LlamaSteps, cache_shape, is_plain_llama, open_steps, pool_of
+from .llama_openvla import Layer, LlamaSteps, cache_shape, has_hooks, is_plain_llama, open_steps, pool_of
 from .modules_openvla import every_module
 from .quantized_linear_openvla import Int4Linear
 from .sampling_openvla import Choice, check_flag
@@ -182,8 +182,8 @@ class Prepared:
             if not self.warned:
                 self.warned = True
                 warnings.warn(
-                    "The model is not what prepare_for_inference recorded (moved, cast, another adapter or other "
-                    "modules): it predicts without graphs until it is prepared again.",
+                    "The model is not what prepare_for_inference recorded (moved, cast, another adapter, other "
+                    "modules, or hooks on them): it predicts without graphs until it is prepared again.",
                     stacklevel=6,
                 )
             return None
@@ -221,7 +221,12 @@ class Snapshot:
 
     def __init__(self, model: Any):
         modules = every_module(model)
-        self.attention = model.language_model.config._attn_implementation
+        self.read = _read(model)
+        # A recording neither calls hooks nor sees another `forward`. The model itself is not called.
+        self.called = modules[1:]
+        self.hooks = [hooks for part in self.called for hooks in (part._forward_hooks, part._forward_pre_hooks)]
+        self.attributes = [module.__dict__ for module in self.called]
+        self.forwards = [attributes.get("forward") for attributes in self.attributes]
         self.parts = [(module._modules, tuple(module._modules.values())) for module in modules if module._modules]
         tensors = [held for module in modules for held in (module._parameters, module._buffers) if held]
         self.places = [(held, _places(held)) for held in tensors]  # others wherever a tensor is cast or moved
@@ -232,11 +237,19 @@ class Snapshot:
     def is_of(self, model: Any) -> bool:
         """Whether graphs would still compute with what the model has. It is asked before every prediction."""
         return (
-            model.language_model.config._attn_implementation == self.attention
+            _read(model) == self.read
+            and not (any(self.hooks) and any(map(has_hooks, self.called)))
+            and [attributes.get("forward") for attributes in self.attributes] == self.forwards
             and all(tuple(modules.values()) == parts for modules, parts in self.parts)
             and all(_places(held) == places for held, places in self.places)
             and all(_adapter(module) == state for module, state in self.adapters)
         )
+
+
+def _read(model: Any) -> tuple[Any, ...]:
+    """Of the configuration, what own passes ask for."""
+    config = model.language_model.config
+    return config._attn_implementation, config.num_hidden_layers
 
 
 def _places(tensors: Mapping[str, torch.Tensor | None]) -> list[int]:
@@ -272,6 +285,8 @@ def prepare(
         reason = f"action_head='{model.config.action_head}' predicts in one pass"
     elif not is_plain_llama(model.language_model):
         reason = "the language model has the library's own steps"
+    elif any(has_hooks(module) for module in every_module(model)[1:]):  # the model itself is not called
+        reason = "hooks are registered on its modules, which graphs do not call"
     elif any(isinstance(module, Int4Linear) for module in every_module(model.language_model)):
         reason = "with weights of 4 bits they failed (misaligned address; torch 2.11, an H200)"
     else:

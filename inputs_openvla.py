@@ -320,8 +320,12 @@ def read_draft(draft: Any, batch: int, config: OpenVLAConfig) -> list[list[int]]
     if draft is None:
         return None
     rows = [draft] if batch == 1 and not (isinstance(draft, (list, tuple)) and len(draft) == 1) else draft
-    if not hasattr(rows, "__len__") or len(rows) != batch:
-        raise ValueError(f"draft is of {np.shape(draft)}, expected token ids for each of the {batch} samples.")
+    if not (isinstance(rows, (list, tuple)) or getattr(rows, "ndim", False)) or len(rows) != batch:
+        size = f" of {len(draft)}" if hasattr(draft, "__len__") and getattr(draft, "ndim", True) else ""
+        raise ValueError(
+            f"draft is a {type(draft).__name__}{size}, expected token ids for each of the {batch} samples, None for "
+            "one without any."
+        )
     guesses: list[list[int]] = []
     for row in rows:
         tokens = as_tensor("draft", [] if row is None else row).flatten()

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional
 from transformers.models.llama import modeling_llama as llama
 
-from .decoding_openvla import EagerSteps, Prefix, Steps
+from .decoding_openvla import EagerSteps, Prefix, Steps, check_rows
 
 
 PLACES = 64  # caches have a multiple of so many, to serve prompts of several lengths
@@ -122,11 +122,14 @@ STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # whose frequencies do no
 
 def is_plain(module: nn.Module) -> bool:
     """Whether a call of a module is its class's forward and no more."""
-    if "forward" in module.__dict__ or module._forward_pre_hooks or module.__dict__.get("_compiled_call_impl"):
-        return False
+    return not ("forward" in module.__dict__ or module.__dict__.get("_compiled_call_impl") or has_hooks(module))
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something is called before or after a module."""
     # The library leaves hooks behind that do nothing until hidden states are asked for.
-    return all(
-        getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
+    return bool(module._forward_pre_hooks) or any(
+        getattr(hook, "__module__", "") != "transformers.utils.output_capturing"
         for hook in module._forward_hooks.values()
     )
 
@@ -193,8 +196,15 @@ class LlamaSteps:
         used = model.layers[: model.config.num_hidden_layers]  # the cache may be of more
         self.layers = [make_layer(layer, part[:, :batch]) for layer, part in zip(used, cache)]
         lm_head = language_model.lm_head
-        self.logits: Callable[[torch.Tensor], torch.Tensor] = lambda hidden: lm_head(hidden)[..., first:end]
+
+        def logits(hidden: torch.Tensor) -> torch.Tensor:
+            of_all = lm_head(hidden)
+            check_rows(of_all.shape[-1], end)
+            return of_all[..., first:end]
+
+        self.logits: Callable[[torch.Tensor], torch.Tensor] = logits
         if type(lm_head) is nn.Linear and lm_head.bias is None and is_plain(lm_head):
+            check_rows(len(lm_head.weight), end)
             rows = lm_head.weight[first:end]
             self.logits = lambda hidden: functional.linear(hidden, rows)
         self.total = self.length + num_tokens - 1  # the last token is not read
@@ -282,4 +292,4 @@ def norm(module: Any, hidden: torch.Tensor) -> torch.Tensor:
     return functional.rms_norm(hidden, module.weight.shape, module.weight, module.variance_epsilon)
 
 
-__all__ = ["CachePool", "LlamaSteps", "cache_shape", "is_plain_llama", "open_steps", "pool_of"]
+__all__ = ["CachePool", "LlamaSteps", "cache_shape", "has_hooks", "is_plain_llama", "open_steps", "pool_of"]

@@ -174,8 +174,11 @@ class OpenVLAPolicy(Policy):
         if head is None:
             actions = np.asarray(self.model.predict_action(images, instructions, **more))
             return {"actions": actions.reshape(len(observations), -1, actions.shape[-1])}
-        if head.takes_drafts and (self.drafts or (self.drafts is None and self._is_exact())):
-            more["draft"] = [self._draft(observation) for observation in observations]
+        sampled = more.get("do_sample")
+        if sampled is None:
+            sampled = getattr(more.get("generation_config"), "do_sample", None)
+        if head.takes_drafts and not sampled and (self.drafts or (self.drafts is None and self._is_exact())):
+            more.setdefault("draft", [self._draft(observation) for observation in observations])
         found: Any = self.model.predict_action(images, instructions, return_dict=True, **more)
         shape = (len(observations), -1, found.actions.shape[-1])
         rows = {name: values.reshape(*shape, *values.shape[found.actions.ndim :]) for name, values in found.items()}
@@ -188,7 +191,8 @@ class OpenVLAPolicy(Policy):
         """Whether the model rounds so little that a draft changes nothing."""
         import torch
 
-        if self.model.dtype != torch.float32 or getattr(self.model, "is_quantized", False):
+        reads: Any = getattr(self.model, "language_model", self.model)  # a draft; other parts may have other types
+        if reads.dtype != torch.float32 or getattr(self.model, "is_quantized", False):
             return False
         return not torch.is_autocast_enabled(self.model.device.type)
 

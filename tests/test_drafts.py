@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from test_llama_openvla import check_equal, new_model, prompts
+from transformers import GenerationConfig
 
 from openvla.decoding_openvla import decode_tokens
 from openvla.graphs_openvla import plain_decoding
@@ -161,7 +162,11 @@ def test_steps_of_the_library_do_not_look_at_drafts(model):
 @pytest.mark.parametrize(
     ("draft", "message"),
     [
-        (7, "expected token ids for each of the 2 samples"),
+        (7, "draft is a int, expected token ids for each of the 2 samples"),
+        (np.array(150), "draft is a ndarray, expected token ids"),
+        (torch.tensor(150), "draft is a Tensor, expected token ids"),
+        ([[150, 151], [150], None], "draft is a list of 3, expected token ids"),
+        ({150, 151}, "draft is a set of 2"),
         ([[150] * 7], "expected token ids for each of the 2 samples"),
         ([[150.5] * 7] * 2, "holds torch.float64, expected token ids"),
         ([[True] * 7] * 2, "holds torch.bool"),
@@ -240,6 +245,28 @@ def test_a_policy_in_half_precision_is_asked_to_draft(model):
     assert OpenVLAPolicy(Recorder(model))._is_exact()
     with torch.autocast("cpu", torch.bfloat16):
         assert not OpenVLAPolicy(Recorder(model))._is_exact()
+
+
+def test_a_policy_drafts_where_its_language_model_is_exact():
+    """Whatever types its other parts have: no draft goes through them."""
+    model = new_model()
+    model.vision_backbone.to(torch.bfloat16)
+    assert model.dtype == torch.bfloat16 and OpenVLAPolicy(model)._is_exact()
+    model.to(torch.float32).language_model.to(torch.bfloat16)
+    assert model.dtype == torch.float32 and not OpenVLAPolicy(model)._is_exact()
+
+
+def test_a_policy_that_samples_or_is_given_a_draft(model):
+    policy = OpenVLAPolicy(Recorder(model))
+    acted(policy, seen(1))
+    sampled = GenerationConfig(do_sample=True)
+    for options in ({"do_sample": True, "temperature": 0.5}, {"generation_config": sampled}):
+        assert policy.predict([seen(1)], **options)[0]["actions"].shape == (1, 7)
+    assert policy.model.drafts[1:] == [None, None]
+    policy.predict([seen(1)], do_sample=False, generation_config=sampled, draft=[[150]])
+    assert policy.model.drafts[3] == [[150]]
+    policy.predict([seen(1)], do_sample=False)
+    assert policy.model.drafts[4] is not None
 
 
 def test_a_head_that_tells_no_tokens_acts_without_drafts(chunked):

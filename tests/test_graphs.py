@@ -120,6 +120,10 @@ CHANGES = {
     "another module": lambda model: setattr(model.projector, "fc2", copy.deepcopy(model.projector.fc2)),
     "an adapter": lora,
     "watched": lambda model: model.language_model.model.register_forward_hook(lambda *_: None),
+    "watched at the projector": lambda model: model.projector.register_forward_hook(lambda module, given, out: out * 2),
+    "watched at a product": lambda model: model.language_model.lm_head.register_forward_pre_hook(lambda *_: None),
+    "another forward": lambda model: setattr(model.projector, "forward", lambda features: features[..., :32] * 2),
+    "fewer layers": lambda model: setattr(model.language_model.config, "num_hidden_layers", 1),
     "eager": lambda model: model.set_attn_implementation({"text_config": "eager"}),
 }
 
@@ -138,8 +142,16 @@ def test_a_model_that_has_changed(change, plain):
     assert found.token_ids.tolist() == details(other, prompts(1)).token_ids.tolist()
     check(model, other, prompts(1), 0)  # said once
     done = model.prepare_for_inference(prompt_buckets=[16])
-    assert bool(done.reason) == (change == "watched")
+    assert bool(done.reason) == change.startswith("watched")
     check(model, other, prompts(1), 0 if done.reason else 7)
+
+
+def test_hidden_states_leave_graphs_as_they_are(plain):
+    """The library's own hooks, which do nothing until these are asked for."""
+    model = copy.deepcopy(plain)
+    model.prepare_for_inference(prompt_buckets=[16])
+    model(**prompts(1), output_hidden_states=True)
+    check(model, plain, prompts(1), 7)
 
 
 def test_adapters_switched_and_merged(plain):

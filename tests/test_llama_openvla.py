@@ -3,6 +3,7 @@
 import copy
 import gc
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -217,6 +218,17 @@ def test_weights_that_change_between_predictions(model):
     check_equal(changed, inputs)
     changed.set_attn_implementation({"text_config": "eager"})
     check_equal(changed, inputs)
+
+
+@pytest.mark.parametrize("rows", [70, 300])
+@pytest.mark.parametrize("bias", [False, True])
+def test_an_output_layer_that_lacks_action_tokens(rows, bias, model):
+    """Not silently the most probable of those that are there."""
+    cut = copy.deepcopy(model)
+    cut.set_output_embeddings(torch.nn.Linear(cut.llm_dim, rows, bias=bias))
+    for way in (plain_decoding, nullcontext):
+        with way(), pytest.raises(ValueError, match=rf"\(lm_head\) has {rows} rows, and action tokens end at 336"):
+            cut.predict_action(**prompts(1))
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4", "fp8", "bnb-int8", "bnb-nf4"])
