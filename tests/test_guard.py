@@ -12,6 +12,7 @@ import numpy as np
 import openvla_client
 import pytest
 from openvla_client import ActionSpec, Audit, Guard, Limits, NoAction, Reply, State, ThreadTransport, digest
+from openvla_client.sleep import Sleep
 
 
 POSE = ActionSpec(("x", "y", "z", "gripper"), (True, True, True, False), (3,), hz=10)
@@ -318,6 +319,43 @@ def test_a_clock_that_goes_back_begins_an_epoch():
     assert command.source == "hold" and "clock" in command.reason
     bench.answer([0.1, 0, 0, 1])
     assert bench.step().source == "answer"
+
+
+def test_sleep_begins_an_epoch():
+    """The clock did not count it: what was asked and seen before looks young."""
+    slept = [0.0]
+    bench = Bench(start=still(), wait=0, slept=lambda: slept.pop() if slept else 0.0, dead_after=60)
+    bench.step()
+    bench.answer([[i, 0, 0, 1] for i in range(8)])
+    assert bench.step().source == "answer"
+    before = bench.now
+    slept.append(3.0)
+    command = bench.step(seen_at=before)
+    assert command.source == "hold" and "sleep" in command.reason and command.age > 3
+    bench.answer([0.1, 0, 0, 1])  # to what was asked before
+    assert bench.step(seen_at=before).source == "hold" and len(bench.asked) == 2
+    bench.step()
+    bench.answer([0.2, 0, 0, 1])
+    assert bench.step().source == "answer"
+    slept.append(3600.0)
+    assert bench.step().state is State.DEAD  # somebody has to look first
+
+
+def test_sleep_is_told_from_a_thread_that_was_stopped():
+    times = iter([(10.0, 10.0, 10.0), (11.0, 16.0, 16.0), (17.0, 20.0, 17.0), (18.0, 21.0, 23.0), (24.0, 37.5, 24.5),
+                  (25.0, 38.0, 25.0)])  # fmt: skip
+    clocks: list[float] = []
+
+    def read() -> float:
+        if not clocks:
+            clocks.extend(next(times))
+        return clocks.pop(0)
+
+    sleep = Sleep(read, read)
+    assert [sleep.since_last() for _ in range(6)] == [0.0, 0.0, 3.0, 0.0, 10.0, 0.0]
+    real = Sleep()
+    assert not any(real.since_last() for _ in range(2000))
+    assert Guard(lambda seen: None, POSE)._slept.__name__ == "since_last"
 
 
 def test_a_clock_that_stands_still_ages_by_steps():

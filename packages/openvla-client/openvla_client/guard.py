@@ -17,6 +17,7 @@ from .audit import digest as content_digest
 from .command import Command, NoAction, State, held
 from .limits import Limits, numbers
 from .plan import EPSILON, Plan, Stale
+from .sleep import Sleep
 from .transport import Ask, Transport, called
 
 
@@ -53,6 +54,8 @@ class Guard:
         limits: What an action may be at most.
         audit: Takes one mapping for each step, such as `Audit(path).write`; must neither block nor raise.
         clock: Seconds of this machine that only go forward.
+        slept: Seconds that the clock did not count since the last call, as the computer slept. After sleep nothing that
+            was asked or seen before acts. Default: of `time.monotonic` on Linux, see `Sleep`; 0 elsewhere.
         digest: Names an observation in the audit.
 
     Raises:
@@ -79,6 +82,7 @@ class Guard:
         audit: Callable[[Mapping[str, Any]], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
         digest: Callable[[Any], str] = content_digest,
+        slept: Callable[[], float] | None = None,
     ):
         hz = spec.hz if hz is None and spec is not None else hz
         if hz is None or not 0 < hz < math.inf:
@@ -110,6 +114,8 @@ class Guard:
         self._transport = transport if isinstance(transport, Transport) else called(transport)
         self._connection = self._transport.connection
         self._audit, self._clock, self._digest = audit, clock, digest
+        none = lambda: 0.0  # noqa: E731
+        self._slept = slept or (Sleep().since_last if clock is time.monotonic else none)
         self._plan = Plan(self.period, self.max_age, None if spec is None else spec.action_dim, execute)
         self._ids = itertools.count()
         self._lock = threading.Lock()
@@ -193,7 +199,7 @@ class Guard:
         now = self._now(step)
         command = self._decide(step, now, here)
         if command.source != "answer" and self.epoch != epoch:
-            command = replace(command, reason="another connection, or a clock that went back: a new epoch has begun")
+            command = replace(command, reason="another connection, a clock that went back, or sleep: a new epoch")
         elif command.source != "answer" and not self._usable(seen_at, now):
             command = replace(command, reason=f"seen_at={seen_at} is not a time of the guard's clock, {now}")
         elif command.source != "answer" and not new:
@@ -213,12 +219,16 @@ class Guard:
             self._plan.clear()
 
     def _now(self, step: int) -> float:
-        """The clock. Where it goes back, nothing that was timed before can be trusted."""
-        now = self._clock()
+        """The clock. Where it goes back or the computer slept, nothing that was timed before can be trusted."""
+        now, slept = self._clock(), self._slept()
         if not math.isfinite(now):
             raise ValueError(f"The clock says {now}: expected seconds.")
         if self._since is None:
             self._since = (now, step)
+        elif slept:
+            self._plan.clear()
+            # What was seen before looks young by the clock: only what is seen from now on is asked.
+            self._since, self._seen_at = (min(self._since[0], now) - slept, self._since[1]), now
         elif now < self._before:
             self._plan.clear()
             self._since, self._seen_at = (now, self._since[1]), -math.inf
