@@ -209,14 +209,14 @@ def rounded(kind: type[QuantizedLinear], name: str, weight: torch.Tensor) -> dic
 
 
 def check_quantized(model: nn.Module, given: Any, where: Any) -> None:
-    """After loading: what was read is what was asked for, and its scales are numbers.
+    """After loading: what was read is what was asked for, weights have their type, and scales are numbers above 0.
 
     Args:
         given: `quantization_config` of `from_pretrained`, or None.
         where: What holds the weights.
 
     Raises:
-        ValueError: If the folder is quantized already and another form was asked for, or scales are not finite.
+        ValueError: If the folder is quantized already and another form was asked for, or it holds what no rounding gives.
     """
     quantizer: Any = getattr(model, "hf_quantizer", None)
     if getattr(getattr(quantizer, "quantization_config", None), "quant_method", None) != METHOD:
@@ -229,12 +229,26 @@ def check_quantized(model: nn.Module, given: Any, where: Any) -> None:
         )
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
+            _, kind = module.stored(module.in_features, module.out_features)["weight"]
+            if module.weight.dtype != kind:
+                raise ValueError(
+                    f"'{where}': the weights of {name} are {module.weight.dtype}, and {_named(stored)} are stored as "
+                    f"{kind}: config.json is of another model, or something else wrote the file."
+                )
             for buffer in module.fixed:
                 values = module.get_buffer(buffer)
-                if not values.is_meta and not bool(torch.isfinite(values).all()):
+                steps = values[..., 0] if values.ndim == 3 else values  # of 4 bits beside the zeros
+                if values.is_meta:
+                    continue
+                if not bool(torch.isfinite(values).all()):
                     raise ValueError(
                         f"'{where}': the weights of {name}, or their {buffer}, are not finite: the file is damaged, or "
                         "training diverged."
+                    )
+                if not bool(steps.gt(0).all()):
+                    raise ValueError(
+                        f"'{where}': {buffer} of {name} holds steps that are not above 0: the file is damaged, copy or "
+                        "download it again."
                     )
 
 

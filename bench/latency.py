@@ -81,6 +81,10 @@ def latency(options: BenchOptions) -> dict[str, Any]:
     """
     model, key = open_subject(options)
     frames = frames_of(options, model, key, options.frames + WARM_UP)
+    if len(frames) <= WARM_UP:
+        raise ValueError(
+            f"'{options.dataset}' holds {len(frames)} frame(s), and {WARM_UP} are not counted: give a dataset of more."
+        )
     prepared = prepare(options, model, key, frames)
     ways = ways_of(options, model, key)
     times: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
@@ -150,7 +154,7 @@ def token_gap(way: Local, frame: Frame, actions: np.ndarray, same: np.ndarray) -
         inputs = dict(processor(processor.format_prompt(frame.instruction), frame.images, return_tensors="pt"))
     else:
         inputs = way.preset([frame])
-    return gap(model, inputs, tokens, other)
+    return gap(model, {**inputs, "state": frame.state}, tokens, other, way.key)
 
 
 def _counts(way: Any) -> bool:

@@ -17,9 +17,14 @@ PREDICTIONS = 5  # after the first one, of `load`
 PARTS = (0.01, 0.1, 0.25, 0.5, 1.0)  # of the predictions of `memory`, after which memory is looked at
 DISTINCT = 8  # frames of `memory`, again and again: hundreds of them would be memory themselves
 MARK = "openvla-bench "  # before the figures, among what libraries print
-PROGRAM = (
-    "import sys, time; begun = time.time(); from openvla.bench.startup import measure; measure(sys.argv[1], begun)"
-)
+PROGRAM = """
+import importlib, sys, time
+begun = time.time()
+for name in sys.argv[2:]:
+    importlib.import_module(name)
+from openvla.bench.startup import measure
+measure(sys.argv[1], begun)
+"""
 
 
 def startup(options: BenchOptions) -> dict[str, Any]:
@@ -34,13 +39,16 @@ def startup(options: BenchOptions) -> dict[str, Any]:
     Raises:
         ValueError: If the process fails; its own words are in the error stream.
     """
-    settings = json.dumps(asdict(options), default=str)
-    done = subprocess.run([sys.executable, "-c", PROGRAM, settings], stdout=subprocess.PIPE, text=True)
+    from ..action_heads_openvla import HEADS
+
+    settings, ours = json.dumps(asdict(options), default=str), f"{__package__.partition('.')[0]}."
+    others = {kind.__module__ for kind in HEADS.values() if not kind.__module__.startswith(ours)}  # openvla --import
+    arguments = [sys.executable, "-c", PROGRAM, settings, *sorted(others)]
+    done = subprocess.run(arguments, stdout=subprocess.PIPE, text=True)
     line = next((line for line in done.stdout.splitlines() if line.startswith(MARK)), None)
     if done.returncode or line is None:
         raise ValueError(f"The process that was measured ended with {done.returncode}, see above.")
-    report = json.loads(line.removeprefix(MARK))
-    return report
+    return json.loads(line.removeprefix(MARK))
 
 
 def measure(settings: str, begun: float) -> None:
@@ -51,7 +59,7 @@ def measure(settings: str, begun: float) -> None:
     from .subject import PresetInputs, frames_of, open_subject
     from .throughput import predict_batch
 
-    options = BenchOptions(**{**json.loads(settings), "output": None, "onnx": None})
+    options = BenchOptions(**{**json.loads(settings), "output": None})
     stages: dict[str, dict[str, float]] = {}
 
     def note(name: str, seconds: float) -> None:

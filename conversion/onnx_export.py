@@ -100,6 +100,8 @@ def check_exportable(config: OpenVLAConfig) -> None:
         problem = "its weights are quantized: export the model they were made of, with dtype='int8'"
     elif config.use_film:
         problem = "its towers have FiLM, which sees the words of the prompt"
+    elif (getattr(text, "rope_parameters", None) or {}).get("rope_type") == "dynamic":
+        problem = "its rotary embedding depends on the length of a sequence (rope_type='dynamic')"
     elif window is not None and window < positions:
         problem = f"its language model sees {window} positions back only (sliding_window)"
     elif set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:

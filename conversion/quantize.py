@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from ..choices_openvla import check_choice
 from ..modeling_openvla import OpenVLAForActionPrediction
 from ..quantization_openvla import (
     NEVER_QUANTIZED,
@@ -61,6 +62,8 @@ def quantize_checkpoint(
         ValueError: If the model is quantized already, its weights are not finite or do not fit the configuration, or
             `output` is not empty.
     """
+    if dtype is not None:
+        check_choice("dtype", dtype, DTYPES)
     source, config, processor, statistics = open_model_folder(model, revision, "which can be quantized")
     check_unquantized(config, model)
     tensors = read_weights(source)

@@ -1,11 +1,24 @@
 """Options of `openvla bench`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from .fields import option, pairs, required
+from .fields import default_of, option, pairs, required
 from .prediction import GraphOptions, ModelOptions
+
+
+# Options that not every measurement has a use for.
+OF = {
+    "batch_sizes": ("throughput",),
+    "against": ("latency",),
+    "onnx": ("latency",),
+    "frames": ("latency", "throughput", "memory", "exact"),
+    "compile": ("latency", "throughput", "exact"),
+}
+WITH = {"preset_fields": "preset", "split": "dataset", "original_code": "against"}  # without effect alone
+# What the second one decides.
+BESIDE = {"model": "preset", "action_head": "preset", "action_chunk": "preset", "onnx": "preset", "size": "dataset"}
 
 
 @dataclass(kw_only=True)
@@ -48,3 +61,18 @@ class BenchOptions(GraphOptions, ModelOptions):
     output: Path | None = option(
         None, "JSON file for the figures; of latency a plot beside it (needs [demo]).", shown="none"
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = {item.name for item in fields(self) if getattr(self, item.name) != default_of(item)}
+        for name, measured in OF.items():
+            if name in given and self.what not in measured:
+                raise ValueError(
+                    f"{name}=...: {self.what} has no use for it, only {', '.join(measured)}: leave it out."
+                )
+        for name, other in WITH.items():
+            if name in given and other not in given:
+                raise ValueError(f"{name}=... says nothing without {other}=...: give both, or none.")
+        for name, other in BESIDE.items():
+            if {name, other} <= given:
+                raise ValueError(f"{name}=... beside {other}=..., which decides that: leave one of them out.")

@@ -11,10 +11,11 @@ import timm
 import torch
 from PIL import Image
 
+from openvla.action_heads_openvla import HEADS, TokenHead
 from openvla.bench import bench, other, worker
 from openvla.bench.latency import _figures
 from openvla.bench.roofline import count_work, limit_ms
-from openvla.bench.startup import measure, table
+from openvla.bench.startup import measure, startup, table
 from openvla.bench.subject import _value, numbers
 from openvla.options.benchmark import BenchOptions
 from openvla.policy import load_model
@@ -149,7 +150,8 @@ def test_throughput():
     ],
 )
 def test_startup_of_a_process(what, stages, capsys):
-    measure(json.dumps({"what": what, "device": "cpu", "size": "40,60", "frames": 20}), 0.0)
+    frames = {"frames": 20} if what == "memory" else {}
+    measure(json.dumps({"what": what, "device": "cpu", "size": "40,60", **frames}), 0.0)
     report = json.loads(capsys.readouterr().out.removeprefix("openvla-bench "))
     assert list(report["stages"]) == stages
     shown = table(report)
@@ -158,6 +160,23 @@ def test_startup_of_a_process(what, stages, capsys):
         assert all(
             row["peak_mb"] >= row["memory_mb"] > row["without_files_mb"] > 10 for row in report["stages"].values()
         )
+
+
+def test_a_process_imports_heads_of_others(monkeypatch):
+    def run(arguments, **_):
+        assert arguments[-2:] == [arguments[3], "my_heads"] and "import_module(name)" in arguments[2]
+        return SimpleNamespace(stdout='openvla-bench {"stages": {}}', returncode=0)
+
+    head = type("Mine", (TokenHead,), {"__module__": "my_heads"})
+    monkeypatch.setitem(HEADS, "mine", head)
+    monkeypatch.setattr("subprocess.run", run)
+    assert startup(BenchOptions(what="load")) == {"stages": {}}
+
+
+def test_a_dataset_that_ends_while_it_warms_up(monkeypatch):
+    monkeypatch.setattr("openvla.bench.latency.frames_of", lambda *_: [None] * 3)
+    with pytest.raises(ValueError, match="holds 3 frame.s., and 3 are not counted"):
+        bench(BenchOptions(what="latency", dataset=DEMONSTRATIONS, device="cpu"))
 
 
 SETTINGS = {"unnorm_key": "metaworld", "threads": None, "device": "auto", "dtype": "auto", "code": None}
@@ -243,6 +262,20 @@ def test_code_that_is_not_the_originals(tmp_path):
         ({"what": "latency", "frames": 1, "against": {"x": sys.executable}}, "no answer"),
         ({"what": "latency", "preset": "openvla-7b", "preset_fields": {"wings": 2}}, "no such field"),
         ({"what": "exact"}, "give --dataset"),
+        (
+            {"what": "latency", "batch_sizes": "1"},
+            "batch_sizes=...: latency has no use for it, only throughput: leave it out",
+        ),
+        ({"what": "throughput", "onnx": Path("folder")}, "onnx=...: throughput has no use"),
+        ({"what": "memory", "against": {"x": sys.executable}}, "against=...: memory has no use"),
+        ({"what": "load", "frames": 3}, "frames=...: load has no use"),
+        ({"what": "memory", "compile": True}, "compile=...: memory has no use"),
+        ({"what": "latency", "preset_fields": {"action_chunk": 8}}, "preset_fields=... says nothing without preset"),
+        ({"what": "latency", "split": "test"}, "split=... says nothing without dataset"),
+        ({"what": "latency", "original_code": Path("code")}, "original_code=... says nothing without against"),
+        ({"what": "load", "preset": "openvla-7b", "model": "mine"}, "model=... beside preset="),
+        ({"what": "load", "preset": "openvla-7b", "action_chunk": 8}, "action_chunk=... beside preset="),
+        ({"what": "latency", "dataset": DEMONSTRATIONS, "size": "64,64"}, "size=... beside dataset="),
     ],
 )
 def test_what_cannot_be_measured(given, message, monkeypatch, tmp_path):

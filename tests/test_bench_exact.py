@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from test_graphs import Again
+from test_llama_openvla import new_model, prompts
 
 from openvla.bench import bench
 from openvla.bench.exact import compare, exact, figures, gap, table
@@ -41,13 +42,25 @@ def test_a_difference_is_weighed():
     found = model.predict_action(**inputs, return_dict=True)
     for place in (0, 4):
         tokens = found.token_ids[: place + 1]
-        assert gap(model, inputs, tokens, int(tokens[-1])) == 0
-        assert gap(model, inputs, tokens, int(tokens[-1]) - 1) > 0
+        assert gap(model, inputs, tokens, int(tokens[-1]), "metaworld") == 0
+        assert gap(model, inputs, tokens, int(tokens[-1]) - 1, "metaworld") > 0
     equal = [np.array([True] * 7), np.array([True, True, False, True, False, False, True])]
     row = figures({"equal": equal, "gaps": [0.5], "ms": [3.0, 2.0], "passes": [7, 1]}, [4.0, 6.0])
     assert (row["identical_actions"], row["identical_tokens"]) == (0.5, 9 / 14)
     assert (row["differences"], row["largest_gap"], row["passes"]) == (1, 0.5, 4)
     assert row["differences_of_equal_logits"] == 0
+    assert row["times_as_fast"] == 3.0  # of the last frame of both: the first ones warm up
+
+
+def test_a_model_that_sees_the_state():
+    model = new_model(proprio_dim=3)
+    key = next(iter(model.norm_stats))
+    model.norm_stats[key]["proprio"] = {"q01": [-1.0] * 3, "q99": [1.0] * 3}
+    inputs = {**prompts(1), "state": np.full(3, 0.5)}
+    tokens = model.predict_action(**inputs, unnorm_key=key, return_dict=True).token_ids
+    assert gap(model, inputs, tokens[:3], int(tokens[2]), key) == 0
+    ways = compare(model, [(True, inputs), (False, inputs)], key, graphs=False)
+    assert all(row["identical_actions"] == 1 for row in ways.values())
 
 
 def test_what_cannot_be_compared(monkeypatch):

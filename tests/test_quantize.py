@@ -234,7 +234,7 @@ def test_nothing_is_trained_on_it(folder, tmp_path):
         peft.PeftModel.from_pretrained(model, tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["scales", "weights", "missing", "config"])
+@pytest.mark.parametrize("damage", ["scales", "steps", "type", "weights", "missing", "config"])
 def test_a_damaged_folder(folder, damage, tmp_path):
     path, bits = folder
     tensors = load_file(path / "model.safetensors")
@@ -242,6 +242,11 @@ def test_a_damaged_folder(folder, damage, tmp_path):
     scale = f"{layer}.{next(iter(KINDS[bits].fixed))}"
     if damage == "scales":
         tensors[scale].view(-1)[3] = torch.nan
+    elif damage == "steps":  # of zeros, as a download that was cut leaves them
+        tensors[scale].zero_()
+    elif damage == "type":
+        weight = tensors[f"{layer}.weight"].contiguous().view(torch.uint8)
+        tensors[f"{layer}.weight"] = weight if bits != 4 else weight.view(torch.int8)
     elif damage == "missing":
         del tensors[scale]
     elif damage == "weights":
@@ -255,6 +260,8 @@ def test_a_damaged_folder(folder, damage, tmp_path):
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     expected = {
         "scales": f"weights of {layer}, or their .*, are not finite",
+        "steps": f"{scale.rpartition('.')[2]} of {layer} holds steps that are not above 0",
+        "type": f"weights of {layer} are torch.u?int8, and .* are stored as",
         "weights": "matrices of one value throughout",
         "missing": f"1 missing: {scale}",
         "config": "bits=3: expected one of 8, 4, 'fp8'",
@@ -313,6 +320,11 @@ def test_names_of_the_command_line(tmp_path):
 def test_unknown_configurations(given, words):
     with pytest.raises(ValueError, match=words):
         OpenVLAQuantizationConfig(**given)
+
+
+def test_types_that_are_none(tmp_path):
+    with pytest.raises(ValueError, match="dtype='int8' is unknown"):
+        quantize_checkpoint(ROOT, tmp_path / "out", dtype="int8")
 
 
 def test_one_way_at_a_time():

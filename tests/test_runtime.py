@@ -37,6 +37,8 @@ RUNTIME = ROOT / "packages/openvla-runtime"
 FRAMES = json.loads((ROOT / "examples/frames/frames.json").read_text())
 STATE = np.array([0.1, 0.6, 0.2, 0, 0, 0, 0, 0.5])
 
+WORDS = {"model": {"type": "none that there is"}}
+
 BLOCKED = """
 import sys
 class Blocked:
@@ -164,8 +166,10 @@ def test_what_remains_of_a_chunk_is_the_draft(policy):
     assert policy._shifted((2, 7), 0) == [*range(700, 714)]
     assert policy._shifted((2, 7), 1) == policy._shifted((2, 7), None) == [*range(707, 714)] * 2
     assert policy._shifted((1, 7), None) == []  # of a model of another dataset
-    with pytest.raises(ValueError, match="from 0 to 2"):
-        policy._shifted((2, 7), 3)
+    assert policy._shifted((2, 7), np.int64(1)) == policy._shifted((2, 7), 1)  # a difference of counted steps
+    for executed in (3, -1, True, 1.0):
+        with pytest.raises(ValueError, match="from 0 to 2"):
+            policy._shifted((2, 7), executed)
     policy.reset()
     assert policy._shifted((2, 7), None) == []
 
@@ -279,7 +283,9 @@ def test_folders_that_are_no_export(exported, tmp_path):
             folder / "runtime.json", {**json.loads((exported / "runtime.json").read_text()), **changed}
         )
 
-    pixels = json.loads((exported / "runtime.json").read_text())["pixels"]
+    content = json.loads((exported / "runtime.json").read_text())
+    pixels, config = content["pixels"], content["config"]
+    text = {**config["text_config"], "max_position_embeddings": "x"}
     for error, message, folder in (
         (FileNotFoundError, "openvla export MODEL FOLDER --to onnx", tmp_path),
         (ValueError, "format_version 2", damaged("newer", fields(format_version=2))),
@@ -289,6 +295,17 @@ def test_folders_that_are_no_export(exported, tmp_path):
         (ValueError, "no place for the .instruction", damaged("prompt", fields(prompt_template="Out:"))),
         (ValueError, "constant_state='mean'", damaged("constant", fields(constant_state="mean"))),
         (ValueError, "num_patches is '8'", damaged("patches", fields(num_patches="8"))),
+        (ValueError, "action_chunk is 0", damaged("chunk", fields(config={**config, "action_chunk": 0}))),
+        (ValueError, "empty_token_id is -1", damaged("empty", fields(config={**config, "empty_token_id": -1}))),
+        (
+            ValueError,
+            "max_position_embeddings is 'x'",
+            damaged("longest", fields(config={**config, "text_config": text})),
+        ),
+        (ValueError, "camera_names is .3]", damaged("cameras", fields(camera_names=[3]))),
+        (ValueError, "rescale_factor is 0", damaged("scale", fields(pixels={**pixels, "rescale_factor": 0}))),
+        (ValueError, "tells of other images", damaged("two", fields(camera_names=["primary", "wrist"]))),
+        (ValueError, "another state", damaged("state", fields(config={**config, "proprio_dim": 7}))),
         (
             ValueError,
             "not a finite number",
@@ -299,7 +316,12 @@ def test_folders_that_are_no_export(exported, tmp_path):
         (ValueError, "another export", damaged("bit", lambda folder: flip(folder / "language_model.onnx.data"))),
         (FileNotFoundError, "vision.onnx.data", damaged("data", lambda folder: (folder / "vision.onnx.data").unlink())),
         (ValueError, "is damaged", damaged("digests", fields(files=[]))),
-        (ValueError, "holds no tokenizer", damaged("words", lambda folder: write_json(folder / "tokenizer.json", {}))),
+        (ValueError, "another export", damaged("words", lambda folder: write_json(folder / "tokenizer.json", WORDS))),
+        (
+            ValueError,
+            "is damaged .'vision.onnx'",
+            damaged("unknown", fields(files=dict(list(content["files"].items())[:3]))),
+        ),
     ):
         with pytest.raises(error, match=message):
             OnnxPolicy(folder)
@@ -309,6 +331,11 @@ def test_folders_that_are_no_export(exported, tmp_path):
         OnnxPolicy(exported, provider="coreml" if sys.platform != "darwin" else "directml")
     with pytest.raises(KeyError, match="unnorm_key"):
         OnnxPolicy(exported, "none")
+    for threads in (0, -1, True, "2", 1.5, 10**6):
+        with pytest.raises(ValueError, match="threads=.*from 1 to 1024"):
+            OnnxPolicy(exported, threads=threads)
+    with pytest.raises(ValueError, match="drafts='no': expected True"):
+        OnnxPolicy(exported, drafts="no")
 
 
 def test_a_provider_is_what_was_asked_for(exported, monkeypatch):
@@ -350,6 +377,10 @@ def test_what_is_not_exported(small, tmp_path, monkeypatch):
             check_exportable(changed)
     config.text_config.sliding_window = 16
     with pytest.raises(ValueError, match="sliding_window"):
+        check_exportable(config)
+    config.text_config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    config.text_config.sliding_window = None
+    with pytest.raises(ValueError, match="rope_type='dynamic'"):
         check_exportable(config)
     out = tmp_path / "out"
     with pytest.raises(ValueError, match="dtype='bfloat16' is unknown"):

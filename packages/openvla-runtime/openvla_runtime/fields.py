@@ -1,4 +1,5 @@
-"""Fields of runtime.json, and what each holds: a file that was changed or cut is refused before it acts otherwise."""
+"""Fields of runtime.json, and what each holds: a file that was cut, or holds what no export writes, is refused before
+it acts otherwise. What an export could have written (other statistics, another template) is taken as it is."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -61,7 +62,28 @@ def check_fields(content: Mapping[str, Any], expected: Mapping[str, Any] = FIELD
         elif type(value) not in (kinds if isinstance(kinds, tuple) else (kinds,)) or value == []:
             raise TypeError(f"{place}{name} is {value!r:.100}")
     if expected is FIELDS:
+        check_numbers(content)
         if "{instruction}" not in content["prompt_template"]:
             raise TypeError("prompt_template has no place for the {instruction}")
         check_choice("constant_state", content["constant_state"], ("zero", "clip"))
         check_choice("action_head", content["action_head"], ("tokens",))
+
+
+def check_numbers(content: Mapping[str, Any]) -> None:
+    """Raise a `TypeError` for counts below 1, ids that are of no token, or names of cameras that are no texts."""
+    config, text = content["config"], content["config"]["text_config"]
+    counts = {name: config[name] for name in ("llm_max_length", "action_vocab_size", "n_action_bins", "action_chunk")}
+    counts |= {"num_patches": content["num_patches"], "vocab_size": text["vocab_size"]}
+    counts |= {"proprio_dim": config["proprio_dim"], "max_position_embeddings": text.get("max_position_embeddings")}
+    for name, value in counts.items():
+        if value is not None and (type(value) is not int or value < 1):
+            raise TypeError(f"{name} is {value!r:.100}")
+    for name in ("pad_token_id", "image_token_id", "empty_token_id"):
+        if config[name] is not None and not 0 <= config[name] < text["vocab_size"]:
+            raise TypeError(f"{name} is {config[name]}, of {text['vocab_size']} tokens")
+    if config["action_vocab_size"] > text["vocab_size"]:
+        raise TypeError(f"action_vocab_size is {config['action_vocab_size']}, of {text['vocab_size']} tokens")
+    if not all(isinstance(name, str) for name in content["camera_names"]):
+        raise TypeError(f"camera_names is {content['camera_names']!r:.100}")
+    if not content["pixels"]["rescale_factor"] > 0:
+        raise TypeError(f"pixels.rescale_factor is {content['pixels']['rescale_factor']}")

@@ -40,6 +40,8 @@ from .sessions import EXACT, open_session
 
 FORMAT_VERSION = 1  # of runtime.json, the newest that is known here
 RUNTIME_FILE, VISION_FILE, LANGUAGE_MODEL_FILE = "runtime.json", "vision.onnx", "language_model.onnx"
+TOKENIZER_FILE = "tokenizer.json"
+FILES = (TOKENIZER_FILE, VISION_FILE, LANGUAGE_MODEL_FILE)
 
 
 @dataclass
@@ -78,13 +80,12 @@ class OnnxPolicy:
             float32, so that tokens may be others than those of the model.
         threads: Of the CPU; None: as many as the library chooses.
         drafts: Whether to use them; False for one token after the other, always. Default: in float32 only, and of the
-            three providers that compute in it. What 16 bits
-            round, and int8 quantizes, depends a little on what is read together: two tokens that are all but equally
-            probable may change places.
+            three providers that compute in it. What 16 bits round, and int8 quantizes, depends a little on what is read
+            together: two tokens that are all but equally probable may change places.
 
     Raises:
         FileNotFoundError: If the folder is none of an export, or a file of it is missing.
-        ValueError: If a file is damaged, or of a newer version.
+        ValueError: If a file is damaged or of a newer version, or an option is none of these.
         KeyError: If `unnorm_key` is unknown.
     """
 
@@ -108,8 +109,12 @@ class OnnxPolicy:
                 f"'{folder / RUNTIME_FILE}' has format_version {content.get('format_version')!r}, and this version of "
                 f"openvla-runtime knows {FORMAT_VERSION}: update it (pip install -U openvla-runtime), or export again."
             )
+        if drafts is not None and not isinstance(drafts, bool):
+            raise ValueError(f"drafts={drafts!r}: expected True, False or None.")
         try:
             check_fields(content)
+            digests = {file: content["files"][file] for file in FILES}  # those that are read, in any case
+            check_digest(folder, TOKENIZER_FILE, digests.pop(TOKENIZER_FILE))
             self._read(content, folder)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"'{folder / RUNTIME_FILE}' is damaged ({error}): export the model again.") from error
@@ -119,13 +124,11 @@ class OnnxPolicy:
         self.drafts = (self.dtype == "float32" and provider in EXACT) if drafts is None else drafts
         for file in (VISION_FILE, LANGUAGE_MODEL_FILE):
             check_file(folder / file, "graph")
-        for file, digest in content["files"].items():
-            if file_digest(check_file(folder / file)) != digest:
-                raise ValueError(
-                    f"'{folder / file}' is not the file that was exported with {RUNTIME_FILE}: it was damaged, or "
-                    "comes from another export. Copy the complete folder, or export the model again."
-                )
+        for file, digest in {**content["files"], **digests}.items():
+            if file != TOKENIZER_FILE:
+                check_digest(folder, file, digest)
         self._vision = open_session(folder / VISION_FILE, provider, threads)
+        self._check_inputs(folder)
         self._language_model = LanguageModel(open_session(folder / LANGUAGE_MODEL_FILE, provider, threads))
         self._lock = threading.Lock()
         self._draft: np.ndarray | None = None
@@ -145,7 +148,7 @@ class OnnxPolicy:
         self.statistics = check_statistics(content["statistics"], f"'{folder / RUNTIME_FILE}'")
         self.pixels = PixelSteps(**{field: content["pixels"][field] for field in PIXEL_FIELDS})
         self.action_tokenizer = ActionTokenizer(self.config.action_vocab_size, self.config.n_action_bins)
-        file = folder / "tokenizer.json"
+        file = folder / TOKENIZER_FILE
         if not isinstance(read_json(file).get("model"), dict):
             raise ValueError(f"'{file}' holds no tokenizer ('model'): export the model again.")
         self.tokenizer = Tokenizer.from_file(str(file))
@@ -153,6 +156,18 @@ class OnnxPolicy:
         self._special_tokens = special_tokens_of(self.prompt_template, tokens)
         # Names of special tokens in an instruction are text.
         self.tokenizer.encode_special_tokens = not self._special_tokens
+
+    def _check_inputs(self, folder: Path) -> None:
+        """Raise a `ValueError` unless pixels and state are those that the graph of the towers takes."""
+        cameras, sizes, state = len(self.camera_names), self.pixels.input_sizes, self.config.proprio_dim
+        fit = {"pixel_values": {(3 * cameras * len(sizes), *size[1:]) for size in sizes}}
+        fit |= {} if state is None else {"state": {(state,)}}
+        taken = {name: {shape[1:]} for name, (shape, _) in self._vision.inputs.items()}
+        if fit != taken:
+            raise ValueError(
+                f"'{folder / RUNTIME_FILE}' tells of other images or another state ({fit}) than {VISION_FILE} takes "
+                f"({taken}): export the model again."
+            )
 
     # Acting -----------------------------------------------------------------------------------------------------------
 
@@ -271,12 +286,22 @@ class OnnxPolicy:
 
     def _shifted(self, shape: tuple[int, int], executed: int | None) -> list[int]:
         """The last chunk without the steps that were executed, its last step repeated; nothing after `reset`."""
-        if executed is not None and (not isinstance(executed, int) or not 0 <= executed <= shape[0]):
+        whole = isinstance(executed, (int, np.integer)) and not isinstance(executed, bool)
+        if executed is not None and not (whole and 0 <= executed <= shape[0]):
             raise ValueError(f"executed={executed!r}: expected a number of steps from 0 to {shape[0]}.")
         if not self.drafts or self._draft is None or self._draft.shape != shape:
             return []
         steps = np.arange(shape[0]) + (shape[0] if executed is None else executed)
         return self._draft[np.minimum(steps, shape[0] - 1)].reshape(-1).tolist()
+
+
+def check_digest(folder: Path, file: str, digest: str) -> None:
+    """Raise an error if a file is missing, or another than the one that was exported."""
+    if file_digest(check_file(folder / file)) != digest:
+        raise ValueError(
+            f"'{folder / file}' is not the file that was exported with {RUNTIME_FILE}: it was damaged, or "
+            "comes from another export. Copy the complete folder, or export the model again."
+        )
 
 
 def check_finite(decoded: Decoded, features: np.ndarray) -> None:

@@ -18,6 +18,7 @@ PROVIDERS = {  # of ONNX Runtime, by the names that people say
 }
 OPENVINO = "openvino"
 EXACT = ("cpu", "cuda", OPENVINO)  # compute in float32 what is exported in float32; others may in less
+MOST_THREADS = 1024  # ONNX Runtime starts as many as it is told, until the memory is full
 OPTIONS = {"cuda": {"use_tf32": "0"}}  # otherwise products of float32 keep 10 bits: other tokens than the model's
 
 
@@ -95,13 +96,15 @@ def open_session(file: Path, provider: str, threads: int | None) -> Session:
 
     Args:
         provider: One of `PROVIDERS`, or "openvino".
-        threads: None: as many as the library chooses.
+        threads: 1 to `MOST_THREADS`; None: as many as the library chooses.
 
     Raises:
         ValueError: If nothing of that name is there, it cannot be started, or the library cannot read the graph.
         ModuleNotFoundError: If OpenVINO is asked for and not installed.
     """
     check_choice("provider", provider, [*PROVIDERS, OPENVINO])
+    if threads is not None and not (type(threads) is int and 1 <= threads <= MOST_THREADS):
+        raise ValueError(f"threads={threads!r}: expected a whole number from 1 to {MOST_THREADS}, or None.")
     if provider == OPENVINO:
         try:
             return OpenVinoSession(file, threads)
