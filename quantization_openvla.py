@@ -216,7 +216,7 @@ def check_quantized(model: nn.Module, given: Any, where: Any) -> None:
         where: What holds the weights.
 
     Raises:
-        ValueError: If the folder is quantized already and another form was asked for, or it holds what no rounding gives.
+        ValueError: If the folder is quantized already and another form was asked for, or what it holds is of none.
     """
     quantizer: Any = getattr(model, "hf_quantizer", None)
     if getattr(getattr(quantizer, "quantization_config", None), "quant_method", None) != METHOD:
