@@ -315,8 +315,8 @@ def unnormalize_actions(
     actions = np.asarray(actions, dtype=np.float64)
     if not np.isfinite(actions).all():
         raise ValueError("Normalized actions are not finite (NaN or infinity): there is no motion for them.")
-    mask = _mask(stats, actions.shape[-1])
     low, high = (np.asarray(stats[name], dtype=np.float64) for name in _scale("unnormalize", stats, mode))
+    mask = _mask(stats, actions.shape[-1])
     return np.where(mask, 0.5 * (actions + 1) * (high - low + margin) + low, actions)
 
 
@@ -352,8 +352,8 @@ def normalize_actions(
         (..., A) float64.
     """
     actions = np.asarray(actions, dtype=np.float64)
-    mask = _mask(stats, actions.shape[-1])
     first, second = (np.asarray(stats[name], dtype=np.float64) for name in _scale("normalize", stats, mode))
+    mask = _mask(stats, actions.shape[-1])
     if mode == "normal":
         return np.where(mask, (actions - first) / (second + 1e-8), actions)
     scaled = np.where(mask, np.clip(2 * (actions - first) / (second - first + 1e-8) - 1, -1, 1), actions)

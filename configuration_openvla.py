@@ -335,6 +335,11 @@ class OpenVLAConfig(transformers.PreTrainedConfig):
         for field in ("dtype", "torch_dtype"):
             if content.get(field) is not None:
                 check_choice(f"{field} of '{file}'", content[field], DTYPES)
+        fewer = content.get("quantization_config")
+        if fewer is not None and not (isinstance(fewer, Mapping) and isinstance(fewer.get("quant_method", ""), str)):
+            raise ValueError(
+                f"quantization_config of '{file}' is {fewer!r:.100}: expected an object that names its quant_method."
+            )
         return content, unused
 
     @classmethod

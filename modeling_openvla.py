@@ -453,7 +453,7 @@ class OpenVLAForActionPrediction(ActionVocabulary, OpenVLAGeneration, OpenVLAPre
         """Get ready for predictions of certain sizes: memory, and on a CUDA device graphs of kernels.
 
         Predictions of other sizes, with `committed` or `constrained=False` are as without. So are all once the model
-        was moved or cast, or its modules or adapters are others: a warning says so, and this prepares it again.
+        was moved or cast, or its modules, hooks or adapters are others: a warning says so; this prepares it again.
 
         Args:
             batch_sizes: Numbers of samples that will be predicted at once.

@@ -174,6 +174,14 @@ def test_broken_statistics_of_states(stats, message):
         check_statistics({"robot": {"action": {"q01": [0.0], "q99": [1.0]}, "proprio": stats}})
 
 
+@pytest.mark.parametrize("compute", [normalize_actions, unnormalize_actions])
+def test_statistics_of_nothing(compute):
+    with pytest.raises(
+        ValueError, match="The statistics have no q01 and no q99, which normalization='bounds_q99' needs"
+    ):
+        compute(np.zeros(3), {})
+
+
 def test_quantiles_may_lie_outside_of_min_and_max():
     """As those that LeRobot estimates from histograms, that float32 rounds, or that somebody widened."""
     for stats in (

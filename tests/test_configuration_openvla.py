@@ -112,6 +112,16 @@ def test_errors(fields, message):
         OpenVLAConfig(**fields)
 
 
+@pytest.mark.parametrize("field", [[8], "int8", 8, {"quant_method": 5}, {"quant_method": ["openvla"], "bits": 8}])
+def test_a_quantization_that_is_none(field, tmp_path):
+    """The library's own errors name nothing, and with a number as the method the weights were loaded as they are."""
+    OpenVLAConfig().save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(content | {"quantization_config": field}))
+    with pytest.raises(ValueError, match=r"quantization_config of '.*config.json' is .*names its quant_method"):
+        OpenVLAConfig.from_pretrained(tmp_path)
+
+
 def test_old_transformers_is_refused_in_one_sentence(tmp_path):
     (tmp_path / "transformers.py").write_text("__version__ = '4.40.1'\n")
     program = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import openvla"
