@@ -2,9 +2,10 @@
 
     python studies/chunks.py docs/results/chunks --policies outputs/chunks      # trained by studies/chunks.sh
 
-Evaluations as `openvla evaluate` runs them, of each policy that is there: blocking (all actions of a chunk, and half of
-them, before the model looks again), and in real time at each latency with each way of using chunks. Writes report.md,
-report.json and report.png to OUT. Evaluations are kept in --runs: the same command goes on where a stopped one was.
+Evaluations as `openvla evaluate` runs them, of each policy that is there: blocking (all actions of a chunk, half of
+them, or the first, before the model looks again), and in real time at each latency with each way of using chunks.
+Writes report.md, report.json and report.png to OUT. Evaluations are kept in --runs: the same command goes on where a
+stopped one was.
 """
 
 import argparse
@@ -51,6 +52,7 @@ def cells(policies: list[str], latencies: list[float]) -> Iterator[tuple[str, st
         yield policy, f"{policy}_blocking", {}
         if policy != "one":
             yield policy, f"{policy}_blocking_half", {"execute": CHUNK // 2}
+            yield policy, f"{policy}_blocking_first", {"execute": 1}
     for latency in latencies:
         for policy in policies:
             for way in ways(policy):
@@ -82,23 +84,22 @@ def report(arguments: argparse.Namespace, policies: list[str], milliseconds: dic
     found = {name: row if row is not None and row["episodes"] >= wanted else None for name, row in found.items()}
     waiting, late = [], []
     for policy in policies:
-        blocking, half = found[f"{policy}_blocking"], found.get(f"{policy}_blocking_half")
+        blocking = [found.get(f"{policy}_blocking{part}") for part in ("", "_half", "_first")]
         executed = 1 if policy == "one" else CHUNK
         times = (
             [f"{milliseconds[policy]:.0f} ms", f"{milliseconds[policy] / executed:.1f} ms"]
             if milliseconds
             else ["", ""]
         )
-        waiting.append([POLICIES[policy], success(blocking), jerk(blocking), success(half), jerk(half), *times])
+        waiting.append([POLICIES[policy], *(f"{success(row)} {jerk(row)}".strip() for row in blocking), *times])
         for way in ways(policy):
             rows = [found[f"{policy}_{way}_{latency:g}"] for latency in arguments.latencies]
             late.append([POLICIES[policy], way, *(f"{success(row)} {jerk(row)}".strip() for row in rows)])
     header = [
         "policy",
-        "blocking, all actions",
-        "jerk",
-        "blocking, half of a chunk",
-        "jerk",
+        "all actions of a chunk",
+        "half of them",
+        "the first",
         "a prediction",
         "an action",
     ]
@@ -111,7 +112,8 @@ def report(arguments: argparse.Namespace, policies: list[str], milliseconds: dic
         "recording never uses.",
         "## The world waits",
         table(header, waiting),
-        "An action: of a chunk of which all actions are executed. One thread, the least of three medians.",
+        "Success, its interval, jerk, by how many actions are executed before the model looks again. An action: of a "
+        "chunk of which all are executed. One thread, the least of three medians.",
         "## The world goes on",
         f"Twenty steps in a second. What becomes of a chunk:\n\n{named}",
         table(["policy", "use", *(f"{latency:g} s" for latency in arguments.latencies)], late),

@@ -11,7 +11,7 @@
 set -euo pipefail
 output=${1:-outputs/chunks}
 
-openvla record --tasks "${TASKS:-drawer-open-v3,push-v3,button-press-topdown-v3}" --episodes "${EPISODES:-130}" --noise 0.2 \
+openvla record --tasks "${TASKS:-drawer-open-v3,push-v3,button-press-topdown-v3}" --episodes "${EPISODES:-330}" --noise 0.2 \
     --delay 4 --after-success 6 --wrist --workers "${WORKERS:-2}" --output "$output/demos"
 
 declare -A what=(
