@@ -522,22 +522,25 @@ def test_with_await(scheme):
     assert scripted.messages[-1]["session"] == scripted.messages[0]["session"]
 
 
-def test_a_picture_is_compressed_beside_the_loop(scheme, monkeypatch):
+@pytest.mark.parametrize(
+    ("form", "name", "image"), [("jpeg", "picture_file", IMAGE), ("raw", "_as_png", Image.new("RGBA", (8, 8)))]
+)
+def test_a_picture_is_compressed_beside_the_loop(scheme, form, name, image, monkeypatch):
     """Which may be the one that moves a robot: here it goes on while the picture waits for it."""
-    others, compress = threading.Event(), messages.picture_file
+    others, compress = threading.Event(), getattr(messages, name)
 
     def waiting(*given):
         assert others.wait(30)
         return compress(*given)
 
     async def ask(url):
-        async with await connect_async(url, images="jpeg") as client:
-            answer = asyncio.ensure_future(client.act(IMAGE, "go"))
+        async with await connect_async(url, images=form) as client:
+            answer = asyncio.ensure_future(client.act({"primary": image}, "go"))
             await asyncio.sleep(0.05)
             others.set()
             return await answer
 
-    monkeypatch.setattr(messages, "picture_file", waiting)
+    monkeypatch.setattr(messages, name, waiting)
     scripted = Scripted()
     with scripted.running():
         assert asyncio.run(ask(scripted.url(scheme))).actions.shape[1]

@@ -339,6 +339,13 @@ def test_sleep_begins_an_epoch():
     assert bench.step().source == "answer"
     slept.append(3600.0)
     assert bench.step().state is State.DEAD  # somebody has to look first
+    before = bench.now
+    slept.append(3600.0)
+    bench.guard.reset(still())
+    asked = len(bench.asked)
+    assert bench.step(seen_at=before).state is not State.DEAD and len(bench.asked) == asked  # an old picture
+    bench.step()
+    assert len(bench.asked) == asked + 1
 
 
 def test_sleep_is_told_from_a_thread_that_was_stopped():

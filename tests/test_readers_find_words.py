@@ -151,6 +151,8 @@ def test_files_that_are_upside_down_are_known_by_their_attributes(tmp_path, attr
     [
         ({"env_kwargs": {"control_freq": 20}}, 20.0),
         ({"env_kwargs": {"control_freq": 0}}, None),
+        ({"env_kwargs": {"control_freq": 10**400}}, None),
+        ({"env_kwargs": {"control_freq": 1e7}}, None),
         ({"env_kwargs": {"control_freq": float("nan")}}, None),
         ({"env_kwargs": []}, None),
         ([], None),

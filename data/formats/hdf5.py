@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import os
 import re
 from pathlib import Path
@@ -267,9 +266,9 @@ def control_frequency(file: Path) -> float | None:
     found = open_file(file)["data"].attrs.get("env_args")
     try:
         hz = float(json.loads(as_text(found, str(file)) or "{}")["env_kwargs"]["control_freq"])
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, OverflowError):
         return None
-    return hz if 0 < hz < math.inf else None
+    return hz if 0 < hz < 1e6 else None  # as `ActionSpec` takes it
 
 
 def upside_down(file: Path) -> bool:

@@ -6,6 +6,7 @@ import os
 import random
 import secrets
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,7 @@ from ssl import SSLContext
 from typing import Any
 
 import aiohttp
+import numpy as np
 
 from .connection import Address, Connection, get, open_connection, parsed, refuse_redirect
 from .errors import BadAnswer, NoAnswer, NotReached, Refused
@@ -113,8 +115,10 @@ class AsyncClient:
                 committed=committed, session=self.session if session is None else session, details=details,
                 form=self.settings.images, quality=self.settings.quality,
             )  # fmt: skip
-            # A picture takes milliseconds to compress, and the loop may move a robot.
-            message = make() if self.settings.images == "raw" else await asyncio.to_thread(make)
+            # A picture takes milliseconds to compress, a file to read, and the loop may move a robot.
+            seen = images.values() if isinstance(images, Mapping) else (images,)
+            quick = self.settings.images == "raw" and all(isinstance(image, np.ndarray) for image in seen)
+            message = make() if quick else await asyncio.to_thread(make)
             message["request_id"] = next(self._requests)
             left = 1000 * (begin + timeout - time.monotonic())
             message["timeout_ms"] = min(max(1.0, left), LONGEST)

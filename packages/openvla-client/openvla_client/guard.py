@@ -114,8 +114,7 @@ class Guard:
         self._transport = transport if isinstance(transport, Transport) else called(transport)
         self._connection = self._transport.connection
         self._audit, self._clock, self._digest = audit, clock, digest
-        none = lambda: 0.0  # noqa: E731
-        self._slept = slept or (Sleep().since_last if clock is time.monotonic else none)
+        self._slept = slept or (Sleep().since_last if clock is time.monotonic else lambda: 0.0)
         self._plan = Plan(self.period, self.max_age, None if spec is None else spec.action_dim, execute)
         self._ids = itertools.count()
         self._lock = threading.Lock()
@@ -223,15 +222,16 @@ class Guard:
         now, slept = self._clock(), self._slept()
         if not math.isfinite(now):
             raise ValueError(f"The clock says {now}: expected seconds.")
-        if self._since is None:
+        if self._since is None:  # of an episode that begins now; the age of what was answered before is forgotten
             self._since = (now, step)
         elif slept:
             self._plan.clear()
-            # What was seen before looks young by the clock: only what is seen from now on is asked.
-            self._since, self._seen_at = (min(self._since[0], now) - slept, self._since[1]), now
+            self._since = (min(self._since[0], now) - slept, self._since[1])
         elif now < self._before:
             self._plan.clear()
             self._since, self._seen_at = (now, self._since[1]), -math.inf
+        if slept:  # what was seen before looks young by the clock: only what is seen from now on is asked
+            self._seen_at = now
         self._before = now
         return now
 

@@ -35,7 +35,6 @@ class Limits:
         for name, bounds in self.place.items():
             if len(bounds) != 2 or not bounds[0] <= bounds[1]:
                 raise ValueError(f"place={{{name!r}: {bounds!r}}}: expected (lowest, highest).")
-
         for name, turn in self.turn.items():
             if not 0 < turn < math.inf or name not in self.step or name in self.place:
                 raise ValueError(

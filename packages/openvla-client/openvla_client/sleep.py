@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 
 
 LEAST = 1e-3  # seconds
@@ -21,7 +22,7 @@ class Sleep:
     def __init__(self, awake: Callable[[], float] = time.monotonic, always: Callable[[], float] | None = None) -> None:
         clock = getattr(time, "CLOCK_BOOTTIME", None)
         if always is None and clock is not None:
-            always = lambda: time.clock_gettime(clock)  # noqa: E731
+            always = partial(time.clock_gettime, clock)
         self._awake, self._always, self._most = awake, always, math.inf
 
     def since_last(self) -> float:
