@@ -1,4 +1,4 @@
-"""A layer of the library's Llama as two compiled functions, for graphs of kernels on a GPU.
+"""A layer of the library's Llama as compiled functions, for graphs of kernels on a GPU.
 
 Between two products of matrices everything becomes one kernel, with the roundings of half precision that the library
 has; products of the same input become one, of weights that lie side by side in memory. See `prepare_for_inference`.
@@ -15,11 +15,17 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers.models.llama import modeling_llama as llama
 
-from .llama_openvla import Layer, as_function, is_plain, rotated
-from .quantized_linear_openvla import Float8Linear, product_of_float8
+from .llama_openvla import Layer, LlamaSteps, as_function, is_plain, norm, rotated
+from .quantized_linear_openvla import (
+    FLOAT8,
+    Float8Linear,
+    Int8Linear,
+    product_of_float8,
+    round_to_float8,
+)
 
 
-Weights = tuple[torch.Tensor, ...]  # (weight,), or (weight, scale) in fp8
+Weights = tuple[torch.Tensor, ...]  # (weight,), and of few bits what scales it
 SHAPES = 256  # that a function is compiled for: two or three for each graph
 BACKEND = "inductor"
 
@@ -34,16 +40,16 @@ def why_not_compiled(language_model: Any) -> str:
         if type(mlp) is not llama.LlamaMLP or mlp.config.hidden_act != "silu":
             return "its MLP is not the one of Llama"
         plain = all(as_function(module) is not module for module in linears)
-        if not (plain or all(is_float8(module) for module in linears)) or any(one.bias is not None for one in linears):
-            return "its linear layers are quantized, adapted, watched or have biases"
-        if len({(module.weight.dtype, module.weight.device) for module in linears}) > 1:
+        if not (plain or all(map(is_fast, linears))) or any(module.bias is not None for module in linears):
+            return "its linear layers are quantized in a way without fast kernels, adapted, watched or have biases"
+        if len({(type(module), module.weight.dtype, module.weight.device) for module in linears}) > 1:
             return "its weights are of several types or on several devices"
     return ""
 
 
 class CompiledLayer(Layer):
-    """A `Layer` of plain linear layers without biases, or of such in fp8. Plain weights are moved in memory: parts of
-    one tensor for all products of the same input."""
+    """A `Layer` of linear layers without biases, plain ones or ours of few bits. Plain weights are moved in memory:
+    parts of one tensor for all products of the same input."""
 
     def __init__(self, layer: Any, cache: torch.Tensor):
         super().__init__(layer, cache)
@@ -52,6 +58,7 @@ class CompiledLayer(Layer):
         self.widths = [part.out_features for part in (attention.q_proj, attention.k_proj, attention.v_proj)]
         self.gate_up = weights_of(mlp.gate_proj, mlp.up_proj)
         self.outputs, self.down = weights_of(attention.o_proj), weights_of(mlp.down_proj)
+        self.few_bits = len(self.outputs[0]) > 1
 
     def attention_inputs(self, hidden, cos, sin, last):
         before = self.before_attention
@@ -62,9 +69,45 @@ class CompiledLayer(Layer):
 
     def after_attention(self, hidden, attended):
         before = self.before_mlp
-        return _compiled(_after_attention)(
+        return _compiled(_after_attention, self.few_bits and hidden.shape[:2].numel() == 1)(
             hidden, attended, self.outputs, before.weight.data, before.variance_epsilon, self.gate_up, self.down
         )
+
+    def one_token(
+        self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, place: torch.Tensor, seen: torch.Tensor
+    ) -> torch.Tensor:
+        """What becomes of one position, (batch, 1, hidden).
+
+        Args:
+            place: (1,) of the cache, where its key and value are written.
+            seen: (batch or 1, 1, places) bool, the places that it sees.
+        """
+        before = self.before_attention
+        attended = _compiled(_attended_by_one, self.few_bits)(
+            hidden, cos, sin, before.weight.data, before.variance_epsilon, self.inputs, self.widths, self.head_dim,
+            self.keys, self.values, place, seen, self.scaling,
+        )  # fmt: skip
+        return self.after_attention(hidden, attended)
+
+
+class CompiledSteps(LlamaSteps):
+    """Steps of compiled layers."""
+
+    make_layer = CompiledLayer
+
+    def step(self, token_ids, begin):
+        """One token alone looks at the whole cache, so that every place has the same kernels."""
+        if token_ids.shape[1] > 1:
+            return super().step(token_ids, begin)
+        position = self.length + begin
+        place = torch.full((1,), position, device=token_ids.device)
+        seen = self.mask[:, :, position]
+        seen = seen == 0 if seen.is_floating_point() else seen.clone()
+        cos, sin = self.cos[:, :, position : position + 1], self.sin[:, :, position : position + 1]
+        hidden = self.embed(token_ids)
+        for layer in self.layers:
+            hidden = layer.one_token(hidden, cos, sin, place, seen)
+        return self.logits(norm(self.norm, hidden)).float()
 
 
 @contextmanager
@@ -77,15 +120,21 @@ def compiling() -> Iterator[None]:
         yield
 
 
-def is_float8(module: nn.Module) -> bool:
-    """Whether a layer multiplies floats of 8 bits, and nothing watches it."""
-    return type(module) is Float8Linear and module.is_fast(module.weight.device) and is_plain(module)
+def is_fast(module: Any) -> bool:
+    """Whether a quantized layer has compiled kernels here, and nothing watches it."""
+    if not isinstance(module, (Float8Linear, Int8Linear)) or not is_plain(module):
+        return False
+    device = module.weight.device
+    return module.is_fast(device) if isinstance(module, Float8Linear) else device.type == "cuda" and module.may_pack
 
 
 def weights_of(*modules: Any) -> list[Weights]:
     """What `_product` takes of some layers with the same input."""
-    if type(modules[0]) is Float8Linear:
+    kind = type(modules[0])
+    if kind is Float8Linear:
         return [(module.weight.data, module.scale) for module in modules]
+    if kind is Int8Linear:
+        return [(module.weight.data, module.weight_scale) for module in modules]
     return [(side_by_side(modules),)]
 
 
@@ -116,14 +165,17 @@ def _begins(weights: Sequence[torch.Tensor]) -> list[int]:
     return [sum(len(weight) for weight in weights[:number]) for number in range(len(weights))]
 
 
-_FUNCTIONS: dict[tuple[Callable, str], Callable] = {}
+_FUNCTIONS: dict[tuple[Callable, str, bool], Callable] = {}
 
 
-def _compiled(function: Callable) -> Callable:
-    key = (function, BACKEND)
+def _compiled(function: Callable, tuned: bool = False) -> Callable:
+    """`tuned`: with kernels that are tried in several sizes; sums need it (bfloat16: 37.4 ms an action, else 44.7)."""
+    key = (function, BACKEND, tuned)
     if key not in _FUNCTIONS:
-        options: Any = {"emulate_precision_casts": True} if BACKEND == "inductor" else None
-        _FUNCTIONS[key] = torch.compile(function, fullgraph=True, dynamic=False, backend=BACKEND, options=options)
+        options: Any = {"emulate_precision_casts": True, "coordinate_descent_tuning": tuned}
+        _FUNCTIONS[key] = torch.compile(
+            function, fullgraph=True, dynamic=False, backend=BACKEND, options=options if BACKEND == "inductor" else None
+        )
     return _FUNCTIONS[key]
 
 
@@ -139,8 +191,25 @@ def _product(values: torch.Tensor, weights: list[Weights], widths: Sequence[int]
     if len(weights[0]) == 1:
         return linear(values, weights[0][0]).split(widths, dim=-1)
     rows = values.flatten(0, -2)
-    products = [product_of_float8(rows, weight, scale) for weight, scale in weights]
+    product = _sum_of_few_bits if len(rows) == 1 else _product_of_few_bits
+    products = [product(rows, *weight) for weight in weights]
     return [product.unflatten(0, values.shape[:-1]).to(values.dtype) for product in products]
+
+
+def _product_of_few_bits(rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """(rows, in) -> (rows, out)."""
+    if weight.dtype == FLOAT8:
+        return product_of_float8(rows, weight, scale)
+    return linear(rows, (weight * scale[:, None]).to(rows.dtype))
+
+
+def _sum_of_few_bits(row: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The same of one row, as sums: no more is read than the weights. (cuBLAS wants 16 rows of fp8 and knows no product
+    of floats with whole numbers; its product of bfloat16 reads as fast as such sums do.)"""
+    if weight.dtype == FLOAT8:  # activations are rounded as in `product_of_float8`
+        small, factor = round_to_float8(row)
+        return (weight.float() * small.float()).sum(dim=-1, keepdim=True).T * scale * factor
+    return (weight.float() * row.float()).sum(dim=-1, keepdim=True).T * scale
 
 
 def _attention_inputs(
@@ -156,6 +225,36 @@ def _attention_inputs(
     projected = _product(_rms_norm(hidden, norm_weight, epsilon), weights, widths)
     query, key, value = (part.unflatten(-1, (-1, head_dim)).transpose(1, 2) for part in projected)
     return rotated(query, cos, sin), rotated(key, cos, sin), value
+
+
+def _attended_by_one(
+    hidden: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    norm_weight: torch.Tensor,
+    epsilon: float,
+    weights: list[Weights],
+    widths: list[int],
+    head_dim: int,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    place: torch.Tensor,
+    seen: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
+    """(batch, heads, 1, head_dim) that one position sees, of the cache in which it is written: see
+    `CompiledLayer.one_token`. Attention as sums, in float32: for one position the fused kernels of torch, and the mask
+    they are given, take three times as long."""
+    query, key, value = _attention_inputs(hidden, cos, sin, norm_weight, epsilon, weights, widths, head_dim)
+    keys.index_copy_(2, place, key)
+    values.index_copy_(2, place, value)
+    hidden_places, count = ~seen[:, :, None], seen.shape[-1]
+    keys, values = (part[:, :, None, :count].float() for part in (keys, values))  # (batch, heads, 1, count, head_dim)
+    scores = (query.unflatten(1, (keys.shape[1], -1)).float() * keys).sum(dim=-1) * scaling
+    shares = scores.masked_fill(hidden_places, -torch.inf).softmax(dim=-1)
+    # Zeros where nothing is seen: what an earlier prediction left there may be NaN.
+    attended = (shares[..., None] * values.masked_fill(hidden_places[..., None], 0.0)).sum(dim=-2)
+    return attended.flatten(1, 2)[:, :, None].to(query.dtype)
 
 
 def _after_attention(
@@ -174,4 +273,4 @@ def _after_attention(
     return hidden + _product(nn.functional.silu(gate) * up, down, [width])[0]
 
 
-__all__ = ["CompiledLayer", "compiling", "side_by_side", "why_not_compiled"]
+__all__ = ["CompiledLayer", "CompiledSteps", "compiling", "side_by_side", "why_not_compiled"]

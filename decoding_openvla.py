@@ -8,7 +8,7 @@ that may be chosen.
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,34 +53,45 @@ class Decoded:
     distributions: torch.Tensor
 
 
-class Steps(Protocol):
+class Steps:
     """Logits of the tokens that may be chosen, (batch, n, tokens) float32. Nothing leaves the device.
 
     Attributes:
         verifies: Whether it reads several tokens in one pass, and reads again from an earlier place on.
     """
 
-    verifies: bool
+    verifies = False
 
     def prefill(self, token_ids: torch.Tensor | None = None) -> torch.Tensor:
         """Read the prompts, and after them tokens (batch, n - 1): logits of the first n tokens."""
-        ...
+        raise NotImplementedError
 
     def step(self, token_ids: torch.Tensor, begin: int) -> torch.Tensor:
         """Read tokens (batch, n), the first of which is number `begin` of the answer: logits of the token after each.
         What was read at these places and behind them before is forgotten."""
-        ...
+        raise NotImplementedError
+
+    def answer(self, num_tokens: int, first: int) -> torch.Tensor:
+        """Logits of a whole answer, of which each token is the most probable one.
+
+        Args:
+            first: Id of the first token that may be chosen.
+        """
+        with stage("prefill"):
+            logits = [self.prefill()]
+        while len(logits) < num_tokens:
+            with stage("decode"):
+                logits.append(self.step(logits[-1].argmax(dim=-1) + first, len(logits) - 1))
+        return torch.cat(logits, dim=1)
 
 
-class EagerSteps:
+class EagerSteps(Steps):
     """Steps of a language model of the library, any of them, with a cache that grows.
 
     Args:
         num_tokens: How many will be decoded.
         token_range: First id that may be chosen, and the end of those.
     """
-
-    verifies = False
 
     def __init__(self, language_model: Any, prefix: Prefix, num_tokens: int, token_range: tuple[int, int | None]):
         self.language_model, self.prefix, self.token_range = language_model, prefix, token_range
@@ -141,28 +152,19 @@ def decode_tokens(
     """
     if sampling is not None:
         return _sample(steps, finite, num_tokens, first, sampling)
-    logits, passes = (
-        _one_by_one(steps, num_tokens, first) if draft is None else _verify(steps, num_tokens, first, draft)
-    )
+    if draft is None:
+        logits = steps.answer(num_tokens, first)
+        passes = torch.arange(1, num_tokens + 1, device=logits.device).expand(len(logits), -1)
+    else:
+        logits, passes = _verify(steps, num_tokens, first, draft)
     finite = finite.to(logits.device) & logits.isfinite().flatten(1).all(dim=1, keepdim=True)
     chosen, probabilities, entropies, distributions = choose_token(logits.masked_fill(~finite[..., None], 0.0), None)
     probabilities = probabilities[..., 0].masked_fill(~finite, torch.nan)
     return Decoded(chosen[..., 0] + first, probabilities, entropies[..., 0], passes, distributions)
 
 
-def _one_by_one(steps: Steps, num_tokens: int, first: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The most probable tokens: logits (batch, num_tokens, tokens) and passes (batch, num_tokens)."""
-    with stage("prefill"):
-        logits = [steps.prefill()]
-    while len(logits) < num_tokens:
-        with stage("decode"):
-            logits.append(steps.step(logits[-1].argmax(dim=-1) + first, len(logits) - 1))
-    passes = torch.arange(1, num_tokens + 1, device=logits[0].device).expand(len(logits[0]), -1)
-    return torch.cat(logits, dim=1), passes
-
-
 def _verify(steps: Steps, num_tokens: int, first: int, draft: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same tokens, several a pass.
+    """The most probable tokens, several a pass: logits (batch, num_tokens, tokens) and passes (batch, num_tokens).
 
     A pass reads all that is not certain yet, of every row from the same place on. What the model chooses behind tokens
     that are certain is certain as well, and so on up to the first guess that it would not have chosen; the next pass

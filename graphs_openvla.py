@@ -1,9 +1,10 @@
-"""Where the steps of a prediction come from; on a CUDA device, after `prepare_for_inference`, from two graphs.
+"""Where the steps of a prediction come from; on a CUDA device, after `prepare_for_inference`, from graphs.
 
 A graph is a recording of kernels that starts all of them at once: without it a GPU waits for Python most of the time.
-One reads images, prompts and guesses of all tokens; the other reads all tokens of the answer once more. Each serves one
-batch size and prompts up to one length, which are padded to it. Whatever no graph was made for is computed as ever, and
-so is everything once the model is not the one that was recorded.
+One computes a whole answer. Two are for drafts, prefixes and samples: one reads images, prompts and guesses of all
+tokens; the other reads all tokens of the answer once more. Each serves one batch size and prompts up to one length,
+which are padded to it. Whatever no graph was made for is computed as ever, and so is everything once the model is not
+the one that was recorded.
 
 Shapes: `batch` samples, `length` tokens and patches of a padded prompt.
 """
@@ -22,13 +23,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from .compiled_openvla import CompiledLayer, compiling, why_not_compiled
+from .compiled_openvla import CompiledSteps, compiling, why_not_compiled
 from .decoding_openvla import EagerSteps, Prefix, Steps
 from .inputs_openvla import ModelInputs
-from .llama_openvla import Layer, LlamaSteps, cache_shape, has_hooks, is_plain_llama, open_steps, pool_of
+from .llama_openvla import LlamaSteps, cache_shape, has_hooks, is_plain_llama, open_steps, pool_of
 from .modules_openvla import every_module
-from .quantized_linear_openvla import Int4Linear
 from .sampling_openvla import Choice, check_flag
+from .stages_openvla import stage
+from .vision_openvla import towers_beside
 
 
 TokenRange = tuple[int, int | None]
@@ -39,7 +41,7 @@ class Preparation:
     """What `prepare_for_inference` did.
 
     seconds: How long it took.
-    graphs: (batch, prompt tokens) of each pair of graphs; empty where none are used.
+    graphs: (batch, prompt tokens) that have graphs; empty where none are used.
     reason: Why there are none, or why they are not compiled.
     compiled: Whether their kernels are those of `torch.compile`.
     """
@@ -51,14 +53,14 @@ class Preparation:
 
 
 class CudaGraph:
-    """A recording of what a function does on the device; `outputs` are written again by each `replay`.
+    """A recording of what a function does on the device; its `output` is written again by each `replay`.
 
     Args:
         stream: Of graphs that are let go of together. A graph that ends takes with it the working memory of cuBLAS of
             its stream, which others recorded there still use (pytorch#193402): torch's default is one stream for all.
     """
 
-    def __init__(self, function: Callable[[], tuple[torch.Tensor, ...]], stream: Any):
+    def __init__(self, function: Callable[[], torch.Tensor], stream: Any):
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):  # libraries choose their kernels and take their memory
@@ -66,21 +68,21 @@ class CudaGraph:
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, stream=stream):
-            self.outputs = function()
+            self.output = function()
         self.replay()  # what other graphs read is there when they are recorded
 
     def replay(self) -> None:
         self.graph.replay()
 
 
-class GraphSteps:
+class GraphSteps(Steps):
     """Steps of one batch size and length of prompts, in memory of their own. One prediction at a time has them.
 
     Args:
         model: An `OpenVLAForActionPrediction` on a CUDA device, whose language model is a plain Llama.
         batch, tokens: Samples, and tokens of their padded prompts without patches.
         num_tokens: Of an answer.
-        make_layer: Of `LlamaSteps`.
+        make_steps: `LlamaSteps`, or such whose kernels are compiled.
     """
 
     verifies = True
@@ -93,7 +95,7 @@ class GraphSteps:
         tokens: int,
         num_tokens: int,
         token_range: TokenRange,
-        make_layer: Callable[[Any, torch.Tensor], Layer] = Layer,
+        make_steps: type[LlamaSteps] = LlamaSteps,
     ):
         self.lock = threading.Lock()
         self.batch, self.length, self.num_tokens = batch, tokens + model.num_patches, num_tokens
@@ -106,33 +108,43 @@ class GraphSteps:
         self.attention_mask.fill_(1)
         self.places = torch.arange(1, 1 + model.num_patches, **long).repeat(batch, 1)  # of the patches
         self.answers = torch.zeros(batch, max(num_tokens - 1, 1), **long)
+        self.finite = torch.ones(batch, 1, dtype=torch.bool, device=device)
         dtype = model.get_input_embeddings().weight.dtype
         cache = torch.zeros(
             cache_shape(model.language_model, batch, self.length + num_tokens), dtype=dtype, device=device
         )
-        graph_steps: list[LlamaSteps] = []
+        # torch frees the working memory of a stream with the first of its graphs that ends (`CudaGraph`): own ones.
+        stream, beside = (torch.cuda.Stream() if device.type == "cuda" else None for _ in range(2))
 
-        def read_all() -> tuple[torch.Tensor, ...]:
-            features = model._encode(self.pixels, self.proprio)
+        def read_inputs() -> LlamaSteps:
+            with towers_beside(beside):
+                features = model._encode(self.pixels, self.proprio)
             embeds = model.get_input_embeddings()(self.input_ids)
             places = self.places[..., None].expand(-1, -1, embeds.shape[2])
             embeds = embeds.scatter(1, places, features.to(embeds.dtype))
-            finite = features.isfinite().flatten(1).all(dim=1, keepdim=True)
-            prefix = Prefix(embeds, self.attention_mask, finite)
-            graph_steps[:] = [LlamaSteps(model.language_model, prefix, num_tokens, token_range, cache, make_layer)]
-            return graph_steps[0].prefill(self.answers[:, : num_tokens - 1]), finite
+            self.finite.copy_(features.isfinite().flatten(1).all(dim=1, keepdim=True))
+            prefix = Prefix(embeds, self.attention_mask, self.finite)
+            return make_steps(model.language_model, prefix, num_tokens, token_range, cache)
 
-        def read_answers() -> tuple[torch.Tensor, ...]:
-            return (graph_steps[0].step(self.answers, 0),)
+        graph_steps: list[LlamaSteps] = []
 
-        stream = torch.cuda.Stream() if device.type == "cuda" else None
+        def read_all() -> torch.Tensor:
+            graph_steps[:] = [read_inputs()]
+            return graph_steps[0].prefill(self.answers[:, : num_tokens - 1])
+
+        def read_answers() -> torch.Tensor:
+            return graph_steps[0].step(self.answers, 0)
+
+        def answer() -> torch.Tensor:
+            return read_inputs().answer(num_tokens, token_range[0])
+
         self.prefilling = self.record(read_all, stream)
         self.stepping = self.record(read_answers, stream) if num_tokens > 1 else None
-        self.finite = self.prefilling.outputs[1]
         # Recordings know addresses and hold nothing: memory that is let go of here is given to other tensors, and both
         # write over each other.
         steps = graph_steps[0]
         self.held = (cache, steps.cos, steps.sin, steps.padding, steps.mask)
+        self.answering = self.record(answer, stream) if num_tokens > 1 else self.prefilling
 
     def fill(
         self, inputs: ModelInputs, input_ids: torch.Tensor, mask: torch.Tensor | None, patches: np.ndarray
@@ -152,13 +164,19 @@ class GraphSteps:
         if token_ids is not None and count:
             self.answers[:, :count] = token_ids
         self.prefilling.replay()
-        return self.prefilling.outputs[0][:, : 1 + count].clone()
+        return self.prefilling.output[:, : 1 + count].clone()
 
     def step(self, token_ids: torch.Tensor, begin: int) -> torch.Tensor:
         assert self.stepping is not None  # there is more than one token
         self.answers[:, begin : begin + token_ids.shape[1]] = token_ids
         self.stepping.replay()
-        return self.stepping.outputs[0][:, begin : begin + token_ids.shape[1]].clone()
+        return self.stepping.output[:, begin : begin + token_ids.shape[1]].clone()
+
+    def answer(self, num_tokens: int, first: int) -> torch.Tensor:
+        assert num_tokens == self.num_tokens  # `Prepared.find` looks at it, and at the tokens
+        with stage("answer"):
+            self.answering.replay()
+        return self.answering.output.clone()
 
 
 @dataclass
@@ -178,7 +196,7 @@ class Prepared:
         ]  # fmt: skip
         if not fits or token_range != self.token_range:
             return None
-        if not self.snapshot.is_of(model) or not is_plain_llama(model.language_model):
+        if not self.snapshot.is_of(model):
             if not self.warned:
                 self.warned = True
                 warnings.warn(
@@ -226,10 +244,10 @@ class Snapshot:
         self.called = modules[1:]
         self.hooks = [hooks for part in self.called for hooks in (part._forward_hooks, part._forward_pre_hooks)]
         self.attributes = [module.__dict__ for module in self.called]
-        self.forwards = [attributes.get("forward") for attributes in self.attributes]
+        self.replaced = _replaced(self.attributes)
         self.parts = [(module._modules, tuple(module._modules.values())) for module in modules if module._modules]
-        tensors = [held for module in modules for held in (module._parameters, module._buffers) if held]
-        self.places = [(held, _places(held)) for held in tensors]  # others wherever a tensor is cast or moved
+        self.tensors = [held for module in modules for held in (module._parameters, module._buffers) if held]
+        self.places = _places(self.tensors)  # others wherever a tensor is cast or moved
         self.adapters = [
             (module, _adapter(module)) for module in modules if getattr(module, "merged_adapters", None) is not None
         ]
@@ -239,9 +257,10 @@ class Snapshot:
         return (
             _read(model) == self.read
             and not (any(self.hooks) and any(map(has_hooks, self.called)))
-            and [attributes.get("forward") for attributes in self.attributes] == self.forwards
+            and not nn.modules.module._has_any_global_hook()  # what watches all modules
+            and _replaced(self.attributes) == self.replaced
             and all(tuple(modules.values()) == parts for modules, parts in self.parts)
-            and all(_places(held) == places for held, places in self.places)
+            and _places(self.tensors) == self.places
             and all(_adapter(module) == state for module, state in self.adapters)
         )
 
@@ -252,8 +271,14 @@ def _read(model: Any) -> tuple[Any, ...]:
     return config._attn_implementation, config.num_hidden_layers
 
 
-def _places(tensors: Mapping[str, torch.Tensor | None]) -> list[int]:
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors.values()]
+def _replaced(modules: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """What calls of modules do in place of the forward of their class, from the attributes of each."""
+    compiled = [attributes.get("_compiled_call_impl") for attributes in modules]
+    return [attributes.get("forward") for attributes in modules] + compiled
+
+
+def _places(tensors: Sequence[Mapping[str, torch.Tensor | None]]) -> list[int]:
+    return [0 if tensor is None else tensor.data_ptr() for held in tensors for tensor in held.values()]
 
 
 def _adapter(layer: Any) -> tuple[Any, ...]:
@@ -287,8 +312,6 @@ def prepare(
         reason = "the language model has the library's own steps"
     elif any(has_hooks(module) for module in every_module(model)[1:]):  # the model itself is not called
         reason = "hooks are registered on its modules, which graphs do not call"
-    elif any(isinstance(module, Int4Linear) for module in every_module(model.language_model)):
-        reason = "with weights of 4 bits they failed (misaligned address; torch 2.11, an H200)"
     else:
         pool, longest = pool_of(model.language_model), max(prompt_buckets) + model.num_patches + num_tokens
         most = model.config.text_config.max_position_embeddings
@@ -309,24 +332,24 @@ def prepare(
     token_range = model.action_tokenizer.token_range
     if compile:
         reason = why_not_compiled(model.language_model)
-    for make_layer in (CompiledLayer, Layer) if compile and not reason else (Layer,):
+    for make_steps in (CompiledSteps, LlamaSteps) if compile and not reason else (LlamaSteps,):
         try:
-            with _on_device(model), compiling() if make_layer is CompiledLayer else nullcontext():
-                steps = [GraphSteps(model, *pair, num_tokens, token_range, make_layer) for pair in pairs]
+            with _on_device(model), compiling() if make_steps is CompiledSteps else nullcontext():
+                steps = [GraphSteps(model, *pair, num_tokens, token_range, make_steps) for pair in pairs]
             _PREPARED[model] = Prepared(steps, token_range, Snapshot(model))
             for pair in pairs:
                 check_prediction(model, *pair, num_tokens)
         except (RuntimeError, ImportError) as error:  # something waits for the device; no compiler is installed
             _PREPARED.pop(model, None)
-            reason = f"it cannot be {'compiled' if make_layer is CompiledLayer else 'recorded'}: {error}"
+            reason = f"it cannot be {'compiled' if make_steps is CompiledSteps else 'recorded'}: {error}"
         else:
-            return Preparation(time.perf_counter() - started, pairs, reason, make_layer is CompiledLayer)
+            return Preparation(time.perf_counter() - started, pairs, reason, make_steps is CompiledSteps)
     return Preparation(time.perf_counter() - started, [], reason)
 
 
 def check_prediction(model: Any, batch: int, tokens: int, num_tokens: int) -> None:
     """Raise a `RuntimeError` where graphs of a size give other probabilities than the model does without: it moves an
-    arm. Of noise as an image, in one pass and in several."""
+    arm. Of noise as an image; without a draft, with a right one and with a wrong one, which need different graphs."""
     shape, config = (model.action_chunk, num_tokens // model.action_chunk), model.config
     channels, *size = model.vision_backbone.input_shape
     noise = torch.randn(
@@ -350,7 +373,9 @@ def check_prediction(model: Any, batch: int, tokens: int, num_tokens: int) -> No
         raise RuntimeError(f"of noise there is nothing to compare ({error})") from error
     exact = all(parameter.dtype == torch.float32 for parameter in model.language_model.parameters())
     rounding = max(0.02 if exact else 0.2, 4 * moved(drafted, expected))
-    for draft in (None, expected[0].tolist()):
+    first, end = model.action_tokenizer.token_range
+    wrong = np.where(expected[0] == first, end - 1, first)
+    for draft in (None, expected[0].tolist(), wrong.tolist()):
         if (share := moved(predict(draft), expected)) > rounding:
             raise RuntimeError(
                 f"of {batch} sample(s) and {tokens} prompt tokens {share:.0%} of the probability went to other tokens"

@@ -171,15 +171,15 @@ class Layer:
         return hidden + self.mlp(norm(self.before_mlp, hidden))
 
 
-class LlamaSteps:
+class LlamaSteps(Steps):
     """Steps over the library's Llama weights. See `open_steps`.
 
     Args:
         cache: Of a `CachePool`, (layers, 2, at least batch, heads, at least length + num_tokens, head_dim).
-        make_layer: How a layer is computed, from that of the library and its part of the cache.
     """
 
     verifies = True
+    make_layer: type[Layer] = Layer  # of one of the library and its part of the cache
 
     def __init__(
         self,
@@ -188,13 +188,12 @@ class LlamaSteps:
         num_tokens: int,
         token_range: tuple[int, int | None],
         cache: torch.Tensor,
-        make_layer: Callable[[Any, torch.Tensor], Layer] = Layer,
     ):
         model, first, end = language_model.model, *token_range
         batch, self.length = prefix.inputs_embeds.shape[:2]
         self.prefix, self.embed, self.norm = prefix, model.embed_tokens, model.norm
         used = model.layers[: model.config.num_hidden_layers]  # the cache may be of more
-        self.layers = [make_layer(layer, part[:, :batch]) for layer, part in zip(used, cache)]
+        self.layers: list[Any] = [self.make_layer(layer, part[:, :batch]) for layer, part in zip(used, cache)]
         lm_head = language_model.lm_head
 
         def logits(hidden: torch.Tensor) -> torch.Tensor:

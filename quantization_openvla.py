@@ -138,7 +138,7 @@ def quantize_linears(model: nn.Module, config: OpenVLAQuantizationConfig) -> nn.
             small = kind(layer.in_features, layer.out_features, layer.bias is not None)
         bias = {} if layer.bias is None else {"bias": layer.bias.data}
         small.load_state_dict({key.rpartition(".")[2]: value for key, value in stored.items()} | bias, assign=True)
-        model.set_submodule(name, small.requires_grad_(False))
+        model.set_submodule(name, small.requires_grad_(False).train(layer.training))
     known: Any = model  # as the library marks a model that it has loaded so
     known.config.quantization_config, known.is_quantized, known.quantization_method = config, True, METHOD
     return model

@@ -1,7 +1,8 @@
 """Stages of a prediction, for whoever wants to know how long they take: benchmarks, and a server's metrics.
 
 "preprocessing": images and instructions to model inputs; "vision": towers and projector; "prefill": the pass of the
-language model that reads the prompt; "decode": each pass after it.
+language model that reads the prompt; "decode": each pass after it; "answer": all but the preprocessing, where a GPU
+computes it as one graph of kernels.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ import torch
 
 
 Watcher = Callable[[str], AbstractContextManager]
-STAGES = ("preprocessing", "vision", "prefill", "decode")
+STAGES = ("preprocessing", "vision", "prefill", "decode", "answer")
 _WATCHER: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
 
 

@@ -5,7 +5,11 @@ tensors are those of the published weights.
 """
 
 import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import partial
+from typing import Any
 
 import timm
 import torch
@@ -149,6 +153,32 @@ def film_features(tower: VisionTransformer, pixels: torch.Tensor, condition: tor
     return [features[:, tower.num_prefix_tokens :]]
 
 
+_BESIDE: ContextVar[Any] = ContextVar("beside", default=None)
+
+
+@contextmanager
+def towers_beside(stream: Any) -> Iterator[None]:
+    """Where the second tower computes on a CUDA stream of its own, beside the first one; None: after it."""
+    before = _BESIDE.set(stream)
+    try:
+        yield
+    finally:
+        _BESIDE.reset(before)
+
+
+@contextmanager
+def _second_tower() -> Iterator[Callable[[], AbstractContextManager]]:
+    """Where both towers compute: begins and ends on the current stream. Gives the place of the second one."""
+    stream = _BESIDE.get()
+    if stream is None:
+        yield nullcontext
+        return
+    current = torch.cuda.current_stream()
+    stream.wait_stream(current)
+    yield partial(torch.cuda.stream, stream)
+    current.wait_stream(stream)
+
+
 class OpenVLAVisionBackbone(nn.Module):
     """One or two vision towers; the patch features of both are concatenated channel-wise."""
 
@@ -230,12 +260,18 @@ class OpenVLAVisionBackbone(nn.Module):
             )
         cameras = found[1] // expected[0]
         pixel_values = pixel_values.unflatten(1, (cameras, expected[0])).flatten(0, 1)
+        # Position embeddings are not packed where towers are quantized, and keep their type where they are offloaded.
+        towers = [
+            (tower, pixels.to(tower.pos_embed.dtype))
+            for tower, pixels in zip(self.towers, pixel_values.split(3, dim=1))
+        ]
         features = []
-        for tower, pixels in zip(self.towers, pixel_values.split(3, dim=1)):
-            # Position embeddings are not packed where towers are quantized, and keep their type where they are
-            # offloaded.
-            pixels = pixels.to(tower.pos_embed.dtype)
-            features += tower(pixels) if condition is None else tower(pixels, condition.repeat_interleave(cameras, 0))
+        with _second_tower() as second:
+            for number, (tower, pixels) in enumerate(towers):
+                with second() if number else nullcontext():
+                    features += (
+                        tower(pixels) if condition is None else tower(pixels, condition.repeat_interleave(cameras, 0))
+                    )
         return torch.cat(features, dim=2).unflatten(0, (-1, cameras)).flatten(1, 2)
 
 
@@ -293,4 +329,11 @@ def init_vision_weights(module: nn.Module) -> None:
         nn.init.constant_(module.scale_factor, module.init_values)
 
 
-__all__ = ["FILM", "OpenVLAProjector", "OpenVLAProprioProjector", "OpenVLAVisionBackbone", "init_vision_weights"]
+__all__ = [
+    "FILM",
+    "OpenVLAProjector",
+    "OpenVLAProprioProjector",
+    "OpenVLAVisionBackbone",
+    "init_vision_weights",
+    "towers_beside",
+]

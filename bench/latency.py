@@ -173,15 +173,16 @@ def _figures(
     watched = [found for found in times if len(found) > 1]
     stages: dict[str, Any] = {}
     names = dict.fromkeys(name for found in watched for name in found)
-    if "vision" not in names and {"vision", "prefill"} <= work.keys():  # one graph of both
-        both = {unit: work["vision"][unit] + work["prefill"][unit] for unit in ("gflop", "gbyte")}
-        work = {**work, "prefill": both}
+    before = ["vision"] if "vision" not in names else []  # one graph of both
+    together = {"prefill": [*before, "prefill"], "answer": ["vision", "prefill", "decode"]}
     for name in names:
         if name != "total":  # where drafts are right there are no passes of decoding
             stages[name] = quantiles([found.get(name, 0.0) for found in watched])
-            if name in work and work[name]["gbyte"] and stages[name]["min_ms"]:
-                limit = limit_ms(work[name], rates)
-                stages[name] |= {**work[name], "limit_ms": limit, "share": limit / stages[name]["min_ms"]}
+            parts = [work[part] for part in together.get(name, [name]) if part in work]
+            if sum(part["gbyte"] for part in parts) and stages[name]["min_ms"]:
+                all_of = {unit: sum(part[unit] for part in parts) for unit in ("gflop", "gbyte")}
+                limit = sum(limit_ms(part, rates) for part in parts)
+                stages[name] |= {**all_of, "limit_ms": limit, "share": limit / stages[name]["min_ms"]}
     if stages:
         stages["other"] = quantiles(
             [found["total"] - sum(v for k, v in found.items() if k != "total") for found in watched]

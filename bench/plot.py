@@ -7,8 +7,8 @@ from matplotlib.figure import Figure
 
 
 COLORS = {
-    "preprocessing": "tab:gray", "vision": "tab:blue", "prefill": "tab:orange", "decode": "tab:red", "other": "silver",
-    "total": "tab:purple",
+    "preprocessing": "tab:gray", "vision": "tab:blue", "prefill": "tab:orange", "decode": "tab:red",
+    "answer": "tab:red", "other": "silver", "total": "tab:purple",
 }  # fmt: skip
 
 

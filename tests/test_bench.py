@@ -83,7 +83,7 @@ def test_latency_of_the_embedded_policy(tmp_path, monkeypatch):
     assert [found["frame"] for found in ways["fake"]["differences"]] == [0, 1, 2, 3]
     assert all(found["gap"] > report["near"] for found in ways["fake"]["differences"])  # of zeros, which it never chose
     assert (ways["plain decoding"]["passes"], ways["right drafts"]["passes"]) == (7, 1)
-    assert set(ways["predict_action"]["stages"]) == {*STAGES, "other"} and not ways["fake"]["stages"]
+    assert set(ways["predict_action"]["stages"]) == {*STAGES[:4], "other"} and not ways["fake"]["stages"]
     for row in ways.values():
         assert 0 < row["min_ms"] <= row["p50_ms"] <= row["p90_ms"] <= row["p99_ms"]
         assert sum(found["min_ms"] for found in row["stages"].values()) < 5 * row["p99_ms"]
@@ -107,7 +107,7 @@ def test_work_is_what_the_layers_multiply():
 
 
 def test_stages_that_some_frames_do_not_have():
-    """A frame whose draft is right has no passes of decoding; and one graph has both towers and prefill."""
+    """A frame whose draft is right has no passes of decoding; one graph has both towers and prefill, another all."""
     unit = {"gflop": 1.0, "gbyte": 1.0}
     times = [{"total": 9.0}, {"total": 8.0, "prefill": 5.0}, {"total": 9.0, "prefill": 5.0, "decode": 3.0}]
     found = _figures(
@@ -116,6 +116,9 @@ def test_stages_that_some_frames_do_not_have():
     assert found["min_ms"] == 9.0 and list(found["stages"]) == ["prefill", "decode", "other"]
     assert found["stages"]["decode"]["min_ms"] == 0.0 and "share" not in found["stages"]["decode"]
     assert found["stages"]["prefill"]["limit_ms"] == 2000.0 and found["stages"]["other"]["p99_ms"] < 3.0
+    work = {"vision": unit, "prefill": unit, "decode": unit}
+    found = _figures([{"total": 9.0, "answer": 8.0}] * 2, [], [7, 7], work, {"gflops": 1, "gbytes": 1})
+    assert list(found["stages"]) == ["answer", "other"] and found["stages"]["answer"]["limit_ms"] == 3000.0
 
 
 def test_fields_of_a_preset_are_numbers_and_lists():

@@ -9,7 +9,7 @@ import torch
 from test_llama_openvla import check_equal, new_model, prompts
 from transformers import GenerationConfig
 
-from openvla.decoding_openvla import decode_tokens
+from openvla.decoding_openvla import Steps, decode_tokens
 from openvla.graphs_openvla import plain_decoding
 from openvla.observation import Observation
 from openvla.outputs_openvla import ActionPrediction
@@ -27,7 +27,7 @@ def chunked():
     return new_model(action_chunk=3)
 
 
-class Rows:
+class Rows(Steps):
     """Steps over a table: what comes after each beginning of an answer; counts what is read."""
 
     verifies = True

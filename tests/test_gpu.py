@@ -15,6 +15,7 @@ from transformers import BitsAndBytesConfig
 
 from openvla import OpenVLAForActionPrediction
 from openvla.action_heads_openvla import make_head
+from openvla.graphs_openvla import moved
 from openvla.quantization_openvla import OpenVLAQuantizationConfig
 from openvla.quantized_linear_openvla import (
     FEW_ON_CUDA,
@@ -208,6 +209,29 @@ def test_compiled_graphs_give_the_tokens_of_others(dtype):
                     assert (found.token_ids == expected.token_ids)[:, 0].mean() > 0.5
     model.float().cpu()
     assert predict(model).token_ids.shape == (3, 7)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("bits", [8, 4, "fp8"])
+def test_graphs_of_few_bits(bits, compile):
+    """The probabilities of the same weights without graphs, one token at a time and several."""
+    options = {"dtype": torch.bfloat16, "quantization_config": OpenVLAQuantizationConfig(bits)}
+    model, other = (OpenVLAForActionPrediction.from_pretrained(ROOT, **options).cuda() for _ in range(2))
+    images, words = [golden_image(index) for index in range(3)], ["open the drawer"] * 3
+    done = model.prepare_for_inference((1, 3), (24,), compile=compile)
+    assert len(done.graphs) == 2 and done.compiled == (compile and bits != 4), done.reason
+    for count in (1, 3):
+        expected = other.predict_action(images[:count], words[:count], return_dict=True, return_distributions=True)
+        for draft in (None, expected.token_ids, np.roll(expected.token_ids, 1, axis=1)):
+            found = model.predict_action(
+                images[:count], words[:count], draft=draft, return_dict=True, return_distributions=True
+            )
+            tokens = found.token_ids.shape
+            parts = [
+                (one.token_ids.reshape(count, -1), one.token_distributions.reshape(count, tokens[-1], -1))
+                for one in (found, expected)
+            ]
+            assert moved(*parts) < 0.2
 
 
 def test_graphs_notice_that_a_model_has_changed():
