@@ -35,7 +35,8 @@ SLOWEST_EPISODE = 3600.0  # seconds, all attempts together
 
 
 def record(options: RecordOptions, *, progress: bool = True) -> dict[str, Any]:
-    """Record episodes; one that was interrupted continues where it stopped, and one that is there is left alone.
+    """Record episodes; one that was interrupted continues where it stopped, also with more episodes, and one that is
+    there is left alone.
 
     Returns:
         What `OUTPUT/recording.json` says: `options`, and for each of the `tasks` its `episodes`, `failed_attempts` of
@@ -70,7 +71,10 @@ def _record(options: RecordOptions, output: Path, progress: bool) -> dict[str, A
     if renders(environment):
         opengl_backend()
     if plan.exists():
-        _check_same(content, read_settings(plan)[0], part)
+        begun = read_settings(plan)[0]
+        fewer = isinstance(begun.get("episodes"), int) and begun["episodes"] < content["episodes"]
+        # Each depends on its number alone, so that there may be more of them.
+        _check_same({**content, "episodes": begun["episodes"]} if fewer else content, begun, part)
     part.mkdir(exist_ok=True)
     write_json(plan, with_version(content))  # first: it tells a recording from a folder of the user's
     (part / "episodes").mkdir(exist_ok=True)
@@ -175,8 +179,19 @@ def _check_same(content: dict[str, Any], found: dict[str, Any], folder: Path) ->
         raise ValueError(
             f"{folder} was recorded with other options: "
             + ", ".join(f"{name} {found.get(name)!r}, not {value!r}" for name, value in other.items())
-            + ". Give those, or another output."
+            + ". Give those, or another output"
+            + _more(found, other)
         )
+
+
+def _more(found: dict[str, Any], other: dict[str, Any]) -> str:
+    """How a complete recording gets more episodes, where nothing else is asked for: its own are not kept one by one."""
+    if other.keys() != {"episodes"} or other["episodes"] <= found["episodes"]:
+        return "."
+    return (
+        f": for more episodes record the others there (--seed {found['seed'] + found['episodes']} --episodes "
+        f"{other['episodes'] - found['episodes']}), and train on a mixture of both."
+    )
 
 
 def _run(

@@ -373,9 +373,9 @@ def test_an_expert_of_other_numbers_is_refused_at_its_first_step(tmp_path, monke
 
 
 def test_interrupted_recordings_go_on_and_end_the_same(tmp_path, opengl, monkeypatch):
-    whole = options(tmp_path, output=str(tmp_path / "whole"), noise=0.1)
+    whole = options(tmp_path, output=str(tmp_path / "whole"), noise=0.1, episodes=3)
     record(whole, progress=False)
-    stopped = replace(whole, output=str(tmp_path / "stopped"))
+    stopped = replace(whole, output=str(tmp_path / "stopped"), episodes=2)
     once = Recorder.record
 
     def interrupted(self, task, axis, number, file):
@@ -389,12 +389,14 @@ def test_interrupted_recordings_go_on_and_end_the_same(tmp_path, opengl, monkeyp
     assert not (tmp_path / "stopped").exists()
     (tmp_path / "stopped.partial" / "whole").mkdir()  # as if the second stop came later
     with pytest.raises(ValueError, match="other options: noise 0.1, not 0.2"):
-        record(replace(stopped, noise=0.2), progress=False)
-    numbers = []
+        record(replace(stopped, noise=0.2, episodes=3), progress=False)
+    with pytest.raises(ValueError, match="other options: episodes 2, not 1. Give those, or another output.$"):
+        record(replace(stopped, episodes=1), progress=False)
+    stopped, numbers = replace(stopped, episodes=3), []
     with monkeypatch.context() as patch:
         patch.setattr(Recorder, "record", lambda self, *job: (numbers.append(job[2]), once(self, *job)))
         record(stopped, progress=False)
-    assert numbers == [1]
+    assert numbers == [1, 2]
     assert contents(tmp_path / "whole") == contents(tmp_path / "stopped")
 
 
@@ -404,7 +406,7 @@ def test_a_finished_recording_is_left_alone(tmp_path, monkeypatch, opengl):
     found = {"options": options(tmp_path).content(), "tasks": {}}
     (tmp_path / "out" / "recording.json").write_text(json.dumps(found))
     assert record(options(tmp_path, workers=2)) == found
-    with pytest.raises(ValueError, match="other options: episodes 2, not 3"):
+    with pytest.raises(ValueError, match=r"other options: episodes 2, not 3.* \(--seed 2 --episodes 1\), and train on"):
         record(options(tmp_path, episodes=3))
     (tmp_path / "else").mkdir()
     (tmp_path / "else" / "file").touch()
