@@ -6,6 +6,7 @@ import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -246,6 +247,17 @@ def test_a_run_is_not_resumed_with_other_options(tmp_path):
         finetune(options(tmp_path / "run", gradient_accumulation=4), resume=True)
     finetune(options(tmp_path / "run", steps=3, save_every=1), resume=True)  # longer is fine
     assert set(losses(tmp_path / "run")) == {1, 2, 3}
+
+
+def test_a_process_that_has_ended_is_no_full_disk(tmp_path):
+    (tmp_path / "checkpoint-4").mkdir()
+    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text("{}")
+    rank = SimpleNamespace(args=SimpleNamespace(output_dir=str(tmp_path)), accelerator=SimpleNamespace(num_processes=2))
+    with pytest.raises(
+        OSError, match="Connection closed by peer.*checkpoint-4': see whether another process has ended"
+    ):
+        with trainer_module.ActionTrainer._explained(rank, "The checkpoint of step 8"):
+            raise RuntimeError("Connection closed by peer")
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):

@@ -306,8 +306,11 @@ class ActionTrainer(Trainer):
             yield
         except (OSError, RuntimeError, SafetensorError) as error:  # a full disk speaks through all three
             last = last_checkpoint(Path(self.args.output_dir))
+            cause = "make room"
+            if self.accelerator.num_processes > 1 and isinstance(error, RuntimeError):
+                cause = "see whether another process has ended (its own error is above), or make room"
             remedy = (
-                f"The last good one is '{last}': make room, then continue with --resume." if last else "There is none."
+                f"The last good one is '{last}': {cause}, then continue with --resume." if last else "There is none."
             )
             raise OSError(f"{what} could not be written: {error}. {remedy}") from error
 
