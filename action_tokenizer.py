@@ -7,6 +7,7 @@ vectorized; arrays stay numpy, tensors stay on their device.
 
 import copy
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -362,6 +363,27 @@ def normalize_actions(
     return np.clip(scaled, -1, 1) if constant == "clip" else scaled
 
 
+def check_units(normalization: Mapping[str, str], before: Any, now: Any) -> None:
+    """Warn where statistics take the place of others under another name, and the units of these do not go with them.
+
+    Args:
+        normalization: Of the model, see `OpenVLAConfig`.
+        before, now: Statistics by dataset; None: there were, or are, none. What else they are is said elsewhere.
+    """
+    if not isinstance(now, Mapping):
+        return
+    gone, new = normalization.keys() - now.keys(), now.keys() - (before or {}).keys() - normalization.keys()
+    for dataset in sorted(gone):
+        if new and normalization[dataset] != "bounds_q99":
+            warnings.warn(
+                f"The model has normalization='{normalization[dataset]}' for '{dataset}', of which there are no "
+                f"statistics now; those of {', '.join(sorted(new))} are taken as 'bounds_q99', so that -1 and 1 stand "
+                "for q01 and q99. If they are of the same training, give them the name that they had, or say it: "
+                f"model.config.normalization = {{'{min(new)}': '{normalization[dataset]}'}}.",
+                stacklevel=3,
+            )
+
+
 def check_state_given(state: Any, proprio_dim: int | None) -> None:
     """Raise a `ValueError` if a model that sees `proprio_dim` numbers of the robot's state (None: that sees none) is
     given no state (or one)."""
@@ -403,6 +425,7 @@ __all__ = [
     "check_same_action_dim",
     "check_state_given",
     "check_statistics",
+    "check_units",
     "get_action_stats",
     "normalize_actions",
     "normalize_state",

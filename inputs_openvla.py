@@ -40,6 +40,7 @@ class ModelInputs:
 def as_tensor(name: str, values: Any) -> torch.Tensor:
     """A tensor of a tensor, an array or (nested) lists of numbers; a `ValueError` names `name` for all else."""
     if isinstance(values, torch.Tensor):
+        values = values.detach()
         if values.layout != torch.strided or values.is_meta or values.is_quantized:
             raise ValueError(
                 f"{name} must be a dense tensor that holds values, got {values.layout} on {values.device}."

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import cached_file, is_peft_available
 
-from .action_tokenizer import check_statistics, read_statistics
+from .action_tokenizer import check_statistics, check_units, read_statistics
 from .adapters_openvla import (
     ADAPTER,
     KEY,
@@ -153,6 +153,7 @@ class OpenVLAPreTrainedModel(AdapterBelongings, ModelParts, PreTrainedModel):
         keep_split_blocks_from_packing(model)
         _cast_unquantized(model)
         check_quantized(model, kwargs.get("quantization_config"), name)
+        before = model.config.norm_stats if given is None else None
         if given is not None:
             model.config.norm_stats = given
         elif name is not None:
@@ -164,6 +165,8 @@ class OpenVLAPreTrainedModel(AdapterBelongings, ModelParts, PreTrainedModel):
                 model.config.norm_stats = check_statistics(model.config.norm_stats, where)
         if oft is not None:
             oft.check_statistics(model.config.norm_stats, model.config)
+        else:
+            check_units(model.config.normalization, before, model.config.norm_stats)
         return loaded
 
     @classmethod
@@ -357,9 +360,11 @@ class OpenVLAPreTrainedModel(AdapterBelongings, ModelParts, PreTrainedModel):
         active = [config for config in self._active_adapters() if belongings(config).keys() & {"norm_stats", "unknown"}]
         for config in active:
             brought = {**belongings(config), "norm_stats": value}
+            check_units(brought.get("model", {}).get("normalization", {}), belongings(config).get("norm_stats"), value)
             brought.pop("unknown", None)
             config.auto_mapping = {**config.auto_mapping, KEY: brought}
         if not active:
+            check_units(self.config.normalization, self.config.norm_stats, value)
             self.config.norm_stats = value
 
     @property

@@ -414,7 +414,7 @@ class OpenVLAForActionPrediction(ActionVocabulary, OpenVLAGeneration, OpenVLAPre
         prediction = ActionPrediction(actions=np.stack(actions), **found)
         if decided is not None:
             prediction["normalized_actions"][:, : decided.shape[1]] = decided
-            prediction["actions"][:, : decided.shape[1]] = np.asarray(committed, dtype=np.float64)
+            prediction["actions"][:, : decided.shape[1]] = as_tensor("committed", committed).double().cpu().numpy()
         if self.action_chunk == 1:
             prediction = ActionPrediction(**{name: value[:, 0] for name, value in prediction.items()})
         if single:

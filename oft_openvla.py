@@ -202,7 +202,7 @@ class OFTFolder:
             "action_head": head,
             "action_chunk": chunk,
             "action_dim": action_dim if "action_head" in self.files else None,
-            "camera_names": list(cameras),
+            "camera_names": cameras if isinstance(cameras, str) else list(cameras),  # one text is refused
             "proprio_dim": state,
             "constant_state": "clip",
             "use_film": "vision_backbone" in self.files,

@@ -24,13 +24,7 @@ def check_data(source: "Source") -> list[str]:
     """What looks wrong with the actions of a dataset."""
     action, name, names = source.statistics["action"], source.name, source.names
     own, bounds = source.survey.statistics["action"], source.normalization == "bounds"
-    found = []
-    still = [label for label, low, high in zip(names, own["min"], own["max"]) if low == high]
-    if still:
-        found.append(
-            f"{name}: {', '.join(still)} never change{'s' if len(still) == 1 else ''}; the model will always give the "
-            "one value it has seen."
-        )
+    found = check_still(source)
     found += check_rare(source) + check_grippers(source) + check_clipped(source) + check_places(source)
     wide = [
         f"{label} ({max(abs(least), abs(most)) / max(abs(q01), abs(q99), 1e-9):.0f} times q01 or q99)"
@@ -44,6 +38,34 @@ def check_data(source: "Source") -> list[str]:
             else "they are clipped in training"
         )
         found.append(f"{name}: outliers in {', '.join(wide)}; {fate}. Are they real?")
+    return found
+
+
+def check_still(source: "Source") -> list[str]:
+    """Dimensions that never change, with what the model will give for them."""
+    action, own = source.statistics["action"], source.survey.statistics["action"]
+    mask = action.get("mask") or [True] * source.action_dim
+    least, most = (action.get(name) or [None] * source.action_dim for name in ("min", "max"))
+    still, zero = [], []
+    for dim, (label, low, high) in enumerate(zip(source.names, own["min"], own["max"])):
+        # `normalize_actions` makes 0 of what never changes; only of what is scaled its value is found again.
+        lost = not mask[dim] and least[dim] is not None and least[dim] == most[dim]
+        if lost and (low or high):
+            zero.append(f"{label} ({f'always {low:.3g}' if low == high else f'{low:.3g} to {high:.3g}'})")
+        elif low == high:
+            still.append(label)
+    found = []
+    if still:
+        found.append(
+            f"{source.name}: {', '.join(still)} never change{'s' if len(still) == 1 else ''}; the model will always "
+            "give the one value it has seen."
+        )
+    if zero:
+        found.append(
+            f"{source.name}: {', '.join(zero)} never changes by the statistics and is not scaled (mask): training "
+            "makes 0 of it, and the model will always give 0. Let it be scaled (1 in --mask), or leave --mask, "
+            "--statistics or the standardization out that say otherwise."
+        )
     return found
 
 

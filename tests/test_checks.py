@@ -1,5 +1,6 @@
 """Warnings about data, statistics, images and results: each where it belongs, and none where all is well."""
 
+import json
 import warnings
 from pathlib import Path
 
@@ -52,6 +53,31 @@ def test_no_warning_where_all_is_well():
 def test_what_looks_wrong_with_the_data(change, expected):
     (found,) = check_data(source(change))
     assert expected in found and found.startswith("mine:")
+
+
+@pytest.mark.parametrize("value", [1.0, 0.0])
+def test_a_gripper_that_never_moves_and_is_not_scaled(value):
+    """Training makes 0 of it, closed, whatever it is: of a gripper that was always open the model closes it."""
+    recorded = [{"actions": np.c_[np.random.default_rng(0).uniform(-1, 1, (40, 6)), np.full(40, value)],
+                 "instruction": "push the cup"}]  # fmt: skip
+    (scaled,) = check_data(open_source(PythonDataset(recorded, name="mine"), held_out=0))
+    assert "gripper never changes; the model will always give the one value" in scaled
+    left = open_source(PythonDataset(recorded, name="mine"), held_out=0, mask="1,1,1,1,1,1,0")
+    (found,) = check_data(left)
+    assert not left._chunks(left.dataset[0].actions, 1)[..., 6].any()
+    assert ("gripper (always 1) never changes by the statistics and is not scaled (mask)" in found) == bool(value)
+    assert ("the model will always give 0" in found) == bool(value)
+
+
+def test_statistics_of_a_gripper_that_never_moved(tmp_path):
+    """Of another dataset, given: all that the gripper does would be 0."""
+    still = source(with_column(6, lambda column: 0 * column + 1)).statistics
+    still["action"]["mask"][6] = False
+    (tmp_path / "dataset_statistics.json").write_text(json.dumps({"mine": still}))
+    recorded = [{"actions": np.c_[np.zeros((40, 6)), np.arange(40) < 25], "instruction": "pick up the cup"}]
+    data = PythonDataset(recorded, name="mine")
+    found = check_data(open_source(data, held_out=0, statistics=str(tmp_path / "dataset_statistics.json")))
+    assert any("gripper (0 to 1) never changes by the statistics" in text for text in found)
 
 
 @pytest.mark.parametrize("places", [True, False])

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +122,8 @@ def test_what_no_file_says_can_be_given(saved):
     assert config.normalization == {"libero_spatial_no_noops": "bounds"}
     config = OpenVLAConfig.from_pretrained(saved / "libero-l1", normalization={"mine": "bounds"})
     assert config.normalization == {"mine": "bounds"}
+    with pytest.raises(ValueError, match=r"camera_names='full_image,wrist_image': expected a list of names"):
+        OpenVLAConfig.from_pretrained(saved / "libero-l1", camera_names="full_image,wrist_image")
 
 
 def test_the_discrete_variant_is_taken_for_an_ordinary_model_unless_it_is_named(saved):
@@ -204,6 +207,26 @@ def test_statistics_that_are_given_win(saved):
     model = load_oft("aloha-film-l1", saved, norm_stats={"mine": own})
     assert model.normalization == {"mine": "bounds"}
     np.testing.assert_array_equal(act(model), act(load_oft("aloha-film-l1", saved)))
+
+
+def test_statistics_under_another_name(saved, tmp_path):
+    """Of a model in units of min and max: another name means q01 and q99, which nothing but a warning tells."""
+    model = load_oft("aloha-film-l1", saved)
+    ((name, own),) = model.norm_stats.items()
+    told = f"'bounds' for '{name}'.* mine are taken as 'bounds_q99'.*{{'mine': 'bounds'}}"
+    with pytest.warns(UserWarning, match=told):
+        model.norm_stats = {"mine": own}
+    out = convert_oft_checkpoint(saved / "aloha-film-l1", tmp_path / "out", **given("aloha-film-l1", saved))
+    (out / "dataset_statistics.json").write_text(json.dumps({"mine": own}))
+    for more in ({}, {"norm_stats": {"mine": own}}):
+        with pytest.warns(UserWarning, match=told):
+            OpenVLAForActionPrediction.from_pretrained(out, **more)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.norm_stats = {name: own}
+        model.norm_stats = {name: own, "mine": own}  # beside it: somebody knows what the name means
+        model.norm_stats = {"mine": own}
+        model.norm_stats = None
 
 
 def test_normalization_of_a_dataset_that_is_not_there(saved):

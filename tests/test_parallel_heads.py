@@ -263,6 +263,8 @@ def test_actions_that_are_decided_come_back_and_are_continued(head, models, monk
     assert single.shape == (CHUNK, 7)
     np.testing.assert_allclose(single, forced[0], atol=1e-3 if head == "diffusion" else 3e-5)
     assert np.array_equal(act(np.zeros((2, 0, 7))), free)
+    half = torch.tensor(own).bfloat16().requires_grad_()  # of a policy's own earlier chunk, as a tensor
+    assert np.array_equal(act(half)[:, :1], half.detach().double().numpy())
     for wrong in (np.zeros((2, CHUNK, 7)), np.zeros((1, 1, 7)), np.zeros((2, 1, 6)), np.full((2, 1, 7), np.nan)):
         with pytest.raises(ValueError, match="committed has shape"):
             act(wrong)

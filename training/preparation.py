@@ -192,7 +192,7 @@ def prepare(options: FinetuneOptions, processes: int = 1, data: Any = None) -> R
             "normalization": options.normalization or config.normalization,
         },
     )
-    modes = {**config.normalization, **{source.name: source.normalization for source in sources}}
+    modes = {source.name: source.normalization for source in sources}  # not those of the model: it keeps no statistics
     config.normalization = {name: mode for name, mode in modes.items() if mode != "bounds_q99"}
     if options.proprio or config.proprio_dim is not None:
         config.proprio_dim = proprio_dim(options, sources, config)

@@ -82,9 +82,9 @@ def load_model(run: Run, autocast: bool, checkpoint: Path | None = None) -> Any:
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-        model.norm_stats = run.statistics
         for field in OF_MODEL:
             setattr(model.config, field, getattr(run.config, field))
+        model.norm_stats = run.statistics
         model = apply_strategy(model, options.strategy)
     else:
         made = {"rank": options.rank, "alpha": options.alpha, "dropout": options.dropout}
