@@ -330,7 +330,10 @@ def _scale(verb: str, stats: Mapping[str, Any], mode: str) -> tuple[str, str]:
         raise ValueError(f"mode='{mode}' is unknown. Known: {', '.join(NORMALIZATIONS)}.")
     missing = [name for name in NORMALIZATIONS[mode] if stats.get(name) is None]
     if missing:
-        raise ValueError(f"The statistics have no {' and no '.join(missing)}, which normalization='{mode}' needs.")
+        raise ValueError(
+            f"The statistics have no {' and no '.join(missing)}, which normalization='{mode}' needs: take the "
+            "dataset_statistics.json of the training, or recompute them (`openvla stats`)."
+        )
     return NORMALIZATIONS[mode]
 
 
@@ -361,6 +364,19 @@ def normalize_actions(
     if constant == "zero" and "min" in stats and "max" in stats:
         scaled = np.where(np.asarray(stats["min"]) == np.asarray(stats["max"]), 0.0, scaled)
     return np.clip(scaled, -1, 1) if constant == "clip" else scaled
+
+
+def units_of(normalization: Mapping[str, str], norm_stats: Mapping[str, Any], datasets: Sequence[str]) -> list[str]:
+    """What -1 and 1 of each dataset stand for, "bounds_q99" or "bounds"; a `ValueError` if that is not in the
+    statistics of its actions.
+
+    Args:
+        normalization: Of the model, see `OpenVLAConfig`.
+    """
+    modes = [normalization.get(dataset, "bounds_q99") for dataset in datasets]
+    for dataset, mode in zip(datasets, modes):
+        _scale("unnormalize", norm_stats[dataset]["action"], mode)
+    return modes
 
 
 def check_units(normalization: Mapping[str, str], before: Any, now: Any) -> None:
@@ -399,11 +415,16 @@ def normalize_state(
     """(S,) float64, a state in the units of a dataset as a model sees it; see `normalize_actions`.
 
     Raises:
-        ValueError: If the statistics of the dataset hold none of the state.
+        ValueError: If the statistics of the dataset hold none of the state, or of another one.
     """
     stats = norm_stats[unnorm_key].get("proprio")
     if stats is None:
         raise ValueError(f"The statistics of '{unnorm_key}' have no proprio, so that the state has no units.")
+    if (known := len(next(iter(stats[name] for name in ("q01", "mean", "min") if name in stats), ()))) != len(state):
+        raise ValueError(
+            f"The state has {len(state)} numbers, the proprio statistics of '{unnorm_key}' {known}: give those of the "
+            "training, or another unnorm_key."
+        )
     return normalize_actions(state, stats, mode, constant)
 
 
@@ -431,5 +452,6 @@ __all__ = [
     "normalize_state",
     "read_statistics",
     "resolve_unnorm_key",
+    "units_of",
     "unnormalize_actions",
 ]

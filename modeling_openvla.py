@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, Cache, GenerationMixin
 
-from .action_tokenizer import check_same_action_dim, get_action_stats, resolve_unnorm_key, unnormalize_actions
+from .action_tokenizer import check_same_action_dim, get_action_stats, resolve_unnorm_key, units_of, unnormalize_actions
 from .configuration_openvla import OpenVLAConfig
 from .decoding_openvla import Prefix
 from .embeddings_openvla import ActionVocabulary
@@ -386,7 +386,7 @@ class OpenVLAForActionPrediction(ActionVocabulary, OpenVLAGeneration, OpenVLAPre
         norm_stats, checked = self.norm_stats, self._checked_statistics
         shape = (self.action_chunk, check_same_action_dim(norm_stats, keys, checked))
         names = [resolve_unnorm_key(norm_stats, key) for key in keys]
-        modes = [self.normalization.get(name, "bounds_q99") for name in names]
+        modes = units_of(self.normalization, norm_stats or {}, names)
         proprio = read_state(state, self.config, norm_stats, names, modes, self.constant_state)
         decided = read_committed(committed, shape, norm_stats or {}, names, modes, self.prefix_training)
         inputs = ModelInputs(prompts, pixel_values, proprio, decided)

@@ -9,6 +9,7 @@ import copy
 import os
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -197,6 +198,13 @@ class OFTFolder:
                 "of no platform of OpenVLA-OFT (8: two cameras, 14: three): give camera_names, for example "
                 "['full_image', 'wrist_image'], in the order of its training."
             )
+        if state is None and given.get("camera_names") is None:
+            warnings.warn(
+                f"'{self.folder}': nothing says which cameras the model sees; without a proprio_projector--*.pt it is "
+                f"taken for one of a single camera, {cameras[0]}. One that was trained on several acts wrongly so: "
+                "give camera_names, ['full_image', 'wrist_image'] for example, or copy the missing part here.",
+                stacklevel=4,
+            )
         units = given.get("normalization") or ("bounds" if action_dim in BOUNDS else {})
         return {
             "action_head": head,
@@ -241,7 +249,12 @@ class OFTFolder:
     def _statistics(self, given: Mapping[str, Any] | None) -> dict[str, Any]:
         file = self.folder / "dataset_statistics.json"
         found = given or (read_json(file) if file.is_file() else {})
-        return {name: value for name, value in found.items() if "q01" in (value.get("action") or {})}
+        known = found.items() if isinstance(found, Mapping) else ()  # what is wrong is said where they are read again
+        return {
+            name: entry
+            for name, entry in known
+            if isinstance(entry, Mapping) and isinstance(entry.get("action"), Mapping) and "q01" in entry["action"]
+        }
 
     def statistics(self) -> list[dict[str, Any]]:
         """Those in the files of the folder: dataset_statistics.json, and config.json, where they are of the base."""

@@ -343,6 +343,45 @@ def test_statistics_that_are_missing(broken):
     refused(folder, "has no dataset_statistics.json", FileNotFoundError)
 
 
+def test_statistics_of_another_form(broken):
+    folder = broken("aloha-film-l1")
+    file = folder / "dataset_statistics.json"
+    (own,) = json.loads(file.read_text()).values()
+    file.write_text(json.dumps(own))
+    refused(folder, "these are the statistics of one dataset, whose name is missing")
+    for wrong in ([own], {"mine": {"action": [0.0]}}, {"mine": 3}):
+        file.write_text(json.dumps(wrong))
+        refused(folder, "dataset_statistics.json'")
+
+
+def test_units_that_the_statistics_lack(saved, monkeypatch):
+    """Said before anything is computed."""
+    model = load_oft("aloha-film-l1", saved)
+    monkeypatch.setattr(model, "_encode", None)
+    ((name, own),) = model.norm_stats.items()
+    for kind, (changed, message) in {
+        "action": ({"min": None, "max": None}, "no min and no max, which normalization='bounds' needs: take the data"),
+        "proprio": ({key: values[:8] for key, values in own["proprio"].items()}, "The state has 14 numbers.* 'aloha1"),
+    }.items():
+        entry = {key: value for key, value in {**own[kind], **changed}.items() if value is not None}
+        model.norm_stats = {name: {**own, kind: entry}}
+        with pytest.raises(ValueError, match=message):
+            act(model)
+
+
+def test_cameras_that_nothing_tells(broken):
+    """Without the projector of the state a folder looks like one of a single camera."""
+    folder = broken("libero-l1")
+    (projector,) = folder.glob("proprio_projector--*.pt")
+    projector.unlink()
+    with pytest.warns(UserWarning, match="nothing says which cameras .* a single camera, full_image"):
+        assert OpenVLAConfig.from_pretrained(folder).camera_names == ["full_image"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        two = OpenVLAConfig.from_pretrained(folder, camera_names=["full_image", "wrist_image"])
+    assert (two.camera_names, two.proprio_dim) == (["full_image", "wrist_image"], None)
+
+
 def test_bases(saved, broken):
     refused(saved / "libero-diffusion", "holds an adapter and no weights.*trained on 'openvla/openvla-7b'")
     refused(saved / "libero-l1", "merged already.*leave base out", base=str(saved / "base"))
