@@ -51,6 +51,7 @@ def open_source(
     chunk_end: str = "repeat",
     normalization: str | Mapping[str, str] = "bounds_q99",
     camera_names: Sequence[str] = ("primary",),
+    sees_state: bool = False,
     on_error: OnError = "raise",
     cache: bool = True,
     progress: bool = False,
@@ -68,6 +69,8 @@ def open_source(
         filters: Names of `RAW_FILTERS`, which act before statistics: "no-ops", "zero-actions".
         camera: Through which the model looks; with a standardization also "primary", "secondary" or "wrist".
         camera_names: What the model sees, see `cameras_openvla`; "primary" is `camera`, if that is given.
+        sees_state: The model sees the state. That of LIBERO's RLDS is then the eight numbers that its simulator gives
+            and OpenVLA-OFT was trained with, without the column of zeros that fills up OpenVLA's layout.
         action_chunk: Steps that one sample is for.
         chunk_end: What follows in a chunk past the end of an episode, one of `CHUNK_ENDS`.
         normalization: What -1 and 1 stand for, of actions and states: "bounds_q99" (q01 and q99) or "bounds" (min and
@@ -97,7 +100,7 @@ def open_source(
         ValueError: If options do not fit the data, or nothing is left to train on.
         KeyError: If `statistics` or `standardize` lack the name.
     """
-    _check_kinds(bool, keep_unlabeled=keep_unlabeled, cache=cache, progress=progress)
+    _check_kinds(bool, keep_unlabeled=keep_unlabeled, cache=cache, progress=progress, sees_state=sees_state)
     _check_kinds(str, format=format, split=split, camera=camera, name=name, gripper=gripper, standardize=standardize)
     check_choice("chunk_end", chunk_end, CHUNK_ENDS)
     _check_kinds(Real, held_out=held_out, max_action=max_action, max_proprio=max_proprio)
@@ -115,6 +118,7 @@ def open_source(
         filters=_filter_names(filters),
         camera=camera,
         camera_names=camera_names,
+        sees_state=sees_state,
         name=name,
         gripper=gripper,
         gripper_dims=parse_grippers(gripper_dims),

@@ -90,6 +90,7 @@ def open_recording(
     filters: list[str],
     camera: str | None,
     camera_names: Sequence[str],
+    sees_state: bool,
     name: str | None,
     gripper: str,
     gripper_dims: tuple[int, ...] | None,
@@ -115,7 +116,7 @@ def open_recording(
         name = name or (standard.name if standard and standardize == "auto" else plain.name)
         options = {"on_error": on_error, **reader}
         if standard:
-            camera, camera_names, preset = _layout_options(standard, camera, camera_names, name)
+            camera, camera_names, preset = _layout_options(standard, camera, camera_names, sees_state, name)
             options = {**preset, **options, "standardize": standard}
 
         def opened(split: str, **more: Any) -> EpisodeDataset:
@@ -175,6 +176,7 @@ def open_recording(
             "gripper_dims": gripper_dims,
             "filters": filters,
             "on_error": on_error,
+            **({"sees_state": True} if sees_state and standard else {}),
         },
     )
 
@@ -221,20 +223,23 @@ def _standardization(folder: str, recorded: str, format: str, standardize: str |
 
 
 def _layout_options(
-    standard: Standardization, camera: str | None, camera_names: Sequence[str], name: str
+    standard: Standardization, camera: str | None, camera_names: Sequence[str], sees_state: bool, name: str
 ) -> tuple[str | None, Sequence[str], dict[str, Any]]:
     """The camera, those that the model sees by their names here, and the reader's options, that a layout asks for."""
     if standard.layout is None:
         return camera, camera_names, {}
-    preset: dict[str, Any] = {"state_key": standard.layout.state_obs_keys}
+    keys = standard.layout.state_obs_keys
+    if sees_state and standard.name.startswith("libero_"):
+        keys = [key for key in keys if key is not None]
+    preset: dict[str, Any] = {"state_key": keys}
     views = standard.layout.image_obs_keys
     wanted = [(camera or view) if view == "primary" else view for view in map(view_of, camera_names)]
     if any(view not in views for view in wanted):
         return camera, camera_names, preset
-    keys = [key for key in (views[view] for view in wanted) if key is not None]
-    if len(keys) < len(wanted):
+    seen = [key for key in (views[view] for view in wanted) if key is not None]
+    if len(seen) < len(wanted):
         there = [view for view, field_name in views.items() if field_name]
         missing = next(view for view in wanted if views[view] is None)
         raise UntrainableError(f"'{name}' has no {missing} view, only {' and '.join(there)}: give camera='{there[0]}'.")
-    named = list(name_cameras(keys))
-    return named[0], named if len(named) > 1 else camera_names, {**preset, "cameras": keys}
+    named = list(name_cameras(seen))
+    return named[0], named if len(named) > 1 else camera_names, {**preset, "cameras": seen}

@@ -18,7 +18,7 @@ from .source import Source
 
 
 OF_ENTRY = ("name", "weight")  # options of a mixture's entry that change nothing in what is read
-OF_MODEL = ("action_chunk", "camera_names")  # options that all datasets of one model have in common
+OF_MODEL = ("action_chunk", "camera_names", "sees_state")  # options that all datasets of one model have in common
 
 __all__ = ["Source", "open_source", "open_sources"]
 

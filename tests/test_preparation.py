@@ -11,8 +11,9 @@ from data_files import jpeg, own_rlds
 
 from openvla.action_spec import action_names
 from openvla.data import PythonDataset
-from openvla.training import FinetuneOptions, plan_run
-from openvla.training.preparation import Run, num_patches, prepare, text_tokens
+from openvla.data.sources import open_source
+from openvla.training import FinetuneOptions, plan_run, preparation
+from openvla.training.preparation import Run, num_patches, prepare, proprio_dim, text_tokens
 
 
 pytest.importorskip("accelerate", reason="training needs the [train] extra")
@@ -51,6 +52,23 @@ def test_steps_without_words_are_left_out_and_counted(tmp_path):
     kept = prepare(options(tmp_path, held_out=0.0, keep_unlabeled=True), data=data)
     assert kept.sources[0].num_frames == 40
     assert "without an instruction: 20 steps, kept with an empty one" in kept.describe()
+
+
+def test_the_state_of_libero_is_what_its_simulator_gives(tmp_path, monkeypatch):
+    """Eight numbers, as OpenVLA-OFT was trained; the layout of OpenVLA, which showed no model a state, adds a zero."""
+    folder = Path(__file__).parent / "fixtures" / "oxe_rlds" / "libero_spatial_no_noops"
+    padded = open_source(folder)
+    monkeypatch.setattr(preparation, "check_samples", lambda source: None)  # the fixture keeps few images
+    made = options(tmp_path, dataset=str(folder), proprio=True, camera_names="full_image,wrist_image")
+    run = prepare(made)
+    (source,) = run.sources
+    assert (padded.state_dim, source.state_dim, run.config.proprio_dim) == (9, 8, 8)
+    assert not np.any(padded.dataset[0].state[:, 6])
+    np.testing.assert_array_equal(source.dataset[0].state, np.delete(padded.dataset[0].state, 6, axis=1))
+    assert len(run.statistics["libero_spatial_no_noops"]["proprio"]["q01"]) == 8
+    other = open_source(folder, state_key=["EEF_state"])
+    with pytest.raises(ValueError, match=r"has states of 6 numbers; expected 8 \(--state-key says which"):
+        proprio_dim(made, [other], run.config)
 
 
 def test_no_words_at_all(tmp_path):

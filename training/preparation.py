@@ -188,6 +188,7 @@ def prepare(options: FinetuneOptions, processes: int = 1, data: Any = None) -> R
             **source_options(options),
             "action_chunk": config.action_chunk,
             "camera_names": config.camera_names,
+            "sees_state": options.proprio or config.proprio_dim is not None,
             "chunk_end": options.chunk_end,
             "normalization": options.normalization or config.normalization,
         },
@@ -219,7 +220,10 @@ def proprio_dim(options: FinetuneOptions, sources: Sequence[Source], config: Ope
             found = f"states of {dim} numbers" if dim else "no states (--state-key names them), or not in every episode"
             if not dim and options.statistics is not None:
                 found += ", or the statistics given have none of them"
-            raise ValueError(f"The model is to see the state, and '{name}' has {found}; expected {expected or 'some'}.")
+            way_out = "" if not dim else " (--state-key says which of them), or begin with a model without a state"
+            raise ValueError(
+                f"The model is to see the state, and '{name}' has {found}; expected {expected or 'some'}{way_out}."
+            )
     return expected
 
 
