@@ -11,7 +11,14 @@ from openvla import OpenVLAConfig, OpenVLAProcessor
 from openvla.action_spec import action_names
 from openvla.data import PythonDataset
 from openvla.data.sources import open_source
-from openvla.training.checks import check_cameras, check_data, check_images, check_result, check_statistics
+from openvla.training.checks import (
+    check_cameras,
+    check_data,
+    check_images,
+    check_relearned,
+    check_result,
+    check_statistics,
+)
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -128,6 +135,19 @@ def test_a_wrist_that_is_called_the_scene():
     assert "from the camera 'wrist_image', on the arm" in found and "--cameras wrist" in found
     for camera, names in (("front", ["primary"]), (None, ["primary"]), ("wrist_image", ["wrist"])):
         assert check_cameras("mine", camera, names) == []
+
+
+def test_chunks_and_units_that_are_learned_anew():
+    """Of a model for ALOHA: a recipe's chunk of 8 in place of 25, q01 and q99 in place of min and max."""
+    stats = {"aloha": {"action": {}}}
+    before = OpenVLAConfig(action_chunk=25, normalization={"aloha": "bounds"}, norm_stats=stats)
+    chunk, units = check_relearned(before, OpenVLAConfig(action_chunk=8), [source()])
+    assert "chunks of 25, and learns chunks of 8 now: --chunk 25 keeps" in chunk
+    assert units.startswith("mine:") and "--normalization bounds keeps its units" in units
+    plain = OpenVLAConfig(norm_stats=stats)
+    assert check_relearned(plain, OpenVLAConfig(action_chunk=8), [source()]) == []
+    before.normalization = {}
+    assert check_relearned(before, OpenVLAConfig(action_chunk=25), [source()]) == []
 
 
 def test_actions_that_are_not_learned():

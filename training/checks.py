@@ -11,12 +11,13 @@ from ..action_spec import action_names
 from ..cameras_openvla import is_on_arm, view_of
 from ..configuration_openvla import OpenVLAConfig
 from ..data.checks import check_data
+from ..data.sources import Source
 from ..processing_openvla import OpenVLAProcessor
 
 
 GOOD_L1 = 0.01  # normalized; half a bin is 0.004
 
-__all__ = ["check_cameras", "check_data", "check_images", "check_result", "check_statistics"]
+__all__ = ["check_cameras", "check_data", "check_images", "check_relearned", "check_result", "check_statistics"]
 
 
 class DivergedError(ValueError):
@@ -46,6 +47,26 @@ def check_statistics(
         f"{name}: the statistics of the model and those of the data differ in {', '.join(names)}. The run uses the "
         "data's; if the model learned this dataset before, was it another version, controller or unit?"
     ]
+
+
+def check_relearned(before: OpenVLAConfig, now: OpenVLAConfig, sources: Sequence[Source]) -> list[str]:
+    """Where a model of chunks, or of units of min and max, is to learn other ones, as a recipe or a default has it."""
+    found = []
+    if before.action_chunk > 1 and now.action_chunk != before.action_chunk:
+        found.append(
+            f"the model predicts chunks of {before.action_chunk}, and learns "
+            f"{f'chunks of {now.action_chunk}' if now.action_chunk > 1 else 'single actions'} now: "
+            f"--chunk {before.action_chunk} keeps its own."
+        )
+    learned = {before.normalization.get(name, "bounds_q99") for name in before.norm_stats or {}}
+    if learned == {"bounds"}:
+        found += [
+            f"{source.name}: of all that the model has learned -1 and 1 are min and max (bounds), and of this q01 and "
+            "q99: --normalization bounds keeps its units."
+            for source in sources
+            if source.normalization != "bounds"
+        ]
+    return found
 
 
 def check_images(processor: OpenVLAProcessor, config: OpenVLAConfig) -> list[str]:

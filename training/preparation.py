@@ -1,5 +1,6 @@
 """What is known of a run before any weights are read: its data, its length, what it will learn, what it will take."""
 
+import copy
 import math
 import re
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ from ..hub import config_of
 from ..options.training import FinetuneOptions
 from ..processing_openvla import OpenVLAProcessor
 from .checkpoints import starting_point, starting_processor
-from .checks import check_cameras, check_data, check_images, check_statistics
+from .checks import check_cameras, check_data, check_images, check_relearned, check_statistics
 from .resume import check_output
 from .step_cost import TEXT_TOKENS
 
@@ -53,6 +54,7 @@ class Run:
     config: OpenVLAConfig
     processor: OpenVLAProcessor
     processes: int = 1
+    relearned: Sequence[str] = ()  # what the model predicted otherwise
 
     @property
     def statistics(self) -> dict[str, Any]:
@@ -92,7 +94,7 @@ class Run:
     @cached_property
     def warnings(self) -> list[str]:
         """Where quality may be lost."""
-        found = [warning for source in self.sources for warning in check_data(source)]
+        found = [*self.relearned, *(warning for source in self.sources for warning in check_data(source))]
         for source in self.sources:
             found += check_cameras(source.name, source.camera, self.config.camera_names)
             before = (self.config.norm_stats or {}).get(source.name)
@@ -151,6 +153,7 @@ def prepare(options: FinetuneOptions, processes: int = 1, data: Any = None) -> R
     """
     base, adapter = starting_point(options.model)
     config = config_of(options.model)
+    before = copy.deepcopy(config)
     if options.action_chunk is not None:
         config.action_chunk = options.action_chunk
     if options.camera_names is not None:
@@ -193,13 +196,14 @@ def prepare(options: FinetuneOptions, processes: int = 1, data: Any = None) -> R
             "normalization": options.normalization or config.normalization,
         },
     )
+    relearned = check_relearned(before, config, sources)
     modes = {source.name: source.normalization for source in sources}  # not those of the model: it keeps no statistics
     config.normalization = {name: mode for name, mode in modes.items() if mode != "bounds_q99"}
     if options.proprio or config.proprio_dim is not None:
         config.proprio_dim = proprio_dim(options, sources, config)
     if config.action_head in HEADS_WITH_WEIGHTS:
         config.action_dim = sources[0].action_dim
-    run = Run(options, sources, config, processor, processes)
+    run = Run(options, sources, config, processor, processes, relearned)
     check_same_action_dim(run.statistics, list(run.statistics))
     for source in sources:
         check_samples(source)
