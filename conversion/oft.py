@@ -7,6 +7,7 @@ from typing import Any
 from ..action_tokenizer import read_statistics
 from ..choices_openvla import check_choice
 from ..configuration_openvla import OpenVLAConfig
+from ..files_openvla import read_json
 from ..hub import model_folder
 from ..oft_openvla import find_oft
 from ..options.conversion import ConvertOptions
@@ -32,6 +33,12 @@ def convert(options: ConvertOptions) -> Path:
     if not is_hub and (is_run or (find_oft(source, options.action_head) is None and not options.action_head)):
         if wrong := [name for name in OFT_OPTIONS if name in given]:
             raise ValueError(f"'{source}' is not of OpenVLA-OFT, which alone takes {wrong[0]}=...: leave it out.")
+        config = source / "config.json"
+        if not is_run and config.is_file() and read_json(config).get("model_type") == OpenVLAConfig.model_type:
+            raise ValueError(
+                f"'{source}' is a folder that loads as it is, with nothing in it to convert. If OpenVLA-OFT trained it "
+                "on discrete actions, which nothing in a folder tells, say action_head='parallel_tokens'."
+            )
         return convert_prismatic_checkpoint(source, options.out, **given)
     known = (*OFT_OPTIONS, "base", "dtype", "max_shard_size", "overwrite")
     if wrong := [name for name in given if name not in known]:

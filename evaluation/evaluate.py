@@ -147,6 +147,7 @@ def evaluate(
                     stacklevel=2,
                 )
             if options.policy == "model":
+                check_state(config.proprio_dim, options.model, options.env, here.state_names)
                 of_environment = with_cameras(of_environment, options.env, config.camera_names)
             digests = file_digests(source, weights=options.policy == "model")
         before = earlier_settings(folder, {**about, "digests": digests}, options.model)
@@ -219,6 +220,15 @@ def check_dimensions(stats: Mapping[str, Any], model: str, env: str, spec: Actio
         raise ValueError(
             f"The actions of '{model}' have {dims} dimensions, those of '{env}' {spec.action_dim}: another unnorm_key, "
             "or a model that was trained for this environment?"
+        )
+
+
+def check_state(proprio_dim: int | None, model: str, env: str, names: Sequence[str]) -> None:
+    """The same of the state that a model sees; None: it sees none."""
+    if proprio_dim is not None and proprio_dim != len(names):
+        raise ValueError(
+            f"'{model}' sees a state of {proprio_dim} numbers, and '{env}' gives {len(names)} ({', '.join(names)}): a "
+            "model that was trained on states of this environment?"
         )
 
 

@@ -243,6 +243,13 @@ def test_a_model_of_another_robot_is_refused_before_its_weights_are_read(tmp_pat
     with pytest.raises(KeyError, match="unnorm_key='bridge'"):
         evaluate(model=str(model), unnorm_key="bridge", **options)
     assert not (tmp_path / "out").exists()
+    # Nine numbers of a state, as robomimic records them, where the simulator gives eight
+    model = small_model(tmp_path / "states")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "proprio_dim": 9}))
+    with pytest.raises(ValueError, match=r"sees a state of 9 numbers, and 'metaworld' gives 8 \(x, y, z"):
+        evaluate(model=str(model), **options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_one_process_at_a_time(tmp_path):

@@ -482,6 +482,9 @@ def test_verb(saved, broken, tmp_path):
     assert OpenVLAConfig.from_pretrained(out).action_chunk == 4
     run = CliRunner().invoke(app, ["convert", str(saved / "libero-l1"), out, "--tokenizer", "x"])
     assert run.exit_code == 2 and "is of OpenVLA-OFT, which does not take --tokenizer" in run.stderr
+    for loads in (out, str(saved / "libero-discrete")):  # converted already, or so nothing tells
+        run = CliRunner().invoke(app, ["convert", loads, str(tmp_path / "again")])
+        assert run.exit_code == 2 and "loads as it is" in run.stderr and "--head 'parallel_tokens'" in run.stderr
     run = CliRunner().invoke(app, ["package", str(tmp_path / "packaged"), "--weights", str(saved / "libero-l1")])
     assert run.exit_code == 2 and "openvla convert FOLDER OUT" in run.stderr
 
