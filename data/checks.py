@@ -26,9 +26,16 @@ def check_data(source: "Source") -> list[str]:
     own, bounds = source.survey.statistics["action"], source.normalization == "bounds"
     found = check_still(source)
     found += check_rare(source) + check_grippers(source) + check_clipped(source) + check_places(source)
+    parts = [(names, own, action)]
+    proprio = source.statistics.get("proprio")
+    if bounds and source.survey.proprio and proprio:  # of states quantiles clip outliers, and all else is kept
+        known, dims = source.state_names or [], len(proprio["q01"])
+        labels = known if len(known) == dims else [f"state[{dim}]" for dim in range(dims)]
+        parts.append((labels, source.survey.statistics["proprio"], proprio))
     wide = [
         f"{label} ({max(abs(least), abs(most)) / max(abs(q01), abs(q99), 1e-9):.0f} times q01 or q99)"
-        for label, least, most, q01, q99 in zip(names, own["min"], own["max"], action["q01"], action["q99"])
+        for labels, seen, given in parts
+        for label, least, most, q01, q99 in zip(labels, seen["min"], seen["max"], given["q01"], given["q99"])
         if max(abs(least), abs(most)) > 20 * max(abs(q01), abs(q99), 1e-6) and q01 < q99
     ]
     if wide:

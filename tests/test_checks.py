@@ -62,6 +62,21 @@ def test_what_looks_wrong_with_the_data(change, expected):
     assert expected in found and found.startswith("mine:")
 
 
+@pytest.mark.parametrize("normalization", ["bounds", "bounds_q99"])
+def test_outliers_of_states(normalization):
+    """One value far away, which q01 and q99 clip, takes a number of the state away where min and max are -1 and 1."""
+    rng = np.random.default_rng(0)
+    actions = np.c_[rng.uniform(-0.05, 0.05, (400, 6)), np.arange(400) < 250]
+    state = rng.uniform(-1, 1, (400, 3))
+    state[7, 1] = 5000
+    data = PythonDataset([{"actions": actions, "state": state, "instruction": "pick up the cup"}], name="mine")
+    found = check_data(open_source(data, held_out=0, normalization=normalization))
+    assert any("outliers in state[1]" in text and "leave little" in text for text in found) == (
+        normalization == "bounds"
+    )
+    assert len(found) == (normalization == "bounds")
+
+
 @pytest.mark.parametrize("value", [1.0, 0.0])
 def test_a_gripper_that_never_moves_and_is_not_scaled(value):
     """Training makes 0 of it, closed, whatever it is: of a gripper that was always open the model closes it."""
