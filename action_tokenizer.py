@@ -409,6 +409,14 @@ def check_state_given(state: Any, proprio_dim: int | None) -> None:
         raise ValueError(f"The model sees the state of the robot ({proprio_dim} numbers): give state=...")
 
 
+def check_state_of_one(state: Any, proprio_dim: int | None) -> None:
+    """The same of one robot, (proprio_dim,), also where there are more or fewer numbers."""
+    check_state_given(state, proprio_dim)
+    if state is not None and (shape := tuple(np.shape(state))) != (proprio_dim,):
+        numbers = f"{shape[0]} numbers" if len(shape) == 1 else f"shape {shape}"
+        raise ValueError(f"The state has {numbers}, and the model sees {proprio_dim} of one robot: ({proprio_dim},).")
+
+
 def normalize_state(
     state: np.ndarray, norm_stats: Mapping[str, Any], unnorm_key: str, mode: str, constant: str = "zero"
 ) -> np.ndarray:
@@ -445,6 +453,7 @@ __all__ = [
     "ActionTokenizer",
     "check_same_action_dim",
     "check_state_given",
+    "check_state_of_one",
     "check_statistics",
     "check_units",
     "get_action_stats",

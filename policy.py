@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from .action_tokenizer import resolve_unnorm_key
+from .action_tokenizer import check_state_of_one, resolve_unnorm_key
 from .choices_openvla import check_choice
 from .device import emulated
 from .extras import require
@@ -164,7 +164,9 @@ class OpenVLAPolicy(Policy):
 
     def _predict(self, observations: Sequence[Observation], **more: Any) -> dict[str, np.ndarray]:
         """A prediction of one batch, (batch, K, A, ...) each; of a model that has no heads the actions alone."""
-        if getattr(getattr(self.model, "config", None), "proprio_dim", None) is not None:
+        if (proprio_dim := getattr(getattr(self.model, "config", None), "proprio_dim", None)) is not None:
+            for observation in observations:
+                check_state_of_one(observation.state, proprio_dim)
             more["state"] = np.stack([observation.state for observation in observations])
         if observations[0].committed is not None and len(observations[0].committed):
             more["committed"] = np.stack([observation.committed for observation in observations])  # type: ignore[misc]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .action_spec import action_record, spec_of
-from .action_tokenizer import check_state_given, resolve_unnorm_key
+from .action_tokenizer import check_state_of_one, resolve_unnorm_key
 from .cameras_openvla import find_cameras
 from .device import torch_device
 from .hub import config_of, model_folder, statistics_of, variant_of
@@ -32,7 +32,7 @@ def predict(options: PredictOptions) -> dict[str, Any]:
     frames: Any = {camera: load_image(path) for camera, path in paths.items()}
     if list(frames) == [""]:
         frames = frames[""]
-    check_state_given(state, config.proprio_dim)
+    check_state_of_one(state, config.proprio_dim)
     statistics = statistics_of(folder, config)
     unnorm_key = resolve_unnorm_key(statistics, options.unnorm_key)
     loading = {"device": device, "dtype": options.dtype, "quantization": options.quantization, **variant}

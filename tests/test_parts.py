@@ -151,7 +151,7 @@ def test_numbers_without_probabilities_are_shown(merged):
     assert lines.count("gripper") == 3 and "%" not in lines and "confidence" not in lines
 
 
-def test_predict_and_the_model_card_know_state_and_chunk(merged, tmp_path):
+def test_predict_and_the_model_card_know_state_and_chunk(merged, tmp_path, monkeypatch):
     image = tmp_path / "frame.png"
     Image.fromarray(IMAGES[0]).save(image)
     model = OpenVLAForActionPrediction.from_pretrained(merged)
@@ -163,6 +163,10 @@ def test_predict_and_the_model_card_know_state_and_chunk(merged, tmp_path):
     np.testing.assert_allclose(json.loads(said.stdout)["action"], expected, atol=1e-5)
     wrong = CliRunner().invoke(app, [*told, "--state", "left"])
     assert wrong.exit_code and "'left': expected numbers" in wrong.output
+    with monkeypatch.context() as patch:  # before the weights are read
+        patch.setattr("openvla.prediction.load_model", lambda *args, **options: pytest.fail("read"))
+        wrong = CliRunner().invoke(app, [*told, "--state", "1,2"])
+    assert wrong.exit_code and "The state has 2 numbers" in wrong.output
     card = (merged / "README.md").read_text()
     assert "`l1_regression`; one prediction is for 3 step(s)" in card and "# (3, 7) float64" in card
     assert f"{len(state)} numbers" in card and "state=state)" in card and "FiLM" in card

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -145,3 +146,15 @@ def test_half_precision_without_instructions_is_said(there, monkeypatch):
         load_model(str(ROOT), dtype="float32")
     found = [str(warning.message) for warning in said if "instructions" in str(warning.message)]
     assert len(found) == (0 if there else 1) and all("give dtype=float32" in text for text in found)
+
+
+def test_states_that_the_model_does_not_see():
+    """Each is looked at by itself, before any compute."""
+    config = SimpleNamespace(proprio_dim=8, action_chunk=1)
+    blind = OpenVLAPolicy(SimpleNamespace(config=config, norm_stats={"mine": {}}), "mine")
+    with pytest.raises(ValueError, match=r"sees the state of the robot \(8 numbers\)"):
+        blind.act([Observation({"front": FRONT}, None, "open the drawer")])
+    with pytest.raises(ValueError, match=r"The state has 7 numbers, and the model sees 8 of one robot: \(8,\)"):
+        blind.act([seen(front=FRONT), Observation({"front": FRONT}, np.zeros(7), "open the drawer")])
+    with pytest.raises(ValueError, match=r"The state has shape \(1, 8\)"):
+        blind.act([Observation({"front": FRONT}, np.zeros((1, 8)), "open the drawer")])
