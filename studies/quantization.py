@@ -17,7 +17,6 @@ kept.
 import argparse
 import json
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -103,15 +102,20 @@ def measure_actions(model: str, precisions: Precisions, dataset: str, count: int
 # Memory -----------------------------------------------------------------------------------------------------------
 
 
+def megabytes(field: str) -> float:
+    """Of this process, by Linux. (`ru_maxrss` begins with what the parent had when it forked.)"""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields[field].split()[0]) * 1024 / 1e6
+
+
 def resident() -> float:
     """Megabytes that are in memory now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 1e6
+    return megabytes("VmRSS")
 
 
 def peak() -> float:
     """Megabytes that were in memory at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    return megabytes("VmHWM")
 
 
 def report_memory(folder: str, precision: dict[str, Any]) -> None:
