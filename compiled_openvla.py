@@ -60,11 +60,14 @@ class CompiledLayer(Layer):
         self.outputs, self.down = weights_of(attention.o_proj), weights_of(mlp.down_proj)
         self.few_bits = len(self.outputs[0]) > 1
 
-    def attention_inputs(self, hidden, cos, sin, last):
+    def _given(self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[Any, ...]:
+        """What `_attention_inputs` takes."""
         before = self.before_attention
-        query, keys, values = _compiled(_attention_inputs)(
-            hidden, cos, sin, before.weight.data, before.variance_epsilon, self.inputs, self.widths, self.head_dim
-        )
+        norm = (before.weight.data, before.variance_epsilon)
+        return hidden, cos, sin, *norm, self.inputs, self.widths, self.head_dim
+
+    def attention_inputs(self, hidden, cos, sin, last):
+        query, keys, values = _compiled(_attention_inputs)(*self._given(hidden, cos, sin))
         return query[:, :, -last:], keys, values
 
     def after_attention(self, hidden, attended):
@@ -82,11 +85,9 @@ class CompiledLayer(Layer):
             place: (1,) of the cache, where its key and value are written.
             seen: (batch or 1, 1, places) bool, the places that it sees.
         """
-        before = self.before_attention
         attended = _compiled(_attended_by_one, self.few_bits)(
-            hidden, cos, sin, before.weight.data, before.variance_epsilon, self.inputs, self.widths, self.head_dim,
-            self.keys, self.values, place, seen, self.scaling,
-        )  # fmt: skip
+            self.keys, self.values, place, seen, self.scaling, *self._given(hidden, cos, sin)
+        )
         return self.after_attention(hidden, attended)
 
 
@@ -228,24 +229,16 @@ def _attention_inputs(
 
 
 def _attended_by_one(
-    hidden: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    norm_weight: torch.Tensor,
-    epsilon: float,
-    weights: list[Weights],
-    widths: list[int],
-    head_dim: int,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    place: torch.Tensor,
-    seen: torch.Tensor,
-    scaling: float,
+    keys: torch.Tensor, values: torch.Tensor, place: torch.Tensor, seen: torch.Tensor, scaling: float, *given: Any
 ) -> torch.Tensor:
     """(batch, heads, 1, head_dim) that one position sees, of the cache in which it is written: see
     `CompiledLayer.one_token`. Attention as sums, in float32: for one position the fused kernels of torch, and the mask
-    they are given, take three times as long."""
-    query, key, value = _attention_inputs(hidden, cos, sin, norm_weight, epsilon, weights, widths, head_dim)
+    they are given, take twice as long (29 and 14 microseconds on an H200).
+
+    Args:
+        given: Of `_attention_inputs`.
+    """
+    query, key, value = _attention_inputs(*given)
     keys.index_copy_(2, place, key)
     values.index_copy_(2, place, value)
     hidden_places, count = ~seen[:, :, None], seen.shape[-1]

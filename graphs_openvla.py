@@ -1,8 +1,8 @@
 """Where the steps of a prediction come from; on a CUDA device, after `prepare_for_inference`, from graphs.
 
 A graph is a recording of kernels that starts all of them at once: without it a GPU waits for Python most of the time.
-One computes a whole answer. Two are for drafts, prefixes and samples: one reads images, prompts and guesses of all
-tokens; the other reads all tokens of the answer once more. Each serves one batch size and prompts up to one length,
+One computes a whole answer. Two are for drafts and samples: one reads images, prompts and guesses of all tokens; the
+other reads all tokens of the answer once more. Each serves one batch size and prompts up to one length,
 which are padded to it. Whatever no graph was made for is computed as ever, and so is everything once the model is not
 the one that was recorded.
 

@@ -33,6 +33,7 @@ from matplotlib.figure import Figure
 
 from openvla import OpenVLAForActionPrediction
 from openvla.bench.mid import mid_model
+from openvla.bench.startup import memory
 from openvla.data.samples import main_camera
 from openvla.data.sources import open_sources
 from openvla.folders import write_json
@@ -102,30 +103,16 @@ def measure_actions(model: str, precisions: Precisions, dataset: str, count: int
 # Memory -----------------------------------------------------------------------------------------------------------
 
 
-def megabytes(field: str) -> float:
-    """Of this process, by Linux. (`ru_maxrss` begins with what the parent had when it forked.)"""
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(fields[field].split()[0]) * 1024 / 1e6
-
-
-def resident() -> float:
-    """Megabytes that are in memory now."""
-    return megabytes("VmRSS")
-
-
-def peak() -> float:
-    """Megabytes that were in memory at most."""
-    return megabytes("VmHWM")
-
-
 def report_memory(folder: str, precision: dict[str, Any]) -> None:
     """In a process of its own: print what a model takes while it is loaded, and after predictions."""
-    before = resident()
+    before = memory(torch)["memory_mb"]
     model = load_model(folder, **precision)
-    loaded = peak() - before
+    loaded = memory(torch)["peak_mb"] - before
     inputs = mid_inputs(model)
     model.predict_action(**inputs, unnorm_key="bridge_orig")
-    figures = {"peak_while_loading": loaded, "after_prediction": resident() - before, "peak": peak() - before}
+    now = memory(torch)
+    figures = {"peak_while_loading": loaded, "after_prediction": now["memory_mb"] - before}
+    figures["peak"] = now["peak_mb"] - before
     print(json.dumps({**figures, "weights": model.get_memory_footprint() / 1e6}))
 
 

@@ -146,6 +146,9 @@ def test_float8(monkeypatch):
     for seed in range(3):
         found, expected = (details(one, prompts(1, seed), return_distributions=True) for one in (model, other))
         assert moved(told(found), told(expected)) < 0.05
+        found, expected = (details(one, prompts(1, seed), draft=expected.token_ids[None]) for one in (model, other))
+        assert found.token_ids.tolist() == expected.token_ids.tolist()
+        assert found.token_probabilities.tolist() == expected.token_probabilities.tolist()
 
 
 @pytest.mark.parametrize("count", [1, 5])
