@@ -12,7 +12,7 @@ import json
 import math
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -29,6 +29,8 @@ MOST_LEVELS = 8  # of lists and maps within each other
 MOST_PIXELS = 4096 * 4096  # of a picture
 MOST_SCANS = 32  # of a JPEG: progressive ones have about 10, and each goes over all pixels, however few bytes it has
 MOST_PARTS = 64  # of a picture beside its pixels: each takes its time, and a kilobyte of a PNG may unpack to 1 MiB
+MOST_TAGS = 2**18  # bytes of EXIF; cameras write 64 KiB at most
+TAG_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}  # of TIFF's types
 ALONE = {0xC8, *range(0xD0, 0xDA), *range(0xF0, 0xFE)}  # marks of a JPEG that no length follows
 MOST_AXES = 6
 LONGEST_AXIS = 2**31
@@ -239,8 +241,10 @@ def picture_size(data: bytes) -> tuple[int, int]:
     # In what is coded this mark cannot occur: it begins a scan.
     if data.startswith(b"\xff\xd8") and (scans := data.count(b"\xff\xda")) > MOST_SCANS:
         raise ValueError(f"a JPEG file of {scans} scans, at most {MOST_SCANS}.")
-    if sum(1 for _ in islice(_parts(data), MOST_PARTS + 1)) > MOST_PARTS:
+    parts = list(islice(_parts(data), MOST_PARTS + 1))
+    if len(parts) > MOST_PARTS:
         raise ValueError(f"a picture file of more than {MOST_PARTS} parts beside its pixels.")
+    _check_tags(data, parts)
     try:
         with Image.open(io.BytesIO(data), formats=FILES) as picture:
             width, height = picture.size
@@ -267,6 +271,51 @@ def _parts(data: bytes) -> Iterator[int]:
                 at += 1
             else:
                 at += 2 if mark[1] in ALONE else 2 + max(2, int.from_bytes(data[at + 2 : at + 4], "big"))
+
+
+def _check_tags(data: bytes, parts: Sequence[int]) -> None:
+    """Raise a `ValueError` for EXIF that is larger than any camera's, or whose entries share their bytes: Pillow before
+    13 copies them for each entry, gigabytes of a file of 4 MB, while it opens or turns the picture."""
+    exif, others = [], []
+    for at in parts:
+        if data.startswith(b"\x89PNG"):
+            kind, text = data[at + 4 : at + 8], data[at + 8 : at + 30]
+            if kind == b"eXIf":
+                others.append(data[at + 8 : at + 8 + int.from_bytes(data[at : at + 4], "big")])
+            elif kind in (b"tEXt", b"zTXt", b"iTXt") and text == b"Raw profile type exif\0":
+                raise ValueError("EXIF that is written as text ('Raw profile type exif'): save the picture without it.")
+        else:
+            body = data[at + 4 : at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")]
+            if body.startswith(b"Exif\0"):
+                exif.append(body[6:])
+            elif body.startswith(b"MPF\0"):  # of several pictures in one file: the same form
+                others.append(body[4:])
+    for tags in (b"".join(exif), *exif[-1:], *others):  # several segments are one, or the last counts
+        while tags.startswith(b"Exif\0\0"):
+            tags = tags[6:]
+        if len(tags) > MOST_TAGS or _tag_bytes(tags) > 2 * len(tags):
+            raise ValueError(
+                f"EXIF of {len(tags)} bytes, at most {MOST_TAGS}, whose entries do not share theirs: save the picture "
+                "without it."
+            )
+
+
+def _tag_bytes(tags: bytes) -> int:
+    """Bytes of all entries together in the first directory of TIFF's form, as they say."""
+    order = "<" if tags.startswith(b"I") else ">"
+    found = 0
+    try:
+        (at,) = struct.unpack_from(f"{order}I", tags, 4)
+        (count,) = struct.unpack_from(f"{order}H", tags, at)
+        if 43 in tags[2:4]:  # of 64 bits, which no camera writes
+            return 2 * len(tags) + 1
+        for entry in range(at + 2, at + 2 + 12 * count, 12):
+            kind, number, start = struct.unpack_from(f"{order}2xHII", tags, entry)
+            size = number * TAG_SIZES.get(kind, 0)
+            found += min(size, max(0, len(tags) - start)) if size > 4 else 0
+    except struct.error:  # what is not there is not read
+        pass
+    return found
 
 
 def check_picture(data: bytes, most_pixels: int = MOST_PIXELS) -> tuple[int, int]:

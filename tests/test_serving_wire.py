@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import struct
 import tracemalloc
 import warnings
 import zlib
@@ -294,3 +295,60 @@ def test_files_of_cameras_and_programs_have_few_parts():
         stream = io.BytesIO()
         pixels.save(stream, kind, exif=exif, **given)
         assert wire.picture_size(stream.getvalue()) == (1500, 2000)
+
+
+def tags(size: int, entries: int, bytes_of: int, kind: int = 7) -> bytes:
+    """EXIF of so many entries, each of so many bytes at the end of it."""
+    rows = [struct.pack(">HHII", 0x9000 + i, kind, bytes_of, size - bytes_of) for i in range(entries)]
+    head = b"MM\0*\0\0\0\x08" + struct.pack(">H", entries) + b"".join(rows) + bytes(4)
+    return head + bytes(size - len(head))
+
+
+def png_with(kind: bytes, body: bytes) -> bytes:
+    file = wire.picture_file(np.zeros((8, 8, 3), np.uint8), "PNG")
+    return (
+        file[:33] + struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) + file[33:]
+    )
+
+
+def jpeg_with(mark: bytes, body: bytes) -> bytes:
+    file = wire.picture_file(np.zeros((8, 8, 3), np.uint8))
+    return file[:2] + mark + struct.pack(">H", len(body) + 2) + body + file[2:]
+
+
+SHARED = tags(60_000, 2000, 30_000)  # 60 MB in Pillow before 13; 4 MB of it took 5.8 GB
+BAD_TAGS = [
+    png_with(b"eXIf", SHARED),
+    png_with(b"eXIf", b"Exif\0\0" + SHARED),
+    png_with(b"eXIf", tags(2**18 + 1, 1, 5)),
+    png_with(b"eXIf", b"MM\0+" + SHARED[4:]),  # of 64 bits
+    png_with(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(SHARED.hex().encode())),
+    jpeg_with(b"\xff\xe1", b"Exif\0\0" + SHARED),
+    jpeg_with(b"\xff\xe1", b"Exif\0\1" + SHARED),
+    jpeg_with(b"\xff\xe2", b"MPF\0" + SHARED),
+]
+
+
+@pytest.mark.parametrize("file", BAD_TAGS)
+def test_exif_that_would_fill_the_memory_is_not_opened(file, monkeypatch):
+    monkeypatch.setattr(Image, "open", None)
+    with pytest.raises(ValueError, match="EXIF .*save the picture without it"):
+        wire.picture_size(file)
+
+
+def test_exif_in_several_segments_is_looked_at_as_one(monkeypatch):
+    first, second = b"Exif\0\0" + SHARED[:20_000], b"Exif\0\0" + SHARED[20_000:]
+    file = jpeg_with(b"\xff\xe1", second)
+    file = file[:2] + jpeg_with(b"\xff\xe1", first)[2 : 6 + len(first)] + file[2:]
+    monkeypatch.setattr(Image, "open", None)
+    with pytest.raises(ValueError, match="EXIF of 60000 bytes"):
+        wire.picture_size(file)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_exif_of_cameras_is_read():
+    """With a thumbnail, and damaged as it happens: those turn nothing."""
+    whole = tags(64_000, 3, 20_000)
+    for body in (whole, whole[:30_000], whole[:9], b"MM", b"", b"XX" + whole[2:], tags(6100, 500, 8)):
+        assert wire.picture_size(png_with(b"eXIf", body)) == (8, 8)
+        assert wire.picture_size(jpeg_with(b"\xff\xe1", b"Exif\0\0" + body)) == (8, 8)
