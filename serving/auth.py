@@ -7,6 +7,8 @@ this machine's (`Host`: a name of another site that was made to lead here), are 
 
 import hmac
 import ipaddress
+import logging
+import time
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -17,6 +19,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from .contract import Busy, Forbidden, Refusal, Unauthorized
 
 
+logger = logging.getLogger(__name__)
+AGAIN = 60.0  # seconds until the log says the same of another client: whoever knocks all day fills no disk
 VARIABLE = "OPENVLA_API_KEY"  # of the environment
 OPEN_PATHS = ("/healthz", "/readyz")  # what asks whether a server lives has no key
 SCHEMES = ("api-key", "bearer")
@@ -73,6 +77,7 @@ class Gate:
         self._refused = refused
         self._key = key.encode() if key is not None else None
         self._open = 0
+        self._told: dict[str, float] = {}  # code of a refusal -> when the log said it last
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -82,6 +87,7 @@ class Gate:
             self._check(scope, Headers(scope=scope))
         except Refusal as refusal:
             self._refused(refusal)
+            self._tell(refusal, scope)
             await refuse(refusal, scope, receive, send)
             return
         self._open += 1
@@ -89,6 +95,14 @@ class Gate:
             await self.app(scope, receive, send)
         finally:
             self._open -= 1
+
+    def _tell(self, refusal: Refusal, scope: Scope) -> None:
+        """One line in the log, for whoever wonders why a robot gets no answer. Nothing in it is the client's."""
+        now = time.monotonic()
+        if now - self._told.get(refusal.code, -AGAIN) >= AGAIN:
+            self._told[refusal.code] = now
+            address = (scope.get("client") or ("unknown",))[0]
+            logger.warning("A client at %s is refused (%s): %s", address, refusal.code, refusal)
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         host = headers.get("host", "")

@@ -8,13 +8,14 @@ plain numbers with their names.
 import asyncio
 import base64
 import json
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers, UploadFile
@@ -36,16 +37,27 @@ TEXT = ("instruction", "prompt", "task", "unnorm_key", "session", "session_id", 
 OFT = "full_image"  # clients of OpenVLA-OFT send it, and expect a list
 
 
+class Direct(APIRoute):
+    """An endpoint that takes a request and gives a response: FastAPI looks for nothing in between."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        return self.endpoint
+
+
 def routes(service: Service) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/act", openapi_extra={"requestBody": request_body(service.info)}, responses=responses())
     async def act(request: Request) -> Response:
         """What to do for what the robot sees."""
         with service.sending(), service.asked("rest"), service.room.share() as share:
             body = await read_body(request, service.limits, share)
             call, answer = await unless_gone(request, service.answer(body.decode, len(body.data)))
             return body.response(call, answer, service.info)
+
+    router.add_api_route(
+        "/act", act, methods=["POST"], responses=responses(), route_class_override=Direct,
+        openapi_extra={"requestBody": request_body(service.info)},
+    )  # fmt: skip
 
     @router.get("/healthz", response_class=PlainTextResponse)
     async def healthz() -> str:

@@ -176,6 +176,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
+                http="h11",  # httptools, which uvicorn prefers where it is installed, reads headers without an end
                 ws=partial(CountedSocket, room=self.service.room),  # type: ignore[arg-type]  # it is called alone
                 ws_max_size=limits.message_bytes,
                 ws_per_message_deflate=False,  # nothing is unpacked before its size is known

@@ -46,6 +46,11 @@ class CountedSocket(WebSocketsSansIOProtocol):
             self._count()
         return message
 
+    async def send(self, message: Any) -> None:
+        await super().send(message)
+        if message["type"] == "websocket.http.response.body" and not message.get("more_body"):
+            self.handshake_complete = True  # a refusal is one, too: uvicorn would call it missing in the log
+
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._share.resize(0)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from fake_serving import FakeModel
 from processes import start
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from openvla.action_spec import usual_spec
@@ -257,6 +257,32 @@ def test_a_model_that_hangs_is_told_and_does_not_keep_the_process(request):
 def test_a_model_that_cannot_be_warmed_up_ends_the_server():
     done = start(PROGRAM, os.path.dirname(__file__), 0, "broken", "{}").done(timeout=120)
     assert done.returncode == 1 and "no kernels" in done.stderr and not done.stdout
+
+
+def test_who_has_no_key_is_one_clear_line_in_the_log():
+    """uvicorn said of each WebSocket that an ASGI callable had returned without completing a handshake."""
+    server = Server(OPENVLA_API_KEY="secret")
+    for _ in range(3):
+        with pytest.raises(InvalidStatus, match="401"):
+            server.connect()
+    assert server.get("/info")[0] == 401 and server.get("/info", Origin="http://elsewhere")[0] == 403
+    os.kill(server.process.pid, signal.SIGTERM)
+    lines = [line for line in server.process.done(timeout=60).stderr.splitlines() if line != "what is loaded is kept"]
+    assert [line[:58] for line in lines] == [
+        "A client at 127.0.0.1 is refused (unauthorized): Send the ",
+        "A client at 127.0.0.1 is refused (forbidden): A page of an",
+    ]
+
+
+def test_the_head_of_a_request_has_an_end(server):
+    """httptools, which uvicorn takes by itself where it is installed, reads headers as long as they come."""
+    app = create_app(Engine(FakeModel()))
+    assert serving.Server(app, Limits(), lambda: None).config.http == "h11"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as robot, suppress(ConnectionError):
+        robot.sendall(b"POST /act HTTP/1.1\r\nHost: localhost\r\n")
+        for _ in range(10):
+            robot.sendall(b"X-More: " + 10_000 * b"x" + b"\r\n")
+        assert robot.recv(100).startswith(b"HTTP/1.1 400") or not robot.recv(100)
 
 
 def test_pictures_write_no_lines():
