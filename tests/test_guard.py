@@ -44,6 +44,8 @@ class Bench:
 
     def answer(self, actions, ask=-1):
         ask = self.asked[ask]
+        if ask.committed is not None:  # models give back what they continue
+            actions = [*ask.committed.tolist(), *actions[len(ask.committed) :]]
         self.replies.append(Reply(ask.epoch, ask.id, actions))
 
     def step(self, after=0.1, **more):
@@ -188,15 +190,52 @@ def test_what_is_committed_goes_with_the_request():
     bench.answer([[i, 0, 0, 1] for i in range(6)])
     for _ in range(6):
         bench.step()
-    committed = [None if ask.committed is None else ask.committed[:, 0].tolist() for ask in bench.asked]
-    assert committed == [None, [1, 2, 3], [2, 3, 4], [3, 4, 5], [4, 5], [5], None]
+    committed = [ask.committed[:, 0].tolist() for ask in bench.asked]
+    assert committed == [[0, 0, 0], [0, 0, 3], [0, 3, 4], [3, 4, 5], [4, 5, 0], [5, 0, 0], [0, 0, 0]]
+
+
+def test_before_the_first_answer_what_holds_the_robot_is_committed():
+    """A model that is told nothing takes the robot for one that moves while it thinks: places would jump."""
+    bench = Bench(JOINTS, start=[0.3, -0.2, 1], wait=0, commit=2, limits=Limits(place={"a": (-1, 1)}))
+    executed = [bench.step().action.tolist() for _ in range(2)]
+    bench.answer([[1, 1, 0]] * 4, ask=0)
+    executed += [bench.step().action.tolist() for _ in range(2)]
+    assert bench.asked[0].committed.tolist() == [[0.3, -0.2, 1]] * 2 == executed[:2]
+    assert executed[2:] == [[1, 1, 0]] * 2  # the action of its step, which goes on from there
+    in_time = Bench(JOINTS, start=[0.3, -0.2, 1], commit=2)
+    in_time.submit = lambda ask: (in_time.asked.append(ask), in_time.answer([[1, 1, 0]] * 4))
+    assert [in_time.step().source for _ in range(4)] == ["answer"] * 4  # also where it is there at once
+    assert in_time.asked[0].committed.tolist() == [[0.3, -0.2, 1]] * 2
+    again = Bench(POSE, start=still(0), wait=0, commit=2)
+    again.step()
+    again.answer([[1, 1, 1, 1]] * 4)
+    for _ in range(9):  # nothing more is answered
+        last = again.step()
+    assert last.source == "hold" and again.asked[-1].committed.tolist() == [[0, 0, 0, 1]] * 2
+
+
+@pytest.mark.parametrize("options", [{"start": None}, {"start": still(), "fallback": "raise"}])
+def test_nothing_is_committed_where_nobody_knows_what_is_executed(options):
+    bench = Bench(wait=0, commit=2, **options)
+    with pytest.raises(NoAction):
+        bench.step()
+    assert bench.asked[0].committed is None
+
+
+def test_nothing_is_committed_by_a_loop_that_is_too_fast():
+    """What is left of the chunk acts later, nobody knows when."""
+    bench = Bench(start=still(), wait=0, commit=2)
+    bench.step(after=0.01)
+    bench.answer([[i, 0, 0, 1] for i in range(8)])
+    steps = [bench.step(after=0.01) for _ in range(4)]
+    assert "rate" in steps[-1].reason and bench.asked[-1].committed is None
 
 
 def told_and_executed(bench, steps, **more):
     """Each committed action that was sent for a step, and what was executed in it."""
     executed = [bench.step(**more).action for _ in range(steps)]
     told = [
-        (ask.step + i, action) for ask in bench.asked if ask.committed is not None
+        (ask.step + i, action) for ask in bench.asked[1:] if ask.committed is not None
         for i, action in enumerate(ask.committed) if ask.step + i < len(executed) + 1
     ]  # fmt: skip
     return [(action.tolist(), executed[step - 1].tolist()) for step, action in told]
@@ -208,22 +247,22 @@ def test_what_is_committed_is_what_will_be_executed():
     bench.answer([[i, -i, 0.5] for i in range(6)])
     pairs = told_and_executed(bench, 5)
     assert len(pairs) == 3 + 3 + 3 + 2 + 1 and all(told == done for told, done in pairs)
-    assert bench.asked[1].committed[:, 0].tolist() == [0.25, 0.5, 0.75]  # each from where the one before leads
-    assert bench.asked[1].committed[:, 1].tolist() == [-1, -2, -3]
+    assert bench.asked[3].committed[:, 0].tolist() == [0.25, 0.5, 0.75]  # each from where the one before leads
+    assert bench.asked[3].committed[:, 1].tolist() == [-3, -4, -5]
 
 
 def test_what_may_not_be_executed_is_not_committed():
     refusing = Bench(start=still(), wait=0, commit=3, limits=Limits(step={"x": 2.5}, refuse=True))
     refusing.step()
-    refusing.answer([[i, 0, 0, 1] for i in range(6)])
-    pairs = told_and_executed(refusing, 3)
-    assert [told for told, _ in pairs] == [[1, 0, 0, 1], [2, 0, 0, 1], [2, 0, 0, 1]]
+    refusing.answer([[i - 3, 0, 0, 1] for i in range(8)])
+    pairs = told_and_executed(refusing, 5)
+    assert [told[0] for told, _ in pairs[-6:]] == [0, 1, 2, 1, 2, 2]
     assert all(told == done for told, done in pairs)
     placed = Bench(start=still(), wait=0, commit=3, limits=Limits(place={"z": (0.1, 0.5)}))
     for position, expected in (([0, 0, 0.2, 0], [[1, 0, 0.3, 1]]), (None, None)):
         placed.guard.reset(still())
         placed.step()
-        placed.answer([[i, 0, 1, 1] for i in range(6)])
+        placed.replies.append(Reply(placed.asked[-1].epoch, placed.asked[-1].id, [[i, 0, 1, 1] for i in range(6)]))
         placed.step(position=position)  # where it stands in the steps after that, nobody knows
         committed = placed.asked[-1].committed
         assert (committed if committed is None else committed.round(9).tolist()) == expected
@@ -235,6 +274,18 @@ def test_what_a_loop_that_was_held_up_leaves_out_is_not_committed():
     bench.answer([[i, 0, 0, 1] for i in range(6)])
     bench.now += 0.2
     assert bench.step().action[0] == 2 and bench.asked[-1].committed[:, 0].tolist() == [2, 3]
+
+
+def test_a_function_and_short_chunks_commit_nothing():
+    with pytest.raises(ValueError, match="commit=2: a function is given observations alone"):
+        Guard(lambda seen: still(), POSE, commit=2)
+    with pytest.raises(ValueError, match="commit=2, execute=2: nothing of an answer would be new"):
+        Bench(commit=2, execute=2)
+    bench = Bench(start=still(), wait=0, commit=3)  # of a transport of one's own, whose chunks nobody knows before
+    bench.step()
+    bench.replies.append(Reply(bench.asked[0].epoch, bench.asked[0].id, [[1, 0, 0, 1], [2, 0, 0, 1]]))
+    bench.step()
+    assert bench.asked[-1].committed[:, 0].tolist() == [2]
 
 
 # What never acts ------------------------------------------------------------------------------------------------------
@@ -706,6 +757,9 @@ def test_what_a_thread_answers_comes_back():
         (POSE, {"ask_every": 0}, "ask_every"),
         (POSE, {"execute": 0}, "execute"),
         (POSE, {"commit": -1}, "commit"),
+        (POSE, {"execute": 2.0}, "execute=2.0: expected a whole number"),
+        (POSE, {"ask_every": float("nan")}, "ask_every=nan"),
+        (POSE, {"commit": True}, "commit=True"),
         (POSE, {"limits": Limits(step={"elbow": 1})}, "elbow"),
     ],
 )

@@ -16,7 +16,7 @@ from .action_spec import ActionSpec
 from .audit import digest as content_digest
 from .command import Command, NoAction, State, held
 from .limits import Limits, numbers
-from .plan import EPSILON, Plan, Stale
+from .plan import EPSILON, Early, Plan, Stale
 from .sleep import Sleep
 from .transport import Ask, Transport, called
 
@@ -44,9 +44,12 @@ class Guard:
         ask_every: Ask so many steps after the last time, or at once where no action is left; more than 1 for open-loop
             chunks.
         execute: Of each answer only the first so many actions count. Default: all.
-        commit: So many actions of the last answer are sent with each request, as those that are executed while the
-            server thinks: it answers with how they go on. As many steps as an answer takes; for models that learned it.
-            They are sent as `limits` will have them; fewer where that is not certain before (`Limits.ahead`).
+        commit: So many actions are sent with each request, as those that are executed while the server thinks: it
+            answers with how they go on. As many steps as an answer takes, fewer than an answer has; for models that
+            learned it. They are those of the last answer, as `limits` will have them, and where none is left, before
+            the first answer too, what the fallback "hold" executes: a robot that stood still is then not taken for one
+            that moved. Fewer are sent where that is not certain before (`Limits.ahead`; nothing to hold is known). A
+            `transport` has to send them: `client.guard(commit=n)`, or one of your own that reads `Ask.committed`.
         stalled_after, dead_after: Seconds, see above. Defaults: five control periods (at least `max_age`), 5 seconds
             (at least twice `stalled_after`).
         fallback: "hold": no motion where an action is a change, the last target where it is a place, grippers as they
@@ -102,14 +105,21 @@ class Guard:
             ("execute", 1 if execute is None else execute, 1),
             ("commit", commit, 0),
         ):
-            if count < least:
-                raise ValueError(f"{name}={count}: expected {least} or more.")
+            if not isinstance(count, int | np.integer) or isinstance(count, bool) or count < least:
+                raise ValueError(f"{name}={count!r:.100}: expected a whole number, {least} or more.")
+        if execute is not None and commit >= execute:
+            raise ValueError(f"commit={commit}, execute={execute}: nothing of an answer would be new; execute more.")
         if spec is not None and limits is not None:
             limits.check(spec)
         self.spec, self.limits, self.ask_every, self.commit = spec, limits, ask_every, commit
         if not (isinstance(transport, Transport) or callable(transport)):
             raise ValueError(
                 f"transport: a {type(transport).__name__}, expected a function, or submit, poll, close, connection."
+            )
+        if commit and not isinstance(transport, Transport):
+            raise ValueError(
+                f"commit={commit}: a function is given observations alone. Take client.guard(commit={commit}), or give a "
+                "Transport that sends Ask.committed."
             )
         self._transport = transport if isinstance(transport, Transport) else called(transport)
         self._connection = self._transport.connection
@@ -243,13 +253,28 @@ class Guard:
                 self._plan.next(step, now)
                 return None
         self._asked_at, self._seen_at = step, seen_at
-        ahead = self._plan.ahead(step, now, self.commit)
-        if self.limits is not None and self.spec is not None:
-            ahead = self.limits.ahead(ahead, self.spec, self._last, here)
-        asked = Ask(self.epoch, next(self._ids), step, observation, ahead if len(ahead) else None)
+        asked = Ask(self.epoch, next(self._ids), step, observation, self._committed(step, now, here))
         self._plan.asked(asked, seen_at)
         self._transport.submit(asked)
         return asked
+
+    def _committed(self, step: int, now: float, here: np.ndarray | None) -> np.ndarray | None:
+        """(n, A) what is executed in this step and those after it, whatever is answered; None where that is nothing, or
+        not certain. All of an answer is never committed: it would say nothing new."""
+        newest = self._plan.newest
+        count = self.commit if newest is None else min(self.commit, len(newest.actions) - 1)
+        try:
+            ahead = self._plan.ahead(step, now)[:count]
+        except Early:
+            return None
+        certain = ahead
+        if self.limits is not None and self.spec is not None:
+            certain = self.limits.ahead(ahead, self.spec, self._last, here)
+        if self.fallback == "hold" and self.spec is not None and len(certain) == len(ahead) < count:
+            hold = held(self.spec, certain[-1] if len(certain) else self._last)
+            if hold is not None:
+                certain = np.concatenate([certain.reshape(-1, len(hold)), [hold] * (count - len(certain))])
+        return certain if len(certain) else None
 
     def _usable(self, seen_at: float, now: float) -> bool:
         """A time to come, or one long ago, is of another clock."""

@@ -32,6 +32,10 @@ class Stale(Exception):
     """No action may act now; says why."""
 
 
+class Early(Stale):
+    """Not yet: of the newest answer one may act later."""
+
+
 class Plan:
     """The newest answer, and the requests that may still be answered.
 
@@ -109,20 +113,26 @@ class Plan:
         """Seconds from an observation to when the last action of its answer is due."""
         return 0.0 if self.newest is None else (len(self.newest.actions) - 1) * self.period
 
-    def ahead(self, step: int, now: float, count: int) -> np.ndarray:
-        """(n, A) actions of the newest answer for this step and those after it, n at most `count`."""
-        newest = self.newest
+    def ahead(self, step: int, now: float) -> np.ndarray:
+        """(n, A) actions of the newest answer for this step and those after it.
+
+        Raises:
+            Early: If it is not certain when they act.
+        """
         try:
             first = self.next(step, now)
+        except Early:
+            raise
         except Stale:
-            newest = None
-        return np.zeros((0, self.dims or 0)) if newest is None else newest.actions[first : first + count].copy()
+            return np.zeros((0, self.dims or 0))
+        assert self.newest is not None
+        return self.newest.actions[first:].copy()
 
     def next(self, step: int, now: float) -> int:
         """Index of the action of the newest answer that is for this step.
 
         Raises:
-            Stale: If none may act.
+            Stale: If none may act; `Early` if one may later.
         """
         newest = self.newest
         if newest is None:
@@ -139,9 +149,9 @@ class Plan:
         if not age <= self.max_age + EPSILON:
             raise Stale(f"the newest action is {age:.3f} s old, max_age is {self.max_age:g} s")
         if by_time < -self.max_age - EPSILON:
-            raise Stale(f"the next action is due in {-by_time:.3f} s: steps come faster than the control rate")
+            raise Early(f"the next action is due in {-by_time:.3f} s: steps come faster than the control rate")
         if self._taken - now > self.EARLY * self.period + EPSILON:
-            raise Stale("steps come faster than the control rate")
+            raise Early("steps come faster than the control rate")
         return index
 
     def take(self, step: int, now: float) -> tuple[Answered, int]:
