@@ -94,8 +94,23 @@ def test_pictures_of_any_mode_are_seen_as_the_model_s_own_reader_sees_them():
     ):  # fmt: skip
         sent = picture(image, "raw", 95)
         np.testing.assert_array_equal(np.asarray(load_image(sent)), np.asarray(load_image(image)), image.mode)
-    with pytest.raises(ValueError, match="mode F"):
-        picture(rgb.convert("F"), "raw", 95)
+    for mode in ("F", "I"):
+        with pytest.raises(ValueError, match=f"mode {mode}: expected RGB"):
+            picture(rgb.convert(mode), "raw", 95)
+
+
+def test_pictures_that_cannot_be_read_are_told_before_anything_is_asked():
+    exif, cut, closed = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    noise = Image.effect_noise((64, 64), 90)
+    noise.save(exif, "PNG", exif=b"Exif\0\0MM")
+    noise.save(cut, "PNG")
+    noise.save(closed, "PNG")
+    cut.truncate(1000)
+    gone = Image.open(closed)
+    closed.close()
+    for image in (Image.open(exif), Image.open(cut), gone):
+        with pytest.raises(ValueError, match=r"An image of \(64, 64\) cannot be read"):
+            picture(image, "raw", 95)
 
 
 def test_a_server_is_not_asked_to_wait_longer_than_it_would():
@@ -173,6 +188,14 @@ def test_the_key_of_the_environment(scheme, monkeypatch):
     with asking(scripted, scheme) as client:
         client.act(IMAGE, "go")
     assert scripted.headers[-1]["Authorization"] == "Api-Key from-environment"
+
+
+def test_a_proxy_is_told_to_compress_nothing(scheme):
+    """Compressed answers are not read; aiohttp says by itself that they are."""
+    scripted = Scripted()
+    with asking(scripted, scheme) as client:
+        client.act(IMAGE, "go")
+    assert {headers["Accept-Encoding"] for headers in scripted.headers} == {"identity"}
 
 
 # What comes back ------------------------------------------------------------------------------------------------------

@@ -156,8 +156,9 @@ class AsyncClient:
             here = aiohttp.TraceConfig()
             here.on_request_redirect.append(refuse_redirect)
             self._http = aiohttp.ClientSession(
-                timeout=never, cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False, trace_configs=[here]
-            )
+                timeout=never, cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False,
+                trace_configs=[here] if self.address.websocket else None,  # requests say themselves not to follow
+            )  # fmt: skip
         return self._http
 
     async def _connected(self, end: float) -> Connection:

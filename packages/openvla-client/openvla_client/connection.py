@@ -11,6 +11,8 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit, urlunsplit
 
 import aiohttp
+from multidict import CIMultiDict
+from yarl import URL
 
 from .errors import BadAnswer, NotReached, Refused
 from .messages import MOST_BYTES, ServerInfo, decoded, read_info, read_refusal
@@ -44,7 +46,9 @@ class Address:
 
     @property
     def headers(self) -> dict[str, str]:
-        return {} if self.key is None else {"Authorization": f"Api-Key {self.key.strip()}"}
+        """Nothing compressed is read: a proxy that compresses has to leave answers as they are."""
+        key = {} if self.key is None else {"Authorization": f"Api-Key {self.key.strip()}"}
+        return {"Accept-Encoding": "identity", **key}
 
     @property
     def more(self) -> dict[str, Any]:
@@ -100,6 +104,9 @@ class Requests:
 
     def __init__(self, http: aiohttp.ClientSession, address: Address, info: ServerInfo):
         self._http, self._address, self.info, self.closed = http, address, info, False
+        self._url = URL(address.http("/act"))  # once: it is read anew where it is text
+        headers = CIMultiDict({**address.headers, "Content-Type": MSGPACK, "Accept": MSGPACK})
+        self._more = {**address.more, "headers": headers, "allow_redirects": False}
 
     @classmethod
     async def open(cls, http: aiohttp.ClientSession, address: Address) -> "Requests":
@@ -107,11 +114,8 @@ class Requests:
         return cls(http, address, read_info(_json(status, body)))
 
     async def exchange(self, data: bytes) -> Any:
-        headers = {**self._address.headers, "Content-Type": MSGPACK, "Accept": MSGPACK}
-        more = {**self._address.more, "headers": headers}
         try:
-            url = self._address.http("/act")
-            async with self._http.post(url, data=data, allow_redirects=False, **more) as response:
+            async with self._http.post(self._url, data=data, **self._more) as response:
                 body = await _body(response)
                 if response.status != 200:
                     _json(response.status, body)

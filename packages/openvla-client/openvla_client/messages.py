@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from .action_spec import ActionSpec
 from .errors import BadAnswer, Refused
 from .wire import MOST_BYTES as MOST_SENT
-from .wire import check_picture, pack, picture_file, unpack
+from .wire import UNREADABLE, check_picture, pack, picture_file, unpack
 
 
 FORMATS = ("raw", "jpeg", "png")
@@ -94,7 +94,10 @@ def picture(image: Any, form: str, quality: int) -> np.ndarray | bytes:
         check_picture(bytes(image))
         return bytes(image)
     if isinstance(image, Image.Image):
-        image = ImageOps.exif_transpose(image)  # as it is done with files
+        try:
+            image = ImageOps.exif_transpose(image)  # as it is done with files
+        except UNREADABLE as error:  # of a file that is damaged, or closed before its pixels were looked at
+            raise ValueError(f"An image of {image.size} cannot be read: {type(error).__name__}, {error}.") from error
         if image.mode not in ("RGB", "L", "1", "CMYK", "YCbCr") or "transparency" in image.info:
             return _as_png(image)
         image = np.asarray(image.convert("RGB"))
@@ -109,8 +112,10 @@ def picture(image: Any, form: str, quality: int) -> np.ndarray | bytes:
 def _as_png(image: Image.Image) -> bytes:
     stream = io.BytesIO()
     try:
+        if image.mode in ("I", "F"):  # which Pillow before 13 writes in other levels
+            raise OSError("Its levels may be of any range")
         image.save(stream, "PNG", compress_level=1)
-    except OSError as error:
+    except UNREADABLE as error:
         raise ValueError(f"An image of mode {image.mode}: expected RGB. {error}.") from error
     return stream.getvalue()
 
