@@ -118,8 +118,8 @@ class Guard:
             )
         if commit and not isinstance(transport, Transport):
             raise ValueError(
-                f"commit={commit}: a function is given observations alone. Take client.guard(commit={commit}), or give a "
-                "Transport that sends Ask.committed."
+                f"commit={commit}: a function is given observations alone. Take client.guard(commit={commit}), or give "
+                "a Transport that sends Ask.committed."
             )
         self._transport = transport if isinstance(transport, Transport) else called(transport)
         self._connection = self._transport.connection
