@@ -22,7 +22,7 @@ from transformers.utils import cached_file
 from .action_tokenizer import check_statistics, read_statistics
 from .files_openvla import QUIET, cache_folder, check_file, local_folder, read_json, weights_digest
 from .image_processing_openvla import OpenVLAImageProcessor
-from .modules_openvla import every_module
+from .modules_openvla import modules_of
 from .parts_openvla import PARTS, asks_for_parts
 from .processing_openvla import HUB_KWARGS, STARTED, OpenVLAProcessor, pixels_of_older_run
 from .weights_openvla import WEIGHTS_FILES
@@ -283,7 +283,7 @@ class AdapterBelongings:
 
     def _tuner_layers(self) -> list[Any]:
         """Layers of adapters. Kept, in a tuple: they must not become a part of the model."""
-        layers = [module for module in every_module(self) if hasattr(type(module), "merged_adapters")]  # type: ignore
+        layers = [module for module in modules_of(self).below if hasattr(type(module), "merged_adapters")]  # type: ignore
         if layers:
             self.__dict__["_known_tuner_layers"] = tuple(layers)
         return layers

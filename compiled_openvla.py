@@ -15,17 +15,19 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers.models.llama import modeling_llama as llama
 
-from .llama_openvla import Layer, LlamaSteps, as_function, is_plain, norm, rotated
+from .llama_openvla import Layer, LlamaSteps, as_function, is_plain, kept_of, norm, rotated
 from .quantized_linear_openvla import (
     FLOAT8,
     Float8Linear,
+    Int4Linear,
     Int8Linear,
+    one,
     product_of_float8,
-    round_to_float8,
+    product_of_tiles,
 )
 
 
-Weights = tuple[torch.Tensor, ...]  # (weight,), and of few bits what scales it
+Weights = tuple[torch.Tensor, ...]  # (weight,), and of few bits what else their product takes
 SHAPES = 256  # that a function is compiled for: two or three for each graph
 BACKEND = "inductor"
 
@@ -58,7 +60,7 @@ class CompiledLayer(Layer):
         self.widths = [part.out_features for part in (attention.q_proj, attention.k_proj, attention.v_proj)]
         self.gate_up = weights_of(mlp.gate_proj, mlp.up_proj)
         self.outputs, self.down = weights_of(attention.o_proj), weights_of(mlp.down_proj)
-        self.few_bits = len(self.outputs[0]) > 1
+        self.sums = self.outputs[0][0].dtype == torch.int8
 
     def _given(self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[Any, ...]:
         """What `_attention_inputs` takes."""
@@ -66,13 +68,13 @@ class CompiledLayer(Layer):
         norm = (before.weight.data, before.variance_epsilon)
         return hidden, cos, sin, *norm, self.inputs, self.widths, self.head_dim
 
-    def attention_inputs(self, hidden, cos, sin, last):
+    def attention_inputs(self, hidden, cos, sin, kept):
         query, keys, values = _compiled(_attention_inputs)(*self._given(hidden, cos, sin))
-        return query[:, :, -last:], keys, values
+        return kept_of(query, kept, 2), keys, values
 
     def after_attention(self, hidden, attended):
         before = self.before_mlp
-        return _compiled(_after_attention, self.few_bits and hidden.shape[:2].numel() == 1)(
+        return _compiled(_after_attention, self.sums and hidden.shape[:2].numel() == 1)(
             hidden, attended, self.outputs, before.weight.data, before.variance_epsilon, self.gate_up, self.down
         )
 
@@ -85,7 +87,7 @@ class CompiledLayer(Layer):
             place: (1,) of the cache, where its key and value are written.
             seen: (batch or 1, 1, places) bool, the places that it sees.
         """
-        attended = _compiled(_attended_by_one, self.few_bits)(
+        attended = _compiled(_attended_by_one, self.sums)(
             self.keys, self.values, place, seen, self.scaling, *self._given(hidden, cos, sin)
         )
         return self.after_attention(hidden, attended)
@@ -123,19 +125,25 @@ def compiling() -> Iterator[None]:
 
 def is_fast(module: Any) -> bool:
     """Whether a quantized layer has compiled kernels here, and nothing watches it."""
-    if not isinstance(module, (Float8Linear, Int8Linear)) or not is_plain(module):
+    if not isinstance(module, (Float8Linear, Int8Linear, Int4Linear)) or not is_plain(module):
         return False
     device = module.weight.device
-    return module.is_fast(device) if isinstance(module, Float8Linear) else device.type == "cuda" and module.may_pack
+    if isinstance(module, Float8Linear):
+        return module.is_fast(device)
+    if device.type != "cuda" or not module.may_pack:
+        return False
+    return isinstance(module, Int8Linear) or module.has_known_tiles()
 
 
 def weights_of(*modules: Any) -> list[Weights]:
     """What `_product` takes of some layers with the same input."""
     kind = type(modules[0])
     if kind is Float8Linear:
-        return [(module.weight.data, module.scale) for module in modules]
+        return [(module.weight.data, module.scale, one(module.scale.device)) for module in modules]
     if kind is Int8Linear:
         return [(module.weight.data, module.weight_scale) for module in modules]
+    if kind is Int4Linear:
+        return [(module.packed_in_tiles().data, module.scale_and_zero) for module in modules]
     return [(side_by_side(modules),)]
 
 
@@ -191,26 +199,20 @@ def _product(values: torch.Tensor, weights: list[Weights], widths: Sequence[int]
     """(batch, n, in) -> (batch, n, width) for each of `widths`."""
     if len(weights[0]) == 1:
         return linear(values, weights[0][0]).split(widths, dim=-1)
-    rows = values.flatten(0, -2)
-    product = _sum_of_few_bits if len(rows) == 1 else _product_of_few_bits
-    products = [product(rows, *weight) for weight in weights]
+    rows, kind = values.flatten(0, -2), weights[0][0].dtype
+    kinds: dict[torch.dtype, Callable[..., torch.Tensor]] = {
+        FLOAT8: product_of_float8, torch.int8: _product_of_int8, torch.int32: product_of_tiles
+    }  # fmt: skip
+    products = [kinds[kind](rows, *weight) for weight in weights]
     return [product.unflatten(0, values.shape[:-1]).to(values.dtype) for product in products]
 
 
-def _product_of_few_bits(rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """(rows, in) -> (rows, out)."""
-    if weight.dtype == FLOAT8:
-        return product_of_float8(rows, weight, scale)
+def _product_of_int8(rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """(rows, in) -> (rows, out). One row as sums, so that no more is read than the weights: cuBLAS knows no product of
+    floats with whole numbers."""
+    if len(rows) == 1:
+        return (weight.float() * rows.float()).sum(dim=-1, keepdim=True).T * scale
     return linear(rows, (weight * scale[:, None]).to(rows.dtype))
-
-
-def _sum_of_few_bits(row: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """The same of one row, as sums: no more is read than the weights. (cuBLAS wants 16 rows of fp8 and knows no product
-    of floats with whole numbers; its product of bfloat16 reads as fast as such sums do.)"""
-    if weight.dtype == FLOAT8:  # activations are rounded as in `product_of_float8`
-        small, factor = round_to_float8(row)
-        return (weight.float() * small.float()).sum(dim=-1, keepdim=True).T * scale * factor
-    return (weight.float() * row.float()).sum(dim=-1, keepdim=True).T * scale
 
 
 def _attention_inputs(

@@ -27,11 +27,13 @@ class Prefix:
     inputs_embeds: (batch, length, hidden), rows padded on the left.
     attention_mask: (batch, length), 0 marks padding; None without any, which is also the fastest attention.
     finite: (batch, 1) bool, False for a sample with a feature that is NaN or infinite.
+    pads_right: Rows are padded on the right instead: for `LlamaSteps`.
     """
 
     inputs_embeds: torch.Tensor
     attention_mask: torch.Tensor | None
     finite: torch.Tensor
+    pads_right: bool = False
 
 
 @dataclass

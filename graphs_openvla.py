@@ -27,7 +27,7 @@ from .compiled_openvla import CompiledSteps, compiling, why_not_compiled
 from .decoding_openvla import EagerSteps, Prefix, Steps
 from .inputs_openvla import ModelInputs
 from .llama_openvla import LlamaSteps, cache_shape, has_hooks, is_plain_llama, open_steps, pool_of
-from .modules_openvla import every_module
+from .modules_openvla import modules_of
 from .sampling_openvla import Choice, check_flag
 from .stages_openvla import stage
 from .vision_openvla import towers_beside
@@ -123,7 +123,8 @@ class GraphSteps(Steps):
             places = self.places[..., None].expand(-1, -1, embeds.shape[2])
             embeds = embeds.scatter(1, places, features.to(embeds.dtype))
             self.finite.copy_(features.isfinite().flatten(1).all(dim=1, keepdim=True))
-            prefix = Prefix(embeds, self.attention_mask, self.finite)
+            # Behind the prompts: they are then read without a mask.
+            prefix = Prefix(embeds, self.attention_mask, self.finite, pads_right=True)
             return make_steps(model.language_model, prefix, num_tokens, token_range, cache)
 
         graph_steps: list[LlamaSteps] = []
@@ -150,11 +151,15 @@ class GraphSteps(Steps):
         self, inputs: ModelInputs, input_ids: torch.Tensor, mask: torch.Tensor | None, patches: np.ndarray
     ) -> None:
         """Take a prediction, (batch, n) and n up to `length`: ids with placeholders, and where these stand."""
-        missing = self.length - input_ids.shape[1]
-        mask = torch.ones_like(input_ids) if mask is None else mask
-        self.input_ids.copy_(nn.functional.pad(input_ids, (missing, 0)), non_blocking=True)
-        self.attention_mask.copy_(nn.functional.pad(mask, (missing, 0)), non_blocking=True)
-        self.places.copy_(torch.from_numpy(patches + missing), non_blocking=True)
+        padding = torch.zeros(len(input_ids), 1, dtype=torch.long)
+        if mask is not None:
+            padding = (1 - mask).sum(dim=1, keepdim=True)
+        place = torch.arange(self.length).expand(len(input_ids), -1)
+        real = place < input_ids.shape[1] - padding
+        ids = input_ids.gather(1, (place + padding).clamp(max=input_ids.shape[1] - 1))
+        self.input_ids.copy_(ids, non_blocking=True)
+        self.attention_mask.copy_(real.long(), non_blocking=True)
+        self.places.copy_(torch.from_numpy(patches) - padding, non_blocking=True)
         self.pixels.copy_(inputs.pixel_values, non_blocking=True)
         if self.proprio is not None and inputs.proprio is not None:
             self.proprio.copy_(inputs.proprio, non_blocking=True)
@@ -238,14 +243,13 @@ class Snapshot:
     """What graphs of a model compute with: which modules, and where their tensors are. Values may change in place."""
 
     def __init__(self, model: Any):
-        modules = every_module(model)
+        self.modules = modules_of(model)
         self.read = _read(model)
         # A recording neither calls hooks nor sees another `forward`. The model itself is not called.
-        self.called = modules[1:]
+        self.called = self.modules.below
         self.hooks = [hooks for part in self.called for hooks in (part._forward_hooks, part._forward_pre_hooks)]
-        self.attributes = [module.__dict__ for module in self.called]
-        self.replaced = _replaced(self.attributes)
-        self.parts = [(module._modules, tuple(module._modules.values())) for module in modules if module._modules]
+        self.replaced = _replaced(self.modules.attributes)
+        modules = [model, *self.called]
         self.tensors = [held for module in modules for held in (module._parameters, module._buffers) if held]
         self.places = _places(self.tensors)  # others wherever a tensor is cast or moved
         self.adapters = [
@@ -255,11 +259,11 @@ class Snapshot:
     def is_of(self, model: Any) -> bool:
         """Whether graphs would still compute with what the model has. It is asked before every prediction."""
         return (
-            _read(model) == self.read
+            self.modules.are_those()
+            and _read(model) == self.read
             and not (any(self.hooks) and any(map(has_hooks, self.called)))
             and not nn.modules.module._has_any_global_hook()  # what watches all modules
-            and _replaced(self.attributes) == self.replaced
-            and all(tuple(modules.values()) == parts for modules, parts in self.parts)
+            and _replaced(self.modules.attributes) == self.replaced
             and _places(self.tensors) == self.places
             and all(_adapter(module) == state for module, state in self.adapters)
         )
@@ -310,7 +314,7 @@ def prepare(
         reason = f"action_head='{model.config.action_head}' predicts in one pass"
     elif not is_plain_llama(model.language_model):
         reason = "the language model has the library's own steps"
-    elif any(has_hooks(module) for module in every_module(model)[1:]):  # the model itself is not called
+    elif any(map(has_hooks, modules_of(model).below)):  # the model itself is not called
         reason = "hooks are registered on its modules, which graphs do not call"
     else:
         pool, longest = pool_of(model.language_model), max(prompt_buckets) + model.num_patches + num_tokens

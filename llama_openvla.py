@@ -156,19 +156,34 @@ class Layer:
         return vectors.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def attention_inputs(
-        self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, last: int
+        self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kept: "Kept"
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries of the last positions, keys and values of all n, (batch, heads, ..., head_dim) each."""
+        """Queries of some positions, keys and values of all n, (batch, heads, ..., head_dim) each."""
         normed = norm(self.before_attention, hidden)
         keys, values = rotated(self.heads(self.key(normed)), cos, sin), self.heads(self.value(normed))
-        if last < hidden.shape[1]:
-            normed, cos, sin = normed[:, -last:], cos[:, :, -last:], sin[:, :, -last:]
+        normed, cos, sin = kept_of(normed, kept, 1), kept_of(cos, kept, 2), kept_of(sin, kept, 2)
         return rotated(self.heads(self.query(normed)), cos, sin), keys, values
 
     def after_attention(self, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """(batch, n, hidden) with what was seen, (batch, heads, n, head_dim), and what the MLP makes of it."""
         hidden = hidden + self.output(attended.transpose(1, 2).flatten(2))
         return hidden + self.mlp(norm(self.before_mlp, hidden))
+
+
+Kept = int | torch.Tensor | None  # positions that are asked for: the last ones, (batch, n) indices, or all
+
+
+def kept_of(vectors: torch.Tensor, kept: Kept, dim: int) -> torch.Tensor:
+    """Those of some positions, which `dim` counts; the first dimension counts samples, or has one entry for all."""
+    if kept is None:
+        return vectors
+    if isinstance(kept, int):
+        return vectors.narrow(dim, vectors.shape[dim] - kept, kept)
+    vectors = vectors.expand(len(kept), *vectors.shape[1:])
+    index = kept.view(len(kept), *[1] * (dim - 1), -1, *[1] * (vectors.ndim - dim - 1))
+    sizes = list(vectors.shape)
+    sizes[dim] = kept.shape[1]
+    return vectors.gather(dim, index.expand(sizes))
 
 
 class LlamaSteps(Steps):
@@ -208,6 +223,9 @@ class LlamaSteps(Steps):
             self.logits = lambda hidden: functional.linear(hidden, rows)
         self.total = self.length + num_tokens - 1  # the last token is not read
         padding = prefix.attention_mask
+        self.ends: torch.Tensor | None = None  # (batch, 1) places of the last tokens of prompts that are padded behind
+        if prefix.pads_right and padding is not None:
+            self.ends = padding.sum(dim=1, keepdim=True) - 1
         if padding is None:
             position_ids = torch.arange(self.total, device=cache.device)[None]
         else:
@@ -235,33 +253,41 @@ class LlamaSteps(Steps):
         return self._mask
 
     def prefill(self, token_ids: torch.Tensor | None = None) -> torch.Tensor:
-        embeds, keep = self.prefix.inputs_embeds, 1
+        embeds, count = self.prefix.inputs_embeds, 0
         if token_ids is not None and token_ids.shape[1]:
-            embeds, keep = torch.cat([embeds, self.embed(token_ids)], dim=1), 1 + token_ids.shape[1]
-        return self._pass(embeds, 0, keep)
+            embeds, count = torch.cat([embeds, self.embed(token_ids)], dim=1), token_ids.shape[1]
+        if self.ends is None:
+            return self._pass(embeds, 0, 1 + count)
+        behind = torch.arange(self.length, self.length + count, device=embeds.device)
+        return self._pass(embeds, 0, torch.cat([self.ends, behind.expand(len(embeds), -1)], dim=1))
 
     def step(self, token_ids: torch.Tensor, begin: int) -> torch.Tensor:
-        return self._pass(self.embed(token_ids), self.length + begin, token_ids.shape[1])
+        return self._pass(self.embed(token_ids), self.length + begin, None)
 
-    def _pass(self, hidden: torch.Tensor, begin: int, keep: int) -> torch.Tensor:
-        """Logits of what follows the last `keep` of the positions from `begin` on."""
+    def _pass(self, hidden: torch.Tensor, begin: int, kept: Kept) -> torch.Tensor:
+        """Logits of what follows the positions from `begin` on that are `kept`."""
         stop = begin + hidden.shape[1]
         cos, sin = self.cos[:, :, begin:stop], self.sin[:, :, begin:stop]
         for layer in self.layers:
-            last = keep if layer is self.layers[-1] else stop - begin
-            query, keys, values = layer.attention_inputs(hidden, cos, sin, last)
+            of_layer = kept if layer is self.layers[-1] else None
+            query, keys, values = layer.attention_inputs(hidden, cos, sin, of_layer)
             layer.keys[:, :, begin:stop], layer.values[:, :, begin:stop] = keys, values
-            hidden = layer.after_attention(hidden[:, -last:], self._attended(layer, query, stop))
+            attended = self._attended(layer, query, stop, of_layer)
+            hidden = layer.after_attention(kept_of(hidden, of_layer, 1), attended)
         return self.logits(norm(self.norm, hidden)).float()
 
-    def _attended(self, layer: Layer, query: torch.Tensor, stop: int) -> torch.Tensor:
-        """(batch, heads, n, head_dim) of the last n of `stop` positions."""
+    def _attended(self, layer: Layer, query: torch.Tensor, stop: int, kept: Kept) -> torch.Tensor:
+        """(batch, heads, n, head_dim) of the last n of `stop` positions, or of such places."""
         count, keys, values = query.shape[2], layer.keys[:, :, :stop], layer.values[:, :, :stop]
         if layer.groups > 1:
             keys, values = (part.repeat_interleave(layer.groups, dim=1) for part in (keys, values))
-        # Without padding one position alone sees all before it, and for all positions there is a kernel.
-        masked = self.padding is not None or (count > 1 and (layer.eager or count < stop))
-        mask = self.mask[:, :, stop - count : stop, :stop] if masked else None
+        # Without padding one position alone sees all before it, and for all positions there is a kernel: no token sees
+        # what stands behind it, padding among it.
+        padded = self.padding is not None and (self.ends is None or stop > self.length or kept is not None)
+        masked = padded or (count > 1 and (layer.eager or count < stop))
+        mask = None
+        if masked:
+            mask = kept_of(self.mask[..., :stop, :stop], count if kept is None else kept, 2)
         if not layer.eager:
             return functional.scaled_dot_product_attention(
                 query, keys, values, mask, is_causal=not masked and count > 1, scale=layer.scaling

@@ -23,7 +23,6 @@ FEW_ON_CUDA = 16  # the same of 4 bits there: at 8 rows it takes as long as bflo
 SMALLEST = 1e-30  # step of a row of zeros
 FLOAT8 = torch.float8_e4m3fn
 LARGEST_FLOAT8 = 448.0
-EIGHTS = -0x77777778  # the highest bit of each half byte of an int32
 SHRUNK = (1.0, 0.93, 0.86, 0.79)  # ranges that are tried for a group of 4-bit weights
 AT_ONCE = 2**18  # weights that are rounded or unpacked at once: what stays in the cache, and is little memory
 
@@ -288,7 +287,7 @@ class Float8Linear(QuantizedLinear):
 
     def multiply(self, rows):
         if self.is_fast(rows.device):
-            return product_of_float8(rows, self.weight, self.scale)
+            return product_of_float8(rows, self.weight, self.scale, one(rows.device))
         kind = float_type(rows)
         return linear(rows.to(kind), self.dequantize(kind))
 
@@ -305,28 +304,42 @@ def round_to_float8(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (rows / factor).to(FLOAT8), factor
 
 
-def product_of_float8(rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """(rows, in) floats, (out, in) and (out,) -> (rows, out) bfloat16. Rows are filled up to a multiple of 16: torch
-    asks for that of the other two sizes, cuBLAS refuses some numbers of rows."""
+def product_of_float8(rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, one: torch.Tensor) -> torch.Tensor:
+    """(rows, in) floats, (out, in) and (out,) -> (rows, out) float32.
+
+    Factors are multiplied afterwards: cuBLAS has many kernels for products with one factor, among them such for few
+    rows, and one for a factor of each row (12288 x 4096 and 16 rows on an H200: 17 and 25 microseconds). Rows are
+    filled up to a multiple of 16: torch asks for that of the other two sizes, cuBLAS refuses some numbers of rows.
+
+    Args:
+        one: Of the device, see `one`.
+    """
     count = len(rows)
     if count % 16:
         rows = nn.functional.pad(rows, (0, 0, 0, -count % 16))
     small, factor = round_to_float8(rows.contiguous())
-    product = torch._scaled_mm(small, weight.t(), factor, scale[None], out_dtype=torch.bfloat16)
-    return product[:count]
+    product = torch._scaled_mm(small, weight.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
+    return product[:count] * factor[:count] * scale
+
+
+@cache
+def one(device: torch.device) -> torch.Tensor:
+    """The factor of a product that has none."""
+    with torch.inference_mode(False):
+        return torch.ones((), device=device)
 
 
 @cache
 def multiplies_float8(device: torch.device) -> bool:
-    """Whether a device multiplies floats of 8 bits with factors of rows and columns, found by a small product: torch
-    refuses that on some chips that have the instructions."""
+    """Whether a device multiplies floats of 8 bits, found by a small product: torch refuses that on some chips that
+    have the instructions."""
     if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < (8, 9):
         return False
     sizes = torch.arange(64.0, device=device)
     rows, weight = sizes[:3, None] - sizes % 7, sizes[:32, None] % 5 - sizes % 3
     small, factor = round_to_float8(weight)
     try:
-        product = product_of_float8(rows, small, factor[:, 0]).float()
+        product = product_of_float8(rows, small, factor[:, 0], one(rows.device))
     except RuntimeError:
         return False
     return bool((product - rows @ weight.T).norm() < 0.05 * (rows @ weight.T).norm())
@@ -367,9 +380,8 @@ class Int4Linear(QuantizedLinear):
         if kernel_of(weight) is None:
             return weight
         if kernel_of(weight) == "cuda":
-            tiles = 2 * weight.shape[-1]
-            if knows_tiles(weight.device, tiles):
-                return _join(((_unpack_tiles(weight) >> 4) + 8).to(torch.uint8))
+            if knows_tiles(weight.device, 2 * weight.shape[-1]):
+                return _stored_of_tiles(weight)
             return _join(_unpack_cuda(weight, self.in_features, self.out_features))
         return _join(_unpack_cpu(weight, self.in_features))
 
@@ -400,17 +412,10 @@ class Int4Linear(QuantizedLinear):
             # In float32 the kernel is slower than the matrix product (torch 2.15).
             rows = rows.bfloat16().contiguous()
             return torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, group, self.scale_and_zero)
-        tiles = _tiles(self.in_features)
-        if rows.device.type == "cuda" and self.may_pack and tiles and self.out_features % 8 == 0:
-            packed = self.weight
-            if not kernel_of(packed):  # there the even column is in the high half
-                turned = (packed << 4) | (packed >> 4)
-                packed = self.pack(torch.ops.aten._convert_weight_to_int4pack(turned, tiles), "cuda")
-                knows_tiles(rows.device, tiles)  # asked before a graph may be recorded
-            rows = rows.bfloat16().contiguous()
-            if len(rows) > FEW_ON_CUDA and knows_tiles(rows.device, tiles):
-                return linear(rows, _scaled_tiles(packed, self.scale_and_zero))
-            return torch.ops.aten._weight_int4pack_mm(rows, packed, group, self.scale_and_zero)
+        if rows.device.type == "cuda" and self.has_tiles():
+            packed = self.packed_in_tiles()
+            known = knows_tiles(rows.device, 2 * packed.shape[-1])
+            return product_of_tiles(rows, packed, self.scale_and_zero, known)
         kind = float_type(rows)
         rows, weight = rows.to(kind), self._readable()
         y = rows.new_empty(len(rows), self.out_features)
@@ -419,6 +424,25 @@ class Int4Linear(QuantizedLinear):
             part = slice(start, start + step)
             y[:, part] = linear(rows, self._rows(weight, part, kind))
         return y
+
+    def has_tiles(self) -> bool:
+        """Whether torch's CUDA kernel takes such a weight."""
+        return self.may_pack and self.out_features % 8 == 0 and _tiles(self.in_features) is not None
+
+    def has_known_tiles(self) -> bool:
+        """And whether they are in an order that is known here."""
+        tiles = _tiles(self.in_features)
+        return tiles is not None and self.has_tiles() and knows_tiles(self.weight.device, tiles)
+
+    def packed_in_tiles(self) -> torch.Tensor:
+        """The weight as the CUDA kernel takes it."""
+        packed: torch.Tensor = self.weight
+        tiles = _tiles(self.in_features)
+        if not kernel_of(packed) and tiles is not None:  # there the even column is in the high half
+            turned = (packed << 4) | (packed >> 4)
+            packed = self.pack(torch.ops.aten._convert_weight_to_int4pack(turned, tiles), "cuda")
+            knows_tiles(packed.device, tiles)  # asked before a graph may be recorded
+        return packed
 
 
 def group_size(in_features: int) -> int | None:
@@ -496,38 +520,54 @@ def _unpack_cuda(packed: torch.Tensor, in_features: int, out_features: int) -> t
     return product.t().add(8).to(torch.uint8)
 
 
-def _unpack_tiles(packed: torch.Tensor) -> torch.Tensor:
-    """(out_features / 8, in_features / (16 tiles), 32, tiles / 2) int32 as the CUDA kernel takes it -> (out_features,
-    in_features) int8, 16 (q - 8) of the numbers q from 0 to 15: element by element, from half bytes in their place.
+def _stored_of_tiles(packed: torch.Tensor) -> torch.Tensor:
+    """(out_features / 8, in_features / (16 tiles), 32, tiles / 2) int32 as the CUDA kernel takes it -> the stored form,
+    (out_features, in_features / 2) uint8: element by element.
 
     The 32 are the threads of a tensor core: four to a row, each with columns c, c + 1, c + 8 and c + 9 (c = 0, 2, 4, 6)
     of two tiles of 16 columns. Bytes: even columns of both tiles, odd columns of both; the low half: c or c + 1."""
     rows, columns, _, pairs = packed.shape
-    stored = (packed ^ EIGHTS).view(torch.int8).view(rows, columns, 8, 4, pairs, 2, 2)
-    stored = stored.permute(0, 2, 1, 4, 6, 3, 5)  # rows of 8; columns by pair, tile, (half,) thread and odd
-    whole = stored.new_empty(rows, 8, columns, pairs, 2, 2, 4, 2)
-    torch.bitwise_left_shift(stored, 4, out=whole[..., 0, :, :])
-    torch.bitwise_and(stored, -16, out=whole[..., 1, :, :])
-    return whole.view(8 * rows, -1)
+    threads = packed.view(rows, columns, 8, 4, pairs).unbind(3)
+    words = []  # of four bytes, one of each thread: half a row of a tile
+    for place in (0, 4, 8, 12):  # of an even column, from the lowest bit; its neighbour is 16 above
+        first, second, third, fourth = (((four >> place) & 15) | ((four >> place + 16 & 15) << 4) for four in threads)
+        words.append(first | second << 8 | third << 16 | fourth << 24)
+    stored = torch.stack(words, -1).transpose(1, 2)  # (rows, 8, columns, pairs, 4)
+    return stored.contiguous().view(torch.uint8).view(8 * rows, -1)
 
 
-def _scaled_tiles(packed: torch.Tensor, scale_and_zero: torch.Tensor) -> torch.Tensor:
-    """What the CUDA kernel has packed -> (out_features, in_features) bfloat16, rounded once as there."""
-    groups = _unpack_tiles(packed).unflatten(1, (len(scale_and_zero), -1))
+def _scaled(stored: torch.Tensor, scale_and_zero: torch.Tensor) -> torch.Tensor:
+    """The stored form -> (out_features, in_features) bfloat16, rounded once as in the CUDA kernel."""
+    groups = (_split(stored).to(torch.int8) - 8).unflatten(1, (len(scale_and_zero), -1))
     scale, zero = scale_and_zero.transpose(0, 1).unsqueeze(3).unbind(2)  # (out_features, groups, 1)
-    return torch.addcmul(zero, groups, scale / 16).flatten(1)
+    return torch.addcmul(zero, groups, scale).flatten(1)
+
+
+def product_of_tiles(
+    rows: torch.Tensor, packed: torch.Tensor, scale_and_zero: torch.Tensor, known: bool = True
+) -> torch.Tensor:
+    """(rows, in) floats -> (rows, out) bfloat16, by what the CUDA kernel has packed.
+
+    Args:
+        known: Whether `knows_tiles`: many rows are then multiplied without that kernel.
+    """
+    rows = rows.bfloat16().contiguous()
+    if known and len(rows) > FEW_ON_CUDA:
+        return linear(rows, _scaled(_stored_of_tiles(packed), scale_and_zero))
+    group = rows.shape[1] // len(scale_and_zero)
+    return torch.ops.aten._weight_int4pack_mm(rows, packed, group, scale_and_zero)
 
 
 @cache
 def knows_tiles(device: torch.device, tiles: int) -> bool:
-    """Whether the CUDA kernel orders 4-bit weights as `_unpack_tiles` takes them, found by packing some: on GPUs of
+    """Whether the CUDA kernel orders 4-bit weights as `_stored_of_tiles` takes them, found by packing some: on GPUs of
     another maker it has another order."""
     whole = torch.arange(16 * 32 * tiles, device=device).view(16, -1) * 7919 // 64 % 16
     scale_and_zero = torch.tensor([2.0, 1.0], dtype=torch.bfloat16, device=device).expand(tiles, 16, 2)
     try:
         halves = (whole[:, ::2] << 4 | whole[:, 1::2]).to(torch.uint8)
         packed = torch.ops.aten._convert_weight_to_int4pack(halves, tiles)
-        return torch.equal(_scaled_tiles(packed, scale_and_zero).long(), 2 * (whole - 8) + 1)
+        return torch.equal(_scaled(_stored_of_tiles(packed), scale_and_zero).long(), 2 * (whole - 8) + 1)
     except RuntimeError:
         return False
 

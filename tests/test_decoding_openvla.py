@@ -1,7 +1,9 @@
 """What `predict_action` takes, and that nothing but a finite computation becomes an action."""
 
+import gc
 import threading
 import warnings
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -154,6 +156,31 @@ def test_train_mode_predicts_as_evaluation_mode(checkpointing):
     with pytest.raises(TypeError):
         model.predict_action(**small_inputs())
     assert {name: module.training for name, module in model.named_modules()} == modes
+
+
+def test_a_module_that_is_replaced_predicts_in_evaluation_mode():
+    model, modes = new_model(), []
+    expected = model.predict_action(**small_inputs())
+
+    class Projection(torch.nn.Linear):
+        def forward(self, features):
+            modes.append(self.training)
+            return super().forward(features)
+
+    old = model.projector.fc2
+    model.projector.fc2 = Projection(old.in_features, old.out_features).train()
+    model.projector.fc2.load_state_dict(old.state_dict())
+    assert np.array_equal(model.predict_action(**small_inputs()), expected)
+    assert modes == [False] and model.projector.fc2.training
+
+
+def test_a_model_that_predicted_is_let_go_of():
+    model = new_model()
+    model.predict_action(**small_inputs())
+    kept = weakref.ref(model)
+    del model
+    gc.collect()
+    assert kept() is None
 
 
 def test_the_last_prediction_gives_train_mode_back():

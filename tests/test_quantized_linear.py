@@ -258,11 +258,16 @@ def test_4_bits_are_unpacked_from_the_order_of_cuda(tiles, group):
     generator = torch.Generator().manual_seed(tiles)
     whole = torch.randint(0, 16, (24, 64 * tiles), generator=generator)
     packed = packed_for_cuda(whole, tiles)
-    assert torch.equal((layers._unpack_tiles(packed) >> 4) + 8, whole)
+    stored = layers._stored_of_tiles(packed)
+    assert torch.equal(layers._split(stored), whole.to(torch.uint8))
     scale_and_zero = torch.randn(whole.shape[1] // group, 24, 2, generator=generator).bfloat16()
     scale, zero = scale_and_zero.double().transpose(0, 1)[..., None].unbind(2)
     expected = (whole.unflatten(1, (-1, group)) - 8) * scale + zero
-    assert torch.equal(layers._scaled_tiles(packed, scale_and_zero), expected.flatten(1).bfloat16())
+    weight = expected.flatten(1).bfloat16()
+    assert torch.equal(layers._scaled(stored, scale_and_zero), weight)
+    rows = torch.randn(layers.FEW_ON_CUDA + 1, whole.shape[1], generator=generator)
+    found = layers.product_of_tiles(rows, packed, scale_and_zero)
+    assert torch.equal(found, torch.nn.functional.linear(rows.bfloat16(), weight))
 
 
 def test_an_order_of_cuda_that_is_another_is_not_taken(monkeypatch):
@@ -283,10 +288,10 @@ def float8_products(monkeypatch):
     """`torch._scaled_mm` in float64, with what it asks for on a GPU; the numbers of rows that it was given."""
     given = []
 
-    def scaled_mm(rows, weight, scale_a, scale_b, out_dtype):
+    def scaled_mm(rows, weight, scale_a, scale_b, out_dtype, use_fast_accum):
         assert rows.dtype == weight.dtype == torch.float8_e4m3fn and scale_a.dtype == scale_b.dtype == torch.float32
-        assert rows.is_contiguous() and weight.t().is_contiguous() and scale_b.is_contiguous()
-        assert scale_a.shape == (len(rows), 1) and scale_b.shape == (1, weight.shape[1])
+        assert rows.is_contiguous() and weight.t().is_contiguous()
+        assert scale_a.numel() == scale_b.numel() == 1
         assert all(size % 16 == 0 for size in (*rows.shape, *weight.shape))
         given.append(len(rows))
         return ((rows.double() @ weight.double()) * scale_a.double() * scale_b.double()).to(out_dtype)
