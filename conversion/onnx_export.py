@@ -21,6 +21,7 @@ from ..files_openvla import file_digest
 from ..folders import new_folder, write_json
 from ..frames_openvla import PIXEL_FIELDS
 from ..hub import model_folder, published_name, statistics_of
+from ..llama_openvla import STATIC_ROPE
 from ..modeling_openvla import OpenVLAForActionPrediction
 from ..processing_openvla import OpenVLAProcessor
 from .hub_folder import check_replaced
@@ -101,8 +102,8 @@ def check_exportable(config: OpenVLAConfig) -> None:
         problem = "its weights are quantized: export the model they were made of, with dtype='int8'"
     elif config.use_film:
         problem = "its towers have FiLM, which sees the words of the prompt"
-    elif (getattr(text, "rope_parameters", None) or {}).get("rope_type") == "dynamic":
-        problem = "its rotary embedding depends on the length of a sequence (rope_type='dynamic')"
+    elif changing := rope_types(text) - {*STATIC_ROPE}:
+        problem = f"its rotary embedding depends on the length of a sequence (rope_type='{min(changing)}')"
     elif window is not None and window < positions:
         problem = f"its language model sees {window} positions back only (sliding_window)"
     elif set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
@@ -111,6 +112,13 @@ def check_exportable(config: OpenVLAConfig) -> None:
         )
     if problem:
         raise ValueError(f"This model cannot be exported to ONNX: {problem}. Predict with openvla itself.")
+
+
+def rope_types(config: Any) -> set[str]:
+    """Of a language model; some have one for each kind of layer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [part for part in rope.values() if isinstance(part, dict)] or [rope]
+    return {kind.get("rope_type") or "default" for kind in kinds}
 
 
 # runtime.json ---------------------------------------------------------------------------------------------------------

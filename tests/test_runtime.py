@@ -378,10 +378,13 @@ def test_what_is_not_exported(small, tmp_path, monkeypatch):
     config.text_config.sliding_window = 16
     with pytest.raises(ValueError, match="sliding_window"):
         check_exportable(config)
-    config.text_config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
     config.text_config.sliding_window = None
-    with pytest.raises(ValueError, match="rope_type='dynamic'"):
-        check_exportable(config)
+    for kind in ("dynamic", "longrope"):
+        rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0}
+        for parameters in (rope, {"full_attention": {"rope_type": "default"}, "sliding_attention": rope}):
+            config.text_config.rope_parameters = parameters
+            with pytest.raises(ValueError, match=f"rope_type='{kind}'"):
+                check_exportable(config)
     out = tmp_path / "out"
     with pytest.raises(ValueError, match="dtype='bfloat16' is unknown"):
         export_onnx(small, out, dtype="bfloat16")
