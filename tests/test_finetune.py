@@ -34,11 +34,20 @@ DEMOS = Path(__file__).parent / "fixtures" / "demos"
 FORMATS = {"lerobot": "lerobot_image", "rlds": "rlds/metaworld_demo", "hdf5": "hdf5"}
 SPLITS = {"rlds": "val"}  # the others have one split only
 IMAGE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+BASE = ROOT
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_base(small_policy):
+    """What is trained is small where a test names no model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(globals(), "BASE", small_policy)
+        yield
 
 
 def options(output: Path, dataset: Path | str = DEMOS / "lerobot_image", **changes) -> FinetuneOptions:
     settings = {"steps": 3, "batch_size": 2, "rank": 4, "shuffle_buffer": 16, "name": "mine", "logging": "none"}
-    settings |= {"model": str(ROOT), "dataset": str(dataset), "output": str(output)}
+    settings |= {"model": str(BASE), "dataset": str(dataset), "output": str(output)}
     return FinetuneOptions(**{**settings, **changes})
 
 
@@ -76,7 +85,7 @@ def test_strategies_on_formats(strategy, dataset, small_policy, tmp_path):
         pytest.importorskip("bitsandbytes", reason="qlora needs the [quant] extra")
     folder = tmp_path / "run"
     split = SPLITS.get(dataset, "train")
-    made = {"model": str(small_policy), "split": split, "strategy": strategy, "steps": 2, "dtype": "float32"}
+    made = {"split": split, "strategy": strategy, "steps": 2, "dtype": "float32"}
     finetune(options(folder, DEMOS / FORMATS[dataset], **made))
     if strategy in ("lora", "qlora"):
         adapter = load_file(folder / "adapter_model.safetensors")
@@ -104,13 +113,11 @@ def test_an_existing_folder_is_not_merged_into(tmp_path):
 
 def test_weights_that_learn_are_float32_and_saved_as_they_were(tmp_path):
     """Small updates vanish in bfloat16; the published files are bfloat16."""
-    base = OpenVLAForActionPrediction.from_pretrained(ROOT, dtype=torch.bfloat16)
+    base = OpenVLAForActionPrediction.from_pretrained(BASE, dtype=torch.bfloat16)
     base.save_pretrained(tmp_path / "base")
     for file in ("processor_config.json", "tokenizer.json", "tokenizer_config.json", "dataset_statistics.json"):
         (tmp_path / "base" / file).write_bytes((ROOT / file).read_bytes())
-    made = options(tmp_path / "run", strategy="last_layer", steps=1, save_every=1)
-    made.model = str(tmp_path / "base")
-    finetune(made)
+    finetune(options(tmp_path / "run", model=str(tmp_path / "base"), strategy="last_layer", steps=1, save_every=1))
     kept = load_file(tmp_path / "run" / "checkpoints" / "checkpoint-1" / "model.safetensors")
     assert {tensor.dtype for tensor in kept.values()} == {torch.float32}
     assert {t.dtype for t in load_file(tmp_path / "run" / "model.safetensors").values()} == {torch.bfloat16}
@@ -158,9 +165,9 @@ def test_held_out_episodes_are_evaluated(six_episodes, tmp_path, curves):
     assert (tmp_path / "run" / "curves.png").stat().st_size > 5000
 
 
-def test_how_a_batch_is_computed_changes_nothing(small_policy, tmp_path):
+def test_how_a_batch_is_computed_changes_nothing(tmp_path):
     same = {"strategy": "last_layer", "dtype": "float32", "learning_rate": 1e-3, "save_every": 2, "log_every": 1}
-    same |= {"steps": 2, "model": str(small_policy)}
+    same |= {"steps": 2}
     finetune(options(tmp_path / "plain", batch_size=4, **same))
     finetune(options(tmp_path / "workers", batch_size=4, workers=2, **same))
     finetune(options(tmp_path / "accumulated", batch_size=2, gradient_accumulation=2, **same))
@@ -224,7 +231,7 @@ def test_killed_and_resumed_as_if_nothing_had_happened(strategy, optimizer, tmp_
     run = options(tmp_path / "killed", **same)
     running = processes.start(SCRIPT, json.dumps([vars(run)]), 0)
     try:
-        while not (tmp_path / "killed" / "checkpoints" / "checkpoint-4").exists():
+        while not (tmp_path / "killed" / "checkpoints" / "checkpoint-2").exists():
             assert running.running()
             time.sleep(0.01)
     finally:
@@ -289,42 +296,35 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
 # Several processes
 
 
-STEPS_OF_BOTH = {"dtype": "float32", "learning_rate": 1e-3, "save_every": 2, "log_every": 1, "steps": 4, "keep": 9}
-STEPS_OF_BOTH |= {"eval_every": 4, "eval_samples": 4}  # one batch of one process, and one of each of two
-FEWER = {**STEPS_OF_BOTH, "steps": 2, "eval_every": 2}  # the second is of weights that the first has changed
+# Of the second step the batch is for weights that the first has changed, the evaluation for those that both have.
+STEPS_OF_BOTH = {"dtype": "float32", "learning_rate": 1e-3, "save_every": 2, "log_every": 1, "steps": 2, "keep": 9}
+STEPS_OF_BOTH |= {"eval_every": 2, "eval_samples": 4}  # one batch of one process, and one of each of two
+HEAD = {"head": "l1_regression", "action_chunk": 3, "chunk_end": "drop", "film": True}
 RUNS_OF_BOTH = {
-    "full": {**STEPS_OF_BOTH, "strategy": "full"},
-    "lora": {**FEWER, "strategy": "lora"},
-    "head": {
-        **FEWER,
-        "strategy": "lora",
-        "head": "l1_regression",
-        "action_chunk": 3,
-        "chunk_end": "drop",
-        "film": True,
-    },
+    "full": {**STEPS_OF_BOTH, "strategy": "full", "save_every": 1},
+    "lora": {**STEPS_OF_BOTH, "strategy": "lora"},
+    "head": {**STEPS_OF_BOTH, "strategy": "lora", **HEAD},
 }
 
 
 @pytest.fixture(scope="module")
-def one_process(small_policy, six_episodes, tmp_path_factory) -> Path:
+def one_process(six_episodes, tmp_path_factory) -> Path:
     """Runs of one process and batch 4."""
     folder = tmp_path_factory.mktemp("one")
     for name, changes in RUNS_OF_BOTH.items():
-        finetune(options(folder / name, six_episodes, model=str(small_policy), batch_size=4, **changes))
+        finetune(options(folder / name, six_episodes, batch_size=4, **changes))
     return folder
 
 
 @pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
-def test_two_processes_learn_what_one_does(fsdp, one_process, small_policy, six_episodes, tmp_path):
+def test_two_processes_learn_what_one_does(fsdp, one_process, six_episodes, tmp_path):
     """Two gloo processes of batch 2 against one of batch 4, plain (DDP) or sharded (FSDP2), the latter stopped and
     resumed: the same losses, in training and evaluation, and a plain checkpoint in the published layout; also with a
     head that has weights of its own, beside an adapter."""
     if fsdp and not hasattr(torch.cpu.Stream, "record_event"):
         pytest.skip("torch 2.6 runs FSDP2 on accelerators only")
-    same = {"model": str(small_policy), "batch_size": 2, "fsdp": fsdp}
     two = {
-        name: options(tmp_path / "two" / name, six_episodes, **same, **changes)
+        name: options(tmp_path / "two" / name, six_episodes, batch_size=2, fsdp=fsdp, **changes)
         for name, changes in RUNS_OF_BOTH.items()
     }
 
@@ -348,7 +348,7 @@ def test_two_processes_learn_what_one_does(fsdp, one_process, small_policy, six_
 
     launch(*two.values(), resume=False)
     if fsdp:
-        shutil.rmtree(tmp_path / "two" / "full" / "checkpoints" / "checkpoint-4")
+        shutil.rmtree(tmp_path / "two" / "full" / "checkpoints" / "checkpoint-2")
         launch(two["full"], resume=True)
     for name in two:
         for key in ("loss", "action_l1", "eval_loss"):
@@ -368,7 +368,8 @@ def test_two_processes_learn_what_one_does(fsdp, one_process, small_policy, six_
 
 
 def test_the_plan(tmp_path):
-    made = options(tmp_path / "run", steps=30, batch_size=4, gradient_accumulation=2, precision="float32")
+    changes = {"steps": 30, "batch_size": 4, "gradient_accumulation": 2, "precision": "float32"}
+    made = options(tmp_path / "run", model=str(ROOT), **changes)
     text = plan_run(made)
     assert "mine: 1 episode, 95 steps" in text and "30 steps x 8" in text and "= 240, 2.53 epochs" in text
     assert "droll, dpitch, dyaw, gripper never change" in text

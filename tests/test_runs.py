@@ -31,6 +31,16 @@ pytest.importorskip("peft", reason="training needs the [train] extra")
 ROOT = Path(__file__).resolve().parents[1]
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "processor_config.json")
 
+BASE = ROOT
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_base(small_policy):
+    """What is trained is small where a test names no model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(globals(), "BASE", small_policy)
+        yield
+
 
 def demos(file: Path, scale: float = 1.0, episodes: int = 3) -> Path:
     rng = np.random.default_rng(0)
@@ -51,7 +61,7 @@ def dataset(tmp_path) -> Path:
 
 def options(output: Path, dataset: Path, **changes) -> FinetuneOptions:
     settings = {"steps": 2, "batch_size": 1, "shuffle_buffer": 4, "name": "mine", "logging": "none", "save_every": 1}
-    settings |= {"model": str(ROOT), "strategy": "last_layer", "dtype": "float32", "held_out": 0.0, "keep": 9}
+    settings |= {"model": str(BASE), "strategy": "last_layer", "dtype": "float32", "held_out": 0.0, "keep": 9}
     return FinetuneOptions(output=str(output), dataset=str(dataset), **{**settings, **changes})
 
 
@@ -118,7 +128,7 @@ def test_a_model_that_is_not_finite_does_not_learn(dataset, tmp_path, monkeypatc
 
 
 def test_a_result_that_does_not_fit_its_type_is_not_written(dataset, tmp_path):
-    base = OpenVLAForActionPrediction.from_pretrained(ROOT)
+    base = OpenVLAForActionPrediction.from_pretrained(BASE)
     base.half().save_pretrained(tmp_path / "base")
     for file in MODEL_FILES[2:]:
         shutil.copy(ROOT / file, tmp_path / "base")
@@ -129,7 +139,7 @@ def test_a_result_that_does_not_fit_its_type_is_not_written(dataset, tmp_path):
 
 
 def test_a_diverged_run_is_one_line_and_exit_code_1(dataset, tmp_path):
-    given = f"finetune --model {ROOT} --dataset {dataset} --output {tmp_path / 'run'} --strategy last_layer --steps 2"
+    given = f"finetune --model {BASE} --dataset {dataset} --output {tmp_path / 'run'} --strategy last_layer --steps 2"
     given += " --batch-size 1 --shuffle-buffer 4 --logging none --learning-rate 1e30 --held-out 0 --dtype float32"
     result = CliRunner().invoke(cli.app, given.split())
     assert result.exit_code == 1 and result.stderr.splitlines()[-1].startswith("error: The run diverged at step 2")
@@ -184,7 +194,7 @@ def test_what_a_run_was_begun_with_has_to_be_the_same(dataset, tmp_path):
     base = tmp_path / "base"
     base.mkdir()
     for file in MODEL_FILES:
-        shutil.copyfile(ROOT / file, base / file)
+        shutil.copyfile(BASE / file, base / file)
     longer = options(tmp_path / "run", dataset, steps=2, model=str(base))
     finetune(options(tmp_path / "run", dataset, steps=1, model=str(base)))
     weights = bytearray((base / "model.safetensors").read_bytes())
@@ -344,7 +354,7 @@ def test_the_output_folder_is_looked_at_first(dataset, tmp_path, monkeypatch):
         ("file/run", r"cannot be written \(Not a directory\)"),
         ("/proc/run", "cannot be written"),
         ("model", "holds a model but no finetune.json"),
-        (ROOT, "lies where the run would overwrite it"),
+        (BASE, "lies where the run would overwrite it"),
         ("data/run", "lies inside the dataset"),
     ]:
         with pytest.raises((ValueError, OSError), match=said):
@@ -402,8 +412,8 @@ def test_a_disk_without_room(dataset, tmp_path, monkeypatch, capsys):
     free = [10**6]
     monkeypatch.setattr(resume.shutil, "disk_usage", lambda path: SimpleNamespace(free=free[0]))
     with pytest.raises(OSError, match=r"a checkpoint takes about 0.0\d+ GB.*0.001 GB are free.*make room"):
-        finetune(options(tmp_path / "run", dataset))
+        finetune(options(tmp_path / "run", dataset, model=str(ROOT)))
     assert not (tmp_path / "run" / "finetune.json").exists()
     free[0] = 10**8
-    finetune(options(tmp_path / "run", dataset, steps=1))
+    finetune(options(tmp_path / "run", dataset, steps=1, model=str(ROOT)))
     assert "with keep=9 the 0.1 GB that are free will not do" in capsys.readouterr().out
