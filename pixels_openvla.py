@@ -32,6 +32,7 @@ UNREADABLE = (
 # Pillow reads the pixels of an opened file when they are first looked at, and not from two threads at once.
 _READING = threading.Lock()
 ORIENTATION = 0x0112  # tag of EXIF; 1: as it is stored
+DARKEST = 4095  # the brightest of 12 bits; a frame of 16 that does not reach further is nearly black
 LONGEST_SIDE = 64  # times the shorter one; a longer strip is no camera frame, and padding it would fill the memory
 
 
@@ -47,12 +48,14 @@ def _array_to_uint8(array: np.ndarray) -> np.ndarray:
         low, high = int(array.min()), int(array.max())
         if low < 0 or high > 65535:
             raise ValueError(f"Integer pixels range from {low} to {high}; expected 0 to 255.")
-        if array.dtype.itemsize == 2 and array.dtype.kind == "u":
-            if 0 < high <= 255:
-                raise ValueError(
-                    f"uint16 pixels reach {high} of 65535: a nearly black frame, or levels of 8 bits? "
-                    "Give these as uint8."
-                )
+        deep = array.dtype.itemsize == 2 and array.dtype.kind == "u"
+        # Of 8 bits and made brighter, or of a camera's 10 or 12: of 16 bits all of it would be next to black.
+        if (0 if deep else 255) < high <= DARKEST:
+            raise ValueError(
+                f"{array.dtype} pixels reach {high} of 65535: a nearly black frame, or levels of 8, 10 or 12 bits? "
+                "Give levels of 8 bits as uint8."
+            )
+        if deep:
             return np.rint(array / 257.0).astype(np.uint8)
         return (np.rint(array / 257.0) if high > 255 else array).astype(np.uint8)
     raise ValueError(f"Cannot read pixels of dtype {array.dtype}; give uint8, uint16 or floats.")
