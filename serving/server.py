@@ -26,7 +26,7 @@ from .live import LiveView
 from .page import FILES, page_routes
 from .rest import read_request
 from .service import Service
-from .sockets import CountedSocket
+from .sockets import CountedRequests, CountedSocket
 
 
 PAGE_PATHS = ("/", *(f"/page/{name}" for name in FILES))  # the page asks for the key: its files need none
@@ -176,7 +176,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http="h11",  # httptools, which uvicorn prefers where it is installed, reads headers without an end
+                http=CountedRequests,
                 ws=partial(CountedSocket, room=self.service.room),  # type: ignore[arg-type]  # it is called alone
                 ws_max_size=limits.message_bytes,
                 ws_per_message_deflate=False,  # nothing is unpacked before its size is known

@@ -1,7 +1,9 @@
-"""Messages of WebSockets while they come in."""
+"""Bodies and messages while they come in."""
 
 from typing import Any
 
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.frames import Frame
 from websockets.protocol import State
@@ -12,6 +14,31 @@ from .room import Room, Share
 
 TRY_AGAIN_LATER, TOO_BIG = 1013, 1009  # of WebSockets
 MOST_FRAGMENTS = 16_384  # of a message: 2 KiB each of the largest; empty ones take room that no byte of them counts
+SMALL = 512  # bytes of a piece of a body: networks carry more at a time
+
+
+class CountedRequests(H11Protocol):
+    """HTTP whose bodies come in so many small pieces at most: chunks of one byte, also of who may not ask, kept the
+    event loop, and with it all robots, busy for a second a megabyte.
+
+    By h11: httptools, which uvicorn takes by itself where it is installed, reads headers of any size.
+    """
+
+    def __init__(self, *args: Any, **more: Any):
+        super().__init__(*args, **more)
+        self._small, self._next = 0, self.conn.next_event
+        self.conn.next_event = self._counted  # type: ignore[method-assign]
+
+    def _counted(self) -> Any:
+        event = self._next()
+        if isinstance(event, h11.Request):
+            self._small = 0
+        elif isinstance(event, h11.Data):
+            self._small += len(event.data) < SMALL
+            if self._small > MOST_FRAGMENTS:
+                self.transport.abort()
+                return h11.NEED_DATA
+        return event
 
 
 class CountedSocket(WebSocketsSansIOProtocol):

@@ -85,7 +85,12 @@ def _file(value: str | bytes) -> bytes:
     """The file in a text of base64, which may begin as a URL of data does."""
     if isinstance(value, bytes):
         return value
-    return from_base64(value.partition(";base64,")[2] if value.startswith("data:") else value)
+    try:
+        return from_base64(value.partition(";base64,")[2] if value.startswith("data:") else value)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. Expected a JPEG or PNG file in base64; paths and addresses are not read."
+        ) from error
 
 
 def _upright(image: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from fake_serving import FakeModel
 from processes import start
+from uvicorn.protocols.http.h11_impl import H11Protocol
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
@@ -277,12 +278,29 @@ def test_who_has_no_key_is_one_clear_line_in_the_log():
 def test_the_head_of_a_request_has_an_end(server):
     """httptools, which uvicorn takes by itself where it is installed, reads headers as long as they come."""
     app = create_app(Engine(FakeModel()))
-    assert serving.Server(app, Limits(), lambda: None).config.http == "h11"
+    assert issubclass(serving.Server(app, Limits(), lambda: None).config.http, H11Protocol)
     with socket.create_connection(("127.0.0.1", server.port), timeout=60) as robot, suppress(ConnectionError):
         robot.sendall(b"POST /act HTTP/1.1\r\nHost: localhost\r\n")
         for _ in range(10):
             robot.sendall(b"X-More: " + 10_000 * b"x" + b"\r\n")
         assert robot.recv(100).startswith(b"HTTP/1.1 400") or not robot.recv(100)
+
+
+def test_a_body_has_so_many_small_pieces(server):
+    """Those of one byte kept the server busy for a second a megabyte, whether their sender may ask or not."""
+    head = b"POST /act HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    body = wire.to_json(GOOD).encode()
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as robot:
+        robot.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n")
+        robot.sendall(b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n")
+        assert robot.recv(100).startswith(b"HTTP/1.1 200")
+    for told in (b"", b"Origin: http://elsewhere\r\n"):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=60) as robot:
+            robot.sendall(head + told + b"Transfer-Encoding: chunked\r\n\r\n")
+            with pytest.raises(ConnectionError):
+                for _ in range(1000):
+                    robot.sendall(1000 * b"1\r\nx\r\n")
+    assert server.post(GOOD)[0] == 200
 
 
 def test_pictures_write_no_lines():
