@@ -190,6 +190,26 @@ def test_the_key_of_the_environment(scheme, monkeypatch):
     assert scripted.headers[-1]["Authorization"] == "Api-Key from-environment"
 
 
+def test_addresses_as_people_write_them():
+    scripted = Scripted()
+    with asking(scripted, "ws") as client, connect(client._client.address.url.replace("ws", "WS")) as other:
+        other.act(IMAGE, "go")
+        assert scripted.connections == 2  # over a WebSocket as well
+        with pytest.raises(ValueError, match="expected ws://HOST:PORT"):
+            connect(" " + client._client.address.url)
+
+
+def test_an_async_client_is_of_one_event_loop(scheme):
+    scripted = Scripted()
+    with scripted.running():
+        loop = asyncio.new_event_loop()
+        client = loop.run_until_complete(connect_async(scripted.url(scheme)))
+        with pytest.raises(NotReached, match="of another event loop"):
+            asyncio.run(client.act(IMAGE, "go"))
+        loop.run_until_complete(client.close())
+        loop.close()
+
+
 def test_a_proxy_is_told_to_compress_nothing(scheme):
     """Compressed answers are not read; aiohttp says by itself that they are."""
     scripted = Scripted()
@@ -367,6 +387,19 @@ def test_in_another_process_nobody_waits_for_ever(tmp_path):
             os.close(writer)
         client.act(IMAGE, "go")
     audit.close()
+
+
+def test_a_robot_that_stands_still_is_told_why(scheme):
+    for observation, reason in (
+        (IMAGE, "observation is ndarray: expected what act takes"),
+        ({"image": IMAGE, "instruction": "go"}, "unexpected keyword argument 'image'"),
+        ({"images": IMAGE, "instruction": "go"}, "Refused: no key"),
+    ):
+        scripted = Scripted(answer=lambda message: '{"error": "no key", "code": "unauthorized"}')
+        with asking(scripted, scheme) as client:
+            guard = client.guard(hz=10, fallback="raise", wait=5)
+            with pytest.raises(NoAction, match=f"nothing is answered yet .*{reason}"):
+                guard.step(observation)
 
 
 def test_a_guard_commits_fewer_actions_than_an_answer_has():

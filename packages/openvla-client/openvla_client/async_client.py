@@ -57,6 +57,7 @@ class AsyncClient:
         self.address, self.settings = address, settings
         self.session = secrets.token_hex(8)
         self._http: aiohttp.ClientSession | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None  # of the session
         self._connection: Connection | None = None
         self._connecting = asyncio.Lock()
         self._info: ServerInfo | None = None
@@ -152,6 +153,7 @@ class AsyncClient:
 
     def _session(self) -> aiohttp.ClientSession:
         if self._http is None:
+            self._loop = asyncio.get_running_loop()
             never = aiohttp.ClientTimeout(total=None, connect=None, sock_connect=None, sock_read=None)  # see _in_time
             here = aiohttp.TraceConfig()
             here.on_request_redirect.append(refuse_redirect)
@@ -163,6 +165,10 @@ class AsyncClient:
 
     async def _connected(self, end: float) -> Connection:
         """The open connection, or a new one; attempts are spaced out."""
+        if self._http is not None and self._loop is not asyncio.get_running_loop():
+            raise NotReached(
+                "This client is of another event loop (asyncio.run makes one each time): connect_async here."
+            )
         async with self._connecting:
             while self._connection is None or self._connection.closed:
                 pause = self._not_before - time.monotonic()

@@ -3,7 +3,7 @@
 import asyncio
 import secrets
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from concurrent.futures import CancelledError
 from ssl import SSLContext
 from typing import Any, TypeVar
@@ -94,7 +94,8 @@ class Client:
         """
         key, chunk = self.info.key(unnorm_key), self.info.chunk
         dataset = self.info.datasets[key]
-        if (commit := options.get("commit", 0)) >= chunk:
+        commit = options.get("commit", 0)
+        if isinstance(commit, int) and commit >= chunk:
             raise ValueError(
                 f"commit={commit}: this model answers {chunk} actions, of which fewer can be decided before."
             )
@@ -108,6 +109,11 @@ class Client:
             # What comes later than that could not act any more.
             timeout = guard.stalled_after + (chunk - 1) * guard.period
             session = f"{self.session}-{own}-{ask.epoch}"
+            if not isinstance(ask.observation, Mapping):
+                given = type(ask.observation).__name__
+                raise ValueError(
+                    f"observation is {given}: expected what act takes, {{'images': ..., 'instruction': ...}}."
+                )
             if (other := ask.observation.get("unnorm_key", key)) != key:
                 raise ValueError(
                     f"unnorm_key={other!r}: this guard is of {key!r}; client.guard({other!r}) makes another."

@@ -35,14 +35,14 @@ class Address:
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
-        if parts.scheme not in ("ws", "wss", "http", "https") or not parts.hostname:
+        if parts.scheme not in ("ws", "wss", "http", "https") or not parts.hostname or self.url != self.url.strip():
             raise ValueError(f"url={self.url!r}: expected ws://HOST:PORT or http://HOST:PORT (wss, https through TLS).")
         if self.key is not None and not (self.key.strip() and self.key.isascii() and self.key.isprintable()):
             raise ValueError("key: it is empty, or no header can hold it; give the OPENVLA_API_KEY of the server.")
 
     @property
     def websocket(self) -> bool:
-        return self.url.startswith("ws")
+        return urlsplit(self.url).scheme in ("ws", "wss")
 
     @property
     def headers(self) -> dict[str, str]:

@@ -213,6 +213,9 @@ class Guard:
             command = replace(command, reason=f"seen_at={seen_at} is not a time of the guard's clock, {now}")
         elif command.source != "answer" and not new:
             command = replace(command, reason=f"nothing new was seen: {command.reason}")
+        refused = [reply["refused"] for reply in arrived if reply["refused"]]
+        if command.source != "answer" and refused:  # a robot that stands still shall say why
+            command = replace(command, reason=f"{command.reason} ({refused[-1]})")
         if self._audit is not None:
             asked_id = None if asked is None else asked.id
             request = {"seen": seen, "seen_at": seen_at, "asked": asked_id, "arrived": arrived}
