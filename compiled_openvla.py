@@ -15,16 +15,11 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers.models.llama import modeling_llama as llama
 
+from .float8_linear_openvla import Float8Linear, one, product_of_float8
+from .int4_linear_openvla import Int4Linear, product_of_tiles
+from .int8_linear_openvla import Int8Linear
 from .llama_openvla import Layer, LlamaSteps, as_function, is_plain, kept_of, norm, rotated
-from .quantized_linear_openvla import (
-    FLOAT8,
-    Float8Linear,
-    Int4Linear,
-    Int8Linear,
-    one,
-    product_of_float8,
-    product_of_tiles,
-)
+from .quantized_linear_openvla import FLOAT8
 
 
 Weights = tuple[torch.Tensor, ...]  # (weight,), and of few bits what else their product takes

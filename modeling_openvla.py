@@ -57,8 +57,11 @@ if TYPE_CHECKING:  # of a local folder transformers 5.4 and 5.5 copy no more fil
     from .choices_openvla import closest  # noqa: F401
     from .compiled_openvla import CompiledLayer  # noqa: F401
     from .files_openvla import local_folder  # noqa: F401
+    from .float8_linear_openvla import Float8Linear  # noqa: F401
     from .frames_openvla import PixelSteps  # noqa: F401
     from .image_processing_openvla import OpenVLAImageProcessor  # noqa: F401
+    from .int4_linear_openvla import Int4Linear  # noqa: F401
+    from .int8_linear_openvla import Int8Linear  # noqa: F401
     from .llama_openvla import open_steps  # noqa: F401
     from .oft_openvla import find_oft  # noqa: F401
     from .parallel_heads_openvla import ParallelTokenHead  # noqa: F401
@@ -133,11 +136,7 @@ class OpenVLAForActionPrediction(ActionVocabulary, OpenVLAGeneration, OpenVLAPre
 
     def _placeholders(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor | None:
         return find_placeholders(
-            input_ids,
-            inputs_embeds,
-            self.num_patches,
-            self.config.image_token_id,
-            self.get_input_embeddings(),
+            input_ids, inputs_embeds, self.num_patches, self.config.image_token_id, self.get_input_embeddings()
         )
 
     def _merge(self, input_ids, inputs_embeds, attention_mask, features) -> tuple[torch.Tensor, PatchLayout | None]:

@@ -13,9 +13,13 @@ from transformers.quantizers import AutoQuantizationConfig, HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .quantized_linear_openvla import LINEARS, QuantizedLinear, fits, is_rounded
+from .float8_linear_openvla import Float8Linear
+from .int4_linear_openvla import Int4Linear
+from .int8_linear_openvla import Int8Linear
+from .quantized_linear_openvla import QuantizedLinear, is_rounded
 
 
+LINEARS: dict[int | str, type[QuantizedLinear]] = {8: Int8Linear, 4: Int4Linear, "fp8": Float8Linear}
 METHOD = "openvla"  # `quant_method` of config.json
 KNOWN_METHODS = (METHOD, "bitsandbytes")
 # "projector" is part of the names of those of state and noisy actions too.
@@ -118,6 +122,7 @@ class OpenVLAQuantizationConfig(QuantizationConfigMixin):
 
 def linears_to_quantize(model: nn.Module, config: OpenVLAQuantizationConfig) -> dict[str, nn.Linear]:
     """Name -> layer of those that get `config.bits`."""
+    kind = LINEARS[config.bits]
     kept = [
         *NEVER_QUANTIZED,
         *(NOT_QUANTIZED if config.modules_to_not_convert is None else config.modules_to_not_convert),
@@ -125,7 +130,7 @@ def linears_to_quantize(model: nn.Module, config: OpenVLAQuantizationConfig) -> 
     return {
         name: module
         for name, module in model.named_modules()
-        if type(module) is nn.Linear and fits(config.bits, module.in_features) and not _is_part(name, kept)
+        if type(module) is nn.Linear and kind.fits(module.in_features) and not _is_part(name, kept)
     }
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from openvla.device import synchronize
-from openvla.quantized_linear_openvla import LINEARS
+from openvla.quantization_openvla import LINEARS
 
 
 def block(width: int, inner: int, dtype: torch.dtype, device: str, bits: int | str | None) -> list[nn.Module]:

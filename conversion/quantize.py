@@ -9,13 +9,13 @@ import torch
 from ..choices_openvla import check_choice
 from ..modeling_openvla import OpenVLAForActionPrediction
 from ..quantization_openvla import (
+    LINEARS,
     NEVER_QUANTIZED,
     NOT_QUANTIZED,
     OpenVLAQuantizationConfig,
     linears_to_quantize,
     rounded,
 )
-from ..quantized_linear_openvla import LINEARS
 from .hub_folder import (
     DTYPES,
     LazyTensor,
@@ -47,7 +47,7 @@ def quantize_checkpoint(
     Args:
         model: Folder or Hub id with safetensors weights, published layout or ours.
         output: Folder to write; it appears complete or not at all.
-        bits: 8, 4 or "fp8", see `quantized_linear_openvla`.
+        bits: 8, 4 or "fp8", see `quantization_openvla`.
         towers: Quantize vision towers and projector as well as the language model.
         dtype: Of all other weights, and of the activations. Default: as stored.
         revision: Branch, tag or commit of a Hub id.

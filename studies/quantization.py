@@ -37,10 +37,10 @@ from openvla.bench.startup import memory
 from openvla.data.samples import main_camera
 from openvla.data.sources import open_sources
 from openvla.folders import write_json
+from openvla.int8_linear_openvla import largest_activation
 from openvla.options.prediction import EMBEDDED_POLICY
 from openvla.policy import load_model
 from openvla.quantization_openvla import OpenVLAQuantizationConfig
-from openvla.quantized_linear_openvla import largest_activation
 
 
 Precisions = dict[str, dict[str, Any]]  # name -> options of `load_model`

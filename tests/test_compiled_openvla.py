@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 from test_graphs import CHANGES, Again, check, details, lora, recordings  # noqa: F401 - a fixture that is used by all
 from test_llama_openvla import new_model, prompts
 
-from openvla import compiled_openvla, quantized_linear_openvla
+from openvla import compiled_openvla, float8_linear_openvla
 from openvla.compiled_openvla import side_by_side, weights_of
+from openvla.float8_linear_openvla import round_to_float8
 from openvla.graphs_openvla import moved
-from openvla.quantization_openvla import OpenVLAQuantizationConfig, quantize_linears
-from openvla.quantized_linear_openvla import LINEARS, round_to_float8
+from openvla.quantization_openvla import LINEARS, OpenVLAQuantizationConfig, quantize_linears
 
 
 @pytest.fixture(autouse=True)
@@ -135,9 +135,9 @@ def test_float8(monkeypatch):
         small, factor = round_to_float8(rows)
         return ((small.float() * factor) @ (weight.float() * scale[:, None]).T).bfloat16()
 
-    for module in (quantized_linear_openvla, compiled_openvla):
+    for module in (float8_linear_openvla, compiled_openvla):
         monkeypatch.setattr(module, "product_of_float8", product)
-    monkeypatch.setattr(quantized_linear_openvla, "multiplies_float8", lambda device: True)
+    monkeypatch.setattr(float8_linear_openvla, "multiplies_float8", lambda device: True)
     plain = new_model().to(torch.bfloat16)
     quantize_linears(plain, OpenVLAQuantizationConfig("fp8"))
     model, other = copy.deepcopy(plain), copy.deepcopy(plain)

@@ -15,20 +15,19 @@ from transformers import BitsAndBytesConfig
 
 from openvla import OpenVLAForActionPrediction
 from openvla.action_heads_openvla import make_head
+from openvla.float8_linear_openvla import Float8Linear, multiplies_float8
 from openvla.graphs_openvla import moved
-from openvla.quantization_openvla import OpenVLAQuantizationConfig
-from openvla.quantized_linear_openvla import (
+from openvla.int4_linear_openvla import (
     FEW_ON_CUDA,
-    Float8Linear,
     Int4Linear,
-    Int8Linear,
     _scaled,
     _split,
     _stored_of_tiles,
     _unpack_cuda,
     knows_tiles,
-    multiplies_float8,
 )
+from openvla.int8_linear_openvla import Int8Linear
+from openvla.quantization_openvla import OpenVLAQuantizationConfig
 from openvla.training import apply_strategy
 
 

@@ -17,6 +17,9 @@ from typer.testing import CliRunner
 
 from openvla import OpenVLAForActionPrediction, cli
 from openvla.conversion import export_prismatic_checkpoint, package_checkpoint, quantize_checkpoint
+from openvla.float8_linear_openvla import Float8Linear
+from openvla.int4_linear_openvla import Int4Linear
+from openvla.int8_linear_openvla import Int8Linear
 from openvla.policy import QUANTIZATIONS, load_model
 from openvla.quantization_openvla import (
     NEVER_QUANTIZED,
@@ -24,7 +27,7 @@ from openvla.quantization_openvla import (
     has_quantized_layers,
     quantize_linears,
 )
-from openvla.quantized_linear_openvla import Float8Linear, Int4Linear, Int8Linear, QuantizedLinear
+from openvla.quantized_linear_openvla import QuantizedLinear
 from openvla.training import apply_strategy
 
 

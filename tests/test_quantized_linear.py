@@ -2,21 +2,18 @@
 
 import copy
 import pickle
+import sys
 
 import pytest
 import torch
 from torch.nn.functional import linear
 
-from openvla import quantized_linear_openvla as layers
-from openvla.quantized_linear_openvla import (
-    Float8Linear,
-    Int4Linear,
-    Int8Linear,
-    fits,
-    largest_activation,
-    round_to_float8,
-    rows_of_a_block,
-)
+from openvla import float8_linear_openvla, int8_linear_openvla
+from openvla import int4_linear_openvla as int4
+from openvla.float8_linear_openvla import Float8Linear, round_to_float8
+from openvla.int4_linear_openvla import Int4Linear, rows_of_a_block
+from openvla.int8_linear_openvla import Int8Linear, largest_activation
+from openvla.quantized_linear_openvla import has_kernel
 
 
 KINDS = [Int8Linear, Int4Linear, Float8Linear]
@@ -25,7 +22,7 @@ PACKED = KINDS[:2]  # for a kernel of the CPU
 
 @pytest.fixture(scope="module", autouse=True)
 def kernels():
-    if not layers._has("qlinear_pointwise", "MkldnnCPU", "onednn"):
+    if not has_kernel("qlinear_pointwise", "MkldnnCPU", "onednn"):
         pytest.skip("torch has no oneDNN here")
 
 
@@ -112,7 +109,8 @@ def test_stored_and_packed_is_one(kind):
 @pytest.mark.parametrize("kind", PACKED)
 def test_packed_by_another_thread_meanwhile(kind, rows, monkeypatch):
     module, _, _ = made(kind)
-    x, kernel_of, calls = torch.randn(rows, 96), layers.kernel_of, []
+    place = sys.modules[kind.__module__]
+    x, kernel_of, calls = torch.randn(rows, 96), place.kernel_of, []
     expected = copy.deepcopy(module)(x)
 
     def another_thread_is_first(weight):
@@ -121,7 +119,7 @@ def test_packed_by_another_thread_meanwhile(kind, rows, monkeypatch):
             module(x[:1])
         return kernel_of(weight)
 
-    monkeypatch.setattr(layers, "kernel_of", another_thread_is_first)
+    monkeypatch.setattr(place, "kernel_of", another_thread_is_first)
     assert torch.equal(module(x), expected) and module.kernel
 
 
@@ -211,26 +209,27 @@ def test_weights_of_zero_and_of_any_size(kind):
 
 
 def test_rows_that_no_group_divides():
-    assert fits(8, 33) and fits("fp8", 33) and not fits(4, 33) and fits(4, 672) and fits(4, 4096)
+    assert Int8Linear.fits(33) and Float8Linear.fits(33)
+    assert not Int4Linear.fits(33) and Int4Linear.fits(672) and Int4Linear.fits(4096)
     assert Int4Linear.stored(672, 256)["scale_and_zero"][0] == (21, 256, 2)  # of 32
 
 
 def test_order_of_the_4_bit_kernel_is_found(monkeypatch):
     whole = torch.randint(0, 16, (192, 64), dtype=torch.int32)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole, 1)
-    assert torch.equal(layers._unpack_cpu(packed, 64).int(), whole)
+    assert torch.equal(int4._unpack_cpu(packed, 64).int(), whole)
     module, _, _ = made(Int4Linear, 192)
     with torch.inference_mode():
         expected = module(torch.ones(2, 96))
         module.unpack()
-        monkeypatch.setattr(layers, "rows_of_a_block", lambda: None)  # a kernel with another order is not used
+        monkeypatch.setattr(int4, "rows_of_a_block", lambda: None)  # a kernel with another order is not used
         torch.testing.assert_close(module(torch.ones(2, 96)), expected, rtol=2e-2, atol=2e-2)
         assert module.kernel is None
     assert rows_of_a_block() in (32, 64)
 
 
 def test_without_the_kernel_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(layers, "_has", lambda *_: False)
+    monkeypatch.setattr(int8_linear_openvla, "has_kernel", lambda *_: False)
     with pytest.raises(ValueError, match="onednn.qlinear_pointwise.*install torch >= 2.6.*without quantization"):
         largest_activation.__wrapped__()
 
@@ -258,15 +257,15 @@ def test_4_bits_are_unpacked_from_the_order_of_cuda(tiles, group):
     generator = torch.Generator().manual_seed(tiles)
     whole = torch.randint(0, 16, (24, 64 * tiles), generator=generator)
     packed = packed_for_cuda(whole, tiles)
-    stored = layers._stored_of_tiles(packed)
-    assert torch.equal(layers._split(stored), whole.to(torch.uint8))
+    stored = int4._stored_of_tiles(packed)
+    assert torch.equal(int4._split(stored), whole.to(torch.uint8))
     scale_and_zero = torch.randn(whole.shape[1] // group, 24, 2, generator=generator).bfloat16()
     scale, zero = scale_and_zero.double().transpose(0, 1)[..., None].unbind(2)
     expected = (whole.unflatten(1, (-1, group)) - 8) * scale + zero
     weight = expected.flatten(1).bfloat16()
-    assert torch.equal(layers._scaled(stored, scale_and_zero), weight)
-    rows = torch.randn(layers.FEW_ON_CUDA + 1, whole.shape[1], generator=generator)
-    found = layers.product_of_tiles(rows, packed, scale_and_zero)
+    assert torch.equal(int4._scaled(stored, scale_and_zero), weight)
+    rows = torch.randn(int4.FEW_ON_CUDA + 1, whole.shape[1], generator=generator)
+    found = int4.product_of_tiles(rows, packed, scale_and_zero)
     assert torch.equal(found, torch.nn.functional.linear(rows.bfloat16(), weight))
 
 
@@ -280,7 +279,7 @@ def test_an_order_of_cuda_that_is_another_is_not_taken(monkeypatch):
             )
 
         monkeypatch.setattr(torch.ops.aten, "_convert_weight_to_int4pack", pack)
-        assert layers.knows_tiles.__wrapped__(torch.device("cpu"), 4) == (name == "as here")
+        assert int4.knows_tiles.__wrapped__(torch.device("cpu"), 4) == (name == "as here")
 
 
 @pytest.fixture
@@ -297,7 +296,7 @@ def float8_products(monkeypatch):
         return ((rows.double() @ weight.double()) * scale_a.double() * scale_b.double()).to(out_dtype)
 
     monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
-    monkeypatch.setattr(layers, "multiplies_float8", lambda device: True)
+    monkeypatch.setattr(float8_linear_openvla, "multiplies_float8", lambda device: True)
     return given
 
 
@@ -340,4 +339,4 @@ def test_float8_of_other_sizes_is_unpacked(size, float8_products):
 
 
 def test_float8_is_for_gpus():
-    assert not layers.multiplies_float8(torch.device("cpu"))
+    assert not float8_linear_openvla.multiplies_float8(torch.device("cpu"))
