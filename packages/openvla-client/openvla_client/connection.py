@@ -11,8 +11,6 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit, urlunsplit
 
 import aiohttp
-from multidict import CIMultiDict
-from yarl import URL
 
 from .errors import BadAnswer, NotReached, Refused
 from .messages import MOST_BYTES, ServerInfo, decoded, read_info, read_refusal
@@ -104,8 +102,8 @@ class Requests:
 
     def __init__(self, http: aiohttp.ClientSession, address: Address, info: ServerInfo):
         self._http, self._address, self.info, self.closed = http, address, info, False
-        self._url = URL(address.http("/act"))  # once: it is read anew where it is text
-        headers = CIMultiDict({**address.headers, "Content-Type": MSGPACK, "Accept": MSGPACK})
+        self._url = address.http("/act")
+        headers = {**address.headers, "Content-Type": MSGPACK, "Accept": MSGPACK}
         self._more = {**address.more, "headers": headers, "allow_redirects": False}
 
     @classmethod
