@@ -122,7 +122,7 @@ CHANGES = {
     "watched at the projector": lambda model: model.projector.register_forward_hook(lambda module, given, out: out * 2),
     "watched at a product": lambda model: model.language_model.lm_head.register_forward_pre_hook(lambda *_: None),
     "another forward": lambda model: setattr(model.projector, "forward", lambda features: features[..., :32] * 2),
-    "watched by a compiler": lambda model: model.language_model.model.layers[0].compile(),
+    "watched by a compiler": lambda model: model.language_model.model.layers[0].compile(backend="eager"),
     "fewer layers": lambda model: setattr(model.language_model.config, "num_hidden_layers", 1),
     "eager": lambda model: model.set_attn_implementation({"text_config": "eager"}),
 }
