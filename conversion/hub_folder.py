@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,7 +45,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 WEIGHTS_FILE, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-def code_files() -> list[str]:
+@cache
+def code_files() -> tuple[str, ...]:
     """The flat files that a folder carries: those that `CONFIG_AUTO_MAP` names, and whatever they import of ours."""
     found: set[str] = set()
     waiting = {reference.split(".")[0] for reference in CONFIG_AUTO_MAP.values()}
@@ -54,7 +55,7 @@ def code_files() -> list[str]:
         found.add(module)
         tree = ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8")))
         waiting |= {str(node.module) for node in tree if isinstance(node, ast.ImportFrom) and node.level} - found
-    return sorted(f"{module}.py" for module in found)
+    return tuple(sorted(f"{module}.py" for module in found))
 
 
 class LazyTensor(NamedTuple):

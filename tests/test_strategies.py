@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from test_heads_and_strategies import LEARNS
 from tiny import TINY, golden_image
 
 from openvla import OpenVLAForActionPrediction
@@ -60,6 +61,11 @@ def test_only_the_chosen_parameters_learn(name):
     assert losses[-1] < losses[0]
     changed = {key for key, parameter in model.named_parameters() if not torch.equal(parameter, before[key])}
     assert changed and changed <= trainable
+    last = len(model.language_model.model.layers) - 1
+    learns = tuple(prefix.replace("layers.1", f"layers.{last}") for prefix in LEARNS[name])
+    assert all(key.startswith(learns) or "lora_" in key for key in changed)
+    assert all(any(key.startswith(prefix) for key in changed) for prefix in learns)
+    assert any("lora_" in key for key in changed) == ("lora" in name)
     if "lora" in name:
         assert all("lora_" in key for key in trainable)
         assert any("lm_head" in key for key in trainable) and any("vision_backbone" in key for key in trainable)
