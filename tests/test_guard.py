@@ -616,6 +616,25 @@ def test_an_action_at_its_limit_is_not_beyond_it():
         assert limits.apply(np.array([action, 5, 0]), JOINTS, np.array([last, 0, 0]), None)[1] == cut
 
 
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"place": {"a": (float("inf"), float("inf"))}}, "lowest, highest"),  # to which an action would be cut
+        ({"place": {"a": (-float("inf"), -float("inf"))}}, "lowest, highest"),
+        ({"place": {"a": ("0", "1")}}, "lowest, highest"),  # an error of the first step, with the arm on
+        ({"place": {"a": "01"}}, "lowest, highest"),
+        ({"place": {"a": 1}}, "lowest, highest"),
+        ({"step": {"a": "0.1"}}, "largest change"),
+        ({"step": 0.1}, "expected a mapping"),
+        ({"refuse": "no"}, "True or False"),
+        ({"step": {"a": 10}, "turn": {"a": 6.28}}, "limits nothing"),  # degrees beside radians
+    ],
+)
+def test_limits_that_would_limit_nothing(given, message):
+    with pytest.raises(ValueError, match=message):
+        Limits(**given)
+
+
 # Audit ----------------------------------------------------------------------------------------------------------------
 
 

@@ -29,17 +29,29 @@ class Limits:
     turn: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for field_name, given in (("step", self.step), ("place", self.place), ("turn", self.turn)):
+            if not isinstance(given, Mapping):
+                raise ValueError(f"{field_name}={given!r:.100}: expected a mapping, {{name of a dimension: ...}}.")
+        if not isinstance(self.refuse, bool):
+            raise ValueError(f"refuse={self.refuse!r:.100}: expected True or False.")
         for name, step in self.step.items():
-            if not step > 0:
+            if not (_is_number(step) and step > 0):
                 raise ValueError(f"step={{{name!r}: {step!r}}}: expected the largest change of one step, above 0.")
         for name, bounds in self.place.items():
-            if len(bounds) != 2 or not bounds[0] <= bounds[1]:
+            pair = isinstance(bounds, Sequence | np.ndarray) and len(bounds) == 2 and all(map(_is_number, bounds))
+            # No place at all is within (inf, inf): an action would be cut to it.
+            if not (pair and bounds[0] <= bounds[1] and bounds[0] < math.inf and bounds[1] > -math.inf):
                 raise ValueError(f"place={{{name!r}: {bounds!r}}}: expected (lowest, highest).")
         for name, turn in self.turn.items():
-            if not 0 < turn < math.inf or name not in self.step or name in self.place:
+            if not (_is_number(turn) and 0 < turn < math.inf) or name not in self.step or name in self.place:
                 raise ValueError(
                     f"turn={{{name!r}: {turn!r}}}: expected a full turn, above 0, of an angle whose step is limited "
                     "and whose place is not: within a place there is no way round."
+                )
+            if self.step[name] >= turn / 2:  # as of degrees beside radians
+                raise ValueError(
+                    f"step={{{name!r}: {self.step[name]!r}}} with turn={{{name!r}: {turn!r}}} limits nothing: no "
+                    "change is more than half a turn. Give both in the unit of the action."
                 )
 
     def check(self, spec: ActionSpec) -> None:
@@ -120,6 +132,10 @@ class Limits:
             certain.append(action)
             last, position = action, None
         return np.array(certain).reshape(-1, actions.shape[1])
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
 
 
 def numbers(given: Sequence[float] | np.ndarray | None, name: str, dims: int, finite: bool = True) -> np.ndarray | None:
