@@ -1,11 +1,13 @@
 """`openvla_client.Guard`: what acts, what is refused, what is executed instead. Faults of the network:
 test_guard_faults.py."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -753,7 +755,7 @@ def test_a_function_that_blocks_is_asked_the_newest():
 
 def test_what_a_thread_answers_comes_back():
     transport = ThreadTransport(lambda ask: ask.observation * 2)
-    guard = Guard(transport, POSE, wait=30, hz=1)
+    guard = Guard(transport, dataclasses.replace(POSE, hz=1), wait=30)
     command = guard.step(np.array([0.1, 0.2, 0.3, 0.5]))
     assert command.source == "answer" and command.action.tolist() == [0.2, 0.4, 0.6, 1.0]
     guard.close()
@@ -817,3 +819,12 @@ def test_a_step_of_another_shape_is_no_step():
     with pytest.raises(ValueError, match="start"):
         bench.guard.reset([1, 2])
     assert not bench.asked and not bench.lines
+
+
+def test_another_rate_than_the_contract_is_a_warning():
+    with pytest.warns(UserWarning, match="hz=20: these actions are 10 a second.* 2 times as fast"):
+        Guard(lambda observation: np.zeros(4), POSE, hz=20).close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Guard(lambda observation: np.zeros(4), POSE, hz=10).close()
+        Guard(lambda observation: np.zeros(4), POSE).close()

@@ -5,6 +5,7 @@ import itertools
 import math
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -36,7 +37,7 @@ class Guard:
         transport: A function observation -> actions, (A,), (K, A) or an object with `.actions`, called in a thread of
             its own (give it a timeout); or a `Transport`.
         spec: What the numbers of an action mean; None: unknown.
-        hz: Steps in a second. Default: that of `spec`.
+        hz: Steps in a second. Default: that of `spec`; another is a warning, as the robot moves so much faster.
         max_age: Seconds. An action acts from `max_age` before to `max_age` after it is due; action i of an answer is
             due i periods after its observation was seen. Default: two control periods.
         wait: Seconds that `step` waits for the answer to its own observation. Default: half a control period; 0 where
@@ -90,6 +91,12 @@ class Guard:
         hz = spec.hz if hz is None and spec is not None else hz
         if hz is None or not 0 < hz < math.inf:
             raise ValueError(f"hz={hz}: expected the steps of the control loop in a second, above 0.")
+        if spec is not None and spec.hz is not None and not math.isclose(hz, spec.hz):
+            warnings.warn(
+                f"hz={hz:g}: these actions are {spec.hz:g} a second, by their contract. At {hz:g} a robot moves "
+                f"{hz / spec.hz:.3g} times as fast. Leave hz out, or give a spec with the hz that the model learned.",
+                stacklevel=2,
+            )
         self.period = 1.0 / hz
         self.max_age = _seconds("max_age", max_age, 2 * self.period, 0.0)
         self.wait = _seconds("wait", wait, self.period / 2, 0.0)
