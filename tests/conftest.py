@@ -15,10 +15,6 @@ from functools import partial
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Thread pools of parallel test workers would fight for the same cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Processes that are started from here on, the test workers among them, keep the memory of tensors that are gone: else
-# the system takes it back and hands it out again page by page, each filled with zeros, a tenth of the time.
-os.environ.setdefault("MALLOC_MMAP_MAX_", "0")
-os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**32))
 
 import processes  # noqa: E402 - after the environment is set
 import pytest  # noqa: E402
