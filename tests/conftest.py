@@ -111,6 +111,14 @@ def small_policy(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def small_base(request, small_policy):
+    """`BASE` of a module is the small policy."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(request.module, "BASE", small_policy)
+        yield
+
+
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory):
     """Statistics of datasets are cached: not where the user's are."""

@@ -34,15 +34,8 @@ DEMOS = Path(__file__).parent / "fixtures" / "demos"
 FORMATS = {"lerobot": "lerobot_image", "rlds": "rlds/metaworld_demo", "hdf5": "hdf5"}
 SPLITS = {"rlds": "val"}  # the others have one split only
 IMAGE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-BASE = ROOT
-
-
-@pytest.fixture(autouse=True, scope="module")
-def small_base(small_policy):
-    """What is trained is small where a test names no model."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(globals(), "BASE", small_policy)
-        yield
+BASE = ROOT  # until `small_base`: what is trained where a test names no model
+pytestmark = pytest.mark.usefixtures("small_base")
 
 
 def options(output: Path, dataset: Path | str = DEMOS / "lerobot_image", **changes) -> FinetuneOptions:

@@ -30,16 +30,8 @@ pytest.importorskip("peft", reason="training needs the [train] extra")
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "processor_config.json")
-
-BASE = ROOT
-
-
-@pytest.fixture(autouse=True, scope="module")
-def small_base(small_policy):
-    """What is trained is small where a test names no model."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(globals(), "BASE", small_policy)
-        yield
+BASE = ROOT  # until `small_base`: what is trained where a test names no model
+pytestmark = pytest.mark.usefixtures("small_base")
 
 
 def demos(file: Path, scale: float = 1.0, episodes: int = 3) -> Path:
