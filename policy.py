@@ -234,8 +234,8 @@ def load_model(
 
     Args:
         dtype: "auto": as the weights are stored.
-        quantization: Of the language model, rounded while it is read. "int8": fast on a CPU; "int4": small; "fp8": for
-            batches on a GPU that multiplies such; "bnb-int8" and "bnb-nf4": those of bitsandbytes. None: as the folder
+        quantization: Of the language model, rounded while it is read. "int8": fast on a CPU; "int4": small; "fp8": fast
+            on a GPU that multiplies such; "bnb-int8" and "bnb-nf4": those of bitsandbytes. None: as the folder
             says.
         variant: What the folder does not tell, of a model of OpenVLA-OFT, see `from_pretrained`.
 

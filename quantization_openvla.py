@@ -93,7 +93,7 @@ class OpenVLAQuantizationConfig(QuantizationConfigMixin):
 
     Args:
         bits: 8: the fast ones on a CPU, where activations have 8 bits as well. 4: the small ones. "fp8": floats of 8
-            bits, for batches on a GPU that multiplies them.
+            bits, fast on a GPU that multiplies them.
         modules_to_not_convert: Parts that stay as they are. Default: towers, projectors, heads and lm_head; the last
             two stay in any case.
 
