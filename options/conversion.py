@@ -94,8 +94,8 @@ class QuantizeOptions(OverwriteOptions):
     bits: Literal[8, 4, "fp8"] = option(
         8,
         "8: fast on a CPU, where activations are rounded as well. 4: small; only weights are rounded, in groups of 64. "
-        "fp8: floats of 8 bits, fast on a GPU that multiplies such (activations are rounded as well), no "
-        "gain for one sample there and slow elsewhere.",
+        "fp8: floats of 8 bits, fast on a GPU that multiplies such (activations are rounded as well), "
+        "slow elsewhere.",
     )
     towers: bool = option(False, "Quantize vision towers and projector as well, not the language model alone.")
     dtype: SavedDtype | None = option(None, "Type of all other weights, and of the activations.", shown="as stored")

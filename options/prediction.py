@@ -65,7 +65,7 @@ class ModelOptions(VariantOptions):
     quantization: Literal["int8", "int4", "fp8", "bnb-int8", "bnb-nf4"] | None = option(
         None,
         "Load the language model with fewer bits. int8: fast on a CPU; int4: small; fp8: fast on a GPU "
-        "that multiplies such (compute capability 8.9 or more), no gain for one sample; folders of these: quantize. "
+        "that multiplies such (compute capability 8.9 or more); folders of these: quantize. "
         "bnb-int8, bnb-nf4: those of bitsandbytes.",
     )
 
