@@ -700,3 +700,15 @@ def test_a_guard_of_a_model_that_does_not_say_what_its_actions_mean():
         assert guard.state is State.DEGRADED
         guard.close()
         assert client.guard(fallback="hold").fallback == "hold"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"timeout": "10"}, {"timeout": 0}, {"timeout": np.nan}, {"timeout": 1e6}, {"wait": "60"}, {"wait": np.nan},
+     {"wait": -1}, {"quality": "95"}, {"quality": 0}, {"images": "gif"}],
+)  # fmt: skip
+def test_options_of_a_client_are_checked_before_it_connects(options):
+    """A wait of NaN never ended."""
+    (name,) = options
+    with pytest.raises(ValueError, match=f"^{name}=.*expected"):
+        connect("ws://127.0.0.1:9", **options)

@@ -828,3 +828,11 @@ def test_another_rate_than_the_contract_is_a_warning():
         warnings.simplefilter("error")
         Guard(lambda observation: np.zeros(4), POSE, hz=10).close()
         Guard(lambda observation: np.zeros(4), POSE).close()
+
+
+@pytest.mark.parametrize("name", ["hz", "max_age", "wait", "stalled_after", "dead_after"])
+@pytest.mark.parametrize("given", ["20", np.nan, np.inf, -1, True])
+def test_seconds_and_rates_are_finite_numbers(name, given):
+    options = {"hz": 10, name: given}
+    with pytest.raises(ValueError, match=f"^{name}=.*expected"):
+        Guard(lambda observation: np.zeros(4), POSE, **options)

@@ -16,6 +16,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 
+from .checks import seconds
 from .connection import Address, Connection, get, open_connection, parsed, refuse_redirect
 from .errors import BadAnswer, NoAnswer, NotReached, Refused
 from .messages import FORMATS, Answer, ServerInfo, encoded, read_answer, read_refusal, request
@@ -42,12 +43,12 @@ class Settings:
     quality: int = 95
 
     def __post_init__(self) -> None:
-        if not 0 < self.timeout < 86400:
-            raise ValueError(f"timeout={self.timeout}: expected seconds, above 0.")
+        if seconds("timeout", self.timeout, zero=False) >= 86400:
+            raise ValueError(f"timeout={self.timeout}: expected less than a day of seconds.")
         if self.images not in FORMATS:
             raise ValueError(f"images={self.images!r}: expected one of {', '.join(FORMATS)}.")
-        if not 1 <= self.quality <= 100:
-            raise ValueError(f"quality={self.quality}: expected 1 to 100.")
+        if not isinstance(self.quality, int) or not 1 <= self.quality <= 100:
+            raise ValueError(f"quality={self.quality!r:.100}: expected a whole number, 1 to 100.")
 
 
 class AsyncClient:
@@ -78,7 +79,7 @@ class AsyncClient:
         Raises:
             NotReached, Refused, NoAnswer, BadAnswer: See `Client`.
         """
-        end = time.monotonic() + wait
+        end = time.monotonic() + seconds("wait", wait)
         while True:
             try:
                 async with self._in_time(self.settings.timeout):
@@ -195,8 +196,7 @@ class _InTime:
     """Whatever takes longer raises `NoAnswer`."""
 
     def __init__(self, timeout: float, url: str):
-        if not timeout > 0:
-            raise ValueError(f"timeout={timeout}: expected seconds, above 0.")
+        seconds("timeout", timeout, zero=False)
         self._timeout, self._seconds, self._url = asyncio.timeout(timeout), timeout, url
 
     async def __aenter__(self) -> None:

@@ -15,8 +15,9 @@ import numpy as np
 
 from .action_spec import ActionSpec
 from .audit import digest as content_digest
+from .checks import is_number, numbers, seconds
 from .command import Command, NoAction, State, held
-from .limits import Limits, numbers
+from .limits import Limits
 from .plan import EPSILON, Early, Plan, Stale
 from .sleep import Sleep
 from .transport import Ask, Transport, called
@@ -89,8 +90,8 @@ class Guard:
         slept: Callable[[], float] | None = None,
     ):
         hz = spec.hz if hz is None and spec is not None else hz
-        if hz is None or not 0 < hz < math.inf:
-            raise ValueError(f"hz={hz}: expected the steps of the control loop in a second, above 0.")
+        if not is_number(hz) or not 0 < hz < math.inf:
+            raise ValueError(f"hz={hz!r:.100}: expected the steps of the control loop in a second, above 0.")
         if spec is not None and spec.hz is not None and not math.isclose(hz, spec.hz):
             warnings.warn(
                 f"hz={hz:g}: these actions are {spec.hz:g} a second, by their contract. At {hz:g} a robot moves "
@@ -98,10 +99,12 @@ class Guard:
                 stacklevel=2,
             )
         self.period = 1.0 / hz
-        self.max_age = _seconds("max_age", max_age, 2 * self.period, 0.0)
-        self.wait = _seconds("wait", wait, self.period / 2, 0.0)
-        self.stalled_after = _seconds("stalled_after", stalled_after, max(5 * self.period, self.max_age), self.max_age)
-        self.dead_after = _seconds("dead_after", dead_after, max(5.0, 2 * self.stalled_after), self.stalled_after)
+        self.max_age = seconds("max_age", 2 * self.period if max_age is None else max_age)
+        self.wait = seconds("wait", self.period / 2 if wait is None else wait)
+        usual = max(5 * self.period, self.max_age)
+        self.stalled_after = seconds("stalled_after", usual if stalled_after is None else stalled_after, self.max_age)
+        usual = max(5.0, 2 * self.stalled_after)
+        self.dead_after = seconds("dead_after", usual if dead_after is None else dead_after, self.stalled_after)
         self.fallback = ("raise" if spec is None else "hold") if fallback is None else fallback
         if self.fallback not in ("hold", "raise"):
             raise ValueError(f"fallback={fallback!r}: expected 'hold' or 'raise'.")
@@ -351,10 +354,3 @@ class Guard:
                 return Command(action, "hold", self.state, age, reason=reason)
             reason += " (and nothing was executed that could be held: reset(start=...) says it)"
         return Command(None, "none", self.state, age, reason=reason)
-
-
-def _seconds(name: str, given: float | None, default: float, least: float) -> float:
-    value = default if given is None else given
-    if not least <= value < math.inf:
-        raise ValueError(f"{name}={given}: expected {least:g} seconds or more.")
-    return value

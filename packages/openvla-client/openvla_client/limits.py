@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .action_spec import ActionSpec
+from .checks import is_number
 
 
 @dataclass(frozen=True)
@@ -35,15 +36,15 @@ class Limits:
         if not isinstance(self.refuse, bool):
             raise ValueError(f"refuse={self.refuse!r:.100}: expected True or False.")
         for name, step in self.step.items():
-            if not (_is_number(step) and step > 0):
+            if not (is_number(step) and step > 0):
                 raise ValueError(f"step={{{name!r}: {step!r}}}: expected the largest change of one step, above 0.")
         for name, bounds in self.place.items():
-            pair = isinstance(bounds, Sequence | np.ndarray) and len(bounds) == 2 and all(map(_is_number, bounds))
+            pair = isinstance(bounds, Sequence | np.ndarray) and len(bounds) == 2 and all(map(is_number, bounds))
             # No place at all is within (inf, inf): an action would be cut to it.
             if not (pair and bounds[0] <= bounds[1] and bounds[0] < math.inf and bounds[1] > -math.inf):
                 raise ValueError(f"place={{{name!r}: {bounds!r}}}: expected (lowest, highest).")
         for name, turn in self.turn.items():
-            if not (_is_number(turn) and 0 < turn < math.inf) or name not in self.step or name in self.place:
+            if not (is_number(turn) and 0 < turn < math.inf) or name not in self.step or name in self.place:
                 raise ValueError(
                     f"turn={{{name!r}: {turn!r}}}: expected a full turn, above 0, of an angle whose step is limited "
                     "and whose place is not: within a place there is no way round."
@@ -132,21 +133,3 @@ class Limits:
             certain.append(action)
             last, position = action, None
         return np.array(certain).reshape(-1, actions.shape[1])
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
-
-
-def numbers(given: Sequence[float] | np.ndarray | None, name: str, dims: int, finite: bool = True) -> np.ndarray | None:
-    """(A,) float64 of what a caller gave, or None.
-
-    Raises:
-        ValueError: If it has another shape or, where that is asked, is not finite.
-    """
-    if given is None:
-        return None
-    array = np.array(given, dtype=np.float64)
-    if array.shape != (dims,) or (finite and not np.isfinite(array).all()):
-        raise ValueError(f"{name}={given!r:.200}: expected {dims} {'finite ' if finite else ''}numbers.")
-    return array
