@@ -30,9 +30,11 @@ from .files_openvla import QUIET, check_file, local_folder, read_json
 COMPONENTS = ("action_head", "noisy_action_projector", "proprio_projector", "vision_backbone")
 ADAPTER = "lora_adapter"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = f"{ADAPTER}/adapter_config.json", f"{ADAPTER}/adapter_model.safetensors"
+FILM_WRAPPED = "vision_backbone.vision_backbone."  # how an adapter names towers with FiLM
 HEAD_PREFIXES = {"model.": "l1_regression", "noise_predictor.mlp_resnet.": "diffusion"}  # by the names of their tensors
 # What no file says: by the numbers of an action (LIBERO 7, ALOHA 14) and of the state (None: no state is seen)
 CHUNKS = {7: 8, 14: 25}
+BRIDGE = (7, 7)  # an action and a state of seven numbers: 5 steps
 BOUNDS = (14,)  # normalized by min and max, others by q01 and q99
 CAMERAS = {
     None: ["full_image"],
@@ -185,7 +187,9 @@ class OFTFolder:
         state = None
         if "proprio_projector" in self.files:
             state = self._part("proprio_projector")["proprio_projector.fc1.weight"].shape[1]
-        chunk = given.get("action_chunk") or CHUNKS.get(action_dim or 0)
+        self._check_towers()
+        platform = 5 if (action_dim, state) == BRIDGE else CHUNKS.get(action_dim or 0)
+        chunk = given.get("action_chunk") or platform
         if chunk is None:
             raise ValueError(
                 f"'{self.folder}': nothing says how many steps one prediction is for, and actions of {action_dim} "
@@ -245,6 +249,21 @@ class OFTFolder:
             f"'{file}' holds no head of OpenVLA-OFT (tensors {', '.join(list(tensors)[:3])}, ...): expected names that "
             f"begin with {' or '.join(HEAD_PREFIXES)}."
         )
+
+    def _check_towers(self) -> None:
+        """Raise a `FileNotFoundError` if the adapter, merged or not, was trained with FiLM and the towers are missing:
+        those among the weights are of the base, without it."""
+        file = self.folder / ADAPTER_WEIGHTS
+        if "vision_backbone" in self.files or not file.is_file():
+            return
+        names: list[str] = []
+        with suppress(SafetensorError, OSError), safe_open(file, framework="pt") as tensors:  # merged: not needed else
+            names = list(tensors.keys())
+        if wrapped := next((name for name in names if FILM_WRAPPED in name), None):
+            raise FileNotFoundError(
+                f"'{self.folder}' was trained with FiLM ('{file}' has {wrapped}), and its vision_backbone--*.pt, which "
+                "holds the towers, is missing: copy it here."
+            )
 
     def _statistics(self, given: Mapping[str, Any] | None) -> dict[str, Any]:
         file = self.folder / "dataset_statistics.json"

@@ -19,7 +19,7 @@ from .checks import check_clipped, check_converted, odd_grippers
 from .dataset import OnError
 from .dimensions import parse_absolute, parse_grippers, parse_mask
 from .mixture import check_weight
-from .recording import Recording, open_recording
+from .recording import Recording, fit_state, open_recording
 from .samples import model_cameras
 from .source import CHUNK_ENDS, Source
 from .survey import Survey, content_key, load_survey, store_survey, take_survey
@@ -126,7 +126,9 @@ def open_source(
         on_error=on_error,
         reader=_reader_options(reader, reader_options),
     )
-    given = None if statistics is None else given_statistics(statistics, recording.name)
+    given = None
+    if statistics is not None:
+        given = fit_state(given_statistics(statistics, recording.name), recording, sees_state)
     if given is not None and scaled is not None:
         raise ValueError(f"{recording.name}: the statistics given have a mask of their own; leave mask out.")
     by_name = normalization if isinstance(normalization, Mapping) else {recording.name: normalization}

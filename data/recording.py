@@ -23,6 +23,7 @@ from .prepare import PreparedDataset
 
 VALIDATION_SPLITS = ("val", "valid", "validation")
 ENOUGH_EPISODES = 5  # to hold one out
+LIBERO_STATE, LIBERO_ZERO = 8, 6  # numbers that LIBERO's simulator gives; where OpenVLA's layout has a zero among them
 
 
 class UntrainableError(ValueError):
@@ -181,6 +182,27 @@ def open_recording(
     )
 
 
+def _is_padded(standardize: str | None) -> bool:
+    """Whether a standardization fills the state up with a column of zeros that a model which sees states is not
+    shown."""
+    return standardize is not None and standardize.startswith("libero_")
+
+
+def fit_state(statistics: Mapping[str, Any], recording: Recording, sees_state: bool) -> dict[str, Any]:
+    """Statistics as this recording is read, with or without the column of zeros that fills up the states of LIBERO:
+    other ones of the same data, OpenVLA-OFT's among them, may have been made the other way."""
+    proprio: Mapping[str, Any] = statistics.get("proprio") or {}
+    width = len(proprio.get("q01", ()))
+    if not _is_padded(recording.standardize) or width != (LIBERO_STATE + 1 if sees_state else LIBERO_STATE):
+        return dict(statistics)
+    columns = {name: list(values) for name, values in proprio.items() if len(values) == width}
+    if sees_state and any(values[LIBERO_ZERO] for name, values in columns.items() if name != "mask"):
+        return dict(statistics)
+    for name, values in columns.items():
+        values[LIBERO_ZERO : LIBERO_ZERO + sees_state] = [] if sees_state else [name == "mask" or 0.0]
+    return {**statistics, "proprio": {**proprio, **columns}}
+
+
 def split_boundary(episodes: int, held_out: float) -> int | None:
     """Where the episodes to train on end: at 95% for a `held_out` of 0.05, rounded as tensorflow_datasets does (half to
     even). None where nothing is held out.
@@ -229,7 +251,7 @@ def _layout_options(
     if standard.layout is None:
         return camera, camera_names, {}
     keys = standard.layout.state_obs_keys
-    if sees_state and standard.name.startswith("libero_"):
+    if sees_state and _is_padded(standard.name):
         keys = [key for key in keys if key is not None]
     preset: dict[str, Any] = {"state_key": keys}
     views = standard.layout.image_obs_keys

@@ -23,7 +23,8 @@ def report_statistics(options: StatsOptions) -> Iterator[str]:
             check_statistics_file(output)
         if plot is not None:
             check_plot(plot)
-        given = {**source_options(options), "keep_unlabeled": True}
+        # What a model that sees states is shown: nobody else reads their statistics.
+        given = {**source_options(options), "keep_unlabeled": True, "sees_state": True}
         sources = open_sources(options.dataset, data_root=options.data_root, progress=True, **given)
         for source in sources:
             yield f"{source.report()}\n{statistics_table(source.statistics, source.names, source.state_names)}"

@@ -126,6 +126,34 @@ def test_what_no_file_says_can_be_given(saved):
         OpenVLAConfig.from_pretrained(saved / "libero-l1", camera_names="full_image,wrist_image")
 
 
+def test_seven_numbers_of_state_are_those_of_bridge(broken):
+    """Its chunks are of five steps; those of LIBERO, eight, would be read out of the wrong places."""
+    folder = broken("libero-l1")
+    rewrite(next(folder.glob("proprio_projector--*")), lambda t: t.update({"module.fc1.weight": torch.randn(16, 7)}))
+    config = OpenVLAConfig.from_pretrained(folder, camera_names=["full_image"])
+    assert (config.proprio_dim, config.action_dim, config.action_chunk) == (7, 7, 5)
+    assert OpenVLAConfig.from_pretrained(folder, camera_names=["full_image"], action_chunk=8).action_chunk == 8
+
+
+def test_the_discrete_variant_with_a_state(saved, broken, tmp_path):
+    """Nothing but the head has to be said; the state is seen, as in its training (the original's evaluation leaves it
+    out)."""
+    folder = broken("libero-discrete")
+    shutil.copy(next((saved / "libero-l1").glob("proprio_projector--*")), folder)
+    refused(folder, r"proprio_projector--150000_checkpoint.pt. without an action_head.*action_head='parallel_tokens'")
+    told = {"action_head": "parallel_tokens", "timm_model_kwargs": TIMM}
+    model = OpenVLAForActionPrediction.from_pretrained(folder, dtype=torch.float32, **told).eval()
+    assert (model.camera_names, model.config.proprio_dim) == (["full_image", "wrist_image"], 8)
+    out = convert_oft_checkpoint(folder, tmp_path / "out", **told)
+    again = OpenVLAForActionPrediction.from_pretrained(out, dtype=torch.float32).eval()
+    images, key = dict(zip(model.camera_names, IMAGES)), next(iter(model.norm_stats))
+    answers = [
+        one.predict_action(images, INSTRUCTION, unnorm_key=key, state=state)
+        for one, state in ((model, STATES[8]), (again, STATES[8]), (model, -STATES[8]))
+    ]
+    assert np.array_equal(answers[0], answers[1]) and not np.array_equal(answers[0], answers[2])
+
+
 def test_the_discrete_variant_is_taken_for_an_ordinary_model_unless_it_is_named(saved):
     config = OpenVLAConfig.from_pretrained(saved / "libero-discrete")
     assert (config.action_head, config.action_chunk, config.camera_names) == ("tokens", 1, ["primary"])
@@ -404,6 +432,18 @@ def test_film_without_the_strength_of_its_adapter(broken):
     folder = broken("aloha-film-l1")
     (folder / "lora_adapter/adapter_config.json").unlink()
     refused(folder, "No lora_adapter/adapter_config.json", FileNotFoundError)
+
+
+def test_film_without_its_towers(saved, broken, tmp_path):
+    """Those among the weights are of the base, and without FiLM: the folder was loaded as one that never had it."""
+    folder = broken("aloha-film-l1")
+    next(folder.glob("vision_backbone--*")).unlink()
+    adapter = load_file(folder / ADAPTER)
+    tower = "base_model.model.vision_backbone.vision_backbone.featurizer.blocks.0.block.attn.proj.lora_A.weight"
+    save_file(adapter | {tower: torch.ones(32, 16)}, folder / ADAPTER)
+    refused(folder, r"was trained with FiLM .*its vision_backbone--\*.pt, .* is missing", FileNotFoundError)
+    (folder / ADAPTER).write_bytes(b"")  # of a merged folder it is not needed
+    assert OpenVLAConfig.from_pretrained(folder).use_film is False
 
 
 def test_an_adapter_of_another_training(saved, broken):

@@ -182,6 +182,25 @@ def test_parameters_of_the_published_models(preset, parameters):
     assert config.text_config.use_cache is True  # the caller's config stays as it was
 
 
+def test_what_learns_of_openvla_oft():
+    """Adapters, head, state and FiLM of the 7B model, as the original counts them."""
+    config = load_preset_config("openvla-7b")
+    vars(config).update(action_head="l1_regression", action_dim=7, proprio_dim=8, use_film=True)
+    model = build(config, "lora", rank=32)
+    learns = {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    def counted(part: str) -> int:
+        return sum(size for name, size in learns.items() if part in name)
+
+    film = counted(".scale.") + counted(".shift.")
+    assert (counted(".action_head."), counted(".proprio_projector."), film) == (151_117_831, 16_818_176, 456_241_920)
+    assert counted(".lora_") == 110_828_288 == sum(learns.values()) - 151_117_831 - 16_818_176 - 456_241_920
+    adapted = {name.partition(".lora_A")[0].rpartition(".")[2] for name in learns if ".lora_A" in name}
+    of_words = {f"{kind}_proj" for kind in ("q", "k", "v", "o", "gate", "up", "down")} | {"lm_head"}
+    assert adapted == of_words | {"fc1", "fc2", "fc3", "qkv", "proj", "q", "kv"}
+    assert any("patch_embed.proj.lora_A" in name for name in learns)
+
+
 def test_the_program_is_imported_once():
     """`python -m openvla.training.plan` warns where the package has imported the module before it runs it."""
     done = run("import sys, openvla.training; print('openvla.training.plan' in sys.modules)")

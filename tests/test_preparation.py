@@ -1,6 +1,7 @@
 """What is known of a run before weights are read: whatever it would stop for is said by the dry run."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,9 +10,12 @@ import numpy as np
 import pytest
 from data_files import jpeg, own_rlds
 
+from openvla import OpenVLAConfig
 from openvla.action_spec import action_names
 from openvla.data import PythonDataset
+from openvla.data.report import report_statistics
 from openvla.data.sources import open_source
+from openvla.options.datasets import StatsOptions
 from openvla.training import FinetuneOptions, plan_run, preparation
 from openvla.training.preparation import Run, num_patches, prepare, proprio_dim, text_tokens
 
@@ -69,6 +73,52 @@ def test_the_state_of_libero_is_what_its_simulator_gives(tmp_path, monkeypatch):
     other = open_source(folder, state_key=["EEF_state"])
     with pytest.raises(ValueError, match=r"has states of 6 numbers; expected 8 \(--state-key says which"):
         proprio_dim(made, [other], run.config)
+
+
+def test_statistics_of_libero_with_and_without_the_zero(tmp_path):
+    """Those of OpenVLA-OFT have eight numbers of state, OpenVLA's layout nine: either is taken by a model that sees
+    states and by one that does not. `openvla stats` writes the eight."""
+    folder = Path(__file__).parent / "fixtures" / "oxe_rlds" / "libero_spatial_no_noops"
+    own = {sees: open_source(folder, sees_state=sees).statistics for sees in (True, False)}
+    for sees, other in ((True, False), (False, True)):
+        assert open_source(folder, sees_state=sees, statistics=own[other]).statistics == own[sees]
+        masked = {**own[other], "proprio": {**own[other]["proprio"], "mask": [True] * (8 if other else 9)}}
+        assert len(open_source(folder, sees_state=sees, statistics=masked).statistics["proprio"]["mask"]) == 9 - sees
+    filled = {**own[False], "proprio": {**own[False]["proprio"], "max": [1.0] * 9}}
+    with pytest.raises(ValueError, match="states have 8 dimensions, the proprio statistics given 9"):
+        open_source(folder, sees_state=True, statistics=filled)
+    written = tmp_path / "dataset_statistics.json"
+    assert list(report_statistics(StatsOptions(dataset=str(folder), output=written)))
+    (content,) = json.loads(written.read_text()).values()
+    assert content["proprio"] == own[True]["proprio"]
+
+
+def test_states_that_are_zero(tmp_path):
+    """Their statistics are those of a dataset without states, and that is what was said of them."""
+    data = dataset(*(episode() | {"state": np.zeros((10, 8))} for _ in range(2)))
+    with pytest.raises(ValueError, match=r"'mine' has states that are 0 in every step, .*--state-key"):
+        prepare(options(tmp_path, proprio=True), data=data)
+
+
+def test_a_head_that_stays(tmp_path):
+    """What `add_parts` refuses once the weights are read, a dry run passed over."""
+    config = OpenVLAConfig.from_pretrained(ROOT, action_head="l1_regression", action_dim=4, action_chunk=2)
+    config.prefix_training = 1
+    model = Path(shutil.copytree(ROOT, tmp_path / "model", ignore=lambda _, names: {
+        name for name in names if not name.startswith(("tokenizer", "processor_config", "dataset_stat"))}))  # fmt: skip
+    config.save_pretrained(model)
+    for head, message in (
+        ("tokens", r"head='tokens': the model has action_head='l1_regression'.*give head='l1_regression'"),
+        ("diffusion", "head='diffusion': the model has action_head='l1_regression'"),
+        (None, r"is for actions of 4 numbers, those of the data have 7: .*--action-key"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prepare(options(tmp_path, model=str(model), head=head), data=dataset(episode()))
+    config.action_dim = 7
+    config.save_pretrained(model)
+    for given in (None, 1):
+        made = prepare(options(tmp_path, model=str(model), prefix_training=given), data=dataset(episode()))
+        assert any("--prefix-training 1 keeps it" in warning for warning in made.warnings) is (given is None)
 
 
 def test_no_words_at_all(tmp_path):

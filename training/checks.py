@@ -17,7 +17,15 @@ from ..processing_openvla import OpenVLAProcessor
 
 GOOD_L1 = 0.01  # normalized; half a bin is 0.004
 
-__all__ = ["check_cameras", "check_data", "check_images", "check_relearned", "check_result", "check_statistics"]
+__all__ = [
+    "check_cameras",
+    "check_data",
+    "check_head",
+    "check_images",
+    "check_relearned",
+    "check_result",
+    "check_statistics",
+]
 
 
 class DivergedError(ValueError):
@@ -50,13 +58,19 @@ def check_statistics(
 
 
 def check_relearned(before: OpenVLAConfig, now: OpenVLAConfig, sources: Sequence[Source]) -> list[str]:
-    """Where a model of chunks, or of units of min and max, is to learn other ones, as a recipe or a default has it."""
+    """Where a model of chunks, of given steps, or of units of min and max is to learn others, as a recipe or a default
+    has it."""
     found = []
     if before.action_chunk > 1 and now.action_chunk != before.action_chunk:
         found.append(
             f"the model predicts chunks of {before.action_chunk}, and learns "
             f"{f'chunks of {now.action_chunk}' if now.action_chunk > 1 else 'single actions'} now: "
             f"--chunk {before.action_chunk} keeps its own."
+        )
+    if before.prefix_training and not now.prefix_training:
+        found.append(
+            f"the model learned to continue {before.prefix_training} given steps (--chunking prefix), and learns that "
+            f"no longer: --prefix-training {before.prefix_training} keeps it."
         )
     learned = {before.normalization.get(name, "bounds_q99") for name in before.norm_stats or {}}
     if learned == {"bounds"}:
@@ -67,6 +81,21 @@ def check_relearned(before: OpenVLAConfig, now: OpenVLAConfig, sources: Sequence
             if source.normalization != "bounds"
         ]
     return found
+
+
+def check_head(before: OpenVLAConfig, now: OpenVLAConfig) -> None:
+    """Raise a `ValueError` where a model has a head of one pass, or one for other actions, than it is to learn: it is
+    added to a model (`add_parts`), and not taken out of it."""
+    if before.action_head not in ("tokens", now.action_head):
+        raise ValueError(
+            f"head='{now.action_head}': the model has action_head='{before.action_head}', which stays: give "
+            f"head='{before.action_head}', or begin with a model of tokens."
+        )
+    if before.action_dim not in (None, now.action_dim):
+        raise ValueError(
+            f"The head of the model ('{now.action_head}') is for actions of {before.action_dim} numbers, those of the "
+            f"data have {now.action_dim}: choose them with action_key (--action-key), or begin with a model without it."
+        )
 
 
 def check_images(processor: OpenVLAProcessor, config: OpenVLAConfig) -> list[str]:

@@ -28,7 +28,7 @@ from ..hub import config_of
 from ..options.training import FinetuneOptions
 from ..processing_openvla import OpenVLAProcessor
 from .checkpoints import starting_point, starting_processor
-from .checks import check_cameras, check_data, check_images, check_relearned, check_statistics
+from .checks import check_cameras, check_data, check_head, check_images, check_relearned, check_statistics
 from .resume import check_output
 from .step_cost import TEXT_TOKENS
 
@@ -177,6 +177,7 @@ def prepare(options: FinetuneOptions, processes: int = 1, data: Any = None) -> R
             "without that, leave it out."
         )
     config.check_fields()
+    check_head(before, config)
     processor = starting_processor(base, adapter)
     processor.camera_names = list(config.camera_names)
     # The pixels of the original's training; who trained with random crops is shown the center (docs/training.md).
@@ -203,6 +204,7 @@ def prepare(options: FinetuneOptions, processes: int = 1, data: Any = None) -> R
         config.proprio_dim = proprio_dim(options, sources, config)
     if config.action_head in HEADS_WITH_WEIGHTS:
         config.action_dim = sources[0].action_dim
+        check_head(before, config)
     run = Run(options, sources, config, processor, processes, relearned)
     check_same_action_dim(run.statistics, list(run.statistics))
     for source in sources:
@@ -222,8 +224,12 @@ def proprio_dim(options: FinetuneOptions, sources: Sequence[Source], config: Ope
     for name, dim in dims.items():
         if not dim or dim != expected:
             found = f"states of {dim} numbers" if dim else "no states (--state-key names them), or not in every episode"
+            source = next(source for source in sources if source.name == name)
+            first = next(iter(source.dataset), None)
             if not dim and options.statistics is not None:
                 found += ", or the statistics given have none of them"
+            elif not dim and first is not None and first.state is not None and not first.state.any():
+                found = "states that are 0 in every step, from which nothing can be learned (--state-key names others)"
             way_out = "" if not dim else " (--state-key says which of them), or begin with a model without a state"
             raise ValueError(
                 f"The model is to see the state, and '{name}' has {found}; expected {expected or 'some'}{way_out}."
