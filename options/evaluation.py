@@ -163,8 +163,9 @@ class EvaluateOptions(ClosedLoopOptions):
     chunking: Literal["switch", "hold", "ensemble", "prefix"] | None = option(
         None,
         "What becomes of chunks (realtime). switch: the newest answer counts alone. prefix: the model is given the "
-        "actions that are executed while it thinks, and continues them. ensemble: the weighted mean of all answers. "
-        "hold: of each chunk the first action, repeated.",
+        "actions that are executed while it thinks, and continues them. ensemble: the weighted mean of all answers, "
+        "number by number: not for absolute angles that pass half a turn. hold: of each chunk the first action, "
+        "repeated.",
         shown="switch",
     )
     execute: int | None = option(
