@@ -13,7 +13,7 @@ from openvla.presets import load_preset_config
 from openvla.training import apply_strategy, qlora_quantization, trainable_parameters
 from openvla.training.muon import make_muon
 from openvla.training.plan import build, config_parameters, estimate, main
-from openvla.training.step_cost import ACTION_SHAPE, SavedBytes, run_step, training_inputs
+from openvla.training.step_cost import ACTION_SHAPE, SavedBytes, run_step, training_inputs, usual_shape
 from openvla.training.strategies import checkpoint_activations
 
 
@@ -173,6 +173,18 @@ def test_flops_of_a_layer_are_those_of_its_formula(config):
     wider.image_token_id += 64
     after = estimate(wider, "full", batch_size=1, text_tokens=TOKENS).flops_per_sample
     assert after - before == 3 * 2 * (make_head(config).num_targets(ACTION_SHAPE) + 1) * text.hidden_size * 64
+
+
+def test_chunks_are_planned_as_the_model_has_them(config):
+    """Without a shape it was one action of seven numbers: too little of a chunk, and a traceback for other sizes."""
+    config = copy.deepcopy(config)
+    vars(config).update(action_head="l1_regression", action_dim=14, action_chunk=25)
+    told = {"shape": (25, 14), "text_tokens": 22 + 25 * 14 + 1}
+    assert estimate(config, "last_layer", batch_size=1) == estimate(config, "last_layer", batch_size=1, **told)
+    vars(config).update(action_head="tokens", action_dim=None, action_chunk=3, norm_stats={})
+    for sizes, expected in (((14,), 14), ((14, 14), 14), ((6, 7), 7), ((), 7)):
+        config.norm_stats = {f"set{number}": {"action": {"q01": [0.0] * size}} for number, size in enumerate(sizes)}
+        assert usual_shape(config) == (3, expected)
 
 
 @pytest.mark.parametrize(("preset", "parameters"), [("openvla-7b", 7_541_237_184), ("openvla-v01-7b", 7_188_124_608)])

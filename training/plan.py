@@ -25,7 +25,7 @@ from ..modeling_openvla import OpenVLAForActionPrediction
 from ..presets import load_preset_config, preset_names
 from ..quantization_openvla import NOT_QUANTIZED
 from .muon import is_orthogonalized
-from .step_cost import ACTION_SHAPE, TEXT_TOKENS, run_step
+from .step_cost import run_step, usual_shape, usual_text
 from .strategies import STRATEGIES, apply_strategy, checkpoint_activations, trainable_parameters
 
 
@@ -86,8 +86,8 @@ def estimate(
     sharded: bool = False,
     gradient_checkpointing: bool = False,
     precision: str = "bf16",
-    text_tokens: int = TEXT_TOKENS,
-    shape: tuple[int, int] = ACTION_SHAPE,
+    text_tokens: int | None = None,
+    shape: tuple[int, int] | None = None,
     optimizer: str = "adamw",
     **options: Any,
 ) -> MemoryEstimate:
@@ -100,8 +100,8 @@ def estimate(
         precision: `"bf16"`: computed in bfloat16; what learns is float32, what is frozen as it is published (bfloat16;
             for qlora 4 bits). `"pure-bf16"`: everything bfloat16, optimizer states included. `"float32"`: everything
             float32.
-        text_tokens: Prompt and answer; image patches come on top.
-        shape: (K, A) of the actions of a sample.
+        text_tokens: Prompt and answer; image patches come on top. Default: a usual instruction with its answer.
+        shape: (K, A) of the actions of a sample. Default: those of the model.
         optimizer: `"adamw"` or `"muon"`.
         options: Of the strategy, such as `rank`.
 
@@ -112,6 +112,8 @@ def estimate(
     check_choice("strategy", strategy, STRATEGIES)
     check_choice("precision", precision, PRECISIONS)
     check_choice("optimizer", optimizer, OPTIMIZERS)
+    shape = usual_shape(config) if shape is None else shape
+    text_tokens = usual_text(config, shape) if text_tokens is None else text_tokens
     for name, value, least in (
         ("batch_size", batch_size, 1),
         ("world_size", world_size, 1),
@@ -261,7 +263,7 @@ def main(argv: list[str] | None = None) -> None:
         "--optimizer", default="adamw", choices=OPTIMIZERS, help="rule of the updates; default: %(default)s"
     )
     parser.add_argument(
-        "--text-tokens", type=int, default=TEXT_TOKENS, help="tokens of a prompt with its action; default: %(default)s"
+        "--text-tokens", type=int, help="tokens of a prompt with its action; default: of a usual instruction"
     )
     parser.add_argument("--rank", type=int, default=32, help="rank of adapters (lora, qlora); default: %(default)s")
     given = vars(parser.parse_args(argv))

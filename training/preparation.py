@@ -30,7 +30,7 @@ from ..processing_openvla import OpenVLAProcessor
 from .checkpoints import starting_point, starting_processor
 from .checks import check_cameras, check_data, check_head, check_images, check_relearned, check_statistics
 from .resume import check_output
-from .step_cost import TEXT_TOKENS
+from .step_cost import usual_text
 
 
 # Learning rates of the paper: adapters, and everything else.
@@ -329,7 +329,7 @@ def text_tokens(run: Run, episodes: int = 8) -> int:
         for episode in dataset.read(picked):
             for text in set(episode.step_instructions or [episode.instruction]):
                 longest = max(longest, len(collator.tokens(text, still)[0]))
-    return longest or TEXT_TOKENS
+    return longest or usual_text(run.config, run.shape)
 
 
 def held_out_frames(run: Run) -> list[Episode]:

@@ -17,7 +17,7 @@ from ..patches_openvla import IGNORE_INDEX
 
 
 ACTION_SHAPE = (1, 7)  # (K, A) where no data says otherwise
-TEXT_TOKENS = 30  # prompt and answer of a usual instruction
+TEXT_TOKENS = 30  # prompt and answer of a usual instruction, where the answer is ACTION_SHAPE
 
 
 @dataclass
@@ -31,6 +31,19 @@ class Step:
     gradients: list[bool]
     largest_unit: int
     largest_learning_unit: int
+
+
+def usual_shape(config: OpenVLAConfig) -> tuple[int, int]:
+    """(K, A) of a model's actions, where no data says: by its head or its statistics, if they agree."""
+    known = [(entry.get("action") or {}).get("q01") or () for entry in (config.norm_stats or {}).values()]
+    sizes = {config.action_dim} if config.action_dim is not None else {len(values) for values in known if values}
+    return config.action_chunk, sizes.pop() if len(sizes) == 1 else ACTION_SHAPE[1]
+
+
+def usual_text(config: OpenVLAConfig, shape: tuple[int, int]) -> int:
+    """Tokens of a usual prompt with an answer of this shape."""
+    head = head_without_weights(config)
+    return TEXT_TOKENS + head.num_targets(shape) - head.num_targets(ACTION_SHAPE)
 
 
 class SavedBytes:
