@@ -77,12 +77,12 @@ def _parse_dims(given: str | int | Sequence[int] | None, option: str) -> tuple[i
     return tuple(dims)
 
 
-def check_grippers(grippers: Sequence[int], dims: int, origin: str) -> tuple[int, ...]:
+def check_dims(given: Sequence[int], dims: int, origin: str, option: str = "gripper_dims") -> tuple[int, ...]:
     """The dimensions counted from 0, each once. Raises ValueError for one that an action does not have."""
-    for dim in grippers:
+    for dim in given:
         if not -dims <= dim < dims:
-            raise ValueError(f"{origin}: gripper_dims={dim}, but actions have {dims} dimensions (0 to {dims - 1}).")
-    return tuple(sorted({dim % dims for dim in grippers}))
+            raise ValueError(f"{origin}: {option}={dim}, but actions have {dims} dimensions (0 to {dims - 1}).")
+    return tuple(sorted({dim % dims for dim in given}))
 
 
 def parse_mask(given: str | Sequence[Any] | None) -> list[bool] | None:

@@ -75,6 +75,15 @@ def removal_report(removed: Mapping[str, Mapping[str, int]]) -> str:
     )
 
 
+def told_the_same(episode: Episode) -> list[slice]:
+    """The steps of an episode that has some, in parts of one instruction each."""
+    texts = episode.step_instructions
+    if texts is None:
+        return [slice(0, len(episode))]
+    changes = [step for step in range(1, len(texts)) if texts[step] != texts[step - 1]]
+    return [slice(start, stop) for start, stop in zip([0, *changes], [*changes, len(texts)], strict=True)]
+
+
 class SelectedImages(CameraImages):
     """Some steps of other frames, decoded on access."""
 

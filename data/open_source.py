@@ -103,7 +103,13 @@ def open_source(
     _check_kinds(bool, keep_unlabeled=keep_unlabeled, cache=cache, progress=progress, sees_state=sees_state)
     _check_kinds(str, format=format, split=split, camera=camera, name=name, gripper=gripper, standardize=standardize)
     check_choice("chunk_end", chunk_end, CHUNK_ENDS)
-    _check_kinds(Real, held_out=held_out, max_action=max_action, max_proprio=max_proprio)
+    _check_kinds(str, frame=frame, unit=unit)
+    _check_kinds(Real, held_out=held_out, max_action=max_action, max_proprio=max_proprio, hz=hz)
+    if not isinstance(action_chunk, int) or isinstance(action_chunk, bool) or action_chunk < 1:
+        raise ValueError(f"action_chunk={action_chunk!r}: expected a positive integer.")
+    names = [] if isinstance(camera_names, str) else list(camera_names)
+    if not names or not all(isinstance(view, str) for view in names) or len({*names}) < len(names):
+        raise ValueError(f"camera_names={camera_names!r}: expected names of cameras, each once: ['primary', 'wrist'].")
     for option, value in (("max_action", max_action), ("max_proprio", max_proprio)):
         if value is not None and not value > 0:
             raise ValueError(f"{option}={value}: expected a number above 0; values are normalized to [-1, 1].")
@@ -172,6 +178,7 @@ def open_source(
         normalization=normalization,
         camera_names=recording.camera_names,
     )
+    _ = source.action_spec  # dimensions and rates that cannot be
     if not source.num_frames:
         raise ValueError(
             f"Nothing is left to train on. {source.report()}\nRelax a filter; where the instructions were not found, "

@@ -10,7 +10,7 @@ import numpy as np
 from ..action_tokenizer import LARGEST
 from ..choices_openvla import check_choice
 from .dataset import EpisodeDataset
-from .dimensions import check_grippers, default_grippers
+from .dimensions import check_dims, default_grippers
 from .episode import DamagedDataError, Episode, MissingKeyError
 from .filters import RAW_FILTERS, apply_filters
 
@@ -97,7 +97,7 @@ class PreparedDataset(EpisodeDataset):
         origin = episode.origin or f"{self.name}, episode {index}"
         dims = episode.actions.shape[1]
         grippers = default_grippers(dims, self.names) if self.gripper_dims is None else self.gripper_dims
-        grippers = check_grippers(grippers, dims, origin)
+        grippers = check_dims(grippers, dims, origin)
         actions, executed = episode.actions.copy(), None if episode.executed is None else episode.executed.copy()
         for values in (actions,) if executed is None else (actions, executed):
             if grippers:

@@ -126,6 +126,9 @@ def open_recording(
         if reader or standardize not in ("auto", "none", None):
             given = sorted(reader) or f"standardize={standardize!r}"
             raise ValueError(f"{given}: an object in Python gives episodes as they are to be trained on, by itself.")
+        if split not in ("train", "all") or format is not None:
+            said = f"split='{split}'" if format is None else f"format='{format}'"
+            raise ValueError(f"{said}: an object in Python has all its episodes and no format, leave it out.")
         plain = open_dataset(location, on_error=on_error) if not isinstance(location, EpisodeDataset) else location
         name = name or plain.name
 

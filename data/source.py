@@ -10,9 +10,9 @@ import numpy as np
 from ..action_spec import ActionSpec, action_names
 from ..action_tokenizer import NORMALIZATIONS, normalize_actions
 from .dataset import EpisodeDataset
-from .dimensions import check_grippers, default_grippers
+from .dimensions import check_dims, default_grippers
 from .episode import Episode
-from .filters import keep_labeled, removal_report
+from .filters import keep_labeled, removal_report, told_the_same
 from .oxe.conversions import droid_moves_raw
 from .samples import model_cameras
 from .statistics import collect, counted
@@ -79,7 +79,7 @@ class Source:
         """Dimensions of an action that are taken for grippers."""
         if self.gripper_dims is None:
             return default_grippers(self.action_dim, self.recorded_names)
-        return check_grippers(self.gripper_dims, self.action_dim, self.name)
+        return check_dims(self.gripper_dims, self.action_dim, self.name)
 
     @property
     def absolute(self) -> np.ndarray:
@@ -91,7 +91,7 @@ class Source:
             absolute = ~np.array(self.statistics["action"].get("mask") or [True] * self.action_dim)
         else:
             absolute = np.zeros(self.action_dim, dtype=bool)
-            absolute[list(check_grippers(self.absolute_dims, self.action_dim, self.name))] = True
+            absolute[list(check_dims(self.absolute_dims, self.action_dim, self.name, "absolute_dims"))] = True
         absolute[list(self.grippers)] = True
         return absolute
 
@@ -152,8 +152,12 @@ class Source:
             moving = np.array(survey.moving if self.keep_unlabeled else survey.moving_labeled)[left]
             counts["standstill"] = {"steps": int((steps[left] - moving).sum()), "episodes": int((moving == 0).sum())}
             steps[left] = moving
-        if self.chunk_end == "drop" and self.action_chunk > 1:  # at least: those left out may be earlier ones
-            inside = np.minimum(steps, np.maximum(np.array(survey.steps) - self.action_chunk + 1, 0))[left]
+        if self.chunk_end == "drop" and self.action_chunk > 1:  # at least: DROID may have left out earlier ones
+            whole = [
+                sum(max(length - self.action_chunk + 1, 0) for length, words in parts if words or self.keep_unlabeled)
+                for parts in survey.parts
+            ]
+            inside = np.minimum(steps, whole)[left]
             gone = int((steps[left] - inside).sum())
             counts["chunk_end"] = {"steps": gone, "episodes": int(((inside == 0) & (steps[left] > 0)).sum())}
         return counts
@@ -237,15 +241,6 @@ class Source:
         if self.max_proprio is None or proprio is None or episode.state is None:
             return False
         return largest_normalized(episode.state, proprio, self.normalization) > self.max_proprio
-
-
-def told_the_same(episode: Episode) -> list[slice]:
-    """The steps of an episode that has some, in parts of one instruction each."""
-    texts = episode.step_instructions
-    if texts is None:
-        return [slice(0, len(episode))]
-    changes = [step for step in range(1, len(texts)) if texts[step] != texts[step - 1]]
-    return [slice(start, stop) for start, stop in zip([0, *changes], [*changes, len(texts)], strict=True)]
 
 
 def statistics_with_spec(source: Source) -> dict[str, Any]:

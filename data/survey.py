@@ -26,7 +26,7 @@ from ..prompts_openvla import has_words
 from .dataset import EpisodeDataset
 from .dimensions import shares
 from .episode import Episode
-from .filters import keep_labeled
+from .filters import keep_labeled, told_the_same
 from .oxe.conversions import droid_moves_raw
 from .recording import Recording
 from .statistics import collect, compute_statistics
@@ -46,6 +46,7 @@ class Survey:
     removed: dict[str, dict[str, int]]  # {raw filter: {"steps", "episodes"}}
     steps: list[int]
     labeled: list[int]  # steps that have an instruction
+    parts: list[list[list[int]]]  # [steps, 1 with an instruction else 0] of each part that has one instruction
     largest_action: list[float]  # magnitude after normalization, before it is clipped
     largest_proprio: list[float]
     moving: list[int]  # steps that the frame filter of DROID keeps; without it all
@@ -72,11 +73,13 @@ def take_survey(
     """
     datasets, droid = recording.everything, recording.standardize == "droid"
     labeled: list[np.ndarray] = []
+    parts: list[list[list[int]]] = []
     instructions: set[str] = set()
 
     def noted(episodes: Iterable[Episode]) -> Iterator[Episode]:
         for episode in episodes:
-            labeled.append(keep_labeled(episode))
+            labeled.append(words := keep_labeled(episode))
+            parts.append([[part.stop - part.start, int(words[part.start])] for part in told_the_same(episode)])
             instructions.update(episode.step_instructions or (episode.instruction,))
             yield episode
 
@@ -119,6 +122,7 @@ def take_survey(
         removed=removed,
         steps=[len(part) for part in actions],
         labeled=[int(words.sum()) for words in labeled],
+        parts=parts,
         largest_action=[largest_normalized(part, units["action"], normalization) for part in actions],
         largest_proprio=[largest_normalized(part, proprio, normalization) for part in states or ()]
         if proprio

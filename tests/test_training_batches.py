@@ -212,6 +212,43 @@ def test_a_chunk_ends_with_its_instruction(chunk_end):
         assert np.array_equal(frame.actions, other.actions)
 
 
+def test_chunks_of_several_instructions_are_counted():
+    """As if an episode had one: a run of which nothing was left began, and ended at its first batch."""
+    told = in_memory(3, 10).episodes
+    for words, episode in zip((["a"] * 4 + ["b"] * 6, ["a"] * 5 + [""] * 5, ["a"] * 10), told):
+        episode["instruction"] = words
+    data = PythonDataset(told, "mine")
+    for unlabeled, expected in ((False, 2 + 1 + 6), (True, 2 + 1 + 1 + 6)):
+        options = {"action_chunk": 5, "chunk_end": "drop", "keep_unlabeled": unlabeled, "held_out": 0}
+        source = open_source(data, **options)
+        frames = [frame for episode in source.dataset for frame in source.frames(episode)]
+        assert source.num_frames == len(frames) == expected
+    with pytest.raises(ValueError, match=r"(?s)Nothing is left to train on.*chunk_end: removed 15 steps, of these 2"):
+        open_source(PythonDataset(told[:2], "mine"), action_chunk=7, chunk_end="drop", held_out=0)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"action_chunk": 0}, "action_chunk=0: expected a positive integer"),
+        ({"action_chunk": "8"}, "action_chunk='8': expected a positive integer"),
+        ({"camera_names": "primary"}, "camera_names='primary': expected names of cameras, each once"),
+        ({"camera_names": ["wrist", "wrist"]}, "expected names of cameras, each once"),
+        ({"camera_names": []}, r"camera_names=\[\]: expected names"),
+        ({"absolute_dims": "0,9"}, "mine: absolute_dims=9, but actions have 7 dimensions"),
+        ({"hz": "fast"}, "hz='fast': expected a number"),
+        ({"hz": -1}, "hz=-1.0, expected actions in a second"),
+        ({"unit": 3}, "unit=3: expected text"),
+        ({"split": "val"}, "split='val': an object in Python has all its episodes"),
+        ({"format": "rlds"}, "format='rlds': an object in Python has all its episodes and no format"),
+    ],
+)
+def test_what_cannot_be_is_said_by_its_name(options, message):
+    """Before anything is trained; some were never looked at, others stood in an error under another name."""
+    with pytest.raises(ValueError, match=message):
+        open_source(in_memory(), **options)
+
+
 def test_episodes_that_are_shorter_than_a_chunk():
     with pytest.raises(ValueError, match=r"(?s)Nothing is left to train on.*chunk_end: removed 18 steps, of these 3"):
         open_source(in_memory(steps=6), action_chunk=7, chunk_end="drop")
