@@ -4,6 +4,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
@@ -21,8 +22,12 @@ def options_of(kind: type) -> Callable[[Callable[[Any], None]], Callable[..., No
 
         def verb(**given: Any) -> None:
             for item in items:
+                value = given[item.name]
                 if item.metadata.get("pairs"):
-                    given[item.name] = read_pairs(given[item.name] or [], item.metadata["flag"])
+                    given[item.name] = read_pairs(value or [], item.metadata["flag"])
+                elif isinstance(value, str):
+                    _check_given(item, value)
+                    given[item.name] = Path(value) if _is_path(item) else value
             options = kind(**given)
             execute_root()
             function(options)
@@ -35,18 +40,31 @@ def options_of(kind: type) -> Callable[[Callable[[Any], None]], Callable[..., No
     return decorate
 
 
+def _is_path(item: Any) -> bool:
+    return Path in (item.type, *get_args(item.type))
+
+
+def _check_given(item: Any, value: str) -> None:
+    """Raise a `ValueError` for a value that is empty, as a variable of the shell that is not set: a path would be the
+    working directory, others be taken for the default."""
+    if value.strip() or value == item.default or item.name == "instruction":  # which is read, in words of its own
+        return
+    otherwise = "" if item.default is MISSING else ", or leave it out"
+    raise ValueError(f"{item.name}={value!r}: the value is empty (a variable of the shell?): give one{otherwise}.")
+
+
 def _parameter(item: Any) -> inspect.Parameter:
     about = item.metadata
     kind = list[str] | None if about.get("pairs") else item.type
     if kind != list[str]:  # which is given several times; other lists and mappings by commas
-        kind = str | None if str in get_args(kind) else kind
-    default = None if item.default is MISSING else item.default
+        kind = str | None if {str, Path} & set(get_args(kind)) else str if kind is Path else kind
+    default = None if item.default is MISSING else str(item.default) if isinstance(item.default, Path) else item.default
     flags = [about["flag"]] if about.get("flag") else []
     shown = about.get("shown") or default is not None
     if about.get("argument"):
         info = typer.Argument(help=about["help"])
     else:
-        metavar = "NAME=VALUE" if about.get("pairs") else about.get("metavar")
+        metavar = "NAME=VALUE" if about.get("pairs") else "<path>" if _is_path(item) else about.get("metavar")
         info = typer.Option(*flags, help=about["help"], show_default=shown, metavar=metavar)
     needed = item.default is MISSING and item.default_factory is MISSING
     return inspect.Parameter(

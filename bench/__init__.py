@@ -5,10 +5,12 @@ others of `other`), `throughput`, `startup` (memory and loading, in a process of
 model to measure with.
 """
 
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 from ..extras import require
-from ..folders import write_json
+from ..folders import locked_file, write_json
 from ..options.benchmark import BenchOptions
 
 
@@ -16,13 +18,16 @@ def bench(options: BenchOptions) -> tuple[dict[str, Any], str]:
     """The figures that were asked for, and their table.
 
     Raises:
-        ModuleNotFoundError, OSError: Before anything is measured, if they cannot be written to `output`.
+        ModuleNotFoundError, OSError, ValueError: Before anything is measured, if they cannot be written to `output`.
         ValueError: See each of them.
     """
-    if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        if options.what == "latency":
-            require("matplotlib", purpose="the plot beside --output", preferred="demo")
+    if options.output is not None and options.what == "latency":
+        require("matplotlib", purpose="the plot beside --output", preferred="demo")
+    with nullcontext() if options.output is None else locked_file(options.output) as output:
+        return _bench(options, output)
+
+
+def _bench(options: BenchOptions, output: Path | None) -> tuple[dict[str, Any], str]:
     from . import exact, latency, startup, throughput
 
     run, table = {
@@ -33,10 +38,10 @@ def bench(options: BenchOptions) -> tuple[dict[str, Any], str]:
         "exact": (exact.exact, exact.table),
     }[options.what]
     report = run(options)
-    if options.output is not None:
-        write_json(options.output, report)
+    if output is not None:
+        write_json(output, report)
         if options.what == "latency":
             from .plot import plot
 
-            plot(report, options.output.with_suffix(".png"))
+            plot(report, output.with_suffix(".png"))
     return report, table(report)

@@ -17,6 +17,7 @@ PREDICTIONS = 5  # after the first one, of `load`
 PARTS = (0.01, 0.1, 0.25, 0.5, 1.0)  # of the predictions of `memory`, after which memory is looked at
 DISTINCT = 8  # frames of `memory`, again and again: hundreds of them would be memory themselves
 MARK = "openvla-bench "  # before the figures, among what libraries print
+REFUSED = "refused"  # in place of the figures: what is wrong with the model or the options
 PROGRAM = """
 import importlib, sys, time
 begun = time.time()
@@ -48,11 +49,24 @@ def startup(options: BenchOptions) -> dict[str, Any]:
     line = next((line for line in done.stdout.splitlines() if line.startswith(MARK)), None)
     if done.returncode or line is None:
         raise ValueError(f"The process that was measured ended with {done.returncode}, see above.")
-    return json.loads(line.removeprefix(MARK))
+    report = json.loads(line.removeprefix(MARK))
+    if REFUSED in report:
+        raise ValueError(report[REFUSED])
+    return report
 
 
 def measure(settings: str, begun: float) -> None:
-    """What the process does; prints its figures."""
+    """What the process does; prints its figures, or what a user has to change."""
+    try:
+        report = _measure(settings, begun)
+    except KeyError as error:
+        report = {REFUSED: str(error.args[0])}
+    except (ValueError, OSError) as error:
+        report = {REFUSED: str(error)}
+    print(MARK + json.dumps(report), flush=True)
+
+
+def _measure(settings: str, begun: float) -> dict[str, Any]:
     import torch
 
     from .clock import described
@@ -82,7 +96,7 @@ def measure(settings: str, begun: float) -> None:
     else:
         first_and_later(predict, count, note)
         report = {}
-    print(MARK + json.dumps({**described(options, model), **report, "stages": stages}), flush=True)
+    return {**described(options, model), **report, "stages": stages}
 
 
 Note = Callable[[str, float], None]

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..folders import locked, working_folder
 from ..options.evaluation import DemoOptions
-from .environment import environment_class, environment_options, renders
+from .environment import environment_class, environment_options, file_name, renders
 from .evaluate import evaluate
 from .rendering import opengl_backend
 from .report import EpisodeResult, NoEpisodes, read_results
@@ -50,8 +50,9 @@ def demo(options: DemoOptions | None = None, *, progress: bool = True, **given: 
             records = sorted(read_results(work / "episodes.jsonl"), key=lambda record: record.task)
             films = list(_films(records, work / "videos", folder))
         if not films:
-            reasons = "; ".join(sorted({record.error or "" for record in records}))
-            raise NoEpisodes(f"No episode could be run: {reasons}.")
+            reasons = "; ".join(sorted({record.error for record in records if record.error}))
+            nothing = f"'{options.env}' shows no images: there is nothing to film."
+            raise NoEpisodes(f"No episode could be run: {reasons}." if reasons else nothing)
         save_tiles(films, folder / GIF)
     return records
 
@@ -59,9 +60,9 @@ def demo(options: DemoOptions | None = None, *, progress: bool = True, **given: 
 def _films(records: list[EpisodeResult], videos: Path, folder: Path) -> Iterator[Film]:
     """Move the film of each episode to `folder`; one that broke has none worth watching."""
     for record in records:
-        made = videos / f"{record.task}_{record.episode:03d}.mp4"
+        made = videos / f"{file_name(record.task, f'{record.episode:03d}')}.mp4"
         if record.error is None and made.exists():
-            film = folder / f"{record.task}.mp4"
+            film = folder / f"{file_name(record.task)}.mp4"
             check_replaceable(film)
             shutil.move(made, film)
             yield Film(read_film(film), record.instruction, record.success)

@@ -1,6 +1,7 @@
 """What a policy acts in: one protocol for all simulators, and the names they go by."""
 
 import importlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -97,6 +98,9 @@ def make_environment(name: str, **options: Any) -> Environment:
     """
     make, implied, package = _environment(name)
     given = environment_options(name, options)
+    needed = [option for option, item in options_known(make).items() if item.default is item.empty]
+    if missing := [option for option in needed if option not in {**implied, **given}]:
+        raise ValueError(f"simulator {name!r} needs {', '.join(missing)}: --env-option {missing[0]}=...")
     try:
         environment = make(**implied, **given)
     except ModuleNotFoundError as error:
@@ -200,6 +204,11 @@ def tasks_with(environment: Environment, tasks: Sequence[str], variation: str) -
     return tuple(task for task in tasks if variation in having[task])
 
 
+def file_name(*parts: str) -> str:
+    """What a file is called after a task and its variation; those of a simulator may hold any character."""
+    return re.sub(r"[:/\\\0]", "-", "_".join(filter(None, parts)))
+
+
 def action_spec_of(environment: Environment) -> ActionSpec:
     """What the numbers of its actions mean."""
     return getattr(environment, "action_spec", None) or usual_spec(7, hz=environment.frequency)
@@ -210,6 +219,40 @@ def standstill(environment: Environment) -> np.ndarray:
     if hasattr(environment, "standstill"):
         return check_numbers(environment.standstill())
     return np.array(action_spec_of(environment).standstill())
+
+
+def check_observation(found: Any, method: str = "reset") -> Observation:
+    """What `reset` of an environment gave, or the observation of a `step`.
+
+    Raises:
+        ValueError: If it is no `Observation`, an image is not (H, W, 3) uint8, or the state holds no finite numbers.
+    """
+    if not isinstance(found, Observation):
+        raise ValueError(f"{method}() gave a {type(found).__name__}, expected an Observation, see docs/extending.md.")
+    if not isinstance(found.images, Mapping):
+        kind = type(found.images).__name__
+        raise ValueError(f"{method}(): images is a {kind}, expected {{camera: (H, W, 3) uint8}}.")
+    for camera, image in found.images.items():
+        kind, shape = getattr(image, "dtype", type(image).__name__), np.shape(image)
+        if kind != np.uint8 or len(shape) != 3 or shape[-1] != 3 or not all(shape):
+            raise ValueError(f"{method}(): the image of '{camera}' is {shape} of {kind}, expected (H, W, 3) uint8.")
+    if not isinstance(found.instruction, str):
+        raise ValueError(f"{method}(): instruction={found.instruction!r}, expected a text.")
+    state = np.asarray(found.state)
+    if state.ndim != 1 or state.dtype.kind not in "fiub" or not np.isfinite(state).all():
+        raise ValueError(f"{method}(): state={found.state!r:.200}, expected finite numbers (S,).")
+    return found
+
+
+def check_step(found: Any) -> tuple[Observation, bool]:
+    """What `step` of an environment gave. Raises a `ValueError` if it is no observation with true or false."""
+    if not isinstance(found, (tuple, list)) or len(found) != 2:
+        count = f" of {len(found)}" if isinstance(found, (tuple, list)) else ""
+        raise ValueError(f"step() gave a {type(found).__name__}{count}, expected (Observation, success).")
+    observation, success = found
+    if np.ndim(success) or success not in (True, False):
+        raise ValueError(f"step(): success={success!r:.200}, expected true or false.")
+    return check_observation(observation, "step"), bool(success)
 
 
 def check_action(action: Sequence[float] | np.ndarray, action_dim: int = 7) -> np.ndarray:

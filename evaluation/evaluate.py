@@ -90,7 +90,7 @@ def evaluate(
     control, device = options.control, torch_device(options.device)
     of_environment = environment_options(options.env, options.environment_options)
     here = make_environment(options.env, **{**of_environment, "render": False})
-    tasks = options.tasks or usual_tasks(here)
+    tasks = usual_tasks(here) if options.tasks is None else options.tasks
     chosen = choose_tasks(here, tasks)
     variations = choose_variations(here, chosen, names_of(options.axis))
     varied = [(variation, task) for variation in variations for task in tasks_with(here, chosen, variation)]

@@ -13,7 +13,7 @@ from ..data.episode import EncodedImages, Episode
 from ..data.images import ImageFormat, encode_image
 from ..policy import Policy, begin_episode
 from .control import BlockingControl, RealtimeControl
-from .environment import Environment, action_spec_of, check_action, standstill
+from .environment import Environment, action_spec_of, check_action, check_observation, check_step, standstill
 
 
 class LateAnswers:
@@ -68,7 +68,7 @@ def record_episode(
         ValueError: If the expert or the student gives something that is no action.
     """
     generator, dims = np.random.default_rng([seed, zlib.crc32(task.encode())]), action_spec_of(environment).action_dim
-    observation = environment.reset(seed, task, variation)
+    observation = check_observation(environment.reset(seed, task, variation))
     texts = environment.instructions(task) if paraphrases else ()
     if observation.instruction not in texts:  # a variation that words the task itself
         texts = (observation.instruction,)
@@ -106,7 +106,7 @@ def record_episode(
             executed = np.array(action if late is None else late.executed(actions))
             executed[:3] += strength * generator.standard_normal(3)
         done.append(executed.astype(np.float32))
-        observation, success = environment.step(executed)
+        observation, success = check_step(environment.step(executed))
         if left is not None:
             left -= 1
         elif success:

@@ -14,7 +14,7 @@ from ..action_spec import ActionSpec, usual_spec
 from ..observation import Observation
 from ..policy import Policy, begin_episode, check_numbers, check_reach
 from .control import BlockingControl, RealtimeControl
-from .environment import Environment
+from .environment import Environment, file_name
 from .report import EpisodeResult, append_result, read_results, without_paths
 from .smoothness import mean_jerk
 from .video import EpisodeVideo
@@ -156,9 +156,8 @@ def run_episodes(
                 slot.observation, slot.instruction = observation, observation.instruction
                 if policy is not None:
                     begin_episode(policy, slots.index(slot))
-                if slot.job.episode < videos:
-                    parts = (slot.job.task, slot.job.variation.replace(":", "-"), f"{slot.job.episode:03d}")
-                    name = "_".join(filter(None, parts))
+                if slot.job.episode < videos and observation.images:
+                    name = file_name(slot.job.task, slot.job.variation, f"{slot.job.episode:03d}")
                     slot.video = EpisodeVideo(folder / "videos" / f"{name}.mp4", observation, spec.names)
 
             running = [slot for slot in slots if slot.observation is not None]

@@ -22,7 +22,7 @@ from ..hub import file_digests, model_folder, published_name
 from ..options.evaluation import RecordOptions
 from ..options.fields import decisive
 from . import recorder
-from .environment import choose_tasks, renders, tasks_with
+from .environment import choose_tasks, file_name, renders, tasks_with
 from .expert_episode import is_episode, load_episode
 from .rendering import opengl_backend
 from .workers import EnvironmentProcess
@@ -81,9 +81,9 @@ def _record(options: RecordOptions, output: Path, progress: bool) -> dict[str, A
 
     numbers = range(options.seed, options.seed + options.episodes)
     jobs = [(task, axis, number) for task, axis in varied for number in numbers]
-    files = {
-        job: part / "episodes" / f"{'_'.join(filter(None, job[:2])).replace(':', '-')}_{job[2]:05d}.npz" for job in jobs
-    }
+    files = {job: part / "episodes" / f"{file_name(*job[:2], f'{job[2]:05d}')}.npz" for job in jobs}
+    if len(set(files.values())) < len(jobs):
+        raise ValueError(f"{', '.join(tasks)}: episodes of several of these would be one file. Record them alone.")
     differs = bool(options.noise or options.delay or options.student)  # what is executed from what is recorded
     missing = [(job, file) for job, file in files.items() if not is_episode(file, executed=differs)]
     with tqdm(total=len(jobs), initial=len(jobs) - len(missing), unit="episode", disable=not progress) as bar:
@@ -109,7 +109,7 @@ def _record(options: RecordOptions, output: Path, progress: bool) -> dict[str, A
             name = words[task] if said[words[task]] == 1 else f"{words[task]}_{task}"  # words of several tasks
             write_hdf5(
                 (load_episode(files[job], options.env) for job in jobs if job[0] == task),
-                complete / f"{name}_demo.hdf5",
+                complete / f"{file_name(name, 'demo')}.hdf5",
                 env_name=task,
                 frequency=environment.frequency,
             )

@@ -26,7 +26,8 @@ class Recorder:
         self.student: Policy | None = None
         self.blind: Environment | None = None
         if options.student is not None:
-            self.student = OpenVLAPolicy.load(options.student, device=torch_device(options.device))
+            device = torch_device(options.device)
+            self.student = OpenVLAPolicy.load(options.student, device=device, unnorm_key=options.unnorm_key)
         elif options.noise or options.delay:
             # The expert fails more often then; pictures take nearly all of the time, so a first try goes without.
             self.blind = open_environment(options, render=False)
@@ -45,6 +46,10 @@ class Recorder:
 
     def _try(self, environment: Environment, task: str, axis: str, seed: int) -> Episode | None:
         options = self.options
+        if self.student is not None:
+            import torch  # of a student alone
+
+            torch.manual_seed(seed)  # what a head draws is of the episode too, whatever was recorded before
         return record_episode(
             environment,
             task,

@@ -7,11 +7,14 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-from .environment import Environment
+from .environment import Environment, check_observation, check_step
 
 
 class EnvironmentFailure(RuntimeError):
     """What an environment died of, in the words of its own process."""
+
+
+CHECKS: dict[str, Callable[[Any], Any]] = {"reset": check_observation, "step": check_step}
 
 
 def _serve(make: Callable[[], Environment], connection: Connection) -> None:
@@ -24,7 +27,8 @@ def _serve(make: Callable[[], Environment], connection: Connection) -> None:
             break
         try:
             environment = environment or make()
-            connection.send((True, getattr(environment, method)(*arguments)))
+            result = getattr(environment, method)(*arguments)
+            connection.send((True, CHECKS[method](result) if method in CHECKS else result))
         except Exception as error:  # whatever it is belongs to the process that asked
             connection.send((False, "".join(traceback.format_exception_only(error)).strip()))
     if environment is not None:

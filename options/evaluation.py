@@ -88,6 +88,9 @@ class RecordOptions(SimulatorOptions):
         "Model that acts first, for a number of steps that each episode draws, up to half of the longest; then the "
         "expert ends it. Recorded is the expert's answer throughout: what the model should have done (DAgger).",
     )
+    unnorm_key: str | None = option(
+        None, "Dataset in whose units the student acts.", shown="the student's, if it has only one"
+    )
     latency: float = option(
         0.0,
         "Seconds that an answer of the student takes at most, while the world goes on and the student continues what "
@@ -105,6 +108,8 @@ class RecordOptions(SimulatorOptions):
         super().__post_init__()
         if self.latency and self.student is None:
             raise ValueError(f"latency={self.latency:g}: of a student, give one; answers of the expert have --delay.")
+        if self.unnorm_key is not None and self.student is None:
+            raise ValueError(f"unnorm_key='{self.unnorm_key}': of a student, give one.")
         if self.seed + self.episodes > MOST_EPISODES:
             raise ValueError(
                 f"seed={self.seed}, episodes={self.episodes}: episodes are numbered up to {MOST_EPISODES}."
@@ -144,7 +149,7 @@ class EvaluateOptions(ClosedLoopOptions):
     """An evaluation: which episodes, who is in control, where the report goes."""
 
     output: Path = required("Folder for episodes, report and videos.", neutral=True)
-    episodes: int = option(50, "Episodes of each task.", least=1, neutral=True)
+    episodes: int = option(50, "Episodes of each task.", least=1, below=1_000_000, neutral=True)
     control: Literal["blocking", "realtime"] = option(
         "blocking", "What the world does while the model thinks: blocking, it waits; realtime, it continues."
     )

@@ -7,6 +7,7 @@ import types
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from numbers import Real
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from ..choices_openvla import closest
@@ -105,7 +106,21 @@ def check_options(options: Any) -> None:
             raise ValueError(f"{item.name}={value!r} is unknown.{closest(value, known)} Known: {', '.join(known)}.")
         if item.metadata.get("pairs") and not isinstance(value, Mapping):
             raise ValueError(f"{item.name}={value!r}: expected a mapping of names to values.")
+        _check_home(item, value)
         _check_limits(item, value)
+
+
+def _check_home(item: Any, value: Any) -> None:
+    """Raise a `ValueError` for a path below the home of nobody here, which would end in the middle of work."""
+    if not isinstance(value, (str, Path)) or not (home := str(value).partition("/")[0]).startswith("~"):
+        return
+    try:
+        Path(home).expanduser()
+    except RuntimeError as error:
+        if " " not in home:  # words
+            raise ValueError(
+                f"{item.name}='{value}': there is no home folder '{home}' here. A folder of this name: './{value}'."
+            ) from error
 
 
 def _check_limits(item: Any, value: Any) -> None:

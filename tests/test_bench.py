@@ -288,11 +288,24 @@ def test_what_cannot_be_measured(given, message, monkeypatch, tmp_path):
     assert numbers("batch_sizes", "1, 16") == [1, 16]
 
 
+def test_what_is_wrong_with_the_model_of_a_process_is_one_line(tmp_path, monkeypatch, capsys):
+    settings = json.dumps({"what": "load", "device": "cpu", "model": str(tmp_path)})
+    measure(settings, 0.0)
+    said = capsys.readouterr().out
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: SimpleNamespace(stdout=said, returncode=0))
+    with pytest.raises(ValueError, match="There is no config.json in"):
+        bench(BenchOptions(what="load"))
+    measure(json.dumps({"what": "load", "device": "cpu", "unnorm_key": "nothing"}), 0.0)
+    assert "unnorm_key='nothing' is not among" in json.loads(capsys.readouterr().out.partition(" ")[2])["refused"]
+
+
 def test_what_cannot_be_written_is_known_before_anything_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr("openvla.bench.latency.latency", lambda options: pytest.fail("measured"))
     (tmp_path / "file").touch()
     with pytest.raises(OSError):
         bench(BenchOptions(what="latency", output=tmp_path / "file" / "latency.json"))
+    with pytest.raises(ValueError, match="is a folder: give a file"):
+        bench(BenchOptions(what="latency", output=tmp_path))
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
     with pytest.raises(ModuleNotFoundError, match="openvla.demo"):
         bench(BenchOptions(what="latency", output=tmp_path / "latency.json"))

@@ -166,6 +166,25 @@ def test_configuration_processor_and_action_tokenizer_need_no_towers():
     assert ran.stdout.splitlines() == ["[]", "[]"], ran.stdout + ran.stderr
 
 
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        (["evaluate", "--output", ""], "--output '': the value is empty"),  # not the working directory
+        (["evaluate", "--output", "out", "--tasks", ""], "--tasks '': the value is empty"),  # not ten tasks
+        (["record", "--output", "out", "--camera", " "], "--camera ' ': the value is empty"),
+        (["merge", "run", ""], "out='': the value is empty"),
+        (["predict", "--image", "a.png", "--instruction", ""], "The instruction is empty"),
+        (["evaluate", "--output", "~nobody-here/out"], "--output '~nobody-here/out': there is no home folder"),
+        (["predict", "--image", "a.png", "--instruction", "go", "--model", "~nobody-here"], "there is no home folder"),
+        (["predict", "--image", "a.png", "--instruction", "~5 cm up"], "No image file at 'a.png'"),  # no path
+    ],
+)
+def test_values_that_a_shell_left_as_they_are(line, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert said in error_of(*line)
+    assert not any(tmp_path.iterdir())
+
+
 def test_predict(model, image):
     options = ["--image", image, "--instruction", "Open the Drawer", "--model", model, "--unnorm-key", "bridge_orig"]
     options += ["--device", "cpu"]

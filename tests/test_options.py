@@ -70,7 +70,9 @@ def test_record_options_that_are_refused(wrong):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"max_steps": 0}, {"workers": 0}, {"latency": math.nan}, {"hz": 0.0}, {"hz": math.nan}], ids=str
+    "wrong",
+    [{"max_steps": 0}, {"workers": 0}, {"latency": math.nan}, {"hz": 0.0}, {"hz": math.nan}, {"episodes": 10**20}],
+    ids=str,
 )
 def test_evaluation_options_that_are_refused(wrong, tmp_path):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):

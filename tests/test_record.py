@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import processes
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from openvla.action_spec import usual_spec
@@ -194,6 +195,27 @@ def test_a_student_acts_and_the_expert_answers():
 
     with pytest.raises(ValueError, match="expected finite numbers"):
         record_episode(Point(), "go", 10_000, student=Broken())
+
+
+def test_what_a_student_draws_is_of_its_episode(tmp_path, monkeypatch):
+    """A head that begins with noise: an episode is the same, whatever was recorded before it in this process."""
+
+    class Diffusion:
+        def act(self, observations):
+            return np.array([[*torch.randn(3).tolist(), 0, 0, 0, 1.0]]) / 100
+
+    asked = {}
+    monkeypatch.setattr(recorder, "open_environment", lambda options, **more: Point())
+    monkeypatch.setattr(recorder.OpenVLAPolicy, "load", lambda model, **given: asked.update(given) or Diffusion())
+    one = Recorder(options(tmp_path, student="mine", unnorm_key="recovery"))
+    assert asked["unnorm_key"] == "recovery"
+    for name in ("first", "second"):
+        one.record("go", "", 3, tmp_path / f"{name}.npz")
+    first, second = (load_episode(tmp_path / f"{name}.npz", "") for name in ("first", "second"))
+    assert first.executed[0, 1] != 0
+    np.testing.assert_array_equal(first.executed, second.executed)
+    with pytest.raises(ValueError, match="unnorm_key='recovery': of a student"):
+        options(tmp_path, unnorm_key="recovery")
 
 
 def test_trying_without_pictures_first_changes_nothing_in_what_is_recorded(tmp_path, monkeypatch):

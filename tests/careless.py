@@ -1,0 +1,46 @@
+"""Simulators of one's own that are not quite what is expected, as --env careless:Blind."""
+
+from dataclasses import replace
+
+from toy import Line
+
+
+class Gymnasium(Line):
+    """Steps as its environments do."""
+
+    max_steps, frequency = 40, 20.0
+
+    def step(self, action):
+        observation, success = super().step(action)
+        return observation, 0.0, success, False, {}
+
+
+class Blind(Line):
+    """Shows nothing; its tasks have names that no file has."""
+
+    tasks, task_sets, max_steps, frequency, robot, state_names = ("open/it",), {}, 40, 20.0, "toy", ("x",)
+
+    def __init__(self, *, size=16):
+        pass
+
+    def instructions(self, task, *, held_out=False):
+        return ("move to the goal",)
+
+    def variations(self, task):
+        return ()
+
+    def _observe(self):
+        return replace(super()._observe(), images={})
+
+
+class Seeing(Blind):
+    _observe = Line._observe
+
+
+class Twins(Seeing):
+    tasks = ("open/it", "open-it")
+
+
+class Needs(Blind):
+    def __init__(self, path, *, size=16):
+        raise AssertionError("made without a path")

@@ -1,0 +1,104 @@
+"""What simulators of a user's own may give that is no observation: said before anything is done with it."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from careless import Gymnasium
+from toy import FromPixels
+
+from openvla.evaluation import make_environment
+from openvla.evaluation.demo import demo
+from openvla.evaluation.environment import check_observation, check_step, file_name
+from openvla.evaluation.expert_episode import record_episode
+from openvla.evaluation.loop import Job, run_episodes
+from openvla.evaluation.record import record
+from openvla.evaluation.report import NoEpisodes
+from openvla.observation import Observation
+from openvla.options.evaluation import RecordOptions
+
+
+IMAGE = np.zeros((4, 4, 3), np.uint8)
+SEEN = Observation({"front": IMAGE}, np.zeros(1, np.float32), "go")
+
+
+@pytest.mark.parametrize(
+    "found, said",
+    [
+        ((SEEN, {}), "reset() gave a tuple, expected an Observation"),  # as Gymnasium has it
+        ({"images": {"front": IMAGE}}, "gave a dict"),
+        (None, "gave a NoneType"),
+        (replace(SEEN, images=IMAGE), "images is a ndarray, expected {camera: (H, W, 3) uint8}"),
+        (replace(SEEN, images={"front": IMAGE / 255.0}), "the image of 'front' is (4, 4, 3) of float64"),
+        (replace(SEEN, images={"front": IMAGE[..., 0]}), "(4, 4) of uint8, expected (H, W, 3) uint8"),
+        (replace(SEEN, images={"front": np.zeros((4, 4, 4), np.uint8)}), "(4, 4, 4)"),
+        (replace(SEEN, images={"front": IMAGE[:0]}), "(0, 4, 3)"),
+        (replace(SEEN, images={"front": [[1]]}), "(1, 1) of list"),
+        (replace(SEEN, instruction=None), "instruction=None, expected a text"),
+        (replace(SEEN, state=None), "state=None, expected finite numbers (S,)"),
+        (replace(SEEN, state=np.array([0, np.nan])), "expected finite numbers"),
+        (replace(SEEN, state=np.float32(1)), "expected finite numbers (S,)"),
+    ],
+)
+def test_what_is_no_observation(found, said):
+    with pytest.raises(ValueError) as refused:
+        check_observation(found)
+    assert said in str(refused.value)
+    with pytest.raises(ValueError, match=r"step\(\)"):
+        check_step((found, False))
+
+
+@pytest.mark.parametrize(
+    "found, said",
+    [
+        ((SEEN, 0.0, False, False, {}), "step() gave a tuple of 5, expected (Observation, success)"),
+        (SEEN, "step() gave a Observation"),
+        ((SEEN, None), "success=None, expected true or false"),
+        ((SEEN, np.array([True, False])), "expected true or false"),
+        ((SEEN, {"success": True}), "expected true or false"),
+    ],
+)
+def test_what_is_no_step(found, said):
+    with pytest.raises(ValueError) as refused:
+        check_step(found)
+    assert said in str(refused.value)
+
+
+def test_what_is_one():
+    assert check_observation(SEEN) is SEEN
+    assert check_observation(replace(SEEN, images={}, state=np.zeros(0))).images == {}
+    for true in (True, 1, np.bool_(True), np.array(True)):
+        assert check_step([SEEN, true]) == (SEEN, True) and check_step((SEEN, not true))[1] is False
+
+
+def test_it_breaks_its_episode_and_no_other(tmp_path, capfd):
+    (record,) = run_episodes(FromPixels(), Gymnasium, [Job("left", 0, 1)], tmp_path, progress=False)
+    assert record.error == "ValueError: step() gave a tuple of 5, expected (Observation, success)."
+    assert "left, episode 0 broke: ValueError: step() gave" in capfd.readouterr().err
+    with pytest.raises(ValueError, match="step.. gave a tuple of 5"):
+        record_episode(Gymnasium(), "left", 1)
+
+
+def test_where_nothing_is_seen_nothing_is_filmed(tmp_path):
+    with pytest.raises(NoEpisodes, match="'careless:Blind' shows no images: there is nothing to film"):
+        demo(env="careless:Blind", policy="expert", workers=1, output=tmp_path / "films", progress=False)
+
+
+def test_names_of_tasks_become_names_of_files(tmp_path, monkeypatch):
+    assert file_name("open/it", "visual:light", "000") == "open-it_visual-light_000" and file_name("a", "") == "a"
+    pytest.importorskip("av", reason="films need the [data] extra")
+    here = "careless:Seeing"
+    demo(env=here, policy="expert", workers=1, output=tmp_path / "films", progress=False)
+    assert {path.name for path in (tmp_path / "films").iterdir()} == {"open-it.mp4", "demo.gif"}
+    options = {"env": here, "tasks": "open/it", "episodes": 1, "size": 16}
+    for format in ("lerobot", "hdf5"):
+        record(RecordOptions(**options, format=format, output=str(tmp_path / format)), progress=False)
+    assert (tmp_path / "hdf5" / "move_to_the_goal_demo.hdf5").is_file()
+    twins = {**options, "env": "careless:Twins", "tasks": "open/it,open-it"}
+    with pytest.raises(ValueError, match="open/it, open-it: episodes of several of these would be one file"):
+        record(RecordOptions(**twins, output=str(tmp_path / "twins")), progress=False)
+
+
+def test_what_a_simulator_needs():
+    with pytest.raises(ValueError, match="needs path: --env-option path=..."):
+        make_environment("careless:Needs", size=8)
