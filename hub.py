@@ -20,11 +20,11 @@ from .choices_openvla import closest
 from .configuration_openvla import OpenVLAConfig
 from .files_openvla import local_folder
 from .folders import weights_digest
-from .oft_openvla import COMPONENTS, find_oft
+from .oft_openvla import COMPONENTS, PART_FILE, find_oft
 
 
 PACKAGE = Path(__file__).resolve().parent  # its root is a model, too
-FILES = ["*.json", "*.safetensors", "tokenizer.model", "README.md", *(f"{part}--*.pt" for part in COMPONENTS)]
+FILES = ["*.json", "*.safetensors", "tokenizer.model", "README.md", *map(PART_FILE.format, COMPONENTS)]
 # What decides a model's actions beside its weights
 KINDS = {
     "statistics": ("dataset_statistics.json",),

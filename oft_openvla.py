@@ -28,6 +28,8 @@ from .files_openvla import QUIET, check_file, local_folder, read_json
 
 
 COMPONENTS = ("action_head", "noisy_action_projector", "proprio_projector", "vision_backbone")
+PART_FILE = "{}*.pt"  # the files of these; "action_head--150000_checkpoint.pt" as saved, and whatever was made of it
+STEP = re.compile(r"--(\d+)_")
 ADAPTER = "lora_adapter"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = f"{ADAPTER}/adapter_config.json", f"{ADAPTER}/adapter_model.safetensors"
 FILM_WRAPPED = "vision_backbone.vision_backbone."  # how an adapter names towers with FiLM
@@ -65,7 +67,7 @@ def oft_folder(name: str | os.PathLike, subfolder: str | None = None, **hub: Any
         config = cached_file(os.fspath(name), f"{within}config.json", **QUIET, **hub)
         if config is None or not _has_parts(Path(config), os.fspath(name), within, hub):
             return None
-    wanted = [f"{within}{pattern}" for pattern in ("*.json", *(f"{part}--*.pt" for part in COMPONENTS))]
+    wanted = [f"{within}{pattern}" for pattern in ("*.json", *map(PART_FILE.format, COMPONENTS))]
     return Path(snapshot_download(os.fspath(name), allow_patterns=wanted, **hub)) / within
 
 
@@ -77,7 +79,9 @@ def _has_parts(config: Path, name: str, within: str, hub: Mapping[str, Any]) -> 
     if not hub.get("local_files_only"):
         with suppress(OSError, HTTPError):  # without a network what is there has to do
             files += _repository_files(name, hub.get("revision"), hub.get("token"))
-    return any(fnmatch(file, f"{place}{part}--*.pt") for file in files for part in COMPONENTS for place in {"", within})
+    return any(
+        fnmatch(file, place + PART_FILE.format(part)) for file in files for part in COMPONENTS for place in {"", within}
+    )
 
 
 @lru_cache(maxsize=32)  # asked for several times by each loading
@@ -116,7 +120,7 @@ def find_oft(folder: Path | None, action_head: str | None = None) -> "OFTFolder 
         return None
     files = {}
     for part in COMPONENTS:
-        found = sorted(folder.glob(f"{part}--*.pt"))
+        found = sorted(folder.glob(PART_FILE.format(part)))
         if len(found) > 1:
             raise ValueError(
                 f"'{folder}' holds {len(found)} files for {part} ({', '.join(file.name for file in found)}), and "
@@ -124,7 +128,7 @@ def find_oft(folder: Path | None, action_head: str | None = None) -> "OFTFolder 
             )
         if found:
             files[part] = found[0]
-    steps = {file.name.partition("--")[2] for file in files.values()} - {"latest_checkpoint.pt"}
+    steps = {step[1] for file in files.values() if (step := STEP.search(file.name))}
     if len(steps) > 1:
         names = ", ".join(file.name for file in files.values())
         raise ValueError(

@@ -180,9 +180,11 @@ def open_source(
     )
     _ = source.action_spec  # dimensions and rates that cannot be
     if not source.num_frames:
+        short = " Episodes shorter than a chunk: chunk_end='repeat'." if chunk_end == "drop" else ""
         raise ValueError(
             f"Nothing is left to train on. {source.report()}\nRelax a filter; where the instructions were not found, "
             "name them with language_key (--language-key). keep_unlabeled=True (--keep-unlabeled) trains without."
+            f"{short}"
         )
     if scaled is not None:
         _check_mask(source, scaled)

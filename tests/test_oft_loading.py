@@ -303,6 +303,11 @@ def test_two_files_of_one_part(broken):
     assert OpenVLAConfig.from_pretrained(folder).action_head == "l1_regression"  # "latest" is a step as well
     (folder / "action_head--latest_checkpoint.pt").rename(folder / "action_head--50000_checkpoint.pt")
     refused(folder, "parts of several steps.*action_head--50000.*proprio_projector--150000")
+    (folder / "action_head--50000_checkpoint.pt").rename(folder / "action_head.pt")  # it was taken for no OFT's then
+    shutil.rmtree(folder / "lora_adapter")
+    (next(folder.glob("proprio_projector--*"))).rename(folder / "proprio_projector_150000.pt")
+    config = OpenVLAConfig.from_pretrained(folder)
+    assert (config.action_head, config.proprio_dim) == ("l1_regression", 8)
 
 
 @pytest.mark.parametrize("part", ["action_head", "proprio_projector"])

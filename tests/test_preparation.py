@@ -114,6 +114,8 @@ def test_a_head_that_stays(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             prepare(options(tmp_path, model=str(model), head=head), data=dataset(episode()))
+    with pytest.raises(ValueError, match="film=True: for heads that predict in one pass, and the head is 'tokens'"):
+        prepare(options(tmp_path, film=True), data=dataset(episode()))
     config.action_dim = 7
     config.save_pretrained(model)
     for given in (None, 1):

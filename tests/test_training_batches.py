@@ -223,7 +223,8 @@ def test_chunks_of_several_instructions_are_counted():
         source = open_source(data, **options)
         frames = [frame for episode in source.dataset for frame in source.frames(episode)]
         assert source.num_frames == len(frames) == expected
-    with pytest.raises(ValueError, match=r"(?s)Nothing is left to train on.*chunk_end: removed 15 steps, of these 2"):
+    said = r"(?s)Nothing is left to train on.*removed 15 steps, of these 2.*shorter than a chunk: chunk_end='repeat'"
+    with pytest.raises(ValueError, match=said):
         open_source(PythonDataset(told[:2], "mine"), action_chunk=7, chunk_end="drop", held_out=0)
 
 

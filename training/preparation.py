@@ -176,8 +176,10 @@ def prepare(options: FinetuneOptions, processes: int = 1, data: Any = None) -> R
             f"prefix_training={options.prefix_training}: action_head='{config.action_head}' continues what it is given "
             "without that, leave it out."
         )
-    config.check_fields()
     check_head(before, config)
+    if options.film and config.action_head == "tokens":
+        raise ValueError("film=True: for heads that predict in one pass, and the head is 'tokens': give head as well.")
+    config.check_fields()
     processor = starting_processor(base, adapter)
     processor.camera_names = list(config.camera_names)
     # The pixels of the original's training; who trained with random crops is shown the center (docs/training.md).
