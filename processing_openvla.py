@@ -91,7 +91,12 @@ class OpenVLAProcessor(ProcessorMixin):
         if folder is not None:
             folder /= kwargs.get("subfolder") or ""
             _check_processor_files(folder)
-        processor = super().from_pretrained(name, **kwargs)
+        try:
+            processor = super().from_pretrained(name, **kwargs)
+        except Exception:
+            if folder is not None:
+                _check_tokenizer(folder)
+            raise
         place = folder if folder is not None else _cached_folder(name, hub)
         if place is not None and (pixels := pixels_of_older_run(place, _image_fields(place))):
             processor = processor.with_pixels(**pixels)
@@ -332,8 +337,6 @@ def _check_processor_files(folder: Path) -> None:
         raise FileNotFoundError(
             f"'{folder}' has no tokenizer.json: copy the tokenizer of the model beside its weights."
         )
-    if not isinstance(read_json(folder / "tokenizer.json").get("model"), dict):
-        raise ValueError(f"'{folder / 'tokenizer.json'}' holds no tokenizer ('model'): copy or download it again.")
     contents = {
         name: read_json(folder / name)
         for name in (*PROCESSOR_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -346,6 +349,12 @@ def _check_processor_files(folder: Path) -> None:
         raise FileNotFoundError(
             f"'{folder}' has no preprocessor_config.json: copy the image processor of the model beside its weights."
         )
+
+
+def _check_tokenizer(folder: Path) -> None:
+    """Raise an error that names tokenizer.json, if it is what could not be loaded: it is large, and read once."""
+    if not isinstance(read_json(folder / "tokenizer.json").get("model"), dict):
+        raise ValueError(f"'{folder / 'tokenizer.json'}' holds no tokenizer ('model'): copy or download it again.")
 
 
 def _cached_folder(name: Any, hub: dict[str, Any]) -> Path | None:

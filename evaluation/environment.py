@@ -214,6 +214,11 @@ def action_spec_of(environment: Environment) -> ActionSpec:
     return getattr(environment, "action_spec", None) or usual_spec(7, hz=environment.frequency)
 
 
+def dataset_of(environment: Environment, statistics: Mapping[str, Any]) -> str | None:
+    """Which of the datasets of a model was recorded in the environment; None where nothing says so."""
+    return next((name for name in getattr(environment, "unnorm_keys", ()) if name in statistics), None)
+
+
 def standstill(environment: Environment) -> np.ndarray:
     """(A,) what is executed until a policy has answered. Raises a `ValueError` where nothing says what stands still."""
     if hasattr(environment, "standstill"):

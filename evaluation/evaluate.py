@@ -32,6 +32,7 @@ from .environment import (
     action_spec_of,
     choose_tasks,
     choose_variations,
+    dataset_of,
     environment_class,
     environment_options,
     make_environment,
@@ -206,11 +207,6 @@ def with_cameras(of_environment: dict[str, Any], env: str, sees: Sequence[str]) 
     if any("wrist" in name for name in sees) and "wrist" in options_known(environment_class(env)):
         return {"wrist": True, **of_environment}
     return of_environment
-
-
-def dataset_of(environment: Environment, statistics: Mapping[str, Any]) -> str | None:
-    """Which of the datasets of a model was recorded in the environment; None where nothing says so."""
-    return next((name for name in getattr(environment, "unnorm_keys", ()) if name in statistics), None)
 
 
 def check_dimensions(stats: Mapping[str, Any], model: str, env: str, spec: ActionSpec) -> None:

@@ -5,9 +5,10 @@ from typing import Any
 
 from ..data.episode import Episode
 from ..device import torch_device
+from ..hub import model_folder, statistics_of
 from ..options.evaluation import MOST_EPISODES, RecordOptions
 from ..policy import OpenVLAPolicy, Policy
-from .environment import RECORDING_SEEDS, Environment, make_environment
+from .environment import RECORDING_SEEDS, Environment, dataset_of, make_environment
 from .expert_episode import record_episode, save_episode
 
 
@@ -26,8 +27,10 @@ class Recorder:
         self.student: Policy | None = None
         self.blind: Environment | None = None
         if options.student is not None:
-            device = torch_device(options.device)
-            self.student = OpenVLAPolicy.load(options.student, device=device, unnorm_key=options.unnorm_key)
+            key, known = options.unnorm_key, statistics_of(model_folder(options.student))
+            if key is None and len(known) > 1:
+                key = dataset_of(self.environment, known)
+            self.student = OpenVLAPolicy.load(options.student, unnorm_key=key, device=torch_device(options.device))
         elif options.noise or options.delay:
             # The expert fails more often then; pictures take nearly all of the time, so a first try goes without.
             self.blind = open_environment(options, render=False)

@@ -89,7 +89,9 @@ class RecordOptions(SimulatorOptions):
         "expert ends it. Recorded is the expert's answer throughout: what the model should have done (DAgger).",
     )
     unnorm_key: str | None = option(
-        None, "Dataset in whose units the student acts.", shown="the student's, if it has only one"
+        None,
+        "Dataset of the student in whose units it acts.",
+        shown="that of the simulator, or the student's, if it has only one",
     )
     latency: float = option(
         0.0,
@@ -109,7 +111,7 @@ class RecordOptions(SimulatorOptions):
         if self.latency and self.student is None:
             raise ValueError(f"latency={self.latency:g}: of a student, give one; answers of the expert have --delay.")
         if self.unnorm_key is not None and self.student is None:
-            raise ValueError(f"unnorm_key='{self.unnorm_key}': of a student, give one.")
+            raise ValueError(f"unnorm_key={self.unnorm_key!r}: of a student, give one.")
         if self.seed + self.episodes > MOST_EPISODES:
             raise ValueError(
                 f"seed={self.seed}, episodes={self.episodes}: episodes are numbered up to {MOST_EPISODES}."

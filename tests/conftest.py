@@ -66,6 +66,18 @@ def no_curves():
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def parsed_once():
+    """Each tokenizer.json is parsed once, see tokenizers_of_tests.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "transformers" in sys.modules:
+            from tokenizers_of_tests import ParsedOnce
+            from transformers import tokenization_utils_tokenizers as library
+
+            patch.setattr(library, "TokenizerFast", ParsedOnce())
+        yield
+
+
 @pytest.fixture
 def curves(monkeypatch):
     """Runs draw their picture."""

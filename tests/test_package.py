@@ -180,7 +180,8 @@ def test_shards_stay_shards(published, tmp_path):
     assert sorted(file.name for file in folder.glob("*.safetensors")) == shards
     assert all((folder / name).read_bytes() == (tmp_path / "merged" / name).read_bytes() for name in shards)
     again = OpenVLAForActionPrediction.from_pretrained(folder)
-    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+    loaded = again.state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items())
 
     # A single file that replaces shards takes them away, and leaves what is not the model's.
     (folder / "video.mp4").touch()

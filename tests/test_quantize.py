@@ -77,9 +77,10 @@ def test_rounded_while_it_is_loaded(bits, dtype, tiny_checkpoint, tmp_path):
     for name in layers:
         expected = KINDS[bits].quantize(unquantized.get_submodule(name).weight)
         assert all(torch.equal(model.get_submodule(name).state_dict()[key], expected[key]) for key in expected), name
+    found = model.state_dict()
     for name, value in unquantized.state_dict().items():
         if name.rpartition(".")[0] not in layers:
-            assert torch.equal(model.state_dict()[name], value), name
+            assert torch.equal(found[name], value), name
     assert model.dtype == dtype and model.get_memory_footprint() < unquantized.get_memory_footprint()
 
     arguments = {"unnorm_key": "bridge_orig", "return_dict": True}
@@ -99,9 +100,10 @@ def test_rounded_while_it_is_loaded(bits, dtype, tiny_checkpoint, tmp_path):
 def test_a_folder_is_what_rounding_while_loading_gives(folder, plain):
     path, bits = folder
     stored, loaded = load(path), load(quantization_config=OpenVLAQuantizationConfig(bits))
-    assert stored.state_dict().keys() == loaded.state_dict().keys()
+    expected = loaded.state_dict()
+    assert stored.state_dict().keys() == expected.keys()
     for name, value in stored.state_dict().items():
-        assert torch.equal(value, loaded.state_dict()[name]), name
+        assert torch.equal(value, expected[name]), name
     config = json.loads((path / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "openvla" and config["bits"] == bits
     action, expected = (model.predict_action(PICTURE, "open the drawer") for model in (stored, plain))
@@ -172,7 +174,8 @@ def test_drafts_ride_along(folder):
 def test_in_memory_as_in_a_folder(folder, tmp_path):
     path, bits = folder
     stored, model = load(path), quantize_linears(load(), OpenVLAQuantizationConfig(bits))
-    assert all(torch.equal(model.state_dict()[name], value) for name, value in stored.state_dict().items())
+    found = model.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in stored.state_dict().items())
     model.save_pretrained(tmp_path)
     model.processor.save_pretrained(tmp_path)
     assert quantized_layers(load(tmp_path)) == quantized_layers(stored)

@@ -3,6 +3,7 @@
 import itertools
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import processes
@@ -625,3 +626,19 @@ def test_killed_at_any_change_of_a_file_a_recording_goes_on_to_the_same_bytes(fo
     ran = processes.run(KILLED, tmp_path, format, 5)
     assert ran.returncode == 0, ran.stderr
     assert int(ran.stdout) >= 20  # changes
+
+
+def test_a_student_of_several_datasets_acts_in_units_of_one(tmp_path, monkeypatch):
+    """There was no way to say which, and so no way to record with it."""
+    loaded = []
+    monkeypatch.setattr(recorder, "model_folder", Path)
+    monkeypatch.setattr(recorder, "statistics_of", lambda folder: {"mine": {}, "theirs": {}})
+    monkeypatch.setattr(recorder.OpenVLAPolicy, "load", lambda model, **more: loaded.append(more["unnorm_key"]))
+    simulator = Point()
+    monkeypatch.setattr(recorder, "open_environment", lambda options: simulator)
+    Recorder(options(tmp_path, student="student", unnorm_key="mine"))
+    simulator.unnorm_keys = ("another", "theirs")
+    Recorder(options(tmp_path, student="student"))
+    assert loaded == ["mine", "theirs"]
+    with pytest.raises(ValueError, match="unnorm_key='mine': of a student"):
+        options(tmp_path, unnorm_key="mine")
