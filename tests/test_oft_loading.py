@@ -15,7 +15,7 @@ from oft import ADAPTER, GIVEN, OFT, TIMM, given, load_oft, saved_by_oft
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, BitsAndBytesConfig
+from transformers import AutoModel, AutoProcessor, BitsAndBytesConfig
 from typer.testing import CliRunner
 
 from openvla import OpenVLAConfig, OpenVLAForActionPrediction, OpenVLAProcessor, oft_openvla
@@ -207,6 +207,46 @@ def test_type_of_the_weights(saved, dtype):
 def test_through_the_auto_class(saved):
     model = AutoModel.from_pretrained(str(saved / "libero-l1"), timm_model_kwargs=TIMM, dtype=torch.float32)
     np.testing.assert_array_equal(act(model.eval()), act(load_oft("libero-l1", saved)))
+
+
+def test_code_of_a_published_folder_is_not_needed(broken):
+    """It imports the original's repository; the auto classes take this package, also where they are to trust it."""
+    folder = broken("libero-l1")
+    for name, kinds in (
+        ("config.json", ("AutoConfig", "AutoModel", "AutoModelForVision2Seq")),
+        ("preprocessor_config.json", ("AutoImageProcessor",)),
+        ("processor_config.json", ("AutoProcessor",)),
+    ):
+        content = json.loads((folder / name).read_text())
+        content["auto_map"] = dict.fromkeys(kinds, "code_prismatic.Class")
+        (folder / name).write_text(json.dumps(content))
+    (folder / "code_prismatic.py").write_text("import prismatic\n")
+    told = {"timm_model_kwargs": TIMM, "dtype": torch.float32, "trust_remote_code": True}
+    assert act(AutoModel.from_pretrained(str(folder), **told).eval()).shape == (8, 7)
+    processor = AutoProcessor.from_pretrained(str(folder), trust_remote_code=True)
+    assert type(processor) is OpenVLAProcessor and processor.image_processor.jpeg_quality == 95
+
+
+def test_what_is_given_stays_as_it_is(saved):
+    """The original puts the normalized state into the observation: a second call normalized it twice."""
+    model, state = load_oft("libero-l1", saved), STATES[8].copy()
+    images = dict(zip(model.camera_names, (np.asarray(image) for image in IMAGES)))
+    before = {name: image.copy() for name, image in images.items()}
+    first = model.predict_action(images, INSTRUCTION, state=state)
+    assert np.array_equal(state, STATES[8]) and all(np.array_equal(images[name], before[name]) for name in before)
+    assert np.array_equal(model.predict_action(images, INSTRUCTION, state=state), first)
+
+
+def test_numbers_beyond_the_range_are_not_clipped(saved):
+    """The answer of the head is taken as it is, beyond q01 and q99 as well; the margin is the original's."""
+    model = load_oft("libero-l1", saved)
+    with torch.no_grad():
+        model.action_head.fc2.weight.zero_()
+        model.action_head.fc2.bias.fill_(3.0)
+    (stats,) = (entry["action"] for entry in model.norm_stats.values())
+    low, high = np.array(stats["q01"]), np.array(stats["q99"])
+    expected = np.where(stats["mask"], 0.5 * (3.0 + 1) * (high - low + 1e-8) + low, 3.0)
+    np.testing.assert_allclose(act(model), np.tile(expected, (8, 1)), rtol=1e-12)
 
 
 def test_a_model_outlives_its_folder(broken):

@@ -174,6 +174,21 @@ def test_hdf5_read_back(tmp_path, state):
         assert_same(replace(found, images={renamed[key]: value for key, value in found.images.items()}), expected)
 
 
+@pytest.mark.parametrize("format", ["hdf5", "lerobot"])
+def test_instructions_that_change_are_read_back(tmp_path, format):
+    """HDF5 had the first one for all steps."""
+    texts = ("open the drawer", "open the drawer", "", "push it in")
+    changing = replace(make(1, steps=4), step_instructions=texts, instruction=texts[0])
+    episodes = [make(0, steps=4), changing, make(2, steps=4)]
+    if format == "hdf5":
+        write_hdf5(episodes, tmp_path / "data" / "open_the_drawer_demo.hdf5")
+    else:
+        write_lerobot(episodes, tmp_path / "data", fps=20)
+    found = list(open_dataset(tmp_path / "data"))
+    assert [episode.step_instructions for episode in found] == [None, texts, None]
+    assert [episode.instruction for episode in found] == [episode.instruction for episode in episodes]
+
+
 def test_hdf5_has_liberos_layout(tmp_path):
     write_hdf5([make()], tmp_path / "x_demo.hdf5")
     left_out = {"obs/joint_states", "robot_states", "states"}  # of the simulator, which an episode does not hold

@@ -4,6 +4,7 @@ import errno
 import json
 import shutil
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -12,6 +13,7 @@ import numpy as np
 from ..episode import EXECUTED, Episode
 
 
+TEXT = h5py.string_dtype()
 MARGIN = 2**20  # bytes of everything but images, and of what the library holds back
 # Our names of cameras -> theirs; others keep their names
 CAMERAS = {"image": "agentview_rgb", "wrist_image": "eye_in_hand_rgb"}
@@ -22,7 +24,8 @@ def write_hdf5(
 ) -> None:
     """Write demonstrations of one task to `path`, by custom `<words_of_the_task>_demo.hdf5`.
 
-    `data` says the instruction of the first demonstration (`problem_info`), and one that differs its own. Images are
+    `data` says the instruction of the first demonstration (`problem_info`), and one that differs its own; instructions
+    that change along the way are a data set `language_instruction`, one for each step. Images are
     compressed frame by frame, so that any of them is read alone. States of 8 dimensions are stored as LIBERO's,
     `ee_states` (6) and `gripper_states` (2); others as `obs/state`. Actions stay as they are: here a gripper of 1 is
     open, where LIBERO's own files have -1. The file appears when it is complete.
@@ -44,6 +47,9 @@ def write_hdf5(
             group = data.create_group(f"demo_{count}")
             if not count:
                 data.attrs["problem_info"] = _problem_info(episode, problem_name or env_name)
+            if episode.step_instructions is not None:  # read where problem_info has none
+                group.attrs["problem_info"] = _problem_info(replace(episode, instruction=""), problem_name or env_name)
+                group.create_dataset("language_instruction", data=list(episode.step_instructions), dtype=TEXT)
             elif _problem_info(episode, problem_name or env_name) != data.attrs["problem_info"]:
                 group.attrs["problem_info"] = _problem_info(episode, problem_name or env_name)
             _write_episode(group, episode)
