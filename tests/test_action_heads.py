@@ -21,12 +21,14 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(__file__).parent / "fixtures" / "demos" / "lerobot_image"
 IMAGE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
 CHUNK = 3
+BASE = ROOT  # until `small_base`
+pytestmark = pytest.mark.usefixtures("small_base")
 
 
 def options(output: Path, **changes) -> FinetuneOptions:
     pytest.importorskip("accelerate", reason="training needs the [train] extra")
     settings = {"steps": 2, "batch_size": 2, "rank": 4, "shuffle_buffer": 16, "name": "mine", "logging": "none"}
-    made = {"model": str(ROOT), "dataset": str(DATA), "output": str(output), "action_chunk": CHUNK, **settings}
+    made = {"model": str(BASE), "dataset": str(DATA), "output": str(output), "action_chunk": CHUNK, **settings}
     return FinetuneOptions(**{**made, "dtype": "float32", **changes})
 
 
@@ -61,7 +63,7 @@ def test_a_source_gives_the_steps_that_follow():
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
+def trained(small_base, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("chunk")
     finetune(options(folder / "full", strategy="last_layer", held_out=0.2))
     return folder / "full"
@@ -90,7 +92,7 @@ def test_an_adapter_brings_its_chunk(tmp_path):
     with_adapter = OpenVLAForActionPrediction.from_pretrained(tmp_path / "run")
     expected = act(with_adapter)
     assert expected.shape == (CHUNK, 7)
-    wrapped = peft.PeftModel.from_pretrained(OpenVLAForActionPrediction.from_pretrained(ROOT), tmp_path / "run")
+    wrapped = peft.PeftModel.from_pretrained(OpenVLAForActionPrediction.from_pretrained(BASE), tmp_path / "run")
     np.testing.assert_allclose(act(wrapped), expected, atol=1e-6)
     with wrapped.disable_adapter():
         assert act(wrapped).shape == (7,)

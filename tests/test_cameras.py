@@ -209,11 +209,11 @@ def test_frames_hold_what_the_model_sees():
 
 
 @pytest.mark.parametrize("strategy", ["last_layer", "lora"])
-def test_two_cameras_are_trained_saved_and_predicted(strategy, tmp_path):
+def test_two_cameras_are_trained_saved_and_predicted(strategy, small_policy, tmp_path):
     pytest.importorskip("accelerate", reason="training needs the [train] extra")
     pytest.importorskip("peft", reason="adapters need the [train] extra")
     settings = {"steps": 1, "batch_size": 2, "rank": 4, "shuffle_buffer": 16, "name": "mine", "logging": "none"}
-    made = {"model": str(ROOT), "dataset": str(DEMOS), "output": str(tmp_path / "run"), "strategy": strategy}
+    made = {"model": str(small_policy), "dataset": str(DEMOS), "output": str(tmp_path / "run"), "strategy": strategy}
     finetune(FinetuneOptions(**made, **settings, camera_names="primary, wrist"))
     folder = tmp_path / "run"
     images = {"agentview_rgb": SCENE, "eye_in_hand_rgb": HAND}

@@ -25,11 +25,13 @@ GENERATOR = np.random.default_rng(0)
 IMAGES = [GENERATOR.integers(0, 256, (64, 64, 3), dtype=np.uint8) for _ in range(2)]
 WORDS = ["open the drawer", "put the big red cup on the shelf now"]
 CHUNK = 3
+BASE = ROOT  # until `small_base`
+pytestmark = pytest.mark.usefixtures("small_base")
 
 
 def options(output: Path, **changes) -> FinetuneOptions:
     pytest.importorskip("accelerate", reason="training needs the [train] extra")
-    made = {"model": str(ROOT), "dataset": str(DATA), "output": str(output), "action_chunk": CHUNK, "steps": 2}
+    made = {"model": str(BASE), "dataset": str(DATA), "output": str(output), "action_chunk": CHUNK, "steps": 2}
     made |= {"batch_size": 2, "rank": 4, "shuffle_buffer": 16, "name": "mine", "logging": "none", "eval_every": 0}
     return FinetuneOptions(**{**made, "dtype": "float32", **changes})
 
@@ -43,7 +45,7 @@ ADAPTER |= {"save_every": 1, "keep": 2}
 
 
 @pytest.fixture(scope="module")
-def adapter(tmp_path_factory) -> Path:
+def adapter(small_base, tmp_path_factory) -> Path:
     """A LoRA run with everything that is new to the model: head, FiLM, state."""
     folder = tmp_path_factory.mktemp("parts") / "run"
     finetune(options(folder, **ADAPTER))
@@ -51,13 +53,13 @@ def adapter(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def models() -> dict[str, OpenVLAForActionPrediction]:
+def models(small_base) -> dict[str, OpenVLAForActionPrediction]:
     """One of each head, weights of what is new at random."""
     found = {}
     for name in ("parallel_tokens", "l1_regression", "diffusion"):
         pytest.importorskip("diffusers" if name == "diffusion" else "torch", reason="needs the [oft] extra")
         torch.manual_seed(0)
-        model = OpenVLAForActionPrediction.from_pretrained(ROOT)
+        model = OpenVLAForActionPrediction.from_pretrained(BASE)
         model.add_parts(action_head=name, action_dim=None if name == "parallel_tokens" else 7, use_film=True)
         model.config.action_chunk = CHUNK
         found[name] = model.eval()
@@ -147,7 +149,7 @@ def test_an_adapter_brings_its_parts(adapter, tmp_path):
     expected = model.predict_action(IMAGES[0], WORDS[0], state=state)
     assert expected.shape == (CHUNK, 7)
     # On a base that is there already
-    other = OpenVLAForActionPrediction.from_pretrained(ROOT)
+    other = OpenVLAForActionPrediction.from_pretrained(BASE)
     other.load_adapter(str(adapter))
     for loaded in (model, other):  # without the adapter nothing is predicted
         assert (loaded.config.action_chunk, loaded.config.action_head) == (CHUNK, "l1_regression")
@@ -159,7 +161,7 @@ def test_an_adapter_brings_its_parts(adapter, tmp_path):
     np.testing.assert_allclose(merged.predict_action(IMAGES[0], WORDS[0], state=state), expected, atol=1e-4)
     assert merged.config.use_film and merged.config.proprio_dim == len(state)
     # PEFT alone loads no parts: no actions of a head that is not there
-    wrapped = peft.PeftModel.from_pretrained(OpenVLAForActionPrediction.from_pretrained(ROOT), adapter)
+    wrapped = peft.PeftModel.from_pretrained(OpenVLAForActionPrediction.from_pretrained(BASE), adapter)
     with pytest.raises(ValueError, match="trained with action_head='l1_regression', the model has 'tokens'"):
         wrapped.predict_action(IMAGES[0], WORDS[0])
 
@@ -233,7 +235,7 @@ def test_diffusion_begins_with_its_generator(models, monkeypatch):
 def test_actions_that_are_decided_come_back_and_are_continued(head, models, monkeypatch):
     """The rest of the chunk depends on them; a head of tokens continues its own beginning as it would have."""
     if head == "tokens":
-        model = OpenVLAForActionPrediction.from_pretrained(ROOT).eval()
+        model = OpenVLAForActionPrediction.from_pretrained(BASE).eval()
         model.config.action_chunk = CHUNK
     else:
         model = models[head]
@@ -345,7 +347,7 @@ def test_what_a_head_of_numbers_refuses(models):
 def test_a_token_head_takes_no_places_for_actions():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = OpenVLAForActionPrediction.from_pretrained(ROOT)
+        model = OpenVLAForActionPrediction.from_pretrained(BASE)
     with pytest.raises(ValueError, match="first_action is for heads that predict in one pass"):
         model(input_ids=torch.ones(1, 4, dtype=torch.long), first_action=torch.tensor([2]), num_actions=1)
 

@@ -10,14 +10,15 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_parallel_heads import IMAGES, ROOT, WORDS, options, state_of
+from test_parallel_heads import IMAGES, ROOT, WORDS, state_of
+from test_parallel_heads import options as parallel_options
 from typer.testing import CliRunner
 
 from openvla import OpenVLAConfig, OpenVLAForActionPrediction
 from openvla.action_spec import action_lines, action_record
 from openvla.cli import app
 from openvla.model_card import model_card
-from openvla.training import finetune, merge_adapter
+from openvla.training import FinetuneOptions, finetune, merge_adapter
 
 
 peft = pytest.importorskip("peft", reason="adapters need the [train] extra")
@@ -25,10 +26,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
 
 
 PARTS = "added_parts.safetensors"
+BASE = ROOT  # until `small_base`
+pytestmark = pytest.mark.usefixtures("small_base")
+
+
+def options(output: Path, **changes) -> FinetuneOptions:
+    return parallel_options(output, **{"model": str(BASE), **changes})
 
 
 @pytest.fixture(scope="module")
-def adapter(tmp_path_factory) -> Path:
+def adapter(small_base, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("parts") / "run"
     finetune(options(folder, strategy="lora", head="l1_regression", film=True, proprio=True, steps=1))
     return folder
@@ -62,7 +69,7 @@ def tuner_layers(model) -> list:
 
 def test_two_adapters_with_parts(adapter, other):
     """The model has the parts of the one that was loaded last."""
-    model = OpenVLAForActionPrediction.from_pretrained(ROOT)
+    model = OpenVLAForActionPrediction.from_pretrained(BASE)
     model.load_adapter(str(adapter), "first")
     expected = act(model)
     model.load_adapter(str(other), "second")
@@ -87,7 +94,7 @@ def test_an_adapter_that_could_not_be_loaded_leaves_no_head_behind(adapter, othe
     parts = load_file(adapter / PARTS)
     parts.pop("action_head.fc2.bias")
     save_file(parts, tmp_path / "cut" / PARTS, metadata={"format": "pt"})
-    model = OpenVLAForActionPrediction.from_pretrained(ROOT)
+    model = OpenVLAForActionPrediction.from_pretrained(BASE)
     with pytest.raises(ValueError, match="fc2.bias"):
         model.load_adapter(str(tmp_path / "cut"))
     with pytest.raises(ValueError, match="came with the adapter"):

@@ -112,17 +112,29 @@ def train(output: Path, **changes) -> Path:
     pytest.importorskip("accelerate", reason="training needs the [train] extra")
     pytest.importorskip("peft", reason="training needs the [train] extra")
     made = {"steps": 1, "batch_size": 2, "rank": 4, "shuffle_buffer": 8, "name": "mine", "logging": "none"}
-    made |= {"model": str(ROOT), "dataset": str(DEMOS / "lerobot_image"), "save_every": 1, "held_out": 0.0, **changes}
+    made |= {"dataset": str(DEMOS / "lerobot_image"), "save_every": 1, "held_out": 0.0, **changes}
     return finetune(FinetuneOptions(output=str(output), **made))
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
+def base(small_policy, tmp_path_factory) -> Path:
+    """The small policy with weights 20 times as large: other pixels are other tokens, also cropped ones."""
+    folder = Path(shutil.copytree(small_policy, tmp_path_factory.mktemp("base") / "base"))
+    model = OpenVLAForActionPrediction.from_pretrained(small_policy)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(20 if parameter.ndim > 1 else 1)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(base, tmp_path_factory) -> Path:
     """Runs with random crops of all weights and of an adapter, and one without crops."""
     folder = tmp_path_factory.mktemp("runs")
-    train(folder / "full", strategy="full")
-    train(folder / "lora", strategy="lora", eval_every=0)
-    train(folder / "plain", strategy="last_layer", image_aug=False)
+    train(folder / "full", model=str(base), strategy="full")
+    train(folder / "lora", model=str(base), strategy="lora", eval_every=0)
+    train(folder / "plain", model=str(base), strategy="last_layer", image_aug=False)
     return folder
 
 
@@ -155,7 +167,7 @@ print(json.dumps({"actions": actions, "openvla": "openvla" in sys.modules}))
 
 
 @pytest.mark.parametrize("name", ["full", "lora", "plain"])
-def test_every_door_shows_what_was_trained(runs, name, tmp_path):
+def test_every_door_shows_what_was_trained(runs, base, name, tmp_path):
     fields = PIXELS["libero"] | ({"center_crop": None} if name == "plain" else {})
     run = runs / name
     assert stored(run) == fields
@@ -165,6 +177,8 @@ def test_every_door_shows_what_was_trained(runs, name, tmp_path):
     processor = OpenVLAProcessor.from_pretrained(run)
     assert model.predict_action(**processor(processor.format_prompt("open the drawer"), WIDE)).tolist() == expected
     assert model.predict_action(WIDE[:, ::-1], "open the drawer").tolist() != expected  # the image counts
+    other = fields | {"center_crop": 0.9 if fields["center_crop"] is None else None}
+    assert expected_action(run, other) != expected  # and so does the crop
 
     policy = OpenVLAPolicy.load(str(run))  # of `evaluate`, `demo`, and of `record` with a student
     assert policy.act([Observation({"image": WIDE}, np.zeros(8), "open the drawer")])[0].tolist() == expected
@@ -181,10 +195,10 @@ def test_every_door_shows_what_was_trained(runs, name, tmp_path):
         assert stored(checkpoint) == fields
         found = OpenVLAForActionPrediction.from_pretrained(checkpoint).eval().predict_action(WIDE, "open the drawer")
         assert found.tolist() == expected
-        base = OpenVLAForActionPrediction.from_pretrained(ROOT)  # as PEFT users add it: nothing of the folder is read
         from peft import PeftModel
 
-        assert PeftModel.from_pretrained(base, run).eval().predict_action(WIDE, "open the drawer").tolist() == expected
+        model = OpenVLAForActionPrediction.from_pretrained(base)  # as PEFT users do: nothing of the folder is read
+        assert PeftModel.from_pretrained(model, run).eval().predict_action(WIDE, "open the drawer").tolist() == expected
         whole = tmp_path / "merged"
         merge_adapter(run, whole)
         assert stored(whole) == fields

@@ -17,10 +17,9 @@ from openvla.training.resume import differences
 from openvla.training.schedule import step_decay
 
 
-ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(__file__).parent / "fixtures" / "demos" / "lerobot_image"
 OLDER = Path(__file__).parent / "fixtures" / "older_settings" / "finetune.json"
-SMALL = {"model": str(ROOT), "steps": 2, "batch_size": 2, "rank": 4, "shuffle_buffer": 16, "name": "mine"}
+SMALL = {"steps": 2, "batch_size": 2, "rank": 4, "shuffle_buffer": 16, "name": "mine"}
 SMALL |= {"logging": "none", "eval_every": 0, "dtype": "float32"}
 
 
@@ -137,12 +136,12 @@ def test_the_command_line_shows_it(small_policy, tmp_path):
     assert "0.01 with --recipe oft" in shown and "1.0; 0.0 with --recipe oft" in shown and "constant; step" in shown
 
 
-def test_it_is_trained_and_resumed(tmp_path):
+def test_it_is_trained_and_resumed(small_policy, tmp_path):
     """Two steps, and two more of the same run after the decay: the rates of both, and metrics of the original."""
     pytest.importorskip("accelerate", reason="training needs the [train] extra")
     pytest.importorskip("peft", reason="training needs the [train] extra")
     made = {**SMALL, "recipe": "oft", "proprio": True, "decay_after": 2, "warmup_steps": 1, "save_every": 2}
-    made |= {"output": str(tmp_path / "run"), "log_every": 1}
+    made |= {"model": str(small_policy), "output": str(tmp_path / "run"), "log_every": 1}
     finetune(options(**made))
     model = OpenVLAForActionPrediction.from_pretrained(tmp_path / "run")
     state, image = model.norm_stats["mine"]["proprio"]["mean"], np.zeros((64, 64, 3), dtype=np.uint8)

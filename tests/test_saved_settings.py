@@ -65,9 +65,9 @@ def test_a_run_of_an_older_version_is_continued(tmp_path):
     assert (tmp_path / "run" / "checkpoints" / "checkpoint-2").is_dir()
 
 
-def test_what_chunks_held_at_the_end_where_an_older_run_did_not_say_it(tmp_path):
+def test_what_chunks_held_at_the_end_where_an_older_run_did_not_say_it(small_policy, tmp_path):
     """It depended on the head then, and was saved as null."""
-    made = {"model": str(ROOT), "strategy": "last_layer", "batch_size": 2, "save_every": 1, "logging": "none"}
+    made = {"model": str(small_policy), "strategy": "last_layer", "batch_size": 2, "save_every": 1, "logging": "none"}
     options = FinetuneOptions(
         dataset=str(DEMO), output=str(tmp_path / "run"), steps=1, action_chunk=2, eval_every=0, image_aug=False, **made
     )

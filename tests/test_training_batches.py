@@ -361,9 +361,9 @@ def test_a_head_is_given_numbers():
     assert one["actions"].shape == (1, 1, 7)
 
 
-def test_a_head_of_numbers_is_trained(monkeypatch, tmp_path):
+def test_a_head_of_numbers_is_trained(small_policy, monkeypatch, tmp_path):
     pytest.importorskip("accelerate", reason="training needs the [train] extra")
-    made = {"model": str(ROOT), "dataset": "mine", "output": str(tmp_path / "run"), "strategy": "last_layer"}
+    made = {"model": str(small_policy), "dataset": "mine", "output": str(tmp_path / "run"), "strategy": "last_layer"}
     options = {**made, "steps": 2, "batch_size": 8, "logging": "none", "action_chunk": 4}
     assert {source.chunk_end for source in prepare(FinetuneOptions(**options), data=in_memory()).sources} == {"repeat"}
     monkeypatch.setitem(HEADS, "tokens", Numbers)
