@@ -17,7 +17,15 @@ QUIET: dict[str, Any] = {  # transformers' `cached_file` returns None for what i
     "_raise_exceptions_for_missing_entries": False,
     "_raise_exceptions_for_connection_errors": False,
 }
-WEIGHTS = ("*.safetensors", "*model*.bin", "*_checkpoint.pt")  # ours and the Hub's, older ones, parts of OFT
+# Ours and the Hub's, older ones, parts of OFT under any name
+WEIGHTS = (
+    "*.safetensors",
+    "*model*.bin",
+    "*_checkpoint.pt",
+    "action_head*.pt",
+    "*_projector*.pt",
+    "vision_backbone*.pt",
+)
 
 
 def check_file(path: str | os.PathLike, what: str = "file") -> Path:

@@ -17,6 +17,7 @@ from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from huggingface_hub import list_repo_files, snapshot_download
@@ -371,7 +372,8 @@ class OFTFolder:
     def _part(self, part: str) -> dict[str, torch.Tensor]:
         tensors, file = read_checkpoint(self.files[part]), self.files[part]
         prefix = next((prefix for prefix in HEAD_PREFIXES if f"{prefix}fc2.weight" in tensors), "")
-        if f"{prefix}fc1.weight" not in tensors:
+        first = tensors.get(f"{prefix}fc1.weight")
+        if first is None or first.ndim != 2:
             raise ValueError(f"'{file}' holds no {part} (tensors {', '.join(list(tensors)[:3])}, ...).")
         return {f"{part}.{name.removeprefix(prefix)}": tensor for name, tensor in tensors.items()}
 
@@ -412,7 +414,7 @@ def read_checkpoint(file: Path) -> dict[str, torch.Tensor]:
     """
     check_file(file, "weights file")
     try:
-        content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        content = torch.load(file, map_location="cpu", mmap=is_zipfile(file), weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
         raise ValueError(
             f"'{file}' cannot be read as a torch checkpoint of tensors alone: {str(error).splitlines()[0]} Was it cut "
@@ -420,7 +422,16 @@ def read_checkpoint(file: Path) -> dict[str, torch.Tensor]:
         ) from error
     if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise ValueError(f"'{file}' is no state dict: expected names and tensors, got {type(content).__name__}.")
+    if strange := [name for name, value in content.items() if not _is_plain(value)]:
+        kind = content[strange[0]]
+        raise ValueError(
+            f"'{file}': {strange[0]} is {kind.dtype} ({kind.layout}), and weights are plain floating numbers."
+        )
     return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.layout == torch.strided
 
 
 def read_adapter(file: Path) -> dict[str, torch.Tensor]:

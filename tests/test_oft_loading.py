@@ -22,6 +22,7 @@ from openvla import OpenVLAConfig, OpenVLAForActionPrediction, OpenVLAProcessor,
 from openvla.cli import app
 from openvla.conversion import convert_oft_checkpoint, package_checkpoint
 from openvla.evaluation.evaluate import evaluate
+from openvla.files_openvla import weights_digest
 from openvla.observation import Observation
 from openvla.oft_openvla import find_oft
 from openvla.options.evaluation import EvaluateOptions
@@ -348,6 +349,9 @@ def test_two_files_of_one_part(broken):
     (next(folder.glob("proprio_projector--*"))).rename(folder / "proprio_projector_150000.pt")
     config = OpenVLAConfig.from_pretrained(folder)
     assert (config.action_head, config.proprio_dim) == ("l1_regression", 8)
+    before = weights_digest(folder)
+    rewrite(folder / "action_head.pt", lambda tensors: tensors.popitem())
+    assert weights_digest(folder) != before
 
 
 @pytest.mark.parametrize("part", ["action_head", "proprio_projector"])
@@ -362,6 +366,13 @@ def test_parts_that_are_damaged(broken, part):
     ):
         file.write_bytes(damage)
         refused(folder, message)
+
+
+def test_a_part_in_the_older_form_of_torch(broken):
+    folder = broken("libero-l1")
+    head = next(folder.glob("action_head--*"))
+    torch.save(torch.load(head, weights_only=True), head, _use_new_zipfile_serialization=False)
+    assert OpenVLAConfig.from_pretrained(folder).action_head == "l1_regression"
 
 
 def test_no_pickles(broken):
@@ -391,6 +402,11 @@ def test_parts_of_another_kind_or_size(broken):
     rewrite(state, lambda t: t.clear())
     refused(folder, "holds no proprio_projector")
     state.write_bytes(kept[1])
+    rewrite(state, lambda t: t.update({"module.fc1.weight": torch.randn(16)}))
+    refused(folder, "holds no proprio_projector")
+    for wrong in (torch.randn(16, 8, dtype=torch.complex64), torch.randn(16, 8).to_sparse(), torch.ones(16, 8).int()):
+        rewrite(state, lambda t, wrong=wrong: t.update({"module.fc1.weight": wrong}))
+        refused(folder, "module.fc1.weight is .*weights are plain floating numbers")
     rewrite(state, lambda t: t.update({"module.fc1.weight": torch.randn(16, 6)}))
     refused(folder, "a state of 6 numbers is that of no platform.*give camera_names")
     refused(folder, "'libero_spatial_no_noops' are of 8 numbers .proprio., the weights in .* of 6",
