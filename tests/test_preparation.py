@@ -123,6 +123,17 @@ def test_a_head_that_stays(tmp_path):
         assert any("--prefix-training 1 keeps it" in warning for warning in made.warnings) is (given is None)
 
 
+def test_a_scene_that_only_the_wrist_shows(tmp_path):
+    """Pixels of four channels are no colours: what was left was learned under the name of the scene, silently."""
+    images = {"wrist": [jpeg(level) for level in range(10)]}
+    for given, expected in (({}, True), ({"camera_names": "wrist"}, False)):
+        run = prepare(options(tmp_path, **given), data=dataset(episode(images=images)))
+        found = [warning for warning in run.warnings if "on the arm, under the name of the scene" in warning]
+        assert bool(found) is expected and all("No other one is in colours" in warning for warning in found)
+    both = {"front": images["wrist"], **images}
+    assert "on the arm" not in prepare(options(tmp_path), data=dataset(episode(images=both))).describe()
+
+
 def test_no_words_at_all(tmp_path):
     with pytest.raises(ValueError, match=r"(?s)Nothing is left.*--language-key.*--keep-unlabeled"):
         prepare(options(tmp_path), data=dataset(episode("")))

@@ -123,18 +123,24 @@ def check_images(processor: OpenVLAProcessor, config: OpenVLAConfig) -> list[str
     return found
 
 
-def check_cameras(name: str, camera: str | None, camera_names: Sequence[str]) -> list[str]:
+def check_cameras(name: str, camera: str | None, camera_names: Sequence[str], given: bool = True) -> list[str]:
     """Whether a view that the model calls the scene is one on the arm: nothing tells a robot or simulator of that.
 
     Args:
         camera: What was chosen for the view "primary", of the dataset `name`.
+        given: It was asked for, and is not the only one in colour.
     """
     scene = next((view for view in camera_names if view_of(view) == "primary"), None)
     if camera is None or scene is None or not is_on_arm(camera):
         return []
+    way_out = (
+        "Give --cameras wrist instead of --camera."
+        if given
+        else "No other one is in colours, of 8 bits and three channels. Give --cameras wrist, or correct the other one."
+    )
     return [
         f"{name}: the model learns from the camera '{camera}', on the arm, under the name of the scene ('{scene}'); "
-        "where it acts, that name is the camera that looks at the scene. Give --cameras wrist instead of --camera."
+        f"where it acts, that name is the camera that looks at the scene. {way_out}"
     ]
 
 

@@ -14,12 +14,14 @@ import torch
 from ..action_heads_openvla import HEADS, TokenHead, head_without_weights
 from ..action_spec import action_names
 from ..action_tokenizer import ActionTokenizer, check_same_action_dim
+from ..cameras_openvla import view_of
 from ..choices_openvla import check_choice
 from ..configuration_openvla import HEADS_WITH_WEIGHTS, OpenVLAConfig
 from ..data import Episode
 from ..data.augment import ImageAugmentation
 from ..data.collate import ActionCollator
 from ..data.mixture import mixture_probabilities
+from ..data.samples import model_cameras
 from ..data.source import statistics_with_spec
 from ..data.sources import Source, open_sources, source_options
 from ..device import emulated
@@ -96,7 +98,8 @@ class Run:
         """Where quality may be lost."""
         found = [*self.relearned, *(warning for source in self.sources for warning in check_data(source))]
         for source in self.sources:
-            found += check_cameras(source.name, source.camera, self.config.camera_names)
+            names = self.config.camera_names
+            found += check_cameras(source.name, scene_camera(source, names), names, source.camera is not None)
             before = (self.config.norm_stats or {}).get(source.name)
             if before:
                 found += check_statistics(source.name, before["action"], source.statistics["action"], source.names)
@@ -213,6 +216,15 @@ def prepare(options: FinetuneOptions, processes: int = 1, data: Any = None) -> R
         check_samples(source)
         check_instructions(source, run)
     return run
+
+
+def scene_camera(source: Source, camera_names: Sequence[str]) -> str | None:
+    """The camera of a dataset that a model sees under a name of the scene; None where it has no such name."""
+    scene = next((number for number, view in enumerate(camera_names) if view_of(view) == "primary"), None)
+    first = next(iter(source.dataset), None)
+    if scene is None or first is None:
+        return None
+    return model_cameras(first, source.camera_names, source.camera)[scene]
 
 
 def proprio_dim(options: FinetuneOptions, sources: Sequence[Source], config: OpenVLAConfig) -> int:
