@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .cli_errors import FAILED, Group, show_warnings_as_lines
+from .cli_errors import FAILED, Group, continued, show_warnings_as_lines
 from .cli_folders import report_merge
 from .cli_folders import verbs as folder_verbs
 from .cli_options import options_of
@@ -192,7 +192,9 @@ def record(options: RecordOptions) -> None:
     from .data.statistics import counted
     from .evaluation.record import record as run
 
-    for task, counts in run(options)["tasks"].items():
+    with continued():
+        recorded = run(options)["tasks"]
+    for task, counts in recorded.items():
         episodes, failed = counted(counts["episodes"], "episode"), counted(counts["failed_attempts"], "failed attempt")
         typer.echo(f"{task}: {episodes}, {counts['steps']:g} steps on average, {failed}")
     typer.echo(f"wrote {options.output}")
@@ -215,7 +217,8 @@ def evaluate(options: EvaluateOptions) -> None:
     """
     from .evaluation.evaluate import evaluate as run
 
-    summary = run(options)
+    with continued():
+        summary = run(options)
     rate, broken = summary["mean_success"], summary["errors"]
     typer.echo(f"wrote {options.output}; mean success {'unknown' if rate is None else f'{rate:.1%}'}")
     if broken:

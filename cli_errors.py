@@ -1,8 +1,10 @@
 """What a user's mistake looks like on the command line: one line on stderr and an exit code."""
 
+import contextlib
 import errno
 import os
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import typer
@@ -71,6 +73,16 @@ class Group(TyperGroup):
             told = str(error) if "pip install 'openvla[" in str(error) else f"openvla {verb} needs {missing}"
             typer.echo(f"error: {told}", err=True)
             raise typer.Exit(REFUSED) from error
+
+
+@contextlib.contextmanager
+def continued() -> Iterator[None]:
+    """Where Ctrl-C stops a verb that continues when it is given again, it says so."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("stopped: the same command continues.", err=True)
+        raise
 
 
 def show_warnings_as_lines(group: Any) -> None:

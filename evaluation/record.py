@@ -25,13 +25,19 @@ from . import recorder
 from .environment import choose_tasks, file_name, renders, tasks_with
 from .expert_episode import is_episode, load_episode
 from .rendering import opengl_backend
-from .workers import EnvironmentProcess
+from .workers import EnvironmentFailure, EnvironmentProcess
 
 
 ACTION_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
 PLAN = "options.json"  # of an unfinished recording: what is recorded
 COMPLETE = "whole"  # in it: the data set that is being written; a recording of version 0.1.0 continues
 SLOWEST_EPISODE = 3600.0  # seconds, all attempts together
+
+
+class RecordingBroke(OSError):
+    """A worker failed. The message says why; what was recorded before is kept."""
+
+    exit_code = 1  # of the command line
 
 
 def record(options: RecordOptions, *, progress: bool = True) -> dict[str, Any]:
@@ -48,6 +54,7 @@ def record(options: RecordOptions, *, progress: bool = True) -> dict[str, Any]:
         FileExistsError: If the folder holds something else, or `OUTPUT.partial` does.
         FileNotFoundError: If there is no OpenGL to render with, or no such student.
         BlockingIOError: If another process records to the same place.
+        RecordingBroke: If a worker of several died, or raised something, an error of this list as well.
     """
     output = Path(options.output).expanduser().absolute()
     with locked(output):
@@ -232,9 +239,11 @@ def _run(
         for thread in threads:
             thread.join()
     except KeyboardInterrupt as interrupt:
-        failures.append(interrupt)
+        failures.insert(0, interrupt)  # before what it did to the workers
         for thread in threads:
             thread.join()
+    if failures and isinstance(failures[0], EnvironmentFailure):
+        raise RecordingBroke(str(failures[0])) from failures[0]
     if failures:
         raise failures[0]
 

@@ -1,6 +1,9 @@
 """Environments in processes of their own: they run side by side, and one that breaks breaks nothing else."""
 
+import contextlib
 import multiprocessing
+import pickle
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -19,18 +22,21 @@ CHECKS: dict[str, Callable[[Any], Any]] = {"reset": check_observation, "step": c
 
 def _serve(make: Callable[[], Environment], connection: Connection) -> None:
     """Answer (method, arguments) with (True, result) or (False, what went wrong), until the other side is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches all: this one ends, and the one that asked says so
     environment: Environment | None = None
-    while True:
-        try:
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
             method, arguments = connection.recv()
-        except (EOFError, KeyboardInterrupt):
-            break
-        try:
-            environment = environment or make()
-            result = getattr(environment, method)(*arguments)
-            connection.send((True, CHECKS[method](result) if method in CHECKS else result))
-        except Exception as error:  # whatever it is belongs to the process that asked
-            connection.send((False, "".join(traceback.format_exception_only(error)).strip()))
+            try:
+                environment = environment or make()
+                result = getattr(environment, method)(*arguments)
+                answer = (True, CHECKS[method](result) if method in CHECKS else result)
+            except Exception as error:  # whatever it is belongs to the process that asked
+                answer = (False, "".join(traceback.format_exception_only(error)).strip())
+            try:
+                connection.send(answer)
+            except (TypeError, AttributeError, pickle.PicklingError) as error:  # a result that cannot be sent
+                connection.send((False, f"{type(error).__name__}: {error}"))
     if environment is not None:
         environment.close()
 

@@ -44,3 +44,10 @@ class Twins(Seeing):
 class Needs(Blind):
     def __init__(self, path, *, size=16):
         raise AssertionError("made without a path")
+
+
+class Breaks:
+    """As a `Recorder` whose expert never succeeds."""
+
+    def record(self, *job):
+        raise ValueError("The expert failed 20 times.")

@@ -1,10 +1,13 @@
 """What simulators of a user's own may give that is no observation: said before anything is done with it."""
 
+import os
+import signal
 from dataclasses import replace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
-from careless import Gymnasium
+from careless import Breaks, Gymnasium, Seeing
 from toy import FromPixels
 
 from openvla.evaluation import make_environment
@@ -12,8 +15,9 @@ from openvla.evaluation.demo import demo
 from openvla.evaluation.environment import check_observation, check_step, file_name
 from openvla.evaluation.expert_episode import record_episode
 from openvla.evaluation.loop import Job, run_episodes
-from openvla.evaluation.record import record
+from openvla.evaluation.record import RecordingBroke, _run, record
 from openvla.evaluation.report import NoEpisodes
+from openvla.evaluation.workers import EnvironmentFailure, EnvironmentProcess
 from openvla.observation import Observation
 from openvla.options.evaluation import RecordOptions
 
@@ -77,6 +81,32 @@ def test_it_breaks_its_episode_and_no_other(tmp_path, capfd):
     assert "left, episode 0 broke: ValueError: step() gave" in capfd.readouterr().err
     with pytest.raises(ValueError, match="step.. gave a tuple of 5"):
         record_episode(Gymnasium(), "left", 1)
+
+
+def test_a_worker_that_is_interrupted_ends_without_a_word(capfd):
+    """Ctrl-C reaches all processes of a terminal; the one that asked says that it was stopped."""
+    process = EnvironmentProcess(Seeing)
+    process.ask("instructions", "open/it")
+    process.answer()
+    os.kill(process._process.pid, signal.SIGINT)
+    with pytest.raises(EnvironmentFailure, match="died .exit code -2"):
+        process.ask("instructions", "open/it")
+        process.answer()
+    process.ask("instructions", "open/it")  # and the process that asked goes away
+    process._connection.close()
+    process._process.join(10)
+    assert process._process.exitcode == 0 and capfd.readouterr().err == ""
+
+
+def test_a_recording_in_several_processes_says_what_broke_it(tmp_path, monkeypatch):
+    jobs = [(("go", "", number), tmp_path / f"{number}.npz") for number in range(2)]
+    with pytest.raises(RecordingBroke, match="^ValueError: The expert failed 20 times.$"):
+        _run(Breaks, jobs, 2, lambda: None)
+    assert RecordingBroke.exit_code == 1
+    monkeypatch.setattr("threading.Thread.join", interrupt := MagicMock(side_effect=[KeyboardInterrupt, None, None]))
+    with pytest.raises(KeyboardInterrupt):
+        _run(Breaks, jobs, 2, lambda: None)
+    assert interrupt.call_count == 3
 
 
 def test_where_nothing_is_seen_nothing_is_filmed(tmp_path):

@@ -185,6 +185,16 @@ def test_values_that_a_shell_left_as_they_are(line, said, tmp_path, monkeypatch)
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("verb", ["record", "evaluate"])
+def test_ctrl_c_says_that_the_same_command_continues(verb, tmp_path, monkeypatch):
+    def stopped(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"openvla.evaluation.{verb}.{verb}", stopped)
+    result = run(verb, "--output", tmp_path / "out", code=130)
+    assert result.stderr.strip() == "stopped: the same command continues."
+
+
 def test_predict(model, image):
     options = ["--image", image, "--instruction", "Open the Drawer", "--model", model, "--unnorm-key", "bridge_orig"]
     options += ["--device", "cpu"]
