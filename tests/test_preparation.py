@@ -93,6 +93,16 @@ def test_statistics_of_libero_with_and_without_the_zero(tmp_path):
     assert content["proprio"] == own[True]["proprio"]
 
 
+def test_the_state_of_bridge_with_and_without_the_zero():
+    """As docs/data.md has it."""
+    folder = Path(__file__).parent / "fixtures" / "oxe_rlds" / "bridge_orig"
+    padded = open_source(folder, sees_state=True)
+    plain = open_source(folder, sees_state=True, state_key="EEF_state,gripper_state")
+    assert (padded.state_dim, plain.state_dim) == (8, 7) and not padded.dataset[0].state[:, 6].any()
+    with pytest.raises(ValueError, match="no key 'QQ'; there are"):
+        open_source(folder, state_key="QQ")
+
+
 def test_states_that_are_zero(tmp_path):
     """Their statistics are those of a dataset without states, and that is what was said of them."""
     data = dataset(*(episode() | {"state": np.zeros((10, 8))} for _ in range(2)))

@@ -332,13 +332,13 @@ def _find(flat: dict[str, np.ndarray], key: str, origin: str) -> str:
     inner = [name for name in flat if name.startswith(f"{key}/")]
     near = difflib.get_close_matches(key, flat, n=1, cutoff=0.4)
     hint = (
-        f"it has parts: choose from {inner}, several in a list"
+        f" (it has parts: choose from {inner}, several in a list)"
         if inner
-        else f"did you mean {near[0]!r}?"
+        else f" (did you mean {near[0]!r}?)"
         if near
         else ""
     )
-    raise MissingKeyError(f"{origin}: no key {key!r} ({hint}); there are {sorted(flat)}")
+    raise MissingKeyError(f"{origin}: no key {key!r}{hint}; there are {sorted(flat)}")
 
 
 def _columns(flat: dict[str, np.ndarray], keys: Keys, origin: str) -> np.ndarray | None:
