@@ -31,7 +31,6 @@ def pytest_configure(config):
 
 
 def pytest_unconfigure(config):
-    gc.unfreeze()
     if hasattr(config, "servers"):
         config.servers.stdin.close()
         config.servers.wait()

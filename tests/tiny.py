@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -71,5 +71,9 @@ class TinyCheckpoint:
 TINY = [TinyCheckpoint("tiny-openvla-fused"), TinyCheckpoint("tiny-openvla-siglip")]
 
 
+@cache
 def golden_image(index: int) -> Image.Image:
-    return Image.open(GOLDENS / "images" / f"img{index}.png")
+    """Decoded once, for all: no test changes one."""
+    image = Image.open(GOLDENS / "images" / f"img{index}.png")
+    image.load()
+    return image
