@@ -560,7 +560,7 @@ def test_converted_it_acts_the_same(saved, variant, tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     images = [str(OFT / "images" / f"raw{index}.png") for index in (0, 2, 4)]
-    ran = processes.run(WITHOUT_THE_PACKAGE, packaged, *images, cwd=tmp_path, env=environment, server="libraries")
+    ran = processes.run(WITHOUT_THE_PACKAGE, packaged, *images, cwd=tmp_path, env=environment, server="transformers")
     assert ran.returncode == 0, ran.stderr[-3000:]
     found = json.loads(ran.stdout.splitlines()[-1])
     assert not found["openvla"]

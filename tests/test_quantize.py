@@ -139,7 +139,7 @@ for name, kind in zip(sys.argv[2:4], (AutoModel, AutoModelForImageTextToText)):
 """
     environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     ran = processes.run(
-        program, PICTURE, path, packaged, KINDS[bits].__name__, cwd=tmp_path, env=environment, server="libraries"
+        program, PICTURE, path, packaged, KINDS[bits].__name__, cwd=tmp_path, env=environment, server="transformers"
     )
     assert ran.returncode == 0, ran.stderr
     lines = ran.stdout.splitlines()
