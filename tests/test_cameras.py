@@ -1,6 +1,7 @@
 """What a model sees: cameras by name, from a data set to the model, and back in control."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -82,18 +83,26 @@ def test_camera_names_of_a_config(names):
         OpenVLAConfig(camera_names=names)
 
 
-def two_cameras(folder: Path) -> OpenVLAForActionPrediction:
-    """A tiny checkpoint that sees two cameras, saved and loaded again."""
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A tiny checkpoint that sees two cameras."""
+    folder = tmp_path_factory.mktemp("two") / "model"
     model = TINY[0].load()
     model.config.camera_names = TWO
     model.save_pretrained(folder)
     TINY[0].processor().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two_cameras(folder) -> OpenVLAForActionPrediction:
+    """It, saved and loaded again."""
     return OpenVLAForActionPrediction.from_pretrained(folder).eval()
 
 
-def test_a_model_of_two_cameras(tmp_path):
-    model = two_cameras(tmp_path)
-    processor = OpenVLAProcessor.from_pretrained(tmp_path)
+def test_a_model_of_two_cameras(folder, two_cameras):
+    model = two_cameras
+    processor = OpenVLAProcessor.from_pretrained(folder)
     images = {"wrist_image": HAND, "full_image": SCENE, "depth": SCENE[..., 0]}
     inputs = processor(processor.format_prompt("open the drawer"), images)
     single = TINY[0].processor()
@@ -119,18 +128,18 @@ def test_a_model_of_two_cameras(tmp_path):
     assert generated.shape[1] == inputs["input_ids"].shape[1] + 3
 
 
-def test_a_processor_of_the_hub_knows_the_cameras(tmp_path):
+def test_a_processor_of_the_hub_knows_the_cameras(folder, tmp_path):
     """Of a Hub id it saw one camera, and was not compared with the model."""
     repository = tmp_path / "models--me--robot"
-    two_cameras(repository / "snapshots" / ("0" * 40))
+    shutil.copytree(folder, repository / "snapshots" / ("0" * 40))
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0" * 40)
     processor = OpenVLAProcessor.from_pretrained("me/robot", cache_dir=tmp_path, local_files_only=True)
     assert processor.camera_names == TWO
 
 
-def test_images_that_do_not_fit_the_cameras(tmp_path):
-    model = two_cameras(tmp_path)
+def test_images_that_do_not_fit_the_cameras(two_cameras):
+    model = two_cameras
     for image, message in (
         (SCENE, "The model sees primary, wrist: give {camera: image}"),
         ({"full_image": SCENE}, "no camera for the view 'wrist'"),
@@ -149,12 +158,12 @@ def test_images_that_do_not_fit_the_cameras(tmp_path):
         )
 
 
-def test_predict_takes_a_frame_of_each_camera(tmp_path, monkeypatch):
-    model = two_cameras(tmp_path / "model")
+def test_predict_takes_a_frame_of_each_camera(folder, two_cameras, tmp_path, monkeypatch):
+    model = two_cameras
     frames = {"full_image": tmp_path / "scene.png", "wrist": tmp_path / "a=b.png"}
     for path, image in zip(frames.values(), (SCENE, HAND)):
         Image.fromarray(image).save(path)
-    said = ["predict", "--model", tmp_path / "model", "--unnorm-key", "bridge_orig", "--instruction", "open the drawer"]
+    said = ["predict", "--model", folder, "--unnorm-key", "bridge_orig", "--instruction", "open the drawer"]
     said += ["--device", "cpu", "--json"]
 
     def predict(*images):
@@ -294,8 +303,7 @@ def test_the_state_is_trained_saved_and_predicted(small_policy, tmp_path):
     assert "lora" in plan_run(planned)
 
 
-def test_a_model_that_sees_no_state_refuses_one():
-    tiny = TINY[0].load()
-    tiny.processor = TINY[0].processor()
+def test_a_model_that_sees_no_state_refuses_one(small_policy):
+    model = OpenVLAForActionPrediction.from_pretrained(small_policy)
     with pytest.raises(ValueError, match="The model sees no state"):
-        tiny.predict_action(SCENE, "open the drawer", unnorm_key="bridge_orig", state=np.zeros(8))
+        model.predict_action(SCENE, "open the drawer", state=np.zeros(8))

@@ -4,6 +4,7 @@ The training names are written out here once more, from the original's modules (
 table of the package is not tested against itself.
 """
 
+import copy
 import json
 import re
 import resource
@@ -58,14 +59,14 @@ def tiny(tiny_checkpoint) -> SimpleNamespace:
     """Published weights, their training layout, and what a tiny model needs besides."""
     weights = load_file(tiny_checkpoint.folder / "model.safetensors")
     fused = "fused" in tiny_checkpoint.name
+    sizes = tiny_checkpoint.timm_model_kwargs
+    config = OpenVLAConfig.from_pretrained(tiny_checkpoint.folder, timm_model_kwargs=sizes)
     return SimpleNamespace(
         folder=tiny_checkpoint.folder,
         weights=weights,
         parts=training_parts(weights, fused),
         fused=fused,
-        config=lambda: OpenVLAConfig.from_pretrained(
-            tiny_checkpoint.folder, timm_model_kwargs=tiny_checkpoint.timm_model_kwargs
-        ),
+        config=lambda: copy.deepcopy(config),
         checkpoint=tiny_checkpoint,
     )
 
@@ -98,9 +99,8 @@ def run(tiny, tmp_path) -> Path:
 
 
 def test_names_are_the_published_ones(tiny):
-    published = {
-        rename(f"{part}.{name}", name_table(tiny.config())) for part in tiny.parts for name in tiny.parts[part]
-    }
+    table = name_table(tiny.config())
+    published = {rename(f"{part}.{name}", table) for part in tiny.parts for name in tiny.parts[part]}
     assert published == set(tiny.weights)
 
 

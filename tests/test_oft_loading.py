@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import warnings
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,12 @@ def act(model: OpenVLAForActionPrediction) -> np.ndarray:
     return model.predict_action(images, INSTRUCTION, **({} if state is None else {"state": state}))
 
 
+@pytest.fixture(scope="module")
+def acted(saved):
+    """What a variant answers, computed once."""
+    return cache(lambda variant: act(load_oft(variant, saved)))
+
+
 # Recognised -----------------------------------------------------------------------------------------------------------
 
 
@@ -90,7 +97,7 @@ def test_the_configuration_follows_from_the_parts(saved, variant):
 
 
 @pytest.mark.parametrize("there", [True, False], ids=["in the cache", "named by the Hub"])
-def test_a_hub_repository_without_its_adapter(saved, tmp_path, monkeypatch, there):
+def test_a_hub_repository_without_its_adapter(saved, acted, tmp_path, monkeypatch, there):
     """The merged weights are all that a model needs, and many publish no more: it was taken for an ordinary one."""
     repository = tmp_path / "models--somebody--oft"
     snapshot = repository / "snapshots" / ("0" * 40)
@@ -112,7 +119,7 @@ def test_a_hub_repository_without_its_adapter(saved, tmp_path, monkeypatch, ther
         oft_openvla._repository_files.cache_clear()
     options = {"cache_dir": tmp_path, "timm_model_kwargs": TIMM, "dtype": torch.float32}
     model = OpenVLAForActionPrediction.from_pretrained("somebody/oft", **options)
-    np.testing.assert_allclose(act(model.eval()), act(load_oft("libero-l1", saved)), atol=1e-5)
+    np.testing.assert_allclose(act(model.eval()), acted("libero-l1"), atol=1e-5)
     oft_openvla._repository_files.cache_clear()
 
 
@@ -205,9 +212,9 @@ def test_type_of_the_weights(saved, dtype):
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
 
 
-def test_through_the_auto_class(saved):
+def test_through_the_auto_class(saved, acted):
     model = AutoModel.from_pretrained(str(saved / "libero-l1"), timm_model_kwargs=TIMM, dtype=torch.float32)
-    np.testing.assert_array_equal(act(model.eval()), act(load_oft("libero-l1", saved)))
+    np.testing.assert_array_equal(act(model.eval()), acted("libero-l1"))
 
 
 def test_code_of_a_published_folder_is_not_needed(broken):
@@ -259,7 +266,7 @@ def test_a_model_outlives_its_folder(broken):
     np.testing.assert_array_equal(act(model), expected)
 
 
-def test_statistics_that_are_given_win(saved):
+def test_statistics_that_are_given_win(saved, acted):
     own = json.loads((saved / "libero-l1" / "dataset_statistics.json").read_text())["libero_spatial_no_noops"]
     assert list(load_oft("libero-l1", saved, norm_stats={"mine": own}).norm_stats) == ["mine"]
     options = {"timm_model_kwargs": TIMM, "dtype": torch.float32}
@@ -275,7 +282,7 @@ def test_statistics_that_are_given_win(saved):
     (own,) = json.loads((saved / "aloha-film-l1" / "dataset_statistics.json").read_text()).values()
     model = load_oft("aloha-film-l1", saved, norm_stats={"mine": own})
     assert model.normalization == {"mine": "bounds"}
-    np.testing.assert_array_equal(act(model), act(load_oft("aloha-film-l1", saved)))
+    np.testing.assert_array_equal(act(model), acted("aloha-film-l1"))
 
 
 def test_statistics_under_another_name(saved, tmp_path):

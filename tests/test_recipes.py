@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -111,7 +112,7 @@ def test_settings_of_other_runs_are_compared_by_values():
     assert differences(oft, asdict(options(recipe="oft", decay_after=5))) == ["decay_after was 100000, is 5"]
 
 
-def test_the_command_line_shows_it(small_policy, tmp_path):
+def test_the_command_line_shows_it(small_policy, tmp_path, monkeypatch):
     pytest.importorskip("accelerate", reason="training needs the [train] extra")
     pytest.importorskip("peft", reason="training needs the [train] extra")
 
@@ -128,6 +129,8 @@ def test_the_command_line_shows_it(small_policy, tmp_path):
     )
     assert "lora, adamw 0.0005 step (a tenth after 100000, which is not reached), warmup 10, weight decay 0.01" in text
     assert "not clipped" in text
+    # What the other runs need is not counted: a second each
+    monkeypatch.setattr("openvla.training.plan.estimate", lambda *_, **__: SimpleNamespace(describe=lambda: ""))
     text = plan("--recipe", "oft", "--chunk", "3", "--decay-after", "500", "--max-grad-norm", "2", "--steps", "900")
     assert "chunks of 3" in text and "step (a tenth after 500)" in text and "clipped at 2" in text
     text = plan()

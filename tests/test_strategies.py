@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 from test_heads_and_strategies import LEARNS
-from tiny import TINY, golden_image
+from tiny import golden_image
 
-from openvla import OpenVLAForActionPrediction
+from openvla import OpenVLAForActionPrediction, OpenVLAProcessor
 from openvla.data.collate import ActionCollator
 from openvla.presets import load_preset_config
 from openvla.training import STRATEGIES, apply_strategy, qlora_quantization, trainable_parameters
@@ -34,26 +34,30 @@ def test_table_1(name, options, millions):
     assert round(trainable_parameters(model) / 1e6, 1) == millions
 
 
-def batch(checkpoint) -> dict[str, torch.Tensor]:
+def load(folder, **options) -> OpenVLAForActionPrediction:
+    return OpenVLAForActionPrediction.from_pretrained(folder, dtype=torch.float32, **options)
+
+
+@pytest.fixture(scope="module")
+def batch(small_policy) -> dict[str, torch.Tensor]:
     sample = {"instruction": "open the drawer", "actions": np.linspace(-0.9, 0.9, 7), "image": golden_image(0)}
-    return ActionCollator(checkpoint.processor())([sample])
+    return ActionCollator(OpenVLAProcessor.from_pretrained(small_policy))([sample])
 
 
 @pytest.mark.parametrize("name", ["full", "last_layer", "frozen_vision", "sandwich", "lora", "qlora"])
-def test_only_the_chosen_parameters_learn(name):
-    checkpoint = TINY[0]
+def test_only_the_chosen_parameters_learn(name, small_policy, batch):
     if name == "qlora":
         pytest.importorskip("bitsandbytes", reason="qlora needs the [quant] extra")
-        model = checkpoint.load(quantization_config=qlora_quantization(torch.float32))
+        model = load(small_policy, quantization_config=qlora_quantization(torch.float32))
     else:
-        model = checkpoint.load()
+        model = load(small_policy)
     model = apply_strategy(model, name, **({"rank": 4} if "lora" in name else {}))
     before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
     trainable = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-2)
-    inputs, losses = batch(checkpoint), []
+    losses = []
     for _ in range(4):
-        loss = model(**inputs).loss
+        loss = model(**batch).loss
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
@@ -72,28 +76,29 @@ def test_only_the_chosen_parameters_learn(name):
 
 
 @pytest.mark.parametrize("name", ["full", "lora", "sandwich"])
-def test_what_stays_trainable_has_gradients(name):
-    model = apply_strategy(TINY[0].load(), name)
+def test_what_stays_trainable_has_gradients(name, small_policy, batch):
+    model = apply_strategy(load(small_policy), name)
     before = trainable_parameters(model)
     freeze_unused(model)
     assert trainable_parameters(model) < before
-    model(**batch(TINY[0])).loss.backward()
+    model(**batch).loss.backward()
     without = [key for key, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None]
     assert without == []
 
 
-def test_an_evaluation_does_not_change_the_gradients_of_a_quantized_base():
+def test_an_evaluation_does_not_change_the_gradients_of_a_quantized_base(small_policy, batch):
     pytest.importorskip("bitsandbytes", reason="qlora needs the [quant] extra")
-    model = apply_strategy(TINY[0].load(quantization_config=qlora_quantization(torch.float32)), "qlora", rank=4)
+    model = load(small_policy, quantization_config=qlora_quantization(torch.float32))
+    model = apply_strategy(model, "qlora", rank=4)
 
     def gradients() -> list[torch.Tensor]:
         model.train().zero_grad()
-        model(**batch(TINY[0])).loss.backward()
+        model(**batch).loss.backward()
         return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
 
     before = gradients()
     with torch.no_grad():
-        model.eval()(**batch(TINY[0]))
+        model.eval()(**batch)
     for one, other in zip(before, gradients(), strict=True):
         torch.testing.assert_close(one, other)
 
@@ -102,8 +107,8 @@ def test_every_strategy_is_tested():
     assert set(STRATEGIES) == {"full", "last_layer", "frozen_vision", "sandwich", "lora", "qlora"}
 
 
-def test_errors():
-    model = TINY[1].load()
+def test_errors(small_policy):
+    model = load(small_policy)
     with pytest.raises(ValueError, match="Did you mean 'lora'"):
         apply_strategy(model, "loar")
     with pytest.raises(ValueError, match="4-bit base"):
@@ -112,4 +117,4 @@ def test_errors():
         apply_strategy(model, "lora", rank=0)
     pytest.importorskip("bitsandbytes", reason="a quantized model needs the [quant] extra")
     with pytest.raises(ValueError, match="quantized"):
-        apply_strategy(TINY[1].load(quantization_config=qlora_quantization(torch.float32)), "full")
+        apply_strategy(load(small_policy, quantization_config=qlora_quantization(torch.float32)), "full")
