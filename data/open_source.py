@@ -14,7 +14,7 @@ from typing import Any
 from ..action_spec import spec_of
 from ..action_tokenizer import check_statistics, read_statistics
 from ..choices_openvla import check_choice, closest
-from ..configuration_openvla import UNITS
+from ..configuration_openvla import UNITS, plain_statistics
 from .checks import check_clipped, check_converted, odd_grippers
 from .dataset import OnError
 from .dimensions import parse_absolute, parse_grippers, parse_mask
@@ -286,10 +286,10 @@ def given_statistics(statistics: str | os.PathLike | Mapping[str, Any], name: st
     """
     if isinstance(statistics, str | os.PathLike):
         known = read_statistics(Path(statistics).expanduser())
-    elif isinstance(statistics, Mapping) and "action" in statistics:
-        known = check_statistics({name: statistics}, "statistics")
     else:
-        known = check_statistics(statistics, "statistics")
+        plain = plain_statistics(statistics)  # arrays become lists
+        of_one = isinstance(plain, Mapping) and "action" in plain
+        known = check_statistics({name: plain} if of_one else plain, "statistics")
     if name not in known:
         raise KeyError(
             f"The statistics are of {', '.join(sorted(known)) or 'nothing'}, not of '{name}'.{closest(name, known)} "

@@ -803,7 +803,8 @@ def test_given_statistics(tmp_path):
     given = copy.deepcopy(own)
     given["action"]["q99"] = [9.0] * 7
     (tmp_path / "dataset_statistics.json").write_text(json.dumps({"made": given, "other": own}))
-    for form in (tmp_path / "dataset_statistics.json", {"made": given}, given):
+    arrays = {"action": {name: np.array(values) for name, values in given["action"].items()}}
+    for form in (tmp_path / "dataset_statistics.json", {"made": given}, given, arrays):
         source = open_source(made, statistics=form)
         assert source.statistics["action"]["q99"] == [9.0] * 7 and source.num_transitions == 24
         np.testing.assert_allclose(
