@@ -28,7 +28,7 @@ def seeing(opengl):
     environment.close()
 
 
-def follow_expert(environment, seed, task, variation="", steps=40):
+def follow_expert(environment, seed, task, variation="", steps=20):
     """All that is seen in some steps of the expert, (T, 39), and whether the last was a success."""
     environment.reset(seed, task, variation)
     seen, success = [environment._simulator().seen.copy()], False

@@ -157,11 +157,11 @@ def test_a_late_student_continues_what_is_executed():
 def test_each_episode_draws_its_own_noise_up_to_the_strongest():
     """Standard deviations of y and z, which nothing else moves: uniform between 0 and `noise`."""
     strengths = []
-    for seed in range(10_000, 10_200):
+    for seed in range(10_000, 10_100):
         point = Point()
         if record_episode(point, "go", seed, noise=0.02, after_success=200) is not None:
             strengths.append(np.stack(point.executed)[:, 1:3].std())
-    assert len(strengths) > 150 and max(strengths) < 0.02 * 1.15  # 400 samples: within 15%
+    assert len(strengths) > 75 and max(strengths) < 0.02 * 1.15  # 400 samples: within 15%
     np.testing.assert_allclose(np.quantile(strengths, [0.25, 0.5, 0.75]), [0.005, 0.01, 0.015], atol=0.002)
 
 
@@ -391,8 +391,12 @@ def test_an_expert_of_other_numbers_is_refused_at_its_first_step(tmp_path, monke
         record(options(tmp_path, env="slide_simulator:Short", tasks="go"), progress=False)
 
 
-def test_interrupted_recordings_go_on_and_end_the_same(tmp_path, opengl, monkeypatch):
-    whole = options(tmp_path, output=str(tmp_path / "whole"), noise=0.1, episodes=3)
+def test_interrupted_recordings_go_on_and_end_the_same(tmp_path, monkeypatch):
+    """That Meta-World begins anew in a second process: test_two_workers_record_what_one_does."""
+    (tmp_path / "slide_simulator.py").write_text(SLIDE)
+    monkeypatch.syspath_prepend(tmp_path)
+    slide = {"env": "slide_simulator:Slide", "tasks": "go", "size": 8, "noise": 0.1, "episodes": 3}
+    whole = options(tmp_path, output=str(tmp_path / "whole"), **slide)
     record(whole, progress=False)
     stopped = replace(whole, output=str(tmp_path / "stopped"), episodes=2)
     once = Recorder.record
