@@ -222,7 +222,7 @@ def evaluate(options: EvaluateOptions) -> None:
     rate, broken = summary["mean_success"], summary["errors"]
     typer.echo(f"wrote {options.output}; mean success {'unknown' if rate is None else f'{rate:.1%}'}")
     if broken:
-        begun, reason = summary["episodes"] + broken, next(iter(summary["reasons"]))
+        begun, reason = summary["episodes"] + broken, next(iter(summary["reasons"])).rstrip(".")
         said = f"error: all {broken}" if broken == begun else f"warning: {broken} of {begun}"
         typer.echo(f"{said} episodes broke, mostly: {reason}. The same command runs them again.", err=True)
     if not summary["episodes"]:

@@ -43,7 +43,9 @@ def reason(error: BaseException) -> str:
     if isinstance(error, KeyError) and error.args:
         return str(error.args[0])
     if isinstance(error, OSError) and error.strerror and str(error).startswith("[Errno"):
-        where = f"'{os.fsdecode(error.filename)}': " if error.filename is not None else ""
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)  # of a copy the second file, not the one that is read
+        file = error.filename2 if full and error.filename2 is not None else error.filename
+        where = f"'{os.fsdecode(file)}': " if file is not None else ""
         way_out = WAYS_OUT.get(error.errno or 0)
         return f"{where}{error.strerror}{f': {way_out}' if way_out else ''}."
     return str(error)

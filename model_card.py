@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from .action_spec import spec_of
 from .action_tokenizer import get_action_stats
 from .configuration_openvla import OpenVLAConfig
+from .files_openvla import read_json
 
 
 WITH_CODE = """OpenVLA: an image and an instruction go in, a robot action comes out. This folder carries its own code.
@@ -24,7 +25,7 @@ inputs = processor(prompt, {images})
 action = model.predict_action(**inputs, unnorm_key="{unnorm_key}"{state})  # {shape} float64, units of that dataset
 ```
 
-It needs `torch`, `torchvision`, `timm` and `transformers` >= 5.4.
+It needs `torch`, `torchvision`, `timm`{more} and `transformers` >= 5.4.
 """
 
 WITHOUT_CODE = """OpenVLA: an image and an instruction go in, a robot action comes out.
@@ -127,6 +128,7 @@ def model_card(
         base=link or adapter_of,
         unnorm_key=unnorm_key,
         images=_images(config),
+        more="".join(f", `{library}`" for library in _more_libraries(config, model_folder)),
         state="" if config.proprio_dim is None else ", state=state",
         shape=_shape(config, len(get_action_stats(statistics, unnorm_key)["q01"])),
     )
@@ -146,6 +148,14 @@ def model_card(
         width=config.text_config.hidden_size,
     )
     return f"---\n{data.to_yaml()}\n---\n{body}"
+
+
+def _more_libraries(config: OpenVLAConfig, model_folder: Path | None) -> list[str]:
+    """What a prediction needs beside the libraries of every model, by the head and the pixels of the folder."""
+    settings = model_folder / "processor_config.json" if model_folder is not None else None
+    pixels = read_json(settings).get("image_processor") if settings is not None and settings.is_file() else None
+    of_pixels = isinstance(pixels, dict) and pixels.get("jpeg_quality") is not None
+    return ["diffusers"] * (config.action_head == "diffusion") + ["simplejpeg"] * of_pixels
 
 
 def _images(config: OpenVLAConfig) -> str:

@@ -50,7 +50,7 @@ def demo(options: DemoOptions | None = None, *, progress: bool = True, **given: 
             records = sorted(read_results(work / "episodes.jsonl"), key=lambda record: record.task)
             films = list(_films(records, work / "videos", folder))
         if not films:
-            reasons = "; ".join(sorted({record.error for record in records if record.error}))
+            reasons = "; ".join(sorted({record.error.rstrip(".") for record in records if record.error}))
             nothing = f"'{options.env}' shows no images: there is nothing to film."
             raise NoEpisodes(f"No episode could be run: {reasons}." if reasons else nothing)
         save_tiles(films, folder / GIF)

@@ -383,6 +383,8 @@ def test_a_second_process_is_refused_in_one_line(verb, any_model, tmp_path):
 def test_what_the_operating_system_says_comes_with_the_file_and_a_way_out():
     full = OSError(errno.ENOSPC, "No space left on device", "/data/x.npz")
     assert reason(full).startswith("'/data/x.npz': No space left on device: make room")
+    copied = OSError(errno.ENOSPC, "No space left on device", "/models/x.safetensors", None, "/data/x.safetensors")
+    assert reason(copied).startswith("'/data/x.safetensors': No space left")  # where room is to be made
     assert reason(OSError(errno.ENOSPC, "No space left on device")).startswith("No space left on device: make")
     assert reason(OSError("'/data' is full: make room.")) == "'/data' is full: make room."
     assert reason(KeyError("no 'x'")) == "no 'x'"

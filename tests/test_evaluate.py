@@ -270,14 +270,14 @@ def test_opengl_is_looked_for_before_weights_are_read(tmp_path, monkeypatch):
 def test_broken_episodes_are_said(broken, code, tmp_path, monkeypatch):
     record = EpisodeResult("reach-v3", 0, 1_000_000, "reach the goal", True, 5, 5, 0.1)
     records = [replace(record, episode=number) for number in range(2)]
-    records[:broken] = [replace(entry, success=False, error="the arm fell off") for entry in records[:broken]]
+    records[:broken] = [replace(entry, success=False, error="the arm fell off.") for entry in records[:broken]]
     monkeypatch.setattr(evaluate_module, "run_episodes", lambda *a, **k: records)
     monkeypatch.setattr(evaluate_module, "opengl_backend", lambda: "none")
     arguments = ["--policy", "expert", "--tasks", "reach-v3", "--episodes", "2", "--output", str(tmp_path / "out")]
     found = CliRunner().invoke(app, ["evaluate", *arguments])
     assert found.exit_code == code, found.output
     assert ("error: all 2 episodes" if code else "warning: 1 of 2 episodes") in found.stderr
-    assert "the arm fell off" in found.stderr and "the arm fell off" in (tmp_path / "out" / "report.md").read_text()
+    assert "the arm fell off. The same command" in found.stderr and "the arm fell off" in (tmp_path / "out" / "report.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -182,6 +182,11 @@ def test_predict_and_the_model_card_know_state_and_chunk(merged, tmp_path, monke
     model.config.camera_names = ["a", "b"]
     code = model_card("two", model.config, model.norm_stats, carries_code=True)
     assert '{"a": Image.open("a.png"), "b": Image.open("b.png")}' in code
+    assert "It needs `torch`, `torchvision`, `timm` and `transformers`" in code
+    model.config.action_head = "diffusion"
+    (tmp_path / "processor_config.json").write_text('{"image_processor": {"jpeg_quality": 95}}')
+    code = model_card("two", model.config, model.norm_stats, carries_code=True, model_folder=tmp_path)
+    assert "`timm`, `diffusers`, `simplejpeg` and `transformers`" in code  # of OpenVLA-OFT's
 
 
 def test_a_copy_is_a_model_of_its_own(merged):
