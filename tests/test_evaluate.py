@@ -277,7 +277,10 @@ def test_broken_episodes_are_said(broken, code, tmp_path, monkeypatch):
     found = CliRunner().invoke(app, ["evaluate", *arguments])
     assert found.exit_code == code, found.output
     assert ("error: all 2 episodes" if code else "warning: 1 of 2 episodes") in found.stderr
-    assert "the arm fell off. The same command" in found.stderr and "the arm fell off" in (tmp_path / "out" / "report.md").read_text()
+    assert (
+        "the arm fell off. The same command" in found.stderr
+        and "the arm fell off" in (tmp_path / "out" / "report.md").read_text()
+    )
 
 
 @pytest.mark.parametrize(
