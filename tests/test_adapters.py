@@ -50,6 +50,12 @@ def trained(small_policy, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def expected(trained) -> list[float]:
+    """What the run answers."""
+    return act(OpenVLAForActionPrediction.from_pretrained(trained / "run"))
+
+
+@pytest.fixture(scope="module")
 def merged(trained, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("merged") / "merged"
     merge_adapter(trained / "run", folder)
@@ -81,9 +87,8 @@ def act(model) -> list[float]:
 # Units, prompt form and pixels
 
 
-def test_every_way_gives_the_units_of_the_run(trained, tmp_path):
+def test_every_way_gives_the_units_of_the_run(trained, expected, tmp_path):
     run, base = trained / "run", trained / "base"
-    expected = act(OpenVLAForActionPrediction.from_pretrained(run))
     assert act(OpenVLAForActionPrediction.from_pretrained(base)) != expected
     for auto_class in (AutoModel, openvla.AutoModelForVision2Seq):
         model = auto_class.from_pretrained(run)
@@ -334,9 +339,8 @@ def in_hub_cache(cache: Path, folder: Path, name: str) -> None:
     (repository / "refs" / "main").write_text("0" * 40)
 
 
-def test_adapters_of_the_hub(place):
+def test_adapters_of_the_hub(place, expected):
     """A run keeps the configuration of its base, so that config.json tells nothing."""
-    expected = act(OpenVLAForActionPrediction.from_pretrained(place / "run"))
     content = json.loads((place / "run" / "adapter_config.json").read_text())
     content["base_model_name_or_path"] = "somebody/base"
     del content["auto_mapping"]["openvla"]["base_digest"]  # by which the base is found on this machine
@@ -387,8 +391,7 @@ def test_an_adapter_without_statistics_is_said(place):
         model.get_base_model().load_adapter(str(place / "base"))
 
 
-def test_an_adapter_in_a_subfolder(place):
-    expected = act(OpenVLAForActionPrediction.from_pretrained(place / "run"))
+def test_an_adapter_in_a_subfolder(place, expected):
     for options in ({"subfolder": "run"}, {"adapter_kwargs": {"subfolder": "run"}}):
         model = OpenVLAForActionPrediction.from_pretrained(place / "base")
         model.load_adapter(str(place), **options)
@@ -398,10 +401,10 @@ def test_an_adapter_in_a_subfolder(place):
 # The base
 
 
-def test_the_base_is_found_from_anywhere(place, monkeypatch):
+def test_the_base_is_found_from_anywhere(place, expected, monkeypatch):
     """Relative to the run, also for a checkpoint of it, or for the files of the adapter alone, elsewhere together."""
     monkeypatch.chdir("/")
-    expected = act(OpenVLAForActionPrediction.from_pretrained(place / "run"))
+    assert act(OpenVLAForActionPrediction.from_pretrained(place / "run")) == expected
     assert act(OpenVLAForActionPrediction.from_pretrained(place / "run" / "checkpoints" / "checkpoint-1")) == expected
     (place / "alone").mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):

@@ -507,9 +507,8 @@ def test_damaged_image_processor(folder, field, value):
 # Saving ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("remote", [True, False])
 @pytest.mark.parametrize("of_the_hub", [True, False])
-def test_saved_folders_name_no_code_that_is_not_there(folder, tmp_path, remote, of_the_hub):
+def test_saved_folders_name_no_code_that_is_not_there(folder, tmp_path, of_the_hub):
     if of_the_hub:
         for file in folder.glob("*.json"):
             if file.name != "tokenizer.json":
@@ -522,9 +521,10 @@ def test_saved_folders_name_no_code_that_is_not_there(folder, tmp_path, remote, 
     OpenVLAProcessor.from_pretrained(folder).save_pretrained(saved)
     for file in saved.glob("*.json"):
         assert "_prismatic" not in file.read_text() and "auto_map" not in file.read_text(), file.name
-    model = AutoModel.from_pretrained(str(saved), trust_remote_code=remote)
-    assert isinstance(model, OpenVLAForActionPrediction)
-    assert isinstance(AutoProcessor.from_pretrained(str(saved), trust_remote_code=remote), OpenVLAProcessor)
+    for remote in (True, False):
+        model = AutoModel.from_pretrained(str(saved), trust_remote_code=remote)
+        assert isinstance(model, OpenVLAForActionPrediction)
+        assert isinstance(AutoProcessor.from_pretrained(str(saved), trust_remote_code=remote), OpenVLAProcessor)
 
 
 def test_saved_folders_keep_the_names_of_code_that_is_there(folder, tmp_path):
