@@ -130,6 +130,7 @@ class OpenVLAPolicy(Policy):
         Raises:
             ValueError: If there is no observation, or one holds no image, or not that of the camera.
         """
+        check_observations(observations)
         if not len(observations):
             raise ValueError("observations is empty: give one for each robot.")
         found = self.predict(observations)
@@ -151,7 +152,10 @@ class OpenVLAPolicy(Policy):
         Raises:
             ValueError: As `act`.
         """
+        check_observations(observations)
         keys = [self.unnorm_key] * len(observations) if unnorm_keys is None else unnorm_keys
+        if isinstance(keys, str) or len(keys) != len(observations):
+            raise ValueError(f"unnorm_keys={keys!r}: expected one for each of {len(observations)} observations.")
         batches: dict[tuple[str, int], list[int]] = {}  # one for each dataset and number of steps decided already
         for row, (seen, key) in enumerate(zip(observations, keys, strict=True)):
             batches.setdefault((key, 0 if seen.committed is None else len(seen.committed)), []).append(row)
@@ -257,6 +261,20 @@ def load_model(
         return loaded
     require("bitsandbytes", "accelerate", purpose=f"quantization='{quantization}'", preferred="quant")
     return OpenVLAForActionPrediction.from_pretrained(model, device_map={"": device}, **loading).eval()
+
+
+def check_observations(observations: Any) -> None:
+    """Raise a `ValueError` if it is no list of observations, or one of them holds no images by camera."""
+    if not isinstance(observations, Sequence):
+        kind = type(observations).__name__
+        raise ValueError(f"observations is of type {kind}: expected a list of Observation, one for each robot.")
+    for row, observation in enumerate(observations):
+        if not isinstance(images := getattr(observation, "images", None), Mapping):
+            wrong = f"images of type {type(images).__name__}" if hasattr(observation, "images") else "no images"
+            raise ValueError(
+                f"observations[{row}] of type {type(observation).__name__} has {wrong}: expected an Observation with "
+                "{camera: (H, W, 3) uint8}."
+            )
 
 
 # Checks of actions ----------------------------------------------------------------------------------------------------

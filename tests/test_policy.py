@@ -45,6 +45,16 @@ def test_what_a_policy_cannot_act_on(model):
         OpenVLAPolicy(model).act([seen()])
     with pytest.raises(ValueError, match="observations is empty"):
         OpenVLAPolicy(model).act([])
+    policy, one = OpenVLAPolicy(model), seen(front=FRONT)
+    with pytest.raises(ValueError, match="observations is of type Observation: expected a list of Observation"):
+        policy.act(one)
+    with pytest.raises(ValueError, match=r"observations\[1\] of type dict has no images: expected an Observation"):
+        policy.act([one, {"images": {"front": FRONT}}])
+    with pytest.raises(ValueError, match=r"observations\[0\] of type Observation has images of type ndarray"):
+        policy.predict([Observation(FRONT, np.zeros(8), "go")])
+    for keys in ("metaworld", ["metaworld", "metaworld"]):
+        with pytest.raises(ValueError, match="unnorm_keys=.*: expected one for each of 1 observations"):
+            policy.predict([one], unnorm_keys=keys)
     with pytest.raises(ValueError, match="no camera for the view 'primary': there are wrist"):
         OpenVLAPolicy(model).act([seen(wrist=WRIST)])
     with pytest.raises(KeyError, match="unnorm_key='bridge'"):
