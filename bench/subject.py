@@ -163,8 +163,9 @@ def _size(text: str) -> list[int]:
 def _recorded(options: BenchOptions, model: Any, key: str, state: np.ndarray | None) -> Iterator[Frame]:
     """Frames in their order, episode by episode."""
     statistics = {"action": model.norm_stats[key]["action"]}
-    (source,) = open_sources(str(options.dataset), split=options.split, statistics=statistics)
+    names = model.camera_names
+    (source,) = open_sources(str(options.dataset), split=options.split, statistics=statistics, camera_names=names)
     for episode in source.dataset:
         for number, frame in enumerate(source.frames(episode)):
-            images = {camera: pictures[0] for camera, pictures in frame.images.items()}
+            images = {name: pictures[0] for name, pictures in zip(names, frame.images.values(), strict=True)}
             yield Frame(images, frame.instruction, state, begins=number == 0)

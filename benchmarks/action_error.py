@@ -3,7 +3,7 @@
     python benchmarks/action_error.py MODEL DATASET [--held-out-only] [--pixels published|libero]
 
 Every frame goes through `predict_action`, which decodes its own tokens. Prints the L1 of each action dimension,
-normalized and in the units of the dataset, and of predicting the mean action.
+of a chunk that of its first action, normalized and in the units of the dataset, and of predicting the mean action.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from openvla import OpenVLAForActionPrediction, normalize_actions
 from openvla.action_spec import action_names
-from openvla.data.samples import main_camera
+from openvla.action_tokenizer import resolve_unnorm_key
 from openvla.data.sources import open_sources
 from openvla.policy import PIXELS
 
@@ -43,9 +43,13 @@ def main() -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = OpenVLAForActionPrediction.from_pretrained(arguments.model, dtype="auto").to(device).eval()
-    key = arguments.unnorm_key or next(iter(model.norm_stats))
-    stats = model.norm_stats[key]["action"]
-    (source,) = open_sources(arguments.dataset, split=arguments.split, statistics={"action": stats})
+    if model.config.proprio_dim is not None:
+        parser.error(f"{arguments.model} sees the state, which nothing here shows it.")
+    key, names = resolve_unnorm_key(model.norm_stats, arguments.unnorm_key), model.camera_names
+    stats, mode = model.norm_stats[key]["action"], model.config.normalization.get(key, "bounds_q99")
+    (source,) = open_sources(
+        arguments.dataset, split=arguments.split, statistics={"action": stats}, normalization=mode, camera_names=names
+    )
     if arguments.pixels:
         model.processor = model.processor.with_pixels(**PIXELS[arguments.pixels])
     parts = [source.held_out] if arguments.held_out_only else [source.dataset, source.held_out]
@@ -54,13 +58,16 @@ def main() -> None:
     predicted = []
     for start in tqdm(range(0, len(frames), arguments.batch_size)):
         batch = frames[start : start + arguments.batch_size]
-        images = [frame.images[main_camera(frame)][0] for frame in batch]
+        shown = [dict(zip(names, (views[0] for views in frame.images.values()), strict=True)) for frame in batch]
+        images = [next(iter(views.values())) for views in shown] if len(names) == 1 else shown
         found = model.predict_action(images, [frame.instruction for frame in batch], unnorm_key=key)
-        predicted.append(normalize_actions(found, stats))
+        first = found.reshape(len(batch), -1, found.shape[-1])[:, 0]  # of a chunk
+        predicted.append(normalize_actions(first, stats, mode))
     wanted = np.stack([frame.actions[0] for frame in frames])
     error = np.abs(np.concatenate(predicted) - wanted).mean(axis=0)
-    mean = np.abs(normalize_actions(np.asarray(stats["mean"]), stats) - wanted).mean()
-    half = np.where(stats["mask"], (np.asarray(stats["q99"]) - np.asarray(stats["q01"])) / 2, 1.0)
+    mean = np.abs(normalize_actions(np.asarray(stats["mean"]), stats, mode) - wanted).mean()
+    low, high = ("q01", "q99") if mode == "bounds_q99" else ("min", "max")
+    half = np.where(stats["mask"], (np.asarray(stats[high]) - np.asarray(stats[low])) / 2, 1.0)
     names = action_names(len(error))
     for name, value, unit in zip(names, error, error * half):
         print(f"{name:<10} {value:.4f} normalized, {unit:.4f} in units of {key}")

@@ -16,7 +16,7 @@ from openvla.bench import bench, other, worker
 from openvla.bench.latency import _figures
 from openvla.bench.roofline import count_work, limit_ms
 from openvla.bench.startup import measure, startup, table
-from openvla.bench.subject import _value, numbers
+from openvla.bench.subject import _value, frames_of, numbers
 from openvla.options.benchmark import BenchOptions
 from openvla.policy import load_model
 from openvla.stages_openvla import STAGES, stage, watch_stages
@@ -28,6 +28,7 @@ from original_folders import write_tiny  # noqa: E402 - a script, not part of th
 
 
 DEMONSTRATIONS = str(ROOT / "tests" / "fixtures" / "demos" / "lerobot_image")
+TWO_CAMERAS = ROOT / "tests" / "fixtures" / "demos" / "rlds" / "metaworld_demo"
 ANSWERS = """
 import json, sys
 print(json.dumps({"ready": True}), flush=True)
@@ -309,3 +310,16 @@ def test_what_cannot_be_written_is_known_before_anything_is_measured(tmp_path, m
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
     with pytest.raises(ModuleNotFoundError, match="openvla.demo"):
         bench(BenchOptions(what="latency", output=tmp_path / "latency.json"))
+
+
+def test_frames_of_demonstrations_are_of_the_cameras_of_the_model():
+    """Of a model with two it said that there is no camera 'wrist'."""
+    statistics = {"mine": {"action": json.loads((ROOT / "dataset_statistics.json").read_text())["metaworld"]["action"]}}
+    seen = {}
+    for names in (["primary"], ["full_image", "wrist_image"]):
+        model = SimpleNamespace(camera_names=names, norm_stats=statistics, config=SimpleNamespace(proprio_dim=None))
+        options = BenchOptions(what="latency", dataset=TWO_CAMERAS, split="all", frames=2)
+        seen[len(names)] = [frame.images for frame in frames_of(options, model, "mine", 2)]
+        assert [list(images) for images in seen[len(names)]] == [names] * 2
+    for one, both in zip(seen[1], seen[2]):
+        assert np.array_equal(one["primary"], both["full_image"]) and both["wrist_image"].shape[:2] == (128, 128)
