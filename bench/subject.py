@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..action_heads_openvla import head_without_weights
 from ..action_tokenizer import resolve_unnorm_key
 from ..data.sources import open_sources
 from ..device import torch_device
@@ -74,6 +75,7 @@ def random_model(preset: str, device: str, dtype: torch.dtype, **fields: Any) ->
             raise ValueError(f"--field {name}: the configuration has no such field.")
         setattr(config, name, _value(value) if isinstance(value, str) else value)
     config.check_fields()
+    head_without_weights(config)  # one that is unknown is refused before 7B parameters are made
     config.norm_stats = {KEY: load_preset_statistics("openvla-7b")[KEY]}
     if config.proprio_dim:
         config.norm_stats[KEY]["proprio"] = {"q01": [-1.0] * config.proprio_dim, "q99": [1.0] * config.proprio_dim}

@@ -265,6 +265,10 @@ def test_code_that_is_not_the_originals(tmp_path):
         ({"what": "latency", "frames": 1, "against": {"x": "/none/python"}}, "cannot be started"),
         ({"what": "latency", "frames": 1, "against": {"x": sys.executable}}, "no answer"),
         ({"what": "latency", "preset": "openvla-7b", "preset_fields": {"wings": 2}}, "no such field"),
+        (
+            {"what": "latency", "preset": "openvla-7b", "preset_fields": {"action_head": "l1"}},
+            "action_head='l1' is unknown",
+        ),
         ({"what": "exact"}, "give --dataset"),
         (
             {"what": "latency", "batch_sizes": "1"},
