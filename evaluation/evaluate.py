@@ -165,6 +165,7 @@ def evaluate(
                 unnorm_key=unnorm_key,
                 pixels=options.pixels,
                 variant=variant,
+                decoding=options.decoding or "mode",
             )
             said |= {"unnorm_key": resolve_unnorm_key(statistics, unnorm_key)}
             said |= {"dtype": str(acting.model.dtype).removeprefix("torch.")}

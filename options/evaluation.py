@@ -134,6 +134,13 @@ class ClosedLoopOptions(SimulatorOptions, ModelOptions):
     policy: Literal["model", "expert", "random", "mean"] = option(
         "model", "What acts: the model; to compare, the scripted expert, random actions or the mean action."
     )
+    decoding: Literal["mode", "mean"] | None = option(
+        None,
+        "What is executed of the distribution of each number: mode, the most probable bin, as published; mean, the "
+        "mean of all bins, which is smoother, and steadier where answers come late. Of heads that choose token by "
+        "token.",
+        shown="mode",
+    )
     max_steps: int | None = option(
         None, "Steps after which an episode has failed.", least=1, shown="the simulator's; metaworld: 125"
     )

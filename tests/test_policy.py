@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -168,3 +169,27 @@ def test_states_that_the_model_does_not_see():
         blind.act([seen(front=FRONT), Observation({"front": FRONT}, np.zeros(7), "open the drawer")])
     with pytest.raises(ValueError, match=r"The state has shape \(1, 8\)"):
         blind.act([Observation({"front": FRONT}, np.zeros((1, 8)), "open the drawer")])
+
+
+def test_means_of_distributions(model):
+    """Of what is scaled; the gripper stays the chosen one, and so does what was decided already."""
+    policy, one = OpenVLAPolicy(model, decoding="mean"), seen(front=FRONT)
+    [found], [chosen] = policy.predict([one]), OpenVLAPolicy(model).predict([one])
+    assert found["token_ids"].tolist() == chosen["token_ids"].tolist()
+    numbers = model.action_head.tokenizer.decode(np.arange(*model.action_head.tokenizer.token_range))
+    means = (found["token_distributions"] * numbers).sum(axis=-1)
+    np.testing.assert_allclose(found["normalized_actions"][:, :6], means[:, :6], atol=1e-6)
+    np.testing.assert_allclose(policy.act([one]), found["actions"], atol=1e-6)
+    assert np.abs(found["actions"] - chosen["actions"])[:, :3].min() > 1e-3
+    assert found["actions"][:, 6] == chosen["actions"][:, 6]
+
+    chunks = load_model(str(ROOT), dtype="float32", action_chunk=3)
+    decided = np.array([[0.1, -0.2, 0.3, 0, 0, 0, 1.0]])
+    [found] = OpenVLAPolicy(chunks, decoding="mean").predict([replace(one, committed=decided)])
+    [chosen] = OpenVLAPolicy(chunks).predict([replace(one, committed=decided)])
+    assert found["actions"][0].tolist() == chosen["actions"][0].tolist() == decided[0].tolist()
+    assert np.abs(found["actions"] - chosen["actions"])[1:, :3].min() > 1e-4
+    with pytest.raises(ValueError, match="decoding='median'.*mode, mean"):
+        OpenVLAPolicy(model, decoding="median")
+    with pytest.raises(ValueError, match="decoding='mean': this head chooses no tokens"):
+        OpenVLAPolicy(SimpleNamespace(action_head=SimpleNamespace(takes_drafts=False)), decoding="mean")
