@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from .fields import Options, option, pairs, required
-from .prediction import ModelOptions
+from .prediction import ActingOptions
 
 
 # Episode k tries the seeds k, k + 10000, k + 20000, ...: each depends on its number alone, not on what failed before.
@@ -128,18 +128,11 @@ class RecordOptions(SimulatorOptions):
 
 
 @dataclass(kw_only=True)
-class ClosedLoopOptions(SimulatorOptions, ModelOptions):
+class ClosedLoopOptions(SimulatorOptions, ActingOptions):
     """Who acts in the simulator, and how many environments run side by side."""
 
     policy: Literal["model", "expert", "random", "mean"] = option(
         "model", "What acts: the model; to compare, the scripted expert, random actions or the mean action."
-    )
-    decoding: Literal["mode", "mean"] | None = option(
-        None,
-        "What is executed of the distribution of each number: mode, the most probable bin, as published; mean, the "
-        "mean of all bins, which is smoother, and steadier where answers come late. Of heads that choose token by "
-        "token.",
-        shown="mode",
     )
     max_steps: int | None = option(
         None, "Steps after which an episode has failed.", least=1, shown="the simulator's; metaworld: 125"

@@ -71,6 +71,19 @@ class ModelOptions(VariantOptions):
 
 
 @dataclass(kw_only=True)
+class ActingOptions(ModelOptions):
+    """A model that acts step by step."""
+
+    decoding: Literal["mode", "mean"] | None = option(
+        None,
+        "What is executed of the distribution of each number: mode, the most probable bin, as published; mean, the "
+        "mean of all bins, which is smoother, and steadier where answers come late. Of heads that choose token by "
+        "token.",
+        shown="mode",
+    )
+
+
+@dataclass(kw_only=True)
 class PredictOptions(ModelOptions):
     """One prediction."""
 

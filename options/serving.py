@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from .fields import Options, option, pairs
-from .prediction import GraphOptions, ModelOptions
+from .prediction import ActingOptions, GraphOptions
 
 
 @dataclass(kw_only=True)
@@ -39,7 +39,7 @@ class Limits(Options):
 
 
 @dataclass(kw_only=True)
-class ServeOptions(Limits, GraphOptions, ModelOptions):
+class ServeOptions(Limits, GraphOptions, ActingOptions):
     """A model behind a socket."""
 
     host: str = option(

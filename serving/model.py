@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from itertools import count
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -38,6 +38,7 @@ class OpenVLAModel:
         unnorm_key: Dataset of requests that name none. Default: the only one that the model knows.
         sessions: How many it keeps drafts of; those that asked longest ago give way.
         compile: Of `prepare_for_inference`.
+        decoding: Of `OpenVLAPolicy`.
 
     Raises:
         KeyError: If `unnorm_key` is unknown.
@@ -51,9 +52,10 @@ class OpenVLAModel:
         unnorm_key: str | None = None,
         sessions: int = SESSIONS,
         compile: bool = False,
+        decoding: str = "mode",
     ):
         known, state_dim = dict(model.norm_stats or {}), model.config.proprio_dim
-        self.policy = OpenVLAPolicy(model, unnorm_key or next(iter(known), None))
+        self.policy = OpenVLAPolicy(model, unnorm_key or next(iter(known), None), decoding=decoding)
         served = [key for key, entry in known.items() if state_dim is None or entry.get("proprio") is not None]
         if not served:
             raise ValueError(
@@ -89,7 +91,8 @@ class OpenVLAModel:
             quantization=options.quantization,
             **variant_of(folder, options.action_head, options.action_chunk),
         )
-        return cls(model, published_name(options.model), options.unnorm_key, compile=options.compile)
+        more: dict[str, Any] = {"compile": options.compile, "decoding": options.decoding or "mode"}
+        return cls(model, published_name(options.model), options.unnorm_key, **more)
 
     def act(self, requests: Sequence[Request]) -> list[Answer]:
         """See `contract.Model`.

@@ -13,6 +13,7 @@ from tiny import TINY
 from openvla import OpenVLAForActionPrediction
 from openvla.observation import Observation
 from openvla.options.serving import ServeOptions
+from openvla.policy import OpenVLAPolicy
 from openvla.serving.contract import BadRequest, Request
 from openvla.serving.model import OpenVLAModel, memory_errors
 
@@ -82,6 +83,16 @@ def test_sessions_are_bounded(served):
     for session in ("a", "b", "a", "c", None):
         bounded.act([asked(bounded, session=session)])
     assert list(bounded._slots) == ["a", "c"] and len(bounded.policy._last) == 2
+
+
+def test_means_of_distributions_are_served(served):
+    model = OpenVLAModel(served.policy.model, "mine", decoding="mean")
+    request = asked(model)
+    [found], [chosen] = model.act([request]), served.act([request])
+    [expected] = OpenVLAPolicy(served.policy.model, decoding="mean").predict([request.observation])
+    np.testing.assert_allclose(found.actions, expected["actions"], atol=1e-6)
+    assert np.abs(found.actions - chosen.actions).max() > 1e-3 and found.distributions is None
+    assert ServeOptions(decoding="mean").decoding == "mean"
 
 
 def test_an_instruction_that_the_model_cannot_read_is_the_mistake_of_its_sender(served):
