@@ -415,6 +415,8 @@ def no_config(folder: str | os.PathLike) -> str:
         return f"{message}: it holds a LoRA adapter. Give its base, or merge the two first (`openvla merge RUN OUT`)."
     if any(Path(folder).glob("checkpoints/*.pt")):
         return f"{message}: it is a training run of the original's code, see `openvla convert`."
+    if any(Path(folder).glob("*.onnx")):
+        return f"{message}: it is an export to ONNX, which openvla_runtime.OnnxPolicy acts with; give its model."
     return f"{message}: was it copied or downloaded in full?"
 
 

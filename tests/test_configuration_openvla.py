@@ -130,3 +130,9 @@ def test_old_transformers_is_refused_in_one_sentence(tmp_path):
     assert result.stderr.strip().splitlines()[-1] == (
         "ImportError: OpenVLA needs transformers >= 5.4, found 4.40.1: run `pip install -U transformers`."
     )
+
+
+def test_an_export_is_no_model_to_load(tmp_path):
+    (tmp_path / "vision.onnx").touch()
+    with pytest.raises(FileNotFoundError, match="no config.json.*an export to ONNX, which openvla_runtime.OnnxPolicy"):
+        OpenVLAConfig.from_pretrained(tmp_path)
