@@ -85,8 +85,6 @@ def evaluate(
         options = EvaluateOptions.of(**given, **named)
     elif given or named:
         raise ValueError(f"{', '.join(given | named)}: give the options as one object, or all of them as keywords.")
-    if options.videos:
-        require("av", purpose="A film (--videos)")
     acting: Policy | None = None if policy is None or isinstance(policy, str) else policy
     control, device = options.control, torch_device(options.device)
     of_environment = environment_options(options.env, options.environment_options)
@@ -114,6 +112,8 @@ def evaluate(
         make_control()  # refuses a rate that is none
     frequency = here.frequency
     here.close()
+    if options.videos:
+        require("av", purpose="A film (--videos)")
     if of_environment.get("render", renders(here)):
         opengl_backend()
 
