@@ -249,10 +249,11 @@ class OpenVLAPreTrainedModel(AdapterBelongings, ModelParts, PreTrainedModel):
             if "__init__() got an unexpected keyword argument" not in str(error):
                 raise
             unknown = next((key for key in kwargs if f"'{key}'" in str(error)), "")
-            raise ValueError(
-                f"from_pretrained does not know {unknown}={kwargs.get(unknown)!r:.100}."
-                f"{closest(unknown, {*OpenVLAConfig().to_dict(), *LOADING})}"
-            ) from error
+            fields = OpenVLAConfig().to_dict()
+            said = f"from_pretrained does not know {unknown}={kwargs.get(unknown)!r:.100}."
+            if unknown in fields and kwargs.get("config") is not None:
+                said = f"{unknown}={kwargs[unknown]!r:.100} beside config=...: set it in the configuration."
+            raise ValueError(said if unknown in fields else said + closest(unknown, {*fields, *LOADING})) from error
 
     def save_pretrained(self, save_directory, **kwargs):
         """Save weights under the published names, with the statistics beside them.

@@ -363,6 +363,9 @@ def test_arguments_that_are_unknown(folder, options, message):
     for loader in (load, AutoModel.from_pretrained):
         with pytest.raises(ValueError, match=message):
             loader(str(folder), **options)
+    config = OpenVLAConfig.from_pretrained(folder)
+    with pytest.raises(ValueError, match="action_chunk=4 beside config=...: set it in the configuration.$"):
+        load(str(folder), config=config, action_chunk=4)
 
 
 @pytest.mark.parametrize("content", ["null", "[]", '"openvla"', "{", ""])
