@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from .action_spec import spec_of
-from .action_tokenizer import check_state_of_one, get_action_stats, resolve_unnorm_key, unnormalize_actions
+from .action_tokenizer import check_state_of_one, resolve_unnorm_key, units_of, unnormalize_actions
 from .choices_openvla import check_choice
 from .device import emulated
 from .extras import require
@@ -69,7 +69,8 @@ class OpenVLAPolicy(Policy):
         decoding: What becomes of the distribution that the head has for each number of an action. "mode": the most
             probable bin, as published. "mean": the mean of all bins, of numbers that are scaled; a gripper stays the
             most probable one. Smoother, and steadier where answers come late; between two ways that are as good it is
-            neither. Of heads that choose token by token.
+            neither. Tokens and their probabilities stay those of the most probable bins. Of heads that choose
+            token by token.
 
     Attributes:
         passes: Of the language model, for each observation of the last `act`; empty where the head counts none.
@@ -211,14 +212,15 @@ class OpenVLAPolicy(Policy):
 
     def _take_means(self, rows: dict[str, np.ndarray], unnorm_key: str, decided: int) -> None:
         """Replace actions (batch, K, A) after those that were decided already by means, see `decoding`."""
-        tokenizer, statistics = self.model.action_head.tokenizer, self.model.norm_stats or {}
+        model, statistics = self.model, self.model.norm_stats or {}
+        tokenizer, stats = model.action_head.tokenizer, model.get_action_stats(unnorm_key)
         shares = rows["token_distributions"].astype(np.float64)
         means = shares @ tokenizer.decode(np.arange(*tokenizer.token_range)) / shares.sum(axis=-1)
-        stats, mode = get_action_stats(statistics, unnorm_key), self.model.config.normalization.get(unnorm_key)
+        [mode] = units_of(model.normalization, statistics, [unnorm_key])
         takes = np.zeros(means.shape, dtype=bool)
         takes[:, decided:] = stats.get("mask", True)
         takes[..., list(spec_of(statistics, unnorm_key).grippers)] = False
-        actions = unnormalize_actions(means, stats, mode or "bounds_q99")
+        actions = unnormalize_actions(means, stats, mode, model.action_head.margin)
         rows["normalized_actions"] = np.where(takes, means, rows["normalized_actions"])
         rows["actions"] = np.where(takes, actions, rows["actions"])
 

@@ -46,7 +46,7 @@ def main() -> None:
     if model.config.proprio_dim is not None:
         parser.error(f"{arguments.model} sees the state, which nothing here shows it.")
     key, names = resolve_unnorm_key(model.norm_stats, arguments.unnorm_key), model.camera_names
-    stats, mode = model.norm_stats[key]["action"], model.config.normalization.get(key, "bounds_q99")
+    stats, mode = model.norm_stats[key]["action"], model.normalization.get(key, "bounds_q99")
     (source,) = open_sources(
         arguments.dataset, split=arguments.split, statistics={"action": stats}, normalization=mode, camera_names=names
     )

@@ -171,7 +171,7 @@ def test_states_that_the_model_does_not_see():
         blind.act([Observation({"front": FRONT}, np.zeros((1, 8)), "open the drawer")])
 
 
-def test_means_of_distributions(model):
+def test_means_of_distributions(model, monkeypatch):
     """Of what is scaled; the gripper stays the chosen one, and so does what was decided already."""
     policy, one = OpenVLAPolicy(model, decoding="mean"), seen(front=FRONT)
     [found], [chosen] = policy.predict([one]), OpenVLAPolicy(model).predict([one])
@@ -189,6 +189,13 @@ def test_means_of_distributions(model):
     [chosen] = OpenVLAPolicy(chunks).predict([replace(one, committed=decided)])
     assert found["actions"][0].tolist() == chosen["actions"][0].tolist() == decided[0].tolist()
     assert np.abs(found["actions"] - chosen["actions"])[1:, :3].min() > 1e-4
+    entry = model.norm_stats["metaworld"]
+    far = {**entry["action"], "min": [-2.0] * 7, "max": [4.0] * 7}
+    chunks.norm_stats = {"metaworld": {**entry, "action": far}}
+    # As of an active adapter, whose own they are
+    monkeypatch.setattr(type(chunks), "normalization", property(lambda model: {"metaworld": "bounds"}))
+    [found] = OpenVLAPolicy(chunks, decoding="mean").predict([one])
+    np.testing.assert_allclose(found["actions"][:, :6], 3 * (found["normalized_actions"][:, :6] + 1) - 2)
     with pytest.raises(ValueError, match="decoding='median'.*mode, mean"):
         OpenVLAPolicy(model, decoding="median")
     with pytest.raises(ValueError, match="decoding='mean': this head chooses no tokens"):
