@@ -1,5 +1,7 @@
 """The README.md of a Hub folder: what the model is, how to load it, whose actions it speaks, which licence it has."""
 
+import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,12 @@ WITH_CODE = """OpenVLA: an image and an instruction go in, a robot action comes 
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
-model = AutoModel.from_pretrained("{name}", trust_remote_code=True, dtype="auto").eval()
-processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
+model = AutoModel.from_pretrained({quoted}, trust_remote_code=True, dtype="auto").eval()
+processor = AutoProcessor.from_pretrained({quoted}, trust_remote_code=True)
 
 prompt = processor.format_prompt("pick up the cup")
 inputs = processor(prompt, {images})
-action = model.predict_action(**inputs, unnorm_key="{unnorm_key}"{state})  # {shape} float64, units of that dataset
+action = model.predict_action(**inputs, unnorm_key={unnorm_key}{state})  # {shape} float64, units of that dataset
 ```
 
 It needs `torch`, `torchvision`, `timm`{more} and `transformers` >= 5.4.
@@ -34,12 +36,12 @@ WITHOUT_CODE = """OpenVLA: an image and an instruction go in, a robot action com
 from openvla import OpenVLAForActionPrediction  # the Python package, which this folder does not carry
 from PIL import Image
 
-model = OpenVLAForActionPrediction.from_pretrained("{name}", dtype="auto").eval()
-action = model.predict_action({images}, "pick up the cup", unnorm_key="{unnorm_key}"{state})
+model = OpenVLAForActionPrediction.from_pretrained({quoted}, dtype="auto").eval()
+action = model.predict_action({images}, "pick up the cup", unnorm_key={unnorm_key}{state})
 # {shape} float64, units of that dataset
 ```
 
-`openvla package OUT --weights {name}` writes a folder that loads without the package.
+`openvla package OUT --weights {word}` writes a folder that loads without the package.
 """
 
 ADAPTER = """OpenVLA: an image and an instruction go in, a robot action comes out. This folder holds a LoRA adapter of
@@ -49,13 +51,13 @@ ADAPTER = """OpenVLA: an image and an instruction go in, a robot action comes ou
 from openvla import OpenVLAForActionPrediction
 from PIL import Image
 
-model = OpenVLAForActionPrediction.from_pretrained("{name}", dtype="auto").eval()  # the base, and the adapter on it
-action = model.predict_action({images}, "pick up the cup", unnorm_key="{unnorm_key}"{state})
+model = OpenVLAForActionPrediction.from_pretrained({quoted}, dtype="auto").eval()  # the base, and the adapter on it
+action = model.predict_action({images}, "pick up the cup", unnorm_key={unnorm_key}{state})
 # {shape} float64, units of that dataset
 ```
 
-On a base that is loaded already: `model.load_adapter("{name}")`. While the adapter is active, units, prompt form and
-pixels are its own. `openvla merge {name} OUT` (with `--base BASE`, where the base is not found) makes one model of the
+On a base that is loaded already: `model.load_adapter({quoted})`. While the adapter is active, units, prompt form and
+pixels are its own. `openvla merge {word} OUT` (with `--base BASE`, where the base is not found) makes one model of the
 two.
 """
 
@@ -124,16 +126,17 @@ def model_card(
     link = f"[{source}](https://huggingface.co/{source})" if source else None
     how = ADAPTER if adapter_of else WITH_CODE if carries_code else WITHOUT_CODE
     loading = how.format(
-        name=name,
+        quoted=_quoted(name),
+        word=shlex.quote(name),
         base=link or adapter_of,
-        unnorm_key=unnorm_key,
+        unnorm_key=_quoted(unnorm_key),
         images=_images(config),
         more="".join(f", `{library}`" for library in _more_libraries(config, model_folder)),
         state="" if config.proprio_dim is None else ", state=state",
         shape=_shape(config, len(get_action_stats(statistics, unnorm_key)["q01"])),
     )
     body = BODY.format(
-        name=name,
+        name=" ".join(name.split()),
         loading=loading,
         head=_head(config),
         datasets="\n".join(rows),
@@ -162,7 +165,13 @@ def _images(config: OpenVLAConfig) -> str:
     """What the example shows the model."""
     if len(config.camera_names) == 1:
         return 'Image.open("frame.png")'
-    return "{" + ", ".join(f'"{name}": Image.open("{name}.png")' for name in config.camera_names) + "}"
+    shown = (f"{_quoted(name)}: Image.open({_quoted(f'{name}.png')})" for name in config.camera_names)
+    return f"{{{', '.join(shown)}}}"
+
+
+def _quoted(text: str) -> str:
+    """As Python's code writes a text, whatever quotes are in it."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _shape(config: OpenVLAConfig, action_dim: int) -> str:

@@ -25,6 +25,7 @@ from ..quantization_openvla import OpenVLAQuantizationConfig, quantize_linears
 KEY = "bridge_orig"  # units of a preset
 INSTRUCTIONS = ("pick up the coffee mug", "open the top drawer", "put the spoon on the towel", "close the microwave")
 PROMPT_TOKENS = 20  # of a preset, which has no tokenizer
+MOST_BYTES = 2**33  # of the random images of a measurement, which are made before it and kept
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,11 @@ def frames_of(options: BenchOptions, model: Any, key: str, count: int) -> list[F
             raise ValueError(f"'{options.dataset}' holds no frame.")
         return found
     generator, (height, width) = np.random.default_rng(0), _size(options.size)
+    if (needed := count * len(model.camera_names) * height * width * 3) > MOST_BYTES:
+        raise ValueError(
+            f"size='{options.size}': {count} random images take {needed / 2**30:.3g} GiB, at most "
+            f"{MOST_BYTES / 2**30:g} are kept: give smaller or fewer ones."
+        )
     frames = []
     for number in range(count):
         images = {

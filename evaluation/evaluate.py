@@ -1,5 +1,6 @@
 """An evaluation from beginning to end: which episodes, who is in control, what the report says."""
 
+import math
 import os
 import time
 import warnings
@@ -244,6 +245,7 @@ def earlier_settings(folder: Path, now: Mapping[str, Any], model: str) -> dict[s
             )
         return {}
     before, version = read_settings(folder / SETTINGS)
+    check_saved(before, folder)
     if version == 0:
         before = {**_from_version_0(before), "pixels": now.get("pixels")}  # compared in `check_older_pixels`
     if version < 2:  # "int8" and "int4" were those of bitsandbytes
@@ -266,6 +268,25 @@ def earlier_settings(folder: Path, now: Mapping[str, Any], model: str) -> dict[s
             "Choose another output folder for the model as it is now."
         )
     return before
+
+
+def check_saved(settings: Mapping[str, Any], folder: Path) -> None:
+    """Raise a `ValueError` for saved settings that no evaluation writes: somebody edited them. Options that are only
+    compared may be anything; those that are read here may not."""
+    for name, kind in {
+        "digests": dict,
+        "latency": (int, float),
+        "device": str,
+        "quantization": str,
+        "axis": str,
+    }.items():
+        value = settings.get(name)
+        good = isinstance(value, kind) and not isinstance(value, bool)
+        if value is not None and (not good or (name == "latency" and not 0 <= value < math.inf)):
+            raise ValueError(
+                f"'{folder / SETTINGS}' says {name}={value!r:.100}, which no evaluation writes: the file was edited. "
+                "Choose another folder."
+            )
 
 
 def _from_version_0(settings: Mapping[str, Any]) -> dict[str, Any]:

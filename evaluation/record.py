@@ -172,7 +172,9 @@ def published(options: RecordOptions) -> dict[str, Any]:
     return content
 
 
-def _check_same(content: dict[str, Any], found: dict[str, Any], folder: Path) -> None:
+def _check_same(content: dict[str, Any], found: Any, folder: Path) -> None:
+    if not isinstance(found, dict):
+        raise ValueError(f"{folder} says options={found!r:.100}, which no recording writes: give another output.")
     if found.get("student") is not None and "student_weights" not in found:  # recorded when paths were written down
         found = {
             **found,
@@ -193,7 +195,8 @@ def _check_same(content: dict[str, Any], found: dict[str, Any], folder: Path) ->
 
 def _more(found: dict[str, Any], other: dict[str, Any]) -> str:
     """How a complete recording gets more episodes, where nothing else is asked for: its own are not kept one by one."""
-    if other.keys() != {"episodes"} or other["episodes"] <= found["episodes"]:
+    known = found["episodes"]
+    if other.keys() != {"episodes"} or not isinstance(known, int) or other["episodes"] <= known:
         return "."
     return (
         f": for more episodes record the others there (--seed {found['seed'] + found['episodes']} --episodes "

@@ -57,7 +57,7 @@ class BenchOptions(GraphOptions, ModelOptions):
         shown="the code in the model's folder",
     )
     onnx: Path | None = option(None, "An export of the model (export --to onnx), timed with the others.", shown="none")
-    threads: int | None = option(None, "Threads of torch on a CPU.", shown="as torch chooses", least=1)
+    threads: int | None = option(None, "Threads of torch on a CPU.", shown="as torch chooses", least=1, below=1025)
     output: Path | None = option(
         None, "JSON file for the figures; of latency a plot beside it (needs [demo]).", shown="none"
     )

@@ -4,10 +4,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from .fields import Options, option, pairs, required
+from .fields import Options, default_of, option, pairs, required
 from .prediction import ActingOptions
 
 
+# Options that say how the model acts; references take its statistics alone, the expert nothing of it.
+ACTING = ("dtype", "quantization", "decoding", "pixels")
 # Episode k tries the seeds k, k + 10000, k + 20000, ...: each depends on its number alone, not on what failed before.
 MOST_EPISODES = 10_000
 
@@ -144,6 +146,14 @@ class ClosedLoopOptions(SimulatorOptions, ActingOptions):
         neutral=True,
         shown="one for each core, at most 8",
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = {item.name: default_of(item) for item in fields(self)}
+        unused: tuple[str, ...] = {"expert": ("model", "unnorm_key", *ACTING), "model": ()}.get(self.policy, ACTING)
+        for name in unused:
+            if name in known and (value := getattr(self, name)) != known[name]:
+                raise ValueError(f"{name}={value!r}: policy={self.policy!r} has no use for it, leave it out.")
 
 
 @dataclass(kw_only=True)

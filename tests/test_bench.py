@@ -262,6 +262,11 @@ def test_code_that_is_not_the_originals(tmp_path):
     [
         ({"what": "throughput", "batch_sizes": "1,x"}, "batch_sizes='1,x': expected whole numbers"),
         ({"what": "latency", "size": "256"}, "expected height and width"),
+        (
+            {"what": "latency", "size": "10000000,1000000"},
+            r"random images take .* GiB, at most 8 are kept: give smaller or",
+        ),
+        ({"what": "latency", "threads": 100_000}, "threads=100000: it must be a whole number of at least 1 and below"),
         ({"what": "latency", "frames": 1, "against": {"x": "/none/python"}}, "cannot be started"),
         ({"what": "latency", "frames": 1, "against": {"x": sys.executable}}, "no answer"),
         ({"what": "latency", "preset": "openvla-7b", "preset_fields": {"wings": 2}}, "no such field"),

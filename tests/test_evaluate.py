@@ -1,6 +1,7 @@
 """Evaluations in Meta-World from beginning to end, without pictures: experts, references, modes, resume."""
 
 import json
+import math
 import runpy
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +17,12 @@ from openvla.cli import app
 from openvla.evaluation import evaluate as evaluate_module
 from openvla.evaluation.evaluate import evaluate, reference_policy
 from openvla.evaluation.loop import run_episodes
+from openvla.evaluation.policies import ConstantPolicy
 from openvla.evaluation.rendering import NoOpenGL
 from openvla.evaluation.report import EpisodeResult
 from openvla.folders import locked
 from openvla.hub import file_digests
+from openvla.options.evaluation import DemoOptions, EvaluateOptions
 
 
 pytest.importorskip("metaworld", reason="Meta-World needs the [sim] extra")
@@ -200,8 +203,23 @@ def test_an_adapter_is_known_by_its_base_as_well(tmp_path):
     evaluate_module.earlier_settings(tmp_path / "out", {"digests": after}, "mine")
 
 
+@pytest.mark.parametrize(
+    "edited",
+    [{"digests": 3}, {"latency": "0.1"}, {"latency": math.nan}, {"device": 3}, {"quantization": ["int8"]}, {"axis": 1}],
+    ids=str,
+)
+def test_settings_that_were_edited_are_refused_in_words(edited, tmp_path):
+    (tmp_path / "evaluation.json").write_text(json.dumps(edited))
+    with pytest.raises(ValueError, match=f"says {next(iter(edited))}=.*the file was edited. Choose another folder"):
+        evaluate_module.earlier_settings(tmp_path, {"digests": {}}, "mine")
+
+
 def test_pixels_are_compared_and_reported_where_they_were_given(tmp_path):
-    options = {"policy": "expert", "tasks": "reach-v3", "episodes": 1, "max_steps": 1}
+    class Still(ConstantPolicy):
+        def __repr__(self) -> str:
+            return "still"
+
+    options = {"policy": Still(np.zeros(7)), "tasks": "reach-v3", "episodes": 1, "max_steps": 1}
     run(tmp_path / "as_stored", **options)
     run(tmp_path / "given", **options, pixels="libero")
     for name, expected in (("as_stored", None), ("given", "libero")):
@@ -216,7 +234,7 @@ def test_pixels_are_compared_and_reported_where_they_were_given(tmp_path):
     before = json.loads(settings.read_text())
     del before["format_version"]
     settings.write_text(json.dumps({**before, "center_crop": False}))
-    run(tmp_path / "as_stored", **options)  # an expert sees no pixels
+    run(tmp_path / "as_stored", **options)  # this one sees no pixels
     assert "center_crop" not in json.loads(settings.read_text())
 
 
@@ -226,7 +244,7 @@ def test_files_of_somebody_else_are_not_replaced(tmp_path):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / name).touch()
         with pytest.raises(ValueError, match=f"holds {name} but no evaluation.json"):
-            evaluate(model="nothing", policy="expert", output=tmp_path / name, **options)
+            evaluate(policy="expert", output=tmp_path / name, **options)
         assert [path.name for path in (tmp_path / name).iterdir()] == [name]
     model = small_model(tmp_path / "model")
     with pytest.raises(ValueError, match="is the model: give a folder of its own"):
@@ -290,6 +308,22 @@ def test_broken_episodes_are_said(broken, code, tmp_path, monkeypatch):
 def test_options_that_would_be_taken_as_something_else(wrong, tmp_path):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):
         run(tmp_path / "out", policy="expert", **wrong)
+
+
+def test_options_of_a_model_that_does_not_act_are_refused():
+    """They stood in the report, as if the expert had been quantized."""
+    own = {"model": "mine", "unnorm_key": "bridge"}
+    of_model = {"dtype": "bfloat16", "quantization": "int8", "decoding": "mean", "pixels": "oft"}
+    for policy, unused in (("expert", own | of_model), ("random", of_model), ("mean", of_model)):
+        for name, value in unused.items():
+            with pytest.raises(ValueError, match=f"{name}='{value}': policy='{policy}' has no use for it"):
+                EvaluateOptions(output="out", policy=policy, **{name: value})
+            if name != "pixels":
+                with pytest.raises(ValueError, match=f"{name}='{value}'"):
+                    DemoOptions(policy=policy, **{name: value})
+    assert EvaluateOptions(output="out", policy="mean", **own) and EvaluateOptions(output="out", **own, **of_model)
+    wrong = CliRunner().invoke(app, ["demo", "--policy", "expert", "--quantization", "int8"])
+    assert wrong.exit_code == 2 and "--quantization int8: --policy expert has no use for it" in wrong.output
 
 
 def test_errors(tmp_path):

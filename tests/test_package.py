@@ -1,5 +1,7 @@
 """Packaged folders: bytes of the weights unchanged, loadable by the auto classes in a process without this package."""
 
+import ast
+import itertools
 import json
 import os
 import shutil
@@ -15,8 +17,9 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
-from openvla import OpenVLAForActionPrediction, OpenVLAProcessor, hub
+from openvla import OpenVLAConfig, OpenVLAForActionPrediction, OpenVLAProcessor, hub
 from openvla.conversion import export_prismatic_checkpoint, hub_folder, package_checkpoint, quantize_checkpoint
+from openvla.model_card import model_card
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -167,6 +170,20 @@ def test_model_card(published, packaged, tmp_path):
     card = ModelCard.load(package_checkpoint(licensed, tmp_path / "out", name="me/my-robot") / "README.md")
     assert (card.data.license, card.data.base_model) == ("mit", "openvla/openvla-7b")
     assert 'from_pretrained("me/my-robot"' in card.text and "Theirs" not in card.text
+
+
+def test_the_code_of_a_card_is_code_whatever_the_names_are(published):
+    """Quotes ended the text, and with it the code that readers copy."""
+    config = OpenVLAConfig.from_pretrained(published["tiny-openvla-siglip"])
+    key, entry = next(iter(config.norm_stats.items()))
+    config.camera_names = ['the "left" one', "C:\\new"]
+    names = ('a"b', "back\\slash", "two\nlines", "{braces}", "it's", "größe 🤖")
+    for name, more in itertools.product(names, ({}, {"carries_code": True}, {"adapter_of": "base"})):
+        card = model_card(name, config, {f"{key} {name}": entry}, **more)
+        code = ast.parse(card.partition("```python\n")[2].partition("```")[0])
+        texts = {node.value for node in ast.walk(code) if isinstance(node, ast.Constant)}
+        assert {name, f"{key} {name}", *config.camera_names} <= texts, name
+        assert f"# {' '.join(name.split())}\n" in card
 
 
 def test_shards_stay_shards(published, tmp_path):
