@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -217,6 +218,20 @@ def action_spec_of(environment: Environment) -> ActionSpec:
 def dataset_of(environment: Environment, statistics: Mapping[str, Any]) -> str | None:
     """Which of the datasets of a model was recorded in the environment; None where nothing says so."""
     return next((name for name in getattr(environment, "unnorm_keys", ()) if name in statistics), None)
+
+
+def has_other_rate(recorded: float | None, environment: Environment, model: str, env: str, more: str = "") -> bool:
+    """Whether the actions of a model were recorded at another rate (`recorded`, a second) than the environment takes,
+    which is a warning, with `more` behind it."""
+    if not recorded or abs(recorded / environment.frequency - 1) <= 0.01:
+        return False
+    warnings.warn(
+        f"The actions of '{model}' were recorded at {recorded:g} a second, and '{env}' takes "
+        f"{environment.frequency:g}: each lasts another time here. Give the simulator the rate of the recording "
+        f"(metaworld: --env-option frequency={recorded:g}){more}.",
+        stacklevel=3,
+    )
+    return True
 
 
 def standstill(environment: Environment) -> np.ndarray:

@@ -36,6 +36,7 @@ from .environment import (
     dataset_of,
     environment_class,
     environment_options,
+    has_other_rate,
     make_environment,
     renders,
     standstill,
@@ -111,7 +112,6 @@ def evaluate(
         said = {"chunking": chunking, "late": late}
         make_control = partial(RealtimeControl, hz, standstill(here), late, relative, chunking, options.execute)
         make_control()  # refuses a rate that is none
-    frequency = here.frequency
     here.close()
     if options.videos:
         require("av", purpose="A film (--videos)")
@@ -140,14 +140,8 @@ def evaluate(
             config = config_of(source, **variant)
             check_dimensions(stats, options.model, options.env, spec)
             recorded = spec_of(statistics, resolve_unnorm_key(statistics, unnorm_key)).hz
-            if recorded and abs(recorded / frequency - 1) > 0.01:
+            if has_other_rate(recorded, here, options.model, options.env, "; --hz changes no action"):
                 said["recorded_hz"] = recorded
-                warnings.warn(
-                    f"The actions of '{options.model}' were recorded at {recorded:g} a second, and '{options.env}' "
-                    f"takes {frequency:g}: each lasts another time here. Give the simulator the rate of the recording "
-                    f"(metaworld: --env-option frequency={recorded:g}); --hz changes no action.",
-                    stacklevel=2,
-                )
             if options.policy == "model":
                 check_state(config.proprio_dim, options.model, options.env, here.state_names)
                 of_environment = with_cameras(of_environment, options.env, config.camera_names)

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ..action_spec import spec_of
+from ..action_tokenizer import resolve_unnorm_key
 from ..data.writers.hdf5 import write_hdf5
 from ..data.writers.lerobot import write_lerobot
 from ..files_openvla import read_json
@@ -22,7 +24,7 @@ from ..hub import file_digests, model_folder, published_name
 from ..options.evaluation import RecordOptions
 from ..options.fields import decisive
 from . import recorder
-from .environment import choose_tasks, file_name, renders, tasks_with
+from .environment import choose_tasks, file_name, has_other_rate, renders, tasks_with
 from .expert_episode import is_episode, load_episode
 from .rendering import opengl_backend
 from .workers import EnvironmentFailure, EnvironmentProcess
@@ -75,6 +77,10 @@ def _record(options: RecordOptions, output: Path, progress: bool) -> dict[str, A
     chosen = choose_tasks(environment, options.tasks)
     varied = [(task, axis) for axis in options.axes for task in tasks_with(environment, chosen, axis)]
     tasks = dict.fromkeys(task for task, _ in varied)
+    if options.student is not None:
+        known, key = recorder.student_units(options, environment)
+        hz = spec_of(known, resolve_unnorm_key(known, key)).hz
+        has_other_rate(hz, environment, options.student, options.env)
     if renders(environment):
         opengl_backend()
     if plan.exists():

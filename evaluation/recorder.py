@@ -19,6 +19,13 @@ def open_environment(options: RecordOptions, **more: Any) -> Environment:
     return make_environment(options.env, **{**options.environment_options, **more})
 
 
+def student_units(options: RecordOptions, environment: Environment) -> tuple[dict[str, Any], str | None]:
+    """Statistics of the student, and the dataset in whose units it acts; None: the only one that it knows."""
+    known = statistics_of(model_folder(str(options.student)))
+    several = options.unnorm_key is None and len(known) > 1
+    return known, dataset_of(environment, known) if several else options.unnorm_key
+
+
 class Recorder:
     """Records single episodes to files."""
 
@@ -27,9 +34,7 @@ class Recorder:
         self.student: Policy | None = None
         self.blind: Environment | None = None
         if options.student is not None:
-            key, known = options.unnorm_key, statistics_of(model_folder(options.student))
-            if key is None and len(known) > 1:
-                key = dataset_of(self.environment, known)
+            _, key = student_units(options, self.environment)
             self.student = OpenVLAPolicy.load(options.student, unnorm_key=key, device=torch_device(options.device))
         elif options.noise or options.delay:
             # The expert fails more often then; pictures take nearly all of the time, so a first try goes without.
@@ -42,6 +47,11 @@ class Recorder:
             if self.blind is not None and self._try(self.blind, task, axis, seed) is None:
                 continue
             episode = self._try(self.environment, task, axis, seed)
+            if episode is not None and not episode.images:
+                raise ValueError(
+                    f"'{self.options.env}' shows no images, and nobody learns from a recording without: let it render "
+                    "(without --env-option render=false)."
+                )
             if episode is not None:
                 save_episode(episode, file, seed=seed, failed=attempt)
                 return

@@ -112,6 +112,10 @@ def test_a_recording_in_several_processes_says_what_broke_it(tmp_path, monkeypat
 def test_where_nothing_is_seen_nothing_is_filmed(tmp_path):
     with pytest.raises(NoEpisodes, match="'careless:Blind' shows no images: there is nothing to film"):
         demo(env="careless:Blind", policy="expert", workers=1, output=tmp_path / "films", progress=False)
+    options = RecordOptions(env="careless:Blind", tasks="open/it", episodes=1, size=16, output=str(tmp_path / "data"))
+    with pytest.raises(ValueError, match="'careless:Blind' shows no images, and nobody learns from a recording with"):
+        record(options, progress=False)
+    assert not (tmp_path / "data").exists()
 
 
 def test_names_of_tasks_become_names_of_files(tmp_path, monkeypatch):

@@ -2,7 +2,9 @@
 
 import itertools
 import json
+from contextlib import suppress
 from dataclasses import replace
+from unittest.mock import MagicMock
 
 import numpy as np
 import processes
@@ -626,6 +628,22 @@ def test_killed_at_any_change_of_a_file_a_recording_goes_on_to_the_same_bytes(fo
     ran = processes.run(KILLED, tmp_path, format, 5)
     assert ran.returncode == 0, ran.stderr
     assert int(ran.stdout) >= 20  # changes
+
+
+def test_a_student_of_another_rate_is_warned_of(tmp_path, monkeypatch):
+    """As of a model that is evaluated: each of its actions lasts another time here."""
+    bounds = {name: [value] * 7 for name, value in (("q01", -1.0), ("q99", 1.0))}
+    meaning = usual_spec(7, hz=5.0).to_dict()
+    file = tmp_path / "dataset_statistics.json"
+    file.write_text(json.dumps({"mine": {"action": bounds, "action_spec": meaning}}))
+    (tmp_path / "model.safetensors").write_text("weights")
+    given = options(tmp_path / "out", student=str(tmp_path), env="careless:Seeing", tasks="open/it")
+    monkeypatch.setattr(record_module, "_run", MagicMock(side_effect=KeyboardInterrupt))
+    with pytest.warns(UserWarning, match="at 5 a second, and 'careless:Seeing' takes 20"), suppress(KeyboardInterrupt):
+        record(given, progress=False)
+    file.write_text(json.dumps({"mine": {"action": bounds}}))
+    with pytest.raises(KeyError, match="unnorm_key='other'"):  # before anything is recorded
+        record(replace(given, unnorm_key="other", output=str(tmp_path / "other")), progress=False)
 
 
 def test_a_student_of_several_datasets_acts_in_units_of_one(tmp_path, monkeypatch):
