@@ -48,7 +48,9 @@ class ActionSpec:
             raise ValueError(f"action_spec: relative={list(self.relative)}, expected true or false of each number.")
         if not all(isinstance(dim, int) and 0 <= dim < dims for dim in self.grippers):
             raise ValueError(f"action_spec: grippers={list(self.grippers)}, expected dimensions from 0 to {dims - 1}.")
-        if self.hz is not None and not (isinstance(self.hz, (int, float)) and 0 < self.hz < 1e6):
+        if self.hz is not None and not (
+            isinstance(self.hz, (int, float)) and not isinstance(self.hz, bool) and 0 < self.hz < 1e6
+        ):
             raise ValueError(f"action_spec: hz={self.hz!r}, expected actions in a second.")
 
     @property

@@ -120,7 +120,7 @@ class Reader:
         instruction = self._instruction(found.get("instruction"))
         state = self._state(found, self.info.datasets[key].state_dim)
         committed = self._committed(found.get("committed"), self.info.datasets[key].spec.action_dim)
-        step = found.get("step")
+        step = _plain_int(found.get("step"))
         if step is not None and not (type(step) is int and 0 <= step < MOST_STEPS):
             raise BadRequest("step: expected the number of the step in its episode, from 0 on.")
         deadline = self._deadline(found.get("timeout_ms"), arrived)
@@ -206,6 +206,7 @@ class Reader:
     # Values -----------------------------------------------------------------------------------------------------------
 
     def _request_id(self, value: Any) -> str | int | None:
+        value = _plain_int(value)
         if type(value) is not int:
             return short_text("request_id", value, self.limits)
         if abs(value) >= MOST_STEPS:
@@ -275,6 +276,11 @@ def _flat(message: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield from _flat(value, f"{prefix}{name}/")
         else:
             yield f"{prefix}{name}", value
+
+
+def _plain_int(value: Any) -> Any:
+    """A whole number of numpy's, as loops over `np.arange` count with, as one of Python's."""
+    return int(value) if isinstance(value, np.integer) else value
 
 
 def _plain(name: str) -> str:

@@ -146,7 +146,7 @@ def test_images(form, tmp_path):
         ({"images": np.zeros((4000, 4000, 3), np.uint8)}, "jpeg"),
         ({"unnorm_key": "bridge"}, "robot"),
         ({"timeout": 0}, "timeout"),
-        ({"state": "high"}, "could not convert"),
+        ({"state": "high"}, "state='high': expected numbers"),
     ],
 )
 def test_what_is_wrong_before_it_is_sent(given, message):
@@ -168,15 +168,19 @@ def test_several_cameras_are_named():
         client.act({"full_image": IMAGE, "wrist_image": IMAGE}, "go")
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://robot", "http://", "ws:8000", ""])
+@pytest.mark.parametrize(
+    "url", ["127.0.0.1:8000", "ftp://robot", "http://", "ws:8000", "", 5, None, b"ws://robot", "ws://robot:port",
+    "ws://robot:99999", "ws://[::1", "ws://my robot:8000"],
+)  # fmt: skip
 def test_addresses_that_are_none(url):
     with pytest.raises(ValueError, match="ws://"):
         connect(url)
 
 
 @pytest.mark.parametrize(
-    "options", [{"timeout": 0}, {"images": "webp"}, {"quality": 0}, {"key": " "}, {"key": "a\nb"}, {"key": "ключ"}]
-)
+    "options", [{"timeout": 0}, {"images": "webp"}, {"quality": 0}, {"key": " "}, {"key": "a\nb"}, {"key": "ключ"},
+                {"key": 5}, {"key": b"key"}, {"quality": True}],
+)  # fmt: skip
 def test_options_that_make_no_sense(options):
     with pytest.raises(ValueError):
         connect("ws://127.0.0.1:1", **options)
@@ -400,6 +404,21 @@ def test_a_robot_that_stands_still_is_told_why(scheme):
             guard = client.guard(hz=10, fallback="raise", wait=5)
             with pytest.raises(NoAction, match=f"nothing is answered yet .*{reason}"):
                 guard.step(observation)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"state": "x"}, {"state": ["1"]}, {"state": {"x": 1}}, {"state": [10**400]}, {"state": [[1], [1, 2]]},
+     {"state": 1j}, {"committed": [["1"] * 7]}, {"committed": [None]}, {"step": "3"}, {"step": 3.0}, {"step": True},
+     {"step": -1}, {"step": 10**30}, {"unnorm_key": ["robot"]}, {"unnorm_key": ""}, {"timeout": "5"}],
+    ids=str,
+)  # fmt: skip
+def test_what_a_caller_gives_is_checked_before_anything_is_asked(given):
+    scripted = Scripted(metadata(dims=7))
+    with asking(scripted, "http") as client:
+        with pytest.raises(ValueError, match=f"^{next(iter(given))}=.*: expected"):
+            client.act(IMAGE, "go", **given)
+    assert not scripted.messages
 
 
 def test_a_guard_commits_fewer_actions_than_an_answer_has():
@@ -641,6 +660,28 @@ def test_a_server_that_was_started_again_with_another_model():
             assert {guard.step(seen).source for _ in range(4)} == {"hold"}
         assert any("another model" in one["refused"] for line in lines for one in line["arrived"])
         guard.close()
+
+
+def test_another_model_is_said_before_it_is_asked(scheme):
+    """The next call connects again by itself: it would have moved the robot by numbers of another meaning."""
+    scripted = Scripted(metadata(dims=7), answer=lambda message: right(message, dims=7))
+    with scripted.running():
+        client = connect(scripted.url(scheme))
+        client.act(IMAGE, "go")
+    with client:
+        scripted.first, scripted.messages = metadata(dims=7, model="another"), []
+        with scripted.running(scripted.port):
+            if scheme == "http":  # which has no connection that could break
+                client._client._connection.closed = True
+            client.reset()  # which says nothing of a server
+            scripted.messages.clear()
+            with pytest.raises(BadAnswer, match="another model, and nothing was asked of it"):
+                client.act(IMAGE, "go")
+            assert client.info.model == "another" and not scripted.messages
+            assert client.act(IMAGE, "go").actions.shape == (2, 7)
+        with scripted.running(scripted.port):  # the same again
+            client._client._connection.closed = True
+            assert client.act(IMAGE, "go").actions.shape == (2, 7)
 
 
 def test_a_server_that_was_started_again_with_another_model_between_two_requests():

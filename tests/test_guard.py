@@ -2,6 +2,7 @@
 test_guard_faults.py."""
 
 import dataclasses
+import io
 import json
 import os
 import subprocess
@@ -782,6 +783,11 @@ def test_what_a_thread_answers_comes_back():
         (POSE, {"ask_every": float("nan")}, "ask_every=nan"),
         (POSE, {"commit": True}, "commit=True"),
         (POSE, {"limits": Limits(step={"elbow": 1})}, "elbow"),
+        (POSE, {"limits": {"x": 1}}, "limits={'x': 1}: expected Limits"),
+        ("pose", {}, "spec='pose': expected an ActionSpec"),
+        (POSE, {"audit": "log.jsonl"}, "audit='log.jsonl': expected a function"),
+        (POSE, {"audit": io.StringIO()}, "audit=.*: expected a function, such as audit.write"),
+        (POSE, {"clock": 5.0}, "clock=5.0: expected a function"),
     ],
 )
 def test_arguments_that_do_not_fit(spec, options, message):
@@ -813,12 +819,28 @@ def test_limits_that_make_no_sense(options):
 
 def test_a_step_of_another_shape_is_no_step():
     bench = Bench(start=still(), wait=0)
-    for position in ([1, 2], [[1, 2, 3, 4]]):
-        with pytest.raises(ValueError, match="position"):
+    for position in ([1, 2], [[1, 2, 3, 4]], ["1"] * 4, [True] * 4, [1j] * 4, [10**400] * 4, {"x": 1}, "1234", 4):
+        with pytest.raises(ValueError, match="^position=.*: expected 4 numbers"):
             bench.step(position=position)
-    with pytest.raises(ValueError, match="start"):
-        bench.guard.reset([1, 2])
+        with pytest.raises(ValueError, match="^start=.*: expected 4 finite numbers"):
+            bench.guard.reset(position)
+    for seen_at in ("100", [100.0], np.datetime64("now"), np.timedelta64(100, "s"), True):
+        with pytest.raises(ValueError, match="^seen_at=.*: expected seconds of the guard's clock"):
+            bench.step(seen_at=seen_at)
     assert not bench.asked and not bench.lines
+    with pytest.raises(ValueError, match="^start=5: expected finite numbers"):
+        Guard(lambda observation: np.zeros(4), hz=10).reset(5)
+
+
+def test_seconds_of_float32_are_those_of_the_clock():
+    """A clock of a machine that ran for months has seconds that float32 does not tell apart: a loop that was too fast
+    executed an action at each of its steps, and the robot moved so much faster."""
+    bench = Bench(hz=np.float32(10), max_age=np.float32(0.2), start=still(), wait=np.float32(0))
+    bench.now = 2.0**24
+    for _ in range(100):
+        bench.step(after=0.01)
+        bench.answer([still()])
+    assert 8 <= [line["source"] for line in bench.lines].count("answer") <= 14
 
 
 def test_another_rate_than_the_contract_is_a_warning():
@@ -831,7 +853,9 @@ def test_another_rate_than_the_contract_is_a_warning():
 
 
 @pytest.mark.parametrize("name", ["hz", "max_age", "wait", "stalled_after", "dead_after"])
-@pytest.mark.parametrize("given", ["20", np.nan, np.inf, -1, True])
+@pytest.mark.parametrize(
+    "given", ["20", np.nan, np.inf, -1, True, 1j, np.complex64(1), np.timedelta64(1, "s"), 10**400]
+)
 def test_seconds_and_rates_are_finite_numbers(name, given):
     options = {"hz": 10, name: given}
     with pytest.raises(ValueError, match=f"^{name}=.*expected"):

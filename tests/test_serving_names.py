@@ -163,6 +163,9 @@ def test_all_else_that_a_request_holds():
     assert call.request.observation.step == 3 and call.request.observation.committed.shape == (2, 7)
     assert read(made, {"image": image(0), "prompt": "go"}, session="own").request.session == "own"
     assert made.read({"endpoint": "reset", "session_id": "one", "request_id": 4}) == Reset("one", 4)
+    call = read(made, {"image": image(0), "prompt": "go", "step": np.int64(3), "request_id": np.uint8(4)})
+    assert (call.request.observation.step, call.request_id) == (3, 4)
+    assert type(call.request.observation.step) is type(call.request_id) is int  # which JSON has
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])

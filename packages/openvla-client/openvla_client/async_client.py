@@ -47,7 +47,7 @@ class Settings:
             raise ValueError(f"timeout={self.timeout}: expected less than a day of seconds.")
         if self.images not in FORMATS:
             raise ValueError(f"images={self.images!r}: expected one of {', '.join(FORMATS)}.")
-        if not isinstance(self.quality, int) or not 1 <= self.quality <= 100:
+        if type(self.quality) is not int or not 1 <= self.quality <= 100:
             raise ValueError(f"quality={self.quality!r:.100}: expected a whole number, 1 to 100.")
 
 
@@ -62,6 +62,7 @@ class AsyncClient:
         self._connection: Connection | None = None
         self._connecting = asyncio.Lock()
         self._info: ServerInfo | None = None
+        self._told: ServerInfo | None = None  # what the caller knows of the server
         self._failures, self._not_before = 0, 0.0
         self._requests = itertools.count()
         self.connections = 0  # how often it was connected
@@ -88,7 +89,8 @@ class AsyncClient:
                         refused = read_refusal(parsed(body), NOT_READY[0])
                         said = f"{self.address.url}: {refused} connect(..., wait=60) waits."
                         raise Refused(said, refused.code, refused.retry_after)
-                    return (await self._connected(time.monotonic() + self.settings.timeout)).info
+                    self._told = (await self._connected(time.monotonic() + self.settings.timeout)).info
+                    return self._told
             except (NotReached, NoAnswer, Refused) as error:
                 if isinstance(error, Refused) and error.code not in NOT_READY or time.monotonic() >= end:
                     raise
@@ -112,6 +114,12 @@ class AsyncClient:
         timeout = self.settings.timeout if timeout is None else timeout
         async with self._in_time(timeout):
             connection = await self._connected(begin + timeout)
+            before, self._told = self._told, connection.info
+            if before not in (None, connection.info):  # the numbers of its actions may mean something else
+                raise BadAnswer(
+                    f"{self.address.url}: the server was started again with another model, and nothing was asked of "
+                    "it. `info` of the client says what it is now: ask again if that is what you want."
+                )
             make = partial(
                 request, connection.info, images, instruction, state=state, unnorm_key=unnorm_key, step=step,
                 committed=committed, session=self.session if session is None else session, details=details,

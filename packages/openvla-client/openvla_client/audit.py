@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from .checks import whole
+
 
 logger = logging.getLogger(__name__)
 
@@ -30,9 +32,7 @@ class Audit:
     WAITING = 4096  # lines; beyond it the newest are lost
 
     def __init__(self, path: str | os.PathLike, max_bytes: int = 64 * 2**20, files: int = 4):
-        if max_bytes < 1 or files < 1:
-            raise ValueError(f"max_bytes={max_bytes}, files={files}: expected 1 or more of both.")
-        self.path, self.max_bytes, self.files = Path(path), max_bytes, files
+        self.path, self.max_bytes, self.files = Path(path), whole("max_bytes", max_bytes, 1), whole("files", files, 1)
         self.lost = 0  # lines that could not be written
         self._lines: deque[Mapping[str, Any]] = deque()
         self._changed = threading.Condition()

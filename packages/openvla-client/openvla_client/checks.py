@@ -8,7 +8,10 @@ import numpy as np
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    """A real number that a float can hold, NaN and infinity too. numpy counts complex numbers and times as numbers."""
+    if not isinstance(value, int | float | np.integer | np.floating) or isinstance(value, bool | np.timedelta64):
+        return False
+    return not isinstance(value, int) or abs(value) < 2**1023
 
 
 def seconds(name: str, given: Any, least: float = 0.0, *, zero: bool = True) -> float:
@@ -25,18 +28,36 @@ def seconds(name: str, given: Any, least: float = 0.0, *, zero: bool = True) -> 
             f"{name}={given!r:.100}: expected {least:g} seconds or more." if zero else
             f"{name}={given!r:.100}: expected seconds, above 0."
         )  # fmt: skip
-    return given
+    return float(given)  # of float32, seconds of a machine that runs for days are too coarse
 
 
-def numbers(given: Sequence[float] | np.ndarray | None, name: str, dims: int, finite: bool = True) -> np.ndarray | None:
-    """(A,) float64 of what a caller gave, or None.
+def numbers(
+    given: Sequence[float] | np.ndarray | None, name: str, dims: int | None, finite: bool = True
+) -> np.ndarray | None:
+    """(A,) float64 of what a caller gave, or None; `dims` None: as many as there are.
 
     Raises:
-        ValueError: If it has another shape or, where that is asked, is not finite.
+        ValueError: If it is no row of so many numbers or, where that is asked, is not finite.
     """
     if given is None:
         return None
-    array = np.array(given, dtype=np.float64)
-    if array.shape != (dims,) or (finite and not np.isfinite(array).all()):
-        raise ValueError(f"{name}={given!r:.200}: expected {dims} {'finite ' if finite else ''}numbers.")
-    return array
+    try:
+        array = np.array(given)
+    except (ValueError, TypeError):  # rows of several lengths
+        array = np.array(None)
+    good = array.dtype.kind in "iuf" and array.shape == (array.size if dims is None else dims,)  # no texts, no booleans
+    if not good or (finite and not np.isfinite(array).all()):
+        expected = f"{'' if dims is None else f'{dims} '}{'finite ' if finite else ''}numbers"
+        raise ValueError(f"{name}={given!r:.200}: expected {expected}.")
+    return array.astype(np.float64)
+
+
+def whole(name: str, given: Any, least: int) -> int:
+    """`given`, if it is a whole number of `least` or more, and below 2**63.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if not is_number(given) or isinstance(given, float | np.floating) or not least <= given < 2**63:
+        raise ValueError(f"{name}={given!r:.100}: expected a whole number, {least} or more.")
+    return int(given)

@@ -23,6 +23,16 @@ UNREACHED = (aiohttp.ClientError, OSError)
 REMEDY = "is `openvla serve` running there, and reachable?"
 
 
+def _is_address(url: Any) -> bool:
+    if not isinstance(url, str) or any(letter.isspace() for letter in url):
+        return False
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("ws", "wss", "http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of a port that is none, or brackets that do not close
+        return False
+
+
 @dataclass(frozen=True)
 class Address:
     """Where a server is: `ws://` or `wss://` for a WebSocket, `http://` or `https://` for requests."""
@@ -32,10 +42,12 @@ class Address:
     ssl: SSLContext | None = None
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("ws", "wss", "http", "https") or not parts.hostname or self.url != self.url.strip():
-            raise ValueError(f"url={self.url!r}: expected ws://HOST:PORT or http://HOST:PORT (wss, https through TLS).")
-        if self.key is not None and not (self.key.strip() and self.key.isascii() and self.key.isprintable()):
+        if not _is_address(self.url):
+            raise ValueError(
+                f"url={self.url!r:.200}: expected ws://HOST:PORT or http://HOST:PORT (wss, https through TLS)."
+            )
+        key = "" if self.key is None else self.key
+        if self.key is not None and not (isinstance(key, str) and key.strip() and key.isascii() and key.isprintable()):
             raise ValueError("key: it is empty, or no header can hold it; give the OPENVLA_API_KEY of the server.")
 
     @property

@@ -15,7 +15,7 @@ import numpy as np
 
 from .action_spec import ActionSpec
 from .audit import digest as content_digest
-from .checks import is_number, numbers, seconds
+from .checks import is_number, numbers, seconds, whole
 from .command import Command, NoAction, State, held
 from .limits import Limits
 from .plan import EPSILON, Early, Plan, Stale
@@ -89,6 +89,14 @@ class Guard:
         digest: Callable[[Any], str] = content_digest,
         slept: Callable[[], float] | None = None,
     ):
+        if not (spec is None or isinstance(spec, ActionSpec)):
+            raise ValueError(f"spec={spec!r:.100}: expected an ActionSpec, such as client.info.datasets[KEY].spec.")
+        if not (limits is None or isinstance(limits, Limits)):
+            raise ValueError(f"limits={limits!r:.100}: expected Limits(step={{...}}, place={{...}}).")
+        for name, function in (("audit", audit), ("clock", clock), ("digest", digest), ("slept", slept)):
+            if not callable(function) and not (function is None and name in ("audit", "slept")):
+                write = f", such as {name}.write" if hasattr(function, "write") else ""
+                raise ValueError(f"{name}={function!r:.100}: expected a function{write}.")
         hz = spec.hz if hz is None and spec is not None else hz
         if not is_number(hz) or not 0 < hz < math.inf:
             raise ValueError(f"hz={hz!r:.100}: expected the steps of the control loop in a second, above 0.")
@@ -98,7 +106,7 @@ class Guard:
                 f"{hz / spec.hz:.3g} times as fast. Leave hz out, or give a spec with the hz that the model learned.",
                 stacklevel=2,
             )
-        self.period = 1.0 / hz
+        self.period = 1.0 / float(hz)
         self.max_age = seconds("max_age", 2 * self.period if max_age is None else max_age)
         self.wait = seconds("wait", self.period / 2 if wait is None else wait)
         usual = max(5 * self.period, self.max_age)
@@ -110,13 +118,8 @@ class Guard:
             raise ValueError(f"fallback={fallback!r}: expected 'hold' or 'raise'.")
         if spec is None and (self.fallback == "hold" or limits is not None):
             raise ValueError("fallback='hold' and limits need spec: what the numbers of an action mean.")
-        for name, count, least in (
-            ("ask_every", ask_every, 1),
-            ("execute", 1 if execute is None else execute, 1),
-            ("commit", commit, 0),
-        ):
-            if not isinstance(count, int | np.integer) or isinstance(count, bool) or count < least:
-                raise ValueError(f"{name}={count!r:.100}: expected a whole number, {least} or more.")
+        ask_every, commit = whole("ask_every", ask_every, 1), whole("commit", commit, 0)
+        execute = None if execute is None else whole("execute", execute, 1)
         if execute is not None and commit >= execute:
             raise ValueError(f"commit={commit}, execute={execute}: nothing of an answer would be new; execute more.")
         if spec is not None and limits is not None:
@@ -155,7 +158,7 @@ class Guard:
                 has places or grippers.
         """
         dims = self._plan.dims
-        held = None if start is None else numbers(start, "start", len(start) if dims is None else dims)
+        held = numbers(start, "start", dims)
         with self._lock:
             self._plan.clear()
             self._last = held
@@ -194,8 +197,10 @@ class Guard:
             NoAction: If there is no action, and the fallback is "raise" or not known yet.
             ValueError: If an argument has another shape. Nothing was asked, and it counts as no step.
         """
-        dims = self._plan.dims
-        here = None if position is None else numbers(position, "position", dims or len(position), finite=False)
+        here = numbers(position, "position", self._plan.dims, finite=False)
+        if seen_at is not None and not is_number(seen_at):
+            raise ValueError(f"seen_at={seen_at!r:.100}: expected seconds of the guard's clock.")
+        seen_at = None if seen_at is None else float(seen_at)
         with self._lock:
             command, step = self._stepped(observation, seen_at, here)
         if command.action is None:
@@ -242,7 +247,7 @@ class Guard:
 
     def _now(self, step: int) -> float:
         """The clock. Where it goes back or the computer slept, nothing that was timed before can be trusted."""
-        now, slept = self._clock(), self._slept()
+        now, slept = float(self._clock()), self._slept()
         if not math.isfinite(now):
             raise ValueError(f"The clock says {now}: expected seconds.")
         if self._since is None:  # of an episode that begins now; the age of what was answered before is forgotten

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from .action_spec import ActionSpec
+from .checks import whole
 from .errors import BadAnswer, Refused
 from .wire import MOST_BYTES as MOST_SENT
 from .wire import UNREADABLE, check_picture, pack, picture_file, unpack
@@ -50,7 +51,7 @@ class ServerInfo:
     def key(self, given: str | None = None) -> str:
         """Raises a `ValueError` for a key that the server does not have, or where it has several and none is named."""
         key = self.default_key if given is None else given
-        if key is None or key not in self.datasets:
+        if not isinstance(key, str) or key not in self.datasets:
             raise ValueError(f"unnorm_key={given!r}: expected one of {', '.join(sorted(self.datasets))}.")
         return key
 
@@ -145,13 +146,24 @@ def request(
         "images": {str(name): picture(image, form, quality) for name, image in images.items()},
         "instruction": instruction,
         "unnorm_key": info.key(unnorm_key),
-        "state": None if state is None else np.asarray(state, dtype=np.float64),
-        "committed": None if committed is None else np.asarray(committed, dtype=np.float64),
-        "step": step,
+        "state": None if state is None else _floats("state", state),
+        "committed": None if committed is None else _floats("committed", committed),
+        "step": None if step is None else whole("step", step, 0),
         "session": session,
         "details": details or None,
     }
     return {name: value for name, value in message.items() if value is not None}
+
+
+def _floats(name: str, given: Any) -> np.ndarray:
+    """float64 of any shape; texts that look like numbers are none."""
+    try:
+        array = np.asarray(given)
+    except (ValueError, TypeError):  # rows of several lengths
+        array = np.array(None)
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"{name}={given!r:.100}: expected numbers, in rows of one length.")
+    return array.astype(np.float64)
 
 
 # In -------------------------------------------------------------------------------------------------------------------
