@@ -267,13 +267,9 @@ def earlier_settings(folder: Path, now: Mapping[str, Any], model: str) -> dict[s
 def check_saved(settings: Mapping[str, Any], folder: Path) -> None:
     """Raise a `ValueError` for saved settings that no evaluation writes: somebody edited them. Options that are only
     compared may be anything; those that are read here may not."""
-    for name, kind in {
-        "digests": dict,
-        "latency": (int, float),
-        "device": str,
-        "quantization": str,
-        "axis": str,
-    }.items():
+    texts = dict.fromkeys(("device", "quantization", "axis"), (str,))
+    kinds: dict[str, tuple[type, ...]] = {"digests": (dict,), "latency": (int, float), **texts}
+    for name, kind in kinds.items():
         value = settings.get(name)
         good = isinstance(value, kind) and not isinstance(value, bool)
         if value is not None and (not good or (name == "latency" and not 0 <= value < math.inf)):
