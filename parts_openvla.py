@@ -21,6 +21,7 @@ from .weights_openvla import check_tensors, check_weight_file
 PARTS = ("action_head", "action_dim", "proprio_dim", "use_film")  # fields of the configuration that ask for them
 PARTS_FILE = "added_parts.safetensors"  # beside an adapter
 PREFIXES = ("action_head.", "proprio_projector.", "noisy_action_projector.")
+WEIGHTLESS_HEADS = ("tokens", "parallel_tokens")  # the model's own output layer: another head takes nothing away
 
 
 def is_added(name: str) -> bool:
@@ -70,7 +71,7 @@ class ModelParts:
         config, like = self.config, self.projector.fc1.weight
         before = {name: getattr(config, name) for name in fields}
         for name, value in fields.items():
-            if before[name] not in (None, False, "tokens", value):
+            if before[name] not in (None, False, *WEIGHTLESS_HEADS, value):
                 raise ValueError(
                     f"The model has {name}={before[name]!r}, asked for {name}={value!r}: begin with a model without it."
                 )
@@ -125,4 +126,4 @@ class ModelParts:
         self.__dict__["_parts_owner"] = owner
 
 
-__all__ = ["PARTS", "PARTS_FILE", "PREFIXES", "ModelParts", "asks_for_parts", "is_added"]
+__all__ = ["PARTS", "PARTS_FILE", "PREFIXES", "WEIGHTLESS_HEADS", "ModelParts", "asks_for_parts", "is_added"]

@@ -66,6 +66,26 @@ def models(small_base) -> dict[str, OpenVLAForActionPrediction]:
     return found
 
 
+@pytest.mark.parametrize("strategy", ["lora", "full"])
+def test_a_run_of_tokens_goes_on_with_a_head_and_a_state(strategy, adapter_of_tokens, tmp_path):
+    """Tokens chosen all at once have no weights of their own to lose. The adapter of such a run names modules by their
+    ends ("fc1"), which the new parts have too: its weights were said to be missing."""
+    made = options(tmp_path, model=str(adapter_of_tokens), head="l1_regression", proprio=True, strategy=strategy)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The merged model")
+        finetune(made)
+    model = OpenVLAForActionPrediction.from_pretrained(tmp_path)
+    assert (model.config.action_head, model.config.proprio_dim) == ("l1_regression", 8)
+    assert model.predict_action(IMAGES[0], WORDS[0], state=state_of(model)).shape == (CHUNK, 7)
+
+
+@pytest.fixture(scope="module")
+def adapter_of_tokens(small_base, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tokens") / "run"
+    finetune(options(folder, head="parallel_tokens", steps=1))
+    return folder
+
+
 @pytest.mark.parametrize(("head", "strategy"), [("parallel_tokens", "last_layer"), ("diffusion", "sandwich")])
 def test_it_is_trained_saved_and_predicted(head, strategy, tmp_path):
     pytest.importorskip("diffusers" if head == "diffusion" else "torch", reason="needs the [oft] extra")
@@ -392,7 +412,7 @@ def test_parts_of_another_size_are_refused(models):
     model = models["parallel_tokens"]
     before = model.config.to_dict()
     for wrong in ({"proprio_dim": 3, "action_dim": 0}, {"proprio_dim": 3, "action_head": "tokens"}):
-        with pytest.raises(ValueError, match="action_dim=0|asked for action_head='tokens'"):
+        with pytest.raises(ValueError, match="action_dim=0|use_film=True, action_head='tokens'"):
             model.add_parts(**wrong)
     assert model.config.to_dict() == before  # refused, it is the model that it was
 

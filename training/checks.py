@@ -12,6 +12,7 @@ from ..cameras_openvla import is_on_arm, view_of
 from ..configuration_openvla import OpenVLAConfig
 from ..data.checks import check_data
 from ..data.sources import Source
+from ..parts_openvla import WEIGHTLESS_HEADS
 from ..processing_openvla import OpenVLAProcessor
 
 
@@ -84,12 +85,13 @@ def check_relearned(before: OpenVLAConfig, now: OpenVLAConfig, sources: Sequence
 
 
 def check_head(before: OpenVLAConfig, now: OpenVLAConfig) -> None:
-    """Raise a `ValueError` where a model has a head of one pass, or one for other actions, than it is to learn: it is
-    added to a model (`add_parts`), and not taken out of it."""
-    if before.action_head not in ("tokens", now.action_head):
+    """Raise a `ValueError` where a model has a head with weights that is another, or for other actions, than it is to
+    learn: it is added to a model (`add_parts`), and not taken out of it."""
+    if before.action_head not in (*WEIGHTLESS_HEADS, now.action_head):
         raise ValueError(
-            f"head='{now.action_head}': the model has action_head='{before.action_head}', which stays: give "
-            f"head='{before.action_head}', or begin with a model of tokens."
+            f"head='{now.action_head}': the model has action_head='{before.action_head}' with weights of its own, "
+            f"which stays: give head='{before.action_head}', or begin with a model of {' or '.join(WEIGHTLESS_HEADS)}, "
+            "such as the one that this was fine-tuned from."
         )
     if before.action_dim not in (None, now.action_dim):
         raise ValueError(

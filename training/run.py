@@ -72,16 +72,16 @@ def load_model(run: Run, autocast: bool, checkpoint: Path | None = None) -> Any:
     model: Any = OpenVLAForActionPrediction.from_pretrained(base, **loading)
     fields = {field: getattr(run.config, field) for field in PARTS}
     if adapter is not None:
+        from peft import PeftModel
+
         model.load_parts(adapter, read_belongings(adapter).get("model", {}))
+        if learns_itself:  # of an earlier run: it becomes part of the weights
+            model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     model.add_parts(**fields)
     if checkpoint is not None and not learns_itself:
         model.load_parts(checkpoint, fields)
     added = list(model.added_parameters().values())
     if learns_itself:
-        if adapter is not None:  # of an earlier run: it becomes part of the weights
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
         for field in OF_MODEL:
             setattr(model.config, field, getattr(run.config, field))
         model.norm_stats = run.statistics

@@ -13,6 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from transformers import BitsAndBytesConfig
 
+from ..adapters_openvla import adapter_names
 from ..choices_openvla import check_choice
 from ..parts_openvla import is_added
 from ..quantization_openvla import NOT_QUANTIZED, has_quantized_layers
@@ -145,7 +146,7 @@ def lora(
     Raises:
         ValueError: If `rank` is below 1, or `adapter` has another rank, alpha or dropout.
     """
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import LoraConfig, get_peft_model
 
     if rank < 1:
         raise ValueError(f"rank={rank}: an adapter needs at least 1.")
@@ -164,7 +165,7 @@ def lora(
                 f"The adapter in '{adapter}' goes on learning as it is ({kept}), which is not what was asked for "
                 f"({given}): give these, or merge it first (`openvla merge`) and begin a new one on the result."
             )
-        return PeftModel.from_pretrained(model, adapter, is_trainable=True)
+        return load_adapter(model, adapter, is_trainable=True)
     if targets is None:
         # Not PEFT's "all-linear", which leaves out the output layer. The convolution of the patch embedding is among
         # them: the original chose modules by the last part of their names, and "proj" is that of both.
@@ -181,6 +182,23 @@ def lora(
         init_lora_weights="gaussian",
     )
     return get_peft_model(model, config)
+
+
+def load_adapter(model: Any, adapter: str | os.PathLike, **options: Any) -> Any:
+    """The `PeftModel` of a model and an adapter that was trained on it, whatever parts were added to the model since:
+    its configuration may name modules by their ends ("fc1"), which a head or a projector of states has as well.
+
+    Args:
+        options: Of `PeftModel.from_pretrained`.
+    """
+    from peft import LoraConfig, PeftModel
+
+    config = LoraConfig.from_pretrained(adapter)
+    names = adapter_names(adapter, {})
+    if names is not None:
+        modules = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in names if ".lora_" in name}
+        config.target_modules = modules or config.target_modules
+    return PeftModel.from_pretrained(model, adapter, config=config, **options)
 
 
 def qlora_quantization(compute_dtype: torch.dtype = torch.bfloat16) -> BitsAndBytesConfig:
