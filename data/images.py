@@ -58,6 +58,28 @@ def is_colour_image(data: bytes) -> bool:
     return True
 
 
+def size_of_image(data: bytes) -> tuple[int, int]:
+    """(H, W) that `decode_image` will give, as far as the header tells; its errors."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            width, height = image.size
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    except UNREADABLE:
+        height, width, _ = decode_image(data).shape  # says what is wrong
+        return height, width
+    return (width, height) if turned else (height, width)
+
+
+def check_size(size: tuple[int, ...], expected: tuple[int, ...], where: str) -> None:
+    """Raise a `ValueError` that begins with `where` if an image, (H, W) or (H, W, 3), has another size than the first
+    one of its camera."""
+    if size[:2] != expected[:2]:
+        raise ValueError(
+            f"{where}: an image of {size[1]} x {size[0]} pixels, and the first one of this camera has {expected[1]} x "
+            f"{expected[0]}: in a data set all have one size, resize them."
+        )
+
+
 def _turn_by_exif(pixels: np.ndarray, data: bytes) -> np.ndarray:
     """Pixels of a JPEG file the way up that its EXIF data say."""
     picture = Image.fromarray(pixels)

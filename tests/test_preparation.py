@@ -133,6 +133,20 @@ def test_a_head_that_stays(tmp_path):
         assert any("--prefix-training 1 keeps it" in warning for warning in made.warnings) is (given is None)
 
 
+def test_grippers_that_the_model_learned_scaled(tmp_path):
+    """All fourteen numbers of ALOHA are; own grippers in [0, 1] stay as recorded unless --mask says otherwise."""
+    model = Path(shutil.copytree(ROOT, tmp_path / "model", ignore=lambda _, names: {
+        name for name in names if not name.startswith(("config.json", "tokenizer", "processor_config"))}))  # fmt: skip
+    for scaled, given, expected in ((True, None, True), (False, None, False), (True, "1,1,1,1,1,1,1", False)):
+        content = json.loads((ROOT / "config.json").read_text())
+        learned = {"q01": [-1.0] * 7, "q99": [1.0] * 7, "mask": [True] * 6 + [scaled]}
+        content["norm_stats"] = {"aloha": {"action": learned}}
+        (model / "config.json").write_text(json.dumps(content))
+        run = prepare(options(tmp_path, model=str(model), mask=given), data=dataset(episode()))
+        found = [warning for warning in run.warnings if "and of this gripper stay as recorded" in warning]
+        assert bool(found) is expected and all("--mask 1,1,1,1,1,1,1 keeps" in warning for warning in found)
+
+
 def test_a_scene_that_only_the_wrist_shows(tmp_path):
     """Pixels of four channels are no colours: what was left was learned under the name of the scene, silently."""
     images = {"wrist": [jpeg(level) for level in range(10)]}

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import h5py
@@ -10,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from openvla.data import decode_image, open_dataset
-from openvla.data.episode import Episode
+from openvla.data.episode import EncodedImages, Episode
 from openvla.data.images import encode_image
 from openvla.data.writers import lerobot as writer_module
 from openvla.data.writers.hdf5 import write_hdf5
@@ -153,6 +154,21 @@ def test_what_cannot_be_one_data_set_is_refused(tmp_path):
         write_lerobot([make()], tmp_path / "names", fps=10, action_names=["x", "y"])
     with pytest.raises(FileExistsError, match="not empty"):
         write_lerobot([make()], tmp_path / "sizes", fps=10)
+
+
+@pytest.mark.parametrize("encoded", [False, True])
+def test_images_of_other_sizes_are_refused(encoded, tmp_path):
+    """In the middle of an episode: a LeRobot data set was written silently, of which the real library reads no batch;
+    HDF5 ended in h5py's TypeError."""
+    images = make(cameras=("image",)).images["image"][:3] + make(cameras=("image",), size=8).images["image"][:3]
+    if encoded:
+        images = EncodedImages([encode_image(image, "jpeg") for image in images])
+    episode = replace(make(), images={"image": images})
+    for write, path in ((partial(write_lerobot, fps=10), tmp_path / "folder"), (write_hdf5, tmp_path / "file.hdf5")):
+        with pytest.raises(
+            ValueError, match=r"(image|agentview_rgb).*, step 3: an image of 8 x 8 pixels, .* 16 x 16: .*resize"
+        ):
+            write([episode], path)
 
 
 def test_jpeg_keeps_small_colours():

@@ -59,8 +59,8 @@ def check_statistics(
 
 
 def check_relearned(before: OpenVLAConfig, now: OpenVLAConfig, sources: Sequence[Source]) -> list[str]:
-    """Where a model of chunks, of given steps, or of units of min and max is to learn others, as a recipe or a default
-    has it."""
+    """Where a model of chunks, of given steps, of units of min and max, or of grippers that are scaled is to learn
+    others, as a recipe or a default has it."""
     found = []
     if before.action_chunk > 1 and now.action_chunk != before.action_chunk:
         found.append(
@@ -81,6 +81,17 @@ def check_relearned(before: OpenVLAConfig, now: OpenVLAConfig, sources: Sequence
             for source in sources
             if source.normalization != "bounds"
         ]
+    for source in sources:
+        actions = [stats["action"] for stats in (before.norm_stats or {}).values()]
+        alike = [action for action in actions if len(action["q01"]) == source.action_dim]
+        mask = source.statistics["action"].get("mask") or [True] * source.action_dim
+        kept = [name for name, scaled in zip(source.names, mask) if not scaled]
+        if kept and alike and not source.mask_given and all(all(action.get("mask") or [True]) for action in alike):
+            found.append(
+                f"{source.name}: of all actions of {source.action_dim} numbers that the model has learned all are "
+                f"scaled to [-1, 1], as OpenVLA-OFT does for ALOHA, and of this {', '.join(kept)} stay as recorded: "
+                f"--mask {','.join('1' * source.action_dim)} keeps its units."
+            )
     return found
 
 

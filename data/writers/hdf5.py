@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 
 from ..episode import EXECUTED, Episode
+from ..images import check_size
 
 
 TEXT = h5py.string_dtype()
@@ -32,7 +33,7 @@ def write_hdf5(
 
     Raises:
         FileExistsError: If it is there already.
-        ValueError: If there are no episodes.
+        ValueError: If there are no episodes, or images of one camera and episode differ in size.
     """
     path = Path(path)
     if path.exists():
@@ -112,4 +113,6 @@ def _write_images(group: h5py.Group, name: str, frames: Sequence[np.ndarray]) ->
         name, (len(frames), *shape), np.uint8, chunks=(1, *shape), compression="gzip", compression_opts=1, shuffle=False
     )
     for step in range(len(frames)):
-        images[step] = frames[step]
+        image = frames[step]
+        check_size(image.shape, shape, f"{group.name}/{name}, step {step}")
+        images[step] = image

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..episode import EXECUTED, EncodedImages, Episode
-from ..images import JPEG_START, ImageFormat, encode_image
+from ..images import JPEG_START, ImageFormat, check_size, encode_image, size_of_image
 from .lerobot_statistics import FeatureStatistics
 
 
@@ -88,6 +88,8 @@ class LeRobotWriter:
         count, number = len(episode), len(self.episodes)
         images = {image_key(camera): encoded(frames, self.image_format) for camera, frames in episode.images.items()}
         for key, frames in images.items():
+            for step, data in enumerate(frames):
+                check_size(size_of_image(data), self.shapes[key], f"{episode}: {key}, step {step}")
             suffix = "jpg" if frames[0].startswith(JPEG_START) else "png"
             cells = [{"bytes": data, "path": f"frame-{step:06d}.{suffix}"} for step, data in enumerate(frames)]
             columns[key] = pa.array(cells, IMAGE_TYPE)
