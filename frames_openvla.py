@@ -17,11 +17,10 @@ from .pixels_openvla import (
     RESIZE_FILTERS,
     as_image_list,
     center_crop,
-    channel_levels,
     crop_to_size,
     is_image_list,
     load_image,
-    look_up,
+    normalize,
     pad_to_square,
     resize,
     resize_shorter_side,
@@ -115,8 +114,8 @@ class PixelSteps:
             image = center_crop(image, self.center_crop)
         return image
 
-    def _planes(self, image: Image.Image, options: dict[str, Any]) -> list[np.ndarray]:
-        """The 3 * towers channels of one RGB image, (height, width) float32 each."""
+    def _seen(self, image: Image.Image, options: dict[str, Any]) -> list[np.ndarray]:
+        """What each tower sees of one RGB image, (3, height, width) float32."""
         steps = {name: options[name] for name in ("do_resize", "do_center_crop")}
         if any(value is not None for value in (self.jpeg_quality, self.resize_filter, self.center_crop)):
             seen = np.asarray(image)
@@ -126,7 +125,7 @@ class PixelSteps:
         if strategy == "letterbox":
             image = pad_to_square(image, self.means[-1])  # of the last of two towers, as in the published code
         resized: dict[tuple, Image.Image] = {}  # towers of one size and interpolation share the work
-        planes: list[np.ndarray] = []
+        towers: list[np.ndarray] = []
         for (_, height, width), interpolation, mean, std in zip(
             self.input_sizes, self.interpolations, self.means, self.stds
         ):
@@ -137,13 +136,15 @@ class PixelSteps:
                     resized[key] = resize(image, height, width, interpolation)
                 elif strategy is not None:
                     resized[key] = crop_to_size(resize_shorter_side(image, width, interpolation), height, width)
-            levels = channel_levels(
-                mean if options["do_normalize"] else None,
-                std if options["do_normalize"] else None,
-                options["rescale_factor"] if options["do_rescale"] else None,
+            towers.append(
+                normalize(
+                    resized[key],
+                    mean if options["do_normalize"] else None,
+                    std if options["do_normalize"] else None,
+                    options["rescale_factor"] if options["do_rescale"] else None,
+                )
             )
-            planes += look_up(resized[key], levels)
-        return planes
+        return towers
 
     def normalized(self, images: Any, **chosen: Any) -> np.ndarray:
         """(N, 3 * towers, height, width) float32 of images; see `OpenVLAImageProcessor.preprocess`."""
@@ -156,8 +157,8 @@ class PixelSteps:
         singles = as_image_list(images)
         if not singles:
             raise ValueError("No image given: the list is empty.")
-        planes = np.stack([plane for image in singles for plane in self._planes(load_image(image), options)])
-        return planes.reshape(len(singles), -1, *planes.shape[1:])
+        towers = np.stack([tower for image in singles for tower in self._seen(load_image(image), options)])
+        return towers.reshape(len(singles), -1, *towers.shape[2:])
 
 
 def _check_share(center_crop: Any) -> None:

@@ -398,22 +398,23 @@ def center_crop(image: np.ndarray, area: float) -> np.ndarray:
 # Normalizing ----------------------------------------------------------------------------------------------------------
 
 
-def channel_levels(
-    mean: Sequence[float] | None, std: Sequence[float] | None, rescale_factor: float | None
+def normalize(
+    image: Image.Image, mean: Sequence[float] | None, std: Sequence[float] | None, rescale_factor: float | None
 ) -> np.ndarray:
-    """(3, 256) float32 that the levels 0 to 255 of each channel become: computed once, then looked up for every pixel.
+    """(3, height, width) float32 of an RGB image.
 
     Args:
         mean, std: Three numbers each, for pixels in [0, 1]; None normalizes nothing.
         rescale_factor: None keeps levels from 0 to 255.
     """
-    levels = np.arange(256, dtype=np.float32)
-    if rescale_factor is not None:
-        # Divided by 255, not multiplied by 1/255: float32 rounds the two differently.
-        levels = levels / np.float32(1 / rescale_factor)
-    if mean is None or std is None:
-        return np.stack([levels] * 3)
-    return (levels - np.asarray(mean, dtype=np.float32)[:, None]) / np.asarray(std, dtype=np.float32)[:, None]
+    pixels = np.empty((3, image.height, image.width), np.float32)
+    # Divided by 255, not multiplied by 1/255: float32 rounds the two differently.
+    divisor = np.float32(1 if rescale_factor is None else 1 / rescale_factor)
+    np.divide(np.asarray(image).transpose(2, 0, 1), divisor, out=pixels, dtype=np.float32)
+    if mean is not None and std is not None:
+        pixels -= np.asarray(mean, dtype=np.float32)[:, None, None]
+        pixels /= np.asarray(std, dtype=np.float32)[:, None, None]
+    return pixels
 
 
 # Pixels in [0, 1], normalized by any mean and a standard deviation of at least 0.05, stay within.
@@ -431,25 +432,19 @@ def check_largest_pixel(largest: float, limit: float = LARGEST_PIXEL) -> None:
         )
 
 
-def look_up(image: Image.Image, levels: np.ndarray) -> list[np.ndarray]:
-    """The three channels of an RGB image through `channel_levels`, (height, width) float32 each."""
-    return [np.take(row, channel) for row, channel in zip(levels, np.asarray(image).transpose(2, 0, 1))]
-
-
 __all__ = [
     "INTERPOLATIONS",
     "RESIZE_FILTERS",
     "UNREADABLE",
     "as_image_list",
     "center_crop",
-    "channel_levels",
     "check_largest_pixel",
     "crop_and_resize",
     "crop_to_size",
     "decode_jpeg",
     "is_image_list",
     "load_image",
-    "look_up",
+    "normalize",
     "pad_to_square",
     "resize",
     "resize_lanczos3",
