@@ -76,13 +76,18 @@ class Reader:
 
     def __init__(self, info: ModelInfo, limits: Limits, mapping: Mapping[str, str] | None = None):
         self.info, self.limits = info, limits
-        self.mapping = {_plain(name): target for name, target in (mapping or {}).items()}
+        self.mapping: dict[str, str] = {}
         known = (*info.cameras, STATE[0], INSTRUCTION[0], "")
         for name, target in (mapping or {}).items():
             if target not in known:
                 raise ValueError(
                     f"mapping={name}={target} (--map): it leads to '{target}'.{closest(target, known)} This model "
                     f"takes {', '.join(known[:-1])}; {name}= lets what comes under that name be ignored."
+                )
+            if self.mapping.setdefault(_plain(name), target) != target:
+                raise ValueError(
+                    f"mapping={name}={target} (--map): '{_plain(name)}' is mapped already, to "
+                    f"'{self.mapping[_plain(name)]}'. What stands before a name ({', '.join(PREFIXES)}) tells nothing."
                 )
 
     def read(self, message: Any, session: str | None = None, arrived: float | None = None) -> Call | Reset:
@@ -167,7 +172,7 @@ class Reader:
         origin: dict[str, str] = {}
         for given, value in _flat(message):
             target = self.mapping.get(_plain(given))
-            name = target or _plain(given)
+            name = target or self._own_camera(given) or _plain(given)
             if target == "" or name in IGNORED:
                 continue
             place = next((group[0] for group in (INSTRUCTION, STATE, SESSION) if name in group), name)
@@ -184,6 +189,15 @@ class Reader:
                 raise BadRequest(f"'{origin[place]:.100}' and '{given:.100}' both say what '{place}' is: send one.")
             kept[place], origin[place] = value, given
         return found
+
+    def _own_camera(self, given: str) -> str | None:
+        """The camera of the model that is called so to the letter, as "observation.images.front" may be."""
+        while given not in self.info.cameras:
+            prefix = next((prefix for prefix in PREFIXES if given.startswith(prefix)), None)
+            if prefix is None:
+                return None
+            given = given.removeprefix(prefix)
+        return given
 
     def _cameras(self, found: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
         """{camera of the model: (name that came, image)}."""

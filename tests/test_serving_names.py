@@ -153,6 +153,21 @@ def test_the_same_instruction_twice_is_one():
     assert read(reader(), {"image": image(0), "prompt": "go", "task": "go"}).request.observation.instruction == "go"
 
 
+def test_a_camera_that_is_called_as_data_sets_call_theirs():
+    """The name of the model itself was one that nobody knew, and the answer said to send it."""
+    names = ("observation.images.front", "images/hand")
+    for sent in (dict(zip(names, (image(1), image(2)))), {"images": dict(zip(names, (image(1), image(2))))}):
+        seen = read(reader(*names), {**sent, "prompt": "go"}).request.observation.images
+        assert {name: pixels[0, 0, 0] for name, pixels in seen.items()} == {names[0]: 1, names[1]: 2}
+
+
+def test_a_name_is_mapped_once():
+    """Of two that are the same without what stands before them the last one counted, silently."""
+    with pytest.raises(ValueError, match="'cam' is mapped already, to 'primary'"):
+        reader("primary", "wrist", mapping={"observation/cam": "primary", "images/cam": "wrist"})
+    assert reader("primary", "wrist", mapping={"observation/cam": "primary", "cam": "primary"})
+
+
 def test_all_else_that_a_request_holds():
     made = reader(chunk=4)
     given = {"step": 3, "committed": np.zeros((2, 7)), "timeout_ms": 50, "request_id": "a", "session": "one"}
