@@ -143,6 +143,11 @@ def evaluate(
             if has_other_rate(recorded, here, options.model, options.env, "; --hz changes no action"):
                 said["recorded_hz"] = recorded
             if options.policy == "model":
+                if (options.execute or 1) > config.action_chunk:
+                    raise ValueError(
+                        f"execute={options.execute}: '{options.model}' predicts {config.action_chunk} step(s) at once, "
+                        "of which so many are executed at most."
+                    )
                 check_state(config.proprio_dim, options.model, options.env, here.state_names)
                 of_environment = with_cameras(of_environment, options.env, config.camera_names)
             digests = file_digests(source, weights=options.policy == "model")

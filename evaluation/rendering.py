@@ -70,6 +70,9 @@ class Decoration(NamedTuple):
     rgba: np.ndarray  # (4,) from 0 to 1
 
 
+LARGEST = 4096  # width of a picture; what drivers do with a larger one depends on them
+
+
 class Renderer:
     """Square pictures of a model, `size` pixels wide. Hold one per model: making it uploads all meshes and textures.
 
@@ -80,6 +83,8 @@ class Renderer:
     def __init__(self, model: Any, size: int, hidden_groups: Sequence[int] = ()):
         import mujoco
 
+        if size > LARGEST:
+            raise ValueError(f"size={size}: expected {LARGEST} pixels at most.")
         backend = opengl_backend()
         model.vis.quality.offsamples = 0
         model.light_castshadow[:] = 0

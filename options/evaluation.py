@@ -63,7 +63,7 @@ class RecordOptions(SimulatorOptions):
     camera: str | None = option(None, "Camera to record. Default: that of the simulator (metaworld: corner4).")
     episodes: int = option(100, "Successful episodes of each task.", least=1)
     format: Literal["lerobot", "hdf5"] = option("lerobot", "LeRobot v3.0, or LIBERO-style HDF5, one file a task.")
-    size: int = option(224, "Width and height of the images, in pixels.", least=1)
+    size: int = option(224, "Width and height of the images, in pixels.", least=1, below=4097)
     wrist: bool = option(False, "Record the camera on the gripper as well.")
     images: Literal["jpeg", "png"] = option("jpeg", "How LeRobot images are stored; jpeg: quality 95.")
     paraphrases: bool = option(False, "Draw the instruction of each episode from the usual one and three paraphrases.")
@@ -106,7 +106,7 @@ class RecordOptions(SimulatorOptions):
         0, "Number of the first episode; other numbers begin elsewhere. Evaluation has its own seeds.", least=0
     )
     after_success: int = option(5, "Steps to record after the first success.", least=0)
-    workers: int = option(1, "Processes, each with its own simulator.", least=1, neutral=True)
+    workers: int = option(1, "Processes, each with its own simulator.", least=1, below=1025, neutral=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -143,6 +143,7 @@ class ClosedLoopOptions(SimulatorOptions, ActingOptions):
         None,
         "Environments that run side by side.",
         least=1,
+        below=1025,
         neutral=True,
         shown="one for each core, at most 8",
     )

@@ -48,7 +48,7 @@ class ServeOptions(Limits, GraphOptions, ActingOptions):
         neutral=True,
     )
     port: int = option(8000, "Port to listen at; 0: any that is free.", least=0, below=65536, neutral=True)
-    max_batch: int = option(16, "Requests that the model answers at once, at most.", least=1)
+    max_batch: int = option(16, "Requests that the model answers at once, at most.", least=1, below=1025)
     max_wait_ms: float = option(
         5.0, "How long a free model waits for requests that are likely to come, to answer them at once.", least=0
     )

@@ -64,6 +64,7 @@ def serve(
     key = read_key(os.environ)
     check_address(options.host, key is not None or options.insecure)
     with listen(options.host, options.port) as listener:
+        check_address(listener.getsockname()[0], key is not None or options.insecure)  # what a name has led to
         app = make_app(options, load(options), key, page=lambda engine, service: page(engine, service, simulator))
         port, info = listener.getsockname()[1], app.state.service.info
         server = Server(app, options, lambda: say(start_line(info, options.host, port, key is not None)))

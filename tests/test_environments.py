@@ -233,3 +233,8 @@ def test_the_first_backend_that_works_is_taken_and_told_to_others(monkeypatch):
     assert rendering.os.environ["MUJOCO_GL"] == "osmesa"
     with pytest.raises(FileNotFoundError, match="osmesa: AssertionError"):
         opengl_backend.__wrapped__()
+
+
+def test_pictures_that_no_driver_makes():
+    with pytest.raises(ValueError, match="size=100000: expected 4096 pixels at most"):
+        rendering.Renderer(None, 100_000)

@@ -261,6 +261,9 @@ def test_a_model_of_another_robot_is_refused_before_its_weights_are_read(tmp_pat
     with pytest.raises(KeyError, match="unnorm_key='bridge'"):
         evaluate(model=str(model), unnorm_key="bridge", **options)
     assert not (tmp_path / "out").exists()
+    of_one_arm = small_model(tmp_path / "one_step")
+    with pytest.raises(ValueError, match=r"execute=4: '.*one_step' predicts 1 step\(s\) at once"):
+        evaluate(model=str(of_one_arm), execute=4, **options)
     # Nine numbers of a state, as robomimic records them, where the simulator gives eight
     model = small_model(tmp_path / "states")
     config = json.loads((model / "config.json").read_text())

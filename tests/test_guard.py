@@ -695,6 +695,23 @@ def test_lines_after_one_that_was_cut_can_be_read(tmp_path, monkeypatch):
     assert lines == ['{"step": 0}', '{"st', '{"step": 1}', '{"step": 3}']
 
 
+def test_a_record_that_is_no_json_costs_its_own_line(tmp_path, caplog):
+    """It ended the thread, and with it all lines that came after."""
+    audit = Audit(tmp_path / "audit.jsonl")
+    endless = {}
+    endless["again"] = endless
+    for record in (endless, {"step": 1}, {"step": Broken()}, {"step": np.float32("nan")}):
+        audit.write(record)
+    audit.close()
+    assert audit.lost == 2 and "cannot be written" in caplog.text
+    assert (tmp_path / "audit.jsonl").read_text().splitlines() == ['{"step": 1}', '{"step": "nan"}']
+
+
+class Broken:
+    def __str__(self):
+        raise RuntimeError("no words")
+
+
 def test_what_was_written_is_there_when_the_process_ends(tmp_path):
     program = "import sys, openvla_client; openvla_client.Audit(sys.argv[1]).write({'step': 1})"
     environment = {**os.environ, "PYTHONPATH": str(Path(openvla_client.__file__).parents[1])}

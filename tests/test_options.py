@@ -1,6 +1,7 @@
 """Options are taken as they are given, or refused: never read as something else."""
 
 import math
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,9 @@ from openvla.data.mixture import mixture_probabilities
 from openvla.data.sources import open_source, open_sources
 from openvla.evaluation.environment import make_environment
 from openvla.evaluation.evaluate import evaluate
-from openvla.options.evaluation import RecordOptions
+from openvla.options.evaluation import EvaluateOptions, RecordOptions
 from openvla.options.fields import respelled
+from openvla.options.serving import ServeOptions
 from openvla.options.training import FinetuneOptions
 from openvla.training.preparation import learning_rate
 
@@ -121,6 +123,14 @@ def episodes() -> PythonDataset:
 def test_options_of_a_dataset_that_are_refused(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):
         open_source(episodes(), **wrong)
+
+
+@pytest.mark.parametrize("make", [RecordOptions, EvaluateOptions, ServeOptions], ids=lambda kind: kind.__name__)
+def test_numbers_that_fill_a_machine(make):
+    """So many processes or requests were begun, until the memory was full."""
+    for name in {"workers", "size", "max_batch"} & {item.name for item in fields(make)}:
+        with pytest.raises(ValueError, match=f"{name}=100000: it must be a whole number of at least 1 and below"):
+            make(**{} if make is ServeOptions else {"output": "out"}, **{name: 100_000})
 
 
 def test_options_that_say_nothing():

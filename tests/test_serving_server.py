@@ -330,6 +330,15 @@ def test_an_address_that_others_reach_is_refused_without_a_key(monkeypatch):
         serving.serve(ServeOptions(), load=None)
 
 
+def test_a_name_that_leads_elsewhere_is_refused_without_a_key(monkeypatch):
+    """What "localhost" is, decides a file of the machine."""
+    monkeypatch.delenv("OPENVLA_API_KEY", raising=False)
+    elsewhere = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("0.0.0.0", 0))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *given, **more: elsewhere)
+    with pytest.raises(ValueError, match="host=0.0.0.0: everyone who reaches it"):
+        serving.serve(ServeOptions(host="localhost", port=0), load=None)
+
+
 def test_the_start_line_of_any_model():
     datasets = {"a b": Dataset(usual_spec(7), 2), "c": Dataset(usual_spec(7), 2)}
     info = ModelInfo("me/robot", datasets, None, ("primary", "wrist"), 8, (224, 224))

@@ -74,16 +74,25 @@ class Audit:
                     return
                 records, self._busy = list(self._lines), True
                 self._lines.clear()
-            lines = [
-                json.dumps(record, default=str, allow_nan=False).encode() + b"\n" for record in map(_plain, records)
-            ]
+            lines = [line for line in map(self._line, records) if line]
             try:
                 self._append(lines)
             except OSError as error:
                 self._cut = True
-                if not self.lost:
-                    logger.error("'%s': no audit lines can be written (%s).", self.path, error)
-                self.lost += len(lines)
+                self._lose(len(lines), error)
+
+    def _line(self, record: Mapping[str, Any]) -> bytes:
+        """Empty of what JSON cannot hold: the lines after it are written all the same."""
+        try:
+            return json.dumps(_plain(record), default=str, allow_nan=False).encode() + b"\n"
+        except Exception as error:  # of whatever was given, its `str` included
+            self._lose(1, error)
+            return b""
+
+    def _lose(self, count: int, error: Exception) -> None:
+        if not self.lost:
+            logger.error("'%s': audit lines cannot be written (%s: %s).", self.path, type(error).__name__, error)
+        self.lost += count
 
     def _append(self, lines: list[bytes]) -> None:
         while lines:
