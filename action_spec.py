@@ -46,8 +46,12 @@ class ActionSpec:
             raise ValueError(f"action_spec: {dims} names and {len(self.relative)} entries of relative, one for each.")
         if not all(isinstance(one, bool) for one in self.relative):  # "false" would count as true, and 0 as no motion
             raise ValueError(f"action_spec: relative={list(self.relative)}, expected true or false of each number.")
-        if not all(isinstance(dim, int) and 0 <= dim < dims for dim in self.grippers):
+        # A mask of true and false would be the dimensions 1 and 0, which then stand still as 1.
+        if not all(isinstance(dim, int) and not isinstance(dim, bool) and 0 <= dim < dims for dim in self.grippers):
             raise ValueError(f"action_spec: grippers={list(self.grippers)}, expected dimensions from 0 to {dims - 1}.")
+        for name, words in (("frame", self.frame), ("unit", self.unit)):
+            if not isinstance(words, str | None):
+                raise ValueError(f"action_spec: {name}={words!r:.100}, expected words.")
         if self.hz is not None and not (
             isinstance(self.hz, (int, float)) and not isinstance(self.hz, bool) and 0 < self.hz < 1e6
         ):

@@ -45,6 +45,15 @@ def test_record_is_json_and_keeps_the_numbers(action_dim):
     assert (record["unnorm_key"], record["instruction"]) == ("bridge_orig", "lift")
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"grippers": [False] * 6 + [True]}, {"unit": 5}, {"frame": ["base"]}, {"hz": True}], ids=str
+)
+def test_a_meaning_that_was_written_otherwise(wrong):
+    """A mask of grippers was read as the dimensions 0 and 1: standing still, x and y would have been told 1."""
+    with pytest.raises(ValueError, match=f"action_spec: {next(iter(wrong))}="):
+        ActionSpec.from_dict({**usual_spec(7).to_dict(), **wrong})
+
+
 def test_lines():
     lines = action_lines(action_record(prediction(7), unnorm_key="bridge_orig")).splitlines()
     assert lines[0] == "  x        -1.00000   90%  translation"

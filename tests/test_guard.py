@@ -613,6 +613,19 @@ def test_an_angle_turns_the_short_way_round(turn, last, action, allowed):
         Limits(step={"x": 1}, turn={"x": 360}).check(POSE)
 
 
+@pytest.mark.parametrize("last, action", [(90, 92), (0.5, 30), (-90, 0), (350, 352)])
+def test_an_angle_beyond_its_turn_is_not_executed(last, action):
+    """Of degrees beside radians: a step from 90 to 92 was cut to 3.07, and the robot would have jumped there."""
+    limits = Limits(step={"a": 1.0}, turn={"a": 6.28})
+    with pytest.raises(ValueError, match="beyond its full turn of 6.28: of another unit"):
+        limits.apply(np.array([action, 0.0, 0.0]), JOINTS, np.array([last, 0.0, 0.0]), None)
+    bench = Bench(JOINTS, start=[last, 0, 1], wait=0, limits=limits)
+    bench.step()
+    bench.answer([[action, 0, 1]])
+    command = bench.step()
+    assert (command.source, command.action[0]) == ("hold", last) and "another unit" in command.reason
+
+
 def test_an_action_at_its_limit_is_not_beyond_it():
     limits = Limits(step={"a": 0.1}, place={"a": (0.0, 0.8)}, refuse=True)
     for last, action, cut in ((0.7, 0.8, []), (0.3, 0.2, []), (0.1, 0.0, []), (0.7, 0.8 + 1e-6, ["a"])):

@@ -74,7 +74,8 @@ class Limits:
             position: (A,) where the robot stands, in the units of the actions, as far as it is known (NaN elsewhere).
 
         Raises:
-            ValueError: If a limit cannot be checked, because it is not known where the robot stands.
+            ValueError: If a limit cannot be checked, because it is not known where the robot stands, or an angle is
+                beyond its full turn.
         """
         allowed, cut = action.copy(), []
         for dim, name in enumerate(spec.names):
@@ -102,10 +103,19 @@ class Limits:
         return allowed, cut
 
     def _near(self, before: float, value: float, name: str) -> float:
-        """The value of a step that its limit allows; of an angle in the turn that is counted in."""
+        """The value of a step that its limit allows; of an angle in the turn that is counted in.
+
+        Raises:
+            ValueError: If an angle is beyond a full turn.
+        """
         step, turn = self.step[name], self.turn.get(name)
         if turn is None:
             return float(np.clip(value, before - step, before + step))
+        if max(abs(before), abs(value)) > turn * (1 + 1e-9):  # degrees beside radians: cut, it would jump
+            raise ValueError(
+                f"{name} goes from {before:g} to {value:g}, beyond its full turn of {turn:g}: of another unit, or of a "
+                "joint that counts its turns, which has none"
+            )
         change = (value - before + turn / 2) % turn - turn / 2
         if abs(change) <= step:
             return value
