@@ -26,7 +26,7 @@ from torch import nn
 from .compiled_openvla import CompiledSteps, compiling, why_not_compiled
 from .decoding_openvla import EagerSteps, Prefix, Steps
 from .inputs_openvla import ModelInputs
-from .llama_openvla import LlamaSteps, cache_shape, has_hooks, is_plain_llama, open_steps, pool_of
+from .llama_openvla import LlamaSteps, any_global_hooks, cache_shape, has_hooks, is_plain_llama, open_steps, pool_of
 from .modules_openvla import modules_of
 from .sampling_openvla import Choice, check_flag
 from .stages_openvla import stage
@@ -262,7 +262,7 @@ class Snapshot:
             self.modules.are_those()
             and _read(model) == self.read
             and not (any(self.hooks) and any(map(has_hooks, self.called)))
-            and not nn.modules.module._has_any_global_hook()  # what watches all modules
+            and not any_global_hooks()
             and _replaced(self.modules.attributes) == self.replaced
             and _places(self.tensors) == self.places
             and all(_adapter(module) == state for module, state in self.adapters)

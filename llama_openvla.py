@@ -99,7 +99,7 @@ def open_steps(
 def is_plain_llama(language_model: Any) -> bool:
     """Whether its modules are those of the library's Llama, and nothing watches or replaces the calls that are left
     out here."""
-    if nn.modules.module._has_any_global_hook():  # what watches all modules
+    if any_global_hooks():
         return False
     if type(language_model) is not llama.LlamaForCausalLM or type(language_model.model) is not llama.LlamaModel:
         return False
@@ -118,6 +118,13 @@ def is_plain_llama(language_model: Any) -> bool:
 
 LAYER = (llama.LlamaDecoderLayer, llama.LlamaAttention, llama.LlamaRMSNorm)
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # whose frequencies do not depend on the length of a sequence
+
+
+def any_global_hooks() -> bool:
+    """Whether hooks watch the calls of all modules: torch 2.6 has no function for it."""
+    module = nn.modules.module
+    forward = module._global_forward_pre_hooks or module._global_forward_hooks
+    return bool(forward or module._global_backward_pre_hooks or module._global_backward_hooks)
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -317,4 +324,13 @@ def norm(module: Any, hidden: torch.Tensor) -> torch.Tensor:
     return functional.rms_norm(hidden, module.weight.shape, module.weight, module.variance_epsilon)
 
 
-__all__ = ["CachePool", "LlamaSteps", "cache_shape", "has_hooks", "is_plain_llama", "open_steps", "pool_of"]
+__all__ = [
+    "CachePool",
+    "LlamaSteps",
+    "any_global_hooks",
+    "cache_shape",
+    "has_hooks",
+    "is_plain_llama",
+    "open_steps",
+    "pool_of",
+]
