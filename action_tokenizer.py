@@ -272,7 +272,7 @@ def get_action_stats(
         check_statistics(norm_stats)
     key = resolve_unnorm_key(norm_stats, unnorm_key)
     entry = (norm_stats or {})[key]
-    if checked is None or not _equal(checked.get(key), entry):
+    if checked is None or key not in checked or not _equal(checked[key], entry):
         _check_dataset(entry, f"norm_stats, dataset '{key}'")
         if checked is not None:
             checked[key] = copy.deepcopy(entry)

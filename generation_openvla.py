@@ -94,16 +94,46 @@ class OpenVLAGeneration(GenerationMixin):
             **kwargs,
         )
         prefill = is_first_iteration or not kwargs.get("use_cache", True)
-        if prefill and pixel_values is not None and cache is not None and cache.get_seq_length() > 0:
-            prefill = self._placeholders(model_inputs.get("input_ids"), model_inputs.get("inputs_embeds")) is not None
-            seen = pixel_values if prefill else getattr(cache, "image_in_cache", pixel_values)
-            if seen.shape != pixel_values.shape or not torch.equal(seen.to(pixel_values), pixel_values):
-                raise ValueError(
-                    "The cache holds another image than pixel_values, and that one would be acted on: begin with an "
-                    "empty cache, or leave pixel_values out to continue with the image in the cache."
-                )
-        model_inputs["pixel_values"] = pixel_values if prefill else None
+        if prefill:
+            model_inputs["pixel_values"] = self._not_cached(
+                pixel_values, cache, model_inputs.get("input_ids"), model_inputs.get("inputs_embeds"), must_be=True
+            )
+        else:
+            model_inputs["pixel_values"] = None
         return model_inputs
+
+    def _not_cached(self, pixel_values, cache, input_ids, inputs_embeds, must_be=False):
+        """The images of what is read next, or None if they are in the cache, where they must not enter again: a loop
+        written against the published code, which did not look at them there, gives them beside every token.
+
+        Args:
+            must_be: They are those of a prompt that begins in the cache: without placeholders in the rest of it they
+                are there.
+
+        Raises:
+            ValueError: If the cache holds other images, or, where it must, none.
+        """
+        if pixel_values is None or cache is None or torch.compiler.is_compiling():
+            return pixel_values
+        held = int(cache.get_seq_length())
+        if held == 0 or self._placeholders(input_ids, inputs_embeds) is not None:
+            return pixel_values
+        if held <= self.num_patches:  # it may have been cut since
+            if must_be:
+                raise ValueError(
+                    f"The cache holds {held} positions of the prompt and no image, which comes right after the first "
+                    "one: begin with an empty cache."
+                )
+            return pixel_values
+        seen = getattr(cache, "image_in_cache", None)
+        if seen is None:  # filled from embeddings, or by compiled code: nothing says what is in it
+            return None if must_be else pixel_values
+        if seen.shape != pixel_values.shape or not torch.equal(seen.to(pixel_values), pixel_values):
+            raise ValueError(
+                "The cache holds another image than pixel_values, and that one would be acted on: begin with an "
+                "empty cache, or leave pixel_values out to continue with the image in the cache."
+            )
+        return None
 
 
 __all__ = ["OpenVLAGeneration"]

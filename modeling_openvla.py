@@ -230,7 +230,8 @@ class OpenVLAForActionPrediction(ActionVocabulary, OpenVLAGeneration, OpenVLAPre
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         return_dict = self.config.return_dict if return_dict is None else return_dict
-        features = None
+        features, cache = None, one_cache(cache, past_key_values)
+        pixel_values = self._not_cached(pixel_values, cache, input_ids, inputs_embeds)
         if pixel_values is not None:
             features = self._encode(pixel_values, proprio)
             inputs_embeds, layout = self._merge(input_ids, inputs_embeds, attention_mask, features)
@@ -256,7 +257,7 @@ class OpenVLAForActionPrediction(ActionVocabulary, OpenVLAGeneration, OpenVLAPre
             labels=labels,
             logits_to_keep=logits_to_keep,
             return_dict=True,
-            **{CACHE: one_cache(cache, past_key_values)},
+            **{CACHE: cache},
             **kwargs,
         )
         if pixel_values is not None and outputs.get(CACHE) is not None and not torch.compiler.is_compiling():

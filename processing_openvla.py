@@ -6,7 +6,7 @@ Token ids equal those of the published `processing_prismatic.py` (transformers 4
 import copy
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -229,12 +229,15 @@ class OpenVLAProcessor(ProcessorMixin):
             check_unicode(entry)
         with _TOKENIZING:
             if "split_special_tokens" in options:
-                return self.tokenizer(text, **options)
+                encoded = self.tokenizer(text, **options)
+                _warn_if_cut(sum(row.attention_mask) for row in encoded.encodings if row.overflowing)
+                return encoded
             is_training_text = [self._is_training_text(entry) for entry in texts]
             split = not self._special_tokens_of_template
             if len(set(is_training_text)) == 1:
                 encoded = self.tokenizer(text, split_special_tokens=split and not is_training_text[0], **options)
                 if is_training_text[0] or not any(map(self._has_action_tokens, (row.ids for row in encoded.encodings))):
+                    _warn_if_cut(sum(row.attention_mask) for row in encoded.encodings if row.overflowing)
                     return encoded
             rows = []
             for entry, training in zip(texts, is_training_text):
@@ -242,7 +245,9 @@ class OpenVLAProcessor(ProcessorMixin):
                 ids = self.tokenizer(entry, split_special_tokens=split and not training, **chosen)["input_ids"]
                 rows.append(ids if training else self._spell_action_tokens(ids))
             if options.get("truncation") not in (None, False, "do_not_truncate"):
-                rows = [row[: options.get("max_length") or self.tokenizer.model_max_length] for row in rows]
+                longest = options.get("max_length") or self.tokenizer.model_max_length
+                _warn_if_cut(longest for row in rows if len(row) > longest)
+                rows = [row[:longest] for row in rows]
             single = isinstance(text, str) and options.get("return_tensors") is None
             names = ("max_length", "pad_to_multiple_of", "padding_side", "return_tensors", "return_attention_mask")
             return self.tokenizer.pad(
@@ -400,6 +405,17 @@ def prompt_template_of(config: dict[str, Any]) -> str:
     """The prompt form of a model config: the chat form of v01 for Vicuna language models, else the plain one."""
     is_vicuna = str(config.get("llm_backbone_id", "")).startswith("vicuna")
     return PROMPT_TEMPLATES["openvla-v01" if is_vicuna else "openvla"]
+
+
+def _warn_if_cut(lengths: Iterable[int]) -> None:
+    """Say that prompts were cut to so many tokens each."""
+    cut = list(lengths)
+    if cut:
+        warnings.warn(
+            f"{len(cut)} prompt(s) were cut to {cut[0]} tokens (truncation): the words at their end, which ask for the "
+            "action, are lost. Shorten the instruction, or give a larger max_length.",
+            stacklevel=4,
+        )
 
 
 def _is_text(value: Any) -> bool:

@@ -49,6 +49,10 @@ def plain_text(text: str) -> str:
     return " ".join(_BLANK.sub(" ", text).split()).lower()
 
 
+# What prompts end in; an instruction that was cut out of one too long still does.
+_ENDS = tuple(plain_text(template.partition("{instruction}")[2]) for template in PROMPT_TEMPLATES.values())
+
+
 @lru_cache(maxsize=1024)  # datasets repeat their instructions at every step
 def has_words(text: str) -> bool:
     """Whether a text says anything: there is a letter, a digit or a symbol that people see."""
@@ -76,7 +80,7 @@ def read_instruction(instruction: Any, prompt_template: str | None = None) -> st
         text = found
         inside = (_inside(text, template) for template in templates)
         found = next((held for held in inside if held is not None), None)
-    if "action should the robot take to" in text:
+    if "action should the robot take to" in text or text.endswith(_ENDS):
         raise ValueError(
             f"The instruction holds a part of a prompt: {instruction!r:.200}. Give the instruction alone, for example "
             "'open the drawer', or the complete prompt."

@@ -211,6 +211,9 @@ def test_statistics_that_were_checked_are_checked_again_where_they_changed():
     arrays = {"robot": {"action": {"q01": np.zeros(2), "q99": np.ones(2)}}}
     for _ in range(2):
         assert get_action_stats(arrays, "robot", checked)["q99"].tolist() == [1, 1]
+    for nothing in (None, {}, {"action": None}):
+        with pytest.raises(ValueError, match="dataset 'other': expected"):
+            get_action_stats({"other": nothing}, "other", checked)
     arrays["robot"]["action"]["q99"][0] = np.nan
     with pytest.raises(ValueError, match="nan is not a finite number"):
         get_action_stats(arrays, "robot", checked)

@@ -180,6 +180,33 @@ def test_another_image_than_that_in_the_cache(small_model, filled_by):
     small_model.generate(sequences, cache=cache, pixel_values=inputs["pixel_values"].double(), **GREEDY)
 
 
+def test_an_image_beside_every_token(small_model):
+    """A loop written against the published code, which did not look at images beside a cache."""
+    inputs = small_inputs()
+    pixels, token = inputs["pixel_values"], torch.full((2, 1), 9)
+    with torch.inference_mode():
+        found = []
+        for image in ({}, {"pixel_values": pixels}):
+            cache = small_model(**inputs, use_cache=True).cache
+            found += [small_model(token, cache=cache, **image).logits for _ in range(2)]
+        assert found[0].shape[1] == 1
+        assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
+        with pytest.raises(ValueError, match="cache holds another image"):
+            small_model(token, pixel_values=-pixels, cache=cache)
+        cache.crop(1 - cache.get_seq_length())  # before the image, which may enter again
+        assert small_model(token, pixel_values=pixels, cache=cache).logits.shape[1] == 1 + small_model.num_patches
+
+
+def test_an_image_after_text_in_the_cache(small_model):
+    """It would be left out."""
+    inputs = small_inputs()
+    pixels = inputs.pop("pixel_values")
+    with torch.inference_mode():
+        cache = small_model(inputs["input_ids"][:, :3], use_cache=True).cache
+    with pytest.raises(ValueError, match="no image, which comes right after the first"):
+        small_model.generate(inputs["input_ids"], cache=cache, pixel_values=pixels, **GREEDY)
+
+
 def test_prepare_inputs_for_generation(small_model):
     inputs = small_inputs()
     ids, pixels = inputs["input_ids"], inputs["pixel_values"]

@@ -2,6 +2,7 @@
 
 import io
 import json
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -334,7 +335,8 @@ def test_one_instruction_has_one_prompt(tiny_processor, other):
         "What action should the robot take to open the drawer?", complete.replace("open the drawer", complete),
     ):  # fmt: skip
         assert tiny_processor.format_prompt(text) == prompt, text
-    for part in (complete[:-4], complete[4:], complete + complete, complete + "</s>"):
+    behind = complete.partition("robot take to ")[2]
+    for part in (complete[:-4], complete[4:], complete + complete, complete + "</s>", behind, behind + " "):
         with pytest.raises(ValueError, match="part of a prompt"):
             tiny_processor.format_prompt(part)
     with pytest.raises(ValueError, match="empty"):
@@ -478,8 +480,13 @@ def test_words_stay_text(tiny_processor, photo):
         mask = batch["attention_mask"][row].bool()
         assert batch["input_ids"][row][mask].tolist() == tiny_processor(prompt)["input_ids"][0].tolist()
         assert bool(mask[-1])
-    short = tiny_processor(prompts[3], truncation=True, max_length=8, padding="max_length")
-    assert short["input_ids"].shape == (1, 8)
+    for prompt in (prompts[3], prompts[4]):  # of which one holds characters of action tokens
+        with pytest.warns(UserWarning, match=r"cut to 8 tokens \(truncation\)"):
+            short = tiny_processor(prompt, truncation=True, max_length=8, padding="max_length")
+        assert short["input_ids"].shape == (1, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tiny_processor(prompts[0], truncation=True)
     # Who wants tokens says so; a complete training text of the original has them at its end.
     assert tiny_processor("stop</s>", split_special_tokens=False)["input_ids"][0, -1] == 2
     ids = tiny_processor([f"{prompts[4]} {actions}</s>", prompts[0]])["input_ids"]
