@@ -109,7 +109,7 @@ def test_gradient_checkpointing_keeps_what_a_real_run_keeps(config):
     checkpoint_activations(model)
     block = run_step(build(config, "full", "float32"), config, BATCH, TOKENS).largest_block
     assert plan.activations == real_saved_bytes(model, config, autocast=False) + block
-    assert plan.activations < 0.8 * whole.activations
+    assert plan.activations < 0.95 * whole.activations  # 0.75, where timm keeps nothing of towers (1.0.9 does)
     assert plan.flops_per_sample == whole.flops_per_sample
 
 
