@@ -26,14 +26,15 @@ from ..options.serving import Limits
 from . import contract, wire
 from .auth import refusal_response
 from .contract import Answer, BadRequest, Gone, ModelInfo, Refusal, TooLarge
-from .names import Call, Reset
+from .names import INSTRUCTION, SESSION, STATE, STATE_PARTS, Call, Reset
 from .room import Share
 from .service import QUICK, Service, content, metadata
 
 
 JSON, FORM, MSGPACK = "application/json", "multipart/form-data", "application/msgpack"
 FILES, FIELDS = 16, 32  # of a form
-TEXT = ("instruction", "prompt", "task", "unnorm_key", "session", "session_id", "request_id", "endpoint")  # not JSON
+TEXT = (*INSTRUCTION, *SESSION, "unnorm_key", "request_id", "endpoint")  # fields of a form that are no JSON
+VALUES = (*STATE, *STATE_PARTS, "step", "committed", "timeout_ms", "details", "distributions")  # those that are
 OFT = "full_image"  # clients of OpenVLA-OFT send it, and expect a list
 
 
@@ -211,7 +212,9 @@ async def read_form(headers: Headers, data: bytes) -> dict[str, Any]:
             try:
                 found[name] = wire.from_json(value)
             except ValueError as error:
-                raise BadRequest(f"'{name:.100}': expected JSON, such as [0.1, 0.2] or 3. {error}") from error
+                if name in VALUES:
+                    raise BadRequest(f"'{name:.100}': expected JSON, such as [0.1, 0.2] or 3. {error}") from error
+                found[name] = value  # a name that --map knows, and words
     return found
 
 

@@ -111,6 +111,21 @@ def test_forms_are_read(server, chunks, kind):
     assert np.shape(found["actions"]) == (4, 7) and found["step"] == 4
 
 
+def test_words_of_a_form_are_words_under_any_name():
+    """Those that other clients have for an instruction, and those of --map, were expected to hold JSON."""
+    with client(mapping={"lang": "instruction"}) as made:
+        warm(made)
+        for name in ("task_description", "language_instruction", "lang", "observation/prompt"):
+            found = made.post("/act", files={"image": png()}, data={name: "open the drawer"}).json()
+            assert found["actions"][0][1] == pytest.approx(0.015), found
+        encoded = base64.b64encode(png()).decode()
+        form = {name: (None, value) for name, value in {"image": encoded, "task": "true"}.items()}
+        assert made.post("/act", files=form).json()["actions"][0][:2] == pytest.approx([0.1, 0.004], abs=1e-3)
+        for name in ("state", "step", "details", "gripper_position"):
+            found = made.post("/act", files={"image": png()}, data={"task": "go", name: "0.1,"})
+            assert found.status_code == 400 and f"'{name}': expected JSON" in found.json()["error"]
+
+
 def test_msgpack_gets_msgpack(server):
     sent = wire.pack({"observation/image": IMAGE, "prompt": "go", "request_id": 5})
     answer = server.post("/act", content=sent, headers={"Content-Type": "application/msgpack"})
