@@ -61,6 +61,11 @@ class OpenVLAModel:
             raise ValueError(
                 f"'{name}' sees the state of the robot, and its statistics have no proprio of any dataset."
             )
+        if unnorm_key is not None and unnorm_key not in served:
+            raise ValueError(
+                f"unnorm_key='{unnorm_key}': '{name}' sees the state of the robot, and the statistics of that dataset have "
+                f"no proprio; those of {', '.join(served)} do."
+            )
         height, width = model.vision_backbone.input_shape[1:]
         self.info = ModelInfo(
             model=name,

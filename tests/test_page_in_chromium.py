@@ -252,7 +252,7 @@ def test_a_page_of_another_site_starts_nothing_and_sees_nothing(serve, visit):
 
 
 def test_the_key_is_asked_for_once_and_kept_out_of_addresses(serve, visit):
-    served = serve(key="the-right-key")
+    served = serve(key="the right key")
     page = visit(served.url, expect=["401"])
     addresses = []
     page.on("request", lambda sent: addresses.append(sent.url))
@@ -260,7 +260,7 @@ def test_the_key_is_asked_for_once_and_kept_out_of_addresses(serve, visit):
     page.fill("#key-field", "a-wrong-key")
     page.keyboard.press("Enter")
     page.locator("#key-words", has_text="not the server's").wait_for()
-    page.fill("#key-field", "the-right-key")
+    page.fill("#key-field", "the right key")
     page.keyboard.press("Enter")
     predict(page)
     page.reload()

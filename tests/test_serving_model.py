@@ -163,8 +163,13 @@ def test_a_model_that_sees_two_cameras_and_a_state(tmp_path, monkeypatch):
         patch.setitem(sys.modules, "simplejpeg", None)
         with pytest.raises(ModuleNotFoundError, match=r"openvla\[oft\]"):
             served.warm_up([1])
-    for entry in served.policy.model.norm_stats.values():
-        entry.pop("proprio")
+    known = served.policy.model.norm_stats
+    ((key, stated),) = known.items()
+    known["stateless"] = {name: value for name, value in stated.items() if name != "proprio"}
+    assert list(OpenVLAModel(served.policy.model, "mine").info.datasets) == [key]
+    with pytest.raises(ValueError, match=f"unnorm_key='stateless': 'mine' sees the state .* those of {key} do"):
+        OpenVLAModel(served.policy.model, "mine", "stateless")
+    stated.pop("proprio")
     with pytest.raises(ValueError, match="statistics have no proprio of any dataset"):
         OpenVLAModel(served.policy.model, "mine")
 

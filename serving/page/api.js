@@ -53,7 +53,7 @@ function askForKey(words) {
       const key = field.value.trim();
       field.value = "";
       if (dialog.returnValue !== "given") return reject(new Error("Without the key there is no answer: reload the page to give it."));
-      if (!/^[\x21-\x7e]+$/.test(key)) return reject(new Error("A key has no blanks and no letters beyond ASCII."));
+      if (!/^[\x20-\x7e]+$/.test(key)) return reject(new Error("A key is not empty and has no letters beyond ASCII."));
       sessionStorage.setItem(KEY, key);
       resolve();
     };
