@@ -63,8 +63,8 @@ class OpenVLAModel:
             )
         if unnorm_key is not None and unnorm_key not in served:
             raise ValueError(
-                f"unnorm_key='{unnorm_key}': '{name}' sees the state of the robot, and the statistics of that dataset have "
-                f"no proprio; those of {', '.join(served)} do."
+                f"unnorm_key='{unnorm_key}': '{name}' sees the state of the robot, and that dataset has statistics of "
+                f"none (proprio); those that have: {', '.join(served)}."
             )
         height, width = model.vision_backbone.input_shape[1:]
         self.info = ModelInfo(

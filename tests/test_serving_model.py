@@ -167,7 +167,7 @@ def test_a_model_that_sees_two_cameras_and_a_state(tmp_path, monkeypatch):
     ((key, stated),) = known.items()
     known["stateless"] = {name: value for name, value in stated.items() if name != "proprio"}
     assert list(OpenVLAModel(served.policy.model, "mine").info.datasets) == [key]
-    with pytest.raises(ValueError, match=f"unnorm_key='stateless': 'mine' sees the state .* those of {key} do"):
+    with pytest.raises(ValueError, match=f"unnorm_key='stateless': 'mine' sees the state .* those that have: {key}"):
         OpenVLAModel(served.policy.model, "mine", "stateless")
     stated.pop("proprio")
     with pytest.raises(ValueError, match="statistics have no proprio of any dataset"):
