@@ -6,7 +6,7 @@ import re
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -107,7 +107,10 @@ def check_options(options: Any) -> None:
         if item.metadata.get("pairs") and not isinstance(value, Mapping):
             raise ValueError(f"{item.name}={value!r}: expected a mapping of names to values.")
         _check_home(item, value)
-        _check_limits(item, value)
+        if _check_limits(item, value):  # numbers of numpy, which JSON does not have, and 10.0 of a YAML file
+            exact = int(value) if _is_whole(item) or isinstance(value, Integral) else float(value)
+            if type(value) is not type(exact):
+                setattr(options, item.name, exact)
 
 
 def _check_home(item: Any, value: Any) -> None:
@@ -123,14 +126,22 @@ def _check_home(item: Any, value: Any) -> None:
             ) from error
 
 
-def _check_limits(item: Any, value: Any) -> None:
+def _is_whole(item: Any) -> bool:
+    return int in (item.type, *get_args(item.type)) and float not in (item.type, *get_args(item.type))
+
+
+def _check_limits(item: Any, value: Any) -> bool:
+    """Whether there are limits, which it keeps to; a `ValueError` where it does not."""
     limits = {limit: item.metadata[limit] for limit in LIMITS if item.metadata.get(limit) is not None}
     if not limits:
-        return
-    integer = int in (item.type, *get_args(item.type))
-    number = isinstance(value, Real) and not isinstance(value, bool) and (not integer or float(value).is_integer())
-    if number and math.isfinite(value) and all(LIMITS[limit][1](value, bound) for limit, bound in limits.items()):
-        return
+        return False
+    integer, number = _is_whole(item), isinstance(value, Real) and not isinstance(value, bool)
+    try:
+        number = number and math.isfinite(value) and (not integer or float(value).is_integer())
+    except OverflowError:  # of 10**400
+        number = False
+    if number and all(LIMITS[limit][1](value, bound) for limit, bound in limits.items()):
+        return True
     expected = " and ".join(f"{LIMITS[limit][0]} {bound:g}" for limit, bound in limits.items())
     raise ValueError(f"{item.name}={value!r}: it must be {'a whole' if integer else 'a'} number {expected}.")
 

@@ -89,6 +89,12 @@ class ServeOptions(Limits, GraphOptions, ActingOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in (self.allow_host or "").split(","):
+            if any(sign in name.strip() for sign in "/:*@ "):
+                raise ValueError(
+                    f"allow_host={self.allow_host!r}: expected names of machines as clients write them, without "
+                    "http:// and port, such as gpu-box,robots.example."
+                )
         if not self.ray and (self.replicas > 1 or self.max_replicas is not None):
             raise ValueError(f"replicas={self.replicas}, max_replicas={self.max_replicas}: only with --ray.")
         if self.ray and self.sim:

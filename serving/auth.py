@@ -73,7 +73,8 @@ class Gate:
         connections: int = 64,
         refused: Callable[[Refusal], Any] = lambda refusal: None,
     ):
-        self.app, self.names, self.open_paths, self.connections = app, names, open_paths, connections
+        self.app, self.open_paths, self.connections = app, open_paths, connections
+        self.names = {name.lower() for name in ("localhost", *names)}
         self._refused = refused
         self._key = key.encode() if key is not None else None
         self._open = 0
@@ -130,7 +131,7 @@ class Gate:
     def _known(self, host: str) -> bool:
         """Addresses, which no name leads to, and names of this server."""
         name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
-        if name == "localhost" or name in self.names:
+        if name.lower() in self.names:
             return True
         try:
             ipaddress.ip_address(name)

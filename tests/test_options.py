@@ -133,6 +133,26 @@ def test_numbers_that_fill_a_machine(make):
             make(**{} if make is ServeOptions else {"output": "out"}, **{name: 100_000})
 
 
+def test_numbers_of_numpy_and_yaml_are_those_of_json():
+    """They could not be written down, or broke what counts with them; one of 400 digits was an OverflowError."""
+    made = RecordOptions(output="out", episodes=np.int64(2), size=32.0, noise=np.float32(0.5), delay=np.uint8(3))
+    saved = {name: (type(value), value) for name, value in vars(made).items() if name in ("episodes", "size", "delay")}
+    assert saved == {"episodes": (int, 2), "size": (int, 32), "delay": (int, 3)}
+    assert type(made.noise) is float and made.noise == 0.5
+    assert type(finetune_options(learning_rate=1).learning_rate) is int  # as it was given
+    for name in ("episodes", "noise"):
+        with pytest.raises(ValueError, match=f"{name}=1000.*it must be"):
+            RecordOptions(output="out", **{name: 10**400})
+
+
+@pytest.mark.parametrize("names", ["http://gpu-box", "gpu-box:8000", "gpu-box other", "*.example", "gpu-box, me@there"])
+def test_names_that_no_client_asks_under(names):
+    """They let nobody in, and the refusal told to give what was given."""
+    with pytest.raises(ValueError, match="allow_host=.*: expected names of machines"):
+        ServeOptions(allow_host=names)
+    assert ServeOptions(allow_host=" gpu-box, robots.example ,").allow_host
+
+
 def test_options_that_say_nothing():
     for filters in ("", " , ", [], [""], None):
         assert open_source(episodes(), filters=filters).removed == {"unlabeled": {"steps": 0, "episodes": 0}}

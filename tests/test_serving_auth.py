@@ -79,7 +79,9 @@ def test_a_key_is_read_from_the_environment():
     assert client("robots.example", key=f" {KEY}\n").get("/info", headers={"Authorization": f"Bearer {KEY}"}).is_success
 
 
-@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.0.0.1:8000", "[::1]:8000", "192.168.1.5", "gpu-box"])
+@pytest.mark.parametrize(
+    "host", ["localhost", "127.0.0.1", "127.0.0.1:8000", "[::1]:8000", "192.168.1.5", "gpu-box", "GPU-Box:8000"]
+)
 def test_names_of_the_server_itself(host):
     server = client(names=["gpu-box"])
     assert server.get("/info", headers={"Host": host}).status_code == 200
