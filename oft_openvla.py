@@ -30,6 +30,7 @@ from .files_openvla import QUIET, check_file, local_folder, read_json
 
 COMPONENTS = ("action_head", "noisy_action_projector", "proprio_projector", "vision_backbone")
 PART_FILE = "{}*.pt"  # the files of these; "action_head--150000_checkpoint.pt" as saved, and whatever was made of it
+WEIGHTS = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 STEP = re.compile(r"--(\d+)_")
 ADAPTER = "lora_adapter"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = f"{ADAPTER}/adapter_config.json", f"{ADAPTER}/adapter_model.safetensors"
@@ -113,8 +114,8 @@ def find_oft(folder: Path | None, action_head: str | None = None) -> "OFTFolder 
             nothing that tells it from an ordinary OpenVLA model.
 
     Raises:
-        ValueError: If there are several files for one part, parts of several steps, parts and no head while
-            `action_head` is None, or `action_head` is not that of a folder of this package.
+        ValueError: If there are several files for one part, parts of several steps, parts and no head or under other
+            names while `action_head` is None, or `action_head` is not that of a folder of this package.
     """
     config = None if folder is None else folder / "config.json"
     if folder is None or config is None or (config.is_file() and "action_head" in read_json(config)):  # ours
@@ -153,7 +154,20 @@ def find_oft(folder: Path | None, action_head: str | None = None) -> "OFTFolder 
             "one elsewhere (Hub, training run), copy it here. If it was trained on discrete actions, which need none, "
             "say so: from_pretrained(folder, action_head='parallel_tokens')."
         )
+    if config.is_file() and action_head is None and (odd := _misplaced(folder)):
+        raise ValueError(
+            f"'{odd}' is a part of OpenVLA-OFT by its name, and parts are read as PART--STEP_checkpoint.pt beside "
+            f"config.json ({', '.join(COMPONENTS)}; written by torch.save): name and place it so. If it is none, "
+            "take it out of this folder."
+        )
     return None
+
+
+def _misplaced(folder: Path) -> Path | None:
+    """A weights file in a folder, or one below it, that has the name of a part and is not where it is read."""
+    files = (file for pattern in ("*", "[!.]*/*") for file in folder.glob(pattern) if file.suffix in WEIGHTS)
+    named = ((file, re.sub(r"[^a-z]", "", file.name.lower())) for file in sorted(files))
+    return next((file for file, name in named if any(part.replace("_", "") in name for part in COMPONENTS)), None)
 
 
 @dataclass(frozen=True)

@@ -235,7 +235,10 @@ def matrix(values: Any, what: str, origin: str) -> np.ndarray:
         raise DamagedDataError(f"{origin}: {what} has shape {array.shape}, expected (steps, dimensions)")
     if not np.isfinite(array).all():
         step = int(np.argwhere(~np.isfinite(array))[0][0])
-        raise DamagedDataError(f"{origin}: {what} of step {step} is not finite: {array[step].tolist()}")
+        raise DamagedDataError(
+            f"{origin}: {what} of step {step} is not finite: {array[step].tolist()}. Correct it, or leave the episode "
+            "out (on_error='skip')"
+        )
     return array
 
 

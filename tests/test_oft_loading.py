@@ -382,6 +382,21 @@ def test_a_part_in_the_older_form_of_torch(broken):
     assert OpenVLAConfig.from_pretrained(folder).action_head == "l1_regression"
 
 
+@pytest.mark.parametrize("change", ["suffix", "name", "folder"])
+def test_parts_that_are_not_where_they_are_read(change, broken):
+    """Without adapter and projector nothing else told of a head: it was loaded as an ordinary model, and acted."""
+    folder = broken("libero-l1")
+    shutil.rmtree(folder / "lora_adapter")
+    next(folder.glob("proprio_projector*")).unlink()
+    head = next(folder.glob("action_head*"))
+    (folder / "parts").mkdir()
+    places = {"suffix": head.with_suffix(".safetensors"), "name": folder / "L1ActionHead.pt"}
+    head.rename(places.get(change, folder / "parts" / head.name))
+    for loaded in (OpenVLAConfig, OpenVLAForActionPrediction, OpenVLAProcessor):
+        with pytest.raises(ValueError, match=r"is a part of OpenVLA-OFT by its name.*PART--STEP_checkpoint\.pt"):
+            loaded.from_pretrained(folder)
+
+
 def test_no_pickles(broken):
     class Evil:
         def __reduce__(self):

@@ -133,6 +133,15 @@ def test_a_head_that_stays(tmp_path):
         assert any("--prefix-training 1 keeps it" in warning for warning in made.warnings) is (given is None)
 
 
+def test_a_chunk_that_is_longer_than_every_episode(tmp_path):
+    """Past the end nothing is learned, and the numbers of the last steps were acted on as they began, at random."""
+    data = dataset(episode(steps=11), episode(steps=5))
+    with pytest.raises(ValueError, match="action_chunk=12: the longest .* 11 steps.*chunk_end='still'"):
+        prepare(options(tmp_path, action_chunk=12), data=data)
+    for fits in ({"action_chunk": 11}, {"action_chunk": 12, "chunk_end": "still"}):
+        prepare(options(tmp_path, **fits), data=data)
+
+
 def test_grippers_that_the_model_learned_scaled(tmp_path):
     """All fourteen numbers of ALOHA are; own grippers in [0, 1] stay as recorded unless --mask says otherwise."""
     model = Path(shutil.copytree(ROOT, tmp_path / "model", ignore=lambda _, names: {

@@ -20,6 +20,7 @@ GOOD_L1 = 0.01  # normalized; half a bin is 0.004
 
 __all__ = [
     "check_cameras",
+    "check_chunk",
     "check_data",
     "check_head",
     "check_images",
@@ -93,6 +94,19 @@ def check_relearned(before: OpenVLAConfig, now: OpenVLAConfig, sources: Sequence
                 f"--mask {','.join('1' * source.action_dim)} keeps its units."
             )
     return found
+
+
+def check_chunk(action_chunk: int, sources: Sequence[Source]) -> None:
+    """Raise a `ValueError` where no episode is as long as a chunk: of its last steps, which are not recorded anywhere,
+    nothing would be learned, and a robot would be sent what comes out of them nevertheless."""
+    parts = [part for source in sources for episode in source.survey.parts for part in episode]
+    longest = max(steps for steps, _ in parts)
+    if longest < action_chunk and all(source.chunk_end == "repeat" for source in sources):
+        raise ValueError(
+            f"action_chunk={action_chunk}: the longest episode, or part with one instruction, has {longest} steps, so "
+            f"that nothing would be learned of the steps after it: give {longest} at the most, or chunk_end='still', "
+            "with which a model learns to stand there."
+        )
 
 
 def check_head(before: OpenVLAConfig, now: OpenVLAConfig) -> None:

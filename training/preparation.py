@@ -30,7 +30,7 @@ from ..hub import config_of
 from ..options.training import FinetuneOptions
 from ..processing_openvla import OpenVLAProcessor
 from .checkpoints import starting_point, starting_processor
-from .checks import check_cameras, check_data, check_head, check_images, check_relearned, check_statistics
+from .checks import check_cameras, check_chunk, check_data, check_head, check_images, check_relearned, check_statistics
 from .resume import check_output
 from .step_cost import usual_text
 
@@ -202,6 +202,7 @@ def prepare(options: FinetuneOptions, processes: int = 1, data: Any = None) -> R
             "normalization": options.normalization or config.normalization,
         },
     )
+    check_chunk(config.action_chunk, sources)
     relearned = check_relearned(before, config, sources)
     modes = {source.name: source.normalization for source in sources}  # not those of the model: it keeps no statistics
     config.normalization = {name: mode for name, mode in modes.items() if mode != "bounds_q99"}
