@@ -19,7 +19,7 @@ from ..modeling_openvla import OpenVLAForActionPrediction
 from ..options.benchmark import BenchOptions
 from ..policy import QUANTIZATIONS, load_model
 from ..presets import ROOT, load_preset_config, load_preset_statistics
-from ..quantization_openvla import OpenVLAQuantizationConfig, quantize_linears
+from ..quantization_openvla import NEVER_QUANTIZED, NOT_QUANTIZED, OpenVLAQuantizationConfig, quantize_linears
 
 
 KEY = "bridge_orig"  # units of a preset
@@ -57,7 +57,8 @@ def open_subject(options: BenchOptions) -> tuple[Any, str]:
         if options.quantization is not None:
             if "bits" not in QUANTIZATIONS[options.quantization]:
                 raise ValueError(f"quantization='{options.quantization}': of a preset int8, int4 or fp8.")
-            quantize_linears(model, OpenVLAQuantizationConfig(QUANTIZATIONS[options.quantization]["bits"]))
+            kept = list(NEVER_QUANTIZED if options.towers else NOT_QUANTIZED)
+            quantize_linears(model, OpenVLAQuantizationConfig(QUANTIZATIONS[options.quantization]["bits"], kept))
     else:
         variant = {"action_head": options.action_head, "action_chunk": options.action_chunk}
         model = load_model(

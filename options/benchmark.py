@@ -16,7 +16,14 @@ OF = {
     "frames": ("latency", "throughput", "memory", "exact"),
     "compile": ("latency", "throughput", "exact"),
 }
-WITH = {"preset_fields": "preset", "split": "dataset", "original_code": "against"}  # without effect alone
+# The first one has no effect without the second.
+WITH = (
+    ("preset_fields", "preset"),
+    ("towers", "preset"),
+    ("towers", "quantization"),
+    ("split", "dataset"),
+    ("original_code", "against"),
+)
 # What the second one decides.
 BESIDE = {"model": "preset", "action_head": "preset", "action_chunk": "preset", "onnx": "preset", "size": "dataset"}
 
@@ -38,6 +45,9 @@ class BenchOptions(GraphOptions, ModelOptions):
         "Field of the preset's configuration, any number of times: action_head=l1_regression, action_chunk=8, "
         'proprio_dim=8, ...; a list as JSON: camera_names=\'["primary", "wrist"]\'.',
         flag="--field",
+    )
+    towers: bool = option(
+        False, "Quantize vision towers and projector of the preset as well; a folder is as quantize --towers wrote it."
     )
     dataset: str | None = option(
         None, "Demonstrations whose frames are predicted, as finetune takes them.", shown="random images; exact: needed"
@@ -70,7 +80,7 @@ class BenchOptions(GraphOptions, ModelOptions):
                 raise ValueError(
                     f"{name}=...: {self.what} has no use for it, only {', '.join(measured)}: leave it out."
                 )
-        for name, other in WITH.items():
+        for name, other in WITH:
             if name in given and other not in given:
                 raise ValueError(f"{name}=... says nothing without {other}=...: give both, or none.")
         for name, other in BESIDE.items():

@@ -11,12 +11,14 @@ import timm
 import torch
 from PIL import Image
 
+from openvla import OpenVLAConfig
 from openvla.action_heads_openvla import HEADS, TokenHead
 from openvla.bench import bench, other, worker
 from openvla.bench.latency import _figures
 from openvla.bench.roofline import count_work, limit_ms
 from openvla.bench.startup import measure, startup, table
-from openvla.bench.subject import _value, frames_of, numbers
+from openvla.bench.subject import _value, frames_of, numbers, open_subject
+from openvla.int8_linear_openvla import Int8Linear
 from openvla.options.benchmark import BenchOptions
 from openvla.policy import load_model
 from openvla.stages_openvla import STAGES, stage, watch_stages
@@ -125,6 +127,16 @@ def test_stages_that_some_frames_do_not_have():
 def test_fields_of_a_preset_are_numbers_and_lists():
     texts = ("8", "true", "null", '["primary", "wrist"]', "l1_regression", "0.5")
     assert [_value(text) for text in texts] == [8, True, None, ["primary", "wrist"], "l1_regression", 0.5]
+
+
+@pytest.mark.parametrize("towers", [False, True])
+def test_a_preset_is_quantized_with_its_towers_or_without(monkeypatch, small_policy, towers):
+    small = OpenVLAConfig.from_pretrained(small_policy)
+    monkeypatch.setattr("openvla.bench.subject.load_preset_config", lambda preset: small)
+    what = {"what": "load", "preset": "openvla-7b", "device": "cpu", "dtype": "float32", "quantization": "int8"}
+    model, _ = open_subject(BenchOptions(**what, towers=towers))
+    kinds = {name.partition(".")[0] for name, module in model.named_modules() if isinstance(module, Int8Linear)}
+    assert kinds == ({"language_model", "vision_backbone", "projector"} if towers else {"language_model"})
 
 
 def test_an_export_of_another_model(monkeypatch):
@@ -284,6 +296,8 @@ def test_code_that_is_not_the_originals(tmp_path):
         ({"what": "load", "frames": 3}, "frames=...: load has no use"),
         ({"what": "memory", "compile": True}, "compile=...: memory has no use"),
         ({"what": "latency", "preset_fields": {"action_chunk": 8}}, "preset_fields=... says nothing without preset"),
+        ({"what": "latency", "towers": True, "quantization": "int8"}, "towers=... says nothing without preset"),
+        ({"what": "load", "preset": "openvla-7b", "towers": True}, "towers=... says nothing without quantization"),
         ({"what": "latency", "split": "test"}, "split=... says nothing without dataset"),
         ({"what": "latency", "original_code": Path("code")}, "original_code=... says nothing without against"),
         ({"what": "load", "preset": "openvla-7b", "model": "mine"}, "model=... beside preset="),
