@@ -347,6 +347,12 @@ class AdapterBelongings:
                 "them while it is active, model.norm_stats = {dataset: {'action': {'q01': [...], 'q99': [...]}}} (in "
                 "PEFT model.get_base_model().norm_stats = ...)."
             )
+        if getattr(config, "alora_invocation_tokens", None):
+            raise ValueError(
+                "The adapter is an activated LoRA (alora_invocation_tokens): PEFT lets it act behind certain tokens of "
+                "a prompt, which it finds in forward and generate alone, and a prediction would be that of the base. "
+                "Train a LoRA without them."
+            )
         wanted = belongings(config).get("model", {})
         for field in PARTS:
             if wanted.get(field, own := getattr(self.config, field)) != own:
@@ -437,10 +443,13 @@ class AdapterBelongings:
             config = self.__dict__["_peft_config"][name]
             _forget(config, why)
             config._openvla_loaded = True
-            raise ValueError(
-                f"{why}. Tensors {'; '.join(problems)}. Is it an adapter of another base, or was it saved under other "
-                "names or cut off?"
-            )
+            remedy = "Is it an adapter of another base, or was it saved under other names or cut off?"
+            if getattr(config, "use_dora", False):  # 5.4 to 5.24
+                remedy = (
+                    "It has use_dora, whose magnitudes transformers does not load: take "
+                    "peft.PeftModel.from_pretrained(model, RUN)."
+                )
+            raise ValueError(f"{why}. Tensors {'; '.join(problems)}. {remedy}")
 
     def _differ(self, loaded: Mapping[str, torch.Tensor], prefix: str) -> bool:
         own = dict(self.named_parameters())  # type: ignore[attr-defined]

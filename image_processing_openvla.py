@@ -81,6 +81,9 @@ class OpenVLAImageProcessor(PixelSteps, BaseImageProcessor):
         fields = {**super().to_dict(), "resize_filter": self.resize_filter, "center_crop": self.center_crop}
         if self.jpeg_quality is None:  # as in files of versions before the field
             fields.pop("jpeg_quality", None)
+        if "auto_map" in fields:  # of code that is saved with it: the library lists only the processor (5.4 to 5.24)
+            own = {"AutoImageProcessor": "image_processing_openvla.OpenVLAImageProcessor"}
+            fields["auto_map"] = own | fields["auto_map"]
         return fields
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> Any:

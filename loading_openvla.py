@@ -428,6 +428,20 @@ class OpenVLAPreTrainedModel(AdapterBelongings, ModelParts, PreTrainedModel):
         value.check_fits(self.config)
         self._processor, self._processor_is_set = value, True
 
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        # torch would make floats of whole numbers without their steps, silently with strict=False.
+        few = [
+            name
+            for name, own in self.named_parameters()
+            if not is_rounded(own) and (given := state_dict.get(f"{prefix}{name}")) is not None and is_rounded(given)
+        ]
+        if few:
+            raise ValueError(
+                f"{len(few)} weights, for example {few[0]}, are those of a quantized model, and this one is not: load "
+                "the folder of that model with from_pretrained."
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def requires_grad_(self, requires_grad: bool = True):
         """As in every torch module; a `ValueError` where weights of few bits were to learn."""
         if requires_grad and any(map(is_rounded, self.parameters())):

@@ -391,6 +391,24 @@ def test_an_adapter_without_statistics_is_said(place):
         model.get_base_model().load_adapter(str(place / "base"))
 
 
+def test_adapters_that_a_prediction_would_leave_out(place):
+    """PEFT finds where an activated LoRA begins in forward and generate alone; transformers loads no magnitudes."""
+    base, layers = place / "base", ["q_proj", "v_proj"]
+    config = peft.LoraConfig(r=2, target_modules=layers, alora_invocation_tokens=[5], task_type="CAUSAL_LM")
+    made = peft.get_peft_model(OpenVLAForActionPrediction.from_pretrained(base), config)
+    with pytest.raises(ValueError, match="activated LoRA"):
+        act(made)
+    with made.disable_adapter():
+        assert act(made)
+    made = peft.get_peft_model(
+        OpenVLAForActionPrediction.from_pretrained(base), peft.LoraConfig(r=2, target_modules=layers, use_dora=True)
+    )
+    made.save_pretrained(place / "dora")
+    with pytest.raises(ValueError, match="use_dora.*PeftModel.from_pretrained"):
+        OpenVLAForActionPrediction.from_pretrained(base).load_adapter(str(place / "dora"))
+    assert act(peft.PeftModel.from_pretrained(OpenVLAForActionPrediction.from_pretrained(base), place / "dora"))
+
+
 def test_an_adapter_in_a_subfolder(place, expected):
     for options in ({"subfolder": "run"}, {"adapter_kwargs": {"subfolder": "run"}}):
         model = OpenVLAForActionPrediction.from_pretrained(place / "base")

@@ -67,6 +67,8 @@ for folder, instruction in json.loads(sys.argv[1]):
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     model = AutoModel.from_pretrained(folder, trust_remote_code=True)
     same = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    again = f"again{len(results)}"
+    processor.save_pretrained(again)
     with torch.inference_mode():
         output = model(**inputs)
     greedy = {"max_new_tokens": 7, "do_sample": False}
@@ -80,6 +82,7 @@ for folder, instruction in json.loads(sys.argv[1]):
             type(model).__name__,
             type(processor).__name__,
             type(AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)).__name__,
+            type(AutoImageProcessor.from_pretrained(again, trust_remote_code=True)).__name__,
         ],
         "logits": output.logits[0, -1].tolist(),
         "one_cache": output.cache is output.past_key_values and first.cache is first.past_key_values is not None,
@@ -123,6 +126,7 @@ def test_loads_without_the_package(published, packaged, tmp_path, python):
             "OpenVLAConfig",
             "OpenVLAForActionPrediction",
             "OpenVLAProcessor",
+            "OpenVLAImageProcessor",
             "OpenVLAImageProcessor",
         ]
         assert result["code"] == "transformers_modules"

@@ -205,6 +205,17 @@ def test_vocabulary_may_grow(folder):
     assert model.predict_action(PICTURE, "open the drawer").tolist() == before
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_weights_of_few_bits_are_put_into_a_plain_model(folder, strict):
+    """Without their steps whole numbers would be weights."""
+    path, _ = folder
+    model = load()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="are those of a quantized model"):
+        model.load_state_dict(load(path).state_dict(), strict=strict)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_weights_of_few_bits_are_asked_to_learn(folder):
     path, _ = folder
     model = load(path)
