@@ -84,7 +84,7 @@ def check_relearned(before: OpenVLAConfig, now: OpenVLAConfig, sources: Sequence
         ]
     for source in sources:
         actions = [stats["action"] for stats in (before.norm_stats or {}).values()]
-        alike = [action for action in actions if len(action["q01"]) == source.action_dim]
+        alike = [action for action in actions if len(action.get("q01", [])) == source.action_dim]
         mask = source.statistics["action"].get("mask") or [True] * source.action_dim
         kept = [name for name, scaled in zip(source.names, mask) if not scaled]
         if kept and alike and not source.mask_given and all(all(action.get("mask") or [True]) for action in alike):
