@@ -41,6 +41,8 @@ class ActionTokenizer:
             raise ValueError(
                 f"{bins} bins do not fit a vocabulary of {self.vocabulary_end} tokens: give 2 to that many."
             )
+        if not min_action < max_action:
+            raise ValueError(f"min_action={min_action}, max_action={max_action}: expected a range, the smaller first.")
         self.n_bins, self.min_action, self.max_action = bins, min_action, max_action
         self.bins = np.linspace(min_action, max_action, bins)  # (bins,) edges
         self.bin_centers = (self.bins[:-1] + self.bins[1:]) / 2.0  # (bins - 1,)
@@ -104,7 +106,7 @@ class ActionTokenizer:
             if token_ids.dtype == torch.bool or token_ids.is_floating_point() or token_ids.is_complex():
                 raise ValueError(f"token_ids must be integers, got {token_ids.dtype}.")
             centers = torch.from_numpy(self.bin_centers).to(token_ids.device)
-            return centers[(self.vocabulary_end - token_ids - 1).clamp(0, len(centers) - 1)]
+            return centers[(self.vocabulary_end - token_ids.long() - 1).clamp(0, len(centers) - 1)]
         array = np.asarray(token_ids)
         if array.dtype.kind not in "iu" and array.size:
             raise ValueError(f"token_ids must be integers, got {array.dtype}.")

@@ -66,6 +66,14 @@ def test_values_outside_are_clipped_and_shapes_kept():
     assert tokenizer.encode(np.zeros((2, 3, 7))).shape == (2, 3, 7)
     assert tokenizer.decode(torch.full((2, 7), 31999)).shape == (2, 7)
     assert tokenizer.decode([0, 40000]).tolist() == [tokenizer.bin_centers[-1], tokenizer.bin_centers[0]]
+    few = torch.tensor([0, 255], dtype=torch.uint8)  # which holds no difference to the end of the vocabulary
+    assert tokenizer.decode(few).tolist() == tokenizer.decode([0, 255]).tolist()
+
+
+def test_a_range_that_is_none():
+    for low, high in ((1, -1), (0, 0), (float("nan"), 1)):
+        with pytest.raises(ValueError, match="expected a range"):
+            ActionTokenizer(VOCABULARY, min_action=low, max_action=high)
 
 
 def test_nan_has_no_token():
