@@ -51,6 +51,12 @@ class Bench:
             actions = [*ask.committed.tolist(), *actions[len(ask.committed) :]]
         self.replies.append(Reply(ask.epoch, ask.id, actions))
 
+    def fail(self, after=0.1, **more):
+        """A step whose request is refused."""
+        command, ask = self.step(after, **more), self.asked[-1]
+        self.replies.append(Reply(ask.epoch, ask.id, error=TimeoutError()))
+        return command
+
     def step(self, after=0.1, **more):
         """A step that comes `after` seconds behind the last."""
         begin = self.now
@@ -192,7 +198,7 @@ def test_what_is_committed_goes_with_the_request():
     bench.step()
     bench.answer([[i, 0, 0, 1] for i in range(6)])
     for _ in range(6):
-        bench.step()
+        bench.fail()
     committed = [ask.committed[:, 0].tolist() for ask in bench.asked]
     assert committed == [[0, 0, 0], [0, 0, 3], [0, 3, 4], [3, 4, 5], [4, 5, 0], [5, 0, 0], [0, 0, 0]]
 
@@ -230,13 +236,13 @@ def test_nothing_is_committed_by_a_loop_that_is_too_fast():
     bench = Bench(start=still(), wait=0, commit=2)
     bench.step(after=0.01)
     bench.answer([[i, 0, 0, 1] for i in range(8)])
-    steps = [bench.step(after=0.01) for _ in range(4)]
+    steps = [bench.fail(after=0.01) for _ in range(4)]
     assert "rate" in steps[-1].reason and bench.asked[-1].committed is None
 
 
 def told_and_executed(bench, steps, **more):
     """Each committed action that was sent for a step, and what was executed in it."""
-    executed = [bench.step(**more).action for _ in range(steps)]
+    executed = [bench.fail(**more).action for _ in range(steps)]
     told = [
         (ask.step + i, action) for ask in bench.asked[1:] if ask.committed is not None
         for i, action in enumerate(ask.committed) if ask.step + i < len(executed) + 1
@@ -252,6 +258,41 @@ def test_what_is_committed_is_what_will_be_executed():
     assert len(pairs) == 3 + 3 + 3 + 2 + 1 and all(told == done for told, done in pairs)
     assert bench.asked[3].committed[:, 0].tolist() == [0.25, 0.5, 0.75]  # each from where the one before leads
     assert bench.asked[3].committed[:, 1].tolist() == [-3, -4, -5]
+
+
+@pytest.mark.parametrize("late", [1, 2, 3])
+@pytest.mark.parametrize("ask_every", [1, 2])
+@pytest.mark.parametrize("commit", [1, 2, 3])
+def test_what_is_committed_is_executed_until_the_answer_is_there(late, ask_every, commit):
+    """While one request was on its way, the next one was told what the answer to the first would change: the model then
+    continued actions that were never executed."""
+    bench, executed, acted = Bench(start=still(), wait=0, commit=commit, ask_every=ask_every), [], {}
+    for step in range(40):
+        command = bench.step()
+        executed.append(command.action.tolist())
+        acted.setdefault(command.id, step)
+        for number, ask in enumerate(bench.asked):
+            if ask.step == step + 1 - late:  # the first number says which answer it is of
+                bench.answer([[number + i / 10, 0, 0, 1] for i in range(8)], number)
+    told = [ask for ask in bench.asked if ask.id in acted]
+    assert len(told) >= 40 // max(late + 1, ask_every) - 2
+    for ask in told:
+        ahead = ask.committed.tolist()[: acted[ask.id] - ask.step]
+        assert ahead == executed[ask.step : ask.step + len(ahead)], ask.step
+
+
+def test_a_request_that_is_lost_is_followed_by_another_one():
+    """Its answer, if it comes after all, is none to what was asked since."""
+    bench = Bench(start=still(), wait=0, commit=1)
+    for _ in range(9):
+        bench.step()
+    assert [ask.step for ask in bench.asked] == [0, 5]  # stalled_after
+    bench.answer([still()] * 4, ask=0)
+    bench.step()
+    assert bench.lines[-1]["arrived"][0]["refused"] == "not asked for, or answered before"
+    bench.guard.reset(still())
+    bench.step()
+    assert bench.asked[-1].step == 0  # of the episode before
 
 
 def test_what_may_not_be_executed_is_not_committed():

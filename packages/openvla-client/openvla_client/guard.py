@@ -50,8 +50,10 @@ class Guard:
             answers with how they go on. As many steps as an answer takes, fewer than an answer has; for models that
             learned it. They are those of the last answer, as `limits` will have them, and where none is left, before
             the first answer too, what the fallback "hold" executes: a robot that stood still is then not taken for one
-            that moved. Fewer are sent where that is not certain before (`Limits.ahead`; nothing to hold is known). A
-            `transport` has to send them: `client.guard(commit=n)`, or one of your own that reads `Ask.committed`.
+            that moved. Fewer are sent where that is not certain before (`Limits.ahead`; nothing to hold is known). One
+            observation is asked at a time: an answer in between would change what is executed. One that is not
+            answered is waited for until `stalled_after` seconds after the last action was due. A `transport` has to
+            send them: `client.guard(commit=n)`, or one of your own that reads `Ask.committed`.
         stalled_after, dead_after: Seconds, see above. Defaults: five control periods (at least `max_age`), 5 seconds
             (at least twice `stalled_after`).
         fallback: "hold": no motion where an action is a change, the last target where it is a place, grippers as they
@@ -270,9 +272,12 @@ class Guard:
             with suppress(Stale):
                 self._plan.next(step, now)
                 return None
+        # The answer to what was asked before would change what is executed: nothing could be committed.
+        if self.commit and self._plan.awaits(step, now, self.stalled_after + self._plan.covered):
+            return None
         self._asked_at, self._seen_at = step, seen_at
         asked = Ask(self.epoch, next(self._ids), step, observation, self._committed(step, now, here))
-        self._plan.asked(asked, seen_at)
+        self._plan.asked(asked, seen_at, alone=self.commit > 0)
         self._transport.submit(asked)
         return asked
 

@@ -67,10 +67,17 @@ class Plan:
         self._taken = -math.inf  # when the actions that were taken end, had the loop kept to the control rate
         self._pending: dict[int, tuple[int, float]] = {}  # id -> (step, time) of the observation
 
-    def asked(self, ask: Ask, time: float) -> None:
+    def asked(self, ask: Ask, time: float, alone: bool = False) -> None:
+        """`alone`: what was asked before is not waited for any more."""
+        self._pending = {} if alone else self._pending
         self._pending[ask.id] = (ask.step, time)
         if len(self._pending) > self.PENDING:
             del self._pending[min(self._pending)]
+
+    def awaits(self, step: int, now: float, patience: float) -> bool:
+        """Whether an observation of less than `patience` seconds ago is not answered yet."""
+        ages = (max(now - time, (step - asked) * self.period) for asked, time in self._pending.values())
+        return any(age < patience for age in ages)
 
     def accept(self, reply: Reply) -> str:
         """Why a reply is refused; empty if its actions are the newest now."""
