@@ -2,6 +2,7 @@
 
 import math
 import operator
+import os
 import re
 import types
 from collections.abc import Mapping
@@ -103,14 +104,28 @@ def check_options(options: Any) -> None:
             continue
         known = choices(item.type)
         if known and value not in known:
-            raise ValueError(f"{item.name}={value!r} is unknown.{closest(value, known)} Known: {', '.join(known)}.")
+            raise ValueError(
+                f"{item.name}={value!r:.100} is unknown.{closest(str(value), known)} "
+                f"Known: {', '.join(map(str, known))}."
+            )
         if item.metadata.get("pairs") and not isinstance(value, Mapping):
             raise ValueError(f"{item.name}={value!r}: expected a mapping of names to values.")
+        _check_kind(item, value)
         _check_home(item, value)
         if _check_limits(item, value):  # numbers of numpy, which JSON does not have, and 10.0 of a YAML file
             exact = int(value) if _is_whole(item) or isinstance(value, Integral) else float(value)
             if type(value) is not type(exact):
                 setattr(options, item.name, exact)
+
+
+def _check_kind(item: Any, value: Any) -> None:
+    """Raise a `ValueError` for what is no text or path, or neither true nor false: "false" would count as true."""
+    several = get_origin(item.type) in (Union, types.UnionType)
+    kinds = set(get_args(item.type)) - {type(None)} if several else {item.type}
+    if kinds <= {str, Path} and not isinstance(value, (str, os.PathLike)):
+        raise ValueError(f"{item.name}={value!r:.100}: expected a text.")
+    if kinds == {bool} and not isinstance(value, bool):
+        raise ValueError(f"{item.name}={value!r:.100}: expected true or false.")
 
 
 def _check_home(item: Any, value: Any) -> None:

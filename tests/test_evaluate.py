@@ -79,8 +79,8 @@ def test_modes_and_resume(tmp_path):
     assert outcome(folder) == before
     with pytest.raises(ValueError, match="hz was 5.0, is 10.0"):
         run(folder, **{**late, "hz": 10.0})
-    with pytest.raises(ValueError, match="dtype was None, is 'bfloat16'"):
-        run(folder, **late, dtype="bfloat16")
+    with pytest.raises(ValueError, match="execute was None, is 3"):
+        run(folder, **late, execute=3)
     with pytest.raises(ValueError, match="latency was 0.8, is 0.4. Leave it out to continue"):
         run(folder, **{**late, "latency": 0.4})  # was taken for the first, silently
     run(folder, **{**late, "latency": None})
@@ -326,7 +326,7 @@ def test_options_of_a_model_that_does_not_act_are_refused():
                     DemoOptions(policy=policy, **{name: value})
     assert EvaluateOptions(output="out", policy="mean", **own) and EvaluateOptions(output="out", **own, **of_model)
     wrong = CliRunner().invoke(app, ["demo", "--policy", "expert", "--quantization", "int8"])
-    assert wrong.exit_code == 2 and "--quantization int8: --policy expert has no use for it" in wrong.output
+    assert wrong.exit_code == 2 and "--quantization 'int8': --policy 'expert' has no use for it" in wrong.output
 
 
 def test_errors(tmp_path):

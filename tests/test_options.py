@@ -14,6 +14,7 @@ from openvla.data.mixture import mixture_probabilities
 from openvla.data.sources import open_source, open_sources
 from openvla.evaluation.environment import make_environment
 from openvla.evaluation.evaluate import evaluate
+from openvla.options.conversion import QuantizeOptions
 from openvla.options.evaluation import EvaluateOptions, RecordOptions
 from openvla.options.fields import respelled
 from openvla.options.serving import ServeOptions
@@ -131,6 +132,26 @@ def test_numbers_that_fill_a_machine(make):
     for name in {"workers", "size", "max_batch"} & {item.name for item in fields(make)}:
         with pytest.raises(ValueError, match=f"{name}=100000: it must be a whole number of at least 1 and below"):
             make(**{} if make is ServeOptions else {"output": "out"}, **{name: 100_000})
+
+
+@pytest.mark.parametrize("value", [None, ["reach-v3"], 5, b"reach-v3", {"a": 1}], ids=str)
+def test_texts_that_are_none(value):
+    with pytest.raises(ValueError, match="env=.*: expected a text"):
+        RecordOptions(output="out", env=value)
+    if value is not None:
+        with pytest.raises(ValueError, match="allow_host=.*: expected a text"):
+            ServeOptions(allow_host=value)
+    with pytest.raises(ValueError, match="insecure=.*: expected true or false"):
+        ServeOptions(insecure=value)
+    with pytest.raises(ValueError, match="bits=.* is unknown.* Known: 8, 4, fp8"):
+        QuantizeOptions(model="m", out="o", bits=value)
+
+
+def test_what_is_switched_on_by_a_word_is_not():
+    """A text is true, "false" as well: a server that listens to everybody."""
+    with pytest.raises(ValueError, match="insecure='false': expected true or false"):
+        ServeOptions(insecure="false")
+    assert RecordOptions(output=Path("out"), student=Path("model")).output == Path("out")  # a path is a text
 
 
 def test_numbers_of_numpy_and_yaml_are_those_of_json():
