@@ -224,7 +224,9 @@ def matrix(values: Any, what: str, origin: str) -> np.ndarray:
     if values is None:
         raise DamagedDataError(f"{origin}: there is no {what}, expected (steps, dimensions) numbers")
     try:
-        if np.asarray(values).dtype.kind in "USmMV":
+        if hasattr(values, "detach"):  # a tensor, whatever it is on, and whether it learns
+            values = values.detach().cpu().float().numpy()
+        if np.asarray(values).dtype.kind in "USmMVc":
             raise TypeError(f"it holds {np.asarray(values).dtype}")
         with np.errstate(over="ignore"):  # what float32 cannot hold is not finite, see below
             array = np.array(values, dtype=np.float32)

@@ -2,16 +2,18 @@
 which are upside down; damaged descriptions; objects of one's own that hold something else."""
 
 import json
+import warnings
 
 import h5py
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+import torch
 from data_files import png, write_lerobot, write_rlds
 from typer.testing import CliRunner
 
 from openvla.cli import app
-from openvla.data import DamagedDataError, open_dataset
+from openvla.data import DamagedDataError, PythonDataset, open_dataset
 from openvla.data.formats.hdf5 import control_frequency
 from openvla.data.sources import open_source, open_sources
 from openvla.files_openvla import LFS_POINTER
@@ -280,6 +282,15 @@ def test_damaged_hdf5_files_are_named(tmp_path):
         open_dataset(path)
 
 
+def test_actions_of_torch_are_numbers():
+    """What learns, and bfloat16, ended in errors of torch; others brought a warning of numpy for each episode."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for tensor in (torch.ones(2, 7, requires_grad=True), torch.ones(2, 7, dtype=torch.bfloat16)):
+            (episode,) = PythonDataset([{"actions": tensor, "state": tensor}])
+            assert (episode.actions == GOOD).all() and (episode.state == GOOD).all()
+
+
 GOOD = np.ones((2, 7))
 PICTURES = np.zeros((2, 8, 8, 3), np.uint8)
 WRONG = {
@@ -288,6 +299,7 @@ WRONG = {
     "nan": ({"actions": GOOD * np.nan}, "action of step 0 is not finite"),
     "none within": ({"actions": [[1.0, None]]}, "action of step 0 is not finite"),
     "texts": ({"actions": [["1"] * 7] * 2}, "action is not an array of numbers: it holds <U1"),
+    "complex": ({"actions": GOOD * 1j}, "action is not an array of numbers: it holds complex128"),
     "objects": ({"actions": np.array([{}, {}], dtype=object)}, "action is not an array of numbers"),
     "too large": ({"actions": GOOD * 1e300}, "action of step 0 is not finite"),
     "no dimensions": ({"actions": np.ones((2, 0))}, "its actions have no dimensions"),

@@ -150,6 +150,9 @@ def test_what_cannot_be_one_data_set_is_refused(tmp_path):
     with pytest.raises(ValueError, match="those of the first episode"):
         write_lerobot([make(), make(size=8)], tmp_path / "sizes", fps=10)
     assert not (tmp_path / "sizes" / "meta" / "info.json").exists()
+    both = make(cameras=("front", "observation.images.front"))
+    with pytest.raises(ValueError, match="two of its cameras are one column"):
+        write_lerobot([both], tmp_path / "cameras", fps=10)
     with pytest.raises(ValueError, match="2 names for action"):
         write_lerobot([make()], tmp_path / "names", fps=10, action_names=["x", "y"])
     with pytest.raises(FileExistsError, match="not empty"):

@@ -77,6 +77,10 @@ class LeRobotWriter:
 
     def _shapes(self, episode: Episode) -> dict[str, tuple[int, ...]]:
         cameras = {image_key(camera): frames[0].shape for camera, frames in episode.images.items()}
+        if len(cameras) < len(episode.images):
+            raise ValueError(
+                f"{episode}: two of its cameras are one column in LeRobot ({', '.join(cameras)}): rename one."
+            )
         state = {} if episode.state is None else {"observation.state": episode.state.shape[1:]}
         executed = {} if episode.executed is None else {EXECUTED: episode.executed.shape[1:]}
         return cameras | state | {"action": episode.actions.shape[1:]} | executed
