@@ -257,13 +257,29 @@ def append_result(file: Path, record: EpisodeResult) -> None:
 
 
 def read_results(file: Path) -> list[EpisodeResult]:
-    """Records of a file; a line that a killed run left half written is dropped."""
+    """Records of a file; a line that a killed run left half written, or that was edited into something else, is
+    dropped: its episode runs again."""
     if not file.exists():
         return []
     records = []
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            records.append(EpisodeResult(**json.loads(line)))
+            record = EpisodeResult(**json.loads(line))
         except (json.JSONDecodeError, TypeError):
             continue
+        if _is_whole(record):
+            records.append(record)
     return records
+
+
+def _is_whole(record: EpisodeResult) -> bool:
+    """Whether it holds what an episode writes: "false" would count as a success."""
+    texts = (record.task, record.variation, record.instruction, record.error or "")
+    counts = (record.episode, record.seed, record.steps, record.predictions)
+    measured = [value for value in (record.latency, record.jerk, record.passes) if value is not None]
+    return (
+        all(isinstance(text, str) for text in texts)
+        and all(type(count) is int for count in counts)
+        and isinstance(record.success, bool)
+        and all(type(value) in (int, float) and math.isfinite(value) for value in measured)
+    )

@@ -144,7 +144,9 @@ def start_line(info: ModelInfo, host: str, port: int, key: bool) -> str:
     """Where it listens, for what model, and how to try it."""
     name = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
     address = f"http://{name}:{port}"
-    fields = [f"-F {camera}=@frame.png" for camera in info.cameras] + ["-F instruction='open the drawer'"]
+    fields = [f"-F {shlex.quote(f'{camera}=@frame.png')}" for camera in info.cameras] + [
+        "-F instruction='open the drawer'"
+    ]
     used = info.datasets[info.default_key or next(iter(info.datasets))]
     if used.state_dim is not None:
         fields.append(f"-F state='{[0] * used.state_dim}'")

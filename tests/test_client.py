@@ -33,6 +33,7 @@ from openvla_client import (
     connect_async,
     messages,
 )
+from openvla_client.connection import Address
 from openvla_client.messages import picture, read_info
 from openvla_client.wire import pack, unpack
 from PIL import Image
@@ -175,6 +176,13 @@ def test_several_cameras_are_named():
 def test_addresses_that_are_none(url):
     with pytest.raises(ValueError, match="ws://"):
         connect(url)
+
+
+def test_the_password_of_a_proxy_stands_in_no_message(scheme):
+    with pytest.raises(NotReached) as error:
+        connect(f"{scheme}://me:secret@127.0.0.1:9", timeout=2)
+    assert "secret" not in str(error.value) and f"{scheme}://127.0.0.1:9" in str(error.value)
+    assert "secret" not in repr(Address("ws://robot", "secret"))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Numbers of a report, from records."""
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -108,3 +109,19 @@ def test_files_of_a_report(tmp_path):
 def test_a_report_of_nothing(tmp_path):
     write_report(tmp_path, [record(success=False, error="broken")], {})
     assert "no episode was finished" in (tmp_path / "report.md").read_text()
+
+
+def test_records_that_were_edited_are_none(tmp_path):
+    """Their episodes run again: what is read as a success without being one stands in a report."""
+    good = asdict(record())
+    wrong = [
+        {"success": "false"},
+        {"success": 1},
+        {"steps": "9"},
+        {"latency": float("nan")},
+        {"task": ["close"]},
+        {"seed": None},
+    ]
+    lines = [json.dumps({**good, **change}) for change in ({}, *wrong)] + ["3", "[1]", "null", json.dumps(good)[:30]]
+    (tmp_path / "episodes.jsonl").write_text("\n".join(lines))
+    assert read_results(tmp_path / "episodes.jsonl") == [record()]

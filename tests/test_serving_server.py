@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import socket
 import threading
@@ -351,6 +352,9 @@ def test_the_start_line_of_any_model():
         "-F unnorm_key='a b'"
     )
     assert "127.0.0.1:9" in serving.start_line(info, "0.0.0.0", 9, key=False)
+    odd = ModelInfo("me/robot", datasets, "c", ("the hand's",), 8, (224, 224))
+    words = shlex.split(serving.start_line(odd, "::1", 8000, key=False).partition("try: ")[2])
+    assert words[words.index("-F") + 1] == "the hand's=@frame.png"  # as a shell reads it
 
 
 def test_connections_that_ask_nothing_are_ended():

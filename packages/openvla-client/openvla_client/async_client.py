@@ -71,7 +71,7 @@ class AsyncClient:
     def info(self) -> ServerInfo:
         """What the server said when it was connected last."""
         if self._info is None:
-            raise NotReached(f"{self.address.url} was not reached yet: connect first.")
+            raise NotReached(f"{self.address.shown} was not reached yet: connect first.")
         return self._info
 
     async def connect(self, wait: float = 0.0) -> ServerInfo:
@@ -87,7 +87,7 @@ class AsyncClient:
                     status, body = await get(self._session(), self.address, "/readyz")
                     if status == 503:
                         refused = read_refusal(parsed(body), NOT_READY[0])
-                        said = f"{self.address.url}: {refused} connect(..., wait=60) waits."
+                        said = f"{self.address.shown}: {refused} connect(..., wait=60) waits."
                         raise Refused(said, refused.code, refused.retry_after)
                     self._told = (await self._connected(time.monotonic() + self.settings.timeout)).info
                     return self._told
@@ -117,7 +117,7 @@ class AsyncClient:
             before, self._told = self._told, connection.info
             if before not in (None, connection.info):  # the numbers of its actions may mean something else
                 raise BadAnswer(
-                    f"{self.address.url}: the server was started again with another model, and nothing was asked of "
+                    f"{self.address.shown}: the server was started again with another model, and nothing was asked of "
                     "it. `info` of the client says what it is now: ask again if that is what you want."
                 )
             make = partial(
@@ -182,7 +182,7 @@ class AsyncClient:
             while self._connection is None or self._connection.closed:
                 pause = self._not_before - time.monotonic()
                 if time.monotonic() + pause >= end:
-                    raise NotReached(f"{self.address.url} was not reached in {self._failures} attempts.")
+                    raise NotReached(f"{self.address.shown} was not reached in {self._failures} attempts.")
                 await asyncio.sleep(max(0.0, pause))
                 try:
                     self._connection = await open_connection(self._session(), self.address)
@@ -197,7 +197,7 @@ class AsyncClient:
             return self._connection
 
     def _in_time(self, timeout: float) -> "_InTime":
-        return _InTime(timeout, self.address.url)
+        return _InTime(timeout, self.address.shown)
 
 
 class _InTime:

@@ -5,7 +5,7 @@ A connection on which an answer did not come in time is closed: what comes late 
 
 import asyncio
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ssl import SSLContext
 from typing import Any, Protocol
 from urllib.parse import urlsplit, urlunsplit
@@ -38,7 +38,7 @@ class Address:
     """Where a server is: `ws://` or `wss://` for a WebSocket, `http://` or `https://` for requests."""
 
     url: str
-    key: str | None = None
+    key: str | None = field(default=None, repr=False)
     ssl: SSLContext | None = None
 
     def __post_init__(self) -> None:
@@ -49,6 +49,12 @@ class Address:
         key = "" if self.key is None else self.key
         if self.key is not None and not (isinstance(key, str) and key.strip() and key.isascii() and key.isprintable()):
             raise ValueError("key: it is empty, or no header can hold it; give the OPENVLA_API_KEY of the server.")
+
+    @property
+    def shown(self) -> str:
+        """In messages, which stand in logs: without the password of a proxy."""
+        parts = urlsplit(self.url)
+        return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
     @property
     def websocket(self) -> bool:
@@ -106,7 +112,7 @@ async def get(http: aiohttp.ClientSession, address: Address, path: str) -> tuple
         async with http.get(address.http(path), allow_redirects=False, **address.more) as response:
             return response.status, await _body(response)
     except UNREACHED as error:
-        raise NotReached(f"{address.url}: {_told(error)}; {REMEDY}") from error
+        raise NotReached(f"{address.shown}: {_told(error)}; {REMEDY}") from error
 
 
 class Requests:
@@ -132,7 +138,7 @@ class Requests:
                 packed = response.content_type == MSGPACK
         except UNREACHED as error:
             self.closed = True
-            raise NotReached(f"{self._address.url}: {_told(error)}; {REMEDY}") from error
+            raise NotReached(f"{self._address.shown}: {_told(error)}; {REMEDY}") from error
         return decoded(body) if packed else parsed(body)
 
     async def close(self) -> None:
@@ -162,10 +168,10 @@ class WebSocket:
             remedy = (
                 " Give key=..., or set OPENVLA_API_KEY to that of the server." if error.status in (401, 403) else ""
             )
-            raise read_refusal({"error": f"{address.url}: HTTP status {error.status}.{remedy}"}, said) from error
+            raise read_refusal({"error": f"{address.shown}: HTTP status {error.status}.{remedy}"}, said) from error
         except UNREACHED as error:
-            raise NotReached(f"{address.url}: {_told(error)}; {REMEDY}") from error
-        connection = cls(socket, address.url)
+            raise NotReached(f"{address.shown}: {_told(error)}; {REMEDY}") from error
+        connection = cls(socket, address.shown)
         try:
             connection.info = read_info(await connection._frame())
         except BaseException:
