@@ -57,7 +57,7 @@ def test_captions_are_lines_of_whole_words():
 def test_one_episode_of_each_task_as_films(tmp_path, opengl):
     pytest.importorskip("metaworld", reason="Meta-World needs the [sim] extra")
     options = {"policy": "expert", "size": 64, "progress": False, "workers": 1}
-    records = demo(model="nothing", output=tmp_path, tasks="reach-v3,drawer-close-v3", **options)
+    records = demo(output=tmp_path, tasks="reach-v3,drawer-close-v3", **options)
     assert [(record.task, record.success) for record in records] == [("drawer-close-v3", True), ("reach-v3", True)]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.gif", "drawer-close-v3.mp4", "reach-v3.mp4"]
     with Image.open(tmp_path / "demo.gif") as gif:
