@@ -111,6 +111,9 @@ def _open_image(file: Any, name: str) -> Image.Image:
     """The image in a file or stream, its pixels read."""
     try:
         with Image.open(file) as image:
+            # A film; files of cameras may hold a thumbnail or a second eye (TIFF, MPO) beside the frame.
+            if image.format in ("GIF", "WEBP", "PNG") and getattr(image, "is_animated", False):
+                raise ValueError(f"it holds {image.n_frames} frames, give the one to act on")  # type: ignore[attr-defined]
             image.load()
             return image
     except UNREADABLE as error:
@@ -126,8 +129,8 @@ def load_image(image: Any) -> Image.Image:
 
     Raises:
         FileNotFoundError: If a path does not exist.
-        ValueError: If the pixels cannot be read (damaged or closed file, NaN, no channel axis, out of range, ambiguous,
-            unknown type) or the image is 64 times as long as wide.
+        ValueError: If the pixels cannot be read (damaged or closed file, several frames, NaN, no channel axis, out of
+            range, ambiguous, unknown type) or the image is 64 times as long as wide.
     """
     theirs = isinstance(image, Image.Image)  # who gave it may change or close it later
     if isinstance(image, (str, os.PathLike)):

@@ -70,6 +70,21 @@ def test_truncated_file(photo, tmp_path):
         load_image(tmp_path / "half.png")
 
 
+@pytest.mark.parametrize("form", ["GIF", "WEBP", "PNG"])
+def test_a_film_is_no_frame(photo, tmp_path, form):
+    """The first of its frames is the oldest."""
+    more = {"save_all": True, "append_images": [photo.rotate(90), photo.rotate(180)]}
+    file = tmp_path / f"film.{form.lower()}"
+    photo.save(file, form, **more)
+    for given in (file, file.read_bytes()):
+        with pytest.raises(ValueError, match="holds 3 frames, give the one to act on"):
+            load_image(given)
+    with Image.open(file) as film:
+        film.seek(2)  # one that was chosen
+        seen = np.asarray(film.convert("RGB"))
+        np.testing.assert_array_equal(np.asarray(load_image(film)), seen)
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_rotation(photo, tmp_path, orientation):
     turned = {
