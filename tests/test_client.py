@@ -432,7 +432,7 @@ def test_what_a_caller_gives_is_checked_before_anything_is_asked(given):
 def test_a_guard_commits_fewer_actions_than_an_answer_has():
     with asking(Scripted(metadata(dims=7)), "http") as client:
         with pytest.raises(ValueError, match="commit=2: this model answers 2 actions"):
-            client.guard(commit=2)
+            client.guard(commit=np.int64(2))
         assert client.guard(commit=1).commit == 1
 
 

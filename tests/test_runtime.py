@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import threading
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,17 @@ def test_a_draft_costs_passes_and_changes_nothing(policy):
         assert found.passes == (1 if wrong == 13 else 2)
     policy._draft = np.full((2, 7), 700)
     assert policy.predict(image, "open the drawer", state=STATE).token_ids.tolist() == right.token_ids.tolist()
+
+
+def test_an_episode_begins_after_what_runs_has_ended(policy):
+    """Of another thread: its tokens were the first draft of the new episode."""
+    with policy._lock:  # a prediction
+        resetting = threading.Thread(target=policy.reset)
+        resetting.start()
+        resetting.join(0.05)
+        policy._draft = np.zeros((1, 7), np.int64)
+    resetting.join(10)
+    assert policy._draft is None
 
 
 def test_what_remains_of_a_chunk_is_the_draft(policy):

@@ -9,6 +9,7 @@ from ssl import SSLContext
 from typing import Any, TypeVar
 
 from .async_client import AsyncClient, Settings, read_settings
+from .checks import is_number
 from .connection import Address
 from .errors import BadAnswer, NotReached
 from .guard import Guard
@@ -96,7 +97,7 @@ class Client:
         key, chunk = self.info.key(unnorm_key), self.info.chunk
         dataset = self.info.datasets[key]
         commit = options.get("commit", 0)
-        if isinstance(commit, int) and commit >= chunk:
+        if is_number(commit) and commit >= chunk:
             raise ValueError(
                 f"commit={commit}: this model answers {chunk} actions, of which fewer can be decided before."
             )

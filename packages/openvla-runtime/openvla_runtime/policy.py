@@ -172,8 +172,9 @@ class OnnxPolicy:
     # Acting -----------------------------------------------------------------------------------------------------------
 
     def reset(self) -> None:
-        """An episode begins: forget the last action."""
-        self._draft = None
+        """An episode begins: forget the last action, that of a prediction which runs now as well (it is waited for)."""
+        with self._lock:
+            self._draft = None
 
     def act(
         self,
