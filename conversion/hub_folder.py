@@ -221,7 +221,12 @@ def check_weights(config: OpenVLAConfig, shapes: Mapping[str, tuple[int, ...]], 
 def write_weights(
     folder: Path, tensors: Mapping[str, LazyTensor], dtype: torch.dtype | None, max_shard_size: int | str
 ) -> None:
-    """Write `tensors` as safetensors in `dtype` (None: each as it is); no more than one shard is in memory."""
+    """Write `tensors` as safetensors in `dtype` (None: each as it is); no more than one shard is in memory.
+
+    Raises:
+        ValueError: If one is not finite, or becomes so in its type.
+        OSError: If a file cannot be written.
+    """
     sizes = {
         name: torch.empty(tensor.shape, dtype=tensor.dtype or dtype or tensor.read().dtype, device="meta")
         for name, tensor in tensors.items()
@@ -229,6 +234,12 @@ def write_weights(
     split = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_size)
     for file, names in split.filename_to_tensors.items():
         shard = {name: tensors[name].read().to(sizes[name].dtype, copy=True).contiguous() for name in names}
+        for name, value in shard.items():
+            if value.is_floating_point() and value.element_size() > 1 and not value.isfinite().all():
+                why = "holds NaN or infinite values: it was damaged, or its training diverged"
+                if tensors[name].read().isfinite().all():
+                    why = f"has numbers that {str(value.dtype).removeprefix('torch.')} cannot hold: take bfloat16"
+                raise ValueError(f"{name} {why}.")
         try:
             save_file(shard, folder / file, metadata={"format": "pt"})
         except SafetensorError as error:  # a full disk, mostly

@@ -80,6 +80,8 @@ def convert_oft_checkpoint(
     """
     if dtype is not None:
         check_choice("dtype", dtype, DTYPES)
+    for field in fields:
+        check_choice("field", field, vars(OpenVLAConfig()))
     source, output = model_folder(checkpoint), Path(output)
     oft = find_oft(source, fields.get("action_head"))
     if oft is None:

@@ -401,8 +401,11 @@ def test_the_plan_refuses_an_output_as_the_run_would(tmp_path, monkeypatch):
 
 
 def test_what_is_not_learned_is_said(tmp_path, capsys):
-    finetune(options(tmp_path / "run", strategy="last_layer", steps=1))
-    assert "the training actions are not learned yet" in capsys.readouterr().out
+    """Nor is an evaluation that was asked for and has no frames: of a single episode none is held out."""
+    finetune(options(tmp_path / "run", strategy="last_layer", steps=1, eval_every=1))
+    said = capsys.readouterr().out
+    assert "the training actions are not learned yet" in said
+    assert "nothing is evaluated: no episode is held out (--held-out)" in said
 
 
 def test_muon_orthogonalizes_matrices_and_leaves_the_rest_to_adamw(muon):

@@ -553,6 +553,20 @@ print(json.dumps({"actions": actions.tolist(), "openvla": "openvla" in sys.modul
 """
 
 
+@pytest.mark.parametrize(("value", "message"), [(1e6, "numbers that float16 cannot hold"), (np.nan, "NaN or infinite")])
+def test_weights_that_are_not_finite_are_not_written(value, message, broken, tmp_path):
+    folder = broken("libero-l1")
+    head = next(folder.glob("action_head*"))
+    tensors = torch.load(head, weights_only=True)
+    tensors["module.model.fc2.weight"][0, 0] = value
+    torch.save(tensors, head)
+    with pytest.raises(ValueError, match=f"action_head.fc2.weight .*{message}"):
+        convert_oft_checkpoint(folder, tmp_path / "out", dtype="float16", timm_model_kwargs=TIMM)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="Did you mean 'action_chunk'"):
+        convert_oft_checkpoint(folder, tmp_path / "out", action_chunks=3)
+
+
 @pytest.mark.parametrize("variant", GIVEN)
 def test_converted_it_acts_the_same(saved, variant, tmp_path):
     """And saved again, and packaged; nothing of OFT's layout is left."""

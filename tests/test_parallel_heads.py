@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -212,6 +213,16 @@ def test_an_adapter_without_its_parts_is_refused(adapter, tmp_path):
     (tmp_path / "run" / "added_parts.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="added_parts.safetensors"):
         OpenVLAForActionPrediction.from_pretrained(tmp_path / "run")
+
+
+def test_a_merged_model_that_answers_nan_is_not_written(adapter, tmp_path):
+    run = shutil.copytree(adapter, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    file = run / "added_parts.safetensors"
+    parts = load_file(file)
+    save_file({name: value * np.nan if name.endswith("fc2.weight") else value for name, value in parts.items()}, file)
+    with pytest.raises(ValueError, match="answers with NaN or infinity, so nothing is written"):
+        merge_adapter(run, tmp_path / "merged", base=BASE)
+    assert not (tmp_path / "merged").exists()
 
 
 def test_a_run_with_parts_continues(adapter, tmp_path):

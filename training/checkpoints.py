@@ -1,6 +1,7 @@
 """What a checkpoint holds, and adapters added to their base."""
 
 import json
+import math
 import os
 import shutil
 import warnings
@@ -152,7 +153,8 @@ def merge_adapter(
     Raises:
         FileNotFoundError: If `folder` holds no adapter, its statistics are missing, or its base is not found.
         FileExistsError: If `output` is not empty.
-        ValueError: If the base has other weights than those the adapter was trained on.
+        ValueError: If the base has other weights than those the adapter was trained on, or the merged model answers with
+            numbers that are not finite.
         BlockingIOError: If another process is writing `output`.
     """
     from peft import PeftModel
@@ -184,6 +186,11 @@ def merge_adapter(
         merged = model.merge_and_unload()
         after = _answer(merged, batch)
     difference = ((after - before).abs().max() / before.abs().max()).item()
+    if not math.isfinite(difference):
+        raise ValueError(
+            f"'{folder}' added to '{source}' answers with NaN or infinity, so nothing is written: the weights are "
+            f"damaged, or too large for their type (dtype='{dtype}'; bfloat16 and float32 hold more than float16)."
+        )
     statistics = merged.norm_stats = brought["norm_stats"]
     with new_folder(output) as work:
         card = model_card(output.resolve().name, merged.config, statistics, model_folder=card_folder(source))

@@ -209,6 +209,9 @@ def train(options: FinetuneOptions, arguments: TrainingArguments, resume: bool, 
     with arguments.main_process_first():  # the others find the statistics in the cache
         run = prepare(options, arguments.world_size, data)
     held_out = held_out_frames(run)
+    # Not where it is left to the defaults, and there are too few episodes to hold one out.
+    asked = options.eval_every or (options.eval_every is None and any(source.held_out for source in run.sources))
+    unheard = bool(asked and options.eval_samples and not held_out)
     if not held_out:
         arguments.eval_strategy = IntervalStrategy.NO
     # What the model can do before it has learned anything
@@ -236,6 +239,11 @@ def train(options: FinetuneOptions, arguments: TrainingArguments, resume: bool, 
         tqdm.write(f"{run.describe()}\ntrains    {trainable_parameters(model) / 1e6:.1f}M parameters")
         if scarce:
             tqdm.write(f"warning   {scarce}")
+        if unheard:
+            tqdm.write(
+                "warning   nothing is evaluated: no episode is held out (--held-out), or of those that are the filters "
+                "leave no step"
+            )
         if done == options.steps:
             tqdm.write(f"finished  at step {done}: only the result of '{checkpoint}' is written")
     freeze_unused(model)
