@@ -153,8 +153,8 @@ def merge_adapter(
     Raises:
         FileNotFoundError: If `folder` holds no adapter, its statistics are missing, or its base is not found.
         FileExistsError: If `output` is not empty.
-        ValueError: If the base has other weights than those the adapter was trained on, or the merged model answers with
-            numbers that are not finite.
+        ValueError: If the base has other weights than those the adapter was trained on, or the answers of the merged
+            model are not finite.
         BlockingIOError: If another process is writing `output`.
     """
     from peft import PeftModel
