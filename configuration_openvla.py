@@ -291,7 +291,7 @@ class OpenVLAConfig(transformers.PreTrainedConfig):
             raise ValueError(f"pad_token_id={self.pad_token_id!r}: expected the id of a token.")
         for field in ("image_token_id", "empty_token_id"):
             value = getattr(self, field)
-            if value is not None and not (isinstance(value, int) and 0 <= value < self.text_config.vocab_size):
+            if value is not None and not (type(value) is int and 0 <= value < self.text_config.vocab_size):
                 raise ValueError(
                     f"{field}={value!r} is no id of a vocabulary of {self.text_config.vocab_size} tokens "
                     "(text_config.vocab_size)."

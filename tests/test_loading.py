@@ -459,6 +459,7 @@ def test_statistics_of_a_folder_that_is_saved_to(folder, tmp_path, monkeypatch):
         ({"image_sizes": [224, 224]}, "2 entries for 1 vision tower"),
         ({"image_sizes": [0]}, r"image_sizes=\[0\]"),
         ({"image_token_id": 40000}, "image_token_id=40000 is no id of a vocabulary of 32064"),
+        ({"empty_token_id": True}, "empty_token_id=True is no id of a vocabulary"),
         ({"llm_max_length": 0}, "llm_max_length=0"),
     ],
 )
