@@ -17,6 +17,7 @@ from openvla.data.report import report_statistics
 from openvla.data.sources import open_source
 from openvla.options.datasets import StatsOptions
 from openvla.training import FinetuneOptions, plan_run, preparation
+from openvla.training.checks import check_meaning
 from openvla.training.preparation import Run, num_patches, prepare, proprio_dim, text_tokens
 
 
@@ -131,6 +132,14 @@ def test_a_head_that_stays(tmp_path):
     for given in (None, 1):
         made = prepare(options(tmp_path, model=str(model), prefix_training=given), data=dataset(episode()))
         assert any("--prefix-training 1 keeps it" in warning for warning in made.warnings) is (given is None)
+
+
+def test_places_in_one_dataset_and_changes_in_another():
+    one, other = (open_source(dataset(episode()), name=name, cache=False) for name in ("one", "other"))
+    assert check_meaning([one, other]) == []
+    other.absolute_dims = (0, 2)
+    (warning,) = check_meaning([one, other])
+    assert warning.startswith("x, z: places in other, changes in one (--absolute-dims)")
 
 
 def test_a_chunk_that_is_longer_than_every_episode(tmp_path):

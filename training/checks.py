@@ -24,6 +24,7 @@ __all__ = [
     "check_data",
     "check_head",
     "check_images",
+    "check_meaning",
     "check_relearned",
     "check_result",
     "check_statistics",
@@ -94,6 +95,21 @@ def check_relearned(before: OpenVLAConfig, now: OpenVLAConfig, sources: Sequence
                 f"--mask {','.join('1' * source.action_dim)} keeps its units."
             )
     return found
+
+
+def check_meaning(sources: Sequence[Source]) -> list[str]:
+    """Whether a number of an action is a place in one dataset of a mixture and a change in another, of which image and
+    words tell a model nothing."""
+    absolute = np.array([source.absolute for source in sources])
+    differ = absolute.any(axis=0) & ~absolute.all(axis=0)
+    if not differ.any():
+        return []
+    of_places = [source.name for source, places in zip(sources, absolute) if places[differ].any()]
+    of_changes = [source.name for source, places in zip(sources, absolute) if not places[differ].all()]
+    return [
+        f"{', '.join(np.array(sources[0].names)[differ])}: places in {', '.join(of_places)}, changes in "
+        f"{', '.join(of_changes)} (--absolute-dims), and one model learns both: are they the same motions?"
+    ]
 
 
 def check_chunk(action_chunk: int, sources: Sequence[Source]) -> None:

@@ -30,7 +30,16 @@ from ..hub import config_of
 from ..options.training import FinetuneOptions
 from ..processing_openvla import OpenVLAProcessor
 from .checkpoints import starting_point, starting_processor
-from .checks import check_cameras, check_chunk, check_data, check_head, check_images, check_relearned, check_statistics
+from .checks import (
+    check_cameras,
+    check_chunk,
+    check_data,
+    check_head,
+    check_images,
+    check_meaning,
+    check_relearned,
+    check_statistics,
+)
 from .resume import check_output
 from .step_cost import usual_text
 
@@ -103,6 +112,7 @@ class Run:
             before = (self.config.norm_stats or {}).get(source.name)
             if before:
                 found += check_statistics(source.name, before["action"], source.statistics["action"], source.names)
+        found += check_meaning(self.sources)
         if not torch.cuda.is_available() and (reason := emulated("cpu", torch.bfloat16)):
             found += [f"--precision bf16: {reason}."] if computing_precision(self.options) == "bf16" else []
             found += [f"--optimizer muon: {reason}, as it does."] if self.options.optimizer == "muon" else []
