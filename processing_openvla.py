@@ -270,6 +270,20 @@ class OpenVLAProcessor(ProcessorMixin):
         end = self.tokenizer.vocab_size
         return spell_action_tokens(ids, range(end - self.n_action_tokens, end), self.tokenizer.backend_tokenizer)
 
+    def _warn_of_other_prompts(self, texts: Iterable[str]) -> None:
+        """Say that texts that go with an image are not in the form of a prompt: a model acts on any words."""
+        form = self.prompt_template or PROMPT_TEMPLATES["openvla"]
+        before, after, *_ = form.split("{instruction}")
+        for text in texts:
+            rest = text.removeprefix(before)
+            said = rest[: rest.find(after)] if after else rest
+            if not (text.startswith(before) and after in rest and has_words(said)):
+                warnings.warn(
+                    f"{text!r:.200} is no prompt of this model, which was trained on {form!r}: make it with "
+                    "processor.format_prompt(instruction), or the action may be any.",
+                    stacklevel=3,
+                )
+
     def pixel_values(self, images: Any, **options: Any) -> Any:
         """(N, cameras * 3 * towers, height, width) of images as `__call__` takes them; `options` are those of the image
         processor."""
@@ -317,6 +331,8 @@ class OpenVLAProcessor(ProcessorMixin):
             if chosen is not None:
                 merged["text_kwargs"]["split_special_tokens"] = chosen
             data.update(self._tokenize(text, **merged["text_kwargs"]))
+            if images is not None:
+                self._warn_of_other_prompts([text] if isinstance(text, str) else text)
         if images is not None:
             data["pixel_values"] = self.pixel_values(images, **merged["images_kwargs"])
             prompts = None if text is None else 1 if isinstance(text, str) else len(text)

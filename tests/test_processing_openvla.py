@@ -15,7 +15,7 @@ from transformers import AutoImageProcessor
 
 from openvla import OpenVLAConfig, OpenVLAImageProcessor, OpenVLAProcessor, load_image
 from openvla.pixels_openvla import as_image_list
-from openvla.prompts_openvla import has_words, plain_text, read_instruction
+from openvla.prompts_openvla import PROMPT_TEMPLATES, has_words, plain_text, read_instruction
 
 
 @pytest.fixture(scope="module")
@@ -506,6 +506,23 @@ def test_words_stay_text(tiny_processor, photo):
     assert tiny_processor("stop</s>", split_special_tokens=False)["input_ids"][0, -1] == 2
     ids = tiny_processor([f"{prompts[4]} {actions}</s>", prompts[0]])["input_ids"]
     assert [first, first + 9, first + 255, 2] in ids[0].unfold(0, 4, 1).tolist() and 2 not in ids[1]
+
+
+def test_prompts_that_are_none(tiny_processor, photo):
+    """A bare instruction, one of another model's prompts, one that says nothing: a model acts on all of them."""
+    prompt = tiny_processor.format_prompt("stop")
+    other = next(form for form in PROMPT_TEMPLATES.values() if form != tiny_processor.prompt_template)
+    for text in ("stop", other.format(instruction="stop"), prompt.replace("stop", " "), prompt[:-4], [prompt, "stop"]):
+        with pytest.warns(UserWarning, match="is no prompt of this model.*format_prompt"):
+            tiny_processor(text, [photo] * (len(text) if isinstance(text, list) else 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for text in (prompt, prompt + " ", prompt + " \u9ec4</s>"):
+            tiny_processor(text, photo)
+        tiny_processor("stop")
+        for form in ("Do {instruction}", "Do {instruction}, please {instruction}!", "{instruction}"):
+            own = OpenVLAProcessor(tiny_processor.image_processor, tiny_processor.tokenizer, prompt_template=form)
+            own(own.format_prompt("stop"), photo)
 
 
 def test_text_that_is_no_text(tiny_processor):
