@@ -66,3 +66,15 @@ def test_first_steps_of_chunks_and_those_after_them():
     assert "action_l1_next" not in metrics.compute()
     metrics.update(torch.tensor(1.0), Comparison(predicted[:, :1], wanted[:, :1]), scale)
     assert not {"action_l1_current", "action_l1_next"} & metrics.compute().keys()
+
+
+def test_rows_that_were_decided_count_in_no_mean():
+    """With given steps at the end of an episode: 0 was counted for them, and the L1 of the log was too small."""
+    wanted, decided = torch.zeros(2, 3, 1), torch.tensor([[True, True, False], [False, False, False]])
+    is_pad = torch.tensor([[False, False, True], [False, False, False]])
+    metrics = ActionMetrics(1)
+    metrics.update(
+        torch.tensor(4.0), Comparison(wanted + 0.5, wanted, decided=decided), torch.full((2, 1), 2.0), is_pad
+    )
+    found = metrics.compute(["x"])
+    assert (found["loss"], found["action_l1"], found["l1/x"], found["l1_normalized/x"]) == (4.0, 0.5, 1.0, 0.5)

@@ -38,9 +38,11 @@ class ActionMetrics:
         self._has_tokens, self._has_chunks = actions.correct is not None, actions.wanted.shape[1] > 1
         correct = torch.zeros_like(distance) if actions.correct is None else _mean(actions.correct, is_pad)
         rows = torch.ones((), dtype=torch.float64, device=loss.device) * len(distance)
+        # Where all that is recorded was decided already, nothing was predicted: such a row is none of the means below.
+        predicted = rows if is_pad is None else (~is_pad).any(dim=1).sum().to(rows)
         new = torch.cat(
             [
-                torch.stack([rows, loss.detach().to(torch.float64) * rows]),
+                torch.stack([rows, loss.detach().to(torch.float64) * rows, predicted]),
                 correct.sum(0),
                 distance.sum(0),
                 (distance * scale).sum(0),
@@ -63,12 +65,10 @@ class ActionMetrics:
                 torch.distributed.all_reduce(sums)
         if sums is None:
             return {}
-        values = (sums[1:] / sums[0]).tolist()
+        loss = (sums[1] / sums[0]).item()
+        values = (sums[3:] / sums[2].clamp(min=1)).tolist()
         *_, first, first_share, following, share = values
-        loss, (correct, distance, units) = (
-            values[0],
-            (values[1 + part * self.action_dim : 1 + (part + 1) * self.action_dim] for part in range(3)),
-        )
+        correct, distance, units = (values[part * self.action_dim : (part + 1) * self.action_dim] for part in range(3))
         names = names or action_names(self.action_dim)
         return {
             "loss": loss,
@@ -96,4 +96,4 @@ def _mean(values: torch.Tensor, is_pad: torch.Tensor | None) -> torch.Tensor:
     if is_pad is None:
         return values.mean(dim=1)
     real = (~is_pad)[..., None].to(torch.float64)
-    return (values * real).sum(dim=1) / real.sum(dim=1).clamp(min=1)  # a row of which nothing counts is 0
+    return (values * real).sum(dim=1) / real.sum(dim=1).clamp(min=1)  # 0 of a row of which nothing counts
