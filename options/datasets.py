@@ -81,12 +81,14 @@ class DatasetOptions(HDF5Options, LeRobotOptions):
         None,
         "Dimensions that are grippers, counted from 0: 6, or 6,13 of two arms, or none. Default: those with such a "
         "name, else the last where it looks like one.",
+        listed=True,
     )
     absolute_dims: str | None = option(
         None,
         "Dimensions that are places and not changes, counted from 0: 0,1,2, or all, as of joint positions. They are "
         "kept where a robot waits, or a chunk ends with standstill (--chunk-end still). Default: grippers, and what is "
         "not scaled.",
+        listed=True,
     )
     frame: str | None = option(None, "Frame of the actions, in words: base, end effector. For card and predictions.")
     unit: str | None = option(None, "Unit of the actions, in words: metres and radians. For card and predictions.")
@@ -95,6 +97,7 @@ class DatasetOptions(HDF5Options, LeRobotOptions):
         None,
         "Which dimensions of an action are scaled by q01 and q99, 1 or 0 for each: 1,1,1,1,1,1,0. Default: all but "
         "grippers in [0, 1].",
+        listed=True,
     )
     standardize: str = option(
         "auto",

@@ -30,6 +30,7 @@ def option(
     above: float | None = None,
     below: float | None = None,
     neutral: bool = False,
+    listed: bool = False,
     flag: str | None = None,
     shown: str | None = None,
 ) -> Any:
@@ -38,10 +39,11 @@ def option(
     Args:
         least, above, below: Limits of a number; NaN and infinity are refused where there is one.
         neutral: Changes nothing in the result (where it is written, how fast): a run that continues may change it.
+        listed: A text of numbers with commas between them; Python may give a number or a list.
         flag: Name on the command line, where it is not that of the field; one that begins with "--" has no "--no-".
         shown: What --help says in place of the default.
     """
-    about = {"help": text, "least": least, "above": above, "below": below, "neutral": neutral}
+    about = {"help": text, "least": least, "above": above, "below": below, "neutral": neutral, "listed": listed}
     return field(default=default, metadata=about | {"flag": flag, "shown": shown})
 
 
@@ -122,7 +124,8 @@ def _check_kind(item: Any, value: Any) -> None:
     """Raise a `ValueError` for what is no text or path, or neither true nor false: "false" would count as true."""
     several = get_origin(item.type) in (Union, types.UnionType)
     kinds = set(get_args(item.type)) - {type(None)} if several else {item.type}
-    if kinds <= {str, Path} and not isinstance(value, (str, os.PathLike)):
+    text = (str, os.PathLike, int, list, tuple) if item.metadata.get("listed") else (str, os.PathLike)
+    if kinds <= {str, Path} and not isinstance(value, text):
         raise ValueError(f"{item.name}={value!r:.100}: expected a text.")
     if kinds == {bool} and not isinstance(value, bool):
         raise ValueError(f"{item.name}={value!r:.100}: expected true or false.")

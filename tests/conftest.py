@@ -106,7 +106,8 @@ def tiny_processor(tiny_checkpoint):
 
 @pytest.fixture(scope="session")
 def small_policy(tmp_path_factory):
-    """Folder of the embedded policy in small, with random weights: two blocks of everything, of width 32."""
+    """Folder of the embedded policy in small: two blocks of everything, of width 32. Its random weights are so large
+    that what it sees and reads decides its tokens."""
     import torch
 
     from openvla import OpenVLAConfig, OpenVLAForActionPrediction, OpenVLAProcessor
@@ -117,7 +118,11 @@ def small_policy(tmp_path_factory):
     config.timm_model_kwargs = [{**tower, **sizes} for tower in config.timm_model_kwargs]
     config.text_config.update({"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8})
     torch.manual_seed(0)
-    OpenVLAForActionPrediction(config).save_pretrained(folder)
+    model = OpenVLAForActionPrediction(config)
+    for parameter in model.language_model.parameters():
+        if parameter.ndim > 1:
+            parameter.data *= 6
+    model.save_pretrained(folder)
     OpenVLAProcessor.from_pretrained(root).save_pretrained(folder)
     return folder
 

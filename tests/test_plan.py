@@ -152,7 +152,7 @@ def test_ranks_share_under_fsdp_and_not_under_ddp(config):
 def test_activations_and_flops_grow_with_the_batch(config):
     small, large = (estimate(config, "full", batch_size=size, precision="float32") for size in (2, 4))
     assert large.activations == pytest.approx(2 * small.activations, rel=2e-3)  # some kilobytes depend on no sample
-    assert large.flops_per_sample == pytest.approx(small.flops_per_sample)
+    assert large.flops_per_sample == pytest.approx(small.flops_per_sample, rel=1e-5)
     assert (large.weights, large.gradients) == (small.weights, small.gradients)
 
 

@@ -77,6 +77,8 @@ def load_model(run: Run, autocast: bool, checkpoint: Path | None = None) -> Any:
         model.load_parts(adapter, read_belongings(adapter).get("model", {}))
         if learns_itself:  # of an earlier run: it becomes part of the weights
             model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+            if hasattr(model, "peft_config"):  # older PEFT (0.18) leaves it, and would miss what is replaced now
+                del model.peft_config
     model.add_parts(**fields)
     if checkpoint is not None and not learns_itself:
         model.load_parts(checkpoint, fields)
