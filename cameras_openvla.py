@@ -70,13 +70,17 @@ def view_of(name: str) -> str:
     return OF_OFT.get(name, name)
 
 
-def find_cameras(names: Collection[str], views: Sequence[str]) -> list[str]:
+def find_cameras(names: Collection[str], views: Sequence[str], *, ordered: bool = True) -> list[str]:
     """Which of the cameras `names` each of `views` is, in the order of `views`.
 
     A name that is there is itself. Otherwise "primary" is the first camera in colour that is not on an arm (the first
     of all where there is no other), "secondary" the second, "wrist" the first on an arm, "left_wrist" and "right_wrist"
     the first on an arm that says so. Names of OpenVLA-OFT ("full_image") are such views as well. A camera that has the
     name of another view is not taken, alone or not: a model that sees the wrong camera still gives an action.
+
+    Args:
+        ordered: Whether the order of `names` means something, as that of a data set or a simulator. In images that are
+            given for one prediction it does not: a view that may be either of two cameras is refused.
 
     Raises:
         ValueError: If there is no such camera, or two views are one camera; lists what there is.
@@ -97,6 +101,11 @@ def find_cameras(names: Collection[str], views: Sequence[str]) -> list[str]:
         }.get(meant, [])
         candidates = [name for name in candidates if view_of(name) not in VIEWS or view_of(name) == meant]
         camera = view if view in names else next(iter(candidates), None)
+        if camera != view and not ordered and len(candidates) > 1:
+            raise ValueError(
+                f"The view '{view}' of the model may be {' or '.join(candidates)}: give its image as '{view}', or "
+                "leave out what the model does not see."
+            )
         if camera is None or camera in found:
             problem = f"no camera for the view '{view}'" if camera is None else f"'{camera}' alone for two views"
             raise ValueError(

@@ -203,8 +203,8 @@ def camera_images(images: Any, camera_names: Sequence[str]) -> list[list[Any]]:
     """Images of samples, those of the cameras that a model sees in its order; see `OpenVLAProcessor.__call__`.
 
     Raises:
-        ValueError: If a camera is missing or shows several images, or an image does not say which camera it is of and
-            the model sees several.
+        ValueError: If a camera is missing or shows several images, may be either of two, or an image does not say which
+            camera it is of and the model sees several.
     """
     samples = []
     for entry in as_image_list(images):
@@ -215,7 +215,8 @@ def camera_images(images: Any, camera_names: Sequence[str]) -> list[list[Any]]:
                 raise ValueError(
                     f"Images are given by the names of their cameras, got {list(entry)}: {{camera: image}}."
                 )
-            samples.append([_single(name, entry[name]) for name in find_cameras(list(entry), camera_names)])
+            found = find_cameras(list(entry), camera_names, ordered=False)
+            samples.append([_single(name, entry[name]) for name in found])
         elif len(camera_names) > 1:
             raise ValueError(
                 f"The model sees {', '.join(camera_names)}: give {{camera: image}} with one of each, not one image."

@@ -12,6 +12,7 @@ import numpy as np
 
 from .action_spec import spec_of
 from .action_tokenizer import check_state_of_one, resolve_unnorm_key, units_of, unnormalize_actions
+from .cameras_openvla import find_cameras
 from .choices_openvla import check_choice
 from .device import emulated
 from .extras import require
@@ -245,16 +246,18 @@ class OpenVLAPolicy(Policy):
         return tokens[np.minimum(np.arange(len(tokens)) + executed, len(tokens) - 1)]
 
     def _images(self, observation: Observation) -> Mapping[str, np.ndarray]:
-        """What the model takes its cameras from; only that of `camera` where one was given."""
+        """Images by the names that the model has for its cameras; only that of `camera` where one was given."""
         images = observation.images
         if self.camera is not None and self.camera not in images:
             raise ValueError(f"No camera '{self.camera}' in the observation; there are {', '.join(images)}.")
         if not images:
             raise ValueError("The observation holds no image: OpenVLA acts on what it sees.")
-        if self.camera is None:
+        seen = getattr(self.model, "camera_names", None)
+        if self.camera is not None:  # chosen, so that it is what the model sees, whatever its name
+            return {seen[0] if seen and len(seen) == 1 else self.camera: images[self.camera]}
+        if seen is None:
             return images
-        seen = getattr(self.model, "camera_names", [])  # chosen, so that it is what the model sees, whatever its name
-        return {seen[0] if len(seen) == 1 else self.camera: images[self.camera]}
+        return {view: images[camera] for view, camera in zip(seen, find_cameras(list(images), seen))}
 
 
 def load_model(

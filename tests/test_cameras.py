@@ -77,6 +77,19 @@ def test_views_that_are_not_there(names, views, message):
         find_cameras(names, views)
 
 
+def test_one_of_two_views_that_nobody_named(tiny_model, tiny_processor):
+    """The first of a dict was taken, and another order of its entries was another camera."""
+    left, right = np.random.default_rng(0).integers(0, 256, (2, 48, 48, 3), dtype=np.uint8)
+    with pytest.raises(ValueError, match="The view 'primary' of the model may be left or right: give its image as"):
+        tiny_model.predict_action({"left": left, "right": right}, "go", unnorm_key="bridge_orig")
+    with pytest.raises(ValueError, match="'primary' of the model may be front or side"):
+        find_cameras(["front", "side"], ["primary", "secondary"], ordered=False)
+    named = tiny_model.predict_action({"right": right, "primary": left}, "go", unnorm_key="bridge_orig")
+    policy = OpenVLAPolicy(tiny_model, unnorm_key="bridge_orig")  # a simulator's first camera is the scene
+    seen = policy.act([Observation({"left": left, "right": right}, np.zeros(0, np.float32), "go")])
+    np.testing.assert_array_equal(np.ravel(seen), named)
+
+
 @pytest.mark.parametrize("names", ["primary", [], [1], ["a", "a"], [""]])
 def test_camera_names_of_a_config(names):
     with pytest.raises(ValueError, match="camera_names="):
