@@ -1,5 +1,6 @@
 """How long one action takes, by stage, against what the hardware allows and against other ways to it."""
 
+import math
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -179,8 +180,8 @@ def _figures(
         if name != "total":  # where drafts are right there are no passes of decoding
             stages[name] = quantiles([found.get(name, 0.0) for found in watched])
             parts = [work[part] for part in together.get(name, [name]) if part in work]
-            if sum(part["gbyte"] for part in parts) and stages[name]["min_ms"]:
-                all_of = {unit: sum(part[unit] for part in parts) for unit in ("gflop", "gbyte")}
+            all_of = {unit: sum(part[unit] for part in parts) for unit in ("gflop", "gbyte")}
+            if all_of["gbyte"] and math.isfinite(all_of["gflop"]) and stages[name]["min_ms"]:
                 limit = sum(limit_ms(part, rates) for part in parts)
                 stages[name] |= {**all_of, "limit_ms": limit, "share": limit / stages[name]["min_ms"]}
     if stages:

@@ -26,8 +26,10 @@ def plot(report: dict[str, Any], path: Path) -> None:
             axes.barh(place, width, left=left, color=COLORS[stage], label=label)
             left += width
             named.add(stage)
-        limit = sum(found.get("limit_ms", 0.0) for found in row["stages"].values())
-        if limit:
+        # Some stages have no weights; of quantized ones none is known, and what is left would be no limit of the whole.
+        of_weights = [row["stages"][stage] for stage in ("vision", "prefill", "decode", "answer") if parts.get(stage)]
+        limit = sum(found.get("limit_ms", 0.0) for found in of_weights)
+        if limit and all("limit_ms" in found for found in of_weights):
             label = None if "limit" in named else "limit of the hardware"
             axes.plot([limit, limit], [place - 0.4, place + 0.4], color="black", linewidth=2, label=label)
             named.add("limit")

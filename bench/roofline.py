@@ -1,6 +1,7 @@
 """What the hardware allows: no stage is faster than its products at the measured rate of products of matrices, or than
 its weights at the measured rate of the memory."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,18 +43,22 @@ def _best(device: torch.device, run: Callable[[], Any]) -> float:
 
 
 def count_work(model: Any, predict: Callable[[], Any]) -> dict[str, dict[str, float]]:
-    """{stage: {"gflop", "gbyte"}} of one prediction: products and attention as torch counts them (products of quantized
-    weights are not among them), and the weights that every pass reads, without what activations and caches take."""
+    """{stage: {"gflop", "gbyte"}} of one prediction: products and attention as torch counts them (NaN where weights are
+    quantized, whose products it does not know, and which are not as fast as `machine_rates` has them), and the weights
+    that every pass reads, without what activations and caches take."""
     work: dict[str, dict[str, float]] = {}
-    weights = {"vision": _bytes(model.vision_backbone, model.projector)}
-    weights["prefill"] = weights["decode"] = _bytes(model.get_decoder()) - _bytes(model.get_input_embeddings())
+    seeing, decoder = (model.vision_backbone, model.projector), model.get_decoder()
+    weights = {"vision": _bytes(*seeing)}
+    weights["prefill"] = weights["decode"] = _bytes(decoder) - _bytes(model.get_input_embeddings())
+    unknown = {"vision"} if _is_quantized(*seeing) else set()
+    unknown |= {"prefill", "decode"} if _is_quantized(decoder) else set()
 
     @contextmanager
     def watcher(name: str) -> Iterator[None]:
         with FlopCounterMode(display=False) as counter:
             yield
         found = work.setdefault(name, {"gflop": 0.0, "gbyte": 0.0})
-        found["gflop"] += counter.get_total_flops() / 1e9
+        found["gflop"] += math.nan if name in unknown else counter.get_total_flops() / 1e9
         found["gbyte"] += weights.get(name, 0) / 1e9
 
     with watch_stages(watcher):
@@ -64,6 +69,15 @@ def count_work(model: Any, predict: Callable[[], Any]) -> dict[str, dict[str, fl
 def _bytes(*modules: nn.Module) -> int:
     tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
     return sum(tensor.nbytes for tensor in tensors)
+
+
+def _is_quantized(*modules: nn.Module) -> bool:
+    """Whether weights are whole numbers, or floats of a byte."""
+    weights = [getattr(layer, "weight", None) for module in modules for layer in module.modules()]
+    return any(
+        isinstance(weight, torch.Tensor) and not (weight.is_floating_point() and weight.element_size() > 1)
+        for weight in weights
+    )
 
 
 def limit_ms(work: dict[str, float], rates: dict[str, float]) -> float:

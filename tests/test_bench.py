@@ -21,6 +21,7 @@ from openvla.bench.subject import _value, frames_of, numbers, open_subject
 from openvla.int8_linear_openvla import Int8Linear
 from openvla.options.benchmark import BenchOptions
 from openvla.policy import load_model
+from openvla.quantization_openvla import OpenVLAQuantizationConfig, quantize_linears
 from openvla.stages_openvla import STAGES, stage, watch_stages
 
 
@@ -105,6 +106,12 @@ def test_work_is_what_the_layers_multiply():
     assert work["decode"]["gflop"] == pytest.approx(6 * one_token, rel=0.05)  # the rest is attention
     assert work["prefill"]["gflop"] > 20 * one_token and work["vision"]["gflop"] > work["prefill"]["gflop"] / 5
     assert 5.5 < work["decode"]["gbyte"] / work["prefill"]["gbyte"] < 6.5
+    quantize_linears(model, OpenVLAQuantizationConfig(8))
+    known = count_work(model, lambda: model.predict_action(np.zeros((64, 64, 3), np.uint8), "open the drawer"))
+    assert {name: np.isfinite(part["gflop"]) for name, part in known.items() if part["gbyte"]} == {
+        "vision": True, "prefill": False, "decode": False
+    }  # fmt: skip
+    assert known["vision"] == work["vision"]
     assert limit_ms({"gflop": 1.0, "gbyte": 0.0}, {"gflops": 100.0, "gbytes": 10.0}) == 10.0
     assert limit_ms({"gflop": 0.0, "gbyte": 1.0}, {"gflops": 100.0, "gbytes": 10.0}) == 100.0
 
