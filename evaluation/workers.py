@@ -68,7 +68,7 @@ class EnvironmentProcess:
         """Call a method of the environment; starts the process where there is none.
 
         Raises:
-            EnvironmentFailure: If the process is gone.
+            EnvironmentFailure: If the process died.
         """
         if self._process is None:
             # Forked from a clean server: no threads, devices or graphics of this process, and nothing imported twice.
@@ -81,8 +81,7 @@ class EnvironmentProcess:
         try:
             self._connection.send((method, arguments))
         except OSError as error:
-            self.stop()
-            raise EnvironmentFailure(f"the process of the environment is gone: {error}") from error
+            raise self._died() from error
 
     def answer(self) -> Any:
         """What the last `ask` gave.
@@ -96,10 +95,7 @@ class EnvironmentProcess:
                 raise EnvironmentFailure(f"no answer in {self.timeout:g} s")
             done, result = self._connection.recv()
         except (EOFError, OSError) as error:
-            self._process.join(timeout=1)
-            code = self._process.exitcode
-            self.stop()
-            raise EnvironmentFailure(f"the process of the environment died (exit code {code})") from error
+            raise self._died() from error
         except EnvironmentFailure:
             self.stop()
             raise
@@ -107,6 +103,12 @@ class EnvironmentProcess:
             self.stop()
             raise EnvironmentFailure(result)
         return result
+
+    def _died(self) -> EnvironmentFailure:
+        self._process.join(timeout=1)
+        code = self._process.exitcode
+        self.stop()
+        return EnvironmentFailure(f"the process of the environment died (exit code {code})")
 
     def stop(self) -> None:
         """End the process, if there is one."""

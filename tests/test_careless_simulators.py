@@ -83,12 +83,15 @@ def test_it_breaks_its_episode_and_no_other(tmp_path, capfd):
         record_episode(Gymnasium(), "left", 1)
 
 
-def test_a_worker_that_is_interrupted_ends_without_a_word(capfd):
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_worker_that_is_interrupted_ends_without_a_word(gone, capfd):
     """Ctrl-C reaches all processes of a terminal; the one that asked says that it was stopped."""
     process = EnvironmentProcess(Seeing)
     process.ask("instructions", "open/it")
     process.answer()
     os.kill(process._process.pid, signal.SIGINT)
+    if gone:
+        process._process.join(10)
     with pytest.raises(EnvironmentFailure, match="died .exit code -2"):
         process.ask("instructions", "open/it")
         process.answer()
