@@ -87,6 +87,8 @@ class OpenVLAProcessor(ProcessorMixin):
         given: dict[str, Any] = {
             key: kwargs.pop(key) for key in ("action_head", "base", "camera_names") if key in kwargs
         }
+        # Of the model, by whoever gives both the same options: as fields they could not be saved.
+        kwargs = {key: value for key, value in kwargs.items() if key not in ("dtype", "torch_dtype")}
         folder = local_folder(name)
         if folder is not None:
             folder /= kwargs.get("subfolder") or ""

@@ -636,6 +636,14 @@ def test_fields_that_are_given_are_checked():
             OpenVLAProcessor.from_pretrained(TINY[1].folder, **{name: value})
 
 
+@pytest.mark.parametrize("given", [{"torch_dtype": torch.bfloat16}, {"dtype": torch.float32}])
+def test_options_of_a_model_do_not_keep_a_processor_from_being_saved(given, tmp_path):
+    TINY[1].processor().save_pretrained(tmp_path / "own")
+    OpenVLAProcessor.from_pretrained(tmp_path / "own", **given).save_pretrained(tmp_path / "again")
+    for file in (tmp_path / "own").iterdir():
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
+
+
 def test_an_image_processor_that_is_saved_by_itself_counts(tmp_path):
     """In the published layout as well as in today's, where processor_config.json is looked at first."""
     TINY[1].processor().save_pretrained(tmp_path)

@@ -92,7 +92,7 @@ def check_relearned(before: OpenVLAConfig, now: OpenVLAConfig, sources: Sequence
             found.append(
                 f"{source.name}: of all actions of {source.action_dim} numbers that the model has learned all are "
                 f"scaled to [-1, 1], as OpenVLA-OFT does for ALOHA, and of this {', '.join(kept)} stay as recorded: "
-                f"--mask {','.join('1' * source.action_dim)} keeps its units."
+                f"--mask {','.join('1' * source.action_dim)} (of --statistics: their mask) keeps its units."
             )
     return found
 
