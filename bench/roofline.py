@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..device import synchronize
+from ..quantized_linear_openvla import is_rounded
 from ..stages_openvla import watch_stages
 
 
@@ -50,8 +51,8 @@ def count_work(model: Any, predict: Callable[[], Any]) -> dict[str, dict[str, fl
     seeing, decoder = (model.vision_backbone, model.projector), model.get_decoder()
     weights = {"vision": _bytes(*seeing)}
     weights["prefill"] = weights["decode"] = _bytes(decoder) - _bytes(model.get_input_embeddings())
-    unknown = {"vision"} if _is_quantized(*seeing) else set()
-    unknown |= {"prefill", "decode"} if _is_quantized(decoder) else set()
+    unknown = {"vision"} if any(is_rounded(weight) for part in seeing for weight in part.parameters()) else set()
+    unknown |= {"prefill", "decode"} if any(map(is_rounded, decoder.parameters())) else set()
 
     @contextmanager
     def watcher(name: str) -> Iterator[None]:
@@ -69,15 +70,6 @@ def count_work(model: Any, predict: Callable[[], Any]) -> dict[str, dict[str, fl
 def _bytes(*modules: nn.Module) -> int:
     tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
     return sum(tensor.nbytes for tensor in tensors)
-
-
-def _is_quantized(*modules: nn.Module) -> bool:
-    """Whether weights are whole numbers, or floats of a byte."""
-    weights = [getattr(layer, "weight", None) for module in modules for layer in module.modules()]
-    return any(
-        isinstance(weight, torch.Tensor) and not (weight.is_floating_point() and weight.element_size() > 1)
-        for weight in weights
-    )
 
 
 def limit_ms(work: dict[str, float], rates: dict[str, float]) -> float:

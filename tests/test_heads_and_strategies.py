@@ -111,7 +111,7 @@ def test_strategies_with_heads(strategy, head, small_policy, tmp_path, monkeypat
     assert found.shape == (2, CHUNK, 7)
     # On a CPU with AVX-512 for bfloat16 bitsandbytes packs weights when they first run without gradients, and its
     # products round otherwise from then on.
-    np.testing.assert_allclose(found, Watched.actions, atol=1e-2 if strategy == "qlora" else 1e-6)
+    np.testing.assert_allclose(found, Watched.actions, atol=5e-3 if strategy == "qlora" else 1e-6)
 
 
 def test_every_strategy_and_head_is_tested():

@@ -4,6 +4,7 @@ import copy
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from processes import run
 
@@ -109,7 +110,8 @@ def test_gradient_checkpointing_keeps_what_a_real_run_keeps(config):
     checkpoint_activations(model)
     block = run_step(build(config, "full", "float32"), config, BATCH, TOKENS).largest_block
     assert plan.activations == real_saved_bytes(model, config, autocast=False) + block
-    assert plan.activations < 0.95 * whole.activations  # 0.75, where timm keeps nothing of towers (1.0.9 does)
+    # timm 1.0.9 keeps what towers compute all the same.
+    assert plan.activations < (0.95 if timm.__version__ == "1.0.9" else 0.8) * whole.activations
     assert plan.flops_per_sample == whole.flops_per_sample
 
 
@@ -152,7 +154,7 @@ def test_ranks_share_under_fsdp_and_not_under_ddp(config):
 def test_activations_and_flops_grow_with_the_batch(config):
     small, large = (estimate(config, "full", batch_size=size, precision="float32") for size in (2, 4))
     assert large.activations == pytest.approx(2 * small.activations, rel=2e-3)  # some kilobytes depend on no sample
-    assert large.flops_per_sample == pytest.approx(small.flops_per_sample, rel=1e-5)
+    assert large.flops_per_sample == pytest.approx(small.flops_per_sample, rel=2e-6)  # 1.8e-6 in torch 2.6
     assert (large.weights, large.gradients) == (small.weights, small.gradients)
 
 
