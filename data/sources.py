@@ -31,8 +31,8 @@ def open_sources(
     Args:
         specification: Path of one dataset of any format; an object with `__len__` and `__getitem__`; the name of an
             Open-X mixture or of a dataset, or "bridge_orig:1.0,kuka:0.5", whose names are folders under `data_root`; or
-            a YAML file of `name: weight` or `name: {path: ..., weight: ..., options of open_source}`. What exists as a
-            path is a path.
+            a YAML file of `name: weight` or `name: {path: ..., weight: ..., options of open_source}`, in which
+            `statistics` may be the name of another entry, for the same units. What exists as a path is a path.
         data_root: Folder of the datasets. Default: beside the YAML file, else the working directory.
         options: Of `open_source`, for each; those of an entry win.
 
@@ -100,6 +100,8 @@ def _located(text: str, root: Path | None) -> list[tuple[str, Path, dict[str, An
         relative = Path(given).expanduser()
         places = [base / relative for base in ((root, beside) if root else (beside,))]
         there = [place for place in places if os.path.exists(place)]
+        if isinstance(entry.get("statistics"), str) and os.path.isfile(own := beside / entry["statistics"]):
+            entry["statistics"] = str(own)
         located.append((name, there[0] if there else places[0], entry))
     return located
 
@@ -123,11 +125,14 @@ def _open_mixture(text: str, root: Path | None, options: dict[str, Any]) -> list
         what = repr((place.resolve(), sorted((key, str(value)) for key, value in entry.items() if key not in OF_ENTRY)))
         if (other := read.setdefault(what, name)) != name:
             raise ValueError(f"'{other}' and '{name}' in '{text}' are one dataset ({place}): give it once, one weight.")
-    sources: list[Source] = []
-    for name, location, entry in located:
-        named = {"name": None if len(Path(name).parts) > 1 else name}
+    lenders = _lenders(text, located)
+    opened: dict[str, Source] = {}
+    for name, location, entry in sorted(located, key=lambda each: each[0] in lenders):  # lenders first
+        named: dict[str, Any] = {"name": None if len(Path(name).parts) > 1 else name}
+        if name in lenders:
+            entry = entry | {"statistics": _lent(text, name, opened.get(lenders[name]), lenders[name])}
         try:
-            sources.append(open_source(location, **{**options, **named, **entry}))
+            opened[name] = open_source(location, **{**options, **named, **entry})
         except UntrainableError as error:
             warnings.warn(f"left out of the mixture: {error}", UserWarning, stacklevel=3)
         except (ValueError, KeyError) as error:
@@ -135,6 +140,7 @@ def _open_mixture(text: str, root: Path | None, options: dict[str, Any]) -> list
                 said = respelled(str(error.args[0]), {key: key for key in entry}, "{name}: {value}")
                 error.args = (f"{text}, '{name}': {said}",)
             raise
+    sources = [opened[name] for name, _, _ in located if name in opened]
     _check_names(text, [source.name for source in sources])
     if not sources:
         raise ValueError(f"'{text}' holds no dataset that can be trained on.")
@@ -142,6 +148,30 @@ def _open_mixture(text: str, root: Path | None, options: dict[str, Any]) -> list
     if len(set(dims.values())) > 1:
         raise ValueError(f"One model has one action space; the dimensions of actions in '{text}' are {dims}.")
     return sources
+
+
+def _lenders(text: str, located: Sequence[tuple[str, Path, dict[str, Any]]]) -> dict[str, str]:
+    """{dataset: that whose statistics it has}, of the entries that name another one."""
+    names = [name for name, _, _ in located]
+    lenders = {name: entry["statistics"] for name, _, entry in located if entry.get("statistics") in names}
+    for name, lender in lenders.items():
+        if lender in lenders:
+            raise ValueError(
+                f"{text}, '{name}': statistics: {lender}: that dataset has not its own"
+                + (
+                    ". Leave it out."
+                    if lender == name
+                    else f", but those of '{lenders[lender]}'. Name a dataset that has."
+                )
+            )
+    return lenders
+
+
+def _lent(text: str, name: str, source: Source | None, lender: str) -> dict[str, Any]:
+    """The statistics of another dataset of the mixture: recordings of one robot are to be in the same units."""
+    if source is None:
+        raise ValueError(f"{text}, '{name}': statistics: {lender}: that dataset was left out of the mixture.")
+    return {part: source.statistics[part] for part in ("action", "proprio") if part in source.statistics}
 
 
 def _check_names(text: str, names: Sequence[str]) -> None:

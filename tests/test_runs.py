@@ -14,11 +14,13 @@ import numpy as np
 import processes
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from openvla import OpenVLAForActionPrediction, cli
 from openvla.action_heads_openvla import TokenHead
+from openvla.data.sources import open_sources
 from openvla.folders import locked
 from openvla.training import FinetuneOptions, finetune, resume
 from openvla.training import trainer as trainer_module
@@ -140,6 +142,7 @@ def test_a_diverged_run_is_one_line_and_exit_code_1(dataset, tmp_path):
 TWO = """
 import json, sys
 import torch
+import yaml
 from openvla.action_heads_openvla import TokenHead
 from openvla.training import FinetuneOptions, finetune
 
@@ -244,6 +247,15 @@ def test_a_mixture_that_was_edited_is_not_continued(dataset, tmp_path):
     finetune(options(tmp_path / "run", mixture, name=None, steps=3), resume=True)
 
 
+def test_statistics_may_stand_in_the_mixture(dataset, tmp_path):
+    (shown,) = open_sources(dataset)
+    mixture = tmp_path / "mine.yaml"
+    mixture.write_text(yaml.safe_dump({"push": {"path": str(dataset), "statistics": shown.statistics}}))
+    finetune(options(tmp_path / "run", mixture, name=None, steps=1))
+    content = json.loads((tmp_path / "run" / "finetune.json").read_text())
+    assert content["mixture"]["push"]["statistics"]["action"] == shown.statistics["action"]
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
@@ -287,6 +299,7 @@ def test_a_damaged_checkpoint_names_the_older_good_one(file, damage, said, finis
 KILLED = """
 import json, os, signal, sys
 import torch
+import yaml
 from openvla import folders
 from openvla.training import FinetuneOptions, checkpoints, finetune, trainer
 

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tensorflow_datasets as tfds
+import yaml
 from data_files import jpeg, own_rlds, write_rlds
 from tiny import FIXTURES
 
@@ -866,6 +867,33 @@ def test_a_file_of_ones_own(tmp_path):
     assert sources[1].standardize == "bridge_orig" and sources[1].held_out is None
     assert all(source.keep_unlabeled for source in sources)
     assert next(iter(sources[1].frames(sources[1].dataset[0]))).dataset_name == "my_bridge"
+
+
+def test_datasets_of_a_mixture_share_units(tmp_path):
+    """Recordings of one robot, as of a student: by its own statistics the same motion would be another number."""
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        f"driven: {{path: {DEMOS / 'lerobot_video'}, statistics: shown}}\nshown: {{path: {DEMOS / 'hdf5'}}}\n"
+    )
+    driven, shown = open_sources(file)
+    assert [driven.name, shown.name] == ["driven", "shown"]  # in their order, though the second was opened first
+    assert driven.statistics == {part: shown.statistics[part] for part in ("action", "proprio")}
+    assert driven.survey.statistics["action"]["q99"] != shown.statistics["action"]["q99"]
+    (tmp_path / "of_others.json").write_text(json.dumps({"driven": shown.statistics}))
+    file.write_text(f"driven: {{path: {DEMOS / 'lerobot_video'}, statistics: of_others.json}}\n")
+    assert open_sources(file)[0].statistics["action"] == shown.statistics["action"]  # beside the file that names it
+    for lenders, said in (
+        ("{a: a}", "'a': statistics: a: that dataset has not its own"),
+        ("{a: b, b: c}", "'a': statistics: b: that dataset has not its own, but those of 'c'"),
+    ):
+        entries = {
+            name: {"path": str(DEMOS / of)} for name, of in zip("abc", ("hdf5", "lerobot_video", "lerobot_image"))
+        }
+        for name, lender in yaml.safe_load(lenders).items():
+            entries[name]["statistics"] = lender
+        file.write_text(yaml.safe_dump(entries))
+        with pytest.raises(ValueError, match=said):
+            open_sources(file)
 
 
 def test_datasets_that_cannot_be_trained_on_are_left_out(tmp_path):

@@ -323,8 +323,8 @@ def shared_options(options: FinetuneOptions) -> dict[str, Any]:
             made[name] = _portable(made[name], output)
     if (entries := mixture_entries(options.dataset, options.data_root)) is not None:  # a file that may change
         for entry in entries.values():
-            places = {name: _portable(entry[name], output) for name in ("path", "statistics") if entry.get(name)}
-            entry |= places
+            places = {name: entry[name] for name in ("path", "statistics") if isinstance(entry.get(name), str)}
+            entry |= {name: _portable(place, output) for name, place in places.items()}
         made["mixture"] = json.loads(json.dumps(entries, default=str))
     return {**made, "model": portable_model(options.model, output), "output": Path(output).resolve().name}
 
