@@ -49,11 +49,15 @@ class ActionVocabulary:
             f"(image_token_id) is {self.config.image_token_id}: give resize_token_embeddings at least {needed}."
         )
 
+    def _check_table(self) -> None:
+        """Raise a `ValueError` if the embedding table has lost tokens that the model needs."""
+        if cut := self._cut_table():
+            raise ValueError(cut)
+
     def _keep_action_tokens(self) -> None:
         """Let the config say where they end, also if the table of the language model alone was resized; a `ValueError`
         if they are not there any more."""
-        if cut := self._cut_table():
-            raise ValueError(cut)
+        self._check_table()
         self.config.pad_to_multiple_of = self.config.text_config.vocab_size - self.action_tokenizer.vocabulary_end
         self.config.check_fields()
 

@@ -125,6 +125,14 @@ def process_raw(processor: OpenVLAProcessor, image: Any, instruction: Any) -> tu
     return single, processor(processor.format_prompt(instructions), images, return_tensors="pt")
 
 
+def read_unnorm_keys(unnorm_key: Any, batch: int) -> list[Any]:
+    """The dataset of each sample, of one for all or one for each."""
+    keys = list(unnorm_key) if isinstance(unnorm_key, (list, tuple)) else [unnorm_key] * batch
+    if len(keys) != batch:
+        raise ValueError(f"{len(keys)} unnorm_keys for {batch} sample(s): give one, or one for each.")
+    return keys
+
+
 def read_state(
     state: Any,
     config: OpenVLAConfig,
@@ -367,4 +375,5 @@ __all__ = [
     "read_draft",
     "prompt_rows",
     "read_state",
+    "read_unnorm_keys",
 ]

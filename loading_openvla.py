@@ -1,6 +1,5 @@
-"""From a folder or Hub id to a model and back: weights, adapters, statistics and the processor that belongs to them."""
+"""From a folder or Hub id to a model and back: weights, with an adapter where there is one, and statistics."""
 
-import copy
 import json
 import os
 import warnings
@@ -13,41 +12,28 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.utils import cached_file, is_peft_available
+from transformers.utils import cached_file
 
 from .action_tokenizer import check_statistics, check_units, read_statistics
-from .adapters_openvla import (
-    ADAPTER,
-    KEY,
-    OF_MODEL,
-    AdapterBelongings,
-    adapter_names,
-    belongings,
-    check_base,
-    find_adapter,
-    find_base,
-    read_belongings,
-    with_adapter_name,
-    with_belongings,
-)
+from .active_adapters_openvla import AdapterBelongings
+from .adapters_openvla import ADAPTER, belongings, check_base, find_adapter, find_base
 from .choices_openvla import closest
-from .configuration_openvla import TRANSFORMERS, OpenVLAConfig, plain_statistics
+from .configuration_openvla import OpenVLAConfig, plain_statistics
 from .files_openvla import QUIET, local_folder, read_json
 from .oft_openvla import OFTFolder, find_oft, oft_folder, with_weights
 from .outputs_openvla import CACHE_NAMES
-from .parts_openvla import PARTS_FILE, ModelParts
+from .parts_openvla import ModelParts
 from .processing_openvla import HUB_KWARGS, OpenVLAProcessor
 from .quantization_openvla import (
     KNOWN_METHODS,
-    METHOD,
+    QuantizedWeights,
+    cast_unquantized,
     check_quantized,
-    has_quantized_layers,
     keep_split_blocks_from_packing,
     take_quantization,
     turn_block_scales_back,
     unknown_method,
 )
-from .quantized_linear_openvla import is_rounded
 from .vision_openvla import init_vision_weights
 from .weights_openvla import (
     LOADING,
@@ -60,7 +46,7 @@ from .weights_openvla import (
 )
 
 
-class OpenVLAPreTrainedModel(AdapterBelongings, ModelParts, PreTrainedModel):
+class OpenVLAPreTrainedModel(QuantizedWeights, AdapterBelongings, ModelParts, PreTrainedModel):
     """What the library asks of a model, and the part of ours that reads and writes folders."""
 
     config: OpenVLAConfig
@@ -126,15 +112,7 @@ class OpenVLAPreTrainedModel(AdapterBelongings, ModelParts, PreTrainedModel):
             of_adapter = {**hub, **of_adapter}
         adapter = None if adapter_name is None else find_adapter(adapter_name, of_adapter)
         if adapter is not None:
-            if given is None:
-                given = _statistics_of_config(kwargs.get("config"), [adapter, find_base(adapter)])
-            # Not of the base: where the adapter's repository was named, which revision and folder of it
-            left_out = ("norm_stats", *(("revision", "subfolder") if adapter_name is name else ()))
-            kwargs = {key: value for key, value in kwargs.items() if key not in left_out}
-            loaded = cls._from_adapter(adapter, *model_args, **kwargs)
-            if given is not None:
-                (loaded[0] if isinstance(loaded, tuple) else loaded).norm_stats = given
-            return loaded
+            return cls._from_adapter(adapter, given, adapter_name is name, *model_args, **kwargs)
         take_quantization(kwargs)
         oft = None
         if name is not None:
@@ -146,12 +124,12 @@ class OpenVLAPreTrainedModel(AdapterBelongings, ModelParts, PreTrainedModel):
         elif given is None and name is not None:
             given = _statistics_of_config(kwargs.get("config"), [name], hub)
         loaded = cls._load(name, *model_args, **kwargs) if oft is None else cls._load_oft(oft, name, hub, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model = _model_of(loaded)
         model._hub_kwargs |= hub
         if name is not None and (folder := local_folder(name)) is not None:
             model._source = str(folder.resolve())
         keep_split_blocks_from_packing(model)
-        _cast_unquantized(model)
+        cast_unquantized(model)
         check_quantized(model, kwargs.get("quantization_config"), name)
         before = model.config.norm_stats if given is None else None
         if given is not None:
@@ -187,7 +165,7 @@ class OpenVLAPreTrainedModel(AdapterBelongings, ModelParts, PreTrainedModel):
             )
         kwargs = {key: value for key, value in kwargs.items() if key not in HUB_KWARGS}
         loaded = cls._load(None, config=config, state_dict=oft.tensors(weights), where=name, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model = _model_of(loaded)
         for parameter in model.parameters():  # not mapped any more: the folder may be written to while the model lives
             if type(parameter.data) is torch.Tensor and parameter.device.type == "cpu":
                 parameter.data = parameter.data.clone()
@@ -201,10 +179,19 @@ class OpenVLAPreTrainedModel(AdapterBelongings, ModelParts, PreTrainedModel):
         return loaded
 
     @classmethod
-    def _from_adapter(cls, adapter: Path, *model_args, **kwargs):
-        """The base of an adapter in a local folder, and the adapter on it."""
+    def _from_adapter(cls, adapter: Path, given: dict | None, is_named: bool, *model_args, **kwargs):
+        """The base of an adapter in a local folder, and the adapter on it.
+
+        Args:
+            given: Statistics that count instead of those of the adapter.
+            is_named: Revision and subfolder are those of the adapter, not of its base.
+        """
         adapter_name = kwargs.pop("adapter_name", None) or "default"
         base = find_base(adapter)
+        if given is None:
+            given = _statistics_of_config(kwargs.get("config"), [adapter, base])
+        left_out = ("norm_stats", *(("revision", "subfolder") if is_named else ()))
+        kwargs = {key: value for key, value in kwargs.items() if key not in left_out}
         loaded = cls.from_pretrained(base, *model_args, **kwargs)
         problem = check_base(base, belongings(read_json(adapter / ADAPTER)).get("base_digest"))
         if problem:
@@ -212,7 +199,10 @@ class OpenVLAPreTrainedModel(AdapterBelongings, ModelParts, PreTrainedModel):
                 f"{problem}. Put its own base back, or add '{adapter}' to this one yourself: model = "
                 "OpenVLAForActionPrediction.from_pretrained(BASE), then model.load_adapter(RUN)."
             )
-        (loaded[0] if isinstance(loaded, tuple) else loaded).load_adapter(str(adapter), adapter_name)
+        model = _model_of(loaded)
+        model.load_adapter(str(adapter), adapter_name)
+        if given is not None:
+            model.norm_stats = given
         return loaded
 
     @classmethod
@@ -248,12 +238,7 @@ class OpenVLAPreTrainedModel(AdapterBelongings, ModelParts, PreTrainedModel):
         except TypeError as error:
             if "__init__() got an unexpected keyword argument" not in str(error):
                 raise
-            unknown = next((key for key in kwargs if f"'{key}'" in str(error)), "")
-            fields = OpenVLAConfig().to_dict()
-            said = f"from_pretrained does not know {unknown}={kwargs.get(unknown)!r:.100}."
-            if unknown in fields and kwargs.get("config") is not None:
-                said = f"{unknown}={kwargs[unknown]!r:.100} beside config=...: set it in the configuration."
-            raise ValueError(said if unknown in fields else said + closest(unknown, {*fields, *LOADING})) from error
+            raise ValueError(_unknown_option(kwargs, str(error))) from error
 
     def save_pretrained(self, save_directory, **kwargs):
         """Save weights under the published names, with the statistics beside them.
@@ -300,174 +285,6 @@ class OpenVLAPreTrainedModel(AdapterBelongings, ModelParts, PreTrainedModel):
         if own:
             file.write_text(text, encoding="utf-8")
 
-    def load_adapter(self, peft_model_id=None, adapter_name=None, *args, **kwargs):
-        """As in every model of the library: a PEFT adapter from a folder or Hub id. It brings the statistics, prompt
-        form and pixels of its training, which count while it is active.
-
-        Raises:
-            ValueError: If the model has 8 or 4 bits (`openvla quantize`), to which nothing can be added.
-        """
-        if has_quantized_layers(self):
-            raise ValueError(
-                "An adapter is added to weights that are not rounded: load it on the base, merge it (`openvla merge "
-                "RUN OUT`) and quantize the result (`openvla quantize OUT SMALLER`); or model.dequantize() first."
-            )
-        hub = {name: kwargs.pop(name) for name in HUB_KWARGS if name in kwargs} | (kwargs.get("adapter_kwargs") or {})
-        kwargs["adapter_kwargs"] = hub  # the library takes them nowhere else
-        folder = None if peft_model_id is None else local_folder(peft_model_id)
-        if folder is not None and hub.get("subfolder"):
-            peft_model_id = str(folder / hub.pop("subfolder"))  # transformers 5.4 looks only on the Hub into subfolders
-        brought = {} if peft_model_id is None else read_belongings(peft_model_id, **hub)
-        if (
-            TRANSFORMERS < (5, 6)
-            and peft_model_id is not None
-            and "adapter_state_dict" not in kwargs
-            and is_peft_available()
-        ):
-            # transformers 5.4 and 5.5 find the weights of an adapter only under "model." and leave all others random.
-            from peft.utils import load_peft_weights
-
-            where = {name: hub[name] for name in HUB_KWARGS if name in hub}
-            kwargs["adapter_state_dict"] = {
-                name.removeprefix("base_model.model."): weight
-                for name, weight in load_peft_weights(peft_model_id, device="cpu", **where).items()
-            }
-        if brought.get("model") and peft_model_id is not None:
-            parts = cached_file(peft_model_id, PARTS_FILE, **QUIET, **hub)
-            self.load_parts(Path(parts).parent if parts else peft_model_id, brought["model"], owner=None)
-        stored = kwargs.get("adapter_state_dict")
-        if stored is None and peft_model_id is not None:
-            stored = adapter_names(peft_model_id, hub)
-        loaded = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
-        if stored is not None:
-            self._check_complete(adapter_name or "default", with_adapter_name(stored, adapter_name or "default"))
-        if "_parts_owner" in self.__dict__ and self.__dict__["_parts_owner"] is None:
-            self.__dict__["_parts_owner"] = adapter_name or "default"
-            for field in OF_MODEL:  # without it its parts predict nothing: the config says what they do
-                setattr(self.config, field, copy.copy(brought["model"].get(field, getattr(self.config, field))))
-        self._bring(adapter_name or "default", brought)
-        return loaded
-
-    @property
-    def norm_stats(self) -> dict | None:
-        """Statistics of the training datasets (published name): of the adapters that are active and brought some, else
-        of the base, where they are saved with the config."""
-        own = self._adapter_statistics()
-        return self.config.norm_stats if own is None else own
-
-    @norm_stats.setter
-    def norm_stats(self, value: dict | None) -> None:
-        value = plain_statistics(value)
-        active = [config for config in self._active_adapters() if belongings(config).keys() & {"norm_stats", "unknown"}]
-        for config in active:
-            brought = {**belongings(config), "norm_stats": value}
-            check_units(brought.get("model", {}).get("normalization", {}), belongings(config).get("norm_stats"), value)
-            brought.pop("unknown", None)
-            config.auto_mapping = {**config.auto_mapping, KEY: brought}
-        if not active:
-            check_units(self.config.normalization, self.config.norm_stats, value)
-            self.config.norm_stats = value
-
-    @property
-    def action_chunk(self) -> int:
-        """Steps that one prediction is for, K: of an active adapter, else of the config."""
-        return self._of_adapters("action_chunk", self._active_adapters())
-
-    @property
-    def camera_names(self) -> list[str]:
-        """What the model sees: of an active adapter, else of the config."""
-        return self._of_adapters("camera_names", self._active_adapters())
-
-    @property
-    def normalization(self) -> dict[str, str]:
-        """Which statistics of a dataset -1 and 1 stand for: of an active adapter, else of the config."""
-        return self._of_adapters("normalization", self._active_adapters())
-
-    @property
-    def constant_state(self) -> str:
-        """What a number of the state becomes that never changed in training: of an active adapter, else of the
-        config."""
-        return self._of_adapters("constant_state", self._active_adapters())
-
-    @property
-    def prefix_training(self) -> int | None:
-        """Steps of a chunk that the head learned to be given, at most: of an active adapter, else of the config; None
-        where any number may be, as with tokens that follow one another."""
-        return self._of_adapters("prefix_training", self._active_adapters()) if self.action_head.parallel else None
-
-    @property
-    def processor(self) -> OpenVLAProcessor:
-        """The processor of the folder the model came from, loaded when first needed, with the pixels and prompt form of
-        an active adapter; may be set."""
-        if self._processor is None:
-            source = self._source or self.config.name_or_path
-            if not source:
-                raise ValueError(
-                    "The model was made from a config and knows no processor: set model.processor = "
-                    "OpenVLAProcessor.from_pretrained(folder)."
-                )
-            processor = OpenVLAProcessor.from_pretrained(source, **self._hub_kwargs)
-            processor.check_fits(self.config)
-            self._processor = processor
-        if self._processor_is_set:
-            self._processor.camera_names = list(self.camera_names)
-            return self._processor
-        brought = self._adapter_processor()
-        if brought != self._adapted_processor[0]:
-            processor = with_belongings(self._processor, brought)
-            processor.check_fits(self.config)
-            self._adapted_processor = brought, processor
-        processor = self._adapted_processor[1] or self._processor
-        processor.camera_names = list(self.camera_names)
-        return processor
-
-    @processor.setter
-    def processor(self, value: OpenVLAProcessor) -> None:
-        if not hasattr(value, "check_fits"):  # by name: that of a Hub folder's own code is another class
-            raise ValueError(f"model.processor is an OpenVLAProcessor, got {type(value).__name__}.")
-        value.check_fits(self.config)
-        self._processor, self._processor_is_set = value, True
-
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        # torch would make floats of whole numbers without their steps, silently with strict=False.
-        few = [
-            name
-            for name, own in self.named_parameters()
-            if not is_rounded(own) and (given := state_dict.get(f"{prefix}{name}")) is not None and is_rounded(given)
-        ]
-        if few:
-            raise ValueError(
-                f"{len(few)} weights, for example {few[0]}, are those of a quantized model, and this one is not: load "
-                "the folder of that model with from_pretrained."
-            )
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def requires_grad_(self, requires_grad: bool = True):
-        """As in every torch module; a `ValueError` where weights of few bits were to learn."""
-        if requires_grad and any(map(is_rounded, self.parameters())):
-            raise ValueError(
-                "Weights of a quantized model do not learn: model.dequantize() gives plain layers back; or take the "
-                "model that it was made of, or let adapters learn (openvla finetune --strategy qlora)."
-            )
-        return super().requires_grad_(requires_grad)
-
-    def to(self, *args, **kwargs):
-        """As in every torch module; a model that bitsandbytes quantized stays where it was loaded."""
-        if getattr(self, "quantization_method", None) in (None, METHOD):
-            return super().to(*args, **kwargs)
-        given = [value for value in (*args, *kwargs.values()) if not isinstance(value, (bool, torch.memory_format))]
-        given += [part for value in given if isinstance(value, torch.Tensor) for part in (value.device, value.dtype)]
-        dtype = next((value for value in given if isinstance(value, torch.dtype)), None)
-        device = next((torch.device(value) for value in given if isinstance(value, (str, int, torch.device))), None)
-        if dtype is None and (device is None or device == self.device):
-            return self
-        raise ValueError(
-            f"A quantized model cannot be moved or cast after loading (asked for {device or dtype}, it is on "
-            f"{self.device}): its packed weights belong to one device and type. Choose both when loading, "
-            f"from_pretrained(..., quantization_config=..., device_map={{'': '{device or self.device}'}}, dtype=...), "
-            "and leave out .to()."
-        )
-
     @property
     def device(self) -> torch.device:
         """Where inputs belong: where the model computes, also if its weights are offloaded and lie on "meta"."""
@@ -485,14 +302,19 @@ def _written(folder: Path) -> int | None:
     return index.stat().st_mtime_ns if index.is_file() else None
 
 
-def _cast_unquantized(model: PreTrainedModel) -> None:
-    """Of a folder that bitsandbytes quantized, transformers (5.4 to 5.24) leaves the matrices that it did not quantize
-    in the type they are stored in, and casts the others as asked."""
-    quantizer: Any = getattr(model, "hf_quantizer", None)
-    if quantizer is not None and quantizer.pre_quantized and quantizer.quantization_config.quant_method != METHOD:
-        for parameter in model.parameters():  # packed ones are of other classes, and may be of any type
-            if type(parameter) is nn.Parameter and parameter.is_floating_point():
-                parameter.data = parameter.data.to(model.config.dtype or parameter.dtype)
+def _model_of(loaded: Any) -> Any:
+    """The model that `from_pretrained` of the library gave, alone or beside its loading info."""
+    return loaded[0] if isinstance(loaded, tuple) else loaded
+
+
+def _unknown_option(options: Mapping[str, Any], error: str) -> str:
+    """What to say of the one of `options` that `error` names, which neither the library nor a configuration knows."""
+    unknown = next((key for key in options if f"'{key}'" in error), "")
+    fields = OpenVLAConfig().to_dict()
+    if unknown in fields and options.get("config") is not None:
+        return f"{unknown}={options[unknown]!r:.100} beside config=...: set it in the configuration."
+    said = f"from_pretrained does not know {unknown}={options.get(unknown)!r:.100}."
+    return said if unknown in fields else said + closest(unknown, {*fields, *LOADING})
 
 
 def _statistics_of_config(

@@ -38,6 +38,7 @@ from .inputs_openvla import (
     read_committed,
     read_draft,
     read_state,
+    read_unnorm_keys,
 )
 from .loading_openvla import OpenVLAPreTrainedModel
 from .modules_openvla import evaluation_mode, one_type
@@ -52,7 +53,9 @@ from .vision_openvla import OpenVLAProjector, OpenVLAVisionBackbone
 
 if TYPE_CHECKING:  # of a local folder transformers 5.4 and 5.5 copy no more files than this one names
     from .action_heads_openvla import make_head  # noqa: F401
-    from .adapters_openvla import AdapterBelongings  # noqa: F401
+    from .active_adapters_openvla import AdapterBelongings  # noqa: F401
+    from .adapter_weights_openvla import AdapterWeights  # noqa: F401
+    from .adapters_openvla import find_adapter  # noqa: F401
     from .cameras_openvla import find_cameras  # noqa: F401
     from .choices_openvla import closest  # noqa: F401
     from .compiled_openvla import CompiledLayer  # noqa: F401
@@ -349,8 +352,7 @@ class OpenVLAForActionPrediction(ActionVocabulary, OpenVLAGeneration, OpenVLAPre
         check_flag("constrained", constrained)
         check_flag("return_dict", return_dict)
         check_flag("return_distributions", return_distributions)
-        if cut := self._cut_table():
-            raise ValueError(cut)
+        self._check_table()
         if self.device.type == "meta":
             raise ValueError('The weights are on "meta", where they have no values: give from_pretrained the folder.')
         is_ids = isinstance(image, torch.Tensor) and image.ndim == 2 and image.dtype == torch.long
@@ -380,9 +382,7 @@ class OpenVLAForActionPrediction(ActionVocabulary, OpenVLAGeneration, OpenVLAPre
         check_pixel_values(pixel_values, (len(prompts), len(self.camera_names) * channels, *size))
 
         # 2. What an action is
-        keys = list(unnorm_key) if isinstance(unnorm_key, (list, tuple)) else [unnorm_key] * len(prompts)
-        if len(keys) != len(prompts):
-            raise ValueError(f"{len(keys)} unnorm_keys for {len(prompts)} sample(s): give one, or one for each.")
+        keys = read_unnorm_keys(unnorm_key, len(prompts))
         norm_stats, checked = self.norm_stats, self._checked_statistics
         shape = (self.action_chunk, check_same_action_dim(norm_stats, keys, checked))
         names = [resolve_unnorm_key(norm_stats, key) for key in keys]

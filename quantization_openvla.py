@@ -270,9 +270,62 @@ def unknown_method(given: Any, config: Mapping[str, Any]) -> str | None:
     return None if method is None or name in KNOWN_METHODS else name
 
 
-def has_quantized_layers(model: nn.Module) -> bool:
+def has_quantized_layers(model: Any) -> bool:
     """Whether layers of ours are among its modules."""
     return any(isinstance(module, QuantizedLinear) for module in model.modules())
+
+
+# What rounded weights refuse ------------------------------------------------------------------------------------------
+
+
+class QuantizedWeights:
+    """Of a model: where its weights are rounded they neither learn, nor move once bitsandbytes has packed them; where
+    they are not, they take no whole numbers.
+    """
+
+    device: Any
+    named_parameters: Any
+    parameters: Any
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        # torch would make floats of whole numbers without their steps, silently with strict=False.
+        few = [
+            name
+            for name, own in self.named_parameters()
+            if not is_rounded(own) and (given := state_dict.get(f"{prefix}{name}")) is not None and is_rounded(given)
+        ]
+        if few:
+            raise ValueError(
+                f"{len(few)} weights, for example {few[0]}, are those of a quantized model, and this one is not: load "
+                "the folder of that model with from_pretrained."
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
+
+    def requires_grad_(self, requires_grad: bool = True):
+        """As in every torch module; a `ValueError` where weights of few bits were to learn."""
+        if requires_grad and any(map(is_rounded, self.parameters())):
+            raise ValueError(
+                "Weights of a quantized model do not learn: model.dequantize() gives plain layers back; or take the "
+                "model that it was made of, or let adapters learn (openvla finetune --strategy qlora)."
+            )
+        return super().requires_grad_(requires_grad)  # type: ignore[misc]
+
+    def to(self, *args, **kwargs):
+        """As in every torch module; a model that bitsandbytes quantized stays where it was loaded."""
+        if getattr(self, "quantization_method", None) in (None, METHOD):
+            return super().to(*args, **kwargs)  # type: ignore[misc]
+        given = [value for value in (*args, *kwargs.values()) if not isinstance(value, (bool, torch.memory_format))]
+        given += [part for value in given if isinstance(value, torch.Tensor) for part in (value.device, value.dtype)]
+        dtype = next((value for value in given if isinstance(value, torch.dtype)), None)
+        device = next((torch.device(value) for value in given if isinstance(value, (str, int, torch.device))), None)
+        if dtype is None and (device is None or device == self.device):
+            return self
+        raise ValueError(
+            f"A quantized model cannot be moved or cast after loading (asked for {device or dtype}, it is on "
+            f"{self.device}): its packed weights belong to one device and type. Choose both when loading, "
+            f"from_pretrained(..., quantization_config=..., device_map={{'': '{device or self.device}'}}, dtype=...), "
+            "and leave out .to()."
+        )
 
 
 # bitsandbytes ---------------------------------------------------------------------------------------------------------
@@ -298,4 +351,15 @@ def keep_split_blocks_from_packing(model: nn.Module) -> None:
             layer.support_avx512bf16_for_cpu = divides
 
 
-__all__ = ["NOT_QUANTIZED", "OpenVLAQuantizationConfig"]
+def cast_unquantized(model: nn.Module) -> None:
+    """Of a folder that bitsandbytes quantized, transformers (5.4 to 5.24) leaves the matrices that it did not quantize
+    in the type they are stored in, and casts the others as asked."""
+    known: Any = model  # of the library
+    quantizer = getattr(known, "hf_quantizer", None)
+    if quantizer is not None and quantizer.pre_quantized and quantizer.quantization_config.quant_method != METHOD:
+        for parameter in model.parameters():  # packed ones are of other classes, and may be of any type
+            if type(parameter) is nn.Parameter and parameter.is_floating_point():
+                parameter.data = parameter.data.to(known.config.dtype or parameter.dtype)
+
+
+__all__ = ["NOT_QUANTIZED", "OpenVLAQuantizationConfig", "QuantizedWeights"]

@@ -47,6 +47,8 @@ FLAT_FILES = [
     "weights_openvla",
     "parts_openvla",
     "adapters_openvla",
+    "adapter_weights_openvla",
+    "active_adapters_openvla",
     "loading_openvla",
     "modeling_openvla",
 ]

@@ -1,0 +1,145 @@
+"""Weights of adapters (PEFT) on a model: whether all of them are there, and whether what a configuration says is still
+said of them.
+"""
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import torch
+
+from .adapters_openvla import KEY, belongings
+from .modules_openvla import modules_of
+
+
+NAMELESS = re.compile(r"\.lora_(embedding_)?[AB](\.weight|\.bias)?$")  # of an adapter's tensors as they are stored
+
+
+class AdapterWeights:
+    """Of a model. PEFT tells it nothing of an adapter that it makes of others (`add_weighted_adapter`), or of other
+    weights that it loads under the name of one: what a configuration says is believed only of the weights that came
+    with it.
+    """
+
+    device: Any
+    named_parameters: Any
+
+    def _tuner_layers(self) -> list[Any]:
+        """Layers of adapters. Kept, in a tuple: they must not become a part of the model."""
+        layers = [module for module in modules_of(self).below if hasattr(type(module), "merged_adapters")]  # type: ignore
+        if layers:
+            self.__dict__["_known_tuner_layers"] = tuple(layers)
+        return layers
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        # torch calls it of every module whose weights are loaded: PEFT loads those of an adapter in this way.
+        configs = self.__dict__.get("_peft_config") or {}
+        # PEFT gives the name of the adapter to tensors of layers that it knows only.
+        strange = [key for key in state_dict if NAMELESS.search(key)] if configs else []
+        for name, config in configs.items():
+            loaded = {key: value for key, value in state_dict.items() if f".{name}." in f"{key}."}
+            if not loaded and not (strange and name == list(configs)[-1]):
+                continue
+            _check_not_zero(name, loaded.values())
+            self._check_complete(name, [key.removeprefix(prefix) for key in (*loaded, *strange)])
+            if getattr(config, "_openvla_loaded", False) and config.inference_mode and self._differ(loaded, prefix):
+                forget(config, f"Other weights were loaded under the name of the adapter '{name}'")
+            config._openvla_loaded = True
+        if configs:
+            self._tuner_layers()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[misc]
+
+    def _check_complete(self, name: str, loaded: Iterable[str]) -> None:
+        """Raise a `ValueError` if the weights that were loaded for an adapter are not those that it has here: the
+        libraries warn of what is missing at the most, and a layer without its weights does nothing."""
+        own = {key for key, _ in self.named_parameters() if ".lora_" in key and f".{name}." in f"{key}."}
+        found = {key for key in loaded if ".lora_" in key}
+        problems = [
+            f"{len(keys)} {problem}: {', '.join(sorted(keys)[:3])}{', ...' if len(keys) > 3 else ''}"
+            for problem, keys in (("missing", own - found), ("that the model does not have", found - own))
+            if keys
+        ]
+        if problems:
+            why = f"The weights of the adapter '{name}' are not those of its adapter_config.json on this base"
+            config = self.__dict__["_peft_config"][name]
+            forget(config, why)
+            config._openvla_loaded = True
+            remedy = "Is it an adapter of another base, or was it saved under other names or cut off?"
+            if getattr(config, "use_dora", False):  # 5.4 to 5.24
+                remedy = (
+                    "It has use_dora, whose magnitudes transformers does not load: take "
+                    "peft.PeftModel.from_pretrained(model, RUN)."
+                )
+            raise ValueError(f"{why}. Tensors {'; '.join(problems)}. {remedy}")
+
+    def _check_values(self, name: str) -> None:
+        """Raise a `ValueError` if the weights of an adapter that was just loaded have no values."""
+        own = [value for key, value in self.named_parameters() if f".{name}." in f"{key}."]
+        if self.device.type != "meta" and any(value.is_meta for value in own):
+            why = f"Weights of the adapter '{name}' have no values: they are on layers that are offloaded"
+            config = self.__dict__["_peft_config"][name]
+            forget(config, why)
+            config._openvla_loaded = True
+            raise ValueError(
+                f"{why} (device_map), from where they are not brought back. Merge it first (`openvla merge RUN OUT`) "
+                "and load OUT, or keep these layers on a device."
+            )
+        _check_not_zero(name, own)
+
+    def _differ(self, loaded: Mapping[str, torch.Tensor], prefix: str) -> bool:
+        own = dict(self.named_parameters())
+        pairs = ((own.get(name.removeprefix(prefix)), value) for name, value in loaded.items())
+        return any(there is not None and not torch.equal(there, value.to(there)) for there, value in pairs)
+
+    def _save_to_state_dict(self, *args, **kwargs):
+        self._settle(before_loading=True)  # what an adapter is saved with; PEFT asks before it loads one as well
+        super()._save_to_state_dict(*args, **kwargs)  # type: ignore[misc]
+
+    def _settle(self, before_loading: bool = False) -> None:
+        """Find the adapters that were made of others: their configuration is a copy, and its weights were not loaded.
+        They keep what it says only where all others say the same.
+
+        Args:
+            before_loading: Adapters may be there whose weights come next.
+        """
+        configs = self.__dict__.get("_peft_config") or {}
+        for name, config in configs.items():
+            others = [other for other in configs.values() if other is not config]
+            shared = any(other.auto_mapping is config.auto_mapping for other in others)
+            copied = shared or (config.inference_mode and not before_loading)
+            made = copied and not getattr(config, "_openvla_loaded", False)
+            if not made or not belongings(config):
+                continue
+            if not others or any(_units(other) != _units(config) for other in others):
+                forget(config, f"The adapter '{name}' was made of others, which have other units or are gone")
+            config.auto_mapping, config._openvla_loaded = dict(config.auto_mapping), True
+
+
+def with_adapter_name(names: Iterable[str], adapter: str) -> list[str]:
+    """Names of stored tensors as a model has them: X.lora_A.weight is X.lora_A.NAME.weight there."""
+    own = (name.removeprefix("base_model.model.").removeprefix("model.") for name in names)
+    return [
+        re.sub(r"(\.lora_\w+)", rf"\1.{adapter}", name, count=1) if f".{adapter}." not in f"{name}." else name
+        for name in own
+    ]
+
+
+def _check_not_zero(name: str, weights: Collection[torch.Tensor]) -> None:
+    if weights and not any(weight.is_meta or bool(weight.any()) for weight in weights):
+        raise ValueError(
+            f"The weights of the adapter '{name}' are all zero, which no training leaves behind: a file that was "
+            "allocated and never filled, copy or download it again."
+        )
+
+
+def _units(config: Any) -> tuple[Any, Any]:
+    brought = belongings(config)
+    return brought.get("norm_stats"), brought.get("processor")
+
+
+def forget(config: Any, why: str) -> None:
+    """Let a configuration say that its units are not known, also where it is saved."""
+    config.auto_mapping = {**(config.auto_mapping or {}), KEY: {"unknown": why}}
+
+
+__all__ = ["AdapterWeights", "forget", "with_adapter_name"]
