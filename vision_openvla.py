@@ -14,6 +14,7 @@ from typing import Any
 import timm
 import torch
 from timm.layers import AttentionPoolLatent
+from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, VisionTransformer
 from timm.models.vision_transformer import LayerScale as TimmLayerScale
 from torch import nn
@@ -59,28 +60,47 @@ class LinspaceOnCPU(TorchFunctionMode):
         return func(*args, **({"device": "cpu", **kwargs} if func is torch.linspace else kwargs))
 
 
-def create_vision_tower(model_id: str, image_size: int, act_layer: str | None, model_kwargs: dict) -> VisionTransformer:
+# Blocks, patches and prefix tokens are alike; positions of the latter may be rotary.
+TOWERS = (VisionTransformer, Eva)
+
+
+def create_vision_tower(
+    model_id: str, image_size: int, act_layer: str | None, model_kwargs: dict
+) -> VisionTransformer | Eva:
     """One randomly initialized timm vision transformer; `model_kwargs` win over the other arguments."""
-    arguments = {
-        "img_size": image_size,
-        "num_classes": 0,
-        "act_layer": act_layer,
-        "weight_init": "skip",
-        **model_kwargs,
-    }
+    made = timm.model_entrypoint(model_id) if timm.is_model(model_id) else None
+    if getattr(made, "__annotations__", {}).get("return") is Eva:
+        if act_layer is not None:
+            raise ValueError(
+                f"Vision tower '{model_id}': timm's Eva takes no act_layer, got {act_layer!r}: leave it out."
+            )
+        arguments: dict[str, Any] = {"dynamic_img_size": False}  # images have one size: positions are computed once
+    else:
+        arguments = {"act_layer": act_layer, "weight_init": "skip"}
+    arguments |= {"img_size": image_size, "num_classes": 0, **model_kwargs}
     try:
         with LinspaceOnCPU():
             tower = timm.create_model(model_id, pretrained=False, **arguments)
     except (TypeError, AttributeError, AssertionError, KeyError, ArithmeticError, RuntimeError) as error:
         raise ValueError(
-            f"timm cannot build the vision tower '{model_id}' with {model_kwargs}: {error}. Towers are of timm's class "
-            "VisionTransformer (ViT, DeiT, DINOv2, SigLIP, CLIP), not EVA, DINOv3, BEiT or Swin."
+            f"timm cannot build the vision tower '{model_id}' with {model_kwargs}: {error}. Towers are of timm's "
+            "classes VisionTransformer (ViT, DeiT, DINOv2, SigLIP, CLIP) and Eva (DINOv3, EVA-02), not BEiT or Swin."
         ) from error
-    if not isinstance(tower, VisionTransformer) or len(tower.blocks) < 2:
+    if not isinstance(tower, TOWERS) or len(tower.blocks) < 2:
         raise ValueError(
-            f"Vision tower '{model_id}' with {model_kwargs} must be a timm VisionTransformer of at least two blocks: "
-            "features are read from the second-to-last."
+            f"Vision tower '{model_id}' with {model_kwargs} must be a timm VisionTransformer or Eva of at least two "
+            "blocks: features are read from the second-to-last."
         )
+    for module in tower.modules():
+        kept = {id(tensor) for tensor in module.state_dict(keep_vars=True).values()}
+        unsaved = [tensor for tensor in module.buffers(recurse=False) if id(tensor) not in kept]
+        if unsaved and not hasattr(module, "init_non_persistent_buffers"):
+            raise ValueError(
+                f"Vision tower '{model_id}': timm {timm.__version__} cannot compute again what its "
+                f"{type(module).__name__} keeps in no file; a newer timm can: pip install -U timm."
+            )
+        if isinstance(module, EvaAttention):
+            module.qkv_bias_separate = True  # its layer is called then, as adapters and quantized layers need it
     convolution = tower.patch_embed.proj
     tower.patch_embed.proj = PatchProjection(
         convolution.in_channels,
@@ -91,7 +111,7 @@ def create_vision_tower(model_id: str, image_size: int, act_layer: str | None, m
     )
     for block in tower.blocks:
         for name in ("ls1", "ls2"):
-            layer_scale = getattr(block, name)
+            layer_scale = getattr(block, name, None)
             if isinstance(layer_scale, TimmLayerScale):
                 init_values = model_kwargs.get("init_values") or DEFAULT_LAYER_SCALE
                 setattr(block, name, LayerScale(layer_scale.gamma.shape[0], init_values))
@@ -112,7 +132,7 @@ DEFAULT_LAYER_SCALE = 1e-5  # of timm's DINOv2
 FILM = re.compile(r"\.blocks\.\d+\.(scale|shift)\.(weight|bias)$")  # names of its parameters in a tower
 
 
-def add_film(tower: VisionTransformer, hidden: int) -> None:
+def add_film(tower: VisionTransformer | Eva, hidden: int) -> None:
     """Give every block of a tower the two projections of FiLM, from the words of the prompt to its features.
 
     In the last block, which no feature passes, as well: the files of OpenVLA-OFT hold them.
@@ -151,6 +171,12 @@ def film_features(tower: VisionTransformer, pixels: torch.Tensor, condition: tor
         else:
             features = block(features, condition)
     return [features[:, tower.num_prefix_tokens :]]
+
+
+def _float_type(tower: VisionTransformer | Eva) -> torch.dtype:
+    """In which a tower computes: that of parameters of its own, which are not packed where it is quantized, and keep
+    their type where they are offloaded."""
+    return next(parameter.dtype for parameter in tower.parameters(recurse=False))
 
 
 _BESIDE: ContextVar[Any] = ContextVar("beside", default=None)
@@ -218,7 +244,7 @@ class OpenVLAVisionBackbone(nn.Module):
         return (3 * len(self.towers), *self.image_size)
 
     @property
-    def towers(self) -> list[VisionTransformer]:
+    def towers(self) -> list[VisionTransformer | Eva]:
         return [getattr(self, name) for name in ("featurizer", "fused_featurizer") if hasattr(self, name)]
 
     @property
@@ -260,10 +286,8 @@ class OpenVLAVisionBackbone(nn.Module):
             )
         cameras = found[1] // expected[0]
         pixel_values = pixel_values.unflatten(1, (cameras, expected[0])).flatten(0, 1)
-        # Position embeddings are not packed where towers are quantized, and keep their type where they are offloaded.
         towers = [
-            (tower, pixels.to(tower.pos_embed.dtype))
-            for tower, pixels in zip(self.towers, pixel_values.split(3, dim=1))
+            (tower, pixels.to(_float_type(tower))) for tower, pixels in zip(self.towers, pixel_values.split(3, dim=1))
         ]
         features = []
         with _second_tower() as second:
@@ -315,12 +339,17 @@ def init_vision_weights(module: nn.Module) -> None:
 
     The library guards `torch.nn.init` while it calls this: tensors that were loaded keep their values.
     """
-    if isinstance(module, VisionTransformer):
+    if isinstance(module, TOWERS):
         # As timm initializes them; pos_embed, cls_token and reg_token belong to the tower itself.
-        for name, std in (("pos_embed", 0.02), ("cls_token", 1e-6), ("reg_token", 1e-6)):
+        of_tokens = 1e-6 if isinstance(module, VisionTransformer) else 0.02
+        for name, std in (("pos_embed", 0.02), ("cls_token", of_tokens), ("reg_token", of_tokens)):
             parameter = getattr(module, name, None)
             if parameter is not None:
                 nn.init.normal_(parameter, std=std)
+    elif isinstance(module, (EvaBlock, EvaBlockPostNorm, EvaAttention)) and hasattr(module, "reset_parameters"):
+        module.reset_parameters()
+    elif callable(again := getattr(module, "init_non_persistent_buffers", None)):  # positions, which are in no file
+        again()
     elif isinstance(module, AttentionPoolLatent):
         nn.init.trunc_normal_(module.latent, std=module.latent.shape[-1] ** -0.5)
         if module.pos_embed is not None:
@@ -331,6 +360,7 @@ def init_vision_weights(module: nn.Module) -> None:
 
 __all__ = [
     "FILM",
+    "TOWERS",
     "OpenVLAProjector",
     "OpenVLAProprioProjector",
     "OpenVLAVisionBackbone",

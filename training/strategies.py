@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from transformers import BitsAndBytesConfig
 
@@ -18,6 +17,7 @@ from ..choices_openvla import check_choice
 from ..parts_openvla import is_added
 from ..quantization_openvla import NOT_QUANTIZED, has_quantized_layers
 from ..quantized_linear_openvla import is_rounded
+from ..vision_openvla import TOWERS
 
 
 STRATEGIES: dict[str, Callable[..., nn.Module]] = {}
@@ -71,10 +71,10 @@ def freeze_unused(model: Any) -> None:
             if id(parameter) not in shared:
                 parameter.requires_grad_(False)
     for tower in model.modules():
-        if not isinstance(tower, VisionTransformer):
+        if not isinstance(tower, TOWERS):
             continue
         blocks = (f"blocks.{index}." for index in range(len(tower.blocks) - 1))
-        used = ("patch_embed.", "cls_token", "reg_token", "pos_embed", "norm_pre.", *blocks)
+        used = ("patch_embed.", "cls_token", "reg_token", "pos_embed", "rope.", "norm_pre.", *blocks)
         for name, parameter in tower.named_parameters():
             if not name.startswith(used):
                 parameter.requires_grad_(False)
