@@ -17,7 +17,7 @@ from openvla.data.report import report_statistics
 from openvla.data.sources import open_source
 from openvla.options.datasets import StatsOptions
 from openvla.training import FinetuneOptions, plan_run, preparation
-from openvla.training.checks import check_meaning
+from openvla.training.checks import check_meaning, check_units_of_one_robot
 from openvla.training.preparation import Run, num_patches, prepare, proprio_dim, text_tokens
 
 
@@ -140,6 +140,25 @@ def test_places_in_one_dataset_and_changes_in_another():
     other.absolute_dims = (0, 2)
     (warning,) = check_meaning([one, other])
     assert warning.startswith("x, z: places in other, changes in one (--absolute-dims)")
+
+
+def test_two_recordings_of_one_robot_in_units_of_their_own():
+    slow = episode()
+    slow["actions"][:, 1] *= 0.5
+    slow["actions"][:, 6] *= 0.5  # a gripper stays as recorded
+    sources = {
+        name: open_source(dataset(each), name=name, cache=False)
+        for name, each in (("shown", episode()), ("driven", slow), ("again", slow))
+    }
+    assert check_units_of_one_robot([*sources.values()]) == []  # nothing says that it is one robot
+    for source in sources.values():
+        source.recorded_names = ["dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper"]
+    (warning, other) = check_units_of_one_robot([*sources.values()])
+    assert warning.startswith("driven and shown have the same dimensions and other units (dy): ")
+    assert "statistics: shown for driven" in warning and other.startswith("again and shown")
+    for name in ("driven", "again"):
+        sources[name].statistics = sources["shown"].statistics
+    assert check_units_of_one_robot([*sources.values()]) == []
 
 
 def test_a_chunk_that_is_longer_than_every_episode(tmp_path):

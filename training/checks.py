@@ -28,6 +28,7 @@ __all__ = [
     "check_relearned",
     "check_result",
     "check_statistics",
+    "check_units_of_one_robot",
 ]
 
 
@@ -48,16 +49,42 @@ def check_statistics(
     """
     if len(before["q01"]) != len(now["q01"]):
         return [f"{name}: the model's statistics have {len(before['q01'])} dimensions, the data {len(now['q01'])}."]
-    low, high = np.asarray(now["q01"]), np.asarray(now["q99"])
-    span = np.maximum(high - low, 1e-6)
-    moved = np.maximum(abs(np.asarray(before["q01"]) - low), abs(np.asarray(before["q99"]) - high)) > 0.1 * span
-    if not moved.any():
+    names = _moved(before, now, names or action_names(len(now["q01"])))
+    if not names:
         return []
-    names = [label for label, far in zip(names or action_names(len(low)), moved) if far]
     return [
         f"{name}: the statistics of the model and those of the data differ in {', '.join(names)}. The run uses the "
         "data's; if the model learned this dataset before, was it another version, controller or unit?"
     ]
+
+
+def _moved(before: Mapping[str, Any], now: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """Dimensions whose q01 or q99 differ by more than a tenth of their distance."""
+    low, high = np.asarray(now["q01"]), np.asarray(now["q99"])
+    span = np.maximum(high - low, 1e-6)
+    moved = np.maximum(abs(np.asarray(before["q01"]) - low), abs(np.asarray(before["q99"]) - high)) > 0.1 * span
+    return [name for name, far in zip(names, moved) if far]
+
+
+def check_units_of_one_robot(sources: Sequence[Source]) -> list[str]:
+    """Whether datasets of a mixture whose numbers have the same recorded names, as those of one robot have, are in
+    different units: the same motion is another number in each then, of which image and words tell a model nothing."""
+    found, firsts = [], dict[tuple[str, ...], Source]()
+    for source in sources:
+        if source.recorded_names is None or source.standardize is not None:
+            continue
+        first = firsts.setdefault(tuple(source.recorded_names), source)
+        stats, others = source.statistics["action"], first.statistics["action"]
+        scaled = stats.get("mask") or [True] * source.action_dim
+        kept = {name for name, used in zip(source.names, scaled) if not used}
+        moved = [name for name in _moved(others, stats, source.names) if name not in kept]
+        if moved:
+            found.append(
+                f"{source.name} and {first.name} have the same dimensions and other units ({', '.join(moved)}): 1 in "
+                "one is not 1 in the other. If they are of one robot, give both the same statistics "
+                f"(statistics: {first.name} for {source.name}, in the YAML file of the mixture)."
+            )
+    return found
 
 
 def check_relearned(before: OpenVLAConfig, now: OpenVLAConfig, sources: Sequence[Source]) -> list[str]:
