@@ -52,8 +52,8 @@ class PatchProjection(nn.Conv2d):
 
 
 class LinspaceOnCPU(TorchFunctionMode):
-    """timm 1.0.9 reads the values of a linspace while it builds a tower; transformers 5.4 builds on the meta device,
-    which holds none. Later versions of either do not need this."""
+    """timm before 1.0.21 reads the values of a linspace while it builds a tower: on the meta device, where models are
+    built, there are none."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -78,8 +78,11 @@ def create_vision_tower(
     else:
         arguments = {"act_layer": act_layer, "weight_init": "skip"}
     arguments |= {"img_size": image_size, "num_classes": 0, **model_kwargs}
+    mode: AbstractContextManager[Any] = LinspaceOnCPU()
+    if hasattr(timm.layers, "calculate_drop_path_rates"):
+        mode = nullcontext()  # it costs a twentieth of the time of loading a small model
     try:
-        with LinspaceOnCPU():
+        with mode:
             tower = timm.create_model(model_id, pretrained=False, **arguments)
     except (TypeError, AttributeError, AssertionError, KeyError, ArithmeticError, RuntimeError) as error:
         raise ValueError(
