@@ -40,11 +40,14 @@ def pytest_unconfigure(config):
 def pytest_collection(session):
     """Importing leaves next to no garbage: it is not looked for, a second of each worker."""
     gc.disable()
+    os.environ.update(processes.NO_COMPILER)
 
 
 def pytest_collection_finish(session):
     """Each training run collects garbage, half a second where the libraries' objects are looked through as well. New
     objects are looked through less often: a twentieth of all time."""
+    for name in processes.NO_COMPILER:
+        os.environ.pop(name, None)
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
     gc.enable()

@@ -40,9 +40,12 @@ SERVERS = {
         "transformers.models.llama.modeling_llama",
         "transformers.tokenization_utils_tokenizers",
     ),
-    "package": ("openvla.training", "matplotlib.backends.backend_agg", "pyarrow.dataset", "av"),
+    "package": ("openvla.training", "matplotlib.backends.backend_agg", "pyarrow.dataset", "h5py", "av"),
 }
 FOLDER = "OPENVLA_TEST_PROCESSES"  # environment variable: where the sockets of the servers are
+# While libraries are imported: bitsandbytes asks torch to compile four of its functions then, which takes two seconds
+# of imports and is never used. Such functions run as they are written.
+NO_COMPILER = {"TORCHDYNAMO_DISABLE": "1"}
 
 
 class Process:
@@ -137,6 +140,7 @@ def serve(listeners: list[tuple[socket.socket, tuple[str, ...]]]) -> dict:
     waiting: list = [sys.stdin, own, *(listener for listener, _ in later)]
     if sys.stdin in select.select(waiting, [], [])[0]:  # nobody has asked
         os._exit(0)
+    os.environ.update(NO_COMPILER)  # of the jobs the environment is another
     for module in modules:
         with suppress(ImportError):  # of an extra; who needs it finds out
             import_module(module)
