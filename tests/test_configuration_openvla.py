@@ -1,9 +1,8 @@
 """The configuration: what it fills in, what it refuses, and the published layouts on the meta device."""
 
 import json
-import subprocess
-import sys
 
+import processes
 import pytest
 import torch
 from tiny import FIXTURES
@@ -124,8 +123,7 @@ def test_a_quantization_that_is_none(field, tmp_path):
 
 def test_old_transformers_is_refused_in_one_sentence(tmp_path):
     (tmp_path / "transformers.py").write_text("__version__ = '4.40.1'\n")
-    program = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import openvla"
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    result = processes.run(f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import openvla", server="libraries")
     assert result.returncode != 0
     assert result.stderr.strip().splitlines()[-1] == (
         "ImportError: OpenVLA needs transformers >= 5.4, found 4.40.1: run `pip install -U transformers`."

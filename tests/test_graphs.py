@@ -67,7 +67,7 @@ def test_every_prompt_has_the_graphs_of_the_next_length(plain):
     done = model.prepare_for_inference(batch_sizes=(1, 3), prompt_buckets=(8, 12))
     assert isinstance(done, Preparation) and done.seconds > 0 and not done.reason
     assert done.graphs == [(1, 8), (1, 12), (3, 8), (3, 12)] and Again.recorded == 12
-    for seed in range(8):
+    for seed in range(4):  # every length, with padding or without
         for batch in (1, 3):
             inputs = prompts(batch, seed, padded=seed % 2 == 1)
             found = check(model, plain, inputs, 1)

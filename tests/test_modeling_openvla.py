@@ -34,7 +34,7 @@ INSTRUCTIONS = ["open the drawer", "push the puck to the goal", "pick up the cup
 
 def small_config(**fields) -> OpenVLAConfig:
     """Two towers of four patches, a two-layer language model."""
-    tower = {"img_size": 28, "embed_dim": 32, "depth": 3, "num_heads": 2, "mlp_ratio": 2}
+    tower = {"img_size": 28, "embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2}
     arguments = {
         "vision_backbone_id": "dinosiglip-vit-so-224px",
         "image_sizes": [28, 28],

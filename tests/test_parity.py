@@ -138,8 +138,8 @@ def test_actions(tiny_checkpoint, tiny_processor, model):
         assert prediction.token_ids.tolist() == case["generated"]
         assert prediction.normalized_actions.tolist() == case["normalized_actions"]
         assert prediction.actions.tolist() == case["actions"]
-        action = model.predict_action(**inputs, unnorm_key=case["unnorm_key"], constrained=False, do_sample=False)
-        assert action.dtype == np.float64 and action.tolist() == case["actions"]
+    action = model.predict_action(**inputs, unnorm_key=case["unnorm_key"], constrained=False, do_sample=False)
+    assert action.dtype == np.float64 and action.tolist() == case["actions"]  # as an array, the last of them
 
 
 def test_generate(tiny_checkpoint, tiny_processor, model):

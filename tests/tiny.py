@@ -45,8 +45,9 @@ class TinyCheckpoint:
     def processor(self) -> openvla.OpenVLAProcessor:
         return openvla.OpenVLAProcessor.from_pretrained(self.folder)
 
+    @cache  # noqa: B019 - for the life of the tests
     def pixel_values(self, processor: openvla.OpenVLAProcessor, index: int) -> torch.Tensor:
-        """(1, 3 * towers, 224, 224) of a golden image."""
+        """(1, 3 * towers, 224, 224) of a golden image, computed once: nothing changes it."""
         if index in ROUNDED_OTHERWISE:
             strategy = processor.image_processor.image_resize_strategy
             return torch.from_numpy(self.arrays(f"pixel_values_{strategy}.npz")[f"img{index}"])
