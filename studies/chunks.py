@@ -1,6 +1,6 @@
 """Chunks in real time: success and smoothness by latency, by what one prediction is and by what is done with it.
 
-    python studies/chunks.py docs/results/chunks --policies outputs/chunks/corrected    # trained by studies/chunks.sh
+    python studies/chunks.py docs/results/chunks --policies outputs/chunks      # trained by studies/chunks.sh
 
 Evaluations as `openvla evaluate` runs them, of each policy that is there: blocking (all actions of a chunk, half of
 them, or the first, before the model looks again), and in real time at each latency with each way of using chunks.

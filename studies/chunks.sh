@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Four policies of the same demonstrations, samples and seeds, which differ in what one prediction is: one action or eight,
 # words or numbers, one camera or two and the state. All start from the policy of the package. Plans in the demonstrations
-# are late (--delay), as answers will be. Then one of them drives, the expert says what it should have done (DAgger), and all
-# four learn that as well. studies/chunks.py compares them in the closed loop.
+# are late (--delay), as answers will be. studies/chunks.py compares them in the closed loop.
 #
 #     bash studies/chunks.sh outputs/chunks
-#     python studies/chunks.py docs/results/chunks --policies outputs/chunks/corrected
+#     python studies/chunks.py docs/results/chunks --policies outputs/chunks
 #
-# Every command continues where it was stopped. POLICY=l1 trains that one alone, so that several machines can share (tokens
-# come first: they are who drives); PRECISION=float32 on a CPU without bfloat16.
+# Every command continues where it was stopped. POLICY=l1 trains that one alone, so that several machines can share;
+# PRECISION=float32 on a CPU without bfloat16. MORE=360: afterwards the tokens drive, the expert says what they should have
+# done (DAgger), and all learn that as well, into outputs/chunks/corrected: tokens gain, L1 does not (docs/LOG.md).
 set -euo pipefail
 output=${1:-outputs/chunks}
 tasks=${TASKS:-drawer-open-v3,push-v3,button-press-topdown-v3}
@@ -27,12 +27,13 @@ learn() { # POLICY FOLDER OPTIONS. Without augmentation: camera, light and table
         --optimizer muon --weight-decay 0.05 --schedule linear --shuffle-buffer 20000 --workers "${READERS:-1}" \
         --output "$output/$2" --resume ${what[$1]} "${@:3}"
 }
-for policy in ${POLICY:-tokens one l1 l1_wrist}; do
+for policy in ${POLICY:-one tokens l1 l1_wrist}; do
     learn "$policy" "$policy" --dataset "$output/demos" --name metaworld --learning-rate 1.5e-3 --warmup-steps 20 \
         --steps "${STEPS:-1140}" --save-every 285 --eval-every 285
 done
 
-# Pushing is what chunks did worst. A recording of its own would have units of its own.
+test -n "${MORE:-}" || exit 0
+# Pushing is what chunks did worst. A recording alone would have units of its own.
 student=(--student "$output/tokens" --unnorm-key metaworld --latency 0.1 --seed 9000 --after-success 6 --wrist)
 openvla record --tasks push-v3 --episodes "${DRIVEN:-90}" "${student[@]}" --output "$output/driven_push"
 openvla record --tasks button-press-topdown-v3,drawer-open-v3 --episodes "${OTHERS:-45}" "${student[@]}" \
@@ -44,5 +45,5 @@ driven_rest: {path: driven_rest, weight: 2, statistics: metaworld}
 END
 for policy in ${POLICY:-tokens one l1 l1_wrist}; do
     learn "$policy" "corrected/$policy" --model "$output/$policy" --dataset "$output/mixture.yaml" --learning-rate 7e-4 \
-        --warmup-steps 10 --steps "${MORE:-360}" --save-every 180 --eval-every 180
+        --warmup-steps 10 --steps "$MORE" --save-every 180 --eval-every 180
 done
