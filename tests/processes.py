@@ -4,9 +4,9 @@ A fresh interpreter takes 15 to 30 seconds of CPU time for torch, transformers a
 what `subprocess.run` and `subprocess.Popen` do with `[sys.executable, "-c", program, *arguments]`, but in a fork of a
 process that has imported already
 
-- "package" (the default): `openvla`, `openvla.training` and what a run imports;
+- "package" (the default): `openvla`, `openvla.training`, `openvla.serving` and what a run imports;
 - "transformers": what the package imports of the libraries, but not the package;
-- "libraries": torch, torchvision and timm; neither transformers nor `openvla`.
+- "libraries": torch, torchvision, timm and SciPy; neither transformers nor `openvla`.
 
 Everything else is as in a fresh interpreter: arguments, environment, working folder, output, exit code, signals. Only
 taking the interpreter apart, 2 seconds of CPU time, is left out, after what `atexit` has to do. Where
@@ -32,7 +32,7 @@ from importlib import import_module
 
 
 SERVERS = {
-    "libraries": ("torch", "torchvision", "timm"),
+    "libraries": ("torch", "torchvision", "timm", "scipy.optimize"),
     "transformers": (
         "transformers.image_processing_utils",
         "transformers.modeling_utils",
@@ -40,7 +40,14 @@ SERVERS = {
         "transformers.models.llama.modeling_llama",
         "transformers.tokenization_utils_tokenizers",
     ),
-    "package": ("openvla.training", "matplotlib.backends.backend_agg", "pyarrow.dataset", "h5py", "av"),
+    "package": (
+        "openvla.training",
+        "openvla.serving.server",
+        "matplotlib.backends.backend_agg",
+        "pyarrow.dataset",
+        "h5py",
+        "av",
+    ),
 }
 FOLDER = "OPENVLA_TEST_PROCESSES"  # environment variable: where the sockets of the servers are
 # While libraries are imported: bitsandbytes asks torch to compile four of its functions then, which takes two seconds
