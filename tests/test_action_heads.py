@@ -106,11 +106,13 @@ def test_an_adapter_brings_its_chunk(tmp_path):
 
 def test_the_plan_counts_its_tokens(small_policy, tmp_path, monkeypatch):
     config = OpenVLAConfig.from_pretrained(small_policy)
-    one, three = (estimate(config, "full", batch_size=1, text_tokens=40, shape=(chunk, 7)) for chunk in (1, CHUNK))
+    one, three = (
+        estimate(config, "last_layer", batch_size=1, text_tokens=40, shape=(chunk, 7)) for chunk in (1, CHUNK)
+    )
     width, vocabulary = config.text_config.hidden_size, config.text_config.vocab_size
     # Forward and backward of the output layer on 14 more positions
     assert three.flops_per_sample - one.flops_per_sample == 3 * 2 * 14 * width * vocabulary
-    made = {"model": str(small_policy), "strategy": "full"}
+    made = {"model": str(small_policy), "strategy": "last_layer"}
     counted = {(1, 7): one, (CHUNK, 7): three}
     monkeypatch.setattr("openvla.training.plan.estimate", lambda *_, shape, **__: counted.pop(shape))
     plans = [plan_run(options(tmp_path / "run", action_chunk=chunk, **made)) for chunk in (1, CHUNK)]

@@ -313,12 +313,13 @@ def one_process(six_episodes, tmp_path_factory) -> Path:
 def test_two_processes_learn_what_one_does(fsdp, one_process, six_episodes, tmp_path):
     """Two gloo processes of batch 2 against one of batch 4, plain (DDP) or sharded (FSDP2), the latter stopped and
     resumed: the same losses, in training and evaluation, and a plain checkpoint in the published layout; also with a
-    head that has weights of its own, beside an adapter."""
+    head that has weights of its own, beside an adapter (which sharded ones have only so: a second a run)."""
     if fsdp and not hasattr(torch.cpu.Stream, "record_event"):
         pytest.skip("torch 2.6 runs FSDP2 on accelerators only")
     two = {
         name: options(tmp_path / "two" / name, six_episodes, batch_size=2, fsdp=fsdp, **changes)
         for name, changes in RUNS_OF_BOTH.items()
+        if name != "lora" or not fsdp
     }
 
     def launch(*made: FinetuneOptions, resume: bool):
@@ -378,7 +379,7 @@ def test_the_plan(tmp_path, monkeypatch):
     told = {"batch_size": 4, "precision": "float32", "text_tokens": longest, "shape": (1, 7), "rank": 4}
     assert strategy == "lora" and told.items() <= given.items()
     assert text.endswith(expected.describe()) and "trains    0.2M of 7.8M parameters" in text
-    shared = plan_run(replace(made, strategy="full", fsdp=True, dtype="bfloat16"), processes=8)
+    shared = plan_run(replace(made, model=str(BASE), strategy="full", fsdp=True, dtype="bfloat16"), processes=8)
     assert "memory" in shared and "of one device in pure-bf16: " in shared and ", communication " in shared
     assert not (tmp_path / "run").exists()
 

@@ -56,7 +56,7 @@ def run(*arguments, code: int = 0):
 # Formats --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_reader_of_ones_own_at_every_door(here):
+def test_a_reader_of_ones_own_at_every_door(here, small_policy):
     plain = open_dataset("robot.jsonl", format="my_reader:Lines")
     assert len(plain) == 6 and plain.name == "robot" and len(plain[0]) == 4
     doubled = open_dataset("robot.jsonl", format="my_reader:Lines", scale=2.0, reverse=True)
@@ -78,7 +78,8 @@ def test_a_reader_of_ones_own_at_every_door(here):
 
     options = FinetuneOptions(dataset="robot.jsonl", output="run", format="my_reader:Lines", reader=reader)
     assert prepare(options).statistics["robot"]["action"]["q99"] == written["action"]["q99"]
-    plan = run("finetune", "--dataset", "robot.jsonl", "--output", "run", *own, "--dry-run").stdout
+    cheap = ["--model", small_policy, "--strategy", "last_layer", "--dry-run"]
+    plan = run("finetune", "--dataset", "robot.jsonl", "--output", "run", *own, *cheap).stdout
     assert "robot: 6 episodes" in plan
 
 

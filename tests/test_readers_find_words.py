@@ -3,6 +3,7 @@ which are upside down; damaged descriptions; objects of one's own that hold some
 
 import json
 import warnings
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -234,6 +235,8 @@ def test_keys_at_every_door(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "s").read_text())["task"]["action"]["max"] == [5.0] * 6 + [1.0]
     policy = "tests/fixtures/tiny-openvla-siglip"
     same = {"output": str(tmp_path / "out"), "model": policy, "strategy": "last_layer"}
+    # What the runs need is not counted: half a second each
+    monkeypatch.setattr("openvla.training.plan.estimate", lambda *_, **__: SimpleNamespace(describe=lambda: ""))
     plan = plan_run(FinetuneOptions(dataset=str(path), **same, **given))
     assert "2 episodes, 12 steps" in plan and "unlabeled: removed 0 steps" in plan
     run = ["finetune", "--dataset", str(path), "--dry-run", *(f"--{key}={value}" for key, value in same.items())]
