@@ -24,6 +24,15 @@ CONFIGS = {
 }
 
 
+DRAWER = next((ROOT / "examples" / "frames").glob("drawer*.png"))
+
+
+@pytest.fixture(scope="module")
+def plain_action() -> np.ndarray:
+    """Of the embedded policy at the picture of a drawer."""
+    return OpenVLAForActionPrediction.from_pretrained(ROOT).predict_action(DRAWER, "open the drawer")
+
+
 def quantized_layers(model) -> set[str]:
     kinds = (bitsandbytes.nn.Linear8bitLt, bitsandbytes.nn.Linear4bit)
     return {name for name, module in model.named_modules() if isinstance(module, kinds)}
@@ -37,15 +46,14 @@ def test_int8_does_not_fill_the_log(tiny_checkpoint, caplog):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_load_save_reload(name, tiny_checkpoint, tmp_path):
-    plain = tiny_checkpoint.load()
+def test_load_save_reload(name, tiny_checkpoint, tiny_model, tmp_path):
     model = tiny_checkpoint.load(quantization_config=CONFIGS[name])
     layers = quantized_layers(model)
     # Seven linear layers in each block of the language model, nothing else.
     assert len(layers) == 7 * model.config.text_config.num_hidden_layers
     assert all(layer.startswith("language_model.model.layers.") for layer in layers)
     for part in ("vision_backbone", "projector", "language_model.lm_head"):
-        expected = plain.get_submodule(part).state_dict()
+        expected = tiny_model.get_submodule(part).state_dict()
         for tensor, value in model.get_submodule(part).state_dict().items():
             assert torch.equal(value, expected[tensor]), f"{part}.{tensor}"
 
@@ -66,16 +74,16 @@ def test_load_save_reload(name, tiny_checkpoint, tmp_path):
         assert reloaded.token_ids.tolist() == prediction.token_ids.tolist()
 
 
-@pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_embedded_policy_is_quantized_too(name, dtype):
+def test_the_embedded_policy_is_quantized_too(dtype):
     """Its language model has rows of 672, which are no whole blocks of 64."""
     picture = np.asarray(Image.open(next((ROOT / "examples" / "frames").glob("*.png"))).convert("RGB"))
     words = ("open the drawer", "push the puck to the goal")
     plain = OpenVLAForActionPrediction.from_pretrained(ROOT, dtype=dtype).predict_action([picture] * 2, words)
-    model = OpenVLAForActionPrediction.from_pretrained(ROOT, dtype=dtype, quantization_config=CONFIGS[name])
-    actions = model.predict_action([picture] * 2, words)
-    assert np.abs(actions - plain).mean() < np.abs(plain[0] - plain[1]).mean()  # words still matter more
+    for name, config in CONFIGS.items():
+        model = OpenVLAForActionPrediction.from_pretrained(ROOT, dtype=dtype, quantization_config=config)
+        actions = model.predict_action([picture] * 2, words)
+        assert np.abs(actions - plain).mean() < np.abs(plain[0] - plain[1]).mean(), name  # words still matter more
 
 
 @pytest.mark.parametrize("name", ["int8", "nf4"])
@@ -115,22 +123,20 @@ def test_own_exceptions_are_respected():
     ],
     ids=str,
 )
-def test_towers_and_projector_may_be_quantized(bits, excepted, tmp_path):
+def test_towers_and_projector_may_be_quantized(bits, excepted, plain_action, tmp_path):
     """As in the original: a config that names its own exceptions quantizes all the rest; the folder loads again."""
     config = BitsAndBytesConfig(**{bits: True}, llm_int8_skip_modules=excepted)
     model = OpenVLAForActionPrediction.from_pretrained(ROOT, quantization_config=config)
     layers = quantized_layers(model)
     for part in ("vision_backbone", "projector"):
         assert any(layer.startswith(part) for layer in layers) == (part not in excepted)
-    picture = next((ROOT / "examples" / "frames").glob("drawer*.png"))
-    plain = OpenVLAForActionPrediction.from_pretrained(ROOT).predict_action(picture, "open the drawer")
-    action = model.predict_action(picture, "open the drawer")
-    assert np.abs(action - plain).max() < 0.2
+    action = model.predict_action(DRAWER, "open the drawer")
+    assert np.abs(action - plain_action).max() < 0.2
     model.save_pretrained(tmp_path)
     model.processor.save_pretrained(tmp_path)
     again = OpenVLAForActionPrediction.from_pretrained(tmp_path)
     assert quantized_layers(again) == layers
-    assert again.predict_action(picture, "open the drawer").tolist() == pytest.approx(action.tolist(), abs=0.02)
+    assert again.predict_action(DRAWER, "open the drawer").tolist() == pytest.approx(action.tolist(), abs=0.02)
 
 
 def test_keywords_of_the_original():
@@ -155,10 +161,8 @@ def test_a_name_is_no_quantization_config():
 @pytest.mark.parametrize(
     "offloaded", ["", "vision_backbone", "vision_backbone.featurizer", "projector", "language_model"]
 )
-def test_parts_offloaded_to_disk(offloaded, tmp_path):
+def test_parts_offloaded_to_disk(offloaded, plain_action, tmp_path):
     """Weights on disk have no device; the same action nevertheless."""
-    picture = next((ROOT / "examples" / "frames").glob("drawer*.png"))
-    expected = OpenVLAForActionPrediction.from_pretrained(ROOT).predict_action(picture, "open the drawer")
     parts = ["vision_backbone.featurizer", "vision_backbone.fused_featurizer", "projector", "language_model"]
     device_map = {"": "disk"} if not offloaded else {
         part: "disk" if part.startswith(offloaded) else "cpu" for part in parts
@@ -170,7 +174,7 @@ def test_parts_offloaded_to_disk(offloaded, tmp_path):
     model = OpenVLAForActionPrediction.from_pretrained(ROOT, device_map=device_map, offload_folder=tmp_path)
     assert any(parameter.device.type == "meta" for parameter in model.parameters())
     assert model.device.type == "cpu"
-    assert model.predict_action(picture, "open the drawer").tolist() == expected.tolist()
+    assert model.predict_action(DRAWER, "open the drawer").tolist() == plain_action.tolist()
 
 
 def lora() -> "peft.LoraConfig":
@@ -208,12 +212,13 @@ def test_adapter_merges(checkpoint, tmp_path):
     own = load()
     own.load_adapter(str(tmp_path))
     loaded = peft.PeftModel.from_pretrained(load(), tmp_path)
-    merged = peft.PeftModel.from_pretrained(load(), tmp_path).merge_and_unload()
-    with torch.inference_mode():
-        for name, other in (("PeftModel", loaded), ("load_adapter", own), ("merged", merged)):
+    ways = {"PeftModel": lambda: loaded, "load_adapter": lambda: own, "merged": loaded.merge_and_unload}
+    for name, way in ways.items():
+        other = way()
+        with torch.inference_mode():
             assert (other(**inputs).logits - adapted).abs().max() < 1e-4, name
             again = other.predict_action(golden_image(1), "open the drawer", unnorm_key=key)
-            assert again.tolist() == action.tolist(), name
+        assert again.tolist() == action.tolist(), name
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")  # peft 0.21 calls it

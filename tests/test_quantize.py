@@ -56,6 +56,12 @@ def folder(request, tmp_path_factory):
     return quantize_checkpoint(ROOT, tmp_path_factory.mktemp("quantized") / "out", bits=request.param), request.param
 
 
+@pytest.fixture(scope="module")
+def stored(folder):
+    """Its model, for tests that do not change it."""
+    return load(folder[0])
+
+
 @pytest.mark.parametrize(
     ("tiny_checkpoint", "bits", "dtype"),  # each two of these together
     [
@@ -97,10 +103,9 @@ def test_rounded_while_it_is_loaded(bits, dtype, tiny_checkpoint, tmp_path):
         )
 
 
-def test_a_folder_is_what_rounding_while_loading_gives(folder, plain):
+def test_a_folder_is_what_rounding_while_loading_gives(folder, stored, plain):
     path, bits = folder
-    stored, loaded = load(path), load(quantization_config=OpenVLAQuantizationConfig(bits))
-    expected = loaded.state_dict()
+    expected = load(quantization_config=OpenVLAQuantizationConfig(bits)).state_dict()
     assert stored.state_dict().keys() == expected.keys()
     for name, value in stored.state_dict().items():
         assert torch.equal(value, expected[name]), name
@@ -123,11 +128,11 @@ def test_a_folder_is_what_rounding_while_loading_gives(folder, plain):
     assert mixed.predict_action(PICTURE, "open the drawer").shape == (7,)
 
 
-def test_a_folder_carries_its_code(folder, tmp_path):
+def test_a_folder_carries_its_code(folder, stored, tmp_path):
     """Packaged once more, and loaded in a process without this package."""
     path, bits = folder
     packaged = package_checkpoint(path, tmp_path / "packaged")
-    expected = load(path).predict_action(PICTURE, "open the drawer").tolist()
+    expected = stored.predict_action(PICTURE, "open the drawer").tolist()
     program = """
 import json, sys
 from transformers import AutoModel, AutoModelForImageTextToText
@@ -144,7 +149,7 @@ for name, kind in zip(sys.argv[2:4], (AutoModel, AutoModelForImageTextToText)):
     assert ran.returncode == 0, ran.stderr
     lines = ran.stdout.splitlines()
     assert [json.loads(line) for line in lines[::2]] == [expected] * 2
-    assert lines[1::2] == [f"{len(quantized_layers(load(path)))} False"] * 2
+    assert lines[1::2] == [f"{len(quantized_layers(stored))} False"] * 2
 
 
 @pytest.mark.parametrize("bits", KINDS)
@@ -159,9 +164,9 @@ def test_towers_and_projector_may_be_quantized(bits, plain, tmp_path):
     assert np.abs(action - plain.predict_action(PICTURE, "open the drawer")).max() < 0.3
 
 
-def test_drafts_ride_along(folder):
+def test_drafts_ride_along(stored):
     """They are read with the prompt or together: the same tokens, and fewer passes where they are right."""
-    model, arguments = load(folder[0]), {"return_dict": True}
+    model, arguments = stored, {"return_dict": True}
     found = model.predict_action(PICTURE, "open the drawer", **arguments)
     wrong = found.token_ids.copy()
     wrong[[0, 3]] -= 1
@@ -171,9 +176,8 @@ def test_drafts_ride_along(folder):
         assert again.token_passes.max() < found.token_passes.max()
 
 
-def test_in_memory_as_in_a_folder(folder, tmp_path):
-    path, bits = folder
-    stored, model = load(path), quantize_linears(load(), OpenVLAQuantizationConfig(bits))
+def test_in_memory_as_in_a_folder(folder, stored, tmp_path):
+    model = quantize_linears(load(), OpenVLAQuantizationConfig(folder[1]))
     found = model.state_dict()
     assert all(torch.equal(found[name], value) for name, value in stored.state_dict().items())
     model.save_pretrained(tmp_path)
@@ -181,7 +185,7 @@ def test_in_memory_as_in_a_folder(folder, tmp_path):
     assert quantized_layers(load(tmp_path)) == quantized_layers(stored)
 
 
-def test_moved_cast_and_dequantized(folder):
+def test_moved_cast_and_dequantized(folder, stored):
     path, _ = folder
     model = load(path)
     action = model.predict_action(PICTURE, "open the drawer").tolist()
@@ -189,8 +193,8 @@ def test_moved_cast_and_dequantized(folder):
     model.to(torch.bfloat16)
     assert model.dtype == torch.bfloat16
     scales = [buffer for name, buffer in model.named_buffers() if "scale" in name.rpartition(".")[2]]
-    stored = {name: buffer for name, buffer in load(path).named_buffers() if "scale" in name.rpartition(".")[2]}
-    assert len(scales) == len(stored) and all(torch.equal(a, b) for a, b in zip(scales, stored.values()))
+    before = [buffer for name, buffer in stored.named_buffers() if "scale" in name.rpartition(".")[2]]
+    assert len(scales) == len(before) and all(torch.equal(a, b) for a, b in zip(scales, before))
     assert model.predict_action(PICTURE, "open the drawer").shape == (7,)
     back = load(path).dequantize()
     assert not has_quantized_layers(back) and back.config.to_dict().get("quantization_config") is None
@@ -206,13 +210,12 @@ def test_vocabulary_may_grow(folder):
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_weights_of_few_bits_are_put_into_a_plain_model(folder, strict):
+def test_weights_of_few_bits_are_put_into_a_plain_model(stored, plain, strict):
     """Without their steps whole numbers would be weights."""
-    path, _ = folder
-    model = load()
-    before = copy.deepcopy(model.state_dict())
+    model = copy.deepcopy(plain)
     with pytest.raises(ValueError, match="are those of a quantized model"):
-        model.load_state_dict(load(path).state_dict(), strict=strict)
+        model.load_state_dict(stored.state_dict(), strict=strict)
+    before = plain.state_dict()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
