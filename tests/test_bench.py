@@ -47,6 +47,12 @@ def same_threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def one_round(monkeypatch):
+    """The rates of the machine are measured once, not as the best of several times: a second."""
+    monkeypatch.setattr("openvla.bench.roofline.ROUNDS", 1)
+
+
 def test_stages_are_told_where_they_begin():
     told = []
 

@@ -34,14 +34,12 @@ def prepared(model, **sizes):
     return done
 
 
-@pytest.mark.parametrize(
-    "fields, buckets", [({}, (8, 12)), ({"num_key_value_heads": 1}, (12,)), ({"attn_implementation": "eager"}, (12,))]
-)
-def test_tokens_are_those_of_the_model(fields, buckets):
+@pytest.mark.parametrize("fields", [{}, {"num_key_value_heads": 1}, {"attn_implementation": "eager"}])
+def test_tokens_are_those_of_the_model(fields):
     plain = new_model(**fields)
     model = copy.deepcopy(plain)
-    done = prepared(model, batch_sizes=(1, 3), prompt_buckets=buckets)
-    assert done.graphs == [(batch, bucket) for batch in (1, 3) for bucket in buckets]
+    done = prepared(model, batch_sizes=(1, 3), prompt_buckets=(12,))
+    assert done.graphs == [(1, 12), (3, 12)]
     with torch.compiler.set_stance("fail_on_recompile"):
         for seed in range(4):
             for batch in (1, 3):

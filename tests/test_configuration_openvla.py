@@ -24,9 +24,11 @@ def test_published_tensors(name):
 
 @pytest.mark.parametrize("vision_backbone_id", VISION_BACKBONES)
 def test_every_vision_backbone(vision_backbone_id):
-    """Published sizes, one-layer language model: patches, channels and the width the projector expects."""
+    """Published sizes but for the depth, one-layer language model: patches, channels and the width the projector
+    expects."""
     config = OpenVLAConfig(
         vision_backbone_id=vision_backbone_id,
+        timm_model_kwargs=[{"depth": 2}] * len(VISION_BACKBONES[vision_backbone_id]),
         text_config={"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
     )
     with torch.device("meta"):
