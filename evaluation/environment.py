@@ -22,6 +22,7 @@ ENVIRONMENTS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "robosuite": ("robosuite", "Robosuite", "openvla[robosuite]", {}),
     **{suite: ("libero", "Libero", "hf-libero", {"suite": suite}) for suite in SUITES},
 }
+ANGLES = ("roll", "pitch", "yaw", "rx", "ry", "rz")
 AXES = ("visual", "motion", "physical", "semantic", "language")  # of generalization, in the paper's order
 # A seed decides where everything in an episode begins. Demonstrations and evaluation share none.
 RECORDING_SEEDS = range(0, 1_000_000)
@@ -215,6 +216,11 @@ def action_spec_of(environment: Environment) -> ActionSpec:
     return getattr(environment, "action_spec", None) or usual_spec(7, hz=environment.frequency)
 
 
+def absolute_angles(spec: ActionSpec) -> list[str]:
+    """Numbers of an action that are angles, by their names, and places: near half a turn they jump by a full one."""
+    return [name for name, relative in zip(spec.names, spec.relative) if name in ANGLES and not relative]
+
+
 def dataset_of(environment: Environment, statistics: Mapping[str, Any]) -> str | None:
     """Which of the datasets of a model was recorded in the environment; None where nothing says so."""
     return next((name for name in getattr(environment, "unnorm_keys", ()) if name in statistics), None)
@@ -232,6 +238,25 @@ def has_other_rate(recorded: float | None, environment: Environment, model: str,
         stacklevel=3,
     )
     return True
+
+
+def check_dimensions(stats: Mapping[str, Any], model: str, env: str, spec: ActionSpec) -> None:
+    """Raise a `ValueError` if the actions of a model are not those of the environment, before its weights are read."""
+    dims = len(stats["q01"])
+    if dims != spec.action_dim:
+        raise ValueError(
+            f"The actions of '{model}' have {dims} dimensions, those of '{env}' {spec.action_dim}: another unnorm_key, "
+            "or a model that was trained for this environment?"
+        )
+
+
+def check_state(proprio_dim: int | None, model: str, env: str, names: Sequence[str]) -> None:
+    """The same of the state that a model sees; None: it sees none."""
+    if proprio_dim is not None and proprio_dim != len(names):
+        raise ValueError(
+            f"'{model}' sees a state of {proprio_dim} numbers, and '{env}' gives {len(names)} ({', '.join(names)}): a "
+            "model that was trained on states of this environment?"
+        )
 
 
 def standstill(environment: Environment) -> np.ndarray:
@@ -262,6 +287,29 @@ def check_observation(found: Any, method: str = "reset") -> Observation:
     if state.ndim != 1 or state.dtype.kind not in "fiub" or not np.isfinite(state).all():
         raise ValueError(f"{method}(): state={found.state!r:.200}, expected finite numbers (S,).")
     return found
+
+
+def check_form(found: Observation, first: Observation, method: str = "step") -> None:
+    """Raise a `ValueError` where what is seen has other cameras, or a state of another length, than what was seen
+    first: a policy would go on with whatever is there."""
+    if found.images.keys() != first.images.keys():
+        raise ValueError(
+            f"{method}() shows the cameras {', '.join(found.images) or 'none'}, and before "
+            f"{', '.join(first.images) or 'none'}: expected the same in all of a task."
+        )
+    if np.shape(found.state) != np.shape(first.state):
+        raise ValueError(f"{method}() gave a state of {len(found.state)} numbers, and before of {len(first.state)}.")
+
+
+def check_expert(environment: Environment, answer: Any) -> np.ndarray:
+    """(A,) float64 of what the expert answered; a `ValueError` where it is no action of the environment."""
+    spec = getattr(environment, "action_spec", None)
+    try:
+        return check_action(answer, 7 if spec is None else spec.action_dim)
+    except ValueError as error:
+        raise ValueError(
+            f"The expert of {type(environment).__name__}: {error} Actions of other numbers need an action_spec."
+        ) from error
 
 
 def check_step(found: Any) -> tuple[Observation, bool]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..action_spec import ActionSpec, spec_of
+from ..action_spec import spec_of
 from ..action_tokenizer import NORMALIZATIONS, get_action_stats, resolve_unnorm_key
 from ..device import torch_device
 from ..extras import require
@@ -30,7 +30,10 @@ from .environment import (
     EVALUATION_SEEDS,
     POLICY_SEED,
     Environment,
+    absolute_angles,
     action_spec_of,
+    check_dimensions,
+    check_state,
     choose_tasks,
     choose_variations,
     dataset_of,
@@ -110,6 +113,12 @@ def evaluate(
         late, relative = options.late or "repeat", np.array(spec.relative)
         chunking = options.chunking or "switch"
         said = {"chunking": chunking, "late": late}
+        if chunking == "ensemble" and (angles := absolute_angles(spec)):
+            warnings.warn(
+                f"chunking='ensemble': {', '.join(angles)} are angles and no changes, and are averaged as numbers: "
+                "where they pass half a turn, the mean of 179 and -179 degrees is 0. Take switch or prefix there.",
+                stacklevel=2,
+            )
         make_control = partial(RealtimeControl, hz, standstill(here), late, relative, chunking, options.execute)
         make_control()  # refuses a rate that is none
     here.close()
@@ -208,25 +217,6 @@ def with_cameras(of_environment: dict[str, Any], env: str, sees: Sequence[str]) 
     if any("wrist" in name for name in sees) and "wrist" in options_known(environment_class(env)):
         return {"wrist": True, **of_environment}
     return of_environment
-
-
-def check_dimensions(stats: Mapping[str, Any], model: str, env: str, spec: ActionSpec) -> None:
-    """Raise a `ValueError` if the actions of a model are not those of the environment, before its weights are read."""
-    dims = len(stats["q01"])
-    if dims != spec.action_dim:
-        raise ValueError(
-            f"The actions of '{model}' have {dims} dimensions, those of '{env}' {spec.action_dim}: another unnorm_key, "
-            "or a model that was trained for this environment?"
-        )
-
-
-def check_state(proprio_dim: int | None, model: str, env: str, names: Sequence[str]) -> None:
-    """The same of the state that a model sees; None: it sees none."""
-    if proprio_dim is not None and proprio_dim != len(names):
-        raise ValueError(
-            f"'{model}' sees a state of {proprio_dim} numbers, and '{env}' gives {len(names)} ({', '.join(names)}): a "
-            "model that was trained on states of this environment?"
-        )
 
 
 def earlier_settings(folder: Path, now: Mapping[str, Any], model: str) -> dict[str, Any]:

@@ -13,7 +13,16 @@ from ..data.episode import EncodedImages, Episode
 from ..data.images import ImageFormat, encode_image
 from ..policy import Policy, begin_episode
 from .control import BlockingControl, RealtimeControl
-from .environment import Environment, action_spec_of, check_action, check_observation, check_step, standstill
+from .environment import (
+    Environment,
+    action_spec_of,
+    check_action,
+    check_expert,
+    check_form,
+    check_observation,
+    check_step,
+    standstill,
+)
 
 
 class LateAnswers:
@@ -67,8 +76,9 @@ def record_episode(
     Raises:
         ValueError: If the expert or the student gives something that is no action.
     """
-    generator, dims = np.random.default_rng([seed, zlib.crc32(task.encode())]), action_spec_of(environment).action_dim
-    observation = check_observation(environment.reset(seed, task, variation))
+    generator, spec = np.random.default_rng([seed, zlib.crc32(task.encode())]), action_spec_of(environment)
+    moved = [dim for dim in range(min(3, spec.action_dim)) if dim not in spec.grippers]  # by noise
+    observation = first = check_observation(environment.reset(seed, task, variation))
     texts = environment.instructions(task) if paraphrases else ()
     if observation.instruction not in texts:  # a variation that words the task itself
         texts = (observation.instruction,)
@@ -92,7 +102,7 @@ def record_episode(
             return None
         for camera, image in observation.images.items():
             images[camera].append(encode_image(image, image_format))
-        action = expert_answer(environment, dims)
+        action = check_expert(environment, environment.expert_action()).astype(np.float32)
         states.append(observation.state)
         actions.append(action)
         step = len(actions) - 1
@@ -104,9 +114,10 @@ def record_episode(
             executed = check_action(control.action(step), len(action))
         else:
             executed = np.array(action if late is None else late.executed(actions))
-            executed[:3] += strength * generator.standard_normal(3)
+            executed[moved] += strength * generator.standard_normal(3)[moved]
         done.append(executed.astype(np.float32))
         observation, success = check_step(environment.step(executed))
+        check_form(observation, first)
         if left is not None:
             left -= 1
         elif success:
@@ -120,16 +131,6 @@ def record_episode(
         index=seed,
         executed=np.stack(done) if noise or delay or student is not None else None,
     )
-
-
-def expert_answer(environment: Environment, action_dim: int) -> np.ndarray:
-    """(A,) float32; a ValueError where it is no action of the environment, before anything is recorded of it."""
-    try:
-        return check_action(environment.expert_action(), action_dim).astype(np.float32)
-    except ValueError as error:
-        raise ValueError(
-            f"The expert of {type(environment).__name__}: {error} Actions of other numbers need an action_spec."
-        ) from error
 
 
 def save_episode(episode: Episode, file: Path, *, seed: int, failed: int) -> None:

@@ -20,11 +20,23 @@ from ..data.writers.hdf5 import write_hdf5
 from ..data.writers.lerobot import write_lerobot
 from ..files_openvla import read_json
 from ..folders import locked, read_settings, with_version, write_json
-from ..hub import file_digests, model_folder, published_name
+from ..hub import config_of, file_digests, model_folder, published_name
 from ..options.evaluation import RecordOptions
 from ..options.fields import decisive
+from ..plugins import options_known
 from . import recorder
-from .environment import choose_tasks, file_name, has_other_rate, renders, tasks_with
+from .environment import (
+    Environment,
+    action_spec_of,
+    check_dimensions,
+    check_state,
+    choose_tasks,
+    environment_class,
+    file_name,
+    has_other_rate,
+    renders,
+    tasks_with,
+)
 from .expert_episode import is_episode, load_episode
 from .rendering import opengl_backend
 from .workers import EnvironmentFailure, EnvironmentProcess
@@ -78,9 +90,7 @@ def _record(options: RecordOptions, output: Path, progress: bool) -> dict[str, A
     varied = [(task, axis) for axis in options.axes for task in tasks_with(environment, chosen, axis)]
     tasks = dict.fromkeys(task for task, _ in varied)
     if options.student is not None:
-        known, key = recorder.student_units(options, environment)
-        hz = spec_of(known, resolve_unnorm_key(known, key)).hz
-        has_other_rate(hz, environment, options.student, options.env)
+        check_student(options, environment, options.student)
     if renders(environment):
         opengl_backend()
     if plan.exists():
@@ -131,6 +141,19 @@ def _record(options: RecordOptions, output: Path, progress: bool) -> dict[str, A
     complete.replace(output)  # also where `output` is an empty folder
     _remove(part, content)
     return summary
+
+
+def check_student(options: RecordOptions, environment: Environment, student: str) -> None:
+    """Raise a `ValueError` for a student of other actions, another state or a camera that is not recorded, before
+    anything is: it would say so at its first act. Another rate is a warning."""
+    known, key = recorder.student_units(options, environment)
+    key, config = resolve_unnorm_key(known, key), config_of(model_folder(student))
+    check_dimensions(known[key]["action"], student, options.env, action_spec_of(environment))
+    check_state(config.proprio_dim, student, options.env, environment.state_names)
+    sees = ", ".join(name for name in config.camera_names if "wrist" in name)
+    if sees and not options.wrist and "wrist" in options_known(environment_class(options.env)):
+        raise ValueError(f"student='{student}' sees {sees}: record that camera as well (--wrist).")
+    has_other_rate(spec_of(known, key).hz, environment, student, options.env)
 
 
 def _check_part(part: Path) -> None:

@@ -10,27 +10,47 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-from .environment import Environment, check_observation, check_step
+from ..observation import Observation
+from .environment import Environment, check_expert, check_form, check_observation, check_step
 
 
 class EnvironmentFailure(RuntimeError):
     """What an environment died of, in the words of its own process."""
 
 
-CHECKS: dict[str, Callable[[Any], Any]] = {"reset": check_observation, "step": check_step}
+class Checked:
+    """Answers of an environment, looked at where they come from: what is none ends one episode, and no evaluation."""
+
+    def __init__(self, environment: Environment):
+        self._environment = environment
+        self._first: dict[tuple[Any, ...], Observation] = {}  # of each task and variation
+        self._case: tuple[Any, ...] = ()
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        found = getattr(self._environment, method)(*arguments)
+        if method == "reset":
+            self._case, found = arguments[1:], check_observation(found)
+            check_form(found, self._first.setdefault(self._case, found), method)
+        elif method == "step":
+            found = check_step(found)
+            check_form(found[0], self._first.get(self._case, found[0]), method)
+        elif method == "expert_action":
+            found = check_expert(self._environment, found)
+        return found
 
 
 def _serve(make: Callable[[], Environment], connection: Connection) -> None:
     """Answer (method, arguments) with (True, result) or (False, what went wrong), until the other side is gone."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches all: this one ends, and the one that asked says so
-    environment: Environment | None = None
+    environment, calls = None, None
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
             method, arguments = connection.recv()
             try:
-                environment = environment or make()
-                result = getattr(environment, method)(*arguments)
-                answer = (True, CHECKS[method](result) if method in CHECKS else result)
+                if environment is None or calls is None:
+                    environment = make()
+                    calls = Checked(environment)
+                answer = (True, calls.call(method, *arguments))
             except Exception as error:  # whatever it is belongs to the process that asked
                 answer = (False, "".join(traceback.format_exception_only(error)).strip())
             try:

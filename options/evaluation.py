@@ -9,7 +9,7 @@ from .prediction import ActingOptions
 
 
 # Options that say how the model acts; references take its statistics alone, the expert nothing of it.
-ACTING = ("dtype", "quantization", "decoding", "pixels")
+ACTING = ("dtype", "quantization", "decoding", "pixels", "execute", "chunking")
 # Episode k tries the seeds k, k + 10000, k + 20000, ...: each depends on its number alone, not on what failed before.
 MOST_EPISODES = 10_000
 
@@ -151,7 +151,8 @@ class ClosedLoopOptions(SimulatorOptions, ActingOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         known = {item.name: default_of(item) for item in fields(self)}
-        unused: tuple[str, ...] = {"expert": ("model", "unnorm_key", *ACTING), "model": ()}.get(self.policy, ACTING)
+        expert = ("model", "unnorm_key", "action_head", "action_chunk", *ACTING)
+        unused: tuple[str, ...] = {"expert": expert, "model": ()}.get(self.policy, ACTING)
         for name in unused:
             if name in known and (value := getattr(self, name)) != known[name]:
                 raise ValueError(f"{name}={value!r}: policy={self.policy!r} has no use for it, leave it out.")
@@ -210,6 +211,10 @@ class EvaluateOptions(ClosedLoopOptions):
         if self.control == "blocking" and any(value is not None for value in given.values()):
             shown = ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
             raise ValueError(f"{shown}: only for control='realtime'; blocking waits.")
+        if self.chunking == "hold" and (self.execute or 1) > 1:
+            raise ValueError(
+                f"execute={self.execute}: chunking='hold' executes the first action of each chunk alone, leave one out."
+            )
 
 
 @dataclass(kw_only=True)

@@ -181,7 +181,8 @@ class FinetuneOptions(DatasetOptions):
 
     def __post_init__(self) -> None:
         """Raises ValueError for numbers that make no run, and for a log that nothing here can write."""
-        for name, value in RECIPES.get(self.recipe, {}).items():
+        recipe = RECIPES.get(self.recipe, {}) if isinstance(self.recipe, str) else {}  # others are refused below
+        for name, value in recipe.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
         if self.schedule == "step" and self.decay_after is None:

@@ -1,5 +1,6 @@
 """An OpenVLA model as what the engine asks."""
 
+import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from ..modeling_openvla import OpenVLAForActionPrediction
 
 
+logger = logging.getLogger(__name__)
 SESSIONS = 1024  # of which drafts are kept; a draft is a few hundred bytes
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # how torch says it, by allocator
 
@@ -127,9 +129,11 @@ class OpenVLAModel:
     def warm_up(self, batch_sizes: Sequence[int]) -> None:
         key = self.info.default_key or next(iter(self.info.datasets))
         with memory_errors():
-            self.policy.model.prepare_for_inference(
+            made = self.policy.model.prepare_for_inference(
                 batch_sizes, prompt_buckets=(32, 64), unnorm_key=key, compile=self.compile
             )
+        if self.compile and not made.compiled:
+            logger.warning("Nothing was compiled (--compile): %s", made.reason or "this model has no graphs here")
         state = np.zeros(self.info.datasets[key].state_dim or 0, np.float32)
         height, width = self.info.image_size
         frame = np.zeros((height + 1, width, 3), np.uint8)  # to be resized, as those of robots: all libraries are there

@@ -29,7 +29,7 @@ def short_text(field: str, value: Any, limits: Limits) -> str | None:
 def numbers(field: str, value: Any, most: int) -> np.ndarray:
     """At most so many float64 of any shape, all finite."""
     # Before an array is made, which has for each text the room of the longest.
-    if not all(isinstance(one, NUMBERS) for one in _leaves(value)):
+    if not all(isinstance(one, NUMBERS) and not isinstance(one, bool) for one in _leaves(value)):
         raise BadRequest(f"{field}: expected numbers, other things came in a {type(value).__name__}.")
     try:
         array = np.asarray(value)

@@ -14,6 +14,13 @@ def is_number(value: object) -> TypeGuard[float]:
     return not isinstance(value, int) or abs(value) < 2**1023
 
 
+def has_booleans(given: Any) -> bool:
+    """Whether true or false stands among numbers, which numpy makes 1 and 0 of."""
+    if isinstance(given, list | tuple):
+        return any(map(has_booleans, given))
+    return isinstance(given, bool | np.bool_)
+
+
 def seconds(name: str, given: Any, least: float = 0.0, *, zero: bool = True) -> float:
     """`given`, if it is a finite number of `least` or more.
 
@@ -45,7 +52,8 @@ def numbers(
         array = np.array(given)
     except (ValueError, TypeError):  # rows of several lengths
         array = np.array(None)
-    good = array.dtype.kind in "iuf" and array.shape == (array.size if dims is None else dims,)  # no texts, no booleans
+    good = array.dtype.kind in "iuf" and array.shape == (array.size if dims is None else dims,)  # no texts
+    good = good and not has_booleans(given)
     if not good or (finite and not np.isfinite(array).all()):
         expected = f"{'' if dims is None else f'{dims} '}{'finite ' if finite else ''}numbers"
         raise ValueError(f"{name}={given!r:.200}: expected {expected}.")

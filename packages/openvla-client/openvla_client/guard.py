@@ -218,7 +218,7 @@ class Guard:
         arrived: list[dict[str, Any]] = []
         self._collect(arrived)
         asked = self._ask(step, now, seen_at, observation, here) if new else None
-        seen = None if self._audit is None else self._digest(observation)  # while the answer is on its way
+        seen = None if self._audit is None else self._named(observation)  # while the answer is on its way
         if asked is not None:
             self._collect(arrived, asked.id, min(self.wait, self.wait - (self._clock() - now)))
         self._see_connection()
@@ -241,6 +241,13 @@ class Guard:
         if command.action is not None:
             self._last = command.action.copy()
         return command, step
+
+    def _named(self, observation: Any) -> str:
+        """For the audit: an image that cannot be read (a file that was closed) must not end the control loop."""
+        try:
+            return self._digest(observation)
+        except Exception as error:  # of whatever was given
+            return f"unreadable: {type(error).__name__}: {error}"[:200]
 
     def _see_connection(self) -> None:
         if (connection := self._transport.connection) != self._connection:

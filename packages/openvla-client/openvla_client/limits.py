@@ -119,7 +119,8 @@ class Limits:
         change = (value - before + turn / 2) % turn - turn / 2
         if abs(change) <= step:
             return value
-        lowest = 0.0 if max(before, value) > turn / 2 else -turn / 2
+        # pi of float32 is above that of float64, and no angle of a turn that is counted from 0
+        lowest = 0.0 if max(before, value) > turn / 2 * (1 + 1e-6) else -turn / 2
         return (before + math.copysign(step, change) - lowest) % turn + lowest
 
     def ahead(
