@@ -55,6 +55,9 @@ class LanguageModel:
             prompt: Token ids, without patches.
             features: (1, num_patches, hidden).
             draft: As many tokens as will be chosen, or none.
+
+        Raises:
+            ValueError: If the graph has other action tokens than `tokenizer`.
         """
         first = tokenizer.token_range[0]
         chosen: list[int] = []
@@ -64,6 +67,11 @@ class LanguageModel:
         while len(chosen) < num_tokens:
             tried, right = list(draft[len(chosen) : num_tokens - 1]), 0
             logits, cache = self._run([*tokens, *tried], images, cache, seen, len(tried) + 1)
+            if logits.shape[1] != tokenizer.n_bins:  # others would stand for other numbers
+                raise ValueError(
+                    f"The graph of the language model chooses among {logits.shape[1]} action tokens, and runtime.json "
+                    f"tells of {tokenizer.n_bins} (n_action_bins): export the model again."
+                )
             for row, guess in zip(logits, [*tried, None], strict=True):
                 chosen.append(int(row.argmax()) + first)
                 found.append(row)

@@ -232,6 +232,11 @@ class OnnxPolicy:
 
         # 2. Towers, projector, language model
         features = self._vision.run(given)["features"]
+        if features.shape[1] != self.num_patches:
+            raise ValueError(
+                f"The graph of the towers gives {features.shape[1]} patches, and {RUNTIME_FILE} tells of "
+                f"{self.num_patches} (num_patches): export the model again."
+            )
         draft, self._draft = self._shifted(shape, executed), None
         decoded = self._language_model.decode(prompt, features, shape[0] * shape[1], self.action_tokenizer, draft)
         check_finite(decoded, features)
@@ -264,6 +269,8 @@ class OnnxPolicy:
         """(1, cameras * 3 * towers, height, width) float32."""
         frames = [image for sample in camera_images(images, self.camera_names) for image in sample]
         pixels = self.pixels.normalized(frames)
+        if (size := pixels.shape[-2:]) != (taken := tuple(self.pixels.input_sizes[0][1:])):  # with do_resize false
+            raise ValueError(f"An image of {size[1]}x{size[0]} pixels: this model takes {taken[1]}x{taken[0]} alone.")
         check_largest_pixel(float(np.abs(pixels).max()))
         return pixels.reshape(1, -1, *pixels.shape[2:])
 
