@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from fake_serving import FakeModel
-from openvla_client import ActionSpec, Guard, Limits
+from openvla_client import ActionSpec, Guard, Limits, Reply
 from openvla_client.messages import read_info, request
 from PIL import Image
 
@@ -84,3 +84,33 @@ def test_what_was_not_compiled_is_said(caplog):
 def test_a_recipe_is_a_name(recipe):
     with pytest.raises(ValueError, match="recipe=.* is unknown"):
         FinetuneOptions(output="out", dataset="data", recipe=recipe)
+
+
+def test_what_will_be_too_old_is_not_announced():
+    """A model was told of an action that was stale once its answer had been waited for: the robot stood still."""
+
+    class Slow:
+        connection, now = 0, 100.0
+        asked, replies = [], []
+
+        def submit(self, ask):
+            self.asked.append(ask)
+
+        def poll(self, timeout):
+            if self.replies:
+                return self.replies.pop()
+            self.now += timeout
+            return None
+
+        def close(self):
+            pass
+
+    slow = Slow()
+    guard = Guard(slow, ANGLE, 10, commit=1, wait=0.05, clock=lambda: slow.now, slept=lambda: 0.0)
+    guard.reset(start=[0, 1])
+    guard.step({})
+    slow.replies = [Reply(slow.asked[0].epoch, 0, [[0.1, 1], [0.2, 1]])]
+    slow.now = 100.28  # the last action was due 0.18 s ago, and acts for 0.02 s more
+    command = guard.step({})
+    assert len(slow.asked) == 2 and slow.asked[1].committed is None
+    assert command.source == "hold" and "old" in command.reason

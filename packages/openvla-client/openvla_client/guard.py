@@ -294,9 +294,13 @@ class Guard:
         newest = self._plan.newest
         count = self.commit if newest is None else min(self.commit, len(newest.actions) - 1)
         try:
-            ahead = self._plan.ahead(step, now)[:count]
+            ahead = self._plan.ahead(step, now)
+            # It is decided once the answer was waited for: what is too old then, or missed, is not executed.
+            if len(self._plan.ahead(step, now + self.wait)) != len(ahead):
+                return None
         except Early:
             return None
+        ahead = ahead[:count]
         certain = ahead
         if self.limits is not None and self.spec is not None:
             certain = self.limits.ahead(ahead, self.spec, self._last, here)
