@@ -18,7 +18,7 @@ from .adapters_openvla import KEY, OF_MODEL, adapter_names, belongings, check_ba
 from .configuration_openvla import TRANSFORMERS, plain_statistics
 from .files_openvla import QUIET, local_folder
 from .parts_openvla import PARTS, PARTS_FILE, asks_for_parts
-from .processing_openvla import HUB_KWARGS, OpenVLAProcessor
+from .processing_openvla import HUB_KWARGS, OpenVLAProcessor, hub_options
 from .quantization_openvla import has_quantized_layers
 
 
@@ -86,7 +86,8 @@ class AdapterBelongings(AdapterWeights):
                 "RUN OUT`) and quantize the result (`openvla quantize OUT SMALLER`); or model.dequantize() first."
             )
         name = adapter_name or "default"
-        hub = {key: kwargs.pop(key) for key in HUB_KWARGS if key in kwargs} | (kwargs.get("adapter_kwargs") or {})
+        hub = hub_options(kwargs) | (kwargs.get("adapter_kwargs") or {})
+        kwargs = {key: value for key, value in kwargs.items() if key not in HUB_KWARGS}
         kwargs["adapter_kwargs"] = hub  # the library takes them nowhere else
         folder = None if peft_model_id is None else local_folder(peft_model_id)
         if folder is not None and hub.get("subfolder"):
@@ -326,8 +327,7 @@ def _read_weights(adapter: str | os.PathLike, hub: Mapping[str, Any]) -> dict[st
     """The weights of an adapter: transformers 5.4 and 5.5 find them only under "model." and leave all others random."""
     from peft.utils import load_peft_weights
 
-    where = {name: hub[name] for name in HUB_KWARGS if name in hub}
-    weights = load_peft_weights(adapter, device="cpu", **where)
+    weights = load_peft_weights(adapter, device="cpu", **hub_options(hub))
     return {name.removeprefix("base_model.model."): weight for name, weight in weights.items()}
 
 

@@ -20,7 +20,7 @@ from transformers.utils import cached_file
 from .action_tokenizer import check_statistics, read_statistics
 from .files_openvla import QUIET, cache_folder, check_file, local_folder, read_json, weights_digest
 from .image_processing_openvla import OpenVLAImageProcessor
-from .processing_openvla import HUB_KWARGS, STARTED, OpenVLAProcessor, pixels_of_older_run
+from .processing_openvla import STARTED, OpenVLAProcessor, hub_options, pixels_of_older_run
 from .weights_openvla import WEIGHTS_FILES
 
 
@@ -48,7 +48,7 @@ def read_belongings(adapter: str | os.PathLike, **hub: Any) -> dict[str, Any]:
         FileNotFoundError: If there is no adapter.
         ValueError: If a file is damaged, or the statistics cannot be acted on.
     """
-    hub = {name: value for name, value in hub.items() if name in HUB_KWARGS}
+    hub = hub_options(hub)
 
     def file(name: str) -> str | None:
         return cached_file(os.fspath(adapter), name, **QUIET, **hub)
@@ -73,7 +73,7 @@ def read_belongings(adapter: str | os.PathLike, **hub: Any) -> dict[str, Any]:
 
 def adapter_names(adapter: str | os.PathLike, hub: Mapping[str, Any]) -> list[str] | None:
     """Names of the tensors of an adapter, a folder or Hub id; None where it is not stored as safetensors."""
-    hub = {name: value for name, value in hub.items() if name in HUB_KWARGS}
+    hub = hub_options(hub)
     file = cached_file(os.fspath(adapter), "adapter_model.safetensors", **QUIET, **hub)
     if file is None:
         return None
@@ -113,7 +113,7 @@ def find_adapter(model: str | os.PathLike, hub: Mapping[str, Any] = MappingProxy
         ValueError: If it holds weights of a model as well: nothing says whether they include the adapter.
     """
     local_folder(model)
-    options = {name: value for name, value in hub.items() if name in HUB_KWARGS} | QUIET
+    options = hub_options(hub) | QUIET
     config = cached_file(os.fspath(model), ADAPTER, **options)
     if config is None:
         return None

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 
@@ -164,6 +165,11 @@ class OpenVLAConfig(transformers.PreTrainedConfig):
         for field in ("vision_backbone_id", "llm_backbone_id", "image_resize_strategy"):
             if not isinstance(getattr(self, field), str):
                 raise ValueError(f"{field}={getattr(self, field)!r}: expected a text.")
+        if not _is_dtype(self.dtype):
+            raise ValueError(
+                f"dtype={self.dtype!r}: expected a torch.dtype or the name of one, such as {', '.join(DTYPES)}, or "
+                "'auto' for that of the stored weights."
+            )
         given: Any = self.text_config
         if not isinstance(given, (dict, transformers.PreTrainedConfig, type(None))):
             raise ValueError(f"text_config={given!r}: expected the configuration of a language model.")
@@ -406,6 +412,12 @@ def plain_statistics(statistics: Any) -> Any:
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_dtype(value: Any) -> bool:
+    """Whether it is a `torch.dtype`, the name of one, or what the library makes one of."""
+    named = getattr(torch, value, None) if isinstance(value, str) else value
+    return named is None and not isinstance(value, str) or value == "auto" or isinstance(named, (torch.dtype, dict))
 
 
 def no_config(folder: str | os.PathLike) -> str:

@@ -186,6 +186,8 @@ def read_samples(image: Any, instruction: Any) -> tuple[bool, list[Any], list[An
     """
     if image is None:
         raise ValueError("No image given: OpenVLA acts on what it sees. Give predict_action(image, instruction).")
+    if isinstance(image, Mapping) and "pixel_values" in image:
+        raise ValueError("Model inputs instead of an image: give them as predict_action(**inputs).")
     if instruction is None:
         raise ValueError("No instruction given: say what to do, for example 'open the drawer'.")
     single = isinstance(instruction, str)

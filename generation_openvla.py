@@ -8,7 +8,7 @@ import copy
 import torch
 from transformers import GenerationMixin
 
-from .inputs_openvla import largest_pixel
+from .inputs_openvla import check_are_tensors, largest_pixel
 from .outputs_openvla import CACHE, CACHE_NAMES, one_cache, with_both_names
 from .patches_openvla import PatchLayout
 
@@ -19,14 +19,16 @@ class OpenVLAGeneration(GenerationMixin):
     def generate(self, inputs: torch.Tensor | None = None, generation_config=None, **kwargs):
         """As `generate` of every model of the library. Plain prompts come back plain: the patches that are inserted for
         `pixel_values` appear neither in the sequences nor in `max_length`."""
+        self._check_has_values()
         kwargs["generation_config"] = generation_config
-        if (pixel_values := kwargs.get("pixel_values")) is not None:
+        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
+        pixel_values, attention_mask = kwargs.get("pixel_values"), kwargs.get("attention_mask")
+        check_are_tensors(input_ids=input_ids, pixel_values=pixel_values)
+        if pixel_values is not None:
             largest_pixel(pixel_values)  # must be finite
         cache = one_cache(*(kwargs.pop(name, None) for name in CACHE_NAMES))
         if cache is not None:
             kwargs[CACHE] = cache
-        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
-        attention_mask = kwargs.get("attention_mask")
         if pixel_values is not None and kwargs.get("inputs_embeds") is not None:
             # Images enter the embeddings here, once; generate keeps count of the merged length.
             features = self._encode(kwargs.pop("pixel_values"), kwargs.pop("proprio", None))

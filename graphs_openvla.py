@@ -28,7 +28,7 @@ from .decoding_openvla import EagerSteps, Prefix, Steps
 from .inputs_openvla import ModelInputs
 from .llama_openvla import LlamaSteps, any_global_hooks, cache_shape, has_hooks, is_plain_llama, open_steps, pool_of
 from .modules_openvla import modules_of
-from .sampling_openvla import Choice, check_flag
+from .sampling_openvla import Choice, check_flags
 from .stages_openvla import stage
 from .vision_openvla import towers_beside
 
@@ -305,7 +305,7 @@ def prepare(
         whole = isinstance(sizes, (list, tuple, range)) and all(type(size) is int and size > 0 for size in sizes)
         if not whole or not sizes:
             raise ValueError(f"{name}={sizes!r}: expected whole numbers of at least 1, such as (1, 4).")
-    check_flag("compile", compile)
+    check_flags(compile=compile)
     started = time.perf_counter()
     _PREPARED.pop(model, None)
     pairs = [(batch, tokens) for batch in sorted({*batch_sizes}) for tokens in sorted({*prompt_buckets})]

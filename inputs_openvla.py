@@ -58,6 +58,18 @@ def as_tensor(name: str, values: Any) -> torch.Tensor:
     return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("=")))
 
 
+def check_are_tensors(**inputs: Any) -> None:
+    """Raise a `ValueError` if one of the inputs of `forward` and `generate` is no tensor, or ids are no integers."""
+    for name, value in inputs.items():
+        if value is not None and not isinstance(value, torch.Tensor):
+            raise ValueError(
+                f"{name} must be a tensor, got {type(value).__name__}: give what the processor returns, "
+                "processor(prompt, image); of a raw image predict_action(image, instruction) makes an action."
+            )
+        if name == "input_ids" and value is not None and (value.is_floating_point() or value.is_complex()):
+            raise ValueError(f"input_ids must be integers, got {value.dtype}: give what the tokenizer returned.")
+
+
 def prompt_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, pad_token_id: int | None) -> list[list]:
     """Token ids of each prompt, (batch, length), without its padding.
 
@@ -127,6 +139,7 @@ def process_raw(processor: OpenVLAProcessor, image: Any, instruction: Any) -> tu
 
 def read_unnorm_keys(unnorm_key: Any, batch: int) -> list[Any]:
     """The dataset of each sample, of one for all or one for each."""
+    unnorm_key = unnorm_key.tolist() if isinstance(unnorm_key, np.ndarray) else unnorm_key
     keys = list(unnorm_key) if isinstance(unnorm_key, (list, tuple)) else [unnorm_key] * batch
     if len(keys) != batch:
         raise ValueError(f"{len(keys)} unnorm_keys for {batch} sample(s): give one, or one for each.")
@@ -364,6 +377,7 @@ __all__ = [
     "ModelInputs",
     "PromptLayout",
     "as_tensor",
+    "check_are_tensors",
     "check_pixel_values",
     "check_prompts",
     "end_prompts",

@@ -23,7 +23,7 @@ from .files_openvla import QUIET, local_folder, read_json
 from .oft_openvla import OFTFolder, find_oft, oft_folder, with_weights
 from .outputs_openvla import CACHE_NAMES
 from .parts_openvla import ModelParts
-from .processing_openvla import HUB_KWARGS, OpenVLAProcessor
+from .processing_openvla import HUB_KWARGS, OpenVLAProcessor, hub_options
 from .quantization_openvla import (
     KNOWN_METHODS,
     QuantizedWeights,
@@ -37,12 +37,14 @@ from .quantization_openvla import (
 from .vision_openvla import init_vision_weights
 from .weights_openvla import (
     LOADING,
+    OLDER,
     WEIGHTS_FILES,
     check_filled,
     check_folder,
     check_loaded,
     check_placed,
     read_tensors,
+    with_variant,
 )
 
 
@@ -102,7 +104,7 @@ class OpenVLAPreTrainedModel(QuantizedWeights, AdapterBelongings, ModelParts, Pr
                 or of another shape: nothing stays random.
         """
         name = pretrained_model_name_or_path
-        hub = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
+        hub = hub_options(kwargs)
         given = check_statistics(kwargs["norm_stats"]) if kwargs.get("norm_stats") is not None else None
         of_adapter = dict(kwargs.pop("adapter_kwargs", None) or {})
         # Of a Hub id AutoModel passes the base, and the adapter beside it.
@@ -226,8 +228,7 @@ class OpenVLAPreTrainedModel(QuantizedWeights, AdapterBelongings, ModelParts, Pr
                 check_filled(where or name, model.named_parameters())
             return model
         except (ImportError, ValueError) as error:
-            hub = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
-            config = {} if name is None else OpenVLAConfig.get_config_dict(name, **hub)[0]
+            config = {} if name is None else OpenVLAConfig.get_config_dict(name, **hub_options(kwargs))[0]
             method = unknown_method(kwargs.get("quantization_config"), config)
             if method is None:
                 raise
@@ -240,19 +241,29 @@ class OpenVLAPreTrainedModel(QuantizedWeights, AdapterBelongings, ModelParts, Pr
                 raise
             raise ValueError(_unknown_option(kwargs, str(error))) from error
 
+    def _check_has_values(self) -> None:
+        if self.device.type == "meta":
+            raise ValueError('The weights are on "meta", where they have no values: give from_pretrained the folder.')
+
     def save_pretrained(self, save_directory, **kwargs):
         """Save weights under the published names, with the statistics beside them.
 
         A dataset_statistics.json of the folder is replaced (a warning says so if datasets of it are lost), but not by a
         model that has no statistics.
         """
+        if kwargs.get("state_dict") is None:
+            self._check_has_values()
         turn_block_scales_back(self)
         self._keep_action_tokens()
         folder, main = Path(save_directory), kwargs.get("is_main_process", True)
-        before = _written(folder)
+        single, index = (
+            folder / with_variant(name, kwargs.get("variant"))
+            for name in (WEIGHTS_FILES[0], f"{WEIGHTS_FILES[0]}.index.json")
+        )
+        before = _written(index)
         super().save_pretrained(save_directory, **kwargs)
-        if main and _written(folder) != before:  # in several files; the library would load an older single one
-            (folder / WEIGHTS_FILES[0]).unlink(missing_ok=True)
+        if main and _written(index) != before:  # in several files; the library would load an older single one
+            single.unlink(missing_ok=True)
         if main:
             self._save_statistics(folder)
 
@@ -296,9 +307,8 @@ class OpenVLAPreTrainedModel(QuantizedWeights, AdapterBelongings, ModelParts, Pr
         return device
 
 
-def _written(folder: Path) -> int | None:
+def _written(index: Path) -> int | None:
     """When the index of weights in several files was written; None without one."""
-    index = folder / f"{WEIGHTS_FILES[0]}.index.json"
     return index.stat().st_mtime_ns if index.is_file() else None
 
 
@@ -314,6 +324,8 @@ def _unknown_option(options: Mapping[str, Any], error: str) -> str:
     if unknown in fields and options.get("config") is not None:
         return f"{unknown}={options[unknown]!r:.100} beside config=...: set it in the configuration."
     said = f"from_pretrained does not know {unknown}={options.get(unknown)!r:.100}."
+    if unknown in OLDER:
+        return f"{said} Since transformers 5 it is {OLDER[unknown]}."
     return said if unknown in fields else said + closest(unknown, {*fields, *LOADING})
 
 

@@ -29,6 +29,7 @@ from .inputs_openvla import (
     ModelInputs,
     PromptLayout,
     as_tensor,
+    check_are_tensors,
     check_pixel_values,
     check_prompts,
     end_prompts,
@@ -46,7 +47,7 @@ from .outputs_openvla import CACHE, ActionPrediction, OpenVLAOutput, one_cache
 from .parallel_openvla import ActionSequence, action_sequence
 from .patches_openvla import IGNORE_INDEX, PatchLayout, find_placeholders
 from .quantized_linear_openvla import is_rounded
-from .sampling_openvla import Choice, check_flag, read_sampling
+from .sampling_openvla import Choice, check_flags, read_sampling
 from .stages_openvla import stage
 from .vision_openvla import OpenVLAProjector, OpenVLAVisionBackbone
 
@@ -230,6 +231,7 @@ class OpenVLAForActionPrediction(ActionVocabulary, OpenVLAGeneration, OpenVLAPre
             return self.action_head.forward_sequence(
                 self, sequence, num_actions, noisy_actions=noisy_actions, times=times
             )
+        check_are_tensors(input_ids=input_ids, pixel_values=pixel_values)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         return_dict = self.config.return_dict if return_dict is None else return_dict
@@ -349,12 +351,9 @@ class OpenVLAForActionPrediction(ActionVocabulary, OpenVLAGeneration, OpenVLAPre
                 an option is unknown; after it, if the model computed something that is not finite.
             KeyError, FileNotFoundError: If `unnorm_key` is unknown, or an image is a path that does not exist.
         """
-        check_flag("constrained", constrained)
-        check_flag("return_dict", return_dict)
-        check_flag("return_distributions", return_distributions)
+        check_flags(constrained=constrained, return_dict=return_dict, return_distributions=return_distributions)
         self._check_table()
-        if self.device.type == "meta":
-            raise ValueError('The weights are on "meta", where they have no values: give from_pretrained the folder.')
+        self._check_has_values()
         is_ids = isinstance(image, torch.Tensor) and image.ndim == 2 and image.dtype == torch.long
         if input_ids is None and image is not None and (is_ids or pixel_values is not None):
             image, input_ids = None, image

@@ -149,7 +149,8 @@ def load_image(image: Any) -> Image.Image:
         image = _array_to_image(_pixel_array(image), channels_first=False)
     if not isinstance(image, Image.Image):
         raise ValueError(
-            f"Cannot read an image from {type(image).__name__}; give a PIL image, an array, a tensor or a file path."
+            f"Cannot read an image from {type(image).__name__}; give a PIL image, an array, a tensor, a file path or "
+            "the bytes of a file."
         )
     try:
         with _READING:

@@ -18,7 +18,7 @@ from .configuration_openvla import OpenVLAConfig
 from .files_openvla import QUIET, local_folder, read_json
 from .frames_openvla import camera_images
 from .image_processing_openvla import OpenVLAImageProcessor
-from .oft_openvla import find_oft, oft_folder
+from .oft_openvla import HUB, find_oft, oft_folder
 from .pixels_openvla import PIXELS, load_image
 from .prompts_openvla import (
     PROMPT_TEMPLATES,
@@ -83,7 +83,7 @@ class OpenVLAProcessor(ProcessorMixin):
             FileNotFoundError: If there is no such folder or Hub id, or a file of the processor is missing.
             ValueError: If a file is damaged, or the processor does not fit the config.json beside it.
         """
-        name, hub = pretrained_model_name_or_path, {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
+        name, hub = pretrained_model_name_or_path, hub_options(kwargs)
         given: dict[str, Any] = {
             key: kwargs.pop(key) for key in ("action_head", "base", "camera_names") if key in kwargs
         }
@@ -351,7 +351,12 @@ class OpenVLAProcessor(ProcessorMixin):
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 STARTED = "finetune.json"  # of `openvla finetune`
 SHOWN = {"resize_filter", "center_crop"}  # fields of the image processor that older versions did not store
-HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+HUB_KWARGS = (*HUB, "subfolder")
+
+
+def hub_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `HUB_KWARGS`: where files are, of whoever reads them."""
+    return {name: options[name] for name in HUB_KWARGS if name in options}
 
 
 def _check_processor_files(folder: Path) -> None:

@@ -75,6 +75,7 @@ def read_sampling(
     action_dim: int,
     keywords: Iterable[str],
     device: torch.device,
+    /,  # `options` may have these names as well
     *,
     do_sample: Any = None,
     temperature: Any = None,
@@ -107,6 +108,7 @@ def read_sampling(
                 sampling[name] = value
     known = {*vars(GenerationConfig()), *GENERATE_KEYWORDS}
     for name, value in options.items():
+        value = value.item() if isinstance(value, np.generic) else value
         if name not in known:
             raise ValueError(f"predict_action does not know {name}={value!r:.100}.{closest(name, {*keywords, *known})}")
         if name in ("max_new_tokens", "min_new_tokens") and not (
@@ -121,7 +123,7 @@ def read_sampling(
         if value is not None and not (isinstance(value, (bool, int, float)) and value == neutral):
             raise ValueError(f"{name}={value!r:.100} cannot be used here: {INSTEAD.get(name, 'leave it out')}.")
 
-    check_flag("do_sample", sampling["do_sample"])
+    check_flags(do_sample=sampling["do_sample"])
     # Without sampling a temperature of 0 says what is done anyway.
     least = 1e-30 if sampling["do_sample"] else 0
     real = (int, float, np.integer, np.floating)
@@ -142,10 +144,11 @@ def read_sampling(
     return Sampling(temperature, sampling["top_k"], sampling["top_p"], generator)
 
 
-def check_flag(name: str, value: Any) -> None:
-    """Raise a `ValueError` unless it is True, False or None."""
-    if not isinstance(value, (bool, np.bool_, type(None))):
-        raise ValueError(f"{name}={value!r:.100} must be True or False.")
+def check_flags(**flags: Any) -> None:
+    """Raise a `ValueError` unless each is True, False or None."""
+    for name, value in flags.items():
+        if not isinstance(value, (bool, np.bool_, type(None))):
+            raise ValueError(f"{name}={value!r:.100} must be True or False.")
 
 
 def _check_number(name: str, value: Any, kind: Any, low: float, high: float, expected: str) -> None:
@@ -156,4 +159,4 @@ def _check_number(name: str, value: Any, kind: Any, low: float, high: float, exp
         raise ValueError(f"{name}={value!r:.100} must be {expected}{hint}.")
 
 
-__all__ = ["Choice", "Sampling", "check_flag", "check_generator", "read_sampling"]
+__all__ = ["Choice", "Sampling", "check_flags", "check_generator", "read_sampling"]

@@ -24,6 +24,11 @@ LOADING = (  # arguments of `from_pretrained` that scripts give, for a hint at a
     "low_cpu_mem_usage", "max_memory", "offload_folder", "quantization_config", "revision", "state_dict", "subfolder",
     "token", "torch_dtype", "trust_remote_code", "use_safetensors",
 )  # fmt: skip
+OLDER = {  # arguments that transformers knew before version 5, and what says it today
+    "use_flash_attention_2": "attn_implementation='flash_attention_2'",
+    "use_auth_token": "token=...",
+    "resume_download": "nothing, downloads are always resumed",
+}
 # What a part of an unexpected name says about where the weights come from; the first that is found is told.
 _OFT = "they hold parts of OpenVLA-OFT, which loads from the folder it was saved in, with its *_checkpoint.pt files"
 _PEFT = "a PEFT model was saved unmerged: save model.merge_and_unload() instead"
@@ -53,7 +58,13 @@ ORIGINS = {
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
-def find_weight_files(folder: Path, names: Iterable[str] = WEIGHTS_FILES) -> list[Path]:
+def with_variant(name: str, variant: str | None) -> str:
+    """How the library names a file of weights of a `variant`: "model.safetensors" is "model.fp16.safetensors"."""
+    stem, ending = name.rsplit(".", 1)
+    return f"{stem}.{variant}.{ending}" if variant else name
+
+
+def find_weight_files(folder: Path, names: Iterable[str] = WEIGHTS_FILES, variant: str | None = None) -> list[Path]:
     """The weight files of a folder that the library would take, in order; empty if there are none.
 
     Raises:
@@ -61,15 +72,16 @@ def find_weight_files(folder: Path, names: Iterable[str] = WEIGHTS_FILES) -> lis
         ValueError: If the index is damaged, or there are weights in one file and in several.
     """
     for name in names:
-        single, index = folder / name, folder / f"{name}.index.json"
+        single = folder / with_variant(name, variant)
+        index = folder / with_variant(f"{name}.index.json", variant)
         if single.is_file():
             shards = []
             with suppress(ValueError):  # a damaged index is not needed
                 shards = _shards(index) if index.is_file() else []
             if shards and single not in shards and all(file.is_file() for file in shards):
                 raise ValueError(
-                    f"'{folder}' holds weights twice, in {name} and in {shards[0].name}, ...: one of the two is older, "
-                    f"and the library would take {name}. Remove the older ones."
+                    f"'{folder}' holds weights twice, in {single.name} and in {shards[0].name}, ...: one of the two is "
+                    f"older, and the library would take {single.name}. Remove the older ones."
                 )
             return [single]
         if index.is_file():
@@ -153,7 +165,7 @@ def check_folder(name: str | os.PathLike, loading: Mapping[str, Any]) -> None:
         loading: The arguments of `from_pretrained`.
 
     Raises:
-        FileNotFoundError: If `name` is neither folder nor Hub id, or a weight file of an index is missing.
+        FileNotFoundError: If `name` is neither folder nor Hub id, or there are no weights, or not all of an index.
         ValueError: If a weight file or generation_config.json is damaged or a Git LFS pointer.
     """
     folder = local_folder(name)
@@ -162,12 +174,25 @@ def check_folder(name: str | os.PathLike, loading: Mapping[str, Any]) -> None:
     folder /= loading.get("subfolder") or ""
     if (folder / "generation_config.json").is_file():
         read_json(folder / "generation_config.json")  # the library passes over one that it cannot read
-    if not loading.get("variant") and not loading.get("gguf_file"):
-        names = WEIGHTS_FILES[1:] if loading.get("use_safetensors") is False else WEIGHTS_FILES
-        config = folder / "config.json"
-        quantized = config.is_file() and read_json(config).get("quantization_config") is not None
-        for file in find_weight_files(folder, names):
-            check_weight_file(file, quantized or bool(loading.get("output_loading_info")))
+    if loading.get("gguf_file") or loading.get("state_dict") is not None:
+        return
+    asked = {None: WEIGHTS_FILES, True: WEIGHTS_FILES[:1], False: WEIGHTS_FILES[1:]}
+    names = asked.get(loading.get("use_safetensors"), WEIGHTS_FILES)
+    config = folder / "config.json"
+    quantized = config.is_file() and read_json(config).get("quantization_config") is not None
+    files = find_weight_files(folder, names, loading.get("variant"))
+    if not files and folder.is_dir():
+        raise FileNotFoundError(_no_weights(folder, names, loading.get("variant")))
+    for file in files:
+        check_weight_file(file, quantized or bool(loading.get("output_loading_info")))
+
+
+def _no_weights(folder: Path, names: Iterable[str], variant: str | None) -> str:
+    """What to say where there are no weights under the names that were asked for, by what is there instead."""
+    wanted = " or ".join(with_variant(name, variant) for name in names)
+    there = sorted(file.name for ending in ("safetensors", "bin") for file in folder.glob(f"*model*.{ending}"))
+    found = f"there are {', '.join(there[:3])}: say so by variant=... and use_safetensors=..." if there else ""
+    return f"'{folder}' holds no {wanted}; {found or 'copy or download the weights'}."
 
 
 # Tensors --------------------------------------------------------------------------------------------------------------
@@ -288,4 +313,5 @@ __all__ = [
     "check_weight_file",
     "find_weight_files",
     "read_tensors",
+    "with_variant",
 ]
