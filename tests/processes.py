@@ -39,19 +39,20 @@ SERVERS = {
         "transformers.models.auto.processing_auto",
         "transformers.models.llama.modeling_llama",
         "transformers.tokenization_utils_tokenizers",
+        "matplotlib.pyplot",
+        "matplotlib.backends.backend_agg",
     ),
     "package": (
         "openvla.training",
         "openvla.serving.server",
-        "matplotlib.backends.backend_agg",
         "pyarrow.dataset",
         "h5py",
         "av",
     ),
 }
 FOLDER = "OPENVLA_TEST_PROCESSES"  # environment variable: where the sockets of the servers are
-# While libraries are imported: bitsandbytes asks torch to compile four of its functions then, which takes two seconds
-# of imports and is never used. Such functions run as they are written.
+# While libraries are imported: bitsandbytes asks torch to compile four of its functions then, and torch imports its
+# code generators, two seconds. They run as they are written instead, and on a CPU hardly ever.
 NO_COMPILER = {"TORCHDYNAMO_DISABLE": "1"}
 
 

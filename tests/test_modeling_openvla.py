@@ -206,12 +206,13 @@ def test_half_precision(tiny_checkpoint, tiny_processor, dtype):
     assert action.shape == (7,) and np.isfinite(action).all()
 
 
-def test_flex_attention(small_model):
+def test_flex_attention(small_model, monkeypatch):
     model = OpenVLAForActionPrediction._from_config(small_config(), attn_implementation="flex_attention").eval()
     model.load_state_dict(small_model.state_dict())
     inputs = small_inputs()
     inputs["attention_mask"][1, -2:] = 0
-    # Not compiled: that would need a C++ compiler on the machine.
+    # Not compiled: that would need a C++ compiler on the machine. Nor asked for, which takes two seconds of imports.
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
         flex, reference = model(**inputs).logits, small_model(**inputs).logits
     torch.testing.assert_close(flex[0], reference[0], rtol=1e-4, atol=1e-4)
