@@ -202,7 +202,10 @@ def tasks_with(environment: Environment, tasks: Sequence[str], variation: str) -
     kinds = {task: environment.variations(task) if variation else () for task in tasks}
     having = {task: {"", *of_task, *(kind.partition(":")[0] for kind in of_task)} for task, of_task in kinds.items()}
     if variation:
-        check_choice("axis", variation, sorted(set().union(*having.values()) - {""}))
+        known = sorted(set().union(*having.values()) - {""})
+        if not known:
+            raise ValueError(f"axis={variation!r}: {', '.join(tasks)} have no variations.")
+        check_choice("axis", variation, known)
     return tuple(task for task in tasks if variation in having[task])
 
 

@@ -107,18 +107,19 @@ def evaluate(
             "episodes repeat them: they say little that is new, and the intervals of the report are too narrow.",
             stacklevel=2,
         )
+    for name, averaged in (("chunking", "ensemble"), ("decoding", "mean")):
+        if getattr(options, name) == averaged and (angles := absolute_angles(spec)):
+            warnings.warn(
+                f"{name}='{averaged}': {', '.join(angles)} are angles and no changes, and are averaged as numbers: where they "
+                "pass half a turn, the mean of 179 and -179 degrees is 0. Leave it out there.",
+                stacklevel=2,
+            )
     make_control: Any = partial(BlockingControl, options.execute)
     said: dict[str, Any] = {}  # in the report alone: what was decided by default, or by the model
     if control == "realtime":
         late, relative = options.late or "repeat", np.array(spec.relative)
         chunking = options.chunking or "switch"
         said = {"chunking": chunking, "late": late}
-        if chunking == "ensemble" and (angles := absolute_angles(spec)):
-            warnings.warn(
-                f"chunking='ensemble': {', '.join(angles)} are angles and no changes, and are averaged as numbers: "
-                "where they pass half a turn, the mean of 179 and -179 degrees is 0. Take switch or prefix there.",
-                stacklevel=2,
-            )
         make_control = partial(RealtimeControl, hz, standstill(here), late, relative, chunking, options.execute)
         make_control()  # refuses a rate that is none
     here.close()

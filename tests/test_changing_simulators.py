@@ -117,3 +117,6 @@ def test_means_of_angles_are_said(tmp_path):
         pytest.raises(ValueError, match="dimensions"),
     ):
         evaluate(env="changing:Turning", chunking="ensemble", tasks="all", progress=False, **more)
+    more = {"decoding": "mean", "episodes": 1, "videos": 0, "output": tmp_path / "out"}
+    with pytest.warns(UserWarning, match="decoding='mean': yaw are"), pytest.raises(ValueError, match="dimensions"):
+        evaluate(env="changing:Turning", tasks="all", progress=False, **more)

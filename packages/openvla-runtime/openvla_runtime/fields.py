@@ -67,6 +67,7 @@ def check_fields(content: Mapping[str, Any], expected: Mapping[str, Any] = FIELD
             raise TypeError("prompt_template has no place for the {instruction}")
         check_choice("constant_state", content["constant_state"], ("zero", "clip"))
         check_choice("action_head", content["action_head"], ("tokens",))
+        check_choice("dtype", content["dtype"], ("float32", "float16", "int8"))  # decides about drafts
 
 
 def check_numbers(content: Mapping[str, Any]) -> None:
