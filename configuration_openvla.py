@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
@@ -162,6 +163,7 @@ class OpenVLAConfig(transformers.PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
+        self.__dict__.update(_without_numpy(self.__dict__))
         for field in ("vision_backbone_id", "llm_backbone_id", "image_resize_strategy"):
             if not isinstance(getattr(self, field), str):
                 raise ValueError(f"{field}={getattr(self, field)!r}: expected a text.")
@@ -380,7 +382,7 @@ class OpenVLAConfig(transformers.PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """As in every configuration of the library; fields given by name are checked as well."""
         try:
-            loaded = super().from_dict(config_dict, **kwargs)
+            loaded = super().from_dict(config_dict, **_without_numpy(kwargs))
         except StrictDataclassError as error:
             raise ValueError(f"A field of the configuration is of the wrong type: {error}") from error
         config = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -412,6 +414,13 @@ def plain_statistics(statistics: Any) -> Any:
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _without_numpy(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The same fields, numbers and arrays of numpy as those of Python: config.json holds no others."""
+    return {
+        name: value.tolist() if isinstance(value, (np.generic, np.ndarray)) else value for name, value in fields.items()
+    }
 
 
 def _is_dtype(value: Any) -> bool:

@@ -8,6 +8,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -58,8 +59,15 @@ def as_tensor(name: str, values: Any) -> torch.Tensor:
     return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("=")))
 
 
-def check_are_tensors(**inputs: Any) -> None:
-    """Raise a `ValueError` if one of the inputs of `forward` and `generate` is no tensor, or ids are no integers."""
+def check_are_tensors(unknown: Mapping[str, Any] = MappingProxyType({}), /, **inputs: Any) -> None:
+    """Raise a `ValueError` if one of the inputs of `forward` and `generate` is no tensor, or ids are no integers.
+
+    Args:
+        unknown: What `forward` hands on to the language model: an image among it, which would not be seen, is an error.
+    """
+    for name, value in unknown.items():
+        if isinstance(value, torch.Tensor) and value.ndim > 3:
+            raise ValueError(f"{name} of shape {tuple(value.shape)}: images are given as pixel_values.")
     for name, value in inputs.items():
         if value is not None and not isinstance(value, torch.Tensor):
             raise ValueError(

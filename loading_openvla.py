@@ -256,6 +256,8 @@ class OpenVLAPreTrainedModel(QuantizedWeights, AdapterBelongings, ModelParts, Pr
         turn_block_scales_back(self)
         self._keep_action_tokens()
         folder, main = Path(save_directory), kwargs.get("is_main_process", True)
+        if folder.is_file():
+            raise ValueError(f"'{folder}' is a file: give a folder.")
         single, index = (
             folder / with_variant(name, kwargs.get("variant"))
             for name in (WEIGHTS_FILES[0], f"{WEIGHTS_FILES[0]}.index.json")

@@ -231,7 +231,7 @@ class OpenVLAForActionPrediction(ActionVocabulary, OpenVLAGeneration, OpenVLAPre
             return self.action_head.forward_sequence(
                 self, sequence, num_actions, noisy_actions=noisy_actions, times=times
             )
-        check_are_tensors(input_ids=input_ids, pixel_values=pixel_values)
+        check_are_tensors(kwargs, input_ids=input_ids, pixel_values=pixel_values)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         return_dict = self.config.return_dict if return_dict is None else return_dict

@@ -88,7 +88,7 @@ class OpenVLAProcessor(ProcessorMixin):
             key: kwargs.pop(key) for key in ("action_head", "base", "camera_names") if key in kwargs
         }
         # Of the model, by whoever gives both the same options: as fields they could not be saved.
-        kwargs = {key: value for key, value in kwargs.items() if key not in ("dtype", "torch_dtype")}
+        kwargs = {key: value for key, value in kwargs.items() if key not in OF_MODEL_ALONE}
         folder = local_folder(name)
         if folder is not None:
             folder /= kwargs.get("subfolder") or ""
@@ -352,6 +352,10 @@ PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 STARTED = "finetune.json"  # of `openvla finetune`
 SHOWN = {"resize_filter", "center_crop"}  # fields of the image processor that older versions did not store
 HUB_KWARGS = (*HUB, "subfolder")
+OF_MODEL_ALONE = (  # arguments of `from_pretrained` of a model
+    "attn_implementation", "device_map", "dtype", "load_in_4bit", "load_in_8bit", "low_cpu_mem_usage", "max_memory",
+    "offload_folder", "quantization_config", "torch_dtype", "variant",
+)  # fmt: skip
 
 
 def hub_options(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What users of transformers do with a model and its inputs: it works, or an error says what to do instead."""
 
 import copy
+import json
 import shutil
 
 import numpy as np
@@ -8,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import TINY, golden_image
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel, AutoProcessor, BitsAndBytesConfig
 
-from openvla import OpenVLAForActionPrediction
+from openvla import OpenVLAConfig, OpenVLAForActionPrediction
 
 
 INSTRUCTION = "open the drawer"
@@ -110,6 +111,12 @@ def test_older_weights_of_a_variant_in_a_folder_that_is_saved_to(model, variant)
     assert torch.equal(load(variant, variant="fp16").projector.fc1.weight, changed.projector.fc1.weight)
 
 
+def test_a_file_in_the_place_of_a_folder(model, tmp_path):
+    (tmp_path / "model").write_text("")
+    with pytest.raises(ValueError, match="model' is a file: give a folder"):
+        model.save_pretrained(tmp_path / "model")
+
+
 # Arguments ------------------------------------------------------------------------------------------------------------
 
 
@@ -155,6 +162,15 @@ def test_options_that_are_numbers_of_numpy(model, image):
         model.predict_action(image, INSTRUCTION, unnorm_key=np.array(["bridge_orig"] * 2))
 
 
+def test_fields_of_a_configuration_that_are_of_numpy(tmp_path):
+    options = {"llm_max_length": np.int64(64), "use_film": np.False_, "timm_model_kwargs": TINY[1].timm_model_kwargs}
+    read = AutoConfig.from_pretrained(TINY[1].folder, **options)
+    made = OpenVLAConfig(**{**read.to_dict(), "action_chunk": np.int32(4), "camera_names": np.array(["a", "b"])})
+    made.save_pretrained(tmp_path)
+    again = OpenVLAConfig.from_pretrained(tmp_path)
+    assert (again.llm_max_length, again.action_chunk, again.camera_names) == (64, 4, ["a", "b"])
+
+
 @pytest.mark.parametrize("name", ["device", "keywords", "action_dim"])
 def test_options_with_names_that_the_code_uses_itself(model, image, name):
     with pytest.raises(ValueError, match=f"predict_action does not know {name}='cpu'"):
@@ -179,6 +195,21 @@ def test_forward_and_generate_take_tensors(model, inputs, image):
         model.generate(image, INSTRUCTION)
     with pytest.raises(ValueError, match="input_ids must be integers, got torch.float32"):
         model(inputs["pixel_values"])
+
+
+@pytest.mark.parametrize("name", ["images", "pixel_value"])
+def test_an_image_under_another_name(model, inputs, name):
+    """The library hands on what it does not know, and nothing would look at it."""
+    with pytest.raises(ValueError, match=f"{name} of shape .*: images are given as pixel_values"):
+        model(input_ids=inputs["input_ids"], **{name: inputs["pixel_values"]})
+
+
+def test_a_processor_that_was_loaded_with_the_options_of_a_model_is_saved(tmp_path):
+    options = {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": torch.device("cpu")}}
+    options |= {"attn_implementation": "sdpa", "low_cpu_mem_usage": True}
+    processor = AutoProcessor.from_pretrained(TINY[1].folder, **options)
+    processor.save_pretrained(tmp_path)
+    assert not json.loads((tmp_path / "tokenizer_config.json").read_text()).keys() & options.keys()
 
 
 # Weights without values -----------------------------------------------------------------------------------------------
