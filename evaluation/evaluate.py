@@ -110,8 +110,8 @@ def evaluate(
     for name, averaged in (("chunking", "ensemble"), ("decoding", "mean")):
         if getattr(options, name) == averaged and (angles := absolute_angles(spec)):
             warnings.warn(
-                f"{name}='{averaged}': {', '.join(angles)} are angles and no changes, and are averaged as numbers: where they "
-                "pass half a turn, the mean of 179 and -179 degrees is 0. Leave it out there.",
+                f"{name}='{averaged}': {', '.join(angles)} are angles and no changes, and are averaged as numbers: "
+                "where they pass half a turn, the mean of 179 and -179 degrees is 0. Leave it out there.",
                 stacklevel=2,
             )
     make_control: Any = partial(BlockingControl, options.execute)
