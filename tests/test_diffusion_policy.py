@@ -86,7 +86,7 @@ def train(demonstrations: Path, output: Path, steps: int, *more: str) -> Diffusi
 
 
 def test_it_learns_what_words_and_pictures_say_and_comes_back_from_disk(demonstrations, tmp_path):
-    policy = train(demonstrations, tmp_path / "run", 100, "--learning-rate", "2e-3")
+    policy = train(demonstrations, tmp_path / "run", 70, "--learning-rate", "2e-3")
     seen = [observation(column, words) for column in COLUMNS for words in WORDS]
     actions = policy.act(seen)
     wanted = [[WORDS[words], column / 20, 0.25, 0, 0, 0, column > 8] for column in COLUMNS for words in WORDS]
