@@ -18,7 +18,8 @@ from .adapters_openvla import KEY, OF_MODEL, adapter_names, belongings, check_ba
 from .configuration_openvla import TRANSFORMERS, plain_statistics
 from .files_openvla import QUIET, local_folder
 from .parts_openvla import PARTS, PARTS_FILE, asks_for_parts
-from .processing_openvla import HUB_KWARGS, OpenVLAProcessor, hub_options
+from .processing_openvla import OpenVLAProcessor
+from .processor_files_openvla import HUB_KWARGS, hub_options
 from .quantization_openvla import has_quantized_layers
 
 

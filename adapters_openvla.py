@@ -20,7 +20,8 @@ from transformers.utils import cached_file
 from .action_tokenizer import check_statistics, read_statistics
 from .files_openvla import QUIET, cache_folder, check_file, local_folder, read_json, weights_digest
 from .image_processing_openvla import OpenVLAImageProcessor
-from .processing_openvla import STARTED, OpenVLAProcessor, hub_options, pixels_of_older_run
+from .processing_openvla import OpenVLAProcessor
+from .processor_files_openvla import STARTED, hub_options, pixels_of_older_run
 from .weights_openvla import WEIGHTS_FILES
 
 

@@ -23,7 +23,8 @@ from .files_openvla import QUIET, local_folder, read_json
 from .oft_openvla import OFTFolder, find_oft, oft_folder, with_weights
 from .outputs_openvla import CACHE_NAMES
 from .parts_openvla import ModelParts
-from .processing_openvla import HUB_KWARGS, OpenVLAProcessor, hub_options
+from .processing_openvla import OpenVLAProcessor
+from .processor_files_openvla import HUB_KWARGS, hub_options
 from .quantization_openvla import (
     KNOWN_METHODS,
     QuantizedWeights,

@@ -72,6 +72,7 @@ if TYPE_CHECKING:  # of a local folder transformers 5.4 and 5.5 copy no more fil
     from .parts_openvla import ModelParts  # noqa: F401
     from .pixels_openvla import load_image  # noqa: F401
     from .processing_openvla import OpenVLAProcessor  # noqa: F401
+    from .processor_files_openvla import hub_options  # noqa: F401
     from .prompts_openvla import check_prompt_ids  # noqa: F401
     from .quantization_openvla import take_quantization  # noqa: F401
     from .tensors_openvla import is_tensor  # noqa: F401

@@ -6,8 +6,7 @@ Token ids equal those of the published `processing_prismatic.py` (transformers 4
 import copy
 import threading
 import warnings
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
@@ -15,11 +14,20 @@ from transformers.processing_utils import ProcessingKwargs
 from transformers.utils import cached_file
 
 from .configuration_openvla import OpenVLAConfig
-from .files_openvla import QUIET, local_folder, read_json
+from .files_openvla import QUIET, local_folder
 from .frames_openvla import camera_images
 from .image_processing_openvla import OpenVLAImageProcessor
-from .oft_openvla import HUB, find_oft, oft_folder
+from .oft_openvla import find_oft, oft_folder
 from .pixels_openvla import PIXELS, load_image
+from .processor_files_openvla import (
+    OF_MODEL_ALONE,
+    cached_folder,
+    check_processor_files,
+    check_tokenizer,
+    hub_options,
+    image_fields,
+    pixels_of_older_run,
+)
 from .prompts_openvla import (
     PROMPT_TEMPLATES,
     check_prompt_ids,
@@ -92,19 +100,19 @@ class OpenVLAProcessor(ProcessorMixin):
         folder = local_folder(name)
         if folder is not None:
             folder /= kwargs.get("subfolder") or ""
-            _check_processor_files(folder)
+            check_processor_files(folder)
         try:
             processor = super().from_pretrained(name, **kwargs)
         except Exception:
             if folder is not None:
-                _check_tokenizer(folder)
+                check_tokenizer(folder)
             raise
-        place = folder if folder is not None else _cached_folder(name, hub)
-        if place is not None and (pixels := pixels_of_older_run(place, _image_fields(place))):
+        place = folder if folder is not None else cached_folder(name, hub)
+        if place is not None and (pixels := pixels_of_older_run(place, image_fields(place))):
             processor = processor.with_pixels(**pixels)
         oft = find_oft(oft_folder(name, **hub), given.get("action_head"))
         if oft is not None:
-            if not _image_fields(oft.folder).keys() & PIXELS["oft"].keys():
+            if not image_fields(oft.folder).keys() & PIXELS["oft"].keys():
                 processor = processor.with_pixels(**PIXELS["oft"])
             given["action_chunk"] = 1  # which pixels and prompts do not depend on, and no file says
         has_config = cached_file(name, "config.json", **QUIET, **hub) is not None
@@ -346,86 +354,6 @@ class OpenVLAProcessor(ProcessorMixin):
         if state is not None:
             inputs["state"] = state  # not a tensor of ours, which `inputs.to(dtype)` would round
         return inputs
-
-
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-STARTED = "finetune.json"  # of `openvla finetune`
-SHOWN = {"resize_filter", "center_crop"}  # fields of the image processor that older versions did not store
-HUB_KWARGS = (*HUB, "subfolder")
-OF_MODEL_ALONE = (  # arguments of `from_pretrained` of a model
-    "attn_implementation", "device_map", "dtype", "load_in_4bit", "load_in_8bit", "low_cpu_mem_usage", "max_memory",
-    "offload_folder", "quantization_config", "torch_dtype", "variant",
-)  # fmt: skip
-
-
-def hub_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `HUB_KWARGS`: where files are, of whoever reads them."""
-    return {name: options[name] for name in HUB_KWARGS if name in options}
-
-
-def _check_processor_files(folder: Path) -> None:
-    """Raise an error that names the file, if one of the processor is missing, damaged or a Git LFS pointer."""
-    if not (folder / "tokenizer.json").is_file():
-        raise FileNotFoundError(
-            f"'{folder}' has no tokenizer.json: copy the tokenizer of the model beside its weights."
-        )
-    contents = {
-        name: read_json(folder / name)
-        for name in (*PROCESSOR_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-        if (folder / name).is_file()
-    }
-    # Today's layout keeps the image processor inside processor_config.json, the published one in a file of its own.
-    if "preprocessor_config.json" not in contents and "image_processor" not in contents.get(
-        "processor_config.json", {}
-    ):
-        raise FileNotFoundError(
-            f"'{folder}' has no preprocessor_config.json: copy the image processor of the model beside its weights."
-        )
-
-
-def _check_tokenizer(folder: Path) -> None:
-    """Raise an error that names tokenizer.json, if it is what could not be loaded: it is large, and read once."""
-    if not isinstance(read_json(folder / "tokenizer.json").get("model"), dict):
-        raise ValueError(f"'{folder / 'tokenizer.json'}' holds no tokenizer ('model'): copy or download it again.")
-
-
-def _cached_folder(name: Any, hub: dict[str, Any]) -> Path | None:
-    """Where the files of the processor of a Hub id lie, and beside them what an older run says; None without them."""
-    files = [cached_file(name, file, **QUIET, **hub) for file in PROCESSOR_FILES]
-    place = next((Path(file).parent for file in files if file is not None), None)
-    if place is not None and not _image_fields(place).keys() & SHOWN:
-        cached_file(name, STARTED, **QUIET, **hub)
-    return place
-
-
-def _image_fields(folder: Path) -> dict[str, Any]:
-    """Fields of the image processor in a folder, today's layout or the published one."""
-    files = [folder / name for name in PROCESSOR_FILES]
-    images, processor = (read_json(file) if file.is_file() else {} for file in files)
-    return processor.get("image_processor") or images
-
-
-def pixels_of_older_run(folder: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """What `openvla finetune` of older versions trained a model to see, as fields of its image processor; empty where
-    `fields`, those that are stored, say it themselves, or `folder` is neither such a run nor one of its checkpoints.
-
-    Older versions stored it in finetune.json alone, as `image_aug`. Tells in a warning what is assumed.
-    """
-    places = [folder, *(folder.absolute().parents[1:2] if folder.absolute().parent.name == "checkpoints" else ())]
-    started = next((place / STARTED for place in places if (place / STARTED).is_file()), None)
-    if started is None or fields.keys() & SHOWN:
-        return {}
-    with_crops = read_json(started).get("image_aug")
-    if with_crops is None:  # something else of that name
-        return {}
-    pixels = {"resize_filter": "lanczos3", "center_crop": 0.9 if with_crops else None}
-    warnings.warn(
-        f"'{folder}' was fine-tuned by an older version, and its processor does not say what it was trained to see. "
-        f"From '{started}' (image_aug={with_crops}): resize_filter='lanczos3', center_crop={pixels['center_crop']}. "
-        "Save the processor once to store that: OpenVLAProcessor.from_pretrained(folder).save_pretrained(folder).",
-        stacklevel=3,
-    )
-    return pixels
 
 
 def prompt_template_of(config: dict[str, Any]) -> str:

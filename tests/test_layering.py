@@ -21,6 +21,7 @@ FLAT_FILES = [
     "frames_openvla",
     "prompts_openvla",
     "image_processing_openvla",
+    "processor_files_openvla",
     "processing_openvla",
     "vision_openvla",
     "patches_openvla",
