@@ -5,6 +5,7 @@ numpy and Pillow alone; tensors are read without torch being imported here. Pixe
 original's TensorFlow pipeline.
 """
 
+import ctypes
 import io
 import math
 import os
@@ -264,6 +265,23 @@ def pad_to_square(image: Image.Image, mean: Sequence[float]) -> Image.Image:
 COLUMNS = 384  # times the rows of a frame: what a cache of 1 to 2 MB holds
 
 
+def _sine(values: np.ndarray) -> np.ndarray:
+    """Sines of float32 values as the C library has them, which the original's kernel calls: their last bit is another
+    than that of a rounded float64 now and then, and with it a level of one image in some."""
+    function = None
+    for library in (None, "libm.so.6"):  # None: what this process was linked with
+        try:
+            function = ctypes.CDLL(library).sinf
+            break
+        except (OSError, AttributeError, TypeError):
+            continue
+    if function is None:  # there is no such library
+        return np.sin(values.astype(np.float64)).astype(np.float32)
+    function.restype, function.argtypes = ctypes.c_float, [ctypes.c_float]
+    sines = [function(value) for value in values.ravel().tolist()]
+    return np.array(sines, dtype=np.float32).reshape(values.shape)
+
+
 @lru_cache(maxsize=64)
 def _lanczos3_weights(source: int, target: int) -> tuple[np.ndarray, np.ndarray]:
     """Pixels of the source that make one of the target, (target, taps), and their weights, (target, taps) float32:
@@ -281,7 +299,7 @@ def _lanczos3_weights(source: int, target: int) -> tuple[np.ndarray, np.ndarray]
     distance = np.abs((taps.astype(np.float32) + half - centers[:, None]) * (one / widened))
     near = np.maximum(distance, np.float32(1e-3))  # closer ones weigh 1
     angle = pi * near
-    sines = [np.sin(value.astype(np.float64)).astype(np.float32) for value in (angle, angle / radius)]
+    sines = [_sine(value) for value in (angle, angle / radius)]
     weights = np.where(distance <= np.float32(1e-3), one, radius * sines[0] * sines[1] / (pi * pi * near * near))
     weights = np.where((distance <= radius) & (taps <= last[:, None]), weights, np.float32(0))
     total = np.zeros(target, np.float32)
