@@ -330,7 +330,7 @@ def test_what_is_wrong_with_the_model_of_a_process_is_one_line(tmp_path, monkeyp
     measure(settings, 0.0)
     said = capsys.readouterr().out
     monkeypatch.setattr("subprocess.run", lambda *_, **__: SimpleNamespace(stdout=said, returncode=0))
-    with pytest.raises(ValueError, match="There is no config.json in"):
+    with pytest.raises(ValueError, match="holds no model.safetensors"):
         bench(BenchOptions(what="load"))
     measure(json.dumps({"what": "load", "device": "cpu", "unnorm_key": "nothing"}), 0.0)
     assert "unnorm_key='nothing' is not among" in json.loads(capsys.readouterr().out.partition(" ")[2])["refused"]

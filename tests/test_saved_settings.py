@@ -95,7 +95,7 @@ def test_an_evaluation_of_an_older_version_is_continued(tmp_path):
     shutil.copy(OLDER / "evaluation.json", tmp_path)
     given = {"tasks": "reach-v3,drawer-open-v3", "episodes": 1, "policy": "expert", "control": "realtime", "hz": 5.0}
     given |= {"axis": "none,language", "render": False, "videos": 0, "workers": 1, "output": tmp_path}
-    for changed in ({"hz": 6.0}, {"axis": "none"}, {"render": True, "size": 32}, {"execute": 2}):
+    for changed in ({"hz": 6.0}, {"axis": "none"}, {"render": True, "size": 32}, {"latency": 0.1}):
         with pytest.raises(ValueError, match=f"{'env_options' if 'render' in changed else next(iter(changed))} was"):
             evaluate(**{**given, **changed}, progress=False)
     assert len(evaluate(EvaluateOptions.of(**given), progress=False)["rows"]) == 3
