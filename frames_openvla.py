@@ -213,6 +213,8 @@ def camera_images(images: Any, camera_names: Sequence[str]) -> list[list[Any]]:
         if isinstance(entry, Mapping):
             if "pixel_values" in entry:
                 raise ValueError("Model inputs instead of images: give them as predict_action(**inputs).")
+            if entry.keys() == {"bytes", "path"}:
+                raise ValueError("An image that was not decoded (of the library datasets): give its bytes or its path.")
             if not all(isinstance(name, str) for name in entry):
                 raise ValueError(
                     f"Images are given by the names of their cameras, got {list(entry)}: {{camera: image}}."

@@ -85,6 +85,8 @@ def _floats_to_uint8(array: np.ndarray) -> np.ndarray:
 
 def _array_to_image(array: np.ndarray, channels_first: bool) -> Image.Image:
     """(H, W), (H, W, C) or (C, H, W) pixels as a PIL image. `channels_first` decides where both readings make sense."""
+    if np.ma.is_masked(array):
+        raise ValueError("The image has masked pixels, of which nothing is known: fill them, image.filled(0).")
     if array.ndim == 2:
         array = array[..., None]
     if array.ndim != 3:

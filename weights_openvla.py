@@ -190,7 +190,7 @@ def check_folder(name: str | os.PathLike, loading: Mapping[str, Any]) -> None:
 def _no_weights(folder: Path, names: Iterable[str], variant: str | None) -> str:
     """What to say where there are no weights under the names that were asked for, by what is there instead."""
     wanted = " or ".join(with_variant(name, variant) for name in names)
-    there = sorted(file.name for ending in ("safetensors", "bin") for file in folder.glob(f"*model*.{ending}"))
+    there = sorted(file.name for kind in ("model*.safetensors", "pytorch_model*.bin") for file in folder.glob(kind))
     found = f"there are {', '.join(there[:3])}: say so by variant=... and use_safetensors=..." if there else ""
     return f"'{folder}' holds no {wanted}; {found or 'copy or download the weights'}."
 

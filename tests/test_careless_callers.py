@@ -90,7 +90,7 @@ def test_names_that_are_not_those_of_the_weights(variant, options, said):
 
 
 def test_no_weights_at_all(variant):
-    (variant / "model.fp16.safetensors").unlink()
+    (variant / "model.fp16.safetensors").rename(variant / "adapter_model.safetensors")
     with pytest.raises(FileNotFoundError, match="holds no model.safetensors .*copy or download the weights"):
         load(variant)
 
@@ -183,6 +183,17 @@ def test_options_with_names_that_the_code_uses_itself(model, image, name):
 def test_model_inputs_in_the_place_of_an_image(model, inputs):
     with pytest.raises(ValueError, match=r"predict_action\(\*\*inputs\)"):
         model.predict_action(inputs, unnorm_key="bridge_orig")
+
+
+def test_images_that_are_none_yet(model, image):
+    pixels = np.ma.masked_greater(np.asarray(image.convert("RGB")), 200)
+    with pytest.raises(ValueError, match="masked pixels.*fill them"):
+        model.predict_action(pixels, INSTRUCTION, unnorm_key="bridge_orig")
+    expected = model.predict_action(pixels.data, INSTRUCTION, unnorm_key="bridge_orig")
+    whole = np.ma.masked_array(pixels.data)
+    assert np.array_equal(model.predict_action(whole, INSTRUCTION, unnorm_key="bridge_orig"), expected)
+    with pytest.raises(ValueError, match="not decoded .*give its bytes or its path"):
+        model.predict_action({"bytes": b"", "path": None}, INSTRUCTION, unnorm_key="bridge_orig")
 
 
 def test_forward_and_generate_take_tensors(model, inputs, image):
