@@ -79,8 +79,8 @@ def test_modes_and_resume(tmp_path):
     assert outcome(folder) == before
     with pytest.raises(ValueError, match="hz was 5.0, is 10.0"):
         run(folder, **{**late, "hz": 10.0})
-    with pytest.raises(ValueError, match="execute was None, is 3"):
-        run(folder, **late, execute=3)
+    with pytest.raises(ValueError, match="late was None, is 'still'"):
+        run(folder, **late, late="still")
     with pytest.raises(ValueError, match="latency was 0.8, is 0.4. Leave it out to continue"):
         run(folder, **{**late, "latency": 0.4})  # was taken for the first, silently
     run(folder, **{**late, "latency": None})
