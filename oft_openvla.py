@@ -377,6 +377,8 @@ class OFTFolder:
             towers = read_checkpoint(self.files["vision_backbone"])
             named = {re.sub(r"(\.blocks\.\d+)\.block\.", r"\1.", name): tensor for name, tensor in towers.items()}
             scaling = self._scaling(named) if any(".lora_A." in name for name in named) else 1.0
+            # The original acts with this adapter beside the weights: nothing of it is rounded before the sum.
+            named = {name: tensor.float() if ".lora_" in name else tensor for name, tensor in named.items()}
             found |= merge_lora({}, named, scaling, self.files["vision_backbone"])
         for part in self.files:
             if part != "vision_backbone":
@@ -463,6 +465,8 @@ def merge_lora(
 ) -> dict[str, torch.Tensor]:
     """`base` with the weights of `adapter` added, W + scaling * B A, in the type of W; convolutions as well.
 
+    What is added is rounded to the type of the adapter, as PEFT does it: so the original merged, in bfloat16.
+
     Args:
         adapter: `X.lora_A.weight`, `X.lora_B.weight` of each matrix `X.weight`; further tensors, among them
             `X.base_layer.weight`, take the place of those of `base`.
@@ -489,8 +493,8 @@ def merge_lora(
                 f"'{where}': {target} has an adapter of {list(first.shape)} and {list(second.shape)} for weights of "
                 f"{list(weight.shape)}: is it the adapter of another base?"
             )
-        delta = (second.float().flatten(1) @ first.float().flatten(1)).view_as(weight) * scaling
-        merged[f"{target}.weight"] = (weight.float() + delta).to(weight.dtype)
+        delta = (second.float().flatten(1) @ first.float().flatten(1)).view_as(weight).to(second.dtype) * scaling
+        merged[f"{target}.weight"] = (weight.float() + delta.float()).to(weight.dtype)
     return merged
 
 
