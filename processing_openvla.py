@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.processing_utils import ProcessingKwargs
-from transformers.utils import cached_file
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME, cached_file
 
 from .configuration_openvla import OpenVLAConfig
 from .files_openvla import QUIET, local_folder
@@ -378,6 +378,12 @@ def _is_text(value: Any) -> bool:
     if isinstance(value, str):
         return True
     return isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(entry, str) for entry in value)
+
+
+if __name__.startswith(f"{TRANSFORMERS_DYNAMIC_MODULE_NAME}."):
+    # Code of a Hub folder. AutoProcessor registers its own copy alone: the processor of a model would be saved without
+    # a word of the code that reads it, and AutoProcessor then loads a bare tokenizer (5.4 to 5.24).
+    OpenVLAProcessor.register_for_auto_class()
 
 
 __all__ = ["OpenVLAImageProcessor", "OpenVLAProcessor", "load_image", "read_instruction"]

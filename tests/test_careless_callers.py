@@ -2,15 +2,19 @@
 
 import copy
 import json
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import TINY, golden_image
 from transformers import AutoConfig, AutoModel, AutoProcessor, BitsAndBytesConfig
 
+import openvla
 from openvla import OpenVLAConfig, OpenVLAForActionPrediction
 
 
@@ -236,3 +240,25 @@ def test_a_model_on_meta_neither_generates_nor_is_saved(model, inputs, tmp_path)
     empty.save_pretrained(tmp_path / "given", state_dict=model.state_dict())
     shutil.copy(TINY[1].folder / "tokenizer.json", tmp_path / "given")
     assert torch.equal(load(tmp_path / "given").projector.fc1.weight, model.projector.fc1.weight)
+
+
+# A folder's own code --------------------------------------------------------------------------------------------------
+
+
+SAVE = """
+import sys
+from transformers import AutoModel, AutoProcessor
+model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
+model.save_pretrained("saved")
+model.processor.save_pretrained("saved")
+print(type(AutoProcessor.from_pretrained("saved", trust_remote_code=True)).__name__)
+"""
+
+
+def test_the_processor_of_a_model_is_saved_with_its_code(tmp_path):
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    folder = str(Path(openvla.__file__).parent)
+    ran = processes.run(SAVE, folder, cwd=tmp_path, env=environment, server="transformers")
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert ran.stdout.splitlines()[-1] == "OpenVLAProcessor"
