@@ -13,6 +13,7 @@ import numpy as np
 
 POSE_NAMES = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
 CONVENTION = "1 open, 0 closed"  # of every gripper, whatever the recording had
+ANGLES = ("roll", "pitch", "yaw", "rx", "ry", "rz")  # names of numbers that are a turn about an axis
 MEANINGS = ("translation",) * 3 + ("rotation",) * 3 + (CONVENTION,)
 
 
@@ -60,6 +61,12 @@ class ActionSpec:
     @property
     def action_dim(self) -> int:
         return len(self.names)
+
+    @property
+    def absolute_angles(self) -> tuple[int, ...]:
+        """Dimensions that are angles, by their names, and places: near half a turn they jump by a full one, and a mean
+        of two of them may point the other way."""
+        return tuple(i for i, name in enumerate(self.names) if name in ANGLES and not self.relative[i])
 
     def standstill(self) -> list[float]:
         """The action that moves nothing and opens the grippers.

@@ -68,10 +68,10 @@ class OpenVLAPolicy(Policy):
             no pass of its own, and in float32 nothing is chosen otherwise. Default: in float32 only; what half
             precision and quantization round depends a little on what is read together.
         decoding: What becomes of the distribution that the head has for each number of an action. "mode": the most
-            probable bin, as published. "mean": the mean of all bins, of numbers that are scaled; a gripper stays the
-            most probable one. Smoother, and steadier where answers come late; between two ways that are as good it is
-            neither. Tokens and their probabilities stay those of the most probable bins. Of heads that choose
-            token by token.
+            probable bin, as published. "mean": the mean of all bins, of numbers that are scaled; a gripper, and an
+            angle that is a place and jumps at half a turn, stay the most probable one. Smoother, and steadier where
+            answers come late; between two ways that are as good it is neither. Tokens and their probabilities stay
+            those of the most probable bins. Of heads that choose token by token.
 
     Attributes:
         passes: Of the language model, for each observation of the last `act`; empty where the head counts none.
@@ -220,7 +220,8 @@ class OpenVLAPolicy(Policy):
         [mode] = units_of(model.normalization, statistics, [unnorm_key])
         takes = np.zeros(means.shape, dtype=bool)
         takes[:, decided:] = stats.get("mask", True)
-        takes[..., list(spec_of(statistics, unnorm_key).grippers)] = False
+        spec = spec_of(statistics, unnorm_key)
+        takes[..., [*spec.grippers, *spec.absolute_angles]] = False
         actions = unnormalize_actions(means, stats, mode, model.action_head.margin)
         rows["normalized_actions"] = np.where(takes, means, rows["normalized_actions"])
         rows["actions"] = np.where(takes, actions, rows["actions"])

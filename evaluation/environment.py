@@ -22,7 +22,6 @@ ENVIRONMENTS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "robosuite": ("robosuite", "Robosuite", "openvla[robosuite]", {}),
     **{suite: ("libero", "Libero", "hf-libero", {"suite": suite}) for suite in SUITES},
 }
-ANGLES = ("roll", "pitch", "yaw", "rx", "ry", "rz")
 AXES = ("visual", "motion", "physical", "semantic", "language")  # of generalization, in the paper's order
 # A seed decides where everything in an episode begins. Demonstrations and evaluation share none.
 RECORDING_SEEDS = range(0, 1_000_000)
@@ -217,11 +216,6 @@ def file_name(*parts: str) -> str:
 def action_spec_of(environment: Environment) -> ActionSpec:
     """What the numbers of its actions mean."""
     return getattr(environment, "action_spec", None) or usual_spec(7, hz=environment.frequency)
-
-
-def absolute_angles(spec: ActionSpec) -> list[str]:
-    """Numbers of an action that are angles, by their names, and places: near half a turn they jump by a full one."""
-    return [name for name, relative in zip(spec.names, spec.relative) if name in ANGLES and not relative]
 
 
 def dataset_of(environment: Environment, statistics: Mapping[str, Any]) -> str | None:

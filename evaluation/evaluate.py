@@ -30,7 +30,6 @@ from .environment import (
     EVALUATION_SEEDS,
     POLICY_SEED,
     Environment,
-    absolute_angles,
     action_spec_of,
     check_dimensions,
     check_state,
@@ -107,13 +106,13 @@ def evaluate(
             "episodes repeat them: they say little that is new, and the intervals of the report are too narrow.",
             stacklevel=2,
         )
-    for name, averaged in (("chunking", "ensemble"), ("decoding", "mean")):
-        if getattr(options, name) == averaged and (angles := absolute_angles(spec)):
-            warnings.warn(
-                f"{name}='{averaged}': {', '.join(angles)} are angles and no changes, and are averaged as numbers: "
-                "where they pass half a turn, the mean of 179 and -179 degrees is 0. Leave it out there.",
-                stacklevel=2,
-            )
+    if options.chunking == "ensemble" and spec.absolute_angles:
+        warnings.warn(
+            f"chunking='ensemble': {', '.join(spec.names[dim] for dim in spec.absolute_angles)} are angles and no "
+            "changes, and are averaged as numbers: where they pass half a turn, the mean of 179 and -179 degrees is 0. "
+            "Take switch or prefix there.",
+            stacklevel=2,
+        )
     make_control: Any = partial(BlockingControl, options.execute)
     said: dict[str, Any] = {}  # in the report alone: what was decided by default, or by the model
     if control == "realtime":

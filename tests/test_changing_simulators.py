@@ -9,7 +9,7 @@ from tiny import TINY
 from toy import FromPixels, Line
 
 from openvla.action_spec import ActionSpec
-from openvla.evaluation.environment import absolute_angles, check_dimensions
+from openvla.evaluation.environment import check_dimensions
 from openvla.evaluation.evaluate import evaluate
 from openvla.evaluation.expert_episode import record_episode
 from openvla.evaluation.loop import Job, run_episodes
@@ -110,13 +110,10 @@ def test_options_that_say_nothing_are_refused():
 
 def test_means_of_angles_are_said(tmp_path):
     spec = ActionSpec(("x", "yaw", "grip"), (False, False, False), (2,))
-    assert absolute_angles(spec) == ["yaw"] and not absolute_angles(replace(spec, relative=(False, True, False)))
+    assert spec.absolute_angles == (1,) and not replace(spec, relative=(False, True, False)).absolute_angles
     more = {"control": "realtime", "latency": 0.1, "episodes": 1, "videos": 0, "output": tmp_path / "out"}
     with (
         pytest.warns(UserWarning, match="yaw are angles and no changes"),
         pytest.raises(ValueError, match="dimensions"),
     ):
         evaluate(env="changing:Turning", chunking="ensemble", tasks="all", progress=False, **more)
-    more = {"decoding": "mean", "episodes": 1, "videos": 0, "output": tmp_path / "out"}
-    with pytest.warns(UserWarning, match="decoding='mean': yaw are"), pytest.raises(ValueError, match="dimensions"):
-        evaluate(env="changing:Turning", tasks="all", progress=False, **more)

@@ -164,7 +164,9 @@ def test_ranks_share_under_fsdp_and_not_under_ddp(smaller):
 def test_activations_and_flops_grow_with_the_batch(smaller):
     small, large = (estimate(smaller, "full", batch_size=size, precision="float32") for size in (2, 4))
     assert large.activations == pytest.approx(2 * small.activations, rel=2e-3)  # some kilobytes depend on no sample
-    assert large.flops_per_sample == pytest.approx(small.flops_per_sample, rel=2e-6)  # 1.8e-6 in torch 2.6
+    assert large.flops_per_sample == pytest.approx(
+        small.flops_per_sample, rel=5e-6 if torch.__version__ < "2.7" else 2e-6
+    )
     assert (large.weights, large.gradients) == (small.weights, small.gradients)
 
 

@@ -196,6 +196,12 @@ def test_means_of_distributions(model, monkeypatch):
     monkeypatch.setattr(type(chunks), "normalization", property(lambda model: {"metaworld": "bounds"}))
     [found] = OpenVLAPolicy(chunks, decoding="mean").predict([one])
     np.testing.assert_allclose(found["actions"][:, :6], 3 * (found["normalized_actions"][:, :6] + 1) - 2)
+    names, places = ["x", "y", "yaw", "droll", "dpitch", "dyaw", "gripper"], [False] * 3 + [True] * 3 + [False]
+    turning = {"names": names, "relative": places, "grippers": [6]}
+    chunks.norm_stats = {"metaworld": {**entry, "action_spec": turning}}
+    [found], [chosen] = (OpenVLAPolicy(chunks, decoding=way).predict([one]) for way in ("mean", "mode"))
+    assert found["actions"][:, 2].tolist() == chosen["actions"][:, 2].tolist()  # the mean of pi and -pi is behind it
+    assert np.abs(found["actions"] - chosen["actions"])[:, :2].min() > 1e-4
     with pytest.raises(ValueError, match="decoding='median'.*mode, mean"):
         OpenVLAPolicy(model, decoding="median")
     with pytest.raises(ValueError, match="decoding='mean': this head chooses no tokens"):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from openvla import OpenVLAConfig
 from openvla.action_spec import usual_spec
 from openvla.cli import app
 from openvla.data import open_dataset
@@ -637,6 +638,7 @@ def test_a_student_of_another_rate_is_warned_of(tmp_path, monkeypatch):
     file = tmp_path / "dataset_statistics.json"
     file.write_text(json.dumps({"mine": {"action": bounds, "action_spec": meaning}}))
     (tmp_path / "model.safetensors").write_text("weights")
+    OpenVLAConfig().save_pretrained(tmp_path)
     given = options(tmp_path / "out", student=str(tmp_path), env="careless:Seeing", tasks="open/it")
     monkeypatch.setattr(record_module, "_run", MagicMock(side_effect=KeyboardInterrupt))
     with pytest.warns(UserWarning, match="at 5 a second, and 'careless:Seeing' takes 20"), suppress(KeyboardInterrupt):
