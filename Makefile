@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUTPUTS := outputs
-JOBS ?= 2
+# Processes of tests: one more than two cores, as they wait for processes of their own now and then.
+JOBS ?= 3
 
 # Where the environment forbids bytecode each of the tests' processes compiles torch and transformers again: twice as long
 # as it takes to import them.
