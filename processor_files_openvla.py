@@ -93,4 +93,14 @@ def pixels_of_older_run(folder: Path, fields: Mapping[str, Any]) -> dict[str, An
     return pixels
 
 
-__all__ = ["HUB_KWARGS", "cached_folder", "check_processor_files", "hub_options", "image_fields", "pixels_of_older_run"]
+__all__ = [
+    "HUB_KWARGS",
+    "OF_MODEL_ALONE",
+    "STARTED",
+    "cached_folder",
+    "check_processor_files",
+    "check_tokenizer",
+    "hub_options",
+    "image_fields",
+    "pixels_of_older_run",
+]
