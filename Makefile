@@ -38,12 +38,13 @@ $(VENV)-uv/bin/uv:
 	$(PYTHON) -m pip install --quiet --target $(VENV)-uv uv
 
 # $(call environment,FOLDER,CONSTRAINTS,EXTRA): an editable installation pinned by a constraints file. With pip (--seed): without
-# it, `pip install` in the activated environment would be another Python's, and silently install there.
+# it, `pip install` in the activated environment would be another Python's, and silently install there. Compiled at once, as
+# pip does it: else each process that is the first to import torch would, and tests start three at a time.
 comma := ,
 define environment
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or later is needed, $(PYTHON) is " + sys.version)'
 	test -x $(1)/bin/python || $(UV) venv --quiet --seed --python $(PYTHON) $(1)
-	$(UV) pip install --quiet --python $(1)/bin/python --constraints $(2) --editable '.[$(3)]'
+	$(UV) pip install --quiet --compile-bytecode --python $(1)/bin/python --constraints $(2) --editable '.[$(3)]'
 	touch $@
 endef
 

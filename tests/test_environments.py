@@ -89,9 +89,9 @@ def test_an_episode_depends_on_its_seed_alone(blind):
     again, _ = expert_episode(blind, 7, "peg-insert-side-v3", 60)
     np.testing.assert_array_equal(first, again)
     fresh = make_environment("metaworld", render=False)
-    anew, _ = expert_episode(fresh, 7, "peg-insert-side-v3", 60)
+    again, _ = expert_episode(fresh, 7, "peg-insert-side-v3", 60)
     fresh.close()
-    np.testing.assert_array_equal(first, anew)
+    np.testing.assert_array_equal(first, again)
 
 
 @pytest.mark.parametrize("task", ["reach-v3", "push-v3", "drawer-open-v3"])

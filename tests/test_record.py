@@ -395,7 +395,7 @@ def test_an_expert_of_other_numbers_is_refused_at_its_first_step(tmp_path, monke
 
 
 def test_interrupted_recordings_go_on_and_end_the_same(tmp_path, monkeypatch):
-    """That Meta-World begins anew in a second process: test_two_workers_record_what_one_does."""
+    """That Meta-World begins again in a second process: test_two_workers_record_what_one_does."""
     (tmp_path / "slide_simulator.py").write_text(SLIDE)
     monkeypatch.syspath_prepend(tmp_path)
     slide = {"env": "slide_simulator:Slide", "tasks": "go", "size": 8, "noise": 0.1, "episodes": 3}
