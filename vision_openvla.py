@@ -178,8 +178,8 @@ def film_features(tower: VisionTransformer, pixels: torch.Tensor, condition: tor
 
 def _float_type(tower: VisionTransformer | Eva) -> torch.dtype:
     """In which a tower computes: that of parameters of its own, which are not packed where it is quantized, and keep
-    their type where they are offloaded."""
-    return next(parameter.dtype for parameter in tower.parameters(recurse=False))
+    their type where they are offloaded; one without positions and tokens of its own has the convolution's."""
+    return next(tower.parameters(recurse=False), tower.patch_embed.proj.weight).dtype
 
 
 _BESIDE: ContextVar[Any] = ContextVar("beside", default=None)

@@ -100,6 +100,15 @@ def test_every_layer_acts_and_learns(name):
 
 
 @NEW
+def test_a_tower_without_positions_and_tokens(monkeypatch):
+    bare = {"class_token": False, "num_reg_tokens": 0}
+    monkeypatch.setitem(KINDS, "vit_small_patch16_dinov3", KINDS["vit_small_patch16_dinov3"] | bare)
+    model = with_towers("vit_small_patch16_dinov3")
+    assert [*model.vision_backbone.featurizer.parameters(recurse=False)] == []
+    assert model.to(torch.bfloat16).vision_backbone(torch.randn(1, 6, 224, 224)).dtype == torch.bfloat16
+
+
+@NEW
 def test_rounded_towers(tmp_path):
     model = with_towers("eva02_tiny_patch14_224")
     model.save_pretrained(tmp_path)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -150,15 +151,22 @@ def test_two_recordings_of_one_robot_in_units_of_their_own():
         name: open_source(dataset(each), name=name, cache=False)
         for name, each in (("shown", episode()), ("driven", slow), ("again", slow))
     }
-    assert check_units_of_one_robot([*sources.values()]) == []  # nothing says that it is one robot
+    assert check_units_of_one_robot([*sources.values()], False) == []  # nothing says that it is one robot
     for source in sources.values():
         source.recorded_names = ["dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper"]
-    (warning, other) = check_units_of_one_robot([*sources.values()])
+    (warning, other) = check_units_of_one_robot([*sources.values()], False)
     assert warning.startswith("driven and shown have the same dimensions and other units (dy): ")
     assert "statistics: shown for driven" in warning and other.startswith("again and shown")
     for name in ("driven", "again"):
         sources[name].statistics = sources["shown"].statistics
-    assert check_units_of_one_robot([*sources.values()]) == []
+    assert check_units_of_one_robot([*sources.values()], False) == []
+    sources["shown"].state_names = sources["driven"].state_names = ["height"]
+    for name, height in (("shown", 0.0), ("driven", 1.0)):
+        sources[name].survey = replace(sources[name].survey, proprio={"some": 1})
+        proprio = {"q01": [height], "q99": [height + 2]}
+        sources[name].statistics = {**sources["shown"].statistics, "proprio": proprio}
+    (warning,) = check_units_of_one_robot([sources["shown"], sources["driven"]], True)
+    assert "(state height)" in warning
 
 
 def test_a_chunk_that_is_longer_than_every_episode(tmp_path):

@@ -66,18 +66,22 @@ def _moved(before: Mapping[str, Any], now: Mapping[str, Any], names: Sequence[st
     return [name for name, far in zip(names, moved) if far]
 
 
-def check_units_of_one_robot(sources: Sequence[Source]) -> list[str]:
+def check_units_of_one_robot(sources: Sequence[Source], sees_state: bool) -> list[str]:
     """Whether datasets of a mixture whose numbers have the same recorded names, as those of one robot have, are in
-    different units: the same motion is another number in each then, of which image and words tell a model nothing."""
+    different units: the same motion, or state, is another number in each then, of which image and words tell a model
+    nothing."""
     found, firsts = [], dict[tuple[str, ...], Source]()
     for source in sources:
         if source.recorded_names is None or source.standardize is not None:
             continue
         first = firsts.setdefault(tuple(source.recorded_names), source)
         stats, others = source.statistics["action"], first.statistics["action"]
-        scaled = stats.get("mask") or [True] * source.action_dim
-        kept = {name for name, used in zip(source.names, scaled) if not used}
+        kept = {name for name, used in zip(source.names, stats.get("mask") or [True] * source.action_dim) if not used}
         moved = [name for name in _moved(others, stats, source.names) if name not in kept]
+        if sees_state and source.state_dim == first.state_dim != 0:
+            before, now = (each.statistics["proprio"] for each in (first, source))
+            names = source.state_names or [str(dim) for dim in range(source.state_dim)]
+            moved += [f"state {name}" for name in _moved(before, now, names)]
         if moved:
             found.append(
                 f"{source.name} and {first.name} have the same dimensions and other units ({', '.join(moved)}): 1 in "
