@@ -213,6 +213,11 @@ def file_name(*parts: str) -> str:
     return re.sub(r"[:/\\\0]", "-", "_".join(filter(None, parts)))
 
 
+def asks_for_wrist(env: str, sees: Sequence[str]) -> bool:
+    """Whether a model with these cameras needs that on the gripper, which the environment shows where it is told to."""
+    return any("wrist" in name for name in sees) and "wrist" in options_known(environment_class(env))
+
+
 def action_spec_of(environment: Environment) -> ActionSpec:
     """What the numbers of its actions mean."""
     return getattr(environment, "action_spec", None) or usual_spec(7, hz=environment.frequency)

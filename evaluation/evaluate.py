@@ -23,7 +23,6 @@ from ..hub import config_of, file_digests, model_folder, published_name, statist
 from ..observation import Observation
 from ..options.evaluation import EvaluateOptions, names_of
 from ..options.fields import decisive
-from ..plugins import options_known
 from ..policy import PIXELS, OpenVLAPolicy, Policy, begin_episode
 from .control import BlockingControl, RealtimeControl
 from .environment import (
@@ -31,12 +30,12 @@ from .environment import (
     POLICY_SEED,
     Environment,
     action_spec_of,
+    asks_for_wrist,
     check_dimensions,
     check_state,
     choose_tasks,
     choose_variations,
     dataset_of,
-    environment_class,
     environment_options,
     has_other_rate,
     make_environment,
@@ -214,9 +213,7 @@ def evaluate(
 
 def with_cameras(of_environment: dict[str, Any], env: str, sees: Sequence[str]) -> dict[str, Any]:
     """Options of the environment, with the camera on the gripper where the model sees it and nothing was said."""
-    if any("wrist" in name for name in sees) and "wrist" in options_known(environment_class(env)):
-        return {"wrist": True, **of_environment}
-    return of_environment
+    return {"wrist": True, **of_environment} if asks_for_wrist(env, sees) else of_environment
 
 
 def earlier_settings(folder: Path, now: Mapping[str, Any], model: str) -> dict[str, Any]:

@@ -23,15 +23,14 @@ from ..folders import locked, read_settings, with_version, write_json
 from ..hub import config_of, file_digests, model_folder, published_name
 from ..options.evaluation import RecordOptions
 from ..options.fields import decisive
-from ..plugins import options_known
 from . import recorder
 from .environment import (
     Environment,
     action_spec_of,
+    asks_for_wrist,
     check_dimensions,
     check_state,
     choose_tasks,
-    environment_class,
     file_name,
     has_other_rate,
     renders,
@@ -150,9 +149,11 @@ def check_student(options: RecordOptions, environment: Environment, student: str
     key, config = resolve_unnorm_key(known, key), config_of(model_folder(student))
     check_dimensions(known[key]["action"], student, options.env, action_spec_of(environment))
     check_state(config.proprio_dim, student, options.env, environment.state_names)
-    sees = ", ".join(name for name in config.camera_names if "wrist" in name)
-    if sees and not options.wrist and "wrist" in options_known(environment_class(options.env)):
-        raise ValueError(f"student='{student}' sees {sees}: record that camera as well (--wrist).")
+    if not options.wrist and asks_for_wrist(options.env, config.camera_names):
+        raise ValueError(
+            f"student='{student}' sees {', '.join(config.camera_names)}: record the camera on the gripper as well "
+            "(--wrist)."
+        )
     has_other_rate(spec_of(known, key).hz, environment, student, options.env)
 
 

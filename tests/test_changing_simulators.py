@@ -8,6 +8,7 @@ from changing import Expert, Seen, Two
 from tiny import TINY
 from toy import FromPixels, Line
 
+from openvla import OpenVLAConfig
 from openvla.action_spec import ActionSpec
 from openvla.evaluation.environment import check_dimensions
 from openvla.evaluation.evaluate import evaluate
@@ -98,6 +99,24 @@ def test_a_student_of_other_actions_is_refused_before_it_acts(tmp_path):
         record(options, progress=False)
     assert not list(tmp_path.glob("data*"))
     check_dimensions({"q01": [0, 0]}, student, "changing:Two", Two.action_spec)
+
+
+@pytest.mark.parametrize(
+    "field, said",
+    [
+        ({"proprio_dim": 3}, "sees a state of 3 numbers, and 'changing:Two' gives 1"),
+        ({"camera_names": ["primary", "wrist"]}, "sees primary, wrist: record the camera on the gripper .*--wrist"),
+    ],
+)
+def test_a_student_of_another_state_or_of_a_camera_that_is_not_recorded(tmp_path, field, said):
+    stats = {"toy": {"action": {"q01": [-1.0, 0.0], "q99": [1.0, 1.0]}}}
+    OpenVLAConfig(norm_stats=stats, **field).save_pretrained(tmp_path / "student")
+    (tmp_path / "student" / "model.safetensors").write_text("weights")
+    options = RecordOptions(env="changing:Two", tasks="all", student=str(tmp_path / "student"), size=16, episodes=1,
+                            output=str(tmp_path / "data"))  # fmt: skip
+    with pytest.raises(ValueError, match=said):
+        record(options, progress=False)
+    assert not list(tmp_path.glob("data*"))
 
 
 def test_options_that_say_nothing_are_refused():
