@@ -42,6 +42,18 @@ def emulated(device: str, dtype: Any) -> str | None:
     return f"this CPU has no instructions for {name} and computes in it many times slower than in float32"
 
 
+def rounds_products(device: str) -> bool:
+    """Whether products of float32 matrices may keep fewer bits on a kind of device, as
+    `torch.set_float32_matmul_precision`, `torch.backends.cuda.matmul.allow_tf32` and their successors ask for."""
+    import torch
+
+    backend: Any = torch.backends.cuda if device == "cuda" else torch.backends.mkldnn
+    precision = getattr(getattr(backend, "matmul", None), "fp32_precision", None)
+    if precision is None:  # before torch 2.9
+        return torch.get_float32_matmul_precision() != "highest"
+    return precision not in ("none", "ieee")
+
+
 def synchronize(device: Any) -> None:
     """Wait until a `torch.device` has computed all that it was given, for clocks."""
     import torch

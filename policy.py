@@ -14,7 +14,7 @@ from .action_spec import spec_of
 from .action_tokenizer import check_state_of_one, resolve_unnorm_key, units_of, unnormalize_actions
 from .cameras_openvla import find_cameras
 from .choices_openvla import check_choice
-from .device import emulated
+from .device import emulated, rounds_products
 from .extras import require
 from .observation import Observation
 from .pixels_openvla import PIXELS
@@ -61,12 +61,12 @@ class OpenVLAPolicy(Policy):
     Args:
         unnorm_key: Dataset in whose units actions are. May be left out where the model knows only one.
         crop: Of version 0.1.0: show the model images resized with lanczos3, and the middle of them or not, instead of
-            what is stored with it. Today: `pixels` of `load`.
+            what is stored with it; this policy alone does. Today: `pixels` of `load`.
         camera: Which image of the observation it sees. Default: as `camera_names` of the model say.
         drafts: Let the tokens of the last prediction of an episode ride along with the next one, the steps of a chunk
             that were executed taken off (`step` of the observations; not given: all were). What is chosen again costs
             no pass of its own, and in float32 nothing is chosen otherwise. Default: in float32 only; what half
-            precision and quantization round depends a little on what is read together.
+            precision, quantization and TF32 round depends a little on what is read together.
         decoding: What becomes of the distribution that the head has for each number of an action. "mode": the most
             probable bin, as published. "mean": the mean of all bins, of numbers that are scaled; a gripper, and an
             angle that is a place and jumps at half a turn, stay the most probable one. Smoother, and steadier where
@@ -96,8 +96,7 @@ class OpenVLAPolicy(Policy):
         self.model, self.camera, self.drafts, self.decoding = model, camera, drafts, decoding
         self.passes: list[int] = []
         self._last: dict[int, tuple[int | None, np.ndarray]] = {}  # slot -> step and tokens (K, A) of its prediction
-        if crop is not None:
-            model.processor = model.processor.with_pixels("lanczos3", 0.9 if crop else None)
+        self.crop = crop
         self.unnorm_key = resolve_unnorm_key(model.norm_stats, unnorm_key)
 
     @classmethod
@@ -122,6 +121,8 @@ class OpenVLAPolicy(Policy):
         """
         if pixels is not None:
             check_choice("pixels", pixels, PIXELS)
+            if options.get("crop") is not None:
+                raise ValueError(f"pixels='{pixels}' beside crop={options['crop']}: both say what is shown, give one.")
         loaded = load_model(model, device=device, dtype=dtype, quantization=quantization, **(variant or {}))
         policy = cls(loaded, **options)
         if pixels is not None:
@@ -189,9 +190,12 @@ class OpenVLAPolicy(Policy):
             more["committed"] = np.stack([observation.committed for observation in observations])  # type: ignore[misc]
         images = [self._images(observation) for observation in observations]
         instructions = [observation.instruction for observation in observations]
+        asked: tuple[Any, ...] = (images, instructions)
+        if self.crop is not None:
+            asked, more = (), {**self._cropped(images, instructions), **more}
         head = getattr(self.model, "action_head", None)
         if head is None:
-            actions = np.asarray(self.model.predict_action(images, instructions, **more))
+            actions = np.asarray(self.model.predict_action(*asked, **more))
             return {"actions": actions.reshape(len(observations), -1, actions.shape[-1])}
         sampled = more.get("do_sample")
         if sampled is None:
@@ -200,7 +204,7 @@ class OpenVLAPolicy(Policy):
             more.setdefault("draft", [self._draft(observation) for observation in observations])
         if self.decoding == "mean":
             more["return_distributions"] = True
-        found: Any = self.model.predict_action(images, instructions, return_dict=True, **more)
+        found: Any = self.model.predict_action(*asked, return_dict=True, **more)
         shape = (len(observations), -1, found.actions.shape[-1])
         rows = {name: values.reshape(*shape, *values.shape[found.actions.ndim :]) for name, values in found.items()}
         if head.takes_drafts and "token_ids" in rows:  # heads of a user's own may tell no tokens
@@ -210,6 +214,16 @@ class OpenVLAPolicy(Policy):
             decided = 0 if observations[0].committed is None else len(observations[0].committed)
             self._take_means(rows, more["unnorm_key"], decided)
         return rows
+
+    def _cropped(self, images: list[Any], instructions: list[str]) -> dict[str, Any]:
+        """Model inputs with the pixels of `crop`: the processor of the model, which others act with, stays as it is."""
+        from .inputs_openvla import process_raw
+        from .stages_openvla import stage
+
+        processor = self.model.processor.with_pixels("lanczos3", 0.9 if self.crop else None)
+        with stage("preprocessing"):
+            _, inputs = process_raw(processor, images, instructions)
+        return {name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values")}
 
     def _take_means(self, rows: dict[str, np.ndarray], unnorm_key: str, decided: int) -> None:
         """Replace actions (batch, K, A) after those that were decided already by means, see `decoding`."""
@@ -233,7 +247,8 @@ class OpenVLAPolicy(Policy):
         reads: Any = getattr(self.model, "language_model", self.model)  # a draft; other parts may have other types
         if reads.dtype != torch.float32 or getattr(self.model, "is_quantized", False):
             return False
-        return not torch.is_autocast_enabled(self.model.device.type)
+        device = self.model.device.type
+        return not (torch.is_autocast_enabled(device) or rounds_products(device))
 
     def _draft(self, observation: Observation) -> np.ndarray | None:
         """(K, A) tokens of the last prediction of its episode from the step of `observation` on, the last step
@@ -296,6 +311,17 @@ def load_model(
         return loaded
     require("bitsandbytes", "accelerate", purpose=f"quantization='{quantization}'", preferred="quant")
     return OpenVLAForActionPrediction.from_pretrained(model, device_map={"": device}, **loading).eval()
+
+
+def quantization_of(model: Any) -> str | None:
+    """What `quantization` a loaded model has, asked for or stored so: one of `QUANTIZATIONS`, or its method; None where
+    its weights are plain."""
+    config = getattr(model.config, "quantization_config", None)
+    if config is None:
+        return None
+    fields = config if isinstance(config, Mapping) else config.to_dict()
+    names = [name for name, asked in QUANTIZATIONS.items() if asked.items() <= fields.items()]
+    return names[0] if names else str(fields["quant_method"])
 
 
 def check_observations(observations: Any) -> None:

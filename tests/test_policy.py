@@ -139,9 +139,7 @@ def test_names_of_version_0_1_0():
         "openvla.options.training",
     }
     model = OpenVLAForActionPrediction.from_pretrained(ROOT)
-    Policy(model, crop=True)
-    images = model.processor.image_processor
-    assert (images.resize_filter, images.center_crop) == ("lanczos3", 0.9)
+    assert Policy(model, crop=True).crop
 
 
 @pytest.mark.parametrize("there", [True, False])

@@ -1,0 +1,58 @@
+"""Several policies over one model, and what torch is told about all of them: nobody changes what another one does."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from openvla import OpenVLAForActionPrediction
+from openvla.device import rounds_products
+from openvla.observation import Observation
+from openvla.policy import OpenVLAPolicy
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return OpenVLAForActionPrediction.from_pretrained(ROOT, dtype=torch.float32)
+
+
+def seen(seed: int) -> Observation:
+    image = np.random.default_rng(seed).integers(0, 256, (96, 128, 3), dtype=np.uint8)
+    return Observation(images={"primary": image}, state=None, instruction="open the drawer")
+
+
+def test_what_one_policy_is_shown_is_not_what_others_are(model):
+    """`crop` of version 0.1.0 changed the processor of the model, and with it every other policy."""
+    pixels = model.processor.image_processor.to_dict()
+    other = OpenVLAForActionPrediction.from_pretrained(ROOT)
+    other.processor = other.processor.with_pixels("lanczos3", 0.9)
+    expected = OpenVLAPolicy(other).act([seen(0), seen(1)])
+    cropped, complete, plain = (OpenVLAPolicy(model, crop=crop) for crop in (True, False, None))
+    np.testing.assert_array_equal(cropped.act([seen(0), seen(1)]), expected)
+    np.testing.assert_array_equal(cropped.act([seen(0)]), expected[:1])
+    as_stored = plain.act([seen(0)])
+    assert (as_stored != expected[:1]).any()
+    np.testing.assert_array_equal(complete.act([seen(0)]), as_stored)  # the embedded policy sees all of an image
+    assert model.processor.image_processor.to_dict() == pixels
+    with pytest.raises(ValueError, match="pixels='oft' beside crop=True"):
+        OpenVLAPolicy.load(str(ROOT), pixels="oft", crop=True)
+
+
+def test_drafts_are_off_where_products_of_float32_keep_fewer_bits(model):
+    """TF32 and its like round as half precision does: a draft then may change a token."""
+    policy, before = OpenVLAPolicy(model), torch.get_float32_matmul_precision()
+    assert policy._is_exact() and not rounds_products("cuda")
+    try:
+        for precision in ("high", "medium"):
+            torch.set_float32_matmul_precision(precision)
+            assert rounds_products("cuda") and rounds_products("cpu") and not policy._is_exact()
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cuda.matmul.allow_tf32 = True
+        assert rounds_products("cuda")
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert policy._is_exact() and not rounds_products("cuda")
