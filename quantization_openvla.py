@@ -21,7 +21,8 @@ from .quantized_linear_openvla import QuantizedLinear, is_rounded
 
 LINEARS: dict[int | str, type[QuantizedLinear]] = {8: Int8Linear, 4: Int4Linear, "fp8": Float8Linear}
 METHOD = "openvla"  # `quant_method` of config.json
-KNOWN_METHODS = (METHOD, "bitsandbytes")
+BNB = "bitsandbytes"
+KNOWN_METHODS = (METHOD, BNB)
 # "projector" is part of the names of those of state and noisy actions too.
 NOT_QUANTIZED = [
     "vision_backbone",
@@ -121,17 +122,24 @@ class OpenVLAQuantizationConfig(QuantizationConfigMixin):
 
 
 def linears_to_quantize(model: nn.Module, config: OpenVLAQuantizationConfig) -> dict[str, nn.Linear]:
-    """Name -> layer of those that get `config.bits`."""
+    """Name -> layer of those that get `config.bits`; a `ValueError` where there is none."""
     kind = LINEARS[config.bits]
     kept = [
         *NEVER_QUANTIZED,
         *(NOT_QUANTIZED if config.modules_to_not_convert is None else config.modules_to_not_convert),
     ]
-    return {
+    found = {
         name: module
         for name, module in model.named_modules()
         if type(module) is nn.Linear and kind.fits(module.in_features) and not _is_part(name, kept)
     }
+    if not found:  # the folder, and every figure of it, would have a name that says otherwise
+        known: Any = model
+        raise ValueError(
+            f"No weight can have {_named(config)}: this language model ({known.config.text_config.model_type}) has no "
+            "torch.nn.Linear, none whose rows are long enough, or all are excepted. Leave quantization out."
+        )
+    return found
 
 
 def quantize_linears(model: nn.Module, config: OpenVLAQuantizationConfig) -> nn.Module:
@@ -224,14 +232,19 @@ def check_quantized(model: nn.Module, given: Any, where: Any) -> None:
         ValueError: If the folder is quantized already and another form was asked for, or what it holds is of none.
     """
     quantizer: Any = getattr(model, "hf_quantizer", None)
-    if getattr(getattr(quantizer, "quantization_config", None), "quant_method", None) != METHOD:
+    stored = getattr(quantizer, "quantization_config", None)
+    if given is not None and stored is not None and quantizer.pre_quantized:
+        asked, there = _named(given), _named(stored)
+        if asked == there and stored.quant_method == METHOD and given.to_dict() != stored.to_dict():
+            asked, there = f"{asked} in other parts", f"{there} but in {stored.modules_to_not_convert}"
+        # Whoever asks bitsandbytes for 4 bits and no more asks for fp4, its default, and gets what is there.
+        if asked != there and (asked, there) != (f"4 bits of {BNB} (fp4)", f"4 bits of {BNB} (nf4)"):
+            raise ValueError(
+                f"'{where}' holds weights of {there}, and {asked} were asked for: leave "
+                "quantization out, or give the model that they were made of."
+            )
+    if getattr(stored, "quant_method", None) != METHOD:
         return
-    stored = quantizer.quantization_config
-    if given is not None and quantizer.pre_quantized and given.to_dict() != stored.to_dict():
-        raise ValueError(
-            f"'{where}' holds weights of {_named(stored)}, and {_named(given)} were asked for: leave "
-            "quantization out, or give the model that they were made of."
-        )
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
             _, kind = module.stored(module.in_features, module.out_features)["weight"]
@@ -258,6 +271,8 @@ def check_quantized(model: nn.Module, given: Any, where: Any) -> None:
 
 
 def _named(config: Any) -> str:
+    if getattr(config, "quant_method", METHOD) == BNB:
+        return f"8 bits of {BNB}" if config.load_in_8bit else f"4 bits of {BNB} ({config.bnb_4bit_quant_type})"
     bits = getattr(config, "bits", config)
     return f"{bits} bits" if isinstance(bits, int) else str(bits)
 

@@ -12,6 +12,7 @@ import transformers
 
 from ..device import synchronize
 from ..options.benchmark import BenchOptions
+from ..policy import quantization_of
 from ..stages_openvla import watch_stages
 
 
@@ -58,7 +59,7 @@ def described(options: BenchOptions, model: Any) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "threads": torch.get_num_threads(),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "quantization": options.quantization,
+        "quantization": quantization_of(model),  # a folder may be stored so
         "attention": model.language_model.config._attn_implementation,
         "action_head": model.config.action_head,
         "action_chunk": model.action_chunk,

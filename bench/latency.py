@@ -2,6 +2,7 @@
 
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -67,8 +68,11 @@ def ways_of(options: BenchOptions, model: Any, key: str) -> dict[str, Any]:
         ways["right drafts"] = Local(options, model, key, drafts="right")
     if options.onnx is not None:
         ways["onnx"] = open_onnx(options, key)
+    # As the model is here: what an environment takes by default (torch, transformers) may be another device or type.
+    dtype: Any = str(model.dtype).removeprefix("torch.")
+    same = replace(options, device=str(model.device), dtype=dtype)
     for name, python in options.against.items():
-        ways[name] = Other(str(python), options, key)
+        ways[name] = Other(str(python), same, key)
     return ways
 
 
@@ -135,8 +139,8 @@ def latency(options: BenchOptions) -> dict[str, Any]:
 
 def token_gap(way: Local, frame: Frame, actions: np.ndarray, same: np.ndarray) -> float | None:
     """By how much the model of `way`, which predicted `frame` last, prefers its token to that of `actions`, in logits,
-    where the first number differs; None of a head that chooses no tokens. Below `NEAR` it is rounding, which may go
-    either way.
+    where the first number differs; None of a head that chooses no tokens, or where the tokens are the same and units
+    differ. Below `NEAR` it is rounding, which may go either way.
 
     Args:
         actions: Of another way, in the units of the dataset.
@@ -150,6 +154,8 @@ def token_gap(way: Local, frame: Frame, actions: np.ndarray, same: np.ndarray) -
     place = int(same.reshape(-1).argmin())
     other = int(np.asarray(model.action_tokenizer.encode(normalized)).reshape(-1)[place])
     tokens = way.found.token_ids.reshape(-1)[: place + 1]
+    if other == tokens[-1]:
+        return None
     if way.preset is None:
         processor = model.processor
         inputs = dict(processor(processor.format_prompt(frame.instruction), frame.images, return_tensors="pt"))
@@ -197,9 +203,11 @@ def _figures(
     }
 
 
-def _gaps(differences: list[dict[str, Any]]) -> str:
-    """The largest."""
-    gaps = [found["gap"] for found in differences if found["gap"] is not None]
+def _gaps(differences: list[dict[str, Any]], of_tokens: bool) -> str:
+    """The largest; "units" where actions of the same tokens differ."""
+    gaps = [found["gap"] for found in differences]
+    if None in gaps:
+        return "units" if of_tokens else ""
     return f"{max(gaps):.1e}" if gaps else ""
 
 
@@ -211,10 +219,13 @@ def table(report: dict[str, Any]) -> str:
         f"measured here: {rates['gflops']:.0f} GFLOP/s, {rates['gbytes']:.1f} GB/s",
         "way                    min ms      p50      p90      p99  same  gap      passes  limit ms  share",
     ]
+    of_tokens = "passes" in report["ways"]["predict_action"]
     for name, row in report["ways"].items():
         times = " ".join(f"{row[part]:8.2f}" for part in QUANTILES)
         passes = f"{row['passes']:6.2f}" if "passes" in row else ""
-        lines.append(f"{name:<20} {times} {row['same']:5.0%}  {_gaps(row['differences']):<7} {passes}".rstrip())
+        lines.append(
+            f"{name:<20} {times} {row['same']:5.0%}  {_gaps(row['differences'], of_tokens):<7} {passes}".rstrip()
+        )
         for stage_name, found in row["stages"].items():
             times = " ".join(f"{found[part]:8.2f}" for part in QUANTILES)
             limit = f"{found['limit_ms']:32.2f} {found['share']:6.0%}" if "share" in found else ""

@@ -1,0 +1,76 @@
+"""What a quantized model is called is what it is: in errors, in figures, and where nothing was rounded at all."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import TINY
+from transformers import BitsAndBytesConfig
+
+from openvla import OpenVLAConfig, OpenVLAForActionPrediction
+from openvla.bench.clock import described
+from openvla.conversion import quantize_checkpoint
+from openvla.options.benchmark import BenchOptions
+from openvla.policy import QUANTIZATIONS, load_model, quantization_of
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory) -> Path:
+    """A folder that bitsandbytes quantized, nf4."""
+    pytest.importorskip("bitsandbytes", reason="needs the [quant] extra")
+    folder = tmp_path_factory.mktemp("packed") / "nf4"
+    TINY[1].load(quantization_config=dict(QUANTIZATIONS["bnb-nf4"])).save_pretrained(folder)
+    TINY[1].processor().save_pretrained(folder)
+    return folder
+
+
+def test_a_folder_of_bitsandbytes_is_not_another_one_of_it(packed):
+    """The library warns and takes what is stored: figures of "bnb-int8" were those of nf4."""
+    for options in ({"quantization_config": dict(QUANTIZATIONS["bnb-int8"])}, {"load_in_8bit": True}):
+        with pytest.raises(ValueError, match=r"holds weights of 4 bits of bitsandbytes \(nf4\), and 8 bits"):
+            OpenVLAForActionPrediction.from_pretrained(packed, **options)
+    with pytest.raises(ValueError, match="quantized"):
+        load_model(str(packed), quantization="int8")
+    for options in ({}, {"load_in_4bit": True}, {"quantization_config": BitsAndBytesConfig(load_in_4bit=True)}):
+        model = OpenVLAForActionPrediction.from_pretrained(packed, **options)
+        assert quantization_of(model) == "bnb-nf4"
+
+
+@pytest.mark.parametrize("towers", [False, True])
+@pytest.mark.parametrize(("bits", "name"), [(8, "int8"), (4, "int4"), ("fp8", "fp8")])
+def test_figures_of_a_folder_say_how_it_is_stored(bits, name, towers, tmp_path):
+    folder = quantize_checkpoint(ROOT, tmp_path / "out", bits=bits, towers=towers)
+    model = load_model(str(folder))
+    said = described(BenchOptions(what="latency", model=str(folder)), model)
+    assert said["quantization"] == quantization_of(model) == name
+    assert quantization_of(model.dequantize()) is None
+
+
+def test_other_parts_are_told(tmp_path):
+    folder = quantize_checkpoint(ROOT, tmp_path / "out", towers=True)
+    with pytest.raises(ValueError, match=r"8 bits but in \['lm_head', .*, and 8 bits in other parts were asked for"):
+        load_model(str(folder), quantization="int8")
+
+
+def test_nothing_that_can_be_rounded(tmp_path):
+    """GPT-2 has layers of a class of its own: a folder of "4 bits" was as large as before."""
+    config = OpenVLAConfig.from_pretrained(ROOT)
+    ids = {name: value for name, value in config.text_config.to_dict().items() if name.endswith("_token_id")}
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": config.text_config.vocab_size}
+    fields = {**config.to_dict(), "text_config": {"model_type": "gpt2", **ids, **sizes}}
+    model = OpenVLAForActionPrediction(OpenVLAConfig.from_dict(fields))
+    model.processor = OpenVLAForActionPrediction.from_pretrained(ROOT).processor
+    model.save_pretrained(tmp_path / "gpt2")
+    model.processor.save_pretrained(tmp_path / "gpt2")
+    action = model.predict_action(np.zeros((48, 64, 3), np.uint8), "open the drawer")
+    again = OpenVLAForActionPrediction.from_pretrained(tmp_path / "gpt2")
+    assert (again.predict_action(np.zeros((48, 64, 3), np.uint8), "open the drawer") == action).all()
+    with pytest.raises(ValueError, match=r"No weight can have 8 bits: this language model \(gpt2\)"):
+        load_model(str(tmp_path / "gpt2"), quantization="int8")
+    for bits in (8, 4, "fp8"):
+        with pytest.raises(ValueError, match="No weight can have"):
+            quantize_checkpoint(tmp_path / "gpt2", tmp_path / "out", bits=bits)
+    assert not (tmp_path / "out").exists()
