@@ -17,6 +17,7 @@ LOOKED_AT = 50  # episodes whose gripper is looked at
 CLIPPED = 0.1  # share of the steps; the data's own quantiles clip 0.02
 NARROW = 0.05  # part of the range of the statistics that the data takes at least
 FOLLOWED, NEAR = 10, 0.1  # episodes looked at; mean distance to the state that counts as following it, of the range
+SAME, NEARLY_ALL = 1e-5, 0.95  # distance of numbers that are one and the same, of the range; share of the steps
 GRIPPER_DIMS = "--gripper-dims"
 
 
@@ -81,9 +82,13 @@ def check_places(source: "Source") -> list[str]:
     change is 0, and that of a place is a motion."""
     picked = np.unique(np.linspace(0, len(source.dataset) - 1, FOLLOWED).astype(int))
     seen = [episode for episode in source.dataset.read(picked) if episode.state is not None]
-    if source.absolute_dims is not None or not seen or seen[0].state.shape[1] != source.action_dim:  # type: ignore[union-attr]
+    if not seen:
         return []
     actions, states = (np.concatenate([getattr(episode, what) for episode in seen]) for what in ("actions", "state"))
+    if here := _here(source, actions, states):
+        return here
+    if source.absolute_dims is not None or states.shape[1] != source.action_dim:
+        return []
     apart, range_ = abs(actions - states).mean(0), np.ptp(actions, axis=0)
     alike = (apart < NEAR * range_) & (abs(actions).mean(0) > NEAR * range_)
     relative = [dim for dim in range(source.action_dim) if not source.absolute[dim]]
@@ -95,6 +100,25 @@ def check_places(source: "Source") -> list[str]:
         f"{source.name}: {', '.join(source.names[dim] for dim in places)} follow the state, as places do, and are "
         "taken for changes: a robot that waits would be told 0, which is a motion then. Are they places? "
         f"--absolute-dims {listed}, or none."
+    ]
+
+
+def _here(source: "Source", actions: np.ndarray, states: np.ndarray) -> list[str]:
+    """Actions (N, A) that are numbers of the state (N, S) of the same step, as where the action was made of the state
+    and not shifted by a step."""
+    range_ = np.ptp(actions, axis=0)
+    moving = np.flatnonzero(range_ > 0)
+    same = [
+        dim
+        for dim in moving
+        if ((abs(actions[:, [dim]] - states) <= SAME * range_[dim]).mean(axis=0) >= NEARLY_ALL).any()
+    ]
+    if len(same) < 2 or 2 * len(same) <= len(moving):
+        return []
+    return [
+        f"{source.name}: {', '.join(source.names[dim] for dim in same)} of an action are numbers of the state of the "
+        "same step: the model learns to be where the robot is already, and reads its answer off a state that it sees. "
+        "Places to go to are those of a later step, or what was commanded: is action_key (--action-key) right?"
     ]
 
 

@@ -52,6 +52,10 @@ class EpisodeDataset:
         """Episodes that lie together in one file and are best read one after the other; a stream shuffles the runs."""
         return [range(index, index + 1) for index in range(len(self))]
 
+    def members(self) -> Sequence[Any] | None:
+        """What the episodes are in the recording, whatever split was opened; None where splits share none."""
+        return None
+
     def content_files(self) -> dict[str, Path] | None:
         """The files that decide actions, states and instructions, by a name that a copy elsewhere shares; None where
         they are not known."""

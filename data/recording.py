@@ -152,6 +152,12 @@ def open_recording(
     train, kept_back = opened(split) if standard else plain, None
     if validation:
         kept_back = opened(validation)
+        if shared := {*(train.members() or ())} & {*(kept_back.members() or ())}:
+            raise ValueError(
+                f"{name}: {len(shared)} of the {len(kept_back)} episodes of the split '{validation}' are in '{split}' "
+                "as well, so that what is held out would be trained on: correct the splits (LeRobot: meta/info.json, "
+                "HDF5: mask/...), or give held_out=0 (--held-out 0), which trains on the split and evaluates nothing."
+            )
     elif boundary := split_boundary(len(train), held_out):
         kept_back = PartOfDataset(train, range(boundary, len(train)))
         train = PartOfDataset(train, range(boundary))

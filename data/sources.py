@@ -130,7 +130,9 @@ def _open_mixture(text: str, root: Path | None, options: dict[str, Any]) -> list
     for name, location, entry in sorted(located, key=lambda each: each[0] in lenders):  # lenders first
         named: dict[str, Any] = {"name": None if len(Path(name).parts) > 1 else name}
         if name in lenders:
-            entry = entry | {"statistics": _lent(text, name, opened.get(lenders[name]), lenders[name])}
+            lender = opened.get(lenders[name])
+            entry = entry | {"statistics": _lent(text, name, lender, lenders[name])}
+            named["normalization"] = _lent_units(text, name, lender, entry.get("normalization"))
         try:
             opened[name] = open_source(location, **{**options, **named, **entry})
         except UntrainableError as error:
@@ -172,6 +174,17 @@ def _lent(text: str, name: str, source: Source | None, lender: str) -> dict[str,
     if source is None:
         raise ValueError(f"{text}, '{name}': statistics: {lender}: that dataset was left out of the mixture.")
     return {part: source.statistics[part] for part in ("action", "proprio") if part in source.statistics}
+
+
+def _lent_units(text: str, name: str, lender: Source | None, given: Any) -> str:
+    """What -1 and 1 stand for in both: statistics alone do not say it."""
+    assert lender is not None  # `_lent` says so
+    if given not in (None, lender.normalization):
+        raise ValueError(
+            f"{text}, '{name}': normalization: {given}: the statistics are to be those of '{lender.name}', whose -1 "
+            f"and 1 stand for '{lender.normalization}': leave normalization out, or give both the same."
+        )
+    return lender.normalization
 
 
 def _check_names(text: str, names: Sequence[str]) -> None:

@@ -54,6 +54,7 @@ class Survey:
     action: dict[str, list[float]]  # {what: (A,) share of the steps}, see `dimensions.shares`
     proprio: dict[str, list[float]]  # the same of states; empty without them
     instructions: list[str]  # each once, "" left out
+    told: list[list[int]]  # [index of the episode, the places of its instructions in `instructions`]
 
 
 def take_survey(
@@ -74,13 +75,13 @@ def take_survey(
     datasets, droid = recording.everything, recording.standardize == "droid"
     labeled: list[np.ndarray] = []
     parts: list[list[list[int]]] = []
-    instructions: set[str] = set()
+    texts: list[tuple[int, Sequence[str]]] = []
 
     def noted(episodes: Iterable[Episode]) -> Iterator[Episode]:
         for episode in episodes:
             labeled.append(words := keep_labeled(episode))
             parts.append([[part.stop - part.start, int(words[part.start])] for part in told_the_same(episode)])
-            instructions.update(episode.step_instructions or (episode.instruction,))
+            texts.append((episode.index, tuple({*(episode.step_instructions or (episode.instruction,))})))
             yield episode
 
     try:
@@ -116,6 +117,8 @@ def take_survey(
         for name, counts in dataset.removed.items():
             before = removed.get(name, {})
             removed[name] = {what: before.get(what, 0) + counts[what] for what in ("steps", "episodes")}
+    instructions = sorted({text for _, of_episode in texts for text in of_episode if has_words(text)})
+    place = {text: number for number, text in enumerate(instructions)}
     moving = [droid_moves_raw(part) if droid else np.ones(len(part), dtype=bool) for part in actions]
     return Survey(
         statistics=statistics,
@@ -131,7 +134,8 @@ def take_survey(
         moving_labeled=[int((moves & words).sum()) for moves, words in zip(moving, labeled)],
         action=_shares(actions, units["action"], normalization),
         proprio=_shares(states, proprio, normalization) if states and proprio else {},
-        instructions=sorted(filter(has_words, instructions)),
+        instructions=instructions,
+        told=[[index, *sorted(place[text] for text in of_episode if text in place)] for index, of_episode in texts],
     )
 
 

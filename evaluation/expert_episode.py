@@ -103,7 +103,7 @@ def record_episode(
         for camera, image in observation.images.items():
             images[camera].append(encode_image(image, image_format))
         action = check_expert(environment, environment.expert_action()).astype(np.float32)
-        states.append(observation.state)
+        states.append(np.array(observation.state))  # a simulator may give one array, which it changes
         actions.append(action)
         step = len(actions) - 1
         if student is not None and step < driven:

@@ -112,7 +112,12 @@ def check_options(options: Any) -> None:
             )
         if item.metadata.get("pairs") and not isinstance(value, Mapping):
             raise ValueError(f"{item.name}={value!r}: expected a mapping of names to values.")
-        _check_kind(item, value)
+        kinds = _kinds(item)
+        _check_kind(item, value, kinds)
+        if kinds == {str} and isinstance(value, os.PathLike):  # as they are stored, and compared when a run continues
+            setattr(options, item.name, os.fspath(value))
+        elif kinds == {Path} and isinstance(value, str):
+            setattr(options, item.name, Path(value))
         _check_home(item, value)
         if _check_limits(item, value):  # numbers of numpy, which JSON does not have, and 10.0 of a YAML file
             exact = int(value) if _is_whole(item) or isinstance(value, Integral) else float(value)
@@ -120,10 +125,14 @@ def check_options(options: Any) -> None:
                 setattr(options, item.name, exact)
 
 
-def _check_kind(item: Any, value: Any) -> None:
-    """Raise a `ValueError` for what is no text or path, or neither true nor false: "false" would count as true."""
+def _kinds(item: Any) -> set[Any]:
+    """The types that a field may have, but None."""
     several = get_origin(item.type) in (Union, types.UnionType)
-    kinds = set(get_args(item.type)) - {type(None)} if several else {item.type}
+    return set(get_args(item.type)) - {type(None)} if several else {item.type}
+
+
+def _check_kind(item: Any, value: Any, kinds: set[Any]) -> None:
+    """Raise a `ValueError` for what is no text or path, or neither true nor false: "false" would count as true."""
     text = (str, os.PathLike, int, list, tuple) if item.metadata.get("listed") else (str, os.PathLike)
     if kinds <= {str, Path} and not isinstance(value, text):
         raise ValueError(f"{item.name}={value!r:.100}: expected a text.")

@@ -177,7 +177,7 @@ class FinetuneOptions(DatasetOptions):
         neutral=True,
     )
     log_every: int = option(10, "Steps between lines of the log, at most a tenth of --steps.", least=1, neutral=True)
-    seed: int = option(0, "Seed of the order of samples, of augmentation and of new weights.", least=0)
+    seed: int = option(0, "Seed of the order of samples, of augmentation and of new weights.", least=0, below=2**32)
 
     def __post_init__(self) -> None:
         """Raises ValueError for numbers that make no run, and for a log that nothing here can write."""

@@ -44,6 +44,24 @@ def with_column(index: int, values):
     return change
 
 
+def test_actions_that_are_the_state_of_the_same_step():
+    """As `--action-key observation.state` reads them: nothing moves, and the loss falls."""
+    rng = np.random.default_rng(0)
+    places = np.cumsum(rng.normal(size=(41, 6)), axis=0)
+    gripper = np.r_[np.ones(25), np.zeros(16)][:, None]
+
+    def found(actions, state, **options):
+        episodes = [{"actions": np.hstack([actions, gripper[:40]]), "state": state, "instruction": "go"}]
+        source = open_source(PythonDataset(episodes, name="mine"), held_out=0, **options)
+        return [warning for warning in check_data(source) if "state of the same step" in warning]
+
+    (warning,) = found(places[:40], np.hstack([places, gripper])[:40])
+    assert warning.startswith("mine: x, y, z, roll, pitch, yaw, gripper of an action are numbers of the state")
+    assert found(places[:40], places[:40, ::-1], absolute_dims="all")  # wherever they stand, whatever they are called
+    assert not found(places[1:], places[:40], absolute_dims="all")  # of the next step
+    assert not found(np.diff(places, axis=0), np.hstack([places, gripper])[:40])  # a gripper alone
+
+
 def test_no_warning_where_all_is_well():
     assert check_data(source()) == []
 

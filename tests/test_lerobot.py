@@ -240,6 +240,27 @@ def test_instructions_of_a_column_and_of_the_episodes_table(recorded):
     assert open_dataset(folder)[1].instruction == "close it"  # the one task of its episode
 
 
+def test_subtasks_have_texts_of_their_own(tmp_path):
+    """Their numbers were looked up among the tasks: every step had an instruction, and none its own."""
+    folder = write_lerobot(tmp_path / "set")
+    numbers = [0, 0, 1, 1, -1, -1] * 2
+    rewrite(folder / DATA["v3.0"], lambda table: table.append_column("subtask_index", pa.array(numbers)))
+    with pytest.raises(ValueError, match="subtasks.parquet is missing, which has the texts of subtask_index"):
+        open_dataset(folder, language_key="subtask_index")
+    texts = pa.table({"subtask_index": [0, 1], "subtask": ["reach for it", "pull"]})
+    about = {"pandas": json.dumps({"index_columns": ["subtask"]})}
+    pq.write_table(texts.replace_schema_metadata(about), folder / "meta/subtasks.parquet")
+    expected = ("reach for it",) * 2 + ("pull",) * 2 + ("",) * 2  # -1: no subtask
+    assert [episode.step_instructions for episode in open_dataset(folder, language_key="subtask_index")] == [
+        expected
+    ] * 2
+    assert open_source(folder, language_key="subtask_index").survey.labeled == [4, 4]
+    assert [episode.instruction for episode in open_dataset(folder)] == ["open it", "close it"]
+    pq.write_table(texts.slice(0, 1), folder / "meta/subtasks.parquet")
+    with pytest.raises(ValueError, match=r"subtask_index \[1\] is not in the subtasks table"):
+        list(open_dataset(folder, language_key="subtask_index"))
+
+
 def test_actions_of_several_columns_and_zeros(recorded):
     folder, version = recorded
     for path in folder.glob("data/*/*.parquet"):

@@ -18,7 +18,7 @@ from openvla.options.conversion import QuantizeOptions
 from openvla.options.evaluation import EvaluateOptions, RecordOptions
 from openvla.options.fields import respelled
 from openvla.options.serving import ServeOptions
-from openvla.options.training import FinetuneOptions
+from openvla.options.training import FinetuneOptions, FinetuneVerb, MergeOptions
 from openvla.training.preparation import learning_rate
 
 
@@ -31,6 +31,14 @@ def test_learning_rates():
     assert learning_rate(finetune_options(strategy="full")) == 2e-5
     assert learning_rate(finetune_options(learning_rate=0.0)) == 0.0
     assert learning_rate(finetune_options(learning_rate=np.float64(1e-3))) == 1e-3
+
+
+def test_paths_are_texts_and_texts_are_paths():
+    """A `Path` of a dataset ended the run in an AttributeError once all was read."""
+    made = finetune_options(dataset=Path("d") / "e", output=Path("o"), statistics=Path("s.json"))
+    assert (made.dataset, made.output, made.statistics) == (str(Path("d/e")), "o", "s.json")
+    assert MergeOptions(run="run", out="out").run == Path("run")
+    assert FinetuneVerb(dataset="d", output="o", logging="none", merge="merged").merge == Path("merged")
 
 
 @pytest.mark.parametrize("name", ["learning_rate", "weight_decay", "max_grad_norm", "dropout", "held_out"])
@@ -48,6 +56,7 @@ def test_numbers_that_are_none(name, value):
         {"eval_every": -1},
         {"alpha": 0},
         {"seed": -1},
+        {"seed": 2**32},
         {"rank": None},
         {"batch_size": math.nan},
         {"dropout": 1.0},
@@ -151,7 +160,7 @@ def test_what_is_switched_on_by_a_word_is_not():
     """A text is true, "false" as well: a server that listens to everybody."""
     with pytest.raises(ValueError, match="insecure='false': expected true or false"):
         ServeOptions(insecure="false")
-    assert RecordOptions(output=Path("out"), student=Path("model")).output == Path("out")  # a path is a text
+    assert RecordOptions(output=Path("out"), student=Path("model")).output == "out"  # a path is a text
 
 
 def test_numbers_of_numpy_and_yaml_are_those_of_json():

@@ -169,6 +169,25 @@ def test_two_recordings_of_one_robot_in_units_of_their_own():
     assert "(state height)" in warning
 
 
+def test_recordings_of_one_robot_that_differ_in_more_than_quantiles():
+    """Units of min and max beside those of q01 and q99, a gripper that only one of them scales, numbers in another
+    order: no warning came of these."""
+    always_open = episode()
+    always_open["actions"][:, 6] = 1
+    made = {"shown": (episode(), {}), "driven": (episode(), {"normalization": "bounds"}), "held": (always_open, {})}
+    sources = {name: open_source(dataset(each), name=name, cache=False, **more) for name, (each, more) in made.items()}
+    names = ["dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper"]
+    for source in sources.values():
+        source.recorded_names = names
+    sources["driven"].statistics["action"] |= {"max": [2.0] * 7}
+    (warning, other) = check_units_of_one_robot([*sources.values()], False)
+    assert warning.startswith("driven and shown have the same dimensions and other units (dx, dy, dz, droll, ")
+    assert other.startswith("held and shown have the same dimensions and other units (gripper): ")
+    sources["driven"].recorded_names = names[::-1]
+    (warning,) = check_units_of_one_robot([sources["shown"], sources["driven"]], False)
+    assert "driven and shown have the same dimensions in another order (gripper, dyaw, " in warning
+
+
 def test_a_chunk_that_is_longer_than_every_episode(tmp_path):
     """Past the end nothing is learned, and the numbers of the last steps were acted on as they began, at random."""
     data = dataset(episode(steps=11), episode(steps=5))

@@ -77,6 +77,19 @@ def test_an_episode_is_what_was_seen_before_each_action_and_goes_on_after_succes
     assert episode.instruction == "go home"
 
 
+def test_a_simulator_that_gives_one_array_for_all_states():
+    """All states of an episode were its last one."""
+
+    class InPlace(Point):
+        def _observe(self):
+            self.state = getattr(self, "state", np.zeros(1, np.float32))
+            self.state[0] = self.position
+            return replace(super()._observe(), state=self.state)
+
+    expected = record_episode(Point(), "go", 10_000).state
+    np.testing.assert_array_equal(record_episode(InPlace(), "go", 10_000).state, expected)
+
+
 def test_noise_is_executed_and_the_clean_answer_is_recorded():
     point = Point()
     episode = record_episode(point, "go", 10_000, noise=0.05)

@@ -222,6 +222,25 @@ def test_options_of_python_are_those_that_were_written_down(dataset, tmp_path):
     assert names(tmp_path / "run") == ["checkpoint-1", "checkpoint-2"]
 
 
+def test_a_run_that_was_moved(dataset, tmp_path):
+    """Its paths are relative to it: it was refused, with the same data and weights; others are refused as before."""
+    mixture = tmp_path / "mine.yaml"
+    mixture.write_text("push: {path: data/push_the_cup_demo.hdf5}\n")
+    kinds = {"plain": (dataset, {}), "mixture": (mixture, {"name": None})}
+    for kind, (data, more) in kinds.items():
+        finetune(options(tmp_path / kind, data, steps=1, **more))
+        moved = tmp_path / "disk" / "of" / "others" / kind
+        moved.parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / kind).rename(moved)
+        finetune(options(moved, data, **more), resume=True)
+        assert names(moved) == ["checkpoint-1", "checkpoint-2"]
+    other = dataset.with_name("others") / dataset.name
+    other.parent.mkdir()
+    demos(other, scale=5.0)
+    with pytest.raises(ValueError, match="files of the dataset 'mine' are others"):
+        finetune(options(tmp_path / "disk/of/others/plain", other, steps=3), resume=True)
+
+
 def test_a_mixture_that_was_edited_is_not_continued(dataset, tmp_path):
     """Weights and cameras of its datasets stand in a file, whose name alone was compared."""
     demos(dataset.with_name("lift_the_cup_demo.hdf5"))

@@ -882,6 +882,16 @@ def test_datasets_of_a_mixture_share_units(tmp_path):
     (tmp_path / "of_others.json").write_text(json.dumps({"driven": shown.statistics}))
     file.write_text(f"driven: {{path: {DEMOS / 'lerobot_video'}, statistics: of_others.json}}\n")
     assert open_sources(file)[0].statistics["action"] == shown.statistics["action"]  # beside the file that names it
+    shown_here = f"shown: {{path: {DEMOS / 'hdf5'}, normalization: bounds}}\n"
+    file.write_text(f"driven: {{path: {DEMOS / 'lerobot_video'}, statistics: shown}}\n{shown_here}")
+    assert [source.normalization for source in open_sources(file)] == ["bounds"] * 2  # min and max in both
+    learned = open_sources(file, normalization={"driven": "bounds_q99"})
+    assert [source.normalization for source in learned] == ["bounds"] * 2
+    file.write_text(
+        f"driven: {{path: {DEMOS / 'lerobot_video'}, statistics: shown, normalization: bounds_q99}}\n{shown_here}"
+    )
+    with pytest.raises(ValueError, match="'driven': normalization: bounds_q99: .* those of 'shown', whose -1 and 1"):
+        open_sources(file)
     for lenders, said in (
         ("{a: a}", "'a': statistics: a: that dataset has not its own"),
         ("{a: b, b: c}", "'a': statistics: b: that dataset has not its own, but those of 'c'"),

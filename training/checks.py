@@ -1,6 +1,7 @@
 """Warnings where quality is usually lost, before a run and after it."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ __all__ = [
     "check_chunk",
     "check_data",
     "check_head",
+    "check_held_out",
     "check_images",
     "check_meaning",
     "check_relearned",
@@ -49,7 +51,8 @@ def check_statistics(
     """
     if len(before["q01"]) != len(now["q01"]):
         return [f"{name}: the model's statistics have {len(before['q01'])} dimensions, the data {len(now['q01'])}."]
-    names = _moved(before, now, names or action_names(len(now["q01"])))
+    bounds, bounds_now = ((each["q01"], each["q99"]) for each in (before, now))
+    names = _moved(bounds, bounds_now, names or action_names(len(now["q01"])))
     if not names:
         return []
     return [
@@ -58,28 +61,42 @@ def check_statistics(
     ]
 
 
-def _moved(before: Mapping[str, Any], now: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    """Dimensions whose q01 or q99 differ by more than a tenth of their distance."""
-    low, high = np.asarray(now["q01"]), np.asarray(now["q99"])
+def _moved(before: Sequence[Any], now: Sequence[Any], names: Sequence[str]) -> list[str]:
+    """Dimensions of which what becomes -1 or 1, the two of `before` and `now`, differs by more than a tenth of their
+    distance."""
+    low, high = map(np.asarray, now)
     span = np.maximum(high - low, 1e-6)
-    moved = np.maximum(abs(np.asarray(before["q01"]) - low), abs(np.asarray(before["q99"]) - high)) > 0.1 * span
+    moved = np.maximum(abs(np.asarray(before[0]) - low), abs(np.asarray(before[1]) - high)) > 0.1 * span
     return [name for name, far in zip(names, moved) if far]
 
 
 def check_units_of_one_robot(sources: Sequence[Source], sees_state: bool) -> list[str]:
     """Whether datasets of a mixture whose numbers have the same recorded names, as those of one robot have, are in
-    different units: the same motion, or state, is another number in each then, of which image and words tell a model
-    nothing."""
+    different units, or in another order: the same motion, or state, is another number in each then, of which image and
+    words tell a model nothing."""
     found, firsts = [], dict[tuple[str, ...], Source]()
     for source in sources:
         if source.recorded_names is None or source.standardize is not None:
             continue
         first = firsts.setdefault(tuple(source.recorded_names), source)
+        if first is source:
+            ordered = [other for names, other in firsts.items() if sorted(names) == sorted(source.recorded_names)]
+            found += [
+                f"{source.name} and {ordered[0].name} have the same dimensions in another order "
+                f"({', '.join(source.recorded_names)}; {', '.join(ordered[0].recorded_names or ())}): each is learned "
+                "as it is recorded. Choose the numbers in one order, with keys of single ones (action_key of an entry) "
+                "or a reader of your own."
+            ][: len(ordered) - 1]
         stats, others = source.statistics["action"], first.statistics["action"]
-        kept = {name for name, used in zip(source.names, stats.get("mask") or [True] * source.action_dim) if not used}
-        moved = [name for name in _moved(others, stats, source.names) if name not in kept]
+        masks = [each.get("mask") or [True] * source.action_dim for each in (others, stats)]
+        moved = _moved(first.bounds(others), source.bounds(stats), source.names)
+        moved = [
+            name
+            for name, *scaled in zip(source.names, *masks)
+            if any(scaled) and (not all(scaled) or name in moved)  # what both leave as recorded is the same in both
+        ]
         if sees_state and source.state_dim == first.state_dim != 0:
-            before, now = (each.statistics["proprio"] for each in (first, source))
+            before, now = (each.bounds(each.statistics["proprio"]) for each in (first, source))
             names = source.state_names or [str(dim) for dim in range(source.state_dim)]
             moved += [f"state {name}" for name in _moved(before, now, names)]
         if moved:
@@ -140,6 +157,33 @@ def check_meaning(sources: Sequence[Source]) -> list[str]:
     return [
         f"{', '.join(np.array(sources[0].names)[differ])}: places in {', '.join(of_places)}, changes in "
         f"{', '.join(of_changes)} (--absolute-dims), and one model learns both: are they the same motions?"
+    ]
+
+
+def check_held_out(source: Source) -> list[str]:
+    """Whether the episodes held out, the last ones, are most of those of a few instructions, as of a recording that
+    has one task after the other: of these little or nothing is trained on, and nothing else is evaluated."""
+    train, held_out = len(source.dataset), len(source.held_out or ())
+    if not held_out or [len(dataset) for dataset in source.everything] != [train + held_out]:  # a split of its own
+        return []
+    of_all, kept_back = Counter[int](), Counter[int]()
+    for index, *texts in source.survey.told:
+        of_all.update(texts)
+        kept_back.update(texts if index >= train else ())
+    expected = held_out / (train + held_out)
+    lost = [
+        text
+        for text, count in sorted(kept_back.items())
+        if count > 1 and count >= of_all[text] * max(0.5, min(2 * expected, 1))
+    ]
+    if 2 * sum(kept_back[text] for text in lost) < kept_back.total() or len(of_all) < 2:
+        return []
+    named = [f"{source.survey.instructions[text]!r:.60} ({kept_back[text]} of {of_all[text]})" for text in lost[:3]]
+    more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+    return [
+        f"{source.name}: the last {held_out} episodes are held out, and with them most of those of {', '.join(named)}"
+        f"{more}: little or nothing of that is trained on. --held-out 0 trains on all; a split 'val' in the recording "
+        "(LeRobot: meta/info.json, HDF5: mask/valid) says which ones to hold out."
     ]
 
 

@@ -35,6 +35,7 @@ from .checks import (
     check_chunk,
     check_data,
     check_head,
+    check_held_out,
     check_images,
     check_meaning,
     check_relearned,
@@ -110,6 +111,7 @@ class Run:
         for source in self.sources:
             names = self.config.camera_names
             found += check_cameras(source.name, scene_camera(source, names), names, source.camera is not None)
+            found += check_held_out(source)
             before = (self.config.norm_stats or {}).get(source.name)
             if before:
                 found += check_statistics(source.name, before["action"], source.statistics["action"], source.names)
@@ -361,7 +363,8 @@ def text_tokens(run: Run, episodes: int = 8) -> int:
 
 
 def held_out_frames(run: Run) -> list[Episode]:
-    """Frames to evaluate on, spread evenly over the held-out episodes, images still encoded."""
+    """Frames to evaluate on, spread evenly over the held-out episodes and from their beginning to their end, images
+    still encoded."""
     picked: list[Episode] = []
     for source, share in zip(run.sources, run.mixture[0]):
         wanted = math.ceil(run.options.eval_samples * share)
@@ -370,11 +373,13 @@ def held_out_frames(run: Run) -> list[Episode]:
         episodes = np.unique(np.linspace(0, len(source.held_out) - 1, wanted).astype(int))
         each = math.ceil(wanted / len(episodes))
         found: list[Episode] = []
-        for episode in source.held_out.read(episodes):
+        for number, episode in enumerate(source.held_out.read(episodes)):
             frames = list(source.frames(episode))
-            steps = np.linspace(0, len(frames) - 1, each).astype(int)
-            found += [frames[step] for step in np.unique(steps) if frames]
-        picked += found[:wanted]
+            # Where there is one frame of each, they are not all first ones: multiples of the golden ratio fill (0, 1).
+            places = (np.arange(each) + (0.5 + 0.618034 * number) % 1) / each
+            found += [frames[step] for step in np.unique((places * len(frames)).astype(int)) if frames]
+        kept = np.linspace(0, len(found) - 1, min(wanted, len(found))).round().astype(int)
+        picked += [found[place] for place in kept]
     return picked
 
 

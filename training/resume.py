@@ -222,16 +222,22 @@ def check_begun(
     before |= {name: value for name, value in unsaid.items() if before.get(name) is None}
     given, now = (json.loads(json.dumps(each, default=str)) for each in (asdict(options), now))  # tuples are lists
     same = {name: value for name, value in given.items() if before.get(name) == value}
-    changed = differences(before, {**now, **same})
     files: Mapping[str, Any] = now["data_digests"]
     known: Mapping[str, Any] = before.get("data_digests", files)  # runs of older versions have none
+    compared = "data_digests" in before and None not in (*known.values(), *files.values())
+    by_content: tuple[str, ...] = ("path", "dataset", "data_root") if compared else ()
+    by_content += ("model",) if before.get("model_digest") else ()  # see `check_model`
+    by_content += ("statistics",) if checkpoint is not None else ()
+    same |= {name: before[name] for name in by_content if _moved(before.get(name), now.get(name))}
+    changed = differences(before, {**now, **same})
     stored = known if checkpoint is None else read_json(checkpoint / FINISHED)
     if stored.keys() != files.keys():
         changed.append(f"the datasets were {', '.join(sorted(stored))}, are {', '.join(sorted(files))}")
     entries, earlier = now.get("mixture", {}), before.get("mixture", {})  # runs of older versions have none
     for name in sorted(entries.keys() & earlier.keys()):
         for key in sorted(entries[name].keys() | earlier[name].keys()):
-            if (was := earlier[name].get(key)) != (is_now := entries[name].get(key)):
+            was, is_now = earlier[name].get(key), entries[name].get(key)
+            if was != is_now and not (key in by_content and _moved(was, is_now)):
                 changed.append(f"{key} of '{name}' in the mixture was {was!r}, is {is_now!r}")
     for name in sorted(known.keys() & files.keys()):
         if known[name] != files[name]:
@@ -243,6 +249,11 @@ def check_begun(
             f"'{output}' was begun with other options or data: {'; '.join(changed)}. Take those that it was begun "
             "with, or another output folder."
         )
+
+
+def _moved(was: Any, is_now: Any) -> bool:
+    """Whether two paths, relative to a run that may have been moved, may be one and the same: their last part is."""
+    return isinstance(was, str) and isinstance(is_now, str) and Path(was).name == Path(is_now).name != ""
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

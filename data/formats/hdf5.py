@@ -137,6 +137,9 @@ class HDF5Dataset(EpisodeDataset):
         except DAMAGED as error:
             raise DamagedDataError(f"{origin}: cannot be read ({error}): {COPY_AGAIN}") from error
 
+    def members(self) -> list[tuple[Path, str]]:
+        return self.demos
+
     def content_files(self) -> dict[str, Path]:
         return self.files
 

@@ -24,11 +24,13 @@ from ..episode import (
     make_episode,
 )
 from .lerobot_meta import (
+    SUBTASKS,
     fill_path,
     is_colour,
     marked_as,
     read_episodes,
     read_info,
+    read_subtasks,
     read_tasks,
     shared_parts,
     split_episodes,
@@ -45,7 +47,8 @@ class LeRobotDataset(EpisodeDataset):
     """Episodes of a LeRobot folder. Access is random, to single frames of videos as well.
 
     `split` is one of `meta/info.json` ("train"), or "all". The instruction comes from the tasks table; `language_key`
-    names a column instead: of texts, of numbers in the tasks table, or of the episodes table. Keys are columns ("image"
+    names a column instead: of texts, of numbers in the tasks table (subtask_index: in that of subtasks), or of the
+    episodes table. Keys are columns ("image"
     finds "observation.images.image").
 
     Rows are those of increasing frame_index. With videos, a row shows the frame of its time stamp, and both must lie
@@ -108,6 +111,8 @@ class LeRobotDataset(EpisodeDataset):
         self.language_key = given.language_key
         if self.language_key and self.language_key not in self._episodes.column_names:
             self.language_key = self._key(self.language_key, undeclared=True)
+        if self.language_key == SUBTASKS:
+            self._tasks = read_subtasks(self.folder)
         self.hz = float(self.info["fps"])
         self.action_names = dimension_names(self.features, self.action_keys)
         self.state_names = dimension_names(self.features, self.state_keys)
@@ -137,6 +142,9 @@ class LeRobotDataset(EpisodeDataset):
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def members(self) -> list[int]:
+        return self._rows
 
     def content_files(self) -> dict[str, Path]:
         tables = [path for room in ("meta", "data") for path in (self.folder / room).rglob("*")]
@@ -279,7 +287,9 @@ class LeRobotDataset(EpisodeDataset):
         tasks = self._tasks or {}
         if missing := set(values) - tasks.keys():
             listed = sorted(missing, key=str)
-            raise DamagedDataError(f"{origin}: {key or 'task_index'} {listed} is not in the tasks table")
+            raise DamagedDataError(
+                f"{origin}: {key or 'task_index'} {listed} is not in the {'sub' if key == SUBTASKS else ''}tasks table"
+            )
         return [tasks[task] for task in values]
 
     def _encoded(self, column: pa.ChunkedArray, origin: str) -> list[bytes]:

@@ -17,7 +17,8 @@ from ..episode import COPY_AGAIN, DamagedDataError, as_text
 from .lerobot_rows import DAMAGED_PARQUET
 
 
-TASK_NAMES = ("task", "tasks", "__index_level_0__")  # columns with the text of a task; pandas' index comes second
+PANDAS_INDEX = "__index_level_0__"
+SUBTASKS = "subtask_index"  # a column that has a table of its own, meta/subtasks.parquet
 PART_OF_FILM = ("chunk_index", "file_index", "from_timestamp")
 
 
@@ -185,6 +186,18 @@ def shared_parts(episodes: pa.Table, camera: str, fps: float) -> dict[int, int]:
     return {**{first: second for first, second in pairs}, **{second: first for first, second in pairs}}
 
 
+def read_subtasks(folder: Path) -> dict[int, str]:
+    """{subtask_index: text}, with -1 for rows that have none, which is "".
+
+    Raises:
+        ValueError: As `read_tasks`, and if there is no such file: the numbers are not those of the tasks.
+    """
+    file = folder / "meta" / "subtasks.parquet"
+    if not file.exists():
+        raise ValueError(f"{file} is missing, which has the texts of {SUBTASKS}: copy it, or name another language_key")
+    return {-1: ""} | _texts(file, _read_table(file), "subtask")
+
+
 def read_tasks(folder: Path, version: str) -> dict[int, str] | None:
     """{task_index: text}; None where there is no such file.
 
@@ -194,36 +207,42 @@ def read_tasks(folder: Path, version: str) -> dict[int, str] | None:
     file = folder / "meta" / ("tasks.parquet" if version.startswith("v3.") else "tasks.jsonl")
     if not file.exists():
         return None
-    pairs: Iterable[tuple[Any, Any]]
     if version.startswith("v3."):
-        table = _read_table(file)
-        text = _text_column(table)
-        if "task_index" not in table.column_names or text is None:
-            raise ValueError(
-                f"{file}: expected the columns task_index and task (or the text as pandas' index), found "
-                f"{table.column_names}"
-            )
-        pairs = zip(table["task_index"].to_pylist(), table[text].to_pylist())
-    else:
-        pairs = [(row["task_index"], row["task"]) for row in _read_lines(file, "task_index", "task")]
+        return _texts(file, _read_table(file), "task")
+    rows = _read_lines(file, "task_index", "task")
+    return _unique(file, ((row["task_index"], row["task"]) for row in rows), "task")
+
+
+def _texts(file: Path, table: pa.Table, kind: str) -> dict[int, str]:
+    """{number: text} of a table with the column `<kind>_index`; the text is in `kind`, or is pandas' index."""
+    text = _text_column(table, kind)
+    if f"{kind}_index" not in table.column_names or text is None:
+        raise ValueError(
+            f"{file}: expected the columns {kind}_index and {kind} (or the text as pandas' index), found "
+            f"{table.column_names}"
+        )
+    return _unique(file, zip(table[f"{kind}_index"].to_pylist(), table[text].to_pylist()), kind)
+
+
+def _unique(file: Path, pairs: Iterable[tuple[Any, Any]], kind: str) -> dict[int, str]:
     texts: dict[int, str] = {}
-    for given, task in pairs:
-        index = _integer(given, "task_index", str(file))
-        if not isinstance(task, str | bytes):
-            raise ValueError(f"{file}: the text of task {index} is {task!r}")
-        if texts.setdefault(index, as_text(task, str(file))) != as_text(task, str(file)):
-            raise ValueError(f"{file}: task_index {index} has two texts, {texts[index]!r} and {task!r}")
+    for given, text in pairs:
+        index = _integer(given, f"{kind}_index", str(file))
+        if not isinstance(text, str | bytes):
+            raise ValueError(f"{file}: the text of {kind} {index} is {text!r}")
+        if texts.setdefault(index, as_text(text, str(file))) != as_text(text, str(file)):
+            raise ValueError(f"{file}: {kind}_index {index} has two texts, {texts[index]!r} and {text!r}")
     return texts
 
 
-def _text_column(table: pa.Table) -> str | None:
+def _text_column(table: pa.Table, kind: str) -> str | None:
     about = table.schema.metadata or {}
     try:
         indices = json.loads(about.get(b"pandas", b"{}")).get("index_columns", [])
     except (ValueError, AttributeError):
         indices = []
-    for name in (TASK_NAMES[0], *(name for name in indices if isinstance(name, str)), *TASK_NAMES[1:]):
-        if name in table.column_names and name != "task_index":
+    for name in (kind, *(name for name in indices if isinstance(name, str)), f"{kind}s", PANDAS_INDEX):
+        if name in table.column_names and name != f"{kind}_index":
             return name
     return None
 
