@@ -1,5 +1,8 @@
 """Bodies and messages while they come in."""
 
+import asyncio
+import socket
+from contextlib import suppress
 from typing import Any
 
 import h11
@@ -14,7 +17,16 @@ from .room import Room, Share
 
 TRY_AGAIN_LATER, TOO_BIG = 1013, 1009  # of WebSockets
 MOST_FRAGMENTS = 16_384  # of a message: 2 KiB each of the largest; empty ones take room that no byte of them counts
+QUICK_ACKNOWLEDGEMENT = getattr(socket, "TCP_QUICKACK", None)  # Linux; it holds until the next answer
 SMALL = 512  # bytes of a piece of a body: networks carry more at a time
+
+
+def acknowledge(transport: asyncio.Transport) -> None:
+    """Tell a client at once that its bytes are here. Whoever sends a head and what belongs to it one after the other,
+    without TCP_NODELAY, sends the second part only then, and systems wait up to 40 ms for something to tell it with."""
+    if QUICK_ACKNOWLEDGEMENT is not None:
+        with suppress(OSError):  # it has gone
+            transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, QUICK_ACKNOWLEDGEMENT, 1)
 
 
 class CountedRequests(H11Protocol):
@@ -28,6 +40,10 @@ class CountedRequests(H11Protocol):
         super().__init__(*args, **more)
         self._small, self._next = 0, self.conn.next_event
         self.conn.next_event = self._counted  # type: ignore[method-assign]
+
+    def data_received(self, data: bytes) -> None:
+        acknowledge(self.transport)
+        super().data_received(data)
 
     def _counted(self) -> Any:
         event = self._next()
@@ -50,6 +66,7 @@ class CountedSocket(WebSocketsSansIOProtocol):
         self._share, self._waiting, self._fragments = Share(room), 0, 0
 
     def data_received(self, data: bytes) -> None:
+        acknowledge(self.transport)
         super().data_received(data)
         self._count()
 

@@ -24,7 +24,7 @@ from websockets.sync.client import connect
 from openvla.action_spec import usual_spec
 from openvla.options.serving import Limits, ServeOptions
 from openvla.serving import server as serving
-from openvla.serving import wire
+from openvla.serving import sockets, wire
 from openvla.serving.app import create_app
 from openvla.serving.contract import Dataset, ModelInfo
 from openvla.serving.engine import Engine
@@ -381,6 +381,29 @@ def test_connections_that_ask_nothing_are_ended():
     made.server_state.connections = {again}
     made._end_silent(82)
     assert aborted.count("asks_again") == 1 and len(made._silent) == 1
+
+
+@pytest.mark.parametrize("kind", [sockets.CountedRequests, sockets.CountedSocket])
+@pytest.mark.parametrize("gone", [False, True])
+def test_bytes_are_acknowledged_before_they_are_read(kind, gone, monkeypatch):
+    """Who sends a head and a body one after the other, without TCP_NODELAY, waited 40 ms for each answer."""
+    done = []
+
+    def setsockopt(*given):
+        done.append(given)
+        if gone:
+            raise OSError("the connection has gone")
+
+    monkeypatch.setattr(sockets, "QUICK_ACKNOWLEDGEMENT", 12)  # as on Linux
+    monkeypatch.setattr(kind.__mro__[1], "data_received", lambda self, data: done.append(data))
+    monkeypatch.setattr(kind, "_count", lambda self: None, raising=False)
+    protocol = object.__new__(kind)
+    protocol.transport = SimpleNamespace(get_extra_info=lambda name: SimpleNamespace(setsockopt=setsockopt))
+    protocol.data_received(b"GET")
+    assert done == [(socket.IPPROTO_TCP, 12, 1), b"GET"]
+    monkeypatch.setattr(sockets, "QUICK_ACKNOWLEDGEMENT", None)  # where there is no such option
+    protocol.data_received(b"GET")
+    assert done[2:] == [b"GET"]
 
 
 @pytest.mark.parametrize(
