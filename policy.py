@@ -209,7 +209,7 @@ class OpenVLAPolicy(Policy):
         rows = {name: values.reshape(*shape, *values.shape[found.actions.ndim :]) for name, values in found.items()}
         if head.takes_drafts and "token_ids" in rows:  # heads of a user's own may tell no tokens
             for observation, tokens in zip(observations, rows["token_ids"]):
-                self._last[observation.slot] = (observation.step, tokens)
+                self._last[observation.slot] = (observation.step, tokens.copy())  # callers may write into theirs
         if self.decoding == "mean":
             decided = 0 if observations[0].committed is None else len(observations[0].committed)
             self._take_means(rows, more["unnorm_key"], decided)

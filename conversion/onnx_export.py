@@ -58,7 +58,8 @@ def export_onnx(
         The folder.
 
     Raises:
-        ValueError: If the model is an adapter, quantized, or one that these graphs cannot stand for, or torch too old.
+        ValueError: If the model is an adapter, quantized, or one that these graphs cannot stand for, if its weights are
+            not finite or become so in `dtype`, or torch is too old.
         ModuleNotFoundError: If a library of the extra `onnx` is missing.
     """
     dtype = dtype or "float32"
@@ -78,6 +79,7 @@ def export_onnx(
     statistics = statistics_of(source, config)
     processor = OpenVLAProcessor.from_pretrained(source)
     model = OpenVLAForActionPrediction.from_pretrained(source, dtype=PRECISIONS[dtype]).eval()
+    check_finite(model, dtype)
     with new_folder(output, overwrite) as folder:
         write_vision(folder / VISION_FILE, model)
         place = folder / "unquantized" if dtype == "int8" else folder
@@ -112,6 +114,17 @@ def check_exportable(config: OpenVLAConfig) -> None:
         )
     if problem:
         raise ValueError(f"This model cannot be exported to ONNX: {problem}. Predict with openvla itself.")
+
+
+def check_finite(model: OpenVLAForActionPrediction, dtype: str) -> None:
+    """Raise a `ValueError` if a weight is NaN or infinite: such a graph is refused by the robot at the earliest."""
+    for name, weight in model.named_parameters():
+        if not bool(weight.isfinite().all()):
+            raise ValueError(
+                f"{name} has numbers that float16 cannot hold, or that were damaged before: take --dtype float32."
+                if dtype == "float16"
+                else f"{name} holds NaN or infinite values: it was damaged, or its training diverged."
+            )
 
 
 def rope_types(config: Any) -> set[str]:

@@ -162,6 +162,17 @@ def test_a_draft_costs_passes_and_changes_nothing(policy):
     assert policy.predict(image, "open the drawer", state=STATE).token_ids.tolist() == right.token_ids.tolist()
 
 
+def test_what_a_caller_writes_into_a_prediction_is_no_draft(policy):
+    """It was the next one, whatever it held: as many passes as tokens."""
+    image = frames(1)[0]
+    policy.reset()
+    first = policy.predict(image, "open the drawer", state=STATE)
+    expected = first.token_ids.tolist()
+    first.token_ids[:] = -1
+    again = policy.predict(image, "open the drawer", state=STATE, executed=0)
+    assert again.token_ids.tolist() == expected and again.passes == 1
+
+
 def test_an_episode_begins_after_what_runs_has_ended(policy):
     """Of another thread: its tokens were the first draft of the new episode."""
     with policy._lock:  # a prediction
@@ -374,6 +385,39 @@ def test_a_provider_is_what_was_asked_for(exported, monkeypatch):
     del started[0]
     with pytest.raises(ValueError, match="provider='cuda' could not be started"):
         OnnxPolicy(exported, provider="cuda")
+
+
+def test_files_of_the_hubs_cache_are_links(exported, tmp_path):
+    """Out of the folder, where OpenVINO does not follow them: another export has them as well."""
+    snapshot = tmp_path / "snapshots" / "a"
+    snapshot.mkdir(parents=True)
+    for file in exported.iterdir():
+        (snapshot / file.name).symlink_to(file)
+    expected = OnnxPolicy(exported, threads=1).act(frames(1)[0], "open the drawer", state=STATE)
+    assert (OnnxPolicy(snapshot, threads=1).act(frames(1)[0], "open the drawer", state=STATE) == expected).all()
+    pytest.importorskip("openvino", reason="needs openvino")
+    try:
+        found = OnnxPolicy(snapshot, threads=1, provider="openvino").act(frames(1)[0], "open the drawer", state=STATE)
+    except ValueError as error:  # since 2026
+        assert "snapshot_download(..., local_dir=FOLDER)" in str(error)
+    else:
+        np.testing.assert_allclose(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "message"),
+    [(1e6, "float16", "float16 cannot hold"), (np.nan, "float32", "NaN or infinite"), (np.inf, "int8", "NaN or inf")],
+)
+def test_weights_that_a_graph_cannot_hold(value, dtype, message, small, tmp_path):
+    """The export was written, and every action of it an error."""
+    model = OpenVLAForActionPrediction.from_pretrained(small)
+    with torch.no_grad():
+        model.language_model.model.layers[1].mlp.up_proj.weight[3, 5] = value
+    source = shutil.copytree(small, tmp_path / "model")
+    model.save_pretrained(source)
+    with pytest.raises(ValueError, match=rf"language_model.model.layers.1.mlp.up_proj.weight .*{message}"):
+        export_onnx(source, tmp_path / "out", dtype=dtype)
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_not_exported(small, tmp_path, monkeypatch):

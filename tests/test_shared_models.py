@@ -42,6 +42,14 @@ def test_what_one_policy_is_shown_is_not_what_others_are(model):
         OpenVLAPolicy.load(str(ROOT), pixels="oft", crop=True)
 
 
+def test_what_a_caller_writes_into_a_prediction_is_no_draft(model):
+    policy = OpenVLAPolicy(model)
+    [found] = policy.predict([seen(0)])
+    found["token_ids"][:] = -1  # which no draft may hold
+    policy.act([seen(0)])
+    assert policy.passes == [1]
+
+
 def test_drafts_are_off_where_products_of_float32_keep_fewer_bits(model):
     """TF32 and its like round as half precision does: a draft then may change a token."""
     policy, before = OpenVLAPolicy(model), torch.get_float32_matmul_precision()

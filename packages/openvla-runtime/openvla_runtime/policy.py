@@ -240,12 +240,12 @@ class OnnxPolicy:
         draft, self._draft = self._shifted(shape, executed), None
         decoded = self._language_model.decode(prompt, features, shape[0] * shape[1], self.action_tokenizer, draft)
         check_finite(decoded, features)
-        self._draft = decoded.token_ids.reshape(shape)
+        self._draft = decoded.token_ids.reshape(shape).copy()  # callers may write into what they are given
 
         # 3. Units
         normalized = self.action_tokenizer.decode(self._draft)
         prediction = Prediction(
-            unnormalize_actions(normalized, statistics, mode), normalized, self._draft,
+            unnormalize_actions(normalized, statistics, mode), normalized, decoded.token_ids.reshape(shape),
             decoded.probabilities.reshape(shape), decoded.entropies.reshape(shape), decoded.passes,
         )  # fmt: skip
         if shape[0] == 1:

@@ -114,6 +114,12 @@ def open_session(file: Path, provider: str, threads: int | None) -> Session:
                 name="openvino",
             ) from error
         except RuntimeError as error:
+            if file.with_name(f"{file.name}.data").is_symlink():  # of the Hub's cache: out of the folder
+                raise ValueError(
+                    f"OpenVINO reads no weights through links, and '{file.parent}' holds such, as the Hub's cache "
+                    "does: download it with snapshot_download(..., local_dir=FOLDER), or copy it with the files "
+                    f"themselves (cp -rL), and give that folder. {str(error)[:500]}"
+                ) from error
             raise ValueError(f"OpenVINO cannot read '{file}': export it again. {str(error)[:500]}") from error
     import onnxruntime
 
