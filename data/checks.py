@@ -1,5 +1,6 @@
 """Warnings about the actions of a dataset, where quality is usually lost."""
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ LOOKED_AT = 50  # episodes whose gripper is looked at
 CLIPPED = 0.1  # share of the steps; the data's own quantiles clip 0.02
 NARROW = 0.05  # part of the range of the statistics that the data takes at least
 FOLLOWED, NEAR = 10, 0.1  # episodes looked at; mean distance to the state that counts as following it, of the range
+TURNS = (2 * math.pi, 360.0)  # what an angle that is a place jumps by
 SAME, NEARLY_ALL = 1e-5, 0.95  # distance of numbers that are one and the same, of the range; share of the steps
 GRIPPER_DIMS = "--gripper-dims"
 
@@ -27,6 +29,7 @@ def check_data(source: "Source") -> list[str]:
     own, bounds = source.survey.statistics["action"], source.normalization == "bounds"
     found = check_still(source)
     found += check_rare(source) + check_grippers(source) + check_clipped(source) + check_places(source)
+    found += check_turns(source) + check_standstill(source)
     parts = [(names, own, action)]
     proprio = source.statistics.get("proprio")
     if bounds and source.survey.proprio and proprio:  # of states quantiles clip outliers, and all else is kept
@@ -101,6 +104,42 @@ def check_places(source: "Source") -> list[str]:
         "taken for changes: a robot that waits would be told 0, which is a motion then. Are they places? "
         f"--absolute-dims {listed}, or none."
     ]
+
+
+def check_turns(source: "Source") -> list[str]:
+    """Angles that are places and go over the end of their range: numbers on both sides of it mean nearly the same, and
+    those between them, which are their mean, the opposite."""
+    dataset = source.everything[0]  # without images
+    picked = np.unique(np.linspace(0, len(dataset) - 1, FOLLOWED).astype(int))
+    parts = [episode.actions.astype(np.float64) for episode in dataset.read(picked)]
+    steps = np.concatenate([abs(np.diff(part, axis=0)) for part in parts]) if parts else np.empty((0, 0))
+    if not len(steps):
+        return []
+    jumps = np.zeros(source.action_dim, dtype=int)
+    range_ = np.ptp(np.concatenate(parts), axis=0)
+    for turn in TURNS:
+        jumps += ((steps > 0.9 * turn) & (steps < 1.1 * turn)).sum(axis=0) * (range_ < 1.1 * turn)
+    turning = [f"{name} ({count} times in {len(steps)} steps)" for name, count in zip(source.names, jumps) if count]
+    return [
+        f"{source.name}: {', '.join(turning)} jumps by a full turn, as an angle at the end of its range does: a model "
+        "that averages gives the angle opposite. Record changes, or angles counted from another zero or without end."
+    ] * bool(turning)
+
+
+def check_standstill(source: "Source") -> list[str]:
+    """Changes of which none stands for no motion, where a chunk is to end with that."""
+    if source.chunk_end != "still" or source.action_chunk == 1:
+        return []
+    first, last = source.bounds(source.statistics["action"])
+    scaled = np.array(source.statistics["action"].get("mask") or [True] * source.action_dim)
+    bin_ = (last - first) / 255
+    moving = scaled & ~source.absolute & ((first > bin_) | (last < -bin_))
+    named = [f"{source.names[dim]} ({first[dim]:.3g} to {last[dim]:.3g})" for dim in np.flatnonzero(moving)]
+    return [
+        f"{source.name}: {', '.join(named)}: no motion (0) is not among what actions are scaled from, and becomes the "
+        "nearest of these: with chunk_end='still' (--chunk-end still) a model learns to move there for ever. Are they "
+        "places (--absolute-dims)? Else repeat."
+    ] * bool(named)
 
 
 def _here(source: "Source", actions: np.ndarray, states: np.ndarray) -> list[str]:

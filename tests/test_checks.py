@@ -62,6 +62,38 @@ def test_actions_that_are_the_state_of_the_same_step():
     assert not found(np.diff(places, axis=0), np.hstack([places, gripper])[:40])  # a gripper alone
 
 
+def test_angles_that_go_over_the_end_of_their_range():
+    rng = np.random.default_rng(0)
+    places = np.cumsum(0.1 * rng.normal(size=(200, 7)), axis=0)
+    places[:, 3] += np.pi  # as that of an arm that points down
+    places[:, 6] = np.arange(200) % 40 < 20
+
+    def found(actions):
+        return [text for text in check_data(source(lambda _: actions, 1)) if "jumps by a full turn" in text]
+
+    assert found(places) == []
+    wrapped = np.mod(places + np.pi, 2 * np.pi) - np.pi
+    (warning,) = found(np.c_[wrapped[:, :6], places[:, 6]])
+    assert "mine: roll (" in warning and "gripper" not in warning
+    (warning,) = found(np.c_[np.degrees(wrapped[:, :6]), places[:, 6]])
+    assert "mine: roll (" in warning
+    assert found(np.c_[360 * rng.integers(0, 2, (200, 6)) * 0.5, places[:, 6]]) == []
+
+
+def test_no_motion_that_is_a_motion():
+    """A robot that goes forward in all steps: past the end it learned its slowest motion, and not to stand."""
+    recorded = [{"actions": 0.02 + 0.01 * np.random.default_rng(0).uniform(size=(20, 2)), "instruction": "go"}]
+    chunks = {"held_out": 0, "action_chunk": 4, "gripper_dims": "none"}
+
+    def found(**more):
+        made = open_source(PythonDataset(recorded, name="mine"), **chunks, **more)
+        return [text for text in check_data(made) if "no motion (0) is not among" in text]
+
+    (warning,) = found(chunk_end="still")
+    assert warning.startswith("mine: action[0] (0.0203 to 0.0299), action[1] (")
+    assert not found(chunk_end="repeat") and not found(chunk_end="still", absolute_dims="all")
+
+
 def test_no_warning_where_all_is_well():
     assert check_data(source()) == []
 
