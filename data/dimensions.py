@@ -25,7 +25,13 @@ def dimension_names(features: Mapping[str, Mapping], keys: Sequence[str | None])
         given: Any = feature.get("names")
         if isinstance(given, Mapping):  # {"motors": [...]}, or {name: index}
             lists = [value for value in given.values() if isinstance(value, list | tuple)]
-            given = lists[0] if len(lists) == 1 else list(given) if not lists else None
+            numbers = sorted(value for value in given.values() if type(value) is int)
+            if numbers and numbers == [*range(len(given))]:  # in the order of the numbers, not of the file
+                given = sorted(given, key=given.__getitem__)
+            elif numbers:
+                given = None
+            else:
+                given = lists[0] if len(lists) == 1 else list(given) if not lists else None
         width = int(np.prod(feature.get("shape") or [1]))
         if not isinstance(given, list | tuple) or len(given) != width:
             return None

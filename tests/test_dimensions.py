@@ -184,6 +184,13 @@ def test_names_of_lerobot():
     assert names(["x", "gripper"]) == names({"motors": ["x", "gripper"]}) == names({"x": 0, "gripper": 1})
     assert names(None) is names(["x"]) is names(["x", "x"]) is names({"a": ["x"], "b": ["y"]}) is None
     assert dimension_names({"a": {"shape": [1], "names": ["x"]}}, ["a", None]) is None
+    # In the order of their numbers, whoever sorted the file by names: the gripper was looked for among the others.
+    assert dimension_names({"action": {"shape": [3], "names": {"gripper": 2, "x": 0, "y": 1}}}, ["action"]) == [
+        "x",
+        "y",
+        "gripper",
+    ]
+    assert dimension_names({"action": {"shape": [2], "names": {"x": 0, "y": 0}}}, ["action"]) is None
     assert default_grippers(8, ["left_gripper", *"abcdef", "right_gripper"]) == (0, 7)
     assert default_grippers(8) == default_grippers(8, list("abcdefgh")) == (7,)
     assert default_grippers(14) == (6, 13) and default_grippers(1) == ()

@@ -149,6 +149,18 @@ def test_files_that_are_upside_down_are_known_by_their_attributes(tmp_path, attr
         np.testing.assert_array_equal(frames[1:][1], frames[2])
 
 
+def test_hdf5_words_of_steps_beside_actions_of_another_name(tmp_path):
+    """The first of them stood for all steps."""
+    words = np.array([b"open it", b"close it"] * 3, dtype=object)
+    path = hdf5(tmp_path, language_instruction=words, commands=np.arange(42.0).reshape(6, 7))
+    with h5py.File(path, "a") as file:
+        for group in file["data"].values():
+            del group["actions"]
+    for key in (None, "language_instruction"):
+        (episode, _) = open_dataset(path, action_key="commands", language_key=key)
+        assert episode.step_instructions == ("open it", "close it") * 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

@@ -222,6 +222,13 @@ def test_options_of_python_are_those_that_were_written_down(dataset, tmp_path):
     assert names(tmp_path / "run") == ["checkpoint-1", "checkpoint-2"]
 
 
+def test_digests_of_data_outlive_the_cache_of_statistics(dataset, monkeypatch):
+    sources = open_sources(dataset)
+    before = resume.data_digests(sources)
+    monkeypatch.setattr("openvla.data.survey.VERSION", 99)
+    assert resume.data_digests(sources) == before != {"push_the_cup_demo": None}
+
+
 def test_a_run_that_was_moved(dataset, tmp_path):
     """Its paths are relative to it: it was refused, with the same data and weights; others are refused as before."""
     mixture = tmp_path / "mine.yaml"

@@ -125,7 +125,7 @@ class HDF5Dataset(EpisodeDataset):
                 actions=actions,
                 images={name: HDF5Images(file, _find(group, key, origin).name, turn) for name, key in cameras.items()},
                 state=_columns(group, state_key, origin),
-                instructions=self._instructions(file, group, origin),
+                instructions=self._instructions(file, group, 0 if actions is None else len(actions), origin),
                 dataset_name=self.name,
                 index=index,
                 origin=origin,
@@ -217,9 +217,9 @@ class HDF5Dataset(EpisodeDataset):
                 self._action_dim = 0  # the first is damaged and says so itself: nothing to compare with
         return self._action_dim or None
 
-    def _instructions(self, file: Path, group: h5py.Group, origin: str) -> str | list[str]:
+    def _instructions(self, file: Path, group: h5py.Group, steps: int, origin: str) -> str | list[str]:
         if key := self.options.language_key:
-            found = _words(group, key, origin)
+            found = _words(group, key, steps, origin)
             if found is None:
                 there = sorted({*group, *group.attrs, *group.parent.attrs})
                 raise DamagedDataError(f"{origin}: no attribute or data set {key!r}; there are {there}")
@@ -228,14 +228,14 @@ class HDF5Dataset(EpisodeDataset):
         for attribute, key in (("problem_info", "language_instruction"), ("ep_meta", "lang")):
             text = text or _words_within(group, attribute, key, origin)
         for key in LANGUAGE_NAMES:
-            if not text and (found := _words(group, key, origin)):
+            if not text and (found := _words(group, key, steps, origin)):
                 return found
         if not text and file.stem.endswith("_demo"):
             text = LIBERO_SCENE.sub("", file.stem).removesuffix("_demo").replace("_", " ")
         return text.strip().strip('"')
 
 
-def _words(group: h5py.Group, key: str, origin: str) -> str | list[str] | None:
+def _words(group: h5py.Group, key: str, steps: int, origin: str) -> str | list[str] | None:
     """The text, or one for each step, under a name: an attribute or a data set, of the demonstration before of `data`
     and of the file; None where there is none."""
     for place in (group, group.get("obs"), group.parent, group.file):
@@ -246,7 +246,7 @@ def _words(group: h5py.Group, key: str, origin: str) -> str | list[str] | None:
             found = place[key][()]
         if found is None or isinstance(found, h5py.Empty):
             continue
-        if isinstance(found, np.ndarray) and found.ndim and len(found) == len(group.get("actions", ())) > 1:
+        if isinstance(found, np.ndarray) and found.ndim and len(found) == steps > 1:
             return [as_text(text, origin) for text in found]
         return as_text(found, origin)
     return None
