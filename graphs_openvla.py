@@ -2,17 +2,16 @@
 
 A graph is a recording of kernels that starts all of them at once: without it a GPU waits for Python most of the time.
 One computes a whole answer. Two are for drafts and samples: one reads images, prompts and guesses of all tokens; the
-other reads all tokens of the answer once more. Each serves one batch size and prompts up to one length,
-which are padded to it. Whatever no graph was made for is computed as ever, and so is everything once the model is not
-the one that was recorded.
+other reads all tokens of the answer once more. Heads that predict in one pass have one for it. Each serves one batch
+size and prompts up to one length, which are padded to it. Whatever no graph was made for is computed as ever, and so is
+everything once the model is not the one that was recorded.
 
 Shapes: `batch` samples, `length` tokens and patches of a padded prompt.
 """
 
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -25,9 +24,12 @@ from torch import nn
 
 from .compiled_openvla import CompiledSteps, compiling, why_not_compiled
 from .decoding_openvla import EagerSteps, Prefix, Steps
-from .inputs_openvla import ModelInputs
-from .llama_openvla import LlamaSteps, any_global_hooks, cache_shape, has_hooks, is_plain_llama, open_steps, pool_of
+from .inputs_openvla import ModelInputs, place_actions
+from .llama_openvla import LlamaSteps, cache_shape, has_hooks, is_plain_llama, open_steps, pool_of
 from .modules_openvla import modules_of
+from .parallel_graphs_openvla import RecordedSequence, SequenceGraph
+from .parallel_openvla import ActionSequence
+from .recordings_openvla import CudaGraph, Recorded, Snapshot
 from .sampling_openvla import Choice, check_flags
 from .stages_openvla import stage
 from .vision_openvla import towers_beside
@@ -52,41 +54,15 @@ class Preparation:
     compiled: bool = False
 
 
-class CudaGraph:
-    """A recording of what a function does on the device; its `output` is written again by each `replay`.
+class GraphSteps(Recorded, Steps):
+    """Steps of a plain Llama.
 
     Args:
-        stream: Of graphs that are let go of together. A graph that ends takes with it the working memory of cuBLAS of
-            its stream, which others recorded there still use (pytorch#193402): torch's default is one stream for all.
-    """
-
-    def __init__(self, function: Callable[[], torch.Tensor], stream: Any):
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # libraries choose their kernels and take their memory
-                function()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=stream):
-            self.output = function()
-        self.replay()  # what other graphs read is there when they are recorded
-
-    def replay(self) -> None:
-        self.graph.replay()
-
-
-class GraphSteps(Steps):
-    """Steps of one batch size and length of prompts, in memory of their own. One prediction at a time has them.
-
-    Args:
-        model: An `OpenVLAForActionPrediction` on a CUDA device, whose language model is a plain Llama.
         batch, tokens: Samples, and tokens of their padded prompts without patches.
-        num_tokens: Of an answer.
         make_steps: `LlamaSteps`, or such whose kernels are compiled.
     """
 
     verifies = True
-    record: type = CudaGraph
 
     def __init__(
         self,
@@ -97,15 +73,9 @@ class GraphSteps(Steps):
         token_range: TokenRange,
         make_steps: type[LlamaSteps] = LlamaSteps,
     ):
-        self.lock = threading.Lock()
-        self.batch, self.length, self.num_tokens = batch, tokens + model.num_patches, num_tokens
-        device, config = model.device, model.config
+        super().__init__(model, batch, tokens + model.num_patches, num_tokens)
+        device = model.device
         long = {"dtype": torch.long, "device": device}
-        channels, *size = model.vision_backbone.input_shape
-        self.pixels = torch.zeros(batch, len(model.camera_names) * channels, *size, device=device)
-        self.proprio = None if config.proprio_dim is None else torch.zeros(batch, config.proprio_dim, device=device)
-        self.input_ids, self.attention_mask = torch.zeros(2, batch, self.length, **long).unbind()
-        self.attention_mask.fill_(1)
         self.places = torch.arange(1, 1 + model.num_patches, **long).repeat(batch, 1)  # of the patches
         self.answers = torch.zeros(batch, max(num_tokens - 1, 1), **long)
         self.finite = torch.ones(batch, 1, dtype=torch.bool, device=device)
@@ -113,11 +83,9 @@ class GraphSteps(Steps):
         cache = torch.zeros(
             cache_shape(model.language_model, batch, self.length + num_tokens), dtype=dtype, device=device
         )
-        # torch frees the working memory of a stream with the first of its graphs that ends (`CudaGraph`): own ones.
-        stream, beside = (torch.cuda.Stream() if device.type == "cuda" else None for _ in range(2))
 
         def read_inputs() -> LlamaSteps:
-            with towers_beside(beside):
+            with towers_beside(self.beside):
                 features = model._encode(self.pixels, self.proprio)
             embeds = model.get_input_embeddings()(self.input_ids)
             places = self.places[..., None].expand(-1, -1, embeds.shape[2])
@@ -139,13 +107,13 @@ class GraphSteps(Steps):
         def answer() -> torch.Tensor:
             return read_inputs().answer(num_tokens, token_range[0])
 
-        self.prefilling = self.record(read_all, stream)
-        self.stepping = self.record(read_answers, stream) if num_tokens > 1 else None
+        self.prefilling = self.record(read_all, self.stream)
+        self.stepping = self.record(read_answers, self.stream) if num_tokens > 1 else None
         # Recordings know addresses and hold nothing: memory that is let go of here is given to other tensors, and both
         # write over each other.
         steps = graph_steps[0]
         self.held = (cache, steps.cos, steps.sin, steps.padding, steps.mask)
-        self.answering = self.record(answer, stream) if num_tokens > 1 else self.prefilling
+        self.answering = self.record(answer, self.stream) if num_tokens > 1 else self.prefilling
 
     def fill(
         self, inputs: ModelInputs, input_ids: torch.Tensor, mask: torch.Tensor | None, patches: np.ndarray
@@ -160,9 +128,7 @@ class GraphSteps(Steps):
         self.input_ids.copy_(ids, non_blocking=True)
         self.attention_mask.copy_(real.long(), non_blocking=True)
         self.places.copy_(torch.from_numpy(patches) - padding, non_blocking=True)
-        self.pixels.copy_(inputs.pixel_values, non_blocking=True)
-        if self.proprio is not None and inputs.proprio is not None:
-            self.proprio.copy_(inputs.proprio, non_blocking=True)
+        self.take(inputs)
 
     def prefill(self, token_ids: torch.Tensor | None = None) -> torch.Tensor:
         count = 0 if token_ids is None else token_ids.shape[1]
@@ -186,18 +152,21 @@ class GraphSteps(Steps):
 
 @dataclass
 class Prepared:
-    """Graphs of a model, and which model that was."""
+    """Graphs of a model, and which model that was.
 
-    steps: list[GraphSteps]
-    token_range: TokenRange
-    snapshot: "Snapshot"
+    token_range: Of what is chosen within them; None: they choose nothing.
+    """
+
+    graphs: Sequence[Recorded]
+    token_range: TokenRange | None
+    snapshot: Snapshot
     warned: bool = False
 
-    def find(self, model: Any, batch: int, length: int, num_tokens: int, token_range: TokenRange) -> GraphSteps | None:
-        """Those for prompts of at most `length`, patches included; None where there are none that are up to date."""
+    def find(self, model: Any, batch: int, length: int, num_tokens: int, token_range: TokenRange | None) -> Any:
+        """Those for prompts of at most `length`; None where there are none that are up to date."""
         fits = [
-            steps for steps in self.steps
-            if steps.batch == batch and steps.num_tokens == num_tokens and steps.length >= length
+            graphs for graphs in self.graphs
+            if graphs.batch == batch and graphs.num_tokens == num_tokens and graphs.length >= length
         ]  # fmt: skip
         if not fits or token_range != self.token_range:
             return None
@@ -210,7 +179,7 @@ class Prepared:
                     stacklevel=6,
                 )
             return None
-        return min(fits, key=lambda steps: steps.length)
+        return min(fits, key=lambda graphs: graphs.length)
 
 
 _SLOW: ContextVar[str] = ContextVar("slow", default="")
@@ -239,63 +208,6 @@ def without_graphs() -> AbstractContextManager[None]:
 _PREPARED: WeakKeyDictionary[nn.Module, Prepared] = WeakKeyDictionary()
 
 
-class Snapshot:
-    """What graphs of a model compute with: which modules, and where their tensors are. Values may change in place."""
-
-    def __init__(self, model: Any):
-        self.modules = modules_of(model)
-        self.read = _read(model)
-        # A recording neither calls hooks nor sees another `forward`. The model itself is not called.
-        self.called = self.modules.below
-        self.hooks = [hooks for part in self.called for hooks in (part._forward_hooks, part._forward_pre_hooks)]
-        self.replaced = _replaced(self.modules.attributes)
-        modules = [model, *self.called]
-        self.tensors = [held for module in modules for held in (module._parameters, module._buffers) if held]
-        self.places = _places(self.tensors)  # others wherever a tensor is cast or moved
-        self.adapters = [
-            (module, _adapter(module)) for module in modules if getattr(module, "merged_adapters", None) is not None
-        ]
-
-    def is_of(self, model: Any) -> bool:
-        """Whether graphs would still compute with what the model has. It is asked before every prediction."""
-        return (
-            self.modules.are_those()
-            and _read(model) == self.read
-            and not (any(self.hooks) and any(map(has_hooks, self.called)))
-            and not any_global_hooks()
-            and _replaced(self.modules.attributes) == self.replaced
-            and _places(self.tensors) == self.places
-            and all(_adapter(module) == state for module, state in self.adapters)
-        )
-
-
-def _read(model: Any) -> tuple[Any, ...]:
-    """Of the configuration, what own passes ask for."""
-    config = model.language_model.config
-    return config._attn_implementation, config.num_hidden_layers
-
-
-def _replaced(modules: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """What calls of modules do in place of the forward of their class, from the attributes of each."""
-    compiled = [attributes.get("_compiled_call_impl") for attributes in modules]
-    return [attributes.get("forward") for attributes in modules] + compiled
-
-
-def _places(tensors: Sequence[Mapping[str, torch.Tensor | None]]) -> list[int]:
-    return [0 if tensor is None else tensor.data_ptr() for held in tensors for tensor in held.values()]
-
-
-def _adapter(layer: Any) -> tuple[Any, ...]:
-    """What a layer of PEFT adds to its weights."""
-    scaling = getattr(layer, "scaling", None)
-    return (
-        list(layer.merged_adapters),
-        getattr(layer, "disable_adapters", None),
-        str(layer.active_adapters),
-        str(scaling) if isinstance(scaling, dict) else "",
-    )
-
-
 @torch.inference_mode()
 def prepare(
     model: Any, batch_sizes: Sequence[int], prompt_buckets: Sequence[int], num_tokens: int, compile: bool
@@ -309,40 +221,42 @@ def prepare(
     started = time.perf_counter()
     _PREPARED.pop(model, None)
     pairs = [(batch, tokens) for batch in sorted({*batch_sizes}) for tokens in sorted({*prompt_buckets})]
-    reason = ""
-    if not model.action_head.takes_drafts:
-        reason = f"action_head='{model.config.action_head}' predicts in one pass"
-    elif not is_plain_llama(model.language_model):
+    reason, head = "", model.action_head
+    if not (head.takes_drafts or head.one_pass):
+        reason = f"action_head='{model.config.action_head}' predicts in passes of its own"
+    elif head.takes_drafts and not is_plain_llama(model.language_model):
         reason = "the language model has the library's own steps"
     elif any(map(has_hooks, modules_of(model).below)):  # the model itself is not called
         reason = "hooks are registered on its modules, which graphs do not call"
     else:
-        pool, longest = pool_of(model.language_model), max(prompt_buckets) + model.num_patches + num_tokens
+        longest = max(prompt_buckets) + model.num_patches + num_tokens + head.one_pass  # the end follows the actions
         most = model.config.text_config.max_position_embeddings
         if longest > most:
             raise ValueError(
                 f"prompt_buckets={tuple(prompt_buckets)}: with {model.num_patches} patches and {num_tokens} tokens of "
                 f"an answer that is {longest} positions, and the language model has {most}."
             )
-        shape = cache_shape(model.language_model, max(batch_sizes), longest)
-        try:
-            pool.give_back(pool.take(shape, model.get_input_embeddings().weight))
-        except (MemoryError, RuntimeError) as error:  # torch raises the second one
-            raise MemoryError(f"batch_sizes={tuple(batch_sizes)}: their memory cannot be had ({error}).") from error
-        if model.device.type != "cuda" and GraphSteps.record is CudaGraph:
+        if head.takes_drafts:
+            take_cache(model, batch_sizes, longest)
+        if model.device.type != "cuda" and (SequenceGraph if head.one_pass else GraphSteps).record is CudaGraph:
             reason = f"the model is on {model.device.type}: graphs are of CUDA devices"
     if reason:
         return Preparation(time.perf_counter() - started, [], reason)
-    token_range = model.action_tokenizer.token_range
+    token_range = None if head.one_pass else model.action_tokenizer.token_range
     if compile:
-        reason = why_not_compiled(model.language_model)
+        reason = "graphs of one pass are not compiled" if head.one_pass else why_not_compiled(model.language_model)
     for make_steps in (CompiledSteps, LlamaSteps) if compile and not reason else (LlamaSteps,):
         try:
             with _on_device(model), compiling() if make_steps is CompiledSteps else nullcontext():
-                steps = [GraphSteps(model, *pair, num_tokens, token_range, make_steps) for pair in pairs]
-            _PREPARED[model] = Prepared(steps, token_range, Snapshot(model))
+                graphs: list[Recorded] = [
+                    GraphSteps(model, *pair, num_tokens, token_range, make_steps)
+                    if token_range
+                    else SequenceGraph(model, *pair, num_tokens)
+                    for pair in pairs
+                ]
+            _PREPARED[model] = Prepared(graphs, token_range, Snapshot(model))
             for pair in pairs:
-                check_prediction(model, *pair, num_tokens)
+                (check_prediction if token_range else check_pass)(model, *pair, num_tokens)
         except (RuntimeError, ImportError) as error:  # something waits for the device; no compiler is installed
             _PREPARED.pop(model, None)
             reason = f"it cannot be {'compiled' if make_steps is CompiledSteps else 'recorded'}: {error}"
@@ -351,19 +265,59 @@ def prepare(
     return Preparation(time.perf_counter() - started, [], reason)
 
 
-def check_prediction(model: Any, batch: int, tokens: int, num_tokens: int) -> None:
-    """Raise a `RuntimeError` where graphs of a size give other probabilities than the model does without: it moves an
-    arm. Of noise as an image; without a draft, with a right one and with a wrong one, which need different graphs."""
-    shape, config = (model.action_chunk, num_tokens // model.action_chunk), model.config
-    channels, *size = model.vision_backbone.input_shape
+def take_cache(model: Any, batch_sizes: Sequence[int], longest: int) -> None:
+    """Let a model have a cache for its largest predictions. Raises a `MemoryError`."""
+    pool, shape = pool_of(model.language_model), cache_shape(model.language_model, max(batch_sizes), longest)
+    try:
+        pool.give_back(pool.take(shape, model.get_input_embeddings().weight))
+    except (MemoryError, RuntimeError) as error:  # torch raises the second one
+        raise MemoryError(f"batch_sizes={tuple(batch_sizes)}: their memory cannot be had ({error}).") from error
+
+
+def inputs_of_noise(model: Any, batch: int, tokens: int) -> ModelInputs:
+    """Prompts of `tokens`, with the one that will end them, and noise as images."""
+    config, (channels, *size) = model.config, model.vision_backbone.input_shape
     noise = torch.randn(
         batch, len(model.camera_names) * channels, *size, generator=torch.Generator().manual_seed(tokens)
     )
     special = {config.image_token_id, config.empty_token_id, config.pad_token_id, config.text_config.eos_token_id}
     word = next(token for token in range(3, 10) if token not in special)
-    words = [config.text_config.bos_token_id or 0, *[word] * max(1, tokens - 2)]  # and one that ends the prompt
+    words = [config.text_config.bos_token_id or 0, *[word] * max(1, tokens - 2)]
     proprio = None if config.proprio_dim is None else torch.zeros(batch, config.proprio_dim)
-    inputs = ModelInputs([words] * batch, noise, proprio)
+    return ModelInputs([words] * batch, noise, proprio)
+
+
+def is_exact(model: Any) -> bool:
+    """Whether the language model computes in float32."""
+    return all(parameter.dtype == torch.float32 for parameter in model.language_model.parameters())
+
+
+def check_pass(model: Any, batch: int, tokens: int, num_tokens: int) -> None:
+    """As `check_prediction`, of a head that predicts in one pass: probabilities, or the numbers themselves."""
+    shape, inputs = (model.action_chunk, num_tokens // model.action_chunk), inputs_of_noise(model, batch, tokens)
+
+    def predict() -> tuple[np.ndarray, float]:
+        """(batch, n), and what their differences are measured with."""
+        found = model.action_head.actions(model, inputs, shape, Choice(distributions=True))
+        if "token_distributions" in found:
+            return found.token_distributions.reshape(batch, -1), 2.0
+        return found.normalized_actions.reshape(batch, -1), max(1.0, float(np.abs(found.normalized_actions).max()))
+
+    try:
+        with without_graphs():
+            expected, scale = predict()
+        found, _ = predict()
+    except ValueError as error:  # what is not finite
+        raise RuntimeError(f"of noise there is nothing to compare ({error})") from error
+    far = float(np.abs(found - expected).max()) / scale
+    if not far <= (0.02 if is_exact(model) else 0.2):
+        raise RuntimeError(f"of {batch} sample(s) and {tokens} prompt tokens actions differ by {far:.0%}")
+
+
+def check_prediction(model: Any, batch: int, tokens: int, num_tokens: int) -> None:
+    """Raise a `RuntimeError` where graphs of a size give other probabilities than the model does without: it moves an
+    arm. Of noise as an image; without a draft, with a right one and with a wrong one, which need different graphs."""
+    shape, inputs = (model.action_chunk, num_tokens // model.action_chunk), inputs_of_noise(model, batch, tokens)
 
     def predict(draft: list[list[int]] | None) -> tuple[np.ndarray, np.ndarray]:
         found = model.action_head.actions(model, inputs, shape, Choice(draft=draft, distributions=True))
@@ -375,8 +329,7 @@ def check_prediction(model: Any, batch: int, tokens: int, num_tokens: int) -> No
             drafted = predict(expected[0].tolist())  # the same by kernels for other numbers of rows
     except ValueError as error:  # what is not finite
         raise RuntimeError(f"of noise there is nothing to compare ({error})") from error
-    exact = all(parameter.dtype == torch.float32 for parameter in model.language_model.parameters())
-    rounding = max(0.02 if exact else 0.2, 4 * moved(drafted, expected))
+    rounding = max(0.02 if is_exact(model) else 0.2, 4 * moved(drafted, expected))
     first, end = model.action_tokenizer.token_range
     wrong = np.where(expected[0] == first, end - 1, first)
     for draft in (None, expected[0].tolist(), wrong.tolist()):
@@ -427,4 +380,26 @@ def open_prediction(
         yield steps, prefix.finite
 
 
-__all__ = ["GraphSteps", "Preparation", "open_prediction", "plain_decoding", "prepare", "without_graphs"]
+def open_sequence(
+    model: Any, inputs: ModelInputs, num_actions: int, decided: Sequence[Sequence[int]] = ()
+) -> ActionSequence | RecordedSequence:
+    """The sequence of a head that predicts in one pass; see `OpenVLAForActionPrediction.action_sequence`."""
+    prepared = None if _SLOW.get() or any(decided) else _PREPARED.get(model)
+    if prepared is not None:
+        placed = place_actions(inputs.prompts, model.config, model.num_patches, num_actions)
+        batch, length = placed[0].shape
+        graph = prepared.find(model, batch, length, num_actions, None)
+        if graph is not None:
+            return RecordedSequence(graph, inputs, *placed)
+    return model.action_sequence(inputs, num_actions, decided)
+
+
+__all__ = [
+    "GraphSteps",
+    "Preparation",
+    "open_prediction",
+    "open_sequence",
+    "plain_decoding",
+    "prepare",
+    "without_graphs",
+]

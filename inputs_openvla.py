@@ -259,6 +259,28 @@ def end_prompts(
     return padded(rows, pad), mask, first
 
 
+def place_actions(
+    prompts: list[list[int]],
+    config: OpenVLAConfig,
+    num_patches: int,
+    num_actions: int,
+    decided: Sequence[Sequence[int]] = (),
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Plain prompts with placeholders for `num_actions` numbers and the end after them, see `end_prompts`: for a head
+    that predicts in one pass.
+
+    Args:
+        prompts: Placeholders of patches in them are left out.
+        num_patches: And what else is put between their tokens.
+        decided: Tokens of the first numbers of each sample, where they are known.
+    """
+    end = end_token_id(config)
+    plain = [[token for token in prompt if token != config.image_token_id] for prompt in prompts]
+    decided = decided or [[]] * len(prompts)
+    answers = [[*tokens, *[end] * (num_actions + 1 - len(tokens))] for tokens in decided]
+    return end_prompts(plain, config, num_patches, num_actions + 1, answers, pad_right=True)
+
+
 @dataclass
 class PromptLayout:
     """Prompts as the language model reads them, on the host.
@@ -391,6 +413,7 @@ __all__ = [
     "end_prompts",
     "end_token_id",
     "largest_pixel",
+    "place_actions",
     "place_patches",
     "process_raw",
     "read_committed",

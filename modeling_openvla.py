@@ -32,8 +32,7 @@ from .inputs_openvla import (
     check_are_tensors,
     check_pixel_values,
     check_prompts,
-    end_prompts,
-    end_token_id,
+    place_actions,
     place_patches,
     process_raw,
     read_committed,
@@ -68,6 +67,7 @@ if TYPE_CHECKING:  # of a local folder transformers 5.4 and 5.5 copy no more fil
     from .int8_linear_openvla import Int8Linear  # noqa: F401
     from .llama_openvla import open_steps  # noqa: F401
     from .oft_openvla import find_oft  # noqa: F401
+    from .parallel_graphs_openvla import SequenceGraph  # noqa: F401
     from .parallel_heads_openvla import ParallelTokenHead  # noqa: F401
     from .parts_openvla import ModelParts  # noqa: F401
     from .pixels_openvla import load_image  # noqa: F401
@@ -75,6 +75,7 @@ if TYPE_CHECKING:  # of a local folder transformers 5.4 and 5.5 copy no more fil
     from .processor_files_openvla import hub_options  # noqa: F401
     from .prompts_openvla import check_prompt_ids  # noqa: F401
     from .quantization_openvla import take_quantization  # noqa: F401
+    from .recordings_openvla import Recorded  # noqa: F401
     from .tensors_openvla import is_tensor  # noqa: F401
     from .token_head_openvla import TokenHead  # noqa: F401
     from .weights_openvla import check_folder  # noqa: F401
@@ -461,7 +462,7 @@ class OpenVLAForActionPrediction(ActionVocabulary, OpenVLAGeneration, OpenVLAPre
                 of them, which costs little, and has no graphs beyond the largest.
             unnorm_key: Dataset whose actions will be predicted. May be left out where the model knows only one.
             compile: Kernels by `torch.compile`, seconds for each graph; weights are moved in memory. Where it cannot
-                be, `reason` says why.
+                be (heads of one pass are recorded as they are), `reason` says why.
 
         Raises:
             ValueError: If a size is no whole number of at least 1, or prompts are longer than the model reads.
@@ -476,17 +477,13 @@ class OpenVLAForActionPrediction(ActionVocabulary, OpenVLAGeneration, OpenVLAPre
     ) -> ActionSequence:
         """What the language model reads in one pass, with placeholders for `num_actions` numbers; `decided` are the
         tokens of the first ones of each sample, where they are known."""
-        config, end = self.config, end_token_id(self.config)
-        prompts = [[token for token in prompt if token != config.image_token_id] for prompt in inputs.prompts]
-        decided = decided or [[]] * len(prompts)
-        answers = [[*tokens, *[end] * (num_actions + 1 - len(tokens))] for tokens in decided]
-        input_ids, attention_mask, first = end_prompts(
-            prompts, config, self.num_patches + with_time, num_actions + 1, answers, pad_right=True
+        input_ids, attention_mask, first = place_actions(
+            inputs.prompts, self.config, self.num_patches + with_time, num_actions, decided
         )
         with stage("vision"):
             return action_sequence(
                 self, input_ids, attention_mask, inputs.pixel_values, inputs.proprio, first, num_actions,
-                num_committed=len(decided[0]), with_time=with_time,
+                num_committed=len(decided[0]) if decided else 0, with_time=with_time,
             )  # fmt: skip
 
 

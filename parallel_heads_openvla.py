@@ -13,6 +13,7 @@ from torch.nn import functional
 from .action_tokenizer import ActionTokenizer
 from .configuration_openvla import OpenVLAConfig
 from .decoding_openvla import check_finite, choose_token
+from .graphs_openvla import open_sequence
 from .inputs_openvla import ModelInputs
 from .outputs_openvla import ActionPrediction, OpenVLAOutput
 from .parallel_openvla import ActionSequence, time_embedding
@@ -24,7 +25,7 @@ from .token_head_openvla import Comparison, TokenHead, learned_labels
 class ParallelTokenHead(TokenHead):
     """Each number of a chunk is one token, and all are chosen at once: none sees what the others became."""
 
-    parallel = True
+    parallel = one_pass = True
     takes_drafts = False
     margin = 1e-8  # in the units of an action, see `unnormalize_actions`
     action_dim: int = 1  # A, for `prefix_training`
@@ -80,7 +81,7 @@ class ParallelTokenHead(TokenHead):
 
     def actions(self, model: Any, inputs: ModelInputs, shape: tuple[int, int], choice: Choice) -> ActionPrediction:
         decided, count = self.committed_tokens(inputs), self.num_tokens(shape)
-        sequence = model.action_sequence(inputs, count, decided.tolist())
+        sequence = open_sequence(model, inputs, count, decided.tolist())
         hidden = sequence.hidden_states(model.language_model, count)[:, decided.shape[1] :]
         logits = model.get_output_embeddings()(hidden).float()
         finite = logits.isfinite().all(dim=-1).all(dim=1, keepdim=True)
@@ -92,7 +93,7 @@ class ParallelTokenHead(TokenHead):
         probabilities = probabilities[..., 0].masked_fill(~finite, torch.nan)
         chosen = (token_ids, probabilities, entropies[..., 0], torch.ones_like(token_ids))
         wanted = distributions if choice.distributions else None
-        return self.prediction(decided, chosen, shape, sequence.inputs_embeds.dtype, wanted)
+        return self.prediction(decided, chosen, shape, sequence.dtype, wanted)
 
 
 class ResidualBlock(nn.Module):
@@ -167,9 +168,9 @@ class RegressionHead(ParallelTokenHead, ResidualMLP):
     def actions(self, model: Any, inputs: ModelInputs, shape: tuple[int, int], choice: Choice) -> ActionPrediction:
         self._check(shape, choice)
         count = self.num_tokens(shape)
-        sequence = model.action_sequence(inputs, count, self.committed_tokens(inputs).tolist())
+        sequence = open_sequence(model, inputs, count, self.committed_tokens(inputs).tolist())
         predicted = self(sequence.hidden_states(model.language_model, count))
-        return _numbers(predicted, sequence.inputs_embeds.dtype)
+        return _numbers(predicted, sequence.dtype)
 
     def _check(self, shape: tuple[int, int], choice: Choice) -> None:
         if shape[1] != self.action_dim:
@@ -184,6 +185,7 @@ class RegressionHead(ParallelTokenHead, ResidualMLP):
 class DiffusionHead(RegressionHead):
     """The noise in noisy actions, which is taken away step by step; one pass of the language model for each step."""
 
+    one_pass = False
     TRAIN_STEPS = 50
     wants_executed = True
 

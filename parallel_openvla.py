@@ -32,6 +32,10 @@ class ActionSequence:
     first: torch.Tensor
     time: int | None = None
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.inputs_embeds.dtype
+
     def hidden_states(
         self,
         language_model: Any,

@@ -41,13 +41,14 @@ class TokenHead:
 
     Attributes:
         parallel: Whether all answers come out of one pass, `model(..., first_action=...)`.
+        one_pass: Whether predictions are one pass over the sequence of `open_sequence`, of which graphs can be made.
         takes_drafts: Whether tokens are decoded one after the other, so that guesses of them save passes.
         wants_actions: Whether `loss` needs the normalized `actions` (batch, K, A) of the collator.
         wants_executed: The same of `executed`, what the robot did where it differs.
         margin: Of `unnormalize_actions`.
     """
 
-    parallel = False
+    parallel = one_pass = False
     takes_drafts = True
     wants_actions = False
     wants_executed = False

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_parallel_graphs import MODELS, inputs_of, make
 from tiny import TINY, golden_image
 from transformers import BitsAndBytesConfig
 
@@ -232,6 +233,23 @@ def test_graphs_of_few_bits(bits, compile):
                 for one in (found, expected)
             ]
             assert moved(*parts) < 0.2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", MODELS)
+def test_graphs_of_heads_of_one_pass(kind, dtype):
+    """The numbers of the same weights without graphs: every length of prompt, one and three samples."""
+    model, other = (make(kind).to(dtype).cuda() for _ in range(2))
+    done = model.prepare_for_inference((1, 3), (8, 16))
+    assert len(done.graphs) == 4, done.reason
+    for batch in (1, 3):
+        for seed in range(4):
+            given = inputs_of(model, batch, seed, padded=seed % 2 == 1)
+            found, expected = (one.predict_action(**given, return_dict=True) for one in (model, other))
+            if dtype == torch.float32:
+                np.testing.assert_allclose(found.normalized_actions, expected.normalized_actions, rtol=1e-3, atol=1e-4)
+            elif "token_ids" not in expected:  # of tokens roundings decide
+                np.testing.assert_allclose(found.normalized_actions, expected.normalized_actions, rtol=0.1, atol=0.1)
 
 
 def test_graphs_notice_that_a_model_has_changed():

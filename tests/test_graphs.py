@@ -290,8 +290,6 @@ def test_without_graphs(monkeypatch, plain):
     assert cache.shape[2] == 4 and cache.shape[4] >= 111
     model.predict_action(**prompts(2))
     assert _POOLS[model.language_model]._free[0] is cache
-    other = new_model(action_head="parallel_tokens", action_dim=7)
-    assert "predicts in one pass" in other.prepare_for_inference().reason
 
 
 def test_what_cannot_be_recorded(monkeypatch, plain):
