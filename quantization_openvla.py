@@ -2,6 +2,7 @@
 for bitsandbytes."""
 
 import logging
+import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -23,6 +24,7 @@ LINEARS: dict[int | str, type[QuantizedLinear]] = {8: Int8Linear, 4: Int4Linear,
 METHOD = "openvla"  # `quant_method` of config.json
 BNB = "bitsandbytes"
 KNOWN_METHODS = (METHOD, BNB)
+LEAST_SHARE = 0.5  # of the weights that are to be rounded, below which a model of few bits is so by name
 # "projector" is part of the names of those of state and noisy actions too.
 NOT_QUANTIZED = [
     "vision_backbone",
@@ -122,7 +124,8 @@ class OpenVLAQuantizationConfig(QuantizationConfigMixin):
 
 
 def linears_to_quantize(model: nn.Module, config: OpenVLAQuantizationConfig) -> dict[str, nn.Linear]:
-    """Name -> layer of those that get `config.bits`; a `ValueError` where there is none."""
+    """Name -> layer of those that get `config.bits`; a warning where they are the smaller part of the weights, a
+    `ValueError` where there is none."""
     kind = LINEARS[config.bits]
     kept = [
         *NEVER_QUANTIZED,
@@ -133,11 +136,25 @@ def linears_to_quantize(model: nn.Module, config: OpenVLAQuantizationConfig) -> 
         for name, module in model.named_modules()
         if type(module) is nn.Linear and kind.fits(module.in_features) and not _is_part(name, kept)
     }
+    known: Any = model
     if not found:  # the folder, and every figure of it, would have a name that says otherwise
-        known: Any = model
         raise ValueError(
             f"No weight can have {_named(config)}: this language model ({known.config.text_config.model_type}) has no "
             "torch.nn.Linear, none whose rows are long enough, or all are excepted. Leave quantization out."
+        )
+    table = known.get_input_embeddings().weight
+    matrices = [
+        weight.numel()
+        for name, weight in model.named_parameters()
+        if weight.ndim > 1 and weight is not table and not _is_part(name, kept)
+    ]
+    share = sum(layer.weight.numel() for layer in found.values()) / sum(matrices)
+    if share < LEAST_SHARE:
+        warnings.warn(
+            f"{share:.0%} of the weights can have {_named(config)}, all others stay as they are: this language model "
+            f"({known.config.text_config.model_type}) keeps them elsewhere than in torch.nn.Linear (experts in one "
+            "tensor), or in rows of another length.",
+            stacklevel=2,
         )
     return found
 

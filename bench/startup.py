@@ -118,10 +118,11 @@ def many(predict: Callable[[int], None], count: int, note: Note) -> None:
 
 
 def growth(stages: dict[str, dict[str, float]], count: int) -> dict[str, float]:
-    """MB that came after the first tenth of the predictions; nothing where the system does not tell."""
+    """MB that came after the first tenth of the predictions; nothing of a single one, or where the system does not
+    tell."""
     first, last = (stages[f"{max(1, round(part * count))} actions"] for part in (0.1, 1.0))
     name = "without_files_mb"
-    return {"growth_mb": round(last[name] - first[name], 1)} if name in last else {}
+    return {"growth_mb": round(last[name] - first[name], 1)} if count > 1 and name in last else {}
 
 
 def memory(torch: Any) -> dict[str, float]:

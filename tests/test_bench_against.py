@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from openvla.bench.latency import Local, table, token_gap, ways_of
+from openvla.bench.startup import growth
 from openvla.bench.subject import Frame
 from openvla.options.benchmark import BenchOptions
 from openvla.policy import load_model
@@ -54,3 +55,9 @@ def test_other_units_are_no_rounding(model):
     assert table(report).splitlines()[-1].split()[-1] == "units"
     del report["ways"]["predict_action"]["passes"]  # a head that chooses no tokens
     assert "units" not in table(report)
+
+
+def test_one_prediction_does_not_grow():
+    """0 MB more than itself is no figure."""
+    stages = {f"{number} actions": {"without_files_mb": 10.0 * number} for number in (1, 2)}
+    assert growth(stages, 2) == {"growth_mb": 10.0} and growth(stages, 1) == {}

@@ -1,8 +1,8 @@
 """What a quantized model is called is what it is: in errors, in figures, and where nothing was rounded at all."""
 
+import warnings
 from pathlib import Path
 
-import numpy as np
 import pytest
 from tiny import TINY
 from transformers import BitsAndBytesConfig
@@ -55,22 +55,36 @@ def test_other_parts_are_told(tmp_path):
         load_model(str(folder), quantization="int8")
 
 
-def test_nothing_that_can_be_rounded(tmp_path):
-    """GPT-2 has layers of a class of its own: a folder of "4 bits" was as large as before."""
+def other_language_model(folder: Path, **text) -> Path:
+    """The embedded policy with random weights and another language model."""
     config = OpenVLAConfig.from_pretrained(ROOT)
     ids = {name: value for name, value in config.text_config.to_dict().items() if name.endswith("_token_id")}
-    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": config.text_config.vocab_size}
-    fields = {**config.to_dict(), "text_config": {"model_type": "gpt2", **ids, **sizes}}
-    model = OpenVLAForActionPrediction(OpenVLAConfig.from_dict(fields))
-    model.processor = OpenVLAForActionPrediction.from_pretrained(ROOT).processor
-    model.save_pretrained(tmp_path / "gpt2")
-    model.processor.save_pretrained(tmp_path / "gpt2")
-    action = model.predict_action(np.zeros((48, 64, 3), np.uint8), "open the drawer")
-    again = OpenVLAForActionPrediction.from_pretrained(tmp_path / "gpt2")
-    assert (again.predict_action(np.zeros((48, 64, 3), np.uint8), "open the drawer") == action).all()
+    fields = {**config.to_dict(), "text_config": {**ids, "vocab_size": config.text_config.vocab_size, **text}}
+    OpenVLAForActionPrediction(OpenVLAConfig.from_dict(fields)).save_pretrained(folder)
+    OpenVLAForActionPrediction.from_pretrained(ROOT).processor.save_pretrained(folder)
+    return folder
+
+
+def test_nothing_that_can_be_rounded(tmp_path):
+    """GPT-2 has layers of a class of its own: a folder of "4 bits" was as large as before."""
+    folder = other_language_model(tmp_path / "gpt2", model_type="gpt2", n_embd=32, n_layer=1, n_head=2)
+    OpenVLAForActionPrediction.from_pretrained(folder)
     with pytest.raises(ValueError, match=r"No weight can have 8 bits: this language model \(gpt2\)"):
-        load_model(str(tmp_path / "gpt2"), quantization="int8")
+        load_model(str(folder), quantization="int8")
     for bits in (8, 4, "fp8"):
         with pytest.raises(ValueError, match="No weight can have"):
-            quantize_checkpoint(tmp_path / "gpt2", tmp_path / "out", bits=bits)
+            quantize_checkpoint(folder, tmp_path / "out", bits=bits)
     assert not (tmp_path / "out").exists()
+
+
+def test_little_that_can_be_rounded(tmp_path):
+    """Experts are one tensor in transformers 5, and most of the weights of such a model."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "num_experts": 8}
+    folder = other_language_model(tmp_path / "moe", model_type="qwen3_moe", **sizes, **heads)
+    with pytest.warns(UserWarning, match=r"8% of the weights can have 8 bits, .*\(qwen3_moe\) keeps them elsewhere"):
+        model = load_model(str(folder), quantization="int8")
+    assert quantization_of(model) == "int8"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_model(str(ROOT), quantization="int4")

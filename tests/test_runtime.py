@@ -173,6 +173,14 @@ def test_what_a_caller_writes_into_a_prediction_is_no_draft(policy):
     assert again.token_ids.tolist() == expected and again.passes == 1
 
 
+def test_a_number_of_steps_is_looked_at_before_anything_is_computed(policy, monkeypatch):
+    policy.predict(frames(1)[0], "open the drawer", state=STATE)
+    monkeypatch.setattr(policy, "_vision", None)
+    with pytest.raises(ValueError, match="executed=3: expected a number of steps from 0 to 2"):
+        policy.predict(frames(1)[0], "open the drawer", state=STATE, executed=3)
+    assert policy._draft is not None
+
+
 def test_an_episode_begins_after_what_runs_has_ended(policy):
     """Of another thread: its tokens were the first draft of the new episode."""
     with policy._lock:  # a prediction

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from openvla import OpenVLAForActionPrediction
 from openvla.device import rounds_products
@@ -64,3 +65,16 @@ def test_drafts_are_off_where_products_of_float32_keep_fewer_bits(model):
     finally:
         torch.set_float32_matmul_precision(before)
     assert policy._is_exact() and not rounds_products("cuda")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"do_sample": True}, {"generation_config": GenerationConfig(do_sample=True)}, {"constrained": False}],
+    ids=["drawn", "as configured", "any word"],
+)
+def test_a_mean_of_what_is_drawn_or_of_words_is_refused(options, model):
+    """What was drawn was thrown away, and of words there was an error of numpy."""
+    policy = OpenVLAPolicy(model, decoding="mean")
+    with pytest.raises(ValueError, match="with decoding='mean'"):
+        policy.predict([seen(0)], **options)
+    policy.predict([seen(0)], do_sample=False, constrained=True)

@@ -229,6 +229,7 @@ class OnnxPolicy:
         given = {"pixel_values": self.pixel_values(images)}
         if (seen := self._state(state, key, mode)) is not None:
             given["state"] = seen
+        draft = self._shifted(shape, executed)
 
         # 2. Towers, projector, language model
         features = self._vision.run(given)["features"]
@@ -237,7 +238,7 @@ class OnnxPolicy:
                 f"The graph of the towers gives {features.shape[1]} patches, and {RUNTIME_FILE} tells of "
                 f"{self.num_patches} (num_patches): export the model again."
             )
-        draft, self._draft = self._shifted(shape, executed), None
+        self._draft = None
         decoded = self._language_model.decode(prompt, features, shape[0] * shape[1], self.action_tokenizer, draft)
         check_finite(decoded, features)
         self._draft = decoded.token_ids.reshape(shape).copy()  # callers may write into what they are given
