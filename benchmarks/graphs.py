@@ -19,9 +19,10 @@ import torch
 from openvla import OpenVLAForActionPrediction
 from openvla.bench.subject import random_model
 from openvla.device import synchronize
-from openvla.graphs_openvla import _PREPARED, Snapshot, plain_decoding, without_graphs
+from openvla.graphs_openvla import _PREPARED, plain_decoding, without_graphs
 from openvla.policy import QUANTIZATIONS
 from openvla.quantization_openvla import OpenVLAQuantizationConfig, quantize_linears
+from openvla.recordings_openvla import Snapshot
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,7 +93,7 @@ def measure(model, batch: int, rounds: int, compile: bool) -> dict:
         },
     }
     if model in _PREPARED:
-        first = _PREPARED[model].steps[0]
+        first = _PREPARED[model].graphs[0]
         graphs = {"an answer": first.answering, "prompt and draft": first.prefilling, "tokens again": first.stepping}
         for name, graph in graphs.items():
             report[f"ms of the graph: {name}"] = summary([timed(model, graph.replay)[1] for _ in range(20)])
