@@ -149,6 +149,14 @@ def test_files_that_are_upside_down_are_known_by_their_attributes(tmp_path, attr
         np.testing.assert_array_equal(frames[1:][1], frames[2])
 
 
+@pytest.mark.parametrize("words, read", [('"open it"', "open it"), ('say "hi"', 'say "hi"'), ('"a" and "b"',) * 2])
+def test_hdf5_words_in_quotes(tmp_path, words, read):
+    """LIBERO puts an instruction in quotes; one that ends with a quoted word lost a mark."""
+    assert open_dataset(hdf5(tmp_path, {"language_instruction": words}))[0].instruction == words
+    about = {"problem_info": json.dumps({"language_instruction": words})}
+    assert open_dataset(hdf5(tmp_path, about))[0].instruction == read
+
+
 def test_hdf5_words_of_steps_beside_actions_of_another_name(tmp_path):
     """The first of them stood for all steps."""
     words = np.array([b"open it", b"close it"] * 3, dtype=object)

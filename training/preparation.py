@@ -68,6 +68,7 @@ class Run:
     processor: OpenVLAProcessor
     processes: int = 1
     relearned: Sequence[str] = ()  # what the model predicted otherwise
+    mixed_views: Sequence[str] = ()  # where one view is several cameras
 
     @property
     def statistics(self) -> dict[str, Any]:
@@ -107,7 +108,11 @@ class Run:
     @cached_property
     def warnings(self) -> list[str]:
         """Where quality may be lost."""
-        found = [*self.relearned, *(warning for source in self.sources for warning in check_data(source))]
+        found = [
+            *self.relearned,
+            *self.mixed_views,
+            *(warning for source in self.sources for warning in check_data(source)),
+        ]
         for source in self.sources:
             names = self.config.camera_names
             found += check_cameras(source.name, scene_camera(source, names), names, source.camera is not None)
@@ -121,7 +126,7 @@ class Run:
         if not torch.cuda.is_available() and (reason := emulated("cpu", torch.bfloat16)):
             found += [f"--precision bf16: {reason}."] if computing_precision(self.options) == "bf16" else []
             found += [f"--optimizer muon: {reason}, as it does."] if self.options.optimizer == "muon" else []
-        return found + check_images(self.processor, self.config)
+        return found + check_images(self.processor, self.config) + check_dtype(self.options)
 
     def describe(self) -> str:
         """What is trained on, in a few lines."""
@@ -162,7 +167,8 @@ def prepare(options: FinetuneOptions, processes: int = 1, data: Any = None) -> R
     """Open the data, compute or look up its statistics, read configuration and processor.
 
     Args:
-        data: Demonstrations as a Python object (see `data.PythonDataset`) instead of `options.dataset`.
+        data: Demonstrations as a Python object (see `data.PythonDataset`); `options.dataset` is then only a name, of
+            an object that has none.
 
     Raises:
         ValueError: If there is nothing to train on, the datasets do not fit together, one of a few episodes of each
@@ -209,6 +215,8 @@ def prepare(options: FinetuneOptions, processes: int = 1, data: Any = None) -> R
         data_root=options.data_root,
         progress=True,
         **{
+            # A list has no name of its own.
+            **({} if data is None or getattr(data, "name", None) else {"name": options.dataset}),
             **source_options(options),
             "action_chunk": config.action_chunk,
             "camera_names": config.camera_names,
@@ -228,10 +236,22 @@ def prepare(options: FinetuneOptions, processes: int = 1, data: Any = None) -> R
         check_head(before, config)
     run = Run(options, sources, config, processor, processes, relearned)
     check_same_action_dim(run.statistics, list(run.statistics))
+    run.mixed_views = [warning for source in sources for warning in check_samples(source)]
     for source in sources:
-        check_samples(source)
         check_instructions(source, run)
     return run
+
+
+def check_dtype(options: FinetuneOptions) -> list[str]:
+    """Whether weights that learn are kept in a type that loses most updates of theirs (adapters are float32 always)."""
+    if options.dtype not in ("bfloat16", "float16") or options.strategy in LEARNING_RATES:
+        return []
+    rate, smallest = learning_rate(options), torch.finfo(getattr(torch, options.dtype)).eps / 2
+    return [
+        f"dtype={options.dtype}: what learns is kept in it, and an update of the learning rate ({rate:g}) is lost in "
+        f"weights above {rate / smallest:.1g}, as all that is smaller. Leave dtype out: then they are float32, and "
+        "computed with in bfloat16 all the same (precision=bf16)."
+    ]
 
 
 def scene_camera(source: Source, camera_names: Sequence[str]) -> str | None:
@@ -267,20 +287,30 @@ def proprio_dim(options: FinetuneOptions, sources: Sequence[Source], config: Ope
     return expected
 
 
-def check_samples(source: Source, episodes: int = 8) -> None:
+def check_samples(source: Source, episodes: int = 8) -> list[str]:
     """Decode the first two images, one of the middle and the last of a few episodes of both splits, spread evenly, so
     that a run does not stop for them later.
+
+    Returns:
+        A warning where a view is another camera in some of them than in others, by its name.
 
     Raises:
         ValueError: If an episode has no image of the camera, or one that cannot be decoded.
     """
+    seen: dict[tuple[str, ...], str] = {}
     for dataset in filter(None, (source.dataset, source.held_out)):
         picked = np.unique(np.linspace(0, len(dataset) - 1, episodes).astype(int))
         for episode in dataset.read(picked):
             frames = list(source.frames(episode))
             for step in sorted({*range(len(frames))} & {0, 1, len(frames) // 2, len(frames) - 1}):
+                seen.setdefault(tuple(frames[step].images), episode.origin or repr(episode))
                 for images in frames[step].images.values():
                     images[0]
+    shown = [f"{', '.join(cameras)} ({origin})" for cameras, origin in list(seen.items())[:3]]
+    return [
+        f"{source.name}: what the model sees as {', '.join(source.camera_names)} has other names in some episodes: "
+        f"{'; '.join(shown)}. Is it the same view? Else name one (--camera), and leave out episodes without it."
+    ] * (len(seen) > 1)
 
 
 def check_instructions(source: Source, run: Run) -> None:

@@ -170,7 +170,8 @@ def finetune(options: FinetuneOptions, resume: bool = False, data: Any = None) -
     Args:
         resume: Continue from the last checkpoint of `options.output`, or begin where there is none. Of a run that has
             made all its steps only the result is written.
-        data: Demonstrations as a Python object (see `data.PythonDataset`); `options.dataset` is then only a name.
+        data: Demonstrations as a Python object (see `data.PythonDataset`); `options.dataset` is then only a name, of
+            an object that has none.
 
     For lora and qlora the output folder holds the adapter with the statistics and the processor beside it; see
     `merge_adapter`. Checkpoints of the run lie in `output/checkpoints`; `curves.png` is drawn where matplotlib is

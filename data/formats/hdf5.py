@@ -45,6 +45,7 @@ DAMAGED = (
     AttributeError,
 )  # what h5py raises for damaged parts
 LANGUAGE_NAMES = ("language_instruction", "natural_language_instruction", "instruction", "lang")
+QUOTED = re.compile(r'^"([^"]*)"$')  # as LIBERO writes instructions
 LIBERO_SCENE = re.compile(r"^[A-Z_]+SCENE\d+_")
 
 
@@ -232,7 +233,7 @@ class HDF5Dataset(EpisodeDataset):
                 return found
         if not text and file.stem.endswith("_demo"):
             text = LIBERO_SCENE.sub("", file.stem).removesuffix("_demo").replace("_", " ")
-        return text.strip().strip('"')
+        return QUOTED.sub(r"\1", text.strip())
 
 
 def _words(group: h5py.Group, key: str, steps: int, origin: str) -> str | list[str] | None:
