@@ -15,7 +15,7 @@ import processes
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from openvla import OpenVLAForActionPrediction, cli
@@ -227,6 +227,22 @@ def test_digests_of_data_outlive_the_cache_of_statistics(dataset, monkeypatch):
     before = resume.data_digests(sources)
     monkeypatch.setattr("openvla.data.survey.VERSION", 99)
     assert resume.data_digests(sources) == before != {"push_the_cup_demo": None}
+
+
+@pytest.mark.parametrize("strategy", ["lora", "full"])
+def test_an_adapter_whose_base_has_changed_is_not_trained_further(dataset, tmp_path, strategy):
+    """Merging refused it, training put it on whatever weights were there."""
+    base, run = tmp_path / "base", tmp_path / "run"
+    base.mkdir()
+    for file in MODEL_FILES:
+        shutil.copyfile(BASE / file, base / file)
+    finetune(options(run, dataset, steps=1, model=str(base), strategy="lora", rank=2))
+    weights = load_file(base / "model.safetensors")
+    name = next(name for name in weights if name.endswith("q_proj.weight"))
+    save_file(weights | {name: 1.5 * weights[name]}, base / "model.safetensors", metadata={"format": "pt"})
+    more = options(tmp_path / "more", dataset, steps=1, model=str(run), strategy=strategy, rank=2)
+    with pytest.raises(ValueError, match=r"not those the adapter was trained on .*openvla merge RUN OUT --base BASE"):
+        finetune(more)
 
 
 def test_a_run_that_was_moved(dataset, tmp_path):

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, TrainingArguments, set_seed
 from transformers.trainer_utils import IntervalStrategy
 
-from ..adapters_openvla import KEY, OF_MODEL, name_base, portable_model, portable_path, read_belongings
+from ..adapters_openvla import KEY, OF_MODEL, check_base, name_base, portable_model, portable_path, read_belongings
 from ..configuration_openvla import OpenVLAConfig
 from ..data.augment import ImageAugmentation
 from ..data.collate import ActionCollator
@@ -60,6 +60,9 @@ def load_model(run: Run, autocast: bool, checkpoint: Path | None = None) -> Any:
     Args:
         autocast: Whether it will be computed with in bfloat16, whatever the types of its weights.
         checkpoint: From which a run with an adapter continues: the Trainer loads the adapter, not the parts beside it.
+
+    Raises:
+        ValueError: If the model is an adapter, and its base has other weights than it was trained on.
     """
     options = run.options
     learns_itself = options.strategy not in LEARNING_RATES
@@ -69,6 +72,11 @@ def load_model(run: Run, autocast: bool, checkpoint: Path | None = None) -> Any:
     if options.strategy == "qlora":
         loading["quantization_config"] = qlora_quantization()
     base, adapter = starting_point(options.model)
+    if adapter is not None and (problem := check_base(base, read_belongings(adapter).get("base_digest"))):
+        raise ValueError(
+            f"{problem}, and so would all that is learned from there. Put its own base back, or begin with what "
+            "`openvla merge RUN OUT --base BASE` makes of the two."
+        )
     model: Any = OpenVLAForActionPrediction.from_pretrained(base, **loading)
     fields = {field: getattr(run.config, field) for field in PARTS}
     if adapter is not None:
