@@ -268,7 +268,7 @@ class OpenVLAForActionPrediction(ActionVocabulary, OpenVLAGeneration, OpenVLAPre
             **kwargs,
         )
         if pixel_values is not None and outputs.get(CACHE) is not None and not torch.compiler.is_compiling():
-            outputs[CACHE].image_in_cache = pixel_values
+            outputs[CACHE].image_in_cache = pixel_values.clone()  # callers write the next image into theirs
         output = OpenVLAOutput(
             loss=outputs.loss,
             logits=outputs.logits,

@@ -78,3 +78,16 @@ def test_a_mean_of_what_is_drawn_or_of_words_is_refused(options, model):
     with pytest.raises(ValueError, match="with decoding='mean'"):
         policy.predict([seen(0)], **options)
     policy.predict([seen(0)], do_sample=False, constrained=True)
+
+
+def test_an_image_that_was_overwritten_is_another_one(model):
+    """A cache remembered the very tensor: with the next image in it, tokens of the last one went on silently."""
+    inputs = model.processor("In: What action?\nOut:", seen(0).images["primary"], return_tensors="pt")
+    pixels = inputs["pixel_values"].clone()
+    with torch.no_grad():
+        cache = model(inputs["input_ids"], pixel_values=pixels, use_cache=True).cache
+        token = torch.tensor([[900]])
+        model(token, pixel_values=pixels, cache=cache)  # beside every token, as written against the published code
+        pixels.copy_(model.processor.image_processor(seen(1).images["primary"], return_tensors="pt")["pixel_values"])
+        with pytest.raises(ValueError, match="holds another image than pixel_values"):
+            model(token, pixel_values=pixels, cache=cache)
