@@ -7,8 +7,8 @@
 #     python studies/chunks.py docs/results/chunks --policies outputs/chunks
 #
 # Every command continues where it was stopped. POLICY=l1 trains that one alone, so that several machines can share;
-# PRECISION=float32 on a CPU without bfloat16. MORE=360: afterwards the tokens drive, the expert says what they should have
-# done (DAgger), and all learn that as well, into outputs/chunks/corrected: tokens gain, L1 does not (docs/LOG.md).
+# PRECISION=float32 on a CPU without bfloat16. MORE=360: afterwards tokens drive, the expert says what they should have done
+# (DAgger), twice, and all learn that as well, into outputs/chunks/corrected: tokens gain, L1 does not (docs/LOG.md).
 set -euo pipefail
 output=${1:-outputs/chunks}
 tasks=${TASKS:-drawer-open-v3,push-v3,button-press-topdown-v3}
@@ -33,17 +33,30 @@ for policy in ${POLICY:-one tokens l1 l1_wrist}; do
 done
 
 test -n "${MORE:-}" || exit 0
-# Pushing is what chunks did worst. A recording alone would have units of its own.
-student=(--student "$output/tokens" --unnorm-key metaworld --latency 0.1 --seed 9000 --after-success 6 --wrist)
-openvla record --tasks push-v3 --episodes "${DRIVEN:-90}" "${student[@]}" --output "$output/driven_push"
-openvla record --tasks button-press-topdown-v3,drawer-open-v3 --episodes "${OTHERS:-45}" "${student[@]}" \
-    --output "$output/driven_rest"
+driven() { # STUDENT SEED TASKS EPISODES FOLDER
+    openvla record --tasks "$3" --episodes "$4" --student "$output/$1" --unnorm-key metaworld --latency 0.1 --seed "$2" \
+        --after-success 6 --wrist --output "$output/$5"
+}
+correct() { # POLICY FOLDER MIXTURE: each from its demonstrations on
+    learn "$1" "$2" --model "$output/$1" --dataset "$output/$3" --learning-rate 7e-4 --warmup-steps 10 --steps "$MORE" \
+        --save-every 180 --eval-every 180
+}
+# Pushing is what chunks did worst, then pressing. A recording alone would have units of its own.
+driven tokens 9000 push-v3 "${DRIVEN:-90}" driven_push
+driven tokens 9000 button-press-topdown-v3,drawer-open-v3 "${OTHERS:-45}" driven_rest
 cat > "$output/mixture.yaml" <<END
 metaworld: {path: demos}
 driven_push: {path: driven_push, weight: 4, statistics: metaworld}
 driven_rest: {path: driven_rest, weight: 2, statistics: metaworld}
 END
+correct tokens student mixture.yaml
+driven student 9300 button-press-topdown-v3 "${PRESSED:-120}" driven_button
+driven student 9300 push-v3 "${PUSHED:-60}" driven_push_again
+sed 's/weight: 4/weight: 3/' "$output/mixture.yaml" > "$output/mixture_again.yaml"
+cat >> "$output/mixture_again.yaml" <<END
+driven_button: {path: driven_button, weight: 3, statistics: metaworld}
+driven_push_again: {path: driven_push_again, weight: 3, statistics: metaworld}
+END
 for policy in ${POLICY:-tokens one l1 l1_wrist}; do
-    learn "$policy" "corrected/$policy" --model "$output/$policy" --dataset "$output/mixture.yaml" --learning-rate 7e-4 \
-        --warmup-steps 10 --steps "$MORE" --save-every 180 --eval-every 180
+    correct "$policy" "corrected/$policy" mixture_again.yaml
 done
