@@ -29,7 +29,8 @@ def check_data(source: "Source") -> list[str]:
     own, bounds = source.survey.statistics["action"], source.normalization == "bounds"
     found = check_still(source)
     found += check_rare(source) + check_grippers(source) + check_clipped(source) + check_places(source)
-    found += check_turns(source) + check_standstill(source)
+    parts = _some_actions(source)
+    found += check_turns(source, parts) + check_last(source, parts) + check_standstill(source)
     parts = [(names, own, action)]
     proprio = source.statistics.get("proprio")
     if bounds and source.survey.proprio and proprio:  # of states quantiles clip outliers, and all else is kept
@@ -106,12 +107,35 @@ def check_places(source: "Source") -> list[str]:
     ]
 
 
-def check_turns(source: "Source") -> list[str]:
-    """Angles that are places and go over the end of their range: numbers on both sides of it mean nearly the same, and
-    those between them, which are their mean, the opposite."""
+def _some_actions(source: "Source") -> list[np.ndarray]:
+    """(T, A) float64 of a few episodes."""
     dataset = source.everything[0]  # without images
     picked = np.unique(np.linspace(0, len(dataset) - 1, FOLLOWED).astype(int))
-    parts = [episode.actions.astype(np.float64) for episode in dataset.read(picked)]
+    return [episode.actions.astype(np.float64) for episode in dataset.read(picked)]
+
+
+def check_last(source: "Source", parts: Sequence[np.ndarray]) -> list[str]:
+    """Episodes (T, A) whose last action is zero, as of a step that has none (RLDS), where actions are places: zero is
+    far away from the one before."""
+    arm = [dim for dim in range(source.action_dim) if dim not in source.grippers]
+    long = [part[:, arm] for part in parts if len(part) > 2]
+    if len(long) < 2 or not arm:
+        return []
+    still = np.concatenate([(part[:-1] == 0).all(axis=1) for part in long])
+    zero = [not part[-1].any() for part in long]
+    moves = np.median(np.concatenate([np.linalg.norm(np.diff(part[:-1], axis=0), axis=1) for part in long]))
+    jumps = np.median([np.linalg.norm(part[-1] - part[-2]) for part in long])
+    if np.mean(zero) < 0.8 or still.mean() > 0.05 or jumps < 5 * moves:
+        return []
+    return [
+        f"{source.name}: the last action of {sum(zero)} of {len(zero)} episodes looked at is zero, far from the one "
+        "before: of a step that has none, and learned like all else. --filters zero-actions leaves such steps out."
+    ]
+
+
+def check_turns(source: "Source", parts: Sequence[np.ndarray]) -> list[str]:
+    """Angles that are places and go over the end of their range, in episodes (T, A): numbers on both sides of it mean
+    nearly the same, and those between them, which are their mean, the opposite."""
     steps = np.concatenate([abs(np.diff(part, axis=0)) for part in parts]) if parts else np.empty((0, 0))
     if not len(steps):
         return []

@@ -198,6 +198,13 @@ def content_key(datasets: Sequence[EpisodeDataset], options: Mapping[str, Any]) 
     return _digest({"version": VERSION, "files": digests, **options})
 
 
+def order_digest(survey: Survey) -> str:
+    """Digest of what tells episodes apart and of their order, where no files are known: lengths, words, largest
+    actions."""
+    largest = [f"{value:.4g}" for value in survey.largest_action]
+    return _digest([survey.steps, survey.parts, survey.told, survey.instructions, largest])
+
+
 def load_survey(key: str) -> Survey | None:
     """What an earlier pass found, or None where there was none or it cannot be read."""
     stored = _read(cache_folder() / f"survey-{key}.json")

@@ -80,6 +80,26 @@ def test_angles_that_go_over_the_end_of_their_range():
     assert found(np.c_[360 * rng.integers(0, 2, (200, 6)) * 0.5, places[:, 6]]) == []
 
 
+def test_last_actions_that_are_none():
+    """A robot of places went to zero at the end of every episode."""
+    rng = np.random.default_rng(0)
+
+    def found(last, change=1.0, start=5.0, **options):
+        parts = [start + np.cumsum(change * rng.normal(size=(20, 7)), axis=0) for _ in range(4)]
+        parts = [rng.normal(size=(20, 7)) for _ in range(4)] if not start else parts
+        for part in parts:
+            part[:, 6] = np.arange(20) < 10
+            part[-1] *= last
+        made = [{"actions": part, "instruction": "go"} for part in parts]
+        checked = open_source(PythonDataset(made, name="mine"), held_out=0, **options)
+        return [text for text in check_data(checked) if "the last action of" in text]
+
+    (warning,) = found(0, change=0.05)
+    assert warning.startswith("mine: the last action of 4 of 4 episodes looked at is zero, far from the one before")
+    assert not found(1, change=0.05) and not found(0, change=0.05, filters="zero-actions")
+    assert not found(0, start=0.0)  # changes: a robot that stops
+
+
 def test_no_motion_that_is_a_motion():
     """A robot that goes forward in all steps: past the end it learned its slowest motion, and not to stand."""
     recorded = [{"actions": 0.02 + 0.01 * np.random.default_rng(0).uniform(size=(20, 2)), "instruction": "go"}]

@@ -13,7 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ..data.sources import Source, dataset_places
-from ..data.survey import content_key
+from ..data.survey import content_key, order_digest
 from ..files_openvla import check_file, read_json
 from ..folders import MARKS, read_settings, remove_working_folder
 from ..options.fields import decisive
@@ -194,10 +194,12 @@ def _is_good(checkpoint: Path) -> bool:
 # What a run was begun with --------------------------------------------------------------------------------------------
 
 
-def data_digests(sources: Sequence[Source]) -> dict[str, str | None]:
-    """Of the files of each dataset; None where they are not known."""
+def data_digests(sources: Sequence[Source]) -> dict[str, str]:
+    """Of the files of each dataset, or of its episodes in their order where files are not known."""
     # Of one version for good: what the cache of statistics holds may change, and runs that were begun continue.
-    return {source.name: content_key(source.everything, {"version": 4}) for source in sources}
+    return {
+        source.name: content_key(source.everything, {"version": 4}) or order_digest(source.survey) for source in sources
+    }
 
 
 def check_begun(
@@ -241,8 +243,8 @@ def check_begun(
             if was != is_now and not (key in by_content and _moved(was, is_now)):
                 changed.append(f"{key} of '{name}' in the mixture was {was!r}, is {is_now!r}")
     for name in sorted(known.keys() & files.keys()):
-        if known[name] != files[name]:
-            changed.append(f"the files of the dataset '{name}' are others")
+        if known[name] not in (None, files[name]):  # None: an object in Python, in runs of older versions
+            changed.append(f"the files or episodes of the dataset '{name}' are others")
     if checkpoint is not None:
         changed += changed_statistics(stored, json.loads(json.dumps(statistics)))
     if changed:
