@@ -29,8 +29,8 @@ def check_data(source: "Source") -> list[str]:
     own, bounds = source.survey.statistics["action"], source.normalization == "bounds"
     found = check_still(source)
     found += check_rare(source) + check_grippers(source) + check_clipped(source) + check_places(source)
-    parts = _some_actions(source)
-    found += check_turns(source, parts) + check_last(source, parts) + check_standstill(source)
+    some = _some_actions(source)
+    found += check_turns(source, some) + check_last(source, some) + check_standstill(source)
     parts = [(names, own, action)]
     proprio = source.statistics.get("proprio")
     if bounds and source.survey.proprio and proprio:  # of states quantiles clip outliers, and all else is kept
