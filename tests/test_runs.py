@@ -272,6 +272,8 @@ def test_a_run_that_was_moved(dataset, tmp_path):
         (tmp_path / kind).rename(moved)
         finetune(options(moved, data, **more), resume=True)
         assert names(moved) == ["checkpoint-1", "checkpoint-2"]
+    assert resume._moved("../data/a:1,../data/b:2", "a:1,b:2")
+    assert not resume._moved("../data/a:1,../data/b:2", "../data/a:5,../data/b:2")
     other = dataset.with_name("others") / dataset.name
     other.parent.mkdir()
     demos(other, scale=5.0)

@@ -255,8 +255,12 @@ def check_begun(
 
 
 def _moved(was: Any, is_now: Any) -> bool:
-    """Whether two paths, relative to a run that may have been moved, may be one and the same: their last part is."""
-    return isinstance(was, str) and isinstance(is_now, str) and Path(was).name == Path(is_now).name != ""
+    """Whether two paths, relative to a run that may have been moved, or mixtures of such (PATH:WEIGHT,PATH:WEIGHT), may
+    be one and the same: their last parts are."""
+    if not (isinstance(was, str) and isinstance(is_now, str)):
+        return False
+    before, now = ([Path(part).name for part in text.split(",")] for text in (was, is_now))
+    return before == now and all(before)
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
