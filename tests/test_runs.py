@@ -276,6 +276,12 @@ def test_a_run_that_was_moved(dataset, tmp_path):
     assert not resume._moved("../data/a:1,../data/b:2", "../data/a:5,../data/b:2")
     other = dataset.with_name("others") / dataset.name
     other.parent.mkdir()
+    shutil.copyfile(dataset, other)
+    with h5py.File(other, "a") as file:  # rendered again, of which its digest says nothing
+        del file["data/demo_0/obs/agentview_rgb"]
+        file["data/demo_0/obs/agentview_rgb"] = np.zeros((9, 64, 64, 3), np.uint8)
+    with pytest.raises(ValueError, match="dataset was '.*data/push_the_cup_demo.hdf5', is "):
+        finetune(options(tmp_path / "disk/of/others/plain", other, steps=3), resume=True)
     demos(other, scale=5.0)
     with pytest.raises(ValueError, match="files or episodes of the dataset 'mine' are others"):
         finetune(options(tmp_path / "disk/of/others/plain", other, steps=3), resume=True)

@@ -202,6 +202,13 @@ def data_digests(sources: Sequence[Source]) -> dict[str, str]:
     }
 
 
+def data_bytes(options: FinetuneOptions) -> list[int]:
+    """Sizes of the datasets of a run with all of their files, images as well."""
+    places = dataset_places(options.dataset, options.data_root)
+    files = ([path] if path.is_file() else [*path.rglob("*")] for path in places)
+    return [sum(file.stat().st_size for file in of_dataset if file.is_file()) for of_dataset in files]
+
+
 def check_begun(
     output: Path,
     options: FinetuneOptions,
@@ -214,7 +221,8 @@ def check_begun(
 
     Args:
         options: As they were given; so older versions stored paths.
-        now: As they are stored, with `global_batch`, `data_digests`, and of a YAML file `mixture`, what it says.
+        now: As they are stored, with `global_batch`, `data_digests`, `data_bytes`, and of a YAML file `mixture`, what
+            it says.
         statistics: Of its datasets.
         unsaid: What options meant to earlier versions that are saved as null.
 
@@ -227,7 +235,8 @@ def check_begun(
     same = {name: value for name, value in given.items() if before.get(name) == value}
     files: Mapping[str, Any] = now["data_digests"]
     known: Mapping[str, Any] = before.get("data_digests", files)  # runs of older versions have none
-    compared = "data_digests" in before and None not in (*known.values(), *files.values())
+    # Digests leave out images that lie apart (HDF5, videos): the same actions may have been rendered again elsewhere.
+    compared = now.get("data_bytes") and now["data_bytes"] == before.get("data_bytes") and known == files
     by_content: tuple[str, ...] = ("path", "dataset", "data_root") if compared else ()
     by_content += ("model",) if before.get("model_digest") else ()  # see `check_model`
     by_content += ("statistics",) if checkpoint is not None else ()

@@ -45,6 +45,7 @@ from .resume import (
     check_output,
     check_space,
     checkpoint_to_resume,
+    data_bytes,
     data_digests,
     last_checkpoint,
     remove_leftovers,
@@ -232,6 +233,7 @@ def train(options: FinetuneOptions, arguments: TrainingArguments, resume: bool, 
     begun = main and (output / STARTED).exists()
     if main:
         made["data_digests"] = data_digests(run.sources)
+        made["data_bytes"] = data_bytes(options) if data is None else []
     if begun:
         # Earlier versions left it to the head: only chunks of tokens ended with standstill.
         stood = run.shape[0] > 1 and not run.head.wants_actions
