@@ -264,7 +264,13 @@ class OpenVLAPreTrainedModel(QuantizedWeights, AdapterBelongings, ModelParts, Pr
             for name in (WEIGHTS_FILES[0], f"{WEIGHTS_FILES[0]}.index.json")
         )
         before = _written(index)
-        super().save_pretrained(save_directory, **kwargs)
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        except NotImplementedError as error:  # transformers 5.24: of weights that were stored so
+            raise ValueError(
+                f"The weights in '{self.config.name_or_path}' are quantized by another library, and transformers does "
+                "not save what was loaded so: copy that folder, or save model.dequantize()."
+            ) from error
         if main and _written(index) != before:  # in several files; the library would load an older single one
             single.unlink(missing_ok=True)
         if main:

@@ -171,6 +171,7 @@ def quantize_linears(model: nn.Module, config: OpenVLAQuantizationConfig) -> nn.
         model.set_submodule(name, small.requires_grad_(False).train(layer.training))
     known: Any = model  # as the library marks a model that it has loaded so
     known.config.quantization_config, known.is_quantized, known.quantization_method = config, True, METHOD
+    known.hf_quantizer = OpenVLAQuantizer(config, pre_quantized=False)  # `dequantize` asks it
     return model
 
 
@@ -316,6 +317,7 @@ class QuantizedWeights:
     """
 
     device: Any
+    dtype: Any
     named_parameters: Any
     parameters: Any
 
@@ -341,6 +343,11 @@ class QuantizedWeights:
                 "model that it was made of, or let adapters learn (openvla finetune --strategy qlora)."
             )
         return super().requires_grad_(requires_grad)  # type: ignore[misc]
+
+    def dequantize(self, dtype: torch.dtype | None = None):
+        """As in every model of the library: plain layers, in the type of the model where none is given."""
+        # The library takes config.dtype: of before a cast, and a text once the model was saved (5.4 to 5.24).
+        return super().dequantize(dtype or self.dtype)  # type: ignore[misc]
 
     def to(self, *args, **kwargs):
         """As in every torch module; a model that bitsandbytes quantized stays where it was loaded."""

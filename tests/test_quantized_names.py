@@ -3,7 +3,9 @@
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from tiny import TINY
 from transformers import BitsAndBytesConfig
 
@@ -12,6 +14,7 @@ from openvla.bench.clock import described
 from openvla.conversion import quantize_checkpoint
 from openvla.options.benchmark import BenchOptions
 from openvla.policy import QUANTIZATIONS, load_model, quantization_of
+from openvla.quantization_openvla import OpenVLAQuantizationConfig, quantize_linears
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,6 +50,49 @@ def test_figures_of_a_folder_say_how_it_is_stored(bits, name, towers, tmp_path):
     said = described(BenchOptions(what="latency", model=str(folder)), model)
     assert said["quantization"] == quantization_of(model) == name
     assert quantization_of(model.dequantize()) is None
+
+
+def test_what_was_rounded_in_memory_is_given_back(tmp_path):
+    """Errors advise `dequantize`, which said that the model was not quantized."""
+    model = OpenVLAForActionPrediction.from_pretrained(ROOT)
+    quantize_linears(model, OpenVLAQuantizationConfig(8))
+    rounded = model.language_model.model.layers[0].mlp.up_proj.dequantize(model.dtype)
+    model.save_pretrained(tmp_path / "rounded")
+    assert quantization_of(OpenVLAForActionPrediction.from_pretrained(tmp_path / "rounded")) == "int8"
+    model.dequantize()  # after it was saved: config.dtype is a text then
+    weight = model.language_model.model.layers[0].mlp.up_proj.weight
+    assert weight.equal(rounded) and weight.requires_grad and quantization_of(model) is None
+    model.save_pretrained(tmp_path / "plain")
+    plain = OpenVLAForActionPrediction.from_pretrained(tmp_path / "plain")
+    assert quantization_of(plain) is None and plain.language_model.model.layers[0].mlp.up_proj.weight.equal(weight)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "fp8"])
+def test_plain_layers_have_the_type_of_the_model(name):
+    """That it was cast to, and not that it was loaded in: parts of two types predict nothing together."""
+    model = load_model(str(ROOT), dtype="float32", quantization=name).to(torch.bfloat16)
+    model.predict_action(np.zeros((48, 64, 3), np.uint8), "open the drawer")
+    model.dequantize()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    model.predict_action(np.zeros((48, 64, 3), np.uint8), "open the drawer")
+
+
+def test_a_model_of_bitsandbytes_is_given_back_after_it_was_saved(packed, tmp_path):
+    """transformers made a device of the text "float32"; a folder of 4 bits it cannot save again, and said nothing."""
+    model = OpenVLAForActionPrediction.from_pretrained(packed)
+    try:
+        model.save_pretrained(tmp_path / "again")
+    except ValueError as error:  # 5.24
+        assert "copy that folder, or save model.dequantize()" in str(error)
+    else:
+        assert quantization_of(OpenVLAForActionPrediction.from_pretrained(tmp_path / "again")) == "bnb-nf4"
+    rounded = TINY[1].load(quantization_config=dict(QUANTIZATIONS["bnb-nf4"]))
+    rounded.save_pretrained(tmp_path / "saved")
+    for given_back in (model.dequantize(), rounded.dequantize()):
+        assert quantization_of(given_back) is None
+        assert {parameter.dtype for parameter in given_back.parameters()} == {given_back.dtype}
+    model.save_pretrained(tmp_path / "plain")
+    assert quantization_of(OpenVLAForActionPrediction.from_pretrained(tmp_path / "plain")) is None
 
 
 def test_other_parts_are_told(tmp_path):
