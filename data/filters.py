@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..prompts_openvla import has_words
+from ..prompts_openvla import has_words, plain_text
 from .episode import CameraImages, Episode
 
 
@@ -76,10 +76,12 @@ def removal_report(removed: Mapping[str, Mapping[str, int]]) -> str:
 
 
 def told_the_same(episode: Episode) -> list[slice]:
-    """The steps of an episode that has some, in parts of one instruction each."""
-    texts = episode.step_instructions
-    if texts is None:
+    """The steps of an episode that has some, in parts of one instruction each, as a model reads them: another spelling
+    of blanks or capitals is the same one."""
+    if episode.step_instructions is None:
         return [slice(0, len(episode))]
+    read = {text: plain_text(text) for text in set(episode.step_instructions)}
+    texts = [read[text] for text in episode.step_instructions]
     changes = [step for step in range(1, len(texts)) if texts[step] != texts[step - 1]]
     return [slice(start, stop) for start, stop in zip([0, *changes], [*changes, len(texts)], strict=True)]
 

@@ -215,6 +215,14 @@ def test_a_view_that_is_another_camera_in_some_episodes(tmp_path):
         prepare(options(tmp_path, camera="front"), data=dataset(*made))
 
 
+def test_one_instruction_in_two_spellings_is_one(tmp_path):
+    """A model reads both alike; chunks ended between them, and what follows was not learned."""
+    data = dataset(episode(["Open the drawer"] * 5 + ["open  the drawer "] * 5), episode())
+    (source,) = prepare(options(tmp_path, action_chunk=4), data=data).sources
+    padded = [[frame.padded for frame in source.frames(each)] for each in source.dataset]
+    assert padded[0] == padded[1] == [0] * 7 + [1, 2, 3]
+
+
 def test_a_chunk_that_is_longer_than_every_episode(tmp_path):
     """Past the end nothing is learned, and the numbers of the last steps were acted on as they began, at random."""
     data = dataset(episode(steps=11), episode(steps=5))
