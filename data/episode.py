@@ -191,6 +191,8 @@ def make_episode(
             raise DamagedDataError(
                 f"{origin}: states have {state.shape[1]} dimensions, those of the dataset {state_dim}"
             )
+        if len(state) == length and not state.size:
+            state = None  # of no numbers
     if executed is not None:
         executed = matrix(executed, "executed action", origin)
         if executed.shape != actions.shape:

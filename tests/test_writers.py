@@ -208,6 +208,19 @@ def test_instructions_that_change_are_read_back(tmp_path, format):
     assert [episode.instruction for episode in found] == [episode.instruction for episode in episodes]
 
 
+@pytest.mark.parametrize("format", ["lerobot", "hdf5"])
+def test_states_of_no_numbers_are_none(tmp_path, format):
+    """Of a simulator without states a recording ended at its last step, in words of the library."""
+    images = {"image": np.zeros((3, 8, 8, 3), np.uint8)}
+    made = Episode("go", np.ones((3, 7), np.float32), images, np.zeros((3, 0), np.float32), "mine", 0)
+    if format == "lerobot":
+        write_lerobot([made], tmp_path / "set", fps=10, state_names=())
+    else:
+        write_hdf5([made], tmp_path / "set" / "go_demo.hdf5")
+    (read,) = open_dataset(tmp_path / "set")
+    assert read.state is None and read.instruction == "go"
+
+
 def test_hdf5_has_liberos_layout(tmp_path):
     write_hdf5([make()], tmp_path / "x_demo.hdf5")
     left_out = {"obs/joint_states", "robot_states", "states"}  # of the simulator, which an episode does not hold

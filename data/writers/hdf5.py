@@ -95,7 +95,7 @@ def _write_episode(group: h5py.Group, episode: Episode) -> None:
     seen = group.create_group("obs")
     for camera, frames in episode.images.items():
         _write_images(seen, CAMERAS.get(camera, camera), frames)
-    if episode.state is None:
+    if episode.state is None or not episode.state.shape[1]:
         return
     state = episode.state.astype(np.float64)
     if state.shape[1] != 8:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,8 @@ def write_lerobot(
     writer: LeRobotWriter | None = None
     try:
         for episode in episodes:
-            writer = writer or LeRobotWriter(folder, episode, fps, image_format)
-            writer.add(episode)
+            writer = writer or LeRobotWriter(folder, with_numbers(episode), fps, image_format)
+            writer.add(with_numbers(episode))
     finally:
         if writer is not None:
             writer.close()
@@ -192,6 +193,11 @@ class LeRobotWriter:
         (meta / "stats.json").write_text(json.dumps(complete, indent=4))
         (meta / "info.part").write_text(json.dumps(info, indent=4))
         (meta / "info.part").replace(meta / "info.json")
+
+
+def with_numbers(episode: Episode) -> Episode:
+    """Without states of no numbers, as of a simulator that has none: there is no column for them."""
+    return replace(episode, state=None) if episode.state is not None and not episode.state.shape[1] else episode
 
 
 def image_key(camera: str) -> str:
