@@ -198,6 +198,12 @@ def test_a_type_in_which_most_updates_are_lost(tmp_path):
     assert any(text.startswith("dtype=float16: ") for text in run.warnings)
 
 
+@pytest.mark.parametrize("warmup", [9, 10])
+def test_a_warmup_that_is_longer_than_the_run(tmp_path, warmup):
+    run = prepare(options(tmp_path, steps=10, warmup_steps=warmup), data=dataset(episode()))
+    assert any("does not come to 2e-05" in text for text in run.warnings) is (warmup == 10)
+
+
 def test_the_name_of_a_list(tmp_path):
     """Its statistics, and with them the unnorm_key, were those of "list"."""
     for given, name in (({}, "mine"), ({"name": "yours"}, "yours")):

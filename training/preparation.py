@@ -126,6 +126,11 @@ class Run:
         if not torch.cuda.is_available() and (reason := emulated("cpu", torch.bfloat16)):
             found += [f"--precision bf16: {reason}."] if computing_precision(self.options) == "bf16" else []
             found += [f"--optimizer muon: {reason}, as it does."] if self.options.optimizer == "muon" else []
+        if (warmup := self.options.warmup_steps) >= self.options.steps:
+            found.append(
+                f"warmup_steps={warmup}, and the run has steps={self.options.steps}: the learning rate rises in all of "
+                f"them and does not come to {learning_rate(self.options):g}."
+            )
         return found + check_images(self.processor, self.config) + check_dtype(self.options)
 
     def describe(self) -> str:
