@@ -115,9 +115,11 @@ def report(arguments: argparse.Namespace, policies: list[str], milliseconds: dic
         "an action",
     ]
     named = "\n".join(f"- {way}: {what}" for way, what in WAYS.items())
+    note = f" {arguments.note}" if arguments.note else ""
     text = [
         "# Chunks in real time",
-        f"Trained by `studies/chunks.sh`, evaluated by `studies/chunks.py`. Tasks: {arguments.tasks}. Success over "
+        f"Trained by `studies/chunks.sh`, evaluated by `studies/chunks.py`.{note}\n\n"
+        f"Tasks: {arguments.tasks}. Success over "
         f"{wanted} episodes with its 95% interval (Wilson), empty where they were not run. Jerk: mean third difference "
         "of the places that actions command, in units of the action; the lower, the smoother. Seeds are those that "
         "recording never uses.",
@@ -179,6 +181,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=POLICIES, help="run these policies and write no report")
     parser.add_argument("--workers", type=int, default=2, help="environments side by side; default: %(default)s")
     parser.add_argument("--device", default="cpu", help="where the model runs; default: %(default)s")
+    parser.add_argument("--note", default="", help="a sentence at the head of the report")
     parser.add_argument("--report", action="store_true", help="write the report of what was run, run nothing")
     arguments = parser.parse_args()
     arguments.runs = arguments.runs or arguments.policies / "loop"
