@@ -266,7 +266,7 @@ def test_caches_are_kept_and_do_not_grow(model):
         model.predict_action(**prompts(1 + seed % 3, seed))
     assert _POOLS[model.language_model]._free[0] is cache
     gc.collect()
-    assert sum(map(torch.is_tensor, gc.get_objects())) == before
+    assert sum(map(torch.is_tensor, gc.get_objects())) <= before  # what other tests left behind may go meanwhile
     model.predict_action(**prompts(5))
     (larger,) = _POOLS[model.language_model]._free
     assert larger.shape[2] == 5
