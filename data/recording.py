@@ -156,7 +156,7 @@ def open_recording(
             raise ValueError(
                 f"{name}: {len(shared)} of the {len(kept_back)} episodes of the split '{validation}' are in '{split}' "
                 "as well, so that what is held out would be trained on: correct the splits (LeRobot: meta/info.json, "
-                "HDF5: mask/...), or give held_out=0 (--held-out 0), which trains on the split and evaluates nothing."
+                "HDF5: mask/...), or train with held_out=0 (--held-out 0), on all of the split and without evaluation."
             )
     elif boundary := split_boundary(len(train), held_out):
         kept_back = PartOfDataset(train, range(boundary, len(train)))
