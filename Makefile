@@ -10,6 +10,8 @@ JOBS ?= 3
 # Where the environment forbids bytecode each of the tests' processes compiles torch and transformers again: twice as long
 # as it takes to import them.
 unexport PYTHONDONTWRITEBYTECODE
+# uv gives up after a minute without a word of its compilers, which a crowded machine takes.
+export UV_COMPILE_BYTECODE_TIMEOUT := 600
 
 .PHONY: help demo policy test test-floor test-newest test-install test-page test-runtime test-ray test-fuzz check format bench constraints clean
 

@@ -23,7 +23,7 @@ from ..hub import config_of, file_digests, model_folder, published_name, statist
 from ..observation import Observation
 from ..options.evaluation import EvaluateOptions, names_of
 from ..options.fields import decisive
-from ..policy import PIXELS, OpenVLAPolicy, Policy, begin_episode
+from ..policy import PIXELS, OpenVLAPolicy, Policy, begin_episode, quantization_of
 from .control import BlockingControl, RealtimeControl
 from .environment import (
     EVALUATION_SEEDS,
@@ -177,6 +177,8 @@ def evaluate(
             )
             said |= {"unnorm_key": resolve_unnorm_key(statistics, unnorm_key)}
             said |= {"dtype": str(acting.model.dtype).removeprefix("torch.")}
+            stored = quantization_of(acting.model)
+            said |= {"quantization": stored} if stored else {}
             said |= {"action_chunk": config.action_chunk} if config.action_chunk > 1 else {}
             about["device"] = ", ".join(dict.fromkeys([*filter(None, [before.get("device")]), device]))
             if "center_crop" in before:

@@ -23,6 +23,7 @@ from openvla.evaluation.report import EpisodeResult
 from openvla.folders import locked
 from openvla.hub import file_digests
 from openvla.options.evaluation import DemoOptions, EvaluateOptions
+from openvla.quantization_openvla import OpenVLAQuantizationConfig
 
 
 pytest.importorskip("metaworld", reason="Meta-World needs the [sim] extra")
@@ -143,9 +144,10 @@ def small_model(folder: Path) -> Path:
 
 
 class Still:
-    """In place of a model."""
+    """In place of a model, of a folder with 8 bits."""
 
-    model = SimpleNamespace(dtype=torch.bfloat16)
+    config = SimpleNamespace(quantization_config=OpenVLAQuantizationConfig(8))
+    model = SimpleNamespace(dtype=torch.bfloat16, config=config)
 
     def act(self, observations):
         return np.zeros((len(observations), 7))
@@ -162,6 +164,7 @@ def test_episodes_of_other_files_are_not_taken_for_those_of_this_model(tmp_path,
     again()
     for file in tmp_path.glob("out/*"):
         assert file.suffix == ".png" or str(tmp_path) not in file.read_text(), file
+    assert "- quantization: `int8`" in (tmp_path / "out" / "report.md").read_text()  # as the folder is
     again()
     (model / "model.safetensors").write_text("trained further")
     with pytest.raises(ValueError, match="with other weights.*another output folder"):
