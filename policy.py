@@ -12,7 +12,7 @@ import numpy as np
 
 from .action_spec import spec_of
 from .action_tokenizer import check_state_of_one, resolve_unnorm_key, units_of, unnormalize_actions
-from .cameras_openvla import find_cameras
+from .cameras_openvla import find_cameras, order_cameras
 from .choices_openvla import check_choice
 from .device import emulated, rounds_products
 from .extras import require
@@ -279,7 +279,8 @@ class OpenVLAPolicy(Policy):
             return {seen[0] if seen and len(seen) == 1 else self.camera: images[self.camera]}
         if seen is None:
             return images
-        return {view: images[camera] for view, camera in zip(seen, find_cameras(list(images), seen))}
+        found = find_cameras(order_cameras(list(images)), seen)  # in the order of data sets, whatever the simulator's
+        return {view: images[camera] for view, camera in zip(seen, found)}
 
 
 def load_model(

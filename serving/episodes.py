@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..cameras_openvla import find_cameras
+from ..cameras_openvla import find_cameras, order_cameras
 from ..observation import Observation
 from .contract import Answer, BadRequest, Busy, Engine, Refusal, Request
 from .live import JPEG_QUALITY
@@ -210,7 +210,7 @@ class Episodes:
         if wanted is not None and given.shape != (wanted,):
             raise BadRequest(f"The model takes a state of {wanted} numbers, {self.simulator.name} has {len(given)}.")
         try:
-            found = find_cameras(list(observation.images), self.info.cameras)
+            found = find_cameras(order_cameras(list(observation.images)), self.info.cameras)
         except ValueError as error:
             raise BadRequest(f"{self.simulator.name} does not show what the model sees. {error}") from error
         images = {name: observation.images[camera] for name, camera in zip(self.info.cameras, found)}

@@ -14,8 +14,10 @@ from tiny import TINY
 from typer.testing import CliRunner
 
 from openvla import OpenVLAConfig, OpenVLAForActionPrediction, OpenVLAProcessor
-from openvla.cameras_openvla import find_cameras
+from openvla.cameras_openvla import find_cameras, order_cameras
 from openvla.cli import app
+from openvla.data.episode import Episode
+from openvla.data.samples import main_camera
 from openvla.data.sources import open_source
 from openvla.observation import Observation
 from openvla.policy import OpenVLAPolicy
@@ -86,9 +88,24 @@ def test_one_of_two_views_that_nobody_named(tiny_model, tiny_processor):
     with pytest.raises(ValueError, match="'primary' of the model may be front or side"):
         find_cameras(["front", "side"], ["primary", "secondary"], ordered=False)
     named = tiny_model.predict_action({"right": right, "primary": left}, "go", unnorm_key="bridge_orig")
-    policy = OpenVLAPolicy(tiny_model, unnorm_key="bridge_orig")  # a simulator's first camera is the scene
-    seen = policy.act([Observation({"left": left, "right": right}, np.zeros(0, np.float32), "go")])
-    np.testing.assert_array_equal(np.ravel(seen), named)
+    policy = OpenVLAPolicy(tiny_model, unnorm_key="bridge_orig")
+    for images in ({"left": left, "right": right}, {"right": right, "left": left}):  # of a simulator
+        seen = policy.act([Observation(images, np.zeros(0, np.float32), "go")])
+        np.testing.assert_array_equal(np.ravel(seen), named)
+
+
+def test_a_simulator_is_seen_through_the_camera_that_was_trained_with():
+    """Data sets have cameras by name, whatever the order they were recorded in."""
+    side, front = np.zeros((2, 8, 8, 3), np.uint8)
+    images = {"side": side, "gripper_camera": side, "front": front}
+    recorded = {name: [images[name]] for name in order_cameras([*images])}
+    episode = Episode("go", np.zeros((1, 7)), recorded, None, "mine", 0)
+    assert main_camera(episode) == "front" and find_cameras(order_cameras([*images]), ["primary"]) == ["front"]
+    model = SimpleNamespace(camera_names=("primary", "wrist"), norm_stats={"robot": {}})
+    policy = object.__new__(OpenVLAPolicy)
+    policy.model, policy.camera = model, None
+    shown = policy._images(Observation(images, np.zeros(0, np.float32), "go"))
+    assert shown["primary"] is front and shown["wrist"] is side
 
 
 @pytest.mark.parametrize("names", ["primary", [], [1], ["a", "a"], [""]])
