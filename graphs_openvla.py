@@ -163,12 +163,12 @@ class Prepared:
     warned: bool = False
 
     def find(self, model: Any, batch: int, length: int, num_tokens: int, token_range: TokenRange | None) -> Any:
-        """Those for prompts of at most `length`; None where there are none that are up to date."""
+        """Those for prompts of at most `length`; None where there are none that are up to date, and under autocast."""
         fits = [
             graphs for graphs in self.graphs
             if graphs.batch == batch and graphs.num_tokens == num_tokens and graphs.length >= length
         ]  # fmt: skip
-        if not fits or token_range != self.token_range:
+        if not fits or token_range != self.token_range or torch.is_autocast_enabled(model.device.type):
             return None
         if not self.snapshot.is_of(model):
             if not self.warned:
@@ -226,6 +226,8 @@ def prepare(
         reason = f"action_head='{model.config.action_head}' predicts in passes of its own"
     elif head.takes_drafts and not is_plain_llama(model.language_model):
         reason = "the language model has the library's own steps"
+    elif torch.is_autocast_enabled(model.device.type):  # a graph would read weights that autocast casts and lets go of
+        reason = "autocast is on: cast the model in its place, model.to(dtype)"
     elif any(map(has_hooks, modules_of(model).below)):  # the model itself is not called
         reason = "hooks are registered on its modules, which graphs do not call"
     else:

@@ -267,6 +267,8 @@ class OpenVLAPreTrainedModel(QuantizedWeights, AdapterBelongings, ModelParts, Pr
         try:
             super().save_pretrained(save_directory, **kwargs)
         except NotImplementedError as error:  # transformers 5.24: of weights that were stored so
+            if not getattr(self, "is_quantized", False):
+                raise
             raise ValueError(
                 f"The weights in '{self.config.name_or_path}' are quantized by another library, and transformers does "
                 "not save what was loaded so: copy that folder, or save model.dequantize()."

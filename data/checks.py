@@ -116,16 +116,18 @@ def _some_actions(source: "Source") -> list[np.ndarray]:
 
 def check_last(source: "Source", parts: Sequence[np.ndarray]) -> list[str]:
     """Episodes (T, A) whose last action is zero, as of a step that has none (RLDS), where actions are places: zero is
-    far away from the one before."""
+    far away from the one before, and in some dimension no place of any other step."""
     arm = [dim for dim in range(source.action_dim) if dim not in source.grippers]
     long = [part[:, arm] for part in parts if len(part) > 2]
     if len(long) < 2 or not arm:
         return []
-    still = np.concatenate([(part[:-1] == 0).all(axis=1) for part in long])
+    before = np.concatenate([part[:-1] for part in long])
+    still = (before == 0).all(axis=1)
+    beyond = (before[~still] > 0).all(axis=0) | (before[~still] < 0).all(axis=0)  # a change of 0 is one of many
     zero = [not part[-1].any() for part in long]
     moves = np.median(np.concatenate([np.linalg.norm(np.diff(part[:-1], axis=0), axis=1) for part in long]))
     jumps = np.median([np.linalg.norm(part[-1] - part[-2]) for part in long])
-    if np.mean(zero) < 0.8 or still.mean() > 0.05 or jumps < 5 * moves:
+    if np.mean(zero) < 0.8 or still.mean() > 0.05 or jumps < 5 * moves or not beyond.any():
         return []
     return [
         f"{source.name}: the last action of {sum(zero)} of {len(zero)} episodes looked at is zero, far from the one "
@@ -143,6 +145,7 @@ def check_turns(source: "Source", parts: Sequence[np.ndarray]) -> list[str]:
     range_ = np.ptp(np.concatenate(parts), axis=0)
     for turn in TURNS:
         jumps += ((steps > 0.9 * turn) & (steps < 1.1 * turn)).sum(axis=0) * (range_ < 1.1 * turn)
+    jumps[list(source.grippers)] = 0  # a hand of 6 cm opens within a step
     turning = [f"{name} ({count} times in {len(steps)} steps)" for name, count in zip(source.names, jumps) if count]
     return [
         f"{source.name}: {', '.join(turning)} jumps by a full turn, as an angle at the end of its range does: a model "

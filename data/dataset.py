@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from ..cameras_openvla import not_colour
+from ..cameras_openvla import not_colour, order_cameras
 from ..options.datasets import Keys
 from .episode import DamagedDataError, Episode, make_episode
 
@@ -114,7 +114,8 @@ FIELDS = ("actions", "instruction", "images", "state", "executed")  # of an epis
 class PythonDataset(EpisodeDataset):
     """Any object with `__len__` and `__getitem__` that gives `Episode`s or mappings with the fields `actions` (T, A),
     `instruction` (text, or one per step; "" without), `images` {camera: (T, H, W, 3) uint8, or T encoded images},
-    `state` (T, S) and `executed` (T, A), what the robot did where it differs, of which only `actions` is required."""
+    `state` (T, S) and `executed` (T, A), what the robot did where it differs, of which only `actions` is required.
+    Cameras are taken scene first, by name, as those of files (`order_cameras`)."""
 
     def __init__(self, episodes: Any, name: str | None = None, on_error: OnError = "raise"):
         super().__init__(name or getattr(episodes, "name", None) or type(episodes).__name__, on_error)
@@ -148,6 +149,7 @@ class PythonDataset(EpisodeDataset):
         images = {} if images is None else images
         if not isinstance(images, Mapping) or not all(isinstance(camera, str) for camera in images):
             raise DamagedDataError(f"{where}: images are {type(images).__name__}, expected {{camera: images}}")
+        images = {camera: images[camera] for camera in order_cameras([*images])}  # as in files, and for a simulator
         episode = make_episode(
             actions=fields["actions"],
             images=images,

@@ -26,10 +26,9 @@ def dimension_names(features: Mapping[str, Mapping], keys: Sequence[str | None])
         if isinstance(given, Mapping):  # {"motors": [...]}, or {name: index}
             lists = [value for value in given.values() if isinstance(value, list | tuple)]
             numbers = sorted(value for value in given.values() if type(value) is int)
-            if numbers and numbers == [*range(len(given))]:  # in the order of the numbers, not of the file
-                given = sorted(given, key=given.__getitem__)
-            elif numbers:
-                given = None
+            if len(numbers) == len(given) > 0:  # in the order of the numbers, not of the file
+                in_a_row = numbers == [*range(numbers[0], numbers[0] + len(numbers))]
+                given = sorted(given, key=given.__getitem__) if in_a_row else None
             else:
                 given = lists[0] if len(lists) == 1 else list(given) if not lists else None
         width = int(np.prod(feature.get("shape") or [1]))

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from openvla import OpenVLAConfig, OpenVLAForActionPrediction, OpenVLAProcessor
 from openvla.cameras_openvla import find_cameras, order_cameras
 from openvla.cli import app
-from openvla.data.episode import Episode
+from openvla.data.dataset import PythonDataset
 from openvla.data.samples import main_camera
 from openvla.data.sources import open_source
 from openvla.observation import Observation
@@ -95,11 +95,11 @@ def test_one_of_two_views_that_nobody_named(tiny_model, tiny_processor):
 
 
 def test_a_simulator_is_seen_through_the_camera_that_was_trained_with():
-    """Data sets have cameras by name, whatever the order they were recorded in."""
+    """Data sets have cameras by name, whatever the order they were recorded in; so have objects in Python."""
     side, front = np.zeros((2, 8, 8, 3), np.uint8)
     images = {"side": side, "gripper_camera": side, "front": front}
-    recorded = {name: [images[name]] for name in order_cameras([*images])}
-    episode = Episode("go", np.zeros((1, 7)), recorded, None, "mine", 0)
+    recorded = {name: [image] for name, image in images.items()}
+    (episode,) = PythonDataset([{"actions": np.zeros((1, 7)), "instruction": "go", "images": recorded}])
     assert main_camera(episode) == "front" and find_cameras(order_cameras([*images]), ["primary"]) == ["front"]
     model = SimpleNamespace(camera_names=("primary", "wrist"), norm_stats={"robot": {}})
     policy = object.__new__(OpenVLAPolicy)

@@ -78,6 +78,7 @@ def test_angles_that_go_over_the_end_of_their_range():
     (warning,) = found(np.c_[np.degrees(wrapped[:, :6]), places[:, 6]])
     assert "mine: roll (" in warning
     assert found(np.c_[360 * rng.integers(0, 2, (200, 6)) * 0.5, places[:, 6]]) == []
+    assert found(np.c_[places[:, :6], 6.0 * places[:, 6]]) == []  # a gripper of 6 cm
 
 
 def test_last_actions_that_are_none():
@@ -98,6 +99,11 @@ def test_last_actions_that_are_none():
     assert warning.startswith("mine: the last action of 4 of 4 episodes looked at is zero, far from the one before")
     assert not found(1, change=0.05) and not found(0, change=0.05, filters="zero-actions")
     assert not found(0, start=0.0)  # changes: a robot that stops
+    there_and_back = np.repeat([[0.5], [-0.5]], 10, axis=0) * np.ones(7)  # at one speed, and stops
+    there_and_back[-1] = 0
+    made = [{"actions": there_and_back, "instruction": "go"}] * 4
+    checked = open_source(PythonDataset(made, name="mine"), held_out=0)
+    assert not [text for text in check_data(checked) if "the last action of" in text]
 
 
 def test_no_motion_that_is_a_motion():

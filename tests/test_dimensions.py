@@ -190,7 +190,9 @@ def test_names_of_lerobot():
         "y",
         "gripper",
     ]
-    assert dimension_names({"action": {"shape": [2], "names": {"x": 0, "y": 0}}}, ["action"]) is None
+    assert names({"x": 0, "y": 0}) is names({"x": 0, "y": 5}) is None
+    assert names({"gripper": 2, "x": 1}) == ["x", "gripper"]  # numbers of motors
+    assert names({"motors": ["x", "gripper"], "version": 2}) == ["x", "gripper"]
     assert default_grippers(8, ["left_gripper", *"abcdef", "right_gripper"]) == (0, 7)
     assert default_grippers(8) == default_grippers(8, list("abcdefgh")) == (7,)
     assert default_grippers(14) == (6, 13) and default_grippers(1) == ()

@@ -67,6 +67,13 @@ def test_tasks_that_are_held_out_as_a_whole(tmp_path, count, words, held_out, lo
     assert len(said) == bool(lost) and all(text in said[0] for text in lost)
 
 
+def test_held_out_episodes_without_words(tmp_path):
+    """Nothing of a task is lost with them."""
+    data = episodes(40, lambda number: f"lift cup {number % 2}" if number < 36 else "")
+    run = prepare(options(tmp_path, held_out=0.1, keep_unlabeled=True), data=data)
+    assert not [warning for warning in run.warnings if "are held out" in warning]
+
+
 def test_splits_that_share_episodes(tmp_path):
     """What is held out is not trained on; the numbers of an evaluation were those of training."""
     shutil.copytree(DEMOS / "lerobot_video", tmp_path / "robot")

@@ -203,6 +203,18 @@ def test_nothing_in_it_waits_for_the_device(kind, monkeypatch):
     assert graph.reading.output.device.type == "cuda" and not moves.found
 
 
+def test_under_autocast_there_are_none():
+    """Weights that it casts are not in the memory of a graph; what it asks for is no recording of another type."""
+    plain = make()
+    model = copy.deepcopy(plain)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "autocast is on" in model.prepare_for_inference(prompt_buckets=[16]).reason
+    assert not model.prepare_for_inference(prompt_buckets=[16]).reason
+    with torch.autocast("cpu", torch.bfloat16):
+        check(model, plain, inputs_of(model, 1), 0)
+    check(model, plain, inputs_of(model, 1), 1)
+
+
 def test_where_there_are_none(monkeypatch):
     assert "not compiled" in make().prepare_for_inference(compile=True).reason
     pytest.importorskip("diffusers", reason="needs the [oft] extra")

@@ -176,7 +176,7 @@ def check_held_out(source: Source) -> list[str]:
         for text, count in sorted(kept_back.items())
         if count > 1 and count >= of_all[text] * max(0.5, min(2 * expected, 1))
     ]
-    if 2 * sum(kept_back[text] for text in lost) < kept_back.total() or len(of_all) < 2:
+    if not lost or 2 * sum(kept_back[text] for text in lost) < kept_back.total() or len(of_all) < 2:
         return []
     named = [f"{source.survey.instructions[text]!r:.60} ({kept_back[text]} of {of_all[text]})" for text in lost[:3]]
     more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
