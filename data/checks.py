@@ -20,6 +20,7 @@ NARROW = 0.05  # part of the range of the statistics that the data takes at leas
 FOLLOWED, NEAR = 10, 0.1  # episodes looked at; mean distance to the state that counts as following it, of the range
 TURNS = (2 * math.pi, 360.0)  # what an angle that is a place jumps by
 SAME, NEARLY_ALL = 1e-5, 0.95  # distance of numbers that are one and the same, of the range; share of the steps
+CREEP = 0.02  # part of a range that is as good as standing, five bins
 GRIPPER_DIMS = "--gripper-dims"
 
 
@@ -89,7 +90,7 @@ def check_places(source: "Source") -> list[str]:
     if not seen:
         return []
     actions, states = (np.concatenate([getattr(episode, what) for episode in seen]) for what in ("actions", "state"))
-    if here := _here(source, actions, states):
+    if here := _here(source, actions, states, [len(episode) for episode in seen]):
         return here
     if source.absolute_dims is not None or states.shape[1] != source.action_dim:
         return []
@@ -159,8 +160,8 @@ def check_standstill(source: "Source") -> list[str]:
         return []
     first, last = source.bounds(source.statistics["action"])
     scaled = np.array(source.statistics["action"].get("mask") or [True] * source.action_dim)
-    bin_ = (last - first) / 255
-    moving = scaled & ~source.absolute & ((first > bin_) | (last < -bin_))
+    creep = CREEP * (last - first)
+    moving = scaled & ~source.absolute & ((first > creep) | (last < -creep))
     named = [f"{source.names[dim]} ({first[dim]:.3g} to {last[dim]:.3g})" for dim in np.flatnonzero(moving)]
     return [
         f"{source.name}: {', '.join(named)}: no motion (0) is not among what actions are scaled from, and becomes the "
@@ -169,21 +170,25 @@ def check_standstill(source: "Source") -> list[str]:
     ] * bool(named)
 
 
-def _here(source: "Source", actions: np.ndarray, states: np.ndarray) -> list[str]:
+def _here(source: "Source", actions: np.ndarray, states: np.ndarray, lengths: Sequence[int]) -> list[str]:
     """Actions (N, A) that are numbers of the state (N, S) of the same step, as where the action was made of the state
-    and not shifted by a step."""
+    and not shifted by a step; of episodes of `lengths` steps. Where a robot waits, every place is that of now: it is
+    looked at where the state changes with the next step."""
     range_ = np.ptp(actions, axis=0)
     moving = np.flatnonzero(range_ > 0)
-    same = [
-        dim
-        for dim in moving
-        if ((abs(actions[:, [dim]] - states) <= SAME * range_[dim]).mean(axis=0) >= NEARLY_ALL).any()
-    ]
+    steps = np.abs(np.diff(states, axis=0, append=states[-1:]))
+    steps[np.cumsum(lengths) - 1] = 0  # the last of each
+    same = []
+    for dim in moving:
+        goes = steps > SAME * range_[dim]
+        here = goes & (abs(actions[:, [dim]] - states) <= SAME * range_[dim])
+        if ((here.sum(axis=0) >= NEARLY_ALL * goes.sum(axis=0)) & goes.any(axis=0)).any():
+            same.append(dim)
     if len(same) < 2 or 2 * len(same) <= len(moving):
         return []
     return [
         f"{source.name}: {', '.join(source.names[dim] for dim in same)} of an action are numbers of the state of the "
-        "same step: the model learns to be where the robot is already, and reads its answer off a state that it sees. "
+        "same step: the model learns to stay where the robot is, and copies its answer where it sees the state. "
         "Places to go to are those of a later step, or what was commanded: is action_key (--action-key) right?"
     ]
 

@@ -59,6 +59,10 @@ def test_actions_that_are_the_state_of_the_same_step():
     assert warning.startswith("mine: x, y, z, roll, pitch, yaw, gripper of an action are numbers of the state")
     assert found(places[:40], places[:40, ::-1], absolute_dims="all")  # wherever they stand, whatever they are called
     assert not found(places[1:], places[:40], absolute_dims="all")  # of the next step
+    waits = np.repeat(places[::20], 20, axis=0)  # which nearly all steps are where the robot is
+    assert not found(waits[1:41], waits[:40], absolute_dims="all") and found(
+        waits[:40], waits[:40], absolute_dims="all"
+    )
     assert not found(np.diff(places, axis=0), np.hstack([places, gripper])[:40])  # a gripper alone
 
 
@@ -118,6 +122,8 @@ def test_no_motion_that_is_a_motion():
     (warning,) = found(chunk_end="still")
     assert warning.startswith("mine: action[0] (0.0203 to 0.0299), action[1] (")
     assert not found(chunk_end="repeat") and not found(chunk_end="still", absolute_dims="all")
+    recorded[0]["actions"] -= 0.0202  # forward alone, and slower than can be told from standing
+    assert not found(chunk_end="still")
 
 
 def test_no_warning_where_all_is_well():

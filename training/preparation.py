@@ -253,9 +253,9 @@ def check_dtype(options: FinetuneOptions) -> list[str]:
         return []
     rate, smallest = learning_rate(options), torch.finfo(getattr(torch, options.dtype)).eps / 2
     return [
-        f"dtype={options.dtype}: what learns is kept in it, and an update of the learning rate ({rate:g}) is lost in "
-        f"weights above {rate / smallest:.1g}, as all that is smaller. Leave dtype out: then they are float32, and "
-        "computed with in bfloat16 all the same (precision=bf16)."
+        f"dtype={options.dtype}: what learns is kept in it, where an update of the learning rate ({rate:g}) is lost in "
+        f"weights above {rate / smallest:.1g}, and a smaller one in more of them. Leave dtype out: then they are "
+        "float32, and computed with in bfloat16 all the same (precision=bf16)."
     ]
 
 
