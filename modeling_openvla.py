@@ -453,8 +453,8 @@ class OpenVLAForActionPrediction(ActionVocabulary, OpenVLAGeneration, OpenVLAPre
     ) -> Preparation:
         """Get ready for predictions of certain sizes: memory, and on a CUDA device graphs of kernels.
 
-        Predictions of other sizes, with `committed` or `constrained=False` are as without. So are all once the model
-        was moved or cast, or its modules, hooks or adapters are others: a warning says so; this prepares it again.
+        Predictions of other sizes, with `committed`, `constrained=False` or under autocast are as without. So are all
+        once the model was moved or cast, or has other modules, hooks or adapters: a warning says so; prepare it again.
 
         Args:
             batch_sizes: Numbers of samples that will be predicted at once.
