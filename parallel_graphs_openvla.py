@@ -36,11 +36,16 @@ class SequenceGraph(Recorded):
             return sequence.hidden_states(model.language_model, num_actions)
 
         self.reading = self.record(read_all, self.stream)
+        self.last = self.stream  # where the last prediction was begun
 
     def fill(
         self, inputs: ModelInputs, input_ids: torch.Tensor, mask: torch.Tensor | None, first: torch.Tensor
     ) -> None:
         """Take a prediction, see `place_actions`: ids (batch, n) and n up to `length`."""
+        if self.last is not None:  # the one before may compute still, where another thread has a stream of its own
+            current = torch.cuda.current_stream(self.first.device)
+            current.wait_stream(self.last)
+            self.last = current
         behind = (0, self.length - input_ids.shape[1])
         mask = torch.ones_like(input_ids) if mask is None else mask
         self.input_ids.copy_(torch.nn.functional.pad(input_ids, behind), non_blocking=True)

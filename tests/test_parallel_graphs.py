@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from openvla import graphs_openvla
 from openvla.parallel_graphs_openvla import SequenceGraph
 
 
@@ -159,6 +161,21 @@ def test_memory_that_a_graph_uses_is_not_given_to_others(monkeypatch):
     assert model.prepare_for_inference().graphs
     assert len({reference.cdata for reference in Forgetful.used}) > 20
     assert not [reference for reference in Forgetful.used if reference.expired()]
+
+
+def test_threads_with_streams_of_their_own_wait_for_each_other(monkeypatch):
+    """A lock ends with what was asked for, and not with what was computed: the next one wrote into what is read."""
+    waits: list[tuple[str, str]] = []
+    streams = [SimpleNamespace(wait_stream=lambda other, name=name: waits.append((name, other))) for name in "abc"]
+    model = make()
+    model.prepare_for_inference(prompt_buckets=[16])
+    (graph,) = graphs_openvla._PREPARED[model].graphs
+    assert graph.last is graph.stream is None  # on a CPU
+    graph.last = streams[0]
+    for stream in streams[1:]:
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device, stream=stream: stream)
+        model.predict_action(**inputs_of(model, 1))
+    assert waits == [("b", streams[0]), ("c", streams[1])]
 
 
 class Moves(TorchDispatchMode):
