@@ -37,7 +37,7 @@ class AdapterWeights:
         # PEFT gives the name of the adapter to tensors of layers that it knows only.
         strange = [key for key in state_dict if NAMELESS.search(key)] if configs else []
         for name, config in configs.items():
-            loaded = {key: value for key, value in state_dict.items() if f".{name}." in f"{key}."}
+            loaded = {key: value for key, value in state_dict.items() if is_of(key, name)}
             if not loaded and not (strange and name == list(configs)[-1]):
                 continue
             _check_not_zero(name, loaded.values())
@@ -52,7 +52,7 @@ class AdapterWeights:
     def _check_complete(self, name: str, loaded: Iterable[str]) -> None:
         """Raise a `ValueError` if the weights that were loaded for an adapter are not those that it has here: the
         libraries warn of what is missing at the most, and a layer without its weights does nothing."""
-        own = {key for key, _ in self.named_parameters() if ".lora_" in key and f".{name}." in f"{key}."}
+        own = {key for key, _ in self.named_parameters() if ".lora_" in key and is_of(key, name)}
         found = {key for key in loaded if ".lora_" in key}
         problems = [
             f"{len(keys)} {problem}: {', '.join(sorted(keys)[:3])}{', ...' if len(keys) > 3 else ''}"
@@ -74,7 +74,7 @@ class AdapterWeights:
 
     def _check_values(self, name: str) -> None:
         """Raise a `ValueError` if the weights of an adapter that was just loaded have no values."""
-        own = [value for key, value in self.named_parameters() if f".{name}." in f"{key}."]
+        own = [value for key, value in self.named_parameters() if is_of(key, name)]
         if self.device.type != "meta" and any(value.is_meta for value in own):
             why = f"Weights of the adapter '{name}' have no values: they are on layers that are offloaded"
             config = self.__dict__["_peft_config"][name]
@@ -119,9 +119,15 @@ def with_adapter_name(names: Iterable[str], adapter: str) -> list[str]:
     """Names of stored tensors as a model has them: X.lora_A.weight is X.lora_A.NAME.weight there."""
     own = (name.removeprefix("base_model.model.").removeprefix("model.") for name in names)
     return [
-        re.sub(r"(\.lora_\w+)", rf"\1.{adapter}", name, count=1) if f".{adapter}." not in f"{name}." else name
+        name if is_of(name, adapter) else re.sub(r"(\.lora_\w+)", lambda kind: f"{kind[0]}.{adapter}", name, count=1)
         for name in own
     ]
+
+
+def is_of(key: str, adapter: str) -> bool:
+    """Whether a tensor of the name `key` is of an adapter, whose name may be that of a part of the model, as "0" is."""
+    _, lora, after = key.partition(".lora_")  # A.NAME.weight
+    return f"{after.partition('.')[2]}.".startswith(f"{adapter}.") if lora else f".{adapter}." in f"{key}."
 
 
 def _check_not_zero(name: str, weights: Collection[torch.Tensor]) -> None:

@@ -62,10 +62,12 @@ def read_belongings(adapter: str | os.PathLike, **hub: Any) -> dict[str, Any]:
         found["norm_stats"] = read_statistics(statistics)
     elif "norm_stats" in found:
         check_statistics(found["norm_stats"], f"'{config}'")
-    if (processor := file("processor_config.json")) is not None:
-        found["processor"] = of_processor(read_json(processor))
-    elif (images := file("preprocessor_config.json")) is not None:
-        found["processor"] = of_processor({"image_processor": read_json(images)})
+    processor, pixels = file("processor_config.json"), file("preprocessor_config.json")
+    content = {} if processor is None else read_json(processor)
+    if "image_processor" not in content and pixels is not None:  # the published layout keeps it there
+        content["image_processor"] = read_json(pixels)
+    if said := {name: value for name, value in of_processor(content).items() if value}:
+        found["processor"] = {**found.get("processor", {}), **said}
     if images := found.get("processor", {}).get("image_processor"):
         file(STARTED)  # of a Hub id it is brought beside the others
         images |= pixels_of_older_run(Path(config).parent, images)

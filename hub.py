@@ -125,6 +125,7 @@ def config_of(model: str | os.PathLike, **told: Any) -> OpenVLAConfig:
 
 def statistics_of(folder: Path, config: OpenVLAConfig | None = None) -> dict[str, Any]:
     """Action statistics of a model folder: dataset_statistics.json, else those of its config; a `ValueError` without.
+    Of an adapter those that a model has which is loaded from it: of its adapter_config.json, else of its base.
 
     Args:
         config: Default: that of the folder.
@@ -132,6 +133,8 @@ def statistics_of(folder: Path, config: OpenVLAConfig | None = None) -> dict[str
     file = folder / "dataset_statistics.json"
     if file.is_file():
         return read_statistics(file)
+    if (adapter := find_adapter(folder)) is not None:
+        return read_belongings(adapter).get("norm_stats") or statistics_of(model_folder(find_base(adapter)))
     config = config or OpenVLAConfig.from_pretrained(folder)
     if not config.norm_stats:
         raise ValueError(

@@ -4,6 +4,7 @@ import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -250,7 +251,8 @@ class OpenVLAPreTrainedModel(QuantizedWeights, AdapterBelongings, ModelParts, Pr
         """Save weights under the published names, with the statistics beside them.
 
         A dataset_statistics.json of the folder is replaced (a warning says so if datasets of it are lost), but not by a
-        model that has no statistics.
+        model that has no statistics. A folder of OpenVLA-OFT gets the processor as well: its own files do not say which
+        pixels the model sees, and nothing tells any more once its config.json is replaced.
         """
         if kwargs.get("state_dict") is None:
             self._check_has_values()
@@ -264,6 +266,7 @@ class OpenVLAPreTrainedModel(QuantizedWeights, AdapterBelongings, ModelParts, Pr
             for name in (WEIGHTS_FILES[0], f"{WEIGHTS_FILES[0]}.index.json")
         )
         before = _written(index)
+        processor = self._processor_for(folder) if main else None
         try:
             super().save_pretrained(save_directory, **kwargs)
         except NotImplementedError as error:  # transformers 5.24: of weights that were stored so
@@ -277,6 +280,16 @@ class OpenVLAPreTrainedModel(QuantizedWeights, AdapterBelongings, ModelParts, Pr
             single.unlink(missing_ok=True)
         if main:
             self._save_statistics(folder)
+        if processor is not None:
+            processor.save_pretrained(folder)
+
+    def _processor_for(self, folder: Path) -> OpenVLAProcessor | None:
+        """What has to be saved beside the weights, read before the files that tell of it are replaced."""
+        oft = None
+        with suppress(ValueError):  # of a folder that does not tell what it is
+            oft = find_oft(folder, self.config.action_head)
+        known = self._source or self._processor_is_set
+        return self.processor if known and oft is not None else None
 
     def _upload_modified_files(self, working_dir, *args, **kwargs):
         self._save_statistics(Path(working_dir))  # before the library looks which files are to be uploaded

@@ -13,6 +13,9 @@ from transformers import AutoConfig, AutoModel
 
 import openvla
 from openvla import OpenVLAForActionPrediction, OpenVLAProcessor
+from openvla.hub import statistics_of
+from openvla.options.prediction import PredictOptions
+from openvla.prediction import predict
 from openvla.training import FinetuneOptions, finetune, merge_adapter
 
 
@@ -21,6 +24,7 @@ pytest.importorskip("accelerate", reason="training needs the [train] extra")
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMOS = Path(__file__).parent / "fixtures" / "demos"
+FRAME = Path(__file__).parent / "fixtures" / "goldens" / "images" / "img0.png"
 IMAGE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "processor_config.json")
 
@@ -528,3 +532,69 @@ def test_weights_learn_on_from_base_and_adapter(place):
     assert expected.keys() == found.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-3)
+
+
+# Folders with other files than those of a run, and unlucky names
+
+
+def adapter_alone(run: Path, **changes) -> Path:
+    """A folder with the two files of PEFT."""
+    folder = run.parent / "alone"
+    folder.mkdir()
+    shutil.copyfile(run / "adapter_model.safetensors", folder / "adapter_model.safetensors")
+    content = json.loads((run / "adapter_config.json").read_text()) | changes
+    (folder / "adapter_config.json").write_text(json.dumps(content))
+    return folder
+
+
+def predicted(model: Path) -> dict:
+    return predict(PredictOptions(image=[str(FRAME)], instruction="open the drawer", model=str(model)))
+
+
+def test_predict_has_the_units_of_an_adapter_alone(place):
+    alone = adapter_alone(place / "run")
+    assert predicted(alone)["unnorm_key"] == "mine"
+    assert predicted(alone)["action"] == predicted(place / "run")["action"]
+    assert statistics_of(alone) == statistics_of(place / "run")
+
+
+@pytest.mark.filterwarnings("ignore:The adapter came without action statistics")
+def test_an_adapter_without_units_has_those_that_count_for_its_base(place):
+    alone, file = adapter_alone(place / "run", auto_mapping=None), place / "base" / "dataset_statistics.json"
+    (known,) = json.loads(file.read_text()).values()
+    file.write_text(json.dumps({"theirs": known}))  # not what its config.json says
+    assert list(statistics_of(alone)) == ["theirs"] and predicted(alone)["unnorm_key"] == "theirs"
+
+
+def test_pixels_of_the_published_layout_beside_an_adapter(place):
+    run, file = place / "run", place / "run" / "processor_config.json"
+    pixels = json.loads(file.read_text())["image_processor"]
+    (run / "preprocessor_config.json").write_text(json.dumps(pixels | {"center_crop": 0.5}))
+    file.write_text(json.dumps({"processor_class": "PrismaticProcessor"}))
+    model = OpenVLAForActionPrediction.from_pretrained(run)
+    assert model.processor.image_processor.center_crop == 0.5
+    assert OpenVLAProcessor.from_pretrained(run).image_processor.center_crop == 0.5
+
+
+def test_a_processor_file_that_says_nothing_leaves_what_the_adapter_says(place):
+    run = place / "run"
+    expected = OpenVLAForActionPrediction.from_pretrained(run).processor.image_processor.to_dict()
+    (run / "processor_config.json").write_text(json.dumps({"processor_class": "PrismaticProcessor"}))
+    model = OpenVLAForActionPrediction.from_pretrained(run)
+    assert model.processor.image_processor.to_dict() == expected
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+@pytest.mark.parametrize("names", [("0", "1"), ("q_proj", "default"), ("lora_A",)])
+@pytest.mark.parametrize("of_peft", [False, True])
+def test_adapters_with_the_names_of_parts_of_the_model(place, names, of_peft):
+    run = place / "run"
+    expected = act(OpenVLAForActionPrediction.from_pretrained(run))
+    model = OpenVLAForActionPrediction.from_pretrained(place / "base")
+    if of_peft:
+        model = peft.PeftModel.from_pretrained(model, run, adapter_name=names[0])
+    for name in names[of_peft:]:
+        model.load_adapter(str(run), name)
+    if of_peft:
+        model.set_adapter(names[-1])
+    assert act(model) == expected
