@@ -50,9 +50,9 @@ def write_lerobot(
         raise FileExistsError(f"{folder} is not empty: give a new folder.")
     writer: LeRobotWriter | None = None
     try:
-        for episode in episodes:
-            writer = writer or LeRobotWriter(folder, with_numbers(episode), fps, image_format)
-            writer.add(with_numbers(episode))
+        for episode in map(with_numbers, episodes):
+            writer = writer or LeRobotWriter(folder, episode, fps, image_format)
+            writer.add(episode)
     finally:
         if writer is not None:
             writer.close()
