@@ -100,7 +100,10 @@ def _shards(index: Path) -> list[Path]:
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, Mapping) or not shards:
         raise ValueError(f"'{index}' has no weight_map: it was damaged, copy or download it again.")
-    return [index.parent / str(shard) for shard in sorted(set(shards.values()))]
+    names = sorted({str(shard) for shard in shards.values()})
+    if outside := [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]:
+        raise ValueError(f"'{index}' names '{outside[0]}', which is not in its folder: put all parts of the weights there.")
+    return [index.parent / name for name in names]
 
 
 def check_weight_file(file: Path, whole_numbers: bool = False) -> None:

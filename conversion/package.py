@@ -4,6 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
+from ..weights_openvla import check_weight_file
 from .hub_folder import (
     WEIGHTS_FILE,
     WEIGHTS_INDEX,
@@ -44,13 +45,17 @@ def package_checkpoint(
     """
     source, config, processor, statistics = open_model_folder(weights, revision, "which carries its own code as well")
     files = weight_files(source)
-    if getattr(config, "quantization_config", None) is None:  # packed weights have other names and shapes
+    if getattr(config, "quantization_config", None) is None:
         check_weights(config, {key: tensor.shape for key, tensor in read_weights(source).items()}, f"'{source}'")
+    for file in files:  # packed weights have other names and shapes
+        check_weight_file(file, whole_numbers=True)
 
     described = (config, processor, statistics)
     with new_model_folder(output, source, weights, *described, name=name, overwrite=overwrite) as folder:
         for file in files:
-            shutil.copyfile(file, folder / file.name)
+            target = folder / file.relative_to(source)  # as the index names it: may be in a folder below
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
         if files[0].name != WEIGHTS_FILE:
             shutil.copyfile(source / WEIGHTS_INDEX, folder / WEIGHTS_INDEX)
     return Path(output)
