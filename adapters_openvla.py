@@ -120,7 +120,7 @@ def find_adapter(model: str | os.PathLike, hub: Mapping[str, Any] = MappingProxy
     config = cached_file(os.fspath(model), ADAPTER, **options)
     if config is None:
         return None
-    read_json(config)  # says what is wrong with it
+    read_json(config, marked=False)  # says what is wrong with it
     for name in WEIGHTS_FILES:
         for file in (name, f"{name}.index.json"):
             if cached_file(os.fspath(model), file, **options) is not None:

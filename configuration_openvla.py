@@ -328,7 +328,7 @@ class OpenVLAConfig(transformers.PreTrainedConfig):
             if folder is not None and not file.is_file():
                 raise FileNotFoundError(no_config(file.parent))
         if file.is_file():
-            read_json(file)  # says what is wrong with it
+            read_json(file, marked=False)  # says what is wrong with it
         try:
             content, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         except OSError as error:

@@ -6,6 +6,7 @@ The standard library alone: model, data, training and clients read their JSON he
 import hashlib
 import json
 import os
+from codecs import BOM_UTF8
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -53,15 +54,17 @@ def check_file(path: str | os.PathLike, what: str = "file") -> Path:
     return path
 
 
-def read_json(path: str | os.PathLike, kind: type = dict) -> Any:
+def read_json(path: str | os.PathLike, kind: type = dict, marked: bool = True) -> Any:
     """Content of a JSON file, with or without a byte order mark.
 
     Args:
         kind: `dict` or `list`: what the file has to hold.
+        marked: It may begin with a byte order mark; False where another library reads it as well, which takes none.
 
     Raises:
         FileNotFoundError: If there is none.
-        ValueError: If it is empty, a Git LFS pointer, no JSON, or holds something else than `kind`.
+        ValueError: If it is empty, a Git LFS pointer, no JSON, holds something else than `kind`, or is not `marked` and
+            begins with such a mark.
     """
     path = check_file(path, "JSON file")
     try:
@@ -70,6 +73,11 @@ def read_json(path: str | os.PathLike, kind: type = dict) -> Any:
         raise ValueError(
             f"'{path}' is not valid JSON ({error}): it was damaged or cut off, copy or download it again."
         ) from error
+    if not marked and path.read_bytes().startswith(BOM_UTF8):
+        raise ValueError(
+            f"'{path}' begins with a byte order mark, as some editors write it, and other libraries do not read it so: "
+            "save it as UTF-8 without one."
+        )
     if not isinstance(content, kind):
         expected = "an object {...}" if kind is dict else "a list [...]"
         raise ValueError(f"'{path}' holds {json.dumps(content)[:60]}, expected {expected}.")

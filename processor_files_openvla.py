@@ -35,7 +35,7 @@ def check_processor_files(folder: Path) -> None:
             f"'{folder}' has no tokenizer.json: copy the tokenizer of the model beside its weights."
         )
     contents = {
-        name: read_json(folder / name)
+        name: read_json(folder / name, marked=False)
         for name in (*PROCESSOR_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
         if (folder / name).is_file()
     }
@@ -50,7 +50,7 @@ def check_processor_files(folder: Path) -> None:
 
 def check_tokenizer(folder: Path) -> None:
     """Raise an error that names tokenizer.json, if it is what could not be loaded: it is large, and read once."""
-    if not isinstance(read_json(folder / "tokenizer.json").get("model"), dict):
+    if not isinstance(read_json(folder / "tokenizer.json", marked=False).get("model"), dict):
         raise ValueError(f"'{folder / 'tokenizer.json'}' holds no tokenizer ('model'): copy or download it again.")
 
 

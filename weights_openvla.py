@@ -97,12 +97,14 @@ def find_weight_files(folder: Path, names: Iterable[str] = WEIGHTS_FILES, varian
 
 def _shards(index: Path) -> list[Path]:
     """The files that an index names, in order; a `ValueError` if it is damaged."""
-    shards = read_json(index).get("weight_map")
+    shards = read_json(index, marked=False).get("weight_map")
     if not isinstance(shards, Mapping) or not shards:
         raise ValueError(f"'{index}' has no weight_map: it was damaged, copy or download it again.")
     names = sorted({str(shard) for shard in shards.values()})
     if outside := [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]:
-        raise ValueError(f"'{index}' names '{outside[0]}', which is not in its folder: put all parts of the weights there.")
+        raise ValueError(
+            f"'{index}' names '{outside[0]}', which is not in its folder: put all parts of the weights there."
+        )
     return [index.parent / name for name in names]
 
 
@@ -176,7 +178,7 @@ def check_folder(name: str | os.PathLike, loading: Mapping[str, Any]) -> None:
         return
     folder /= loading.get("subfolder") or ""
     if (folder / "generation_config.json").is_file():
-        read_json(folder / "generation_config.json")  # the library passes over one that it cannot read
+        read_json(folder / "generation_config.json", marked=False)  # the library passes over one that it cannot read
     if loading.get("gguf_file") or loading.get("state_dict") is not None:
         return
     asked = {None: WEIGHTS_FILES, True: WEIGHTS_FILES[:1], False: WEIGHTS_FILES[1:]}

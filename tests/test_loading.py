@@ -313,6 +313,15 @@ def test_damaged_processor(folder, name, content):
         OpenVLAProcessor.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+                                  "preprocessor_config.json", "processor_config.json"])  # fmt: skip
+def test_a_byte_order_mark_that_the_library_does_not_read(folder, name):
+    """It passed over a generation_config.json with one silently."""
+    (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes())
+    with pytest.raises(ValueError, match=f"{name}' begins with a byte order mark"):
+        load(folder).processor  # noqa: B018 - loads it
+
+
 def test_missing_processor(folder, tmp_path):
     for name in ("tokenizer.json", "preprocessor_config.json"):
         (folder / name).rename(tmp_path / name)

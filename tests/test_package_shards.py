@@ -1,4 +1,4 @@
-"""Weights whose parts are not where the library writes them, and quantized ones that are damaged, are not packaged silently."""
+"""Packaged are weights whose parts lie in a folder below; damaged quantized ones and parts elsewhere are refused."""
 
 import json
 import shutil
