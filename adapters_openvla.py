@@ -176,6 +176,7 @@ def find_base(adapter: str | os.PathLike) -> str:
 
     Raises:
         FileNotFoundError: If the base is not there.
+        ValueError: If it is a Hub id, of which the adapter names another revision than "main".
     """
     folder = Path(adapter)
     config = read_json(folder / ADAPTER)
@@ -195,8 +196,14 @@ def find_base(adapter: str | os.PathLike) -> str:
     for candidate in candidates:
         if (candidate / "config.json").is_file():
             return str(candidate.resolve())
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return name  # a Hub id
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):  # a Hub id
+        if (revision := config.get("revision")) not in (None, "", "main"):  # PEFT's field, of the base
+            raise ValueError(
+                f"The adapter in '{folder}' was trained on revision '{revision}' of '{name}', and a base is taken as "
+                f"it is now: load, OpenVLAForActionPrediction.from_pretrained('{name}', revision='{revision}'), "
+                "then model.load_adapter(RUN); or download that revision and say `openvla merge RUN OUT --base FOLDER`."
+            )
+        return name
     raise FileNotFoundError(f"The base '{name}' of the adapter in '{folder}' was not found. {remedy}")
 
 

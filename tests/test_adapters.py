@@ -584,6 +584,15 @@ def test_a_processor_file_that_says_nothing_leaves_what_the_adapter_says(place):
     assert model.processor.image_processor.to_dict() == expected
 
 
+def test_another_revision_of_the_base_is_not_passed_over(place):
+    of_others = {"base_model_name_or_path": "me/base", "revision": "v2", "auto_mapping": None}
+    alone = adapter_alone(place / "run", **of_others)
+    with pytest.raises(ValueError, match="was trained on revision 'v2'"):
+        predicted(alone)
+    with pytest.raises(ValueError, match=r"was trained on revision 'v2' of 'me/base'.*revision='v2'\)"):
+        OpenVLAForActionPrediction.from_pretrained(alone)
+
+
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 @pytest.mark.parametrize("names", [("0", "1"), ("q_proj", "default"), ("lora_A",)])
 @pytest.mark.parametrize("of_peft", [False, True])
