@@ -58,16 +58,19 @@ def read_belongings(adapter: str | os.PathLike, **hub: Any) -> dict[str, Any]:
     if config is None:
         raise FileNotFoundError(f"'{adapter}' holds no adapter ({ADAPTER}): is it the output of a lora run?")
     found = belongings(read_json(config))
-    if (statistics := file("dataset_statistics.json")) is not None:
-        found["norm_stats"] = read_statistics(statistics)
-    elif "norm_stats" in found:
+    statistics = file("dataset_statistics.json")
+    if said := {} if statistics is None else read_statistics(statistics):
+        found["norm_stats"] = said
+    elif found.get("norm_stats"):
         check_statistics(found["norm_stats"], f"'{config}'")
+    else:  # an empty one says nothing, and would count as units that are known
+        found.pop("norm_stats", None)
     processor, pixels = file("processor_config.json"), file("preprocessor_config.json")
     content = {} if processor is None else read_json(processor)
     if "image_processor" not in content and pixels is not None:  # the published layout keeps it there
         content["image_processor"] = read_json(pixels)
-    if said := {name: value for name, value in of_processor(content).items() if value}:
-        found["processor"] = {**found.get("processor", {}), **said}
+    if shown := {name: value for name, value in of_processor(content).items() if value}:
+        found["processor"] = {**found.get("processor", {}), **shown}
     if images := found.get("processor", {}).get("image_processor"):
         file(STARTED)  # of a Hub id it is brought beside the others
         images |= pixels_of_older_run(Path(config).parent, images)

@@ -131,10 +131,11 @@ def statistics_of(folder: Path, config: OpenVLAConfig | None = None) -> dict[str
         config: Default: that of the folder.
     """
     file = folder / "dataset_statistics.json"
-    if file.is_file():
-        return read_statistics(file)
-    if (adapter := find_adapter(folder)) is not None:
+    found = read_statistics(file) if file.is_file() else {}
+    if not found and (adapter := find_adapter(folder)) is not None:
         return read_belongings(adapter).get("norm_stats") or statistics_of(model_folder(find_base(adapter)))
+    if file.is_file():
+        return found
     config = config or OpenVLAConfig.from_pretrained(folder)
     if not config.norm_stats:
         raise ValueError(

@@ -558,6 +558,17 @@ def test_predict_has_the_units_of_an_adapter_alone(place):
     assert statistics_of(alone) == statistics_of(place / "run")
 
 
+def test_empty_statistics_beside_an_adapter_say_nothing(place, expected):
+    run = place / "run"
+    (run / "dataset_statistics.json").write_text("{}")
+    assert act(OpenVLAForActionPrediction.from_pretrained(run)) == expected
+    assert predicted(run)["unnorm_key"] == "mine"
+    file = run / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_mapping": None}))
+    with pytest.warns(UserWarning, match="came without action statistics"):
+        act(OpenVLAForActionPrediction.from_pretrained(run))
+
+
 @pytest.mark.filterwarnings("ignore:The adapter came without action statistics")
 def test_an_adapter_without_units_has_those_that_count_for_its_base(place):
     alone, file = adapter_alone(place / "run", auto_mapping=None), place / "base" / "dataset_statistics.json"
