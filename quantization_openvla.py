@@ -347,7 +347,9 @@ class QuantizedWeights:
     def dequantize(self, dtype: torch.dtype | None = None):
         """As in every model of the library: plain layers, in the type of the model where none is given."""
         # The library takes config.dtype: of before a cast, and a text once the model was saved (5.4 to 5.24).
-        return super().dequantize(dtype or self.dtype)  # type: ignore[misc]
+        plain = super().dequantize(dtype or self.dtype)  # type: ignore[misc]
+        plain.__dict__.pop("_weight_conversions", None)  # to what was quantized: 5.4 would save by them, and cannot
+        return plain
 
     def to(self, *args, **kwargs):
         """As in every torch module; a model that bitsandbytes quantized stays where it was loaded."""
