@@ -19,6 +19,7 @@ from .float8_linear_openvla import Float8Linear, one, product_of_float8
 from .int4_linear_openvla import Int4Linear, product_of_tiles
 from .int8_linear_openvla import Int8Linear
 from .llama_openvla import Layer, LlamaSteps, as_function, is_plain, kept_of, norm, rotated
+from .products_openvla import Product
 from .quantized_linear_openvla import FLOAT8
 
 
@@ -48,8 +49,8 @@ class CompiledLayer(Layer):
     """A `Layer` of linear layers without biases, plain ones or ours of few bits. Plain weights are moved in memory:
     parts of one tensor for all products of the same input."""
 
-    def __init__(self, layer: Any, cache: torch.Tensor):
-        super().__init__(layer, cache)
+    def __init__(self, layer: Any, cache: torch.Tensor, product: Product = linear):
+        super().__init__(layer, cache, product)
         attention, mlp = layer.self_attn, layer.mlp
         self.inputs = weights_of(attention.q_proj, attention.k_proj, attention.v_proj)
         self.widths = [part.out_features for part in (attention.q_proj, attention.k_proj, attention.v_proj)]

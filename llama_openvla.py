@@ -21,6 +21,7 @@ from torch.nn import functional
 from transformers.models.llama import modeling_llama as llama
 
 from .decoding_openvla import EagerSteps, Prefix, Steps, check_rows
+from .products_openvla import LINEAR, Product, product_for
 
 
 PLACES = 64  # caches have a multiple of so many, to serve prompts of several lengths
@@ -144,16 +145,18 @@ def has_hooks(module: nn.Module) -> bool:
 class Layer:
     """What a pass calls of one layer of the library's Llama, looked up once for all passes of a prediction."""
 
-    def __init__(self, layer: Any, cache: torch.Tensor):
+    def __init__(self, layer: Any, cache: torch.Tensor, product: Product = functional.linear):
         attention, mlp = layer.self_attn, layer.mlp
         self.keys, self.values = cache
         self.query, self.key, self.value, self.output = (
-            as_function(getattr(attention, name)) for name in ("q_proj", "k_proj", "v_proj", "o_proj")
+            as_function(getattr(attention, name), product) for name in ("q_proj", "k_proj", "v_proj", "o_proj")
         )
         self.before_attention, self.before_mlp = layer.input_layernorm, layer.post_attention_layernorm
         self.mlp = mlp
         if type(mlp) is llama.LlamaMLP and is_plain(mlp):
-            gate, up, down = (as_function(getattr(mlp, name)) for name in ("gate_proj", "up_proj", "down_proj"))
+            gate, up, down = (
+                as_function(getattr(mlp, name), product) for name in ("gate_proj", "up_proj", "down_proj")
+            )
             self.mlp = lambda hidden: down(mlp.act_fn(gate(hidden)) * up(hidden))
         self.head_dim, self.scaling = attention.head_dim, attention.scaling
         self.groups, self.eager = attention.num_key_value_groups, attention.config._attn_implementation == "eager"
@@ -215,7 +218,8 @@ class LlamaSteps(Steps):
         batch, self.length = prefix.inputs_embeds.shape[:2]
         self.prefix, self.embed, self.norm = prefix, model.embed_tokens, model.norm
         used = model.layers[: model.config.num_hidden_layers]  # the cache may be of more
-        self.layers: list[Any] = [self.make_layer(layer, part[:, :batch]) for layer, part in zip(used, cache)]
+        product = product_for(prefix.inputs_embeds)
+        self.layers: list[Any] = [self.make_layer(layer, part[:, :batch], product) for layer, part in zip(used, cache)]
         lm_head = language_model.lm_head
 
         def logits(hidden: torch.Tensor) -> torch.Tensor:
@@ -224,10 +228,10 @@ class LlamaSteps(Steps):
             return of_all[..., first:end]
 
         self.logits: Callable[[torch.Tensor], torch.Tensor] = logits
-        if type(lm_head) is nn.Linear and lm_head.bias is None and is_plain(lm_head):
+        if type(lm_head) in LINEAR and lm_head.bias is None and is_plain(lm_head):
             check_rows(len(lm_head.weight), end)
             rows = lm_head.weight[first:end]
-            self.logits = lambda hidden: functional.linear(hidden, rows)
+            self.logits = lambda hidden: product(hidden, rows)
         self.total = self.length + num_tokens - 1  # the last token is not read
         padding = prefix.attention_mask
         self.ends: torch.Tensor | None = None  # (batch, 1) places of the last tokens of prompts that are padded behind
@@ -304,10 +308,10 @@ class LlamaSteps(Steps):
         return functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype) @ values
 
 
-def as_function(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+def as_function(module: nn.Module, product: Product = functional.linear) -> Callable[[torch.Tensor], torch.Tensor]:
     """What a call of a linear layer does, without the way through the module where nothing happens on it."""
-    if type(module) is nn.Linear and is_plain(module):
-        return partial(functional.linear, weight=module.weight, bias=module.bias)
+    if type(module) in LINEAR and is_plain(module):
+        return partial(product, weight=module.weight, bias=module.bias)
     return module
 
 

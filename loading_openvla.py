@@ -26,6 +26,7 @@ from .outputs_openvla import CACHE_NAMES
 from .parts_openvla import ModelParts
 from .processing_openvla import OpenVLAProcessor
 from .processor_files_openvla import HUB_KWARGS, hub_options
+from .products_openvla import take_fast_products
 from .quantization_openvla import (
     KNOWN_METHODS,
     QuantizedWeights,
@@ -135,6 +136,7 @@ class OpenVLAPreTrainedModel(QuantizedWeights, AdapterBelongings, ModelParts, Pr
         keep_split_blocks_from_packing(model)
         cast_unquantized(model)
         check_quantized(model, kwargs.get("quantization_config"), name)
+        take_fast_products(model)
         before = model.config.norm_stats if given is None else None
         if given is not None:
             model.config.norm_stats = given

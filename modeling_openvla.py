@@ -73,6 +73,7 @@ if TYPE_CHECKING:  # of a local folder transformers 5.4 and 5.5 copy no more fil
     from .pixels_openvla import load_image  # noqa: F401
     from .processing_openvla import OpenVLAProcessor  # noqa: F401
     from .processor_files_openvla import hub_options  # noqa: F401
+    from .products_openvla import take_fast_products  # noqa: F401
     from .prompts_openvla import check_prompt_ids  # noqa: F401
     from .quantization_openvla import take_quantization  # noqa: F401
     from .recordings_openvla import Recorded  # noqa: F401

@@ -321,10 +321,15 @@ def resize_lanczos3(image: np.ndarray, size: tuple[int, int] = (224, 224)) -> np
     """
     if image.shape[:2] == tuple(size):
         return image
-    pixels = image
-    for target in size:  # rows, then columns
-        pixels = _resize_rows(pixels, target).transpose(1, 0, 2)
-    return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
+    height, width = size
+    rows = _turned(_resize_rows(image, height))
+    return _turned(np.clip(np.rint(_resize_rows(rows, width)), 0, 255).astype(np.uint8))
+
+
+def _turned(pixels: np.ndarray) -> np.ndarray:
+    """(H, W, C) in one piece -> (W, H, C) in one piece, pixel by pixel: half the time of number by number."""
+    whole = pixels.view(np.dtype((np.void, pixels[0, 0].nbytes)))[..., 0]
+    return np.ascontiguousarray(whole.T).view(pixels.dtype).reshape(pixels.shape[1], pixels.shape[0], -1)
 
 
 def _resize_rows(pixels: np.ndarray, target: int) -> np.ndarray:

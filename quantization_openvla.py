@@ -17,6 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .float8_linear_openvla import Float8Linear
 from .int4_linear_openvla import Int4Linear
 from .int8_linear_openvla import Int8Linear
+from .products_openvla import LINEAR, Linear
 from .quantized_linear_openvla import QuantizedLinear, is_rounded
 
 
@@ -134,7 +135,7 @@ def linears_to_quantize(model: nn.Module, config: OpenVLAQuantizationConfig) -> 
     found = {
         name: module
         for name, module in model.named_modules()
-        if type(module) is nn.Linear and kind.fits(module.in_features) and not _is_part(name, kept)
+        if type(module) in LINEAR and kind.fits(module.in_features) and not _is_part(name, kept)
     }
     known: Any = model
     if not found:  # the folder, and every figure of it, would have a name that says otherwise
@@ -209,7 +210,7 @@ class OpenVLAQuantizer(HfQuantizer):
             if isinstance(module, QuantizedLinear):
                 weight = module.dequantize(dtype or model.dtype)
                 with torch.device("meta"):
-                    plain = nn.Linear(module.in_features, module.out_features, module.bias is not None)
+                    plain = Linear(module.in_features, module.out_features, module.bias is not None)
                 plain.weight, plain.bias = nn.Parameter(weight), module.bias  # type: ignore[assignment]
                 model.set_submodule(name, plain)
         return model

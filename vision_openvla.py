@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from .configuration_openvla import OpenVLAConfig
+from .products_openvla import product_for
 
 
 class LayerScale(nn.Module):
@@ -48,7 +49,7 @@ class PatchProjection(nn.Conv2d):
         rows, columns = pixels.shape[2] // side, pixels.shape[3] // side
         patches = pixels[:, :, : rows * side, : columns * side].unflatten(3, (columns, side)).unflatten(2, (rows, side))
         patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)  # (batch, rows, columns, 3 * side * side)
-        return nn.functional.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+        return product_for(patches)(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
 class LinspaceOnCPU(TorchFunctionMode):

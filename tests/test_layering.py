@@ -23,6 +23,7 @@ FLAT_FILES = [
     "image_processing_openvla",
     "processor_files_openvla",
     "processing_openvla",
+    "products_openvla",
     "vision_openvla",
     "patches_openvla",
     "embeddings_openvla",

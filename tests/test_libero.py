@@ -133,7 +133,7 @@ def test_a_model_of_oft_sees_both_cameras_and_the_state_and_its_chunk_is_execute
     (chunk,) = OpenVLAPolicy(model).act([observation])
     images = {"full_image": observation.images["image"], "wrist_image": observation.images["wrist_image"]}
     expected = model.predict_action(images, "turn on the stove", state=[1, 1, 1, 0, 0, 0, 0.04, -0.04])
-    np.testing.assert_allclose(chunk, expected, atol=1e-6)
+    np.testing.assert_allclose(chunk, expected, atol=1e-5)
     control, begun = BlockingControl(), len(world.asked)
     control.give(0, chunk, 0.0)
     for step in range(8):

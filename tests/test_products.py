@@ -1,0 +1,147 @@
+"""Products of linear layers by oneDNN: the numbers of torch's own, wherever they may be taken, and nowhere else."""
+
+import copy
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
+
+from openvla import OpenVLAForActionPrediction, products_openvla
+from openvla.bench.roofline import PRODUCTS
+from openvla.products_openvla import LARGE, Linear, onednn_linear, product_for, take_fast_products
+
+
+ROOT = Path(__file__).resolve().parents[1]
+onednn = pytest.mark.skipif(not products_openvla.has_fast_products(), reason="no AVX-512, or a torch without oneDNN")
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Rows of each product that was asked of oneDNN, also where it would not be taken."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("a torch without oneDNN")
+    rows = []
+
+    def product(hidden, weight, bias=None):
+        rows.append(hidden.shape[:-1].numel())
+        return onednn_linear(hidden, weight, bias)
+
+    monkeypatch.setattr(products_openvla, "has_fast_products", lambda: True)
+    monkeypatch.setattr(products_openvla, "onednn_linear", product)
+    return rows
+
+
+@pytest.mark.parametrize("shape", [(1, 24), (2, 7, 24), (67, 24), (3, 1, 24), (0, 24), (24,)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_numbers_are_those_of_torch(asked, shape, bias):
+    layer = Linear(24, 40, bias=bias)
+    hidden = torch.randn(shape)
+    expected = functional.linear(hidden, layer.weight, layer.bias)
+    with torch.inference_mode():
+        found = layer(hidden)
+    assert asked and found.shape == expected.shape and found.dtype == torch.float32
+    torch.testing.assert_close(found, expected.detach(), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_numbers_of_other_strides_and_large_weights(asked):
+    weight, bias = torch.randn(40, 24), torch.randn(40)
+    transposed = torch.randn(24, 40).t()
+    for hidden in (torch.randn(24, 60).t()[::2], torch.randn(1, 24).expand(9, 24), torch.randn(2, 9, 48)[..., ::2]):
+        for weights in (weight, transposed, torch.randn(80, 24)[::2]):
+            expected = functional.linear(hidden, weights, bias)
+            torch.testing.assert_close(onednn_linear(hidden, weights, bias), expected, atol=1e-5, rtol=1e-5)
+    large = torch.randn(LARGE // 512, 512)
+    for rows in (0, 1, 2):
+        hidden = torch.randn(rows, 512)
+        torch.testing.assert_close(onednn_linear(hidden, large), functional.linear(hidden, large), atol=3e-4, rtol=1e-4)
+
+
+def test_what_is_not_finite_stays_so(asked):
+    hidden = torch.ones(9, 24)
+    hidden[0, 0], hidden[1, 3] = torch.nan, torch.inf
+    with torch.no_grad():
+        found = onednn_linear(hidden, torch.rand(40, 24))
+    assert found[0].isnan().all() and found[1].isinf().all() and found[2:].isfinite().all()
+
+
+def test_who_needs_torch_has_it(asked):
+    layer, hidden = Linear(24, 40), torch.randn(9, 24)
+    layer(hidden).sum().backward()  # gradients
+    assert layer.weight.grad is not None
+    with torch.no_grad():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert layer(hidden).dtype == torch.bfloat16
+        with torch.backends.mkldnn.flags(enabled=False):
+            layer(hidden)
+        assert copy.deepcopy(layer).bfloat16()(hidden.bfloat16()).dtype == torch.bfloat16
+        with FakeTensorMode() as mode:
+            Linear(24, 40)(mode.from_tensor(hidden))
+        torch.jit.trace(layer, hidden, check_trace=False)
+        assert not asked
+        layer(hidden)
+        assert asked == [9]
+
+
+@pytest.mark.parametrize("wrong", [torch.randn(9, 23), torch.randn(9, 24).bfloat16(), torch.zeros(9, 24).long()])
+def test_errors_are_those_of_torch(asked, wrong):
+    layer = Linear(24, 40)
+    with torch.no_grad(), pytest.raises(RuntimeError) as expected:
+        functional.linear(wrong, layer.weight, layer.bias)
+    with torch.no_grad(), pytest.raises(RuntimeError) as found:
+        layer(wrong)
+    assert str(found.value) == str(expected.value)
+    half = Linear(24, 40).bfloat16()  # oneDNN would round its weights' products without a word
+    with torch.no_grad(), pytest.raises(RuntimeError, match="dtype|same"):
+        half(torch.randn(9, 24))
+    layer.bias = torch.nn.Parameter(torch.ones(1))  # torch adds it to all
+    with torch.no_grad():
+        torch.testing.assert_close(layer(torch.zeros(9, 24)), torch.ones(9, 40))
+
+
+def test_layers_of_a_loaded_model(small_policy, asked):
+    model = OpenVLAForActionPrediction.from_pretrained(small_policy)
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    assert {type(module) for module in layers} == {Linear} and len(layers) > 20
+    names = [*model.state_dict()]
+    assert [*copy.deepcopy(model).state_dict()] == names
+    again = pickle.loads(pickle.dumps(model.projector))  # a test's own bytes
+    assert type(again.fc1) is Linear
+
+    built = OpenVLAForActionPrediction(model.config)
+    assert not any(type(module) is Linear for module in built.modules())  # what quantizes while loading finds torch's
+    take_fast_products(built)
+    assert {type(module) for module in built.modules() if isinstance(module, torch.nn.Linear)} == {Linear}
+
+
+def test_predictions_are_those_of_torchs_products(monkeypatch):
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("a torch without oneDNN")
+    model = OpenVLAForActionPrediction.from_pretrained(ROOT).eval()
+    images = list(np.random.default_rng(0).integers(0, 256, (3, 96, 96, 3), dtype=np.uint8))
+    words = ["open the drawer", "push the puck to the goal", "close the window"]
+    found = []
+    for fast in (False, True):
+        monkeypatch.setattr(products_openvla, "has_fast_products", lambda fast=fast: fast)
+        single = [model.predict_action(*pair, return_dict=True) for pair in zip(images, words)]
+        batch = model.predict_action(images, words, return_dict=True)
+        draft = model.predict_action(images, words, draft=batch.token_ids.tolist(), return_dict=True)
+        assert batch.token_ids.tolist() == [one.token_ids.tolist() for one in single] == draft.token_ids.tolist()
+        found.append(batch)
+    assert found[0].token_ids.tolist() == found[1].token_ids.tolist()
+    np.testing.assert_allclose(found[0].token_probabilities, found[1].token_probabilities, atol=1e-4)
+
+
+@onednn
+@torch.no_grad()
+def test_it_is_used_and_counted():
+    hidden = torch.randn(9, 24)
+    assert product_for(hidden) is onednn_linear
+    with FlopCounterMode(display=False, custom_mapping=PRODUCTS) as counter:
+        Linear(24, 40)(hidden)
+    assert counter.get_total_flops() == 2 * 9 * 24 * 40
