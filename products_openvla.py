@@ -2,9 +2,11 @@
 
 torch hands such products to a BLAS that does not use all of every CPU: MKL multiplies at the rate of AVX2 on those of
 AMD that have AVX-512, half of what they can (docs/LOG.md). Half precision is oneDNN's anyway. Sums are added in another
-order than by `torch.nn.functional.linear`, and as exactly.
+order than by `torch.nn.functional.linear`, and as exactly. On
+CPUs of Intel, where MKL uses all it finds, torch's choice stays.
 """
 
+import platform
 from collections.abc import Callable
 from functools import cache
 
@@ -56,9 +58,19 @@ def product_for(like: torch.Tensor) -> Product:
 
 @cache
 def has_fast_products() -> bool:
-    """Whether this computer has AVX-512, and its torch oneDNN."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    return capability == "AVX512" and torch.backends.mkldnn.is_available()
+    """Whether oneDNN was measured to be faster here: torch has MKL, and the CPU is one of AMD with AVX-512."""
+    backends = torch.backends
+    able = backends.cpu.get_cpu_capability() == "AVX512" and backends.mkldnn.is_available()
+    return able and backends.mkl.is_available() and "AuthenticAMD" in processor()
+
+
+def processor() -> str:
+    """What the system says of the CPU, its maker among it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as told:  # Linux, where `platform` says no more
+            return told.read(4096)  # than x86_64
+    except OSError:
+        return platform.processor()
 
 
 def onednn_linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

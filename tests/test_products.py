@@ -17,7 +17,7 @@ from openvla.products_openvla import LARGE, Linear, onednn_linear, product_for, 
 
 
 ROOT = Path(__file__).resolve().parents[1]
-onednn = pytest.mark.skipif(not products_openvla.has_fast_products(), reason="no AVX-512, or a torch without oneDNN")
+onednn = pytest.mark.skipif(not products_openvla.has_fast_products(), reason="a CPU or a torch on which MKL multiplies")
 
 
 @pytest.fixture
@@ -135,6 +135,28 @@ def test_predictions_are_those_of_torchs_products(monkeypatch):
         found.append(batch)
     assert found[0].token_ids.tolist() == found[1].token_ids.tolist()
     np.testing.assert_allclose(found[0].token_probabilities, found[1].token_probabilities, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "capability, mkl, maker, expected",
+    [
+        ("AVX512", True, "vendor_id : AuthenticAMD", True),
+        ("AVX512", True, "vendor_id : GenuineIntel", False),
+        ("AVX512", True, "", False),
+        ("AVX2", True, "vendor_id : AuthenticAMD", False),
+        ("AVX512", False, "vendor_id : AuthenticAMD", False),
+    ],
+)
+def test_where_it_was_measured(monkeypatch, capability, mkl, maker, expected):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(products_openvla, "processor", lambda: maker)
+    assert products_openvla.has_fast_products.__wrapped__() is expected
+
+
+def test_the_system_tells_the_cpu():
+    assert products_openvla.processor()
 
 
 @onednn
