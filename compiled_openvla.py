@@ -40,7 +40,8 @@ def why_not_compiled(language_model: Any) -> str:
         plain = all(as_function(module) is not module for module in linears)
         if not (plain or all(map(is_fast, linears))) or any(module.bias is not None for module in linears):
             return "its linear layers are quantized in a way without fast kernels, adapted, watched or have biases"
-        if len({(type(module), module.weight.dtype, module.weight.device) for module in linears}) > 1:
+        kinds = [nn.Linear if plain else type(module) for module in linears]
+        if len({(kind, part.weight.dtype, part.weight.device) for kind, part in zip(kinds, linears)}) > 1:
             return "its weights are of several types or on several devices"
     return ""
 

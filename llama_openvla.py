@@ -21,7 +21,7 @@ from torch.nn import functional
 from transformers.models.llama import modeling_llama as llama
 
 from .decoding_openvla import EagerSteps, Prefix, Steps, check_rows
-from .products_openvla import LINEAR, Product, product_for
+from .products_openvla import LINEAR, Product, fits, product_for
 
 
 PLACES = 64  # caches have a multiple of so many, to serve prompts of several lengths
@@ -231,7 +231,8 @@ class LlamaSteps(Steps):
         if type(lm_head) in LINEAR and lm_head.bias is None and is_plain(lm_head):
             check_rows(len(lm_head.weight), end)
             rows = lm_head.weight[first:end]
-            self.logits = lambda hidden: product(hidden, rows)
+            of_rows = product if fits(rows) else functional.linear
+            self.logits = lambda hidden: of_rows(hidden, rows)
         self.total = self.length + num_tokens - 1  # the last token is not read
         padding = prefix.attention_mask
         self.ends: torch.Tensor | None = None  # (batch, 1) places of the last tokens of prompts that are padded behind
@@ -310,7 +311,8 @@ class LlamaSteps(Steps):
 
 def as_function(module: nn.Module, product: Product = functional.linear) -> Callable[[torch.Tensor], torch.Tensor]:
     """What a call of a linear layer does, without the way through the module where nothing happens on it."""
-    if type(module) in LINEAR and is_plain(module):
+    if isinstance(module, nn.Linear) and type(module) in LINEAR and is_plain(module):
+        product = product if fits(module.weight, module.bias) else functional.linear
         return partial(product, weight=module.weight, bias=module.bias)
     return module
 

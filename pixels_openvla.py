@@ -328,7 +328,7 @@ def resize_lanczos3(image: np.ndarray, size: tuple[int, int] = (224, 224)) -> np
 
 def _turned(pixels: np.ndarray) -> np.ndarray:
     """(H, W, C) in one piece -> (W, H, C) in one piece, pixel by pixel: half the time of number by number."""
-    whole = pixels.view(np.dtype((np.void, pixels[0, 0].nbytes)))[..., 0]
+    whole = pixels.view(np.dtype((np.void, pixels.itemsize * pixels.shape[2])))[..., 0]
     return np.ascontiguousarray(whole.T).view(pixels.dtype).reshape(pixels.shape[1], pixels.shape[0], -1)
 
 

@@ -1,22 +1,23 @@
 """Products with the weights of linear layers, in float32 on a CPU by oneDNN where it is faster than torch's own choice.
 
-torch hands such products to a BLAS that does not use all of every CPU: MKL multiplies at the rate of AVX2 on those of
-AMD that have AVX-512, half of what they can (docs/LOG.md). Half precision is oneDNN's anyway. Sums are added in another
-order than by `torch.nn.functional.linear`, and as exactly. On
-CPUs of Intel, where MKL uses all it finds, torch's choice stays.
+torch hands such products to MKL, which multiplies at the rate of AVX2 on CPUs of AMD that have AVX-512: half of what
+they can (docs/LOG.md). Half precision is oneDNN's anyway. Sums are added in another order than by
+`torch.nn.functional.linear`, whose rounding is up to two times smaller. On CPUs of Intel torch's choice stays.
 """
 
 import platform
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn import functional
 
 
-MANY_ROWS = 5  # from here on oneDNN is faster, also with small weights
-LARGE = 1 << 21  # numbers of weights that come from the memory and from no cache: faster for any number of rows
+MANY_ROWS, MANY_PRODUCTS = 5, 1 << 20  # of one multiplication: for less, MKL's shorter calls are faster
+MOST_SHAPES = 128  # of multiplications: oneDNN keeps up to 0.8 MB of code for each, and never lets go of it
 
 Product = Callable[..., torch.Tensor]  # as `torch.nn.functional.linear`
 
@@ -25,7 +26,7 @@ class Linear(nn.Linear):
     """torch's, with the fastest product for what it is given."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return product_for(input)(input, self.weight, self.bias)
+        return product_for(input, self.weight, self.bias)(input, self.weight, self.bias)
 
 
 LINEAR = (nn.Linear, Linear)  # the classes of layers that are this product and no more
@@ -39,21 +40,39 @@ def take_fast_products(model: nn.Module) -> None:
             module.__class__ = Linear
 
 
-def product_for(like: torch.Tensor) -> Product:
+def product_for(like: torch.Tensor, *parameters: Any) -> Product:
     """How activations as these are multiplied fastest: `onednn_linear`, or `torch.nn.functional.linear` where it is as
-    fast, or alone knows what is to be known: gradients, autocast, compiling and exporting, tensors of other classes."""
+    fast, or alone knows what is to be known: gradients, autocast, compiling and exporting, tensors of other classes.
+
+    Args:
+        parameters: Weight and bias; without them ask `fits` before each product.
+    """
     fast = (
-        not torch.compiler.is_compiling()
+        type(like) is torch.Tensor
+        and not torch.compiler.is_compiling()
         and not torch.is_grad_enabled()
         and like.dtype == torch.float32
         and like.device.type == "cpu"
-        and type(like) is torch.Tensor
+        and like.layout is torch.strided
+        and like.ndim > 1
         and not torch.is_autocast_enabled("cpu")
         and not torch.jit.is_tracing()
         and torch._C._get_mkldnn_enabled()
+        and getattr(forward_ad, "_current_level", -1) < 0
         and has_fast_products()
+        and (not parameters or fits(*parameters))
     )
     return onednn_linear if fast else functional.linear
+
+
+def fits(weight: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
+    """Whether `onednn_linear` reads such weights as torch does."""
+    for tensor in (weight,) if bias is None else (weight, bias):
+        plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout is torch.strided
+        if not plain or tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+            return False
+    # Of a bias it reads the memory, whatever the strides are.
+    return weight.ndim == 2 and (bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous()))
 
 
 @cache
@@ -73,13 +92,30 @@ def processor() -> str:
         return platform.processor()
 
 
+_SHAPES: set[tuple[int, ...]] = set()
+
+
 def onednn_linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`torch.nn.functional.linear` of float32 on a CPU, without gradients."""
-    few = hidden.numel() < MANY_ROWS * hidden.shape[-1] and weight.numel() < LARGE
-    of_torch = weight.dtype != torch.float32 or hidden.shape[-1] != weight.shape[-1]  # torch has the words for it
-    if few or of_torch or (bias is not None and bias.shape != weight.shape[:1]):
-        return functional.linear(hidden, weight, bias)
+    """`torch.nn.functional.linear` of what `product_for` and `fits` allow."""
+    outputs, inputs = weight.shape
+    rows = hidden.numel() // max(inputs, 1)
+    if rows < MANY_ROWS or rows * weight.numel() < MANY_PRODUCTS or hidden.shape[-1] != inputs:
+        return functional.linear(hidden, weight, bias)  # the last for torch's error
+    shape = (rows, outputs, inputs, bias is None)
+    if shape not in _SHAPES:
+        if len(_SHAPES) >= MOST_SHAPES:
+            return functional.linear(hidden, weight, bias)
+        _SHAPES.add(shape)
     return torch.ops.mkldnn._linear_pointwise(hidden, weight, bias, "none", [], "")
 
 
-__all__ = ["LINEAR", "Linear", "Product", "has_fast_products", "onednn_linear", "product_for", "take_fast_products"]
+__all__ = [
+    "LINEAR",
+    "Linear",
+    "Product",
+    "fits",
+    "has_fast_products",
+    "onednn_linear",
+    "product_for",
+    "take_fast_products",
+]

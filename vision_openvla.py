@@ -49,7 +49,8 @@ class PatchProjection(nn.Conv2d):
         rows, columns = pixels.shape[2] // side, pixels.shape[3] // side
         patches = pixels[:, :, : rows * side, : columns * side].unflatten(3, (columns, side)).unflatten(2, (rows, side))
         patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)  # (batch, rows, columns, 3 * side * side)
-        return product_for(patches)(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+        weight = self.weight.flatten(1)
+        return product_for(patches, weight, self.bias)(patches, weight, self.bias).permute(0, 3, 1, 2)
 
 
 class LinspaceOnCPU(TorchFunctionMode):

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from ..device import synchronize
-from ..products_openvla import has_fast_products, product_for
+from ..products_openvla import product_for
 from ..quantized_linear_openvla import is_rounded
 from ..stages_openvla import watch_stages
 
@@ -62,7 +62,7 @@ def count_work(model: Any, predict: Callable[[], Any]) -> dict[str, dict[str, fl
 
     @contextmanager
     def watcher(name: str) -> Iterator[None]:
-        with FlopCounterMode(display=False, custom_mapping=PRODUCTS) as counter:
+        with FlopCounterMode(display=False) as counter:
             yield
         found = work.setdefault(name, {"gflop": 0.0, "gbyte": 0.0})
         found["gflop"] += math.nan if name in unknown else counter.get_total_flops() / 1e9
@@ -77,8 +77,8 @@ def _flops_of_linear(hidden: tuple[int, ...], weight: tuple[int, ...], *_: Any, 
     return 2 * math.prod(hidden) * weight[0]
 
 
-# What torch does not count: `products_openvla.onednn_linear`.
-PRODUCTS = {torch.ops.mkldnn._linear_pointwise: _flops_of_linear} if has_fast_products() else {}
+if torch.backends.mkldnn.is_available():  # `products_openvla.onednn_linear`, of which torch counts none
+    register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_flops_of_linear)
 
 
 def _bytes(*modules: nn.Module) -> int:
