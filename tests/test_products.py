@@ -110,10 +110,10 @@ def test_parameters_that_onednn_reads_otherwise_are_torchs(asked):
     """It reads the memory of a bias, and the values of a tensor of another class or layout."""
     weight, hidden = torch.randn(40, 24), torch.randn(9, 24)
     biases = [torch.randn(80)[::2], torch.randn(1).expand(40), torch.ones(1), torch.randn(40, 2)[:, 0]]
-    for layer in (Linear(24, 40) for _ in range(1)):
-        for bias in biases:
-            layer.bias = torch.nn.Parameter(bias, requires_grad=False)
-            torch.testing.assert_close(layer(hidden), functional.linear(hidden, layer.weight, bias))
+    layer = Linear(24, 40)
+    for bias in biases:
+        layer.bias = torch.nn.Parameter(bias, requires_grad=False)
+        torch.testing.assert_close(layer(hidden), functional.linear(hidden, layer.weight, bias))
     for odd in (weight.as_subclass(Wrapped), weight.to_sparse_csr(), weight.to("meta"), weight.double()):
         layer = Linear(24, 40, bias=False)
         layer.weight = torch.nn.Parameter(odd, requires_grad=False)
@@ -169,6 +169,7 @@ def test_predictions_are_those_of_torchs_products(monkeypatch):
     model = OpenVLAForActionPrediction.from_pretrained(ROOT).eval()
     images = list(np.random.default_rng(0).integers(0, 256, (3, 96, 96, 3), dtype=np.uint8))
     words = ["open the drawer", "push the puck to the goal", "close the window"]
+    monkeypatch.setattr(products_openvla, "_SHAPES", set())
     found = []
     for fast in (False, True):
         monkeypatch.setattr(products_openvla, "has_fast_products", lambda fast=fast: fast)
@@ -177,6 +178,7 @@ def test_predictions_are_those_of_torchs_products(monkeypatch):
         draft = model.predict_action(images, words, draft=batch.token_ids.tolist(), return_dict=True)
         assert batch.token_ids.tolist() == [one.token_ids.tolist() for one in single] == draft.token_ids.tolist()
         found.append(batch)
+        assert bool(products_openvla._SHAPES) == fast
     assert found[0].token_ids.tolist() == found[1].token_ids.tolist()
     np.testing.assert_allclose(found[0].token_probabilities, found[1].token_probabilities, atol=1e-4)
 
