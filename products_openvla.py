@@ -5,6 +5,7 @@ they can (docs/LOG.md). Half precision is oneDNN's anyway. Sums are added in ano
 `torch.nn.functional.linear`, whose rounding is up to two times smaller. On CPUs of Intel torch's choice stays.
 """
 
+import os
 import platform
 from collections.abc import Callable
 from functools import cache
@@ -17,7 +18,12 @@ from torch.nn import functional
 
 
 MANY_ROWS, MANY_PRODUCTS = 5, 1 << 20  # of one multiplication: for less, MKL's shorter calls are faster
-MOST_SHAPES = 128  # of multiplications: oneDNN keeps up to 0.8 MB of code for each, and never lets go of it
+
+# oneDNN, and torch in front of it, keep code for each number of rows, up to 0.8 MB, of 1024 shapes each: a gigabyte in a
+# process that sees many lengths of prompts. Read at the first product of a process; to make code again takes 0.3 ms.
+MOST_SHAPES = 256
+for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(variable, str(MOST_SHAPES))
 
 Product = Callable[..., torch.Tensor]  # as `torch.nn.functional.linear`
 
@@ -92,20 +98,12 @@ def processor() -> str:
         return platform.processor()
 
 
-_SHAPES: set[tuple[int, ...]] = set()
-
-
 def onednn_linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`torch.nn.functional.linear` of what `product_for` and `fits` allow."""
     outputs, inputs = weight.shape
     rows = hidden.numel() // max(inputs, 1)
     if rows < MANY_ROWS or rows * weight.numel() < MANY_PRODUCTS or hidden.shape[-1] != inputs:
         return functional.linear(hidden, weight, bias)  # the last for torch's error
-    shape = (rows, outputs, inputs, bias is None)
-    if shape not in _SHAPES:
-        if len(_SHAPES) >= MOST_SHAPES:
-            return functional.linear(hidden, weight, bias)
-        _SHAPES.add(shape)
     return torch.ops.mkldnn._linear_pointwise(hidden, weight, bias, "none", [], "")
 
 

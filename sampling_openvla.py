@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -106,7 +107,7 @@ def read_sampling(
                 options.setdefault(name, value)
             elif sampling[name] is None:
                 sampling[name] = value
-    known = {*vars(GenerationConfig()), *GENERATE_KEYWORDS}
+    known = _known_options()
     for name, value in options.items():
         value = value.item() if isinstance(value, np.generic) else value
         if name not in known:
@@ -142,6 +143,11 @@ def read_sampling(
     check_generator(generator, device)
     temperature = 1.0 if sampling["temperature"] is None else float(sampling["temperature"])
     return Sampling(temperature, sampling["top_k"], sampling["top_p"], generator)
+
+
+@cache
+def _known_options() -> frozenset[str]:
+    return frozenset((*vars(GenerationConfig()), *GENERATE_KEYWORDS))
 
 
 def check_flags(**flags: Any) -> None:

@@ -2,8 +2,12 @@
 
 import contextlib
 import copy
+import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from openvla import OpenVLAForActionPrediction, products_openvla
 from openvla.bench import roofline  # noqa: F401 - it tells torch what such a product is
-from openvla.products_openvla import MOST_SHAPES, Linear, onednn_linear, product_for, take_fast_products
+from openvla.products_openvla import Linear, onednn_linear, product_for, take_fast_products
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,7 +39,6 @@ def asked(monkeypatch):
     monkeypatch.setattr(products_openvla, "has_fast_products", lambda: True)
     monkeypatch.setattr(products_openvla, "onednn_linear", product)
     monkeypatch.setattr(products_openvla, "MANY_PRODUCTS", 0)
-    monkeypatch.setattr(products_openvla, "_SHAPES", set())
     return rows
 
 
@@ -133,19 +136,48 @@ def test_forward_derivatives_without_gradients(asked):
     assert not asked
 
 
-@torch.no_grad()
-def test_code_that_it_keeps_is_bounded(asked, monkeypatch):
-    """oneDNN makes code for each number of rows, and keeps it: of 1600 numbers 3 GB."""
-    layer = Linear(24, 40)
-    for rows in range(5, 300):
-        hidden = torch.randn(rows, 24)
-        torch.testing.assert_close(layer(hidden), functional.linear(hidden, layer.weight, layer.bias))
-    assert len(products_openvla._SHAPES) == MOST_SHAPES
-    taken = []
-    monkeypatch.setattr(functional, "linear", lambda hidden, *_: taken.append(len(hidden)))
-    for rows in (2, 5, 100, 299):  # the first numbers keep theirs
-        layer(torch.randn(rows, 24))
-    assert taken == [2, 299]
+GROWTH = """
+import torch
+{first}
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 1e6
+torch.set_num_threads(1)
+weight, multiply = torch.randn(256, 672), torch.ops.mkldnn._linear_pointwise
+with torch.inference_mode():
+    for rows in range(8, 1200):
+        multiply(torch.ones(rows, 672), weight, None, "none", [], "")
+        before = resident() if rows == 8 else before
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux tells the memory of a process")
+def test_code_that_is_kept_is_bounded():
+    """oneDNN makes code for each number of rows: torch alone keeps most of a gigabyte of it."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("a torch without oneDNN")
+    environment = {name: value for name, value in os.environ.items() if name not in BOUNDS}
+    alone, bounded = (
+        float(run_python(GROWTH.format(first=first), environment)) for first in ("", "import openvla.products_openvla")
+    )
+    assert bounded < max(0.6 * alone, 100), (alone, bounded)
+
+
+BOUNDS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+
+
+def test_bounds_of_the_user_stay():
+    environment = {**os.environ, BOUNDS[0]: "7"}
+    environment.pop(BOUNDS[1], None)
+    told = run_python(
+        f"import os, openvla.products_openvla; print(*[os.environ[name] for name in {BOUNDS}])", environment
+    )
+    assert told.split() == ["7", str(products_openvla.MOST_SHAPES)]
+
+
+def run_python(program, environment):
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
 
 
 def test_layers_of_a_loaded_model(small_policy, asked):
@@ -169,8 +201,10 @@ def test_predictions_are_those_of_torchs_products(monkeypatch):
     model = OpenVLAForActionPrediction.from_pretrained(ROOT).eval()
     images = list(np.random.default_rng(0).integers(0, 256, (3, 96, 96, 3), dtype=np.uint8))
     words = ["open the drawer", "push the puck to the goal", "close the window"]
-    monkeypatch.setattr(products_openvla, "_SHAPES", set())
-    found = []
+    found, taken = [], []
+    multiply = torch.ops.mkldnn._linear_pointwise
+    operators = SimpleNamespace(_linear_pointwise=lambda *given: taken.append(1) or multiply(*given))
+    monkeypatch.setattr(torch.ops, "mkldnn", operators)
     for fast in (False, True):
         monkeypatch.setattr(products_openvla, "has_fast_products", lambda fast=fast: fast)
         single = [model.predict_action(*pair, return_dict=True) for pair in zip(images, words)]
@@ -178,7 +212,7 @@ def test_predictions_are_those_of_torchs_products(monkeypatch):
         draft = model.predict_action(images, words, draft=batch.token_ids.tolist(), return_dict=True)
         assert batch.token_ids.tolist() == [one.token_ids.tolist() for one in single] == draft.token_ids.tolist()
         found.append(batch)
-        assert bool(products_openvla._SHAPES) == fast
+        assert bool(taken) == fast
     assert found[0].token_ids.tolist() == found[1].token_ids.tolist()
     np.testing.assert_allclose(found[0].token_probabilities, found[1].token_probabilities, atol=1e-4)
 
