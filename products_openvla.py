@@ -19,8 +19,8 @@ from torch.nn import functional
 
 MANY_ROWS, MANY_PRODUCTS = 5, 1 << 20  # of one multiplication: for less, MKL's shorter calls are faster
 
-# oneDNN, and torch in front of it, keep code for each number of rows, up to 0.8 MB, of 1024 shapes each: a gigabyte in a
-# process that sees many lengths of prompts. Read at the first product of a process; to make code again takes 0.3 ms.
+# oneDNN, and torch in front of it, keep code for each number of rows, up to 0.8 MB, and for 1024 of them: a gigabyte in
+# a process that sees many lengths of prompts. Read at its first product; to make code again takes 0.3 ms.
 MOST_SHAPES = 256
 for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(variable, str(MOST_SHAPES))
