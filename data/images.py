@@ -36,7 +36,7 @@ def decode_image(data: bytes) -> np.ndarray:
         with Image.open(io.BytesIO(data)) as image:
             if image.mode.startswith(("I", "F")):
                 raise ValueError(f"its pixels are {image.mode!r} (depth?), not 8-bit colours")
-            return np.array(load_image(image))
+        return np.array(load_image(data))
     except UNREADABLE as error:
         raise ValueError(
             f"cannot decode an image of {len(data)} bytes that start with {data[:8]!r}: {error}"

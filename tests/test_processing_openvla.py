@@ -191,6 +191,48 @@ def test_files_that_break_when_they_are_read(photo):
                 load_image(image)
 
 
+def jpeg(image, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"restart_marker_blocks": 2}, {"optimize": True}], ids=str)
+def test_a_damaged_jpeg_is_no_picture(photo, options):
+    """libjpeg makes gray what is missing of it, and says nothing."""
+    data = jpeg(photo.resize((128, 96)), quality=95, **options)
+    half = len(data) // 2
+    damaged = {
+        "lost": data[:half] + data[half + half // 4 :],
+        "other bytes": data[:half] + b"\xff\xfe" * 40 + data[half + 80 :],
+        "no end": data[: half - 1] + b"\xff\xd9",
+    }
+    for given in damaged.values():
+        assert Image.open(io.BytesIO(given)).load() is not None
+        with pytest.raises(ValueError, match="it is damaged"):
+            load_image(given)
+
+
+def test_twice_the_same_part_of_a_jpeg_is_damage(photo):
+    data = jpeg(photo.resize((128, 96)), restart_marker_blocks=2)
+    first, second = (data.index(mark, data.index(b"\xff\xda")) for mark in (b"\xff\xd1", b"\xff\xd3"))
+    for given in (data[:second] + data[first:], data[:first] + data[second:]):
+        with pytest.raises(ValueError, match="missing or doubled"):
+            load_image(given)
+
+
+@pytest.mark.parametrize("size", [(2, 2), (17, 9), (128, 96)])
+@pytest.mark.parametrize(
+    "options", [{}, {"subsampling": 0}, {"progressive": True}, {"restart_marker_blocks": 1}], ids=str
+)
+def test_a_jpeg_as_cameras_write_it_is_read(photo, size, options):
+    for image in (photo.resize(size), Image.new("RGB", size, (128, 128, 128)), photo.resize(size).convert("L")):
+        data = jpeg(image, **options)
+        expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+        for given in (data, data + bytes(100), data[:-2] + bytes(20) + data[-2:], data[:-2] + b"\xff" + data[-2:]):
+            np.testing.assert_array_equal(pixels(given), expected)
+
+
 def test_nested_lists(photo):
     """What a JSON client sends."""
     small = np.asarray(photo.resize((6, 4)))

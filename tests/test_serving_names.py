@@ -199,6 +199,12 @@ def test_pixels_come_in_any_order(pixels):
     np.testing.assert_array_equal(call.request.observation.images["primary"], image(9))
 
 
+def damaged() -> bytes:
+    """A JPEG of whose middle a part is lost."""
+    data = wire.picture_file(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    return data[: len(data) // 2] + data[-len(data) // 4 :]
+
+
 GOOD = {"image": image(0), "prompt": "go"}
 REFUSED = {
     "two scenes": ({**GOOD, "observation/exterior_image_1_left": image(1)}, "could be 'primary'"),
@@ -224,6 +230,7 @@ REFUSED = {
     "dark or bright": ({**GOOD, "image": np.full((6, 9, 3), 1.5)}, "do not tell"),
     "negative pixels": ({**GOOD, "image": np.full((6, 9, 3), -1)}, "expected 0 to 255"),
     "no file": ({**GOOD, "image": b"GIF89a"}, "no JPEG or PNG"),
+    "damaged file": ({**GOOD, "image": damaged()}, "image 'image': .*it is damaged"),
     "no base64": ({**GOOD, "image": "frame.png"}, "base64"),
     "list": ({**GOOD, "image": [[0, 0], [0, 0]]}, "expected an array"),
     "no key": ({**GOOD, "unnorm_key": "bridge"}, "expected one of robot"),
