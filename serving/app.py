@@ -5,11 +5,12 @@ from contextlib import asynccontextmanager
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
 
 from ..options.serving import Limits
 from . import rest, websocket
 from .auth import OPEN_PATHS, Gate, checked_key, refusal_response
-from .contract import Engine, Refusal
+from .contract import BadRequest, Engine, NotThere, Refusal
 from .service import Service
 
 
@@ -64,6 +65,13 @@ def create_app(
     @app.exception_handler(Refusal)
     async def refused(request: Request, refusal: Refusal) -> JSONResponse:
         return refusal_response(refusal)
+
+    @app.exception_handler(HTTPException)
+    async def elsewhere(request: Request, error: HTTPException) -> JSONResponse:
+        """Another address, or another method than it has."""
+        said = f"{request.method} {request.url.path:.100}: {error.detail}. Actions are at POST /act, see /openapi.json."
+        code = NotThere.code if error.status_code == NotThere.status else BadRequest.code
+        return JSONResponse({"error": said, "code": code}, error.status_code, error.headers)
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> JSONResponse:

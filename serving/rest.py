@@ -60,11 +60,13 @@ def routes(service: Service) -> APIRouter:
         openapi_extra={"requestBody": request_body(service.info)},
     )  # fmt: skip
 
+    @router.head("/healthz", include_in_schema=False)
     @router.get("/healthz", response_class=PlainTextResponse)
     async def healthz() -> str:
         """Whether the server lives."""
         return "OK\n"
 
+    @router.head("/readyz", include_in_schema=False)
     @router.get("/readyz", responses={503: {"description": "It is starting or stopping, or the model hangs."}})
     async def readyz() -> JSONResponse:
         """Whether the server answers requests now."""

@@ -16,7 +16,8 @@ from fastapi import APIRouter, WebSocket
 from starlette.websockets import WebSocketDisconnect
 
 from . import wire
-from .contract import Answer, ModelInfo, Refusal
+from .auth import refuse
+from .contract import Answer, ModelInfo, NotThere, Refusal
 from .names import VIEW_OF, Call, Reset
 from .service import Service, content, metadata
 
@@ -38,6 +39,11 @@ def routes(service: Service) -> APIRouter:
         await Conversation(
             socket, service, found, lambda call, answer: answer.actions.astype(np.float32), lambda: RESET
         ).run()
+
+    @router.websocket("/{path:path}")  # starlette would say 403, as if a key were missing
+    async def elsewhere(socket: WebSocket, path: str) -> None:
+        said = f"/{path:.100}: there is no WebSocket here, but at / and {REALTIME}."
+        await refuse(NotThere(said), socket.scope, socket.receive, socket.send)
 
     return router
 

@@ -112,6 +112,14 @@ def _check_levels(value: Any) -> None:
         level = [entry for outer in level for entry in (outer.values() if isinstance(outer, dict) else outer)]
 
 
+def _texts(value: Any) -> Iterator[str]:
+    """All text in a value, names included."""
+    if isinstance(value, str):
+        yield value
+    for entry in (*value, *value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _texts(entry)
+
+
 def _sendable(entry: Any) -> np.ndarray | np.generic:
     if not isinstance(entry, (np.ndarray, np.generic)):
         raise TypeError(f"{type(entry).__name__} cannot be sent.")
@@ -223,6 +231,8 @@ def from_json(text: str | bytes) -> Any:
     counted = _Counted(_from_json)
     try:
         value = json.loads(data, object_pairs_hook=counted.made_map)
+        for text in _texts(value):  # JSON can write half a character, which no answer could repeat
+            text.isascii() or text.encode()
     except (ValueError, RecursionError) as error:
         raise ValueError(f"Not JSON: {error}") from error
     _check_levels(value)

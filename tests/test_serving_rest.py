@@ -159,6 +159,18 @@ def test_it_says_what_it_is(server, chunks):
     assert info["datasets"]["libero"]["names"][-1] == "gripper" and info["datasets"]["libero"]["spec_stated"] is False
 
 
+def test_who_only_looks_whether_it_lives_gets_no_body(server):
+    for path in ("/healthz", "/readyz"):
+        answer = server.head(path)
+        assert (answer.status_code, answer.content) == (200, b"")
+
+
+@pytest.mark.parametrize("ask, status", [(("GET", "/act"), 405), (("POST", "/predict"), 404), (("GET", "/docs"), 404)])
+def test_another_address_is_told_where_actions_are(server, ask, status):
+    answer = server.request(*ask)
+    assert answer.status_code == status and "POST /act" in answer.json()["error"] and answer.json()["code"]
+
+
 def test_it_is_not_ready_before_it_is_warm():
     engine = Engine(FakeModel(("primary",)))
     server = TestClient(create_app(engine), base_url="http://localhost")  # not started
@@ -231,6 +243,7 @@ BAD = {
     "empty instruction": {**GOOD, "instruction": " \n"},
     "instruction is a number": {**GOOD, "instruction": 5},
     "half a letter": {**GOOD, "instruction": "go \ud800"},
+    "half a letter in a name": {**GOOD, "\ud800": 1},
     "unknown key": {**GOOD, "unnorm_key": "no"},
     "key is a list": {**GOOD, "unnorm_key": ["robot"]},
     "unknown name": {**GOOD, "imgae": 1},

@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 from fake_serving import FakeModel, warm
-from starlette.testclient import TestClient
+from starlette.testclient import TestClient, WebSocketDenialResponse
 from starlette.websockets import WebSocketDisconnect
 
 from openvla.options.serving import Limits
@@ -97,6 +97,12 @@ def test_a_refusal_says_what_is_expected_and_closes_nothing(server, name):
         refusal = heard(socket)
         assert refusal["code"] == "bad_request" and "This model takes: images 'primary'" in refusal["error"]
         assert ask(socket, GOOD)["actions"].shape == (1, 7)
+
+
+def test_another_address_is_not_taken_for_a_missing_key(server):
+    with pytest.raises(WebSocketDenialResponse) as raised, server.websocket_connect(f"{ROOT}ws"):
+        pass
+    assert raised.value.status_code == 404 and REALTIME in raised.value.json()["error"]
 
 
 def test_a_refusal_says_which_request_it_is_of(server):
