@@ -20,7 +20,7 @@ from .files_openvla import QUIET, local_folder
 from .parts_openvla import PARTS, PARTS_FILE, asks_for_parts
 from .processing_openvla import OpenVLAProcessor
 from .processor_files_openvla import HUB_KWARGS, hub_options
-from .quantization_openvla import has_quantized_layers
+from .quantization_openvla import has_quantized_layers, leave_blocks_unpacked
 
 
 class AdapterBelongings(AdapterWeights):
@@ -47,6 +47,7 @@ class AdapterBelongings(AdapterWeights):
     def peft_config(self, value: dict[str, Any]) -> None:
         self.__dict__["_peft_config"] = value
         self._tuner_layers()
+        leave_blocks_unpacked(self)  # type: ignore[arg-type]
 
     @peft_config.deleter
     def peft_config(self) -> None:
@@ -86,6 +87,7 @@ class AdapterBelongings(AdapterWeights):
                 "An adapter is added to weights that are not rounded: load it on the base, merge it (`openvla merge "
                 "RUN OUT`) and quantize the result (`openvla quantize OUT SMALLER`); or model.dequantize() first."
             )
+        leave_blocks_unpacked(self)  # type: ignore[arg-type]  # DoRA reads weights while it is added
         name = adapter_name or "default"
         hub = hub_options(kwargs) | (kwargs.get("adapter_kwargs") or {})
         kwargs = {key: value for key, value in kwargs.items() if key not in HUB_KWARGS}

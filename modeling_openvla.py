@@ -45,7 +45,7 @@ from .modules_openvla import evaluation_mode, one_type
 from .outputs_openvla import CACHE, ActionPrediction, OpenVLAOutput, one_cache
 from .parallel_openvla import ActionSequence, action_sequence
 from .patches_openvla import IGNORE_INDEX, PatchLayout, find_placeholders
-from .quantized_linear_openvla import is_rounded
+from .quantized_linear_openvla import type_of_inputs
 from .sampling_openvla import Choice, check_flags, read_sampling
 from .stages_openvla import stage
 from .vision_openvla import OpenVLAProjector, OpenVLAVisionBackbone
@@ -124,8 +124,7 @@ class OpenVLAForActionPrediction(ActionVocabulary, OpenVLAGeneration, OpenVLAPre
         """(batch, cameras * 3 * towers, height, width) -> (batch, patches of all cameras, hidden), in type and on
         device of the model. `condition` (batch, hidden) is the mean embedding of each prompt's words, for FiLM."""
         features = self.vision_backbone(pixel_values.to(self.device), condition)
-        projector = next((p.dtype for p in self.projector.parameters() if not is_rounded(p)), features.dtype)
-        return self.projector(features.to(projector))
+        return self.projector(features.to(type_of_inputs(self.projector, features.dtype)))
 
     def _encode(
         self, pixel_values: torch.Tensor, proprio: torch.Tensor | None, condition: torch.Tensor | None = None
@@ -138,7 +137,8 @@ class OpenVLAForActionPrediction(ActionVocabulary, OpenVLAGeneration, OpenVLAPre
             raise ValueError(f"The state of the robot (proprio) has shape {found}, the model sees {expected}.")
         if proprio is None:
             return features
-        state = self.proprio_projector(proprio.to(features.device, self.proprio_projector.fc1.weight.dtype))
+        kind = type_of_inputs(self.proprio_projector.fc1, features.dtype)
+        state = self.proprio_projector(proprio.to(features.device, kind))
         return torch.cat([features, state.to(features)], dim=1)
 
     def _placeholders(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor | None:

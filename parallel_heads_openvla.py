@@ -18,6 +18,7 @@ from .inputs_openvla import ModelInputs
 from .outputs_openvla import ActionPrediction, OpenVLAOutput
 from .parallel_openvla import ActionSequence, time_embedding
 from .patches_openvla import IGNORE_INDEX
+from .quantized_linear_openvla import type_of_inputs
 from .sampling_openvla import Choice, check_generator
 from .token_head_openvla import Comparison, TokenHead, learned_labels
 
@@ -121,7 +122,8 @@ class ResidualMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(batch, K * A, hidden) -> (batch, K, A)."""
-        steps = hidden_states.unflatten(1, (-1, self.action_dim)).flatten(2).to(self.fc1.weight.dtype)
+        steps = hidden_states.unflatten(1, (-1, self.action_dim)).flatten(2)
+        steps = steps.to(type_of_inputs(self.fc1, steps.dtype))
         features = functional.relu(self.fc1(self.layer_norm1(steps)))
         for block in self.mlp_resnet_blocks:
             features = block(features)

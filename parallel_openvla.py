@@ -14,6 +14,7 @@ from torch import nn
 from transformers.masking_utils import create_bidirectional_mask
 
 from .patches_openvla import PatchLayout
+from .quantized_linear_openvla import type_of_inputs
 from .stages_openvla import stage
 
 
@@ -177,7 +178,7 @@ class NoisyActionProjector(nn.Module):
 
     def forward(self, numbers: torch.Tensor) -> torch.Tensor:
         """(batch, n) -> (batch, n, hidden)."""
-        numbers = numbers[..., None].to(self.fc1.weight.dtype)
+        numbers = numbers[..., None].to(type_of_inputs(self.fc1, numbers.dtype))
         return self.fc2(nn.functional.gelu(self.fc1(numbers)))
 
 

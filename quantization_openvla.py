@@ -347,6 +347,7 @@ class QuantizedWeights:
 
     def dequantize(self, dtype: torch.dtype | None = None):
         """As in every model of the library: plain layers, in the type of the model where none is given."""
+        unpack_blocks(self)  # type: ignore[arg-type]
         # The library takes config.dtype: of before a cast, and a text once the model was saved (5.4 to 5.24).
         plain = super().dequantize(dtype or self.dtype)  # type: ignore[misc]
         plain.__dict__.pop("_weight_conversions", None)  # to what was quantized: 5.4 would save by them, and cannot
@@ -374,13 +375,37 @@ class QuantizedWeights:
 
 
 def turn_block_scales_back(model: nn.Module) -> None:
-    """bitsandbytes 0.50 packs 4-bit weights when they first run on a CPU and, without double quantization, forgets to
-    turn the scales of their blocks back when it unpacks them for saving."""
-    for parameter in model.parameters():
-        state: Any = getattr(parameter, "quant_state", None)
-        packed = state is not None and getattr(state, "packing_format_for_cpu", False)
-        if packed and not state.original_nested and state.absmax.ndim == 2:
+    """bitsandbytes 0.50 packs 4-bit weights when they first run on a CPU with AVX512-BF16 and, without double
+    quantization, forgets to turn the scales of their blocks back when it unpacks them for saving."""
+    for layer in packed_layers(model):
+        state = layer.weight.quant_state
+        if not state.original_nested and state.absmax.ndim == 2:
             state.absmax = state.absmax.T.flatten().float()
+
+
+def unpack_blocks(model: nn.Module) -> None:
+    """Back to what bitsandbytes reads everywhere but in that product: what is packed it multiplies out as if it were
+    not, to other weights, silently (0.50)."""
+    for layer in packed_layers(model):
+        layer.weight.quant_state.original_nested = False  # scales of blocks stay as they are, and are not rounded again
+        turn_block_scales_back(layer)
+        layer.state_dict()  # unpacks
+
+
+def leave_blocks_unpacked(model: nn.Module) -> None:
+    """For what reads weights beside that product: adapters, which are merged into them and learn through them (packed,
+    they have wrong gradients)."""
+    unpack_blocks(model)
+    layer: Any
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+
+
+def packed_layers(model: nn.Module) -> list[Any]:
+    """Those of 4 bits that bitsandbytes has packed for a CPU."""
+    states = ((layer, getattr(layer._parameters.get("weight"), "quant_state", None)) for layer in model.modules())
+    return [layer for layer, state in states if getattr(state, "packing_format_for_cpu", False)]
 
 
 def keep_split_blocks_from_packing(model: nn.Module) -> None:
@@ -404,4 +429,4 @@ def cast_unquantized(model: nn.Module) -> None:
                 parameter.data = parameter.data.to(known.config.dtype or parameter.dtype)
 
 
-__all__ = ["NOT_QUANTIZED", "OpenVLAQuantizationConfig", "QuantizedWeights"]
+__all__ = ["NOT_QUANTIZED", "OpenVLAQuantizationConfig", "QuantizedWeights", "leave_blocks_unpacked"]

@@ -154,6 +154,12 @@ def is_rounded(weight: torch.Tensor) -> bool:
     return weight.dtype == FLOAT8 or not weight.is_floating_point()
 
 
+def type_of_inputs(module: nn.Module, otherwise: torch.dtype) -> torch.dtype:
+    """The type in which a module of weights takes numbers: theirs, of those that are not rounded; `otherwise` where
+    there are none. As numbers of 8 bits an input would be cut to whole ones, silently."""
+    return next((weight.dtype for weight in module.parameters() if not is_rounded(weight)), otherwise)
+
+
 def float_type(rows: torch.Tensor) -> torch.dtype:
     """The type in which unpacked weights are multiplied: that of the rows, or float32 where a CPU has no instructions
     for it, which is many times slower."""
@@ -179,4 +185,4 @@ def has_kernel(name: str, key: str, library: str = "aten") -> bool:
         return False
 
 
-__all__ = ["QuantizedLinear", "finite", "float_type", "has_kernel", "is_rounded", "kernel_of"]
+__all__ = ["QuantizedLinear", "finite", "float_type", "has_kernel", "is_rounded", "kernel_of", "type_of_inputs"]

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .configuration_openvla import OpenVLAConfig
 from .products_openvla import product_for
+from .quantized_linear_openvla import type_of_inputs
 
 
 class LayerScale(nn.Module):
@@ -161,7 +162,7 @@ def film_block(block: Block, features: torch.Tensor, condition: torch.Tensor) ->
         condition: (images, hidden).
     """
     features = features + block.drop_path1(block.ls1(block.attn(block.norm1(features))))
-    condition = condition.to(block.scale.weight.dtype)
+    condition = condition.to(type_of_inputs(block.scale, features.dtype))
     scale, shift = block.scale(condition)[:, None], block.shift(condition)[:, None]
     features = (features * (1 + scale) + shift).to(features.dtype)
     return features + block.drop_path2(block.ls2(block.mlp(block.norm2(features))))

@@ -230,3 +230,47 @@ def test_adapter_on_a_quantized_model():
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
     gradients = [parameter.grad for name, parameter in model.named_parameters() if "lora_" in name]
     assert any(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients)
+
+
+def packed(name: str) -> OpenVLAForActionPrediction:
+    """The embedded policy of 4 bits, as it is once it has run on a CPU with AVX512-BF16."""
+    pack = getattr(bitsandbytes.functional, "_convert_weight_packed_for_cpu", None)
+    if pack is None:
+        pytest.skip("this bitsandbytes packs nothing")
+    model = OpenVLAForActionPrediction.from_pretrained(ROOT, quantization_config=CONFIGS[name])
+    for module in model.modules():
+        fits = isinstance(module, bitsandbytes.nn.Linear4bit) and not (
+            module.in_features % 64 or module.out_features % 32
+        )
+        if fits:
+            module.weight.data, module.weight.quant_state = pack(module.weight.data, module.weight.quant_state)
+    return model
+
+
+PACKED = "packing_format_for_cpu"
+
+
+@pytest.mark.parametrize("name", ["nf4", "nf4 twice"])
+def test_weights_that_are_packed_for_a_cpu_are_given_back(name):
+    """bitsandbytes unpacks them to save them, and multiplies out what is packed as if it were not: an arm swung."""
+    expected = OpenVLAForActionPrediction.from_pretrained(ROOT, quantization_config=CONFIGS[name]).dequantize()
+    found = packed(name).dequantize().state_dict()
+    for key, value in expected.state_dict().items():
+        torch.testing.assert_close(found[key], value, rtol=0.01, atol=1e-6, msg=key)  # scales became bfloat16
+
+
+@pytest.mark.parametrize("name", ["nf4", "nf4 twice"])
+def test_adapters_are_added_to_weights_that_are_not_packed(name):
+    """Packed, they would be merged into other weights, and most of them had no gradients."""
+    model = packed(name)
+    peft.inject_adapter_in_model(peft.LoraConfig(r=4, target_modules=["q_proj"]), model)  # which adds nothing yet
+    image = torch.zeros(1, *model.vision_backbone.input_shape)
+    model.predict_action(input_ids=torch.tensor([[1, 5, 6]]), pixel_values=image)  # would pack them where it can
+    states = [weight.quant_state for weight in model.parameters() if hasattr(weight, "quant_state")]
+    assert states and not any(getattr(state, PACKED, False) for state in states)
+    for part in model.modules():
+        if isinstance(part, peft.tuners.lora.LoraLayer):
+            before = bitsandbytes.functional.dequantize_4bit(part.base_layer.weight.data, part.weight.quant_state)
+            part.merge()
+            after = bitsandbytes.functional.dequantize_4bit(part.base_layer.weight.data, part.weight.quant_state)
+            assert (after - before).abs().max() < 0.02 * before.abs().max()  # rounded again

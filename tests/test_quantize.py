@@ -11,6 +11,8 @@ import processes
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_llama_openvla import new_model, prompts
+from test_modeling_openvla import small_config
 from tiny import TINY, golden_image
 from transformers import BitsAndBytesConfig
 from typer.testing import CliRunner
@@ -21,6 +23,7 @@ from openvla.float8_linear_openvla import Float8Linear
 from openvla.int4_linear_openvla import Int4Linear
 from openvla.int8_linear_openvla import Int8Linear
 from openvla.policy import QUANTIZATIONS, load_model
+from openvla.products_openvla import Linear
 from openvla.quantization_openvla import (
     NEVER_QUANTIZED,
     OpenVLAQuantizationConfig,
@@ -162,6 +165,46 @@ def test_towers_and_projector_may_be_quantized(bits, plain, tmp_path):
     assert not any(part in name.split(".") for name in layers for part in NEVER_QUANTIZED)
     action = model.predict_action(PICTURE, "open the drawer")
     assert np.abs(action - plain.predict_action(PICTURE, "open the drawer")).max() < 0.3
+
+
+@pytest.fixture(scope="module")
+def modulated(tmp_path_factory):
+    """Folder of a small model with FiLM, the state and a head of its own, all of which its actions depend on."""
+    statistics = {"q01": [-1.0] * 7, "q99": [1.0] * 7}
+    model = new_model(
+        text_config={**small_config().text_config.to_dict(), "hidden_size": 64, "intermediate_size": 128},
+        action_head="l1_regression", action_dim=7, action_chunk=2, use_film=True, proprio_dim=7,
+        norm_stats={"robot": {"action": statistics, "proprio": statistics}},
+    )  # fmt: skip
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim == 2 and any(part in name for part in ("scale", "shift", "proprio", "action_head")):
+                weight.normal_(std=1.5 * weight.shape[1] ** -0.5)
+    folder = tmp_path_factory.mktemp("modulated")
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        *[{"quant_method": "openvla", "bits": bits, "modules_to_not_convert": NEVER_QUANTIZED} for bits in KINDS],
+        {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_skip_modules": ["lm_head"]},
+        {"quant_method": "bitsandbytes", "load_in_4bit": True, "llm_int8_skip_modules": ["lm_head"]},
+    ],
+    ids=["int8", "int4", "fp8", "bnb-int8", "bnb-fp4"],
+)
+def test_what_parts_of_few_bits_are_given_is_not_rounded_to_their_type(given, modulated):
+    """Words for FiLM, the state and what a head sees are floats, and as whole numbers nearly all of them zeros."""
+    if given["quant_method"] == "bitsandbytes":
+        pytest.importorskip("bitsandbytes", reason="needs the [quant] extra")
+    inputs = {**prompts(2), "state": np.linspace(-0.9, 0.9, 14).reshape(2, 7)}
+    model = load(modulated, quantization_config=given)
+    scale = model.get_submodule("vision_backbone.featurizer.blocks.0.scale")
+    assert type(scale) is not Linear
+    found = model.predict_action(**inputs)
+    expected = model.dequantize().predict_action(**inputs)
+    np.testing.assert_allclose(found, expected, atol=0.2)  # of numbers up to 4
 
 
 def test_drafts_ride_along(stored):

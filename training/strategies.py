@@ -222,9 +222,4 @@ def qlora(model: Any, **options: Any) -> nn.Module:
             "qlora needs a 4-bit base: load the model with from_pretrained(..., "
             "quantization_config=openvla.training.qlora_quantization())."
         )
-    for module in model.modules():
-        # bitsandbytes 0.50 packs weights at the first forward without gradients on a CPU with AVX512-BF16, and then
-        # gives wrong gradients for good: one evaluation would spoil the rest of the run.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
     return lora(prepare_model_for_kbit_training(model, use_gradient_checkpointing=False), **options)
