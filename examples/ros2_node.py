@@ -14,7 +14,7 @@ import numpy as np
 import rclpy
 from openvla_client import Audit, Limits, NoAction, connect
 from rclpy.node import Node
-from rclpy.qos import qos_profile_sensor_data
+from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import Image
 from std_msgs.msg import Float64MultiArray, String
 
@@ -36,7 +36,9 @@ class OpenVLANode(Node):
         self.image, self.seen_at = None, 0.0
         self.actions = self.create_publisher(Float64MultiArray, "action", 1)
         self.states = self.create_publisher(String, "state", 1)
-        self.create_subscription(Image, "image", self.on_image, qos_profile_sensor_data)
+        # The newest alone: of images that queue while a step waits, an old one would be taken for one that is seen now.
+        newest = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
+        self.create_subscription(Image, "image", self.on_image, newest)
         self.create_subscription(String, "instruction", self.on_instruction, 1)
         self.create_timer(1 / hz, self.on_step)
 

@@ -650,7 +650,8 @@ def test_a_guarded_client(scheme):
     assert len(set(sessions)) == 3 and [message["step"] for message in scripted.messages] == [0, 0, 0]
 
 
-def test_a_server_that_was_started_again_with_another_model():
+@pytest.mark.parametrize("change", ["places", "units", "name"])
+def test_a_server_that_was_started_again_with_another_model(change):
     """Of the same numbers, which mean something else."""
     scripted = Scripted(metadata(dims=7), answer=lambda message: right(message, dims=7))
     with scripted.running():
@@ -659,8 +660,9 @@ def test_a_server_that_was_started_again_with_another_model():
         seen = {"images": IMAGE, "instruction": "go"}
         assert guard.step(seen).source == "answer"
     with client:
-        other = metadata(dims=7)
-        other["datasets"]["robot"]["relative"] = [False] * 7
+        other = metadata(dims=7, **{"units": {"digest": "two"}, "name": {"model": "another"}}.get(change, {}))
+        if change == "places":
+            other["datasets"]["robot"]["relative"] = [False] * 7
         scripted.first = other
         with scripted.running(scripted.port):
             lines = []

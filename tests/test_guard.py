@@ -352,6 +352,8 @@ def test_a_function_and_short_chunks_commit_nothing():
         "motion",
         ["0.1", "0", "0", "1"],
         [True, False, False, True],
+        [0.1, 0, 0, True],
+        np.ma.masked_array([0.1, 0, 0, 1], [True, False, False, False]),  # a number of which nothing is known
         [1 + 2j, 0, 0, 0],
         [[0, 0, 0, 1], [0, 0]],
         {"actions": [0, 0, 0, 1]},
@@ -692,6 +694,14 @@ def test_limits_that_would_limit_nothing(given, message):
         Limits(**given)
 
 
+def test_limits_stay_what_was_checked():
+    step, place = {"x": 0.1}, {"z": np.array([0.0, 0.5])}
+    limits = Limits(step=step, place=place)
+    step["x"], place["z"][:] = np.nan, np.nan  # would be executed as they are
+    allowed, cut = limits.apply(np.array([5.0, 0, 0, 1]), POSE, np.array(still()), np.zeros(4))
+    assert cut == ["x"] and allowed.tolist() == [0.1, 0, 0, 1]
+
+
 # Audit ----------------------------------------------------------------------------------------------------------------
 
 
@@ -890,10 +900,22 @@ def test_limits_that_make_no_sense(options):
 
 def test_a_step_of_another_shape_is_no_step():
     bench = Bench(start=still(), wait=0)
-    for position in ([1, 2], [[1, 2, 3, 4]], ["1"] * 4, [True] * 4, [1j] * 4, [10**400] * 4, {"x": 1}, "1234", 4):
-        with pytest.raises(ValueError, match="^position=.*: expected 4 numbers"):
+    hidden = np.ma.masked_array([1.0, 2, 3, 4], [False, False, False, True])
+    for position in (
+        [1, 2],
+        [[1, 2, 3, 4]],
+        hidden,
+        ["1"] * 4,
+        [True] * 4,
+        [1j] * 4,
+        [10**400] * 4,
+        {"x": 1},
+        "1234",
+        4,
+    ):
+        with pytest.raises(ValueError, match="(?s)^position=.*: expected 4 numbers"):
             bench.step(position=position)
-        with pytest.raises(ValueError, match="^start=.*: expected 4 finite numbers"):
+        with pytest.raises(ValueError, match="(?s)^start=.*: expected 4 finite numbers"):
             bench.guard.reset(position)
     for seen_at in ("100", [100.0], np.datetime64("now"), np.timedelta64(100, "s"), True):
         with pytest.raises(ValueError, match="^seen_at=.*: expected seconds of the guard's clock"):

@@ -34,6 +34,7 @@ class Node:
 
     def create_subscription(self, kind, topic, callback, qos):
         self.subscribed[topic] = callback
+        assert qos == 1 or (qos.depth, qos.reliability) == (1, "best effort")
 
     def create_timer(self, period, callback):
         self.timers.append((period, callback))
@@ -49,7 +50,7 @@ def example(monkeypatch):
     contents = {
         "rclpy": {"init": None, "spin": None},
         "rclpy.node": {"Node": Node},
-        "rclpy.qos": {"qos_profile_sensor_data": object()},
+        "rclpy.qos": {"QoSProfile": message, "ReliabilityPolicy": SimpleNamespace(BEST_EFFORT="best effort")},
         "sensor_msgs": {},
         "sensor_msgs.msg": {"Image": message},
         "std_msgs": {},

@@ -53,7 +53,7 @@ def numbers(
     except (ValueError, TypeError):  # rows of several lengths
         array = np.array(None)
     good = array.dtype.kind in "iuf" and array.shape == (array.size if dims is None else dims,)  # no texts
-    good = good and not has_booleans(given)
+    good = good and not has_booleans(given) and not np.ma.is_masked(given)
     if not good or (finite and not np.isfinite(array).all()):
         expected = f"{'' if dims is None else f'{dims} '}{'finite ' if finite else ''}numbers"
         raise ValueError(f"{name}={given!r:.200}: expected {expected}.")

@@ -54,6 +54,10 @@ class Limits:
                     f"step={{{name!r}: {self.step[name]!r}}} with turn={{{name!r}: {turn!r}}} limits nothing: no "
                     "change is more than half a turn. Give both in the unit of the action."
                 )
+        # Copies: what is changed later in those that were given would not be checked.
+        object.__setattr__(self, "step", dict(self.step))
+        object.__setattr__(self, "place", {name: (bounds[0], bounds[1]) for name, bounds in self.place.items()})
+        object.__setattr__(self, "turn", dict(self.turn))
 
     def check(self, spec: ActionSpec) -> None:
         """Raise a `ValueError` for names that the robot's actions do not have, and for turns of changes."""

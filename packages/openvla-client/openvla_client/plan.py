@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from .checks import has_booleans
 from .transport import Ask, Reply
 
 
@@ -106,7 +107,7 @@ class Plan:
         except (ValueError, TypeError) as error:
             raise ValueError(f"no actions: {error}"[:500]) from error
         expected = f"({'A' if self.dims is None else self.dims},) or (K, {'A' if self.dims is None else self.dims})"
-        if actions.dtype.kind not in "iuf" or actions.ndim != 2:
+        if actions.dtype.kind not in "iuf" or actions.ndim != 2 or has_booleans(given) or np.ma.is_masked(given):
             raise ValueError(f"actions of {actions.dtype} {np.shape(given)}, expected numbers {expected}")
         if not (1 <= len(actions) <= self.LONGEST and actions.shape[1] >= 1 and self.dims in (None, actions.shape[1])):
             raise ValueError(f"actions of shape {actions.shape}, expected {expected}")
