@@ -171,10 +171,17 @@ def _write_graph(
 ) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch.export, about names of free sizes
-        program = torch.onnx.export(
-            module.eval(), example, dynamo=True, input_names=inputs, output_names=outputs, dynamic_shapes=free,
-            verbose=False,
-        )  # fmt: skip
+        try:
+            program = torch.onnx.export(
+                module.eval(), example, dynamo=True, input_names=inputs, output_names=outputs, dynamic_shapes=free,
+                verbose=False,
+            )  # fmt: skip
+        except torch.onnx.OnnxExporterError as error:
+            cause = error.__cause__ or error
+            raise ValueError(
+                f"This model cannot be exported to ONNX: torch {torch.__version__} makes no graph of it ({file.name}; "
+                f"{type(cause).__name__}: {str(cause).strip()[:300]}). Predict with openvla itself."
+            ) from error
     assert program is not None  # with dynamo=True
     program.model.metadata_props.clear()
     for node in program.model.graph.all_nodes():

@@ -280,7 +280,11 @@ def test_what_cannot_be_acted_on(policy, monkeypatch):
         (ValueError, "shorten the instruction", lambda: policy.act(image, "a drawer " * 200, state=STATE)),
         (ValueError, "one robot", lambda: policy.act([image] * 2, ["open", "close"], state=STATE)),
         (ValueError, "sees the state", lambda: policy.act(image, "open the drawer")),
-        (ValueError, "finite numbers", lambda: policy.act(image, "open the drawer", state=STATE * np.nan)),
+        (
+            ValueError,
+            "holds NaN or infinity, expected finite numbers",
+            lambda: policy.act(image, "open the drawer", state=STATE * np.nan),
+        ),
         (ValueError, "finite numbers", lambda: policy.act(image, "open the drawer", state=STATE[:7])),
         (ValueError, "expected 8 numbers", lambda: policy.act(image, "open the drawer", state=["1"] * 8)),
         (ValueError, "expected 8 numbers", lambda: policy.act(image, "open the drawer", state=STATE * 1j)),
@@ -466,6 +470,20 @@ def test_what_is_not_exported(small, tmp_path, monkeypatch):
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'openvla\[onnx\]'"):
         export_onnx(small, out)
     assert not out.exists()
+
+
+def test_a_language_model_that_torch_makes_no_graph_of(small, tmp_path, monkeypatch):
+    """Bloom, Falcon, Mixtral: a page of torch's exporter, which asked to file an issue there."""
+
+    def export(*_, **__):
+        raise torch.onnx.OnnxExporterError("This is step 1/3") from TypeError("no such shape")
+
+    monkeypatch.setattr(torch.onnx, "export", export)
+    with pytest.raises(
+        ValueError, match=r"makes no graph of it \(vision.onnx; TypeError: no such shape\). Predict with"
+    ):
+        export_onnx(small, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_graph_says_nothing_about_the_machine_it_was_made_on(exported):

@@ -289,7 +289,8 @@ class OnnxPolicy:
             raise ValueError(f"state={state!r:.100}: expected {expected} numbers.")
         numbers = numbers.astype(np.float64)
         if numbers.shape not in ((expected,), (1, expected)) or not np.isfinite(numbers).all():
-            raise ValueError(f"state has shape {numbers.shape}, expected finite numbers ({expected},).")
+            broken = "" if np.isfinite(numbers).all() else " and holds NaN or infinity"
+            raise ValueError(f"state has shape {numbers.shape}{broken}, expected finite numbers ({expected},).")
         row = normalize_state(numbers.reshape(-1), self.statistics, key, mode, self.constant_state)
         return row.astype(np.float32)[None]
 
