@@ -108,12 +108,15 @@ def is_plain_llama(language_model: Any) -> bool:
     layers = model.layers[: model.config.num_hidden_layers]
     if type(model.rotary_emb) is not llama.LlamaRotaryEmbedding or model.rotary_emb.rope_type not in STATIC_ROPE:
         return False
+    if not getattr(model.config, "is_causal", True):  # the library lets positions see what comes after them
+        return False
     modules = [language_model, model, model.norm]
     for layer in layers:
         modules += [layer, layer.self_attn, layer.input_layernorm, layer.post_attention_layernorm]
     kinds = {llama.LlamaForCausalLM, llama.LlamaModel, *LAYER}
     return all(type(module) in kinds and is_plain(module) for module in modules) and all(
-        layer.self_attn.config._attn_implementation in ("sdpa", "eager") for layer in layers
+        layer.self_attn.is_causal and layer.self_attn.config._attn_implementation in ("sdpa", "eager")
+        for layer in layers
     )
 
 

@@ -106,6 +106,8 @@ def check_exportable(config: OpenVLAConfig) -> None:
         problem = "its towers have FiLM, which sees the words of the prompt"
     elif changing := rope_types(text) - {*STATIC_ROPE}:
         problem = f"its rotary embedding depends on the length of a sequence (rope_type='{min(changing)}')"
+    elif not getattr(text, "is_causal", True) or getattr(text, "use_bidirectional_attention", None):
+        problem = "its language model sees behind a position as well (is_causal, use_bidirectional_attention)"
     elif window is not None and window < positions:
         problem = f"its language model sees {window} positions back only (sliding_window)"
     elif set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:

@@ -138,6 +138,8 @@ def test_what_the_library_computes_otherwise_is_left_to_it(model):
         lambda other: setattr(other.model, "norm", torch.nn.LayerNorm(8)),
         lambda other: setattr(other.model.rotary_emb, "rope_type", "dynamic"),
         lambda other: setattr(other.config, "_attn_implementation", "flex_attention"),
+        lambda other: setattr(other.config, "is_causal", False),
+        lambda other: setattr(other.model.layers[1].self_attn, "is_causal", False),
     ):
         other = copy.deepcopy(language_model)
         assert is_plain_llama(other)
@@ -152,6 +154,16 @@ def test_what_the_library_computes_otherwise_is_left_to_it(model):
         other = new_model(text_config={"model_type": kind, **sizes})
         assert not is_plain_llama(other.language_model)
         assert other.predict_action(**prompts(2)).shape == (2, 7)
+
+
+def test_prompts_that_see_what_comes_after_them(model):
+    """A field of the library for every model: own steps were causal whatever it said."""
+    causal = model.predict_action(**prompts(2), return_dict=True)
+    text = {**small_config().text_config.to_dict(), "is_causal": False}
+    other = OpenVLAForActionPrediction(small_config(text_config=text)).eval()
+    other.load_state_dict(model.state_dict())
+    found = check_equal(other, prompts(2))
+    assert found.tolist() != causal.token_ids.tolist()
 
 
 def test_fewer_layers_after_predictions_with_all(model):

@@ -447,6 +447,11 @@ def test_what_is_not_exported(small, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="sliding_window"):
         check_exportable(config)
     config.text_config.sliding_window = None
+    for field, value, causal in (("is_causal", False, True), ("use_bidirectional_attention", True, None)):
+        setattr(config.text_config, field, value)
+        with pytest.raises(ValueError, match="sees behind a position"):
+            check_exportable(config)
+        setattr(config.text_config, field, causal)
     for kind in ("dynamic", "longrope"):
         rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0}
         for parameters in (rope, {"full_attention": {"rope_type": "default"}, "sliding_attention": rope}):
