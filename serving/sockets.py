@@ -18,6 +18,10 @@ from .room import Room, Share
 TRY_AGAIN_LATER, TOO_BIG = 1013, 1009  # of WebSockets
 MOST_FRAGMENTS = 16_384  # of a message: 2 KiB each of the largest; empty ones take room that no byte of them counts
 QUICK_ACKNOWLEDGEMENT = getattr(socket, "TCP_QUICKACK", None)  # Linux; it holds until the next answer
+NO_WEBSOCKET = (
+    b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\nContent-Length: 57\r\n\r\n"
+    b"Upgrade: websocket came with what begins none, a GET does"
+)
 SMALL = 512  # bytes of a piece of a body: networks carry more at a time
 
 
@@ -69,6 +73,12 @@ class CountedSocket(WebSocketsSansIOProtocol):
         acknowledge(self.transport)
         super().data_received(data)
         self._count()
+
+    def handle_events(self) -> None:
+        super().handle_events()
+        if self.conn.handshake_exc is not None and not self.handshake_initiated:  # uvicorn answers nothing, ever
+            self.transport.write(NO_WEBSOCKET)
+            self.transport.close()
 
     def handle_cont(self, event: Frame) -> None:
         self._fragments += 1

@@ -287,6 +287,16 @@ def test_the_head_of_a_request_has_an_end(server):
         assert robot.recv(100).startswith(b"HTTP/1.1 400") or not robot.recv(100)
 
 
+@pytest.mark.parametrize("more", [b"Content-Length: 2", b"X: " + 9000 * b"x", b"\r\n".join([b"X: x"] * 200)])
+def test_what_begins_no_websocket_is_answered(server, more):
+    """It kept its place for ever: so many of them, and nobody else is let in."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as robot:
+        head = b"POST /act HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        robot.sendall(head + more + b"\r\n\r\n")
+        head, _, said = b"".join(iter(lambda: robot.recv(1000), b"")).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400") and f"Content-Length: {len(said)}".encode() in head
+
+
 def test_a_body_has_so_many_small_pieces(server):
     """Those of one byte kept the server busy for a second a megabyte, whether their sender may ask or not."""
     head = b"POST /act HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
