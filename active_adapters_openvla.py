@@ -14,7 +14,16 @@ from transformers.utils import cached_file, is_peft_available
 
 from .action_tokenizer import check_statistics, check_units
 from .adapter_weights_openvla import AdapterWeights, with_adapter_name
-from .adapters_openvla import KEY, OF_MODEL, adapter_names, belongings, check_base, read_belongings, with_belongings
+from .adapters_openvla import (
+    KEY,
+    OF_MODEL,
+    adapter_names,
+    belongings,
+    check_base,
+    check_name,
+    read_belongings,
+    with_belongings,
+)
 from .configuration_openvla import TRANSFORMERS, plain_statistics
 from .files_openvla import QUIET, local_folder
 from .parts_openvla import PARTS, PARTS_FILE, asks_for_parts
@@ -62,7 +71,8 @@ class AdapterBelongings(AdapterWeights):
             return
         try:  # the base is now what they make of it
             for config in merged:
-                self._check_known(config, configs)
+                self._check_adapter(config, configs)
+            self.__dict__["_holds_merged"] = True
             self._check_parts(merged, configs)
             self.__dict__.pop("_parts_owner", None)
             statistics, self._merged_processor = _together(merged, "norm_stats"), _together(merged, "processor")
@@ -281,10 +291,10 @@ class AdapterBelongings(AdapterWeights):
                 "(again) with model.load_adapter(RUN), or both with OpenVLAForActionPrediction.from_pretrained(RUN)."
             )
 
-    def _check_adapter(self, config: Any) -> None:
+    def _check_adapter(self, config: Any, configs: Mapping[str, Any] | None = None) -> None:
         """Raise a `ValueError` if the units of an adapter are not known; warn once if nothing is known of its training,
         or it had another base."""
-        self._check_known(config)
+        self._check_known(config, configs)
         if getattr(config, "_openvla_checked", False):
             return
         config._openvla_checked = True
@@ -299,9 +309,20 @@ class AdapterBelongings(AdapterWeights):
                 "model.load_adapter(folder), or set the norm_stats of the base model.",
                 stacklevel=3,
             )
-        problem = check_base(self.config.name_or_path, brought.get("base_digest")) if self.config.name_or_path else None
-        if problem:
+        if problem := self._problem_of_base(config):
             warnings.warn(f"{problem}.", stacklevel=3)
+
+    def _problem_of_base(self, config: Any) -> str | None:
+        """What is wrong, or cannot be told, if an adapter was trained on other weights; None of one just made."""
+        base, digest = self.config.name_or_path, belongings(config).get("base_digest")
+        if not base or not (digest or config.inference_mode):
+            return None
+        if "_holds_merged" in self.__dict__:
+            return (
+                f"An adapter was merged into the weights of '{base}' before, and nothing tells whether this one was "
+                "trained on what came of it: if not, load the base again, and this adapter alone"
+            )
+        return check_base(base, digest) if digest else check_name(base, config.base_model_name_or_path)
 
 
 def _at_work(layer: Any) -> list[str]:

@@ -110,8 +110,12 @@ class AdapterWeights:
             made = copied and not getattr(config, "_openvla_loaded", False)
             if not made or not belongings(config):
                 continue
-            if not others or any(_units(other) != _units(config) for other in others):
-                forget(config, f"The adapter '{name}' was made of others, which have other units or are gone")
+            known = {belongings(each).get("base_digest") for each in (config, *others)} - {None}
+            if not others or any(_meaning(other) != _meaning(config) for other in others) or len(known) > 1:
+                forget(
+                    config,
+                    f"The adapter '{name}' was made of others: their units, settings or bases differ, or are gone",
+                )
             config.auto_mapping, config._openvla_loaded = dict(config.auto_mapping), True
 
 
@@ -138,9 +142,9 @@ def _check_not_zero(name: str, weights: Collection[torch.Tensor]) -> None:
         )
 
 
-def _units(config: Any) -> tuple[Any, Any]:
+def _meaning(config: Any) -> list[Any]:
     brought = belongings(config)
-    return brought.get("norm_stats"), brought.get("processor")
+    return [brought.get(name) for name in ("norm_stats", "processor", "model")]
 
 
 def forget(config: Any, why: str) -> None:

@@ -60,6 +60,13 @@ def read_belongings(adapter: str | os.PathLike, **hub: Any) -> dict[str, Any]:
     found = belongings(read_json(config))
     statistics = file("dataset_statistics.json")
     if said := {} if statistics is None else read_statistics(statistics):
+        if found.get("norm_stats") and found["norm_stats"] != said:
+            warnings.warn(
+                f"'{statistics}' holds other statistics ({', '.join(said)}) than the adapter was trained with by its "
+                f"{ADAPTER} ({', '.join(found['norm_stats'])}): the file counts, and other units than those of the "
+                "training make wrong actions. If it is of another run, put back that of this one, or remove it.",
+                stacklevel=3,
+            )
         found["norm_stats"] = said
     elif found.get("norm_stats"):
         check_statistics(found["norm_stats"], f"'{config}'")
@@ -227,4 +234,20 @@ def check_base(base: str | os.PathLike, digest: str | None) -> str | None:
     )
 
 
-__all__ = ["belongings", "check_base", "find_adapter", "find_base", "name_base", "read_belongings"]
+def check_name(base: str, named: str | None) -> str | None:
+    """What cannot be told of `base` if an adapter names another one, and no digest; a folder is known by its last part,
+    as it may have been moved."""
+    try:
+        own = portable_model(base, base)
+    except FileNotFoundError:  # removed since it was loaded
+        own = base
+    in_cache = f"models--{named}".replace("/", "--") in Path(base).parts
+    if not named or in_cache or Path(own).name == Path(named).name or Path(base).name == Path(named).name:
+        return None
+    return (
+        f"The adapter names '{named}' as its base, and the model came from '{base}': nothing tells whether their "
+        "weights are the same, and if they are not, its actions may be wrong"
+    )
+
+
+__all__ = ["belongings", "check_base", "check_name", "find_adapter", "find_base", "name_base", "read_belongings"]

@@ -240,6 +240,12 @@ class OpenVLAConfig(transformers.PreTrainedConfig):
                 self.text_config = transformers.CONFIG_MAPPING[model_type](**fields)
             except (StrictDataclassError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
                 raise ValueError(f"text_config does not describe a '{model_type}': {error}") from error
+        if getattr(self.text_config, "num_attention_heads", None) is None:
+            raise ValueError(
+                f"text_config describes a '{self.text_config.model_type}', which has no attention "
+                "(num_attention_heads) and with it no key-value cache to predict with: take a language model that has, "
+                "such as llama, mistral, qwen3, gemma3_text or phi."
+            )
 
     def check_fields(self) -> None:
         """Raise a `ValueError` if fields contradict each other."""

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -469,6 +470,52 @@ def test_a_base_with_other_weights(place):
         OpenVLAForActionPrediction.from_pretrained(place / "base").load_adapter(str(place / "run"))
     with pytest.warns(UserWarning, match="not those the adapter was trained on"):
         merge_adapter(place / "run", place / "merged", base=place / "base")
+
+
+def test_a_base_with_other_weights_is_told_however_an_adapter_is_merged(place):
+    base, run = place / "base", place / "run"
+    model = peft.PeftModel.from_pretrained(OpenVLAForActionPrediction.from_pretrained(base), run)
+    merged = model.merge_and_unload()
+    with pytest.warns(UserWarning, match="An adapter was merged into the weights of .*base. before"):
+        act(peft.PeftModel.from_pretrained(merged, run))
+    weights = load_file(base / "model.safetensors")
+    weights["projector.fc1.bias"] += 1
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    model = peft.PeftModel.from_pretrained(OpenVLAForActionPrediction.from_pretrained(base), run)
+    with pytest.warns(UserWarning, match="not those the adapter was trained on"):
+        model.merge_and_unload()
+
+
+@pytest.mark.parametrize(("named", "told"), [("../other", True), ("old/place/base", False), (None, False)])
+def test_a_base_that_is_known_by_its_name_alone(place, named, told):
+    content = json.loads((place / "run" / "adapter_config.json").read_text())
+    del content["auto_mapping"]["openvla"]["base_digest"]
+    (place / "run" / "adapter_config.json").write_text(json.dumps({**content, "base_model_name_or_path": named}))
+    model = OpenVLAForActionPrediction.from_pretrained(place / "base")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        model.load_adapter(str(place / "run"))
+    found = [str(each.message) for each in said if "as its base" in str(each.message)]
+    assert bool(found) == told and all("names '../other' as its base" in text for text in found)
+
+
+@pytest.mark.parametrize("change", [{"base_digest": "0" * 32}, {"model": {"action_chunk": 3}}])
+def test_adapters_of_other_bases_or_settings_are_not_made_into_one(place, change):
+    other = Path(shutil.copytree(place / "run", place / "other"))
+    content = json.loads((other / "adapter_config.json").read_text())
+    content["auto_mapping"]["openvla"] |= change
+    (other / "adapter_config.json").write_text(json.dumps(content))
+    model = two_adapters(place, other)
+    model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "both", combination_type="linear")
+    model.set_adapter("both")
+    with pytest.raises(ValueError, match="their units, settings or bases differ"):
+        act(model)
+
+
+def test_statistics_of_another_run_beside_an_adapter_are_said(place):
+    other = other_run(place / "run", name="theirs")
+    with pytest.warns(UserWarning, match=r"other statistics \(theirs\) than the adapter was trained with.*\(mine\)"):
+        assert list(OpenVLAForActionPrediction.from_pretrained(other).norm_stats) == ["theirs"]
 
 
 # What others get

@@ -106,6 +106,7 @@ def test_the_vocabulary_is_not_assumed():
         ({"image_resize_strategy": "crop"}, "resize-crop"),
         ({"timm_model_kwargs": [{}, {}]}, "2 entries for 1 vision tower"),
         ({"text_config": {"vocab_size": 200}}, "n_action_bins=256 does not fit"),
+        ({"text_config": {"model_type": "mamba", "vocab_size": 400}}, "'mamba', which has no attention.*such as llama"),
     ],
 )
 def test_errors(fields, message):

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import shutil
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -172,11 +171,8 @@ def merge_adapter(
         )
     source = os.fspath(base) if base is not None else find_base(folder)
     model = OpenVLAForActionPrediction.from_pretrained(source, dtype=dtype)
-    problem = check_base(source, brought.get("base_digest"))
-    if problem and base is None:
+    if base is None and (problem := check_base(source, brought.get("base_digest"))):
         raise ValueError(f"{problem}. Put its own base back, or say with --base which one to take nevertheless.")
-    if problem:
-        warnings.warn(f"{problem}.", stacklevel=2)
     model.load_parts(folder, brought.get("model", {}))
     model = PeftModel.from_pretrained(model, folder).eval()
     processor = with_belongings(OpenVLAProcessor.from_pretrained(source), brought.get("processor"))
