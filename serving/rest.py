@@ -189,7 +189,8 @@ async def read_body(request: Request, limits: Limits, share: Share) -> Body:
 
 async def read_form(headers: Headers, data: bytes) -> dict[str, Any]:
     """Fields and files of a form. What is no text (state, step, ...) is JSON."""
-    charset = parse_options_header(headers["content-type"])[1].get(b"charset", b"utf-8")
+    options = parse_options_header(headers["content-type"])[1]
+    charset = options.get(b"charset", b"utf-8")
     if charset.lower() != b"utf-8":  # of Python's others one takes hours for a megabyte (punycode)
         raise BadRequest(f"charset={charset.decode('latin1'):.50}: expected utf-8.")
 
@@ -202,10 +203,14 @@ async def read_form(headers: Headers, data: bytes) -> dict[str, Any]:
         fields = await parser.parse()
     except (MultiPartException, ValueError, LookupError) as error:
         raise BadRequest(f"No form: {error}") from error
+    if b"\r\n--%b--" % options[b"boundary"] not in data:  # the parser leaves out the last field then
+        raise BadRequest("No form: its end is missing.")
     found: dict[str, Any] = {}
     for name, value in fields.multi_items():
         if name in found:
             raise BadRequest(f"'{name:.100}' came twice.")
+        if isinstance(value, str) and not value.isascii() and value.encode() not in data:  # read as latin-1 then
+            raise BadRequest(f"'{name:.100}': expected utf-8.")
         if isinstance(value, UploadFile):
             found[name] = await value.read()
         elif name in TEXT:

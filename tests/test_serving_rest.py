@@ -341,6 +341,18 @@ def test_a_form_is_read_as_utf8_alone(server):
     assert "charset" not in server.post("/act", content=sent, headers={"Content-Type": kind}).json()["error"]
 
 
+@pytest.mark.parametrize("words, end, said", [
+    ("öffne die Tür".encode(), b"--x--", ""),
+    ("öffne die Tür".encode("latin-1"), b"--x--\r\n", "'instruction': expected utf-8"),  # the arm did something else
+    (b"go", b"", "its end is missing"),  # the last field, which may be the units, was left out
+])  # fmt: skip
+def test_a_form_is_read_as_it_was_meant(server, words, end, said):
+    fields = {b"instruction": words, b"image": base64.b64encode(png()), b"step": b"1"}
+    sent = b"".join(b'--x\r\nContent-Disposition: form-data; name="%b"\r\n\r\n%b\r\n' % one for one in fields.items())
+    answer = server.post("/act", content=sent + end, headers={"Content-Type": 'multipart/form-data; boundary="x"'})
+    assert answer.status_code == (400 if said else 200) and said in answer.text
+
+
 def test_a_large_form_is_read_in_another_thread(server, monkeypatch):
     threads, read = [], rest.read_form
 
