@@ -28,7 +28,7 @@ class ActionSpec:
 
     names: Of the numbers.
     relative: Whether each is a change, of which 0 is no motion, and not a place.
-    grippers: Which of them are grippers, 1 open and 0 closed.
+    grippers: Which of them are grippers, 1 open and 0 closed: places, never relative.
     frame: In which frame translation and rotation are, as the data says ("base", "end effector"); None: unknown.
     unit: Of the numbers, in words; None: unknown.
     hz: Actions in a second; None: unknown.
@@ -50,6 +50,9 @@ class ActionSpec:
         # A mask of true and false would be the dimensions 1 and 0, which then stand still as 1.
         if not all(isinstance(dim, int) and not isinstance(dim, bool) and 0 <= dim < dims for dim in self.grippers):
             raise ValueError(f"action_spec: grippers={list(self.grippers)}, expected dimensions from 0 to {dims - 1}.")
+        changes = [self.names[dim] for dim in self.grippers if self.relative[dim]]
+        if changes:  # of which 0 would be no motion, and closed
+            raise ValueError(f"action_spec: {', '.join(changes)}: grippers are places ({CONVENTION}), not relative.")
         for name, words in (("frame", self.frame), ("unit", self.unit)):
             if not isinstance(words, str | None):
                 raise ValueError(f"action_spec: {name}={words!r:.100}, expected words.")

@@ -89,6 +89,7 @@ def test_a_spec_goes_through_json_and_back():
         {"relative": ["false", "true", "true"]},
         {"grippers": [3]},
         {"grippers": ["a"]},
+        {"grippers": [0]},  # a change: held as 0, it closed
         {"hz": 0},
         {"hz": "fast"},
         {"hz": float("nan")},
