@@ -8,6 +8,7 @@ Llama that is watched or changed, has the library's own steps (`EagerSteps`).
 Shapes: `batch` samples, `length` tokens and patches of a prompt, `hidden` width of the language model.
 """
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,10 +47,14 @@ class CachePool:
             for place, cache in enumerate(self._free):
                 if all(there >= wanted for there, wanted in zip(cache.shape, shape)) and cache.shape[-1] == shape[-1]:
                     return self._free.pop(place)
-            if self._free:  # smaller ones make room
-                other = self._free.pop()
-                shape = tuple(max(sizes) for sizes in zip(shape, other.shape))
-                del other
+            # A smaller one makes room for one that serves both, unless that is more memory than both: the largest batch
+            # in the largest length, where the one was of many short prompts and the other of a long one.
+            if self._free:
+                other = self._free[-1].shape
+                together = tuple(max(sizes) for sizes in zip(shape, other))
+                if math.prod(together) <= math.prod(shape) + math.prod(other):
+                    shape = together
+                    self._free.pop()
         with torch.inference_mode(False):  # to be written into in any mode
             return torch.zeros(shape, dtype=like.dtype, device=like.device)
 

@@ -16,7 +16,7 @@ from test_modeling_openvla import small_config, small_inputs
 from openvla import OpenVLAForActionPrediction
 from openvla.decoding_openvla import EagerSteps
 from openvla.graphs_openvla import plain_decoding
-from openvla.llama_openvla import _POOLS, LlamaSteps, is_plain_llama
+from openvla.llama_openvla import _POOLS, CachePool, LlamaSteps, is_plain_llama
 from openvla.policy import load_model
 
 
@@ -289,6 +289,16 @@ def test_caches_are_kept_and_do_not_grow(model):
     del model
     gc.collect()
     assert len(_POOLS) == pools - 1
+
+
+def test_many_short_prompts_and_a_long_one_have_caches_of_their_own():
+    """One for both had the largest batch in the largest length: of 7B 17 GB where both have 3.8."""
+    pool, like = CachePool(), torch.zeros(())
+    for shape in 2 * [(2, 2, 16, 4, 64, 8), (2, 2, 1, 4, 1024, 8), (2, 2, 2, 4, 64, 8), (2, 2, 1, 4, 512, 8)]:
+        cache = pool.take(shape, like)
+        assert all(there >= wanted for there, wanted in zip(cache.shape, shape))
+        pool.give_back(cache)
+    assert sorted(cache.shape[2:5] for cache in pool._free) == [(1, 4, 1024), (16, 4, 64)]
 
 
 def test_a_cache_is_free_again_after_an_error(model, monkeypatch):
