@@ -90,6 +90,8 @@ class CountedSocket(WebSocketsSansIOProtocol):
     def send_receive_event_to_app(self) -> None:
         self._fragments = 0
         self._waiting += self._coming()
+        if self.curr_msg_data_type == "text":  # is refused unread; of what is no UTF-8 uvicorn would log a traceback
+            self.frames, self.bytes = [b""], b""
         super().send_receive_event_to_app()
         self.bytes = b""  # where older uvicorn leaves the message
 

@@ -131,6 +131,14 @@ def test_a_message_above_the_limit_closes_the_connection(server):
     assert server.get("/readyz")[0] == 200
 
 
+def test_text_is_refused_whatever_it_holds(server):
+    with server.connect() as robot:
+        robot.recv()
+        for text in ("{}", b"\xff\xfe"):
+            robot.send(text, text=True)
+            assert "send msgpack" in json.loads(robot.recv())["error"]
+
+
 def test_a_message_has_so_many_fragments(server):
     """Empty ones have no bytes that could be too many."""
     with server.connect(compression=None) as robot:
