@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from ..extras import remedy
 from .datasets import Cameras, DatasetOptions
-from .fields import Options, option, required
+from .fields import Options, default_of, option, required
 from .prediction import EMBEDDED_POLICY
 
 
@@ -24,6 +24,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "max_grad_norm": 0.0,
     },
 }
+ADAPTER_STRATEGIES = ("lora", "qlora")
+OF_ADAPTERS = ("rank", "alpha", "dropout")  # options that say nothing with other strategies
 DECAY_AFTER = 100_000  # of 150,005 steps, in OpenVLA-OFT's runs on LIBERO
 
 
@@ -215,11 +217,23 @@ class FinetuneVerb(FinetuneOptions):
     dry_run: bool = option(False, "Print the plan (samples, parameters, memory, warnings) and stop.", flag="--dry-run")
 
     def __post_init__(self) -> None:
-        """Raises ValueError where there is nothing to merge, or no place for it."""
+        """Raises ValueError for an option that has no effect beside another, and where there is nothing to merge, or no
+        place for it."""
         super().__post_init__()
+        given = {item.name for item in fields(self) if getattr(self, item.name) != default_of(item)}
+        if self.strategy not in ADAPTER_STRATEGIES and (of_adapters := given & {*OF_ADAPTERS}):
+            name = min(of_adapters)
+            raise ValueError(
+                f"{name}={getattr(self, name)}: strategy='{self.strategy}' has no adapter, leave it out, or give "
+                "strategy='lora' or 'qlora'."
+            )
+        if self.eval_every == 0 and "eval_samples" in given:
+            raise ValueError(
+                f"eval_samples={self.eval_samples}: nothing is evaluated with eval_every=0, leave one of them out."
+            )
         if self.merge is None:
             return
-        if self.strategy not in ("lora", "qlora"):
+        if self.strategy not in ADAPTER_STRATEGIES:
             raise ValueError(f"merge='{self.merge}': strategy '{self.strategy}' has no adapter to merge.")
         if self.merge.expanduser().resolve() == Path(self.output).expanduser().resolve():
             raise ValueError(f"merge='{self.merge}' is the output of the run: give another folder.")

@@ -41,6 +41,17 @@ def test_paths_are_texts_and_texts_are_paths():
     assert FinetuneVerb(dataset="d", output="o", logging="none", merge="merged").merge == Path("merged")
 
 
+def test_options_that_have_no_effect_beside_others():
+    for given, message in (
+        ({"strategy": "full", "rank": 8}, "rank=8: strategy='full' has no adapter"),
+        ({"strategy": "sandwich", "alpha": 8}, "alpha=8: strategy='sandwich' has no adapter"),
+        ({"strategy": "last_layer", "dropout": 0.1}, "dropout=0.1: .*leave it out, or give strategy='lora'"),
+        ({"eval_every": 0, "eval_samples": 8}, "eval_samples=8: nothing is evaluated with eval_every=0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            FinetuneVerb(dataset="d", output="o", logging="none", **given)
+
+
 @pytest.mark.parametrize("name", ["learning_rate", "weight_decay", "max_grad_norm", "dropout", "held_out"])
 @pytest.mark.parametrize("value", [-1.0, math.nan, math.inf, "0.1", True])
 def test_numbers_that_are_none(name, value):

@@ -222,6 +222,27 @@ def test_options_of_python_are_those_that_were_written_down(dataset, tmp_path):
     assert names(tmp_path / "run") == ["checkpoint-1", "checkpoint-2"]
 
 
+def test_what_a_default_means_may_be_said_when_a_run_continues(dataset, tmp_path):
+    said = {"alpha": 2, "head": "tokens", "action_chunk": 1, "camera_names": " primary", "prefix_training": 0}
+    said |= {"eval_every": 1, "normalization": "bounds_q99", "learning_rate": 5e-4, "max_grad_norm": 1.0}
+    silent = {"strategy": "lora", "rank": 2, "name": None}
+    for begun, then in ((silent, silent | said | {"name": "push_the_cup_demo"}), (silent | said, silent)):
+        output = tmp_path / str(begun is silent)
+        finetune(options(output, dataset, steps=1, **begun))
+        with pytest.raises(
+            ValueError, match="other options or data: alpha was 2, is 4; normalization was 'bounds_q99'"
+        ):
+            finetune(options(output, dataset, **{**then, "alpha": 4, "normalization": "bounds"}), resume=True)
+        finetune(options(output, dataset, **then), resume=True)
+        assert names(output) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_options_of_adapters_do_not_hold_up_a_run_without_one(dataset, tmp_path):
+    """Runs that were begun with them could neither be continued with them nor without."""
+    finetune(options(tmp_path / "run", dataset, steps=1, rank=4))
+    finetune(options(tmp_path / "run", dataset), resume=True)
+
+
 def test_digests_of_data_outlive_the_cache_of_statistics(dataset, monkeypatch):
     sources = open_sources(dataset)
     before = resume.data_digests(sources)

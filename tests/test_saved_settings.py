@@ -59,7 +59,7 @@ def test_a_run_of_an_older_version_is_continued(tmp_path):
     (tmp_path / "run" / "finetune.json").write_text(json.dumps({**older, "dataset": str(DEMO)}))
     with pytest.raises(ValueError, match="rank was 4, is 5"):
         finetune(replace(options, steps=2, rank=5), resume=True)
-    with pytest.raises(ValueError, match="action_chunk was None, is 2"):  # which older versions did not have
+    with pytest.raises(ValueError, match="action_chunk was 1, is 2"):  # which older versions did not have
         finetune(replace(options, steps=2, action_chunk=2), resume=True)
     finetune(replace(options, steps=2), resume=True)
     assert (tmp_path / "run" / "checkpoints" / "checkpoint-2").is_dir()

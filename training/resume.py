@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from ..configuration_openvla import OpenVLAConfig
 from ..data.sources import Source, dataset_places
 from ..data.survey import content_key, order_digest
 from ..files_openvla import check_file, read_json
 from ..folders import MARKS, read_settings, remove_working_folder
 from ..options.fields import decisive
-from ..options.training import FinetuneOptions
+from ..options.training import ADAPTER_STRATEGIES, OF_ADAPTERS, FinetuneOptions
 from .checkpoints import STARTED
 
 
@@ -216,6 +217,7 @@ def check_begun(
     statistics: Mapping[str, Any],
     checkpoint: Path | None,
     unsaid: Mapping[str, Any],
+    own: OpenVLAConfig,
 ) -> None:
     """Whether a run continues with the options and data that it was begun with.
 
@@ -225,6 +227,7 @@ def check_begun(
             it says.
         statistics: Of its datasets.
         unsaid: What options meant to earlier versions that are saved as null.
+        own: Of the model that the run begins with.
 
     Raises:
         ValueError: Names the options, datasets and statistics that have changed.
@@ -241,7 +244,7 @@ def check_begun(
     by_content += ("model",) if before.get("model_digest") else ()  # see `check_model`
     by_content += ("statistics",) if checkpoint is not None else ()
     same |= {name: before[name] for name in by_content if _moved(before.get(name), now.get(name))}
-    changed = differences(before, {**now, **same})
+    changed = differences(*_spelled_out(before, {**now, **same}, own))
     stored = known if checkpoint is None else read_json(checkpoint / FINISHED)
     if stored.keys() != files.keys():
         changed.append(f"the datasets were {', '.join(sorted(stored))}, are {', '.join(sorted(files))}")
@@ -272,6 +275,35 @@ def _moved(was: Any, is_now: Any) -> bool:
     return before == now and all(before)
 
 
+def _spelled_out(
+    before: dict[str, Any], now: dict[str, Any], own: OpenVLAConfig
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of a run with what those mean that only one of its two commands gives: values are compared, and not
+    whether they were typed."""
+
+    def meant(settings: Mapping[str, Any]) -> dict[str, Any]:
+        names = [*settings.get("data_digests", ())]
+        one = len(names) == 1
+        of_dataset = {"name": names[0], "normalization": own.normalization.get(names[0], "bounds_q99")} if one else {}
+        return of_dataset | {
+            "alpha": min(settings.get("rank", 32), 16),
+            "head": own.action_head,
+            "action_chunk": own.action_chunk,
+            "camera_names": ",".join(own.camera_names),
+            "prefix_training": 0,
+            "eval_every": settings.get("save_every"),
+        }
+
+    def filled(settings: dict[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+        given = {name: value for name, value in meant(settings).items() if other.get(name) is not None}
+        found = settings | {name: value for name, value in given.items() if settings.get(name) is None}
+        if isinstance(cameras := found.get("camera_names"), str):
+            found["camera_names"] = ",".join(name.strip() for name in cameras.split(","))
+        return found
+
+    return filled(before, now), filled(now, before)
+
+
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Options of a resumed run that do not agree with those it was started with; both with `global_batch`.
 
@@ -279,6 +311,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     have was as it is by default.
     """
     known = decisive(FinetuneOptions) | ({"global_batch": before["global_batch"]} if "global_batch" in before else {})
+    if now["strategy"] not in ADAPTER_STRATEGIES:
+        known = {name: default for name, default in known.items() if name not in OF_ADAPTERS}
     if now["schedule"] in ("linear", "cosine"):
         known["steps"] = before["steps"]  # the learning rate depends on them
     return [

@@ -21,6 +21,7 @@ from ..data.sources import mixture_entries
 from ..data.stream import MixtureStream
 from ..files_openvla import local_folder
 from ..folders import locked, weights_digest, with_version, write_json
+from ..hub import config_of
 from ..model_card import model_card
 from ..modeling_openvla import OpenVLAForActionPrediction
 from ..options.training import FinetuneOptions
@@ -238,7 +239,7 @@ def train(options: FinetuneOptions, arguments: TrainingArguments, resume: bool, 
         # Earlier versions left it to the head: only chunks of tokens ended with standstill.
         stood = run.shape[0] > 1 and not run.head.wants_actions
         unsaid = {"chunk_end": "still" if stood else options.chunk_end}
-        check_begun(output, options, made, run.statistics, checkpoint, unsaid)
+        check_begun(output, options, made, run.statistics, checkpoint, unsaid, config_of(options.model))
     set_seed(options.seed)  # adapters are made before the Trainer sets it
     model = load_model(run, arguments.bf16, checkpoint)
     if main:
