@@ -144,6 +144,8 @@ def test_images(form, tmp_path):
         ({"images": np.zeros((8, 8), np.uint8)}, r"\(8, 8\)"),
         ({"images": b"no picture"}, "JPEG"),
         ({"images": None}, "NoneType"),
+        ({"images": np.ma.masked_equal(np.zeros((8, 8, 3), np.uint8), 0)}, "masked"),
+        ({"state": np.ma.masked_equal([0.0, 1.0], 0)}, "expected numbers"),
         ({"images": np.zeros((4000, 4000, 3), np.uint8)}, "jpeg"),
         ({"unnorm_key": "bridge"}, "robot"),
         ({"timeout": 0}, "timeout"),

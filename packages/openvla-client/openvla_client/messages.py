@@ -102,6 +102,8 @@ def picture(image: Any, form: str, quality: int) -> np.ndarray | bytes:
         if image.mode not in ("RGB", "L", "1", "CMYK", "YCbCr") or "transparency" in image.info:
             return _as_png(image)
         image = np.asarray(image.convert("RGB"))
+    if np.ma.is_masked(image):
+        raise ValueError("An image has masked pixels, of which nothing is known: fill them, image.filled(0).")
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         given = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
         raise ValueError(
@@ -161,7 +163,7 @@ def _floats(name: str, given: Any) -> np.ndarray:
         array = np.asarray(given)
     except (ValueError, TypeError):  # rows of several lengths
         array = np.array(None)
-    if array.dtype.kind not in "iuf" or has_booleans(given):
+    if array.dtype.kind not in "iuf" or has_booleans(given) or np.ma.is_masked(given):
         raise ValueError(f"{name}={given!r:.100}: expected numbers, in rows of one length.")
     return array.astype(np.float64)
 
