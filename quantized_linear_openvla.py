@@ -75,6 +75,8 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not is_rounded(self.weight):
             raise ValueError("The weights were not rounded: load the model with from_pretrained.")
+        if is_rounded(x):  # the output would be cut to its type
+            raise ValueError(f"The input of a layer of {self.bits} bits is {x.dtype}, expected floats.")
         if x.requires_grad and torch.is_grad_enabled():
             return linear(x, self.dequantize(x.dtype), self.bias)
         y = self.multiply(x.reshape(-1, self.in_features)) if x.numel() else x.new_zeros(0, self.out_features)

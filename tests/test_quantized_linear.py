@@ -146,6 +146,15 @@ def test_rows_that_lie_across_memory(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.long, torch.float8_e4m3fn])
+def test_what_is_no_float_is_refused(kind, dtype):
+    """The type of its own weights, to which callers cast what they give a layer of torch: nearly all became zeros."""
+    module, _, _ = made(kind)
+    with pytest.raises(ValueError, match=f"bits is {dtype}, expected floats"):
+        module(torch.zeros(2, 96).to(dtype))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_a_cast_leaves_scales_as_they_are(kind, dtype):
     module, _, stored = made(kind)
