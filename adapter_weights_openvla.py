@@ -13,6 +13,7 @@ from .modules_openvla import modules_of
 
 
 NAMELESS = re.compile(r"\.lora_(embedding_)?[AB](\.weight|\.bias)?$")  # of an adapter's tensors as they are stored
+LORA_OR_WHOLE = ("lora_", "modules_to_save", "token_adapter", "trainable_tokens")  # others: complete modules, rows
 
 
 class AdapterWeights:
@@ -35,7 +36,9 @@ class AdapterWeights:
         # torch calls it of every module whose weights are loaded: PEFT loads those of an adapter in this way.
         configs = self.__dict__.get("_peft_config") or {}
         # PEFT gives the name of the adapter to tensors of layers that it knows only.
-        strange = [key for key in state_dict if NAMELESS.search(key)] if configs else []
+        others = "|".join(self._tensors_of_other_kinds() if configs else ())
+        of_others = re.compile(rf"\.({others})(\.weight|\.bias)?$" if others else "(?!)")
+        strange = [key for key in state_dict if NAMELESS.search(key) or of_others.search(key)] if configs else []
         for name, config in configs.items():
             loaded = {key: value for key, value in state_dict.items() if is_of(key, name)}
             if not loaded and not (strange and name == list(configs)[-1]):
@@ -52,8 +55,13 @@ class AdapterWeights:
     def _check_complete(self, name: str, loaded: Iterable[str]) -> None:
         """Raise a `ValueError` if the weights that were loaded for an adapter are not those that it has here: the
         libraries warn of what is missing at the most, and a layer without its weights does nothing."""
-        own = {key for key, _ in self.named_parameters() if ".lora_" in key and is_of(key, name)}
+        names, loaded = [key for key, _ in self.named_parameters()], [*loaded]
+        own = {key for key in names if ".lora_" in key and is_of(key, name)}
         found = {key for key in loaded if ".lora_" in key}
+        if others := self._tensors_of_other_kinds():  # LoHa, IA3, OFT, ...
+            tensor = re.compile(rf"\.({'|'.join(others)})(\.{re.escape(name)})?(?=\.|$)")
+            own |= {tensor.sub(r".\1", key) for key in names if (of := tensor.search(key)) and of[2]}
+            found |= {tensor.sub(r".\1", key) for key in loaded if tensor.search(key)}
         problems = [
             f"{len(keys)} {problem}: {', '.join(sorted(keys)[:3])}{', ...' if len(keys) > 3 else ''}"
             for problem, keys in (("missing", own - found), ("that the model does not have", found - own))
@@ -71,6 +79,11 @@ class AdapterWeights:
                     "peft.PeftModel.from_pretrained(model, RUN)."
                 )
             raise ValueError(f"{why}. Tensors {'; '.join(problems)}. {remedy}")
+
+    def _tensors_of_other_kinds(self) -> list[str]:
+        """Names of the tensors of adapters that are no LoRA, before the name of the adapter."""
+        kinds = {kind for layer in self._tuner_layers() for kind in layer.adapter_layer_names}
+        return [re.escape(kind) for kind in sorted(kinds) if not kind.startswith(LORA_OR_WHOLE)]
 
     def _check_values(self, name: str) -> None:
         """Raise a `ValueError` if the weights of an adapter that was just loaded have no values."""
