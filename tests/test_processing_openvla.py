@@ -215,6 +215,8 @@ def test_a_damaged_jpeg_is_no_picture(photo, options):
 
 def test_twice_the_same_part_of_a_jpeg_is_damage(photo):
     data = jpeg(photo.resize((128, 96)), restart_marker_blocks=2)
+    if b"\xff\xdd" not in data:
+        pytest.skip("Pillow before 10.2 writes no restarts")
     first, second = (data.index(mark, data.index(b"\xff\xda")) for mark in (b"\xff\xd1", b"\xff\xd3"))
     for given in (data[:second] + data[first:], data[:first] + data[second:]):
         with pytest.raises(ValueError, match="missing or doubled"):

@@ -221,6 +221,29 @@ def test_it_acts_where_torch_is_missing(exported, model):
     assert act_without_torch(RUNTIME, exported) == expected.tolist()
 
 
+ENDED = """
+import os, signal, sys
+from openvla_runtime import OnnxPolicy
+first = OnnxPolicy(sys.argv[1], threads=1, provider="openvino")
+second = OnnxPolicy(sys.argv[1], threads=1, provider="openvino")
+del first, second
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    signal.pause()
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_a_program_is_interrupted_after_its_policies_are_gone(exported):
+    """OpenVINO gives a thread another stack for signals. It was gone with the policy, and Ctrl-C a crash: nothing that
+    stops an arm ran any more."""
+    pytest.importorskip("openvino", reason="needs openvino")
+    program = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(RUNTIME)!r})" + ENDED, exported]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.strip()) == (0, "interrupted"), done.stderr
+
+
 def test_the_wheel_holds_the_shared_files(exported, tmp_path):
     """From the checkout, and from the sdist."""
     pytest.importorskip("hatchling")

@@ -1,6 +1,7 @@
 """One interface to what runs a graph: ONNX Runtime, or OpenVINO."""
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -67,17 +68,24 @@ class OnnxSession:
         return dict(zip(self._outputs, self._session.run(self._outputs, dict(values)), strict=True))
 
 
+@cache
+def openvino_core() -> Any:
+    """One for all graphs, kept for good. Each has a stack for signals of its own; when the first of two goes (2026.4),
+    that of the thread is gone with it, and Ctrl-C, or the end of any child process, kills the program."""
+    import openvino
+
+    return openvino.Core()
+
+
 class OpenVinoSession:
     """A graph in OpenVINO, on the CPU, in the precision that it was exported in."""
 
     def __init__(self, file: Path, threads: int | None):
-        import openvino
-
         # Otherwise a processor that knows bfloat16 computes in it: other tokens than those of the model.
         options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
         if threads is not None:
             options["INFERENCE_NUM_THREADS"] = threads
-        self._model = openvino.Core().compile_model(file, "CPU", options)
+        self._model = openvino_core().compile_model(file, "CPU", options)
         self.inputs = {
             given.any_name: (
                 tuple(None if size.is_dynamic else size.get_length() for size in given.partial_shape),
