@@ -12,6 +12,7 @@ from PIL import Image
 
 from .cameras_openvla import find_cameras
 from .choices_openvla import IMAGE_RESIZE_STRATEGIES, check_choice
+from .jpeg_openvla import through_jpeg
 from .pixels_openvla import (
     INTERPOLATIONS,
     RESIZE_FILTERS,
@@ -24,7 +25,6 @@ from .pixels_openvla import (
     pad_to_square,
     resize,
     resize_shorter_side,
-    through_jpeg,
 )
 
 

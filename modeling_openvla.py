@@ -65,6 +65,7 @@ if TYPE_CHECKING:  # of a local folder transformers 5.4 and 5.5 copy no more fil
     from .image_processing_openvla import OpenVLAImageProcessor  # noqa: F401
     from .int4_linear_openvla import Int4Linear  # noqa: F401
     from .int8_linear_openvla import Int8Linear  # noqa: F401
+    from .jpeg_openvla import PictureFile  # noqa: F401
     from .llama_openvla import open_steps  # noqa: F401
     from .oft_openvla import find_oft  # noqa: F401
     from .parallel_graphs_openvla import SequenceGraph  # noqa: F401

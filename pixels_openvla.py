@@ -6,22 +6,20 @@ original's TensorFlow pipeline.
 """
 
 import ctypes
-import io
 import math
 import os
-import re
 import struct
 import threading
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from .jpeg_openvla import PictureFile
 from .tensors_openvla import is_tensor
 
 
@@ -37,10 +35,6 @@ UNREADABLE = (
 _READING = threading.Lock()
 ORIENTATION = 0x0112  # tag of EXIF; 1: as it is stored
 DARKEST = 4095  # the brightest of 12 bits; a frame of 16 that does not reach further is nearly black
-SCAN_END = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # in what is coded only restarts, and 0 after a byte of 255
-RESTART = re.compile(rb"\xff[\xd0-\xd7]")  # of a JPEG: its interval counts from 0 to 7, and again
-SPARE = 64  # bytes after the last pixel of a JPEG that are no damage: some cameras write a few
-AHEAD = 16  # bytes that a decoder may read beyond the last pixel; those of a register, and as many again
 LONGEST_SIDE = 64  # times the shorter one; a longer strip is no camera frame, and padding it would fill the memory
 
 
@@ -117,60 +111,11 @@ def _tensor_to_image(tensor: Any) -> Image.Image:
     return _array_to_image((tensor.float() if tensor.is_floating_point() else tensor).numpy(), channels_first=True)
 
 
-def _jpeg_scan(data: bytes) -> tuple[int, int] | None:
-    """Where the coded pixels of a JPEG file begin and end, if they are one sequential scan, as those of cameras are."""
-    at, components = 2, -1
-    while data.startswith(b"\xff\xd8") and len(head := data[at : at + 4]) == 4 and head[0] == 0xFF:
-        mark, size = head[1], int.from_bytes(head[2:], "big")
-        if mark in (0xC0, 0xC1):
-            components = data[at + 9]
-        elif mark == 0xDA:
-            end = SCAN_END.search(data, at + 2 + size)
-            return (at + 2 + size, end.start()) if end and data[at + 4] == components else None
-        at += 1 if mark == 0xFF else 2 + size
-    return None
-
-
-class _File(io.BytesIO):
-    """A file that Pillow reads, and what its decoder does not tell of a JPEG: it makes gray what is missing, leaves out
-    what is too much, and gives a picture. But it asks for bytes as it needs them, and is given them in three parts: all
-    but the end, the end with a few bytes that mean nothing, the rest. An intact picture is complete with the second.
-    """
-
-    def __init__(self, data: bytes):
-        super().__init__(data)
-        self._parts: Iterator[bytes] | None = None
-        self._given = 0
-
-    def read(self, size: int | None = -1) -> bytes:
-        if self._parts is None:
-            return super().read(size)
-        self._given += 1
-        return next(self._parts, b"")
-
-    def load(self, image: Image.Image) -> None:
-        """The pixels of the image that was opened of this file. Raises a `ValueError` if they are damaged."""
-        data = self.getvalue()
-        begin, end = _jpeg_scan(data) or (0, 0)
-        if not end:
-            image.load()
-            return
-        blocks = -(-image.width // 8) * -(-image.height // 8)  # and no more restarts, whoever made the file
-        marks = islice(RESTART.finditer(data, begin, end), blocks + 1)
-        if any(mark[0][1] != 0xD0 + i % 8 or i == blocks for i, mark in enumerate(marks)):
-            raise ValueError("it is damaged, parts of its pixels are missing or doubled")
-        tail = max(begin, end - SPARE)
-        self._parts = iter([data[:tail], data[tail:end] + bytes(AHEAD), data[end:]])
-        image.load()
-        if self._given != 2:
-            raise ValueError(f"it is damaged, its pixels {'are cut off' if self._given > 2 else 'end before its data'}")
-
-
 def _open_image(file: bytes | str, name: str) -> Image.Image:
     """The image in the bytes or at the path of a file, its pixels read."""
     try:
         data = file if isinstance(file, bytes) else Path(file).read_bytes()
-        with Image.open(stream := _File(data)) as image:
+        with Image.open(stream := PictureFile(data)) as image:
             # A film; files of cameras may hold a thumbnail or a second eye (TIFF, MPO) beside the frame.
             if image.format in ("GIF", "WEBP", "PNG") and getattr(image, "is_animated", False):
                 raise ValueError(f"it holds {image.n_frames} frames, give the one to act on")  # type: ignore[attr-defined]
@@ -417,33 +362,6 @@ PIXELS: dict[str, dict[str, Any]] = {
 }
 
 
-def decode_jpeg(data: bytes) -> np.ndarray:
-    """(H, W, 3) uint8 of a JPEG file as TensorFlow decodes it by default (fast integer DCT, smooth chroma upsampling).
-    Pillow's accurate DCT differs from it by up to 12 levels.
-
-    Raises:
-        ModuleNotFoundError: If simplejpeg is not installed: no other decoder takes its place.
-        ValueError: If the file is damaged.
-    """
-    try:
-        import simplejpeg
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            "JPEG decoded as in training needs simplejpeg, which is not installed: pip install 'openvla[oft]' (or "
-            "pip install simplejpeg). Pillow's decoder gives other pixels.",
-            name="simplejpeg",
-        ) from error
-    return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=True, fastupsample=False)
-
-
-def through_jpeg(image: np.ndarray, quality: int) -> np.ndarray:
-    """An image written as JPEG, colours in half the resolution, and read again: what a camera frame lost in
-    demonstrations that were stored so. (H, W, 3) uint8."""
-    stream = io.BytesIO()
-    Image.fromarray(image).save(stream, "JPEG", quality=quality, subsampling="4:2:0")
-    return decode_jpeg(stream.getvalue())
-
-
 def to_float(image: np.ndarray) -> np.ndarray:
     """uint8 -> float32 in [0, 1]."""
     return image.astype(np.float32) * np.float32(1 / 255)
@@ -530,7 +448,6 @@ __all__ = [
     "check_largest_pixel",
     "crop_and_resize",
     "crop_to_size",
-    "decode_jpeg",
     "is_image_list",
     "load_image",
     "normalize",
@@ -538,7 +455,6 @@ __all__ = [
     "resize",
     "resize_lanczos3",
     "resize_shorter_side",
-    "through_jpeg",
     "to_float",
     "to_uint8",
 ]

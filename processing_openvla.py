@@ -43,6 +43,7 @@ from .prompts_openvla import (
 if TYPE_CHECKING:  # of a local folder transformers 5.4 and 5.5 copy no more files than this one names
     from .cameras_openvla import find_cameras  # noqa: F401
     from .choices_openvla import closest  # noqa: F401
+    from .jpeg_openvla import PictureFile  # noqa: F401
     from .tensors_openvla import is_tensor  # noqa: F401
 
 

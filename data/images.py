@@ -7,7 +7,8 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from ..files_openvla import LFS_POINTER
-from ..pixels_openvla import UNREADABLE, decode_jpeg, load_image
+from ..jpeg_openvla import decode_jpeg
+from ..pixels_openvla import UNREADABLE, load_image
 
 
 JPEG_START = b"\xff\xd8\xff"

@@ -17,6 +17,7 @@ FLAT_FILES = [
     "oft_openvla",
     "configuration_openvla",
     "action_tokenizer",
+    "jpeg_openvla",
     "pixels_openvla",
     "frames_openvla",
     "prompts_openvla",

@@ -12,7 +12,8 @@ from tiny import FIXTURES
 from openvla import OpenVLAImageProcessor
 from openvla.data.episode import Episode
 from openvla.data.samples import FrameSamples
-from openvla.pixels_openvla import center_crop, resize_lanczos3, through_jpeg
+from openvla.jpeg_openvla import through_jpeg
+from openvla.pixels_openvla import center_crop, resize_lanczos3
 from openvla.policy import PIXELS
 
 
