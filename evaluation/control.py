@@ -91,6 +91,10 @@ class RealtimeControl:
         self._actions = np.zeros((0, 0))  # of the answer in effect
         self._next = 0  # which of them comes next
 
+    def begin_at(self, start: np.ndarray) -> None:
+        """Replace `start` before the first step: where a robot stands may not be known until an episode has begun."""
+        self._current = check_numbers(start)
+
     def wants_action(self, step: int) -> bool:
         # The model gets free before the next observation is there: this one is the newest it can have.
         return self._ready < (step + 1) * self.period - EPSILON
@@ -131,6 +135,7 @@ class RealtimeControl:
             answers = np.stack([actions[step - seen] for seen, actions in self._answers])
             weights = np.exp(-ENSEMBLE_DECAY * np.arange(len(answers)))
             self._current = weights @ answers / weights.sum()
+            self._next += 1  # the newest answer goes on as well: where a gap follows, it is not executed from before
         elif self._next < len(self._actions):
             self._current = self._actions[self._next]
             self._next += 1

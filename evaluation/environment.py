@@ -34,7 +34,8 @@ class Environment(Protocol):
 
     Actions are (A,). An attribute `action_spec` (`ActionSpec`) says what they mean; without one they are x, y, z
     translation, roll, pitch, yaw rotation and gripper (1 open, 0 closed), and the class says what a translation of 1
-    is. An environment whose actions are places has a method `standstill()` -> (A,), where the robot stands. An
+    is. An environment whose actions are places has a method `standstill()` -> (A,), where the robot stands: it is asked
+    when an episode has begun, and what it says is executed until a policy has answered. An
     attribute `unnorm_keys` names the datasets that were recorded in it: of a model of several datasets, the first that
     it knows gives the units.
     """
@@ -262,10 +263,15 @@ def check_state(proprio_dim: int | None, model: str, env: str, names: Sequence[s
 
 
 def standstill(environment: Environment) -> np.ndarray:
-    """(A,) what is executed until a policy has answered. Raises a `ValueError` where nothing says what stands still."""
-    if hasattr(environment, "standstill"):
-        return check_numbers(environment.standstill())
-    return np.array(action_spec_of(environment).standstill())
+    """(A,) what is executed until a policy has answered, in an episode that has begun. Raises a `ValueError` where
+    nothing says what stands still, or what says so gives no action."""
+    spec = action_spec_of(environment)
+    if not hasattr(environment, "standstill"):
+        return np.array(spec.standstill())
+    try:
+        return check_action(environment.standstill(), spec.action_dim)
+    except ValueError as error:
+        raise ValueError(f"standstill() of {type(environment).__name__}: {error}") from error
 
 
 def check_observation(found: Any, method: str = "reset") -> Observation:

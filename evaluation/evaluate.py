@@ -114,11 +114,14 @@ def evaluate(
         )
     make_control: Any = partial(BlockingControl, options.execute)
     said: dict[str, Any] = {}  # in the report alone: what was decided by default, or by the model
+    stands = control == "realtime" and hasattr(here, "standstill")
     if control == "realtime":
         late, relative = options.late or "repeat", np.array(spec.relative)
         chunking = options.chunking or "switch"
         said = {"chunking": chunking, "late": late}
-        make_control = partial(RealtimeControl, hz, standstill(here), late, relative, chunking, options.execute)
+        # A robot whose environment says where it stands may stand elsewhere in each episode: the loop asks then.
+        start = np.zeros(spec.action_dim) if stands else standstill(here)
+        make_control = partial(RealtimeControl, hz, start, late, relative, chunking, options.execute)
         make_control()  # refuses a rate that is none
     here.close()
     if options.videos:
@@ -202,6 +205,7 @@ def evaluate(
             folder,
             spec=spec,
             control=make_control,
+            stands=stands,
             latency=latency,
             max_steps=max_steps,
             workers=options.workers or min(8, os.cpu_count() or 1),

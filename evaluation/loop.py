@@ -64,6 +64,7 @@ def run_episodes(
     *,
     spec: ActionSpec = SEVEN,
     control: Callable[[], BlockingControl | RealtimeControl] = BlockingControl,
+    stands: bool = False,
     latency: float | None = None,
     max_steps: int = 200,
     workers: int = 2,
@@ -78,6 +79,8 @@ def run_episodes(
         make: Makes an environment; has to be picklable.
         spec: What the actions of the environment mean.
         control: Makes the control mode of one episode.
+        stands: Ask each environment where its robot stands when an episode has begun, and let real-time control begin
+            there: where actions are places, each episode may begin at another.
         latency: Seconds from an observation to its action in real-time control. Default: as measured.
         max_steps: After which an episode has failed.
         workers: Environments side by side.
@@ -159,6 +162,10 @@ def run_episodes(
                 if slot.job.episode < videos and observation.images:
                     name = file_name(slot.job.task, slot.job.variation, f"{slot.job.episode:03d}")
                     slot.video = EpisodeVideo(folder / "videos" / f"{name}.mp4", observation, spec.names)
+            if stands:
+                there = [slot for slot in begun if slot.observation is not None and ask(slot, "standstill")]
+                for slot, start in answers(there):
+                    slot.control.begin_at(start)
 
             running = [slot for slot in slots if slot.observation is not None]
             due = [slot for slot in running if slot.control.wants_action(slot.step)]

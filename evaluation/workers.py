@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from ..observation import Observation
-from .environment import Environment, check_expert, check_form, check_observation, check_step
+from .environment import Environment, check_expert, check_form, check_observation, check_step, standstill
 
 
 class EnvironmentFailure(RuntimeError):
@@ -27,6 +27,8 @@ class Checked:
         self._case: tuple[Any, ...] = ()
 
     def call(self, method: str, *arguments: Any) -> Any:
+        if method == "standstill":
+            return standstill(self._environment)
         found = getattr(self._environment, method)(*arguments)
         if method == "reset":
             self._case, found = arguments[1:], check_observation(found)

@@ -3,9 +3,10 @@
 from dataclasses import replace
 
 import numpy as np
-from toy import Line
+from toy import Line, TwoArms
 
 from openvla.action_spec import ActionSpec
+from openvla.observation import Observation
 
 
 class Seen(Line):
@@ -60,3 +61,26 @@ class Turning(Two):
 
     def standstill(self):
         return np.zeros(2)
+
+
+class Anywhere(TwoArms):
+    """Begins where the seed says; a first action that would move it breaks the episode."""
+
+    def reset(self, seed: int, task: str, variation: str = "") -> Observation:
+        super().reset(seed, task)
+        self.joints, self.begun = np.random.default_rng([seed, 1]).uniform(0, 1, 14), False
+        return self._observe()
+
+    def standstill(self):
+        return self.joints.copy()
+
+    def step(self, action):
+        if not self.begun and abs(action - self.joints).max() > 1e-9:
+            raise RuntimeError("the arms moved before anybody decided to")
+        self.begun = True
+        return super().step(action)
+
+
+class Nowhere(Anywhere):
+    def standstill(self):
+        return self.joints[:7]

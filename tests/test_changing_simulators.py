@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from changing import Expert, Seen, Two
 from tiny import TINY
-from toy import FromPixels, Line
+from toy import FromPixels, Line, ToPose
 
 from openvla import OpenVLAConfig
 from openvla.action_spec import ActionSpec
@@ -125,6 +125,17 @@ def test_options_that_say_nothing_are_refused():
             EvaluateOptions(output="out", policy="expert", **given)
     with pytest.raises(ValueError, match="execute=4: chunking='hold' executes the first action"):
         EvaluateOptions(output="out", control="realtime", chunking="hold", execute=4)
+
+
+def test_where_a_robot_stands_is_asked_in_each_episode(tmp_path):
+    """It was asked once, before any episode: of a world that begins elsewhere each time that was another place, a
+    motion that nobody decided."""
+    given = {"tasks": "all", "episodes": 3, "videos": 0, "workers": 2, "progress": False, "policy": ToPose()}
+    late = {"control": "realtime", "latency": 0.25}
+    summary = evaluate(env="changing:Anywhere", output=tmp_path / "out", **given, **late)
+    assert summary["mean_success"] == 1.0 and not summary["errors"]
+    summary = evaluate(env="changing:Nowhere", output=tmp_path / "seven", **given, **late)
+    assert summary["errors"] == 3 and "standstill() of Nowhere: action" in next(iter(summary["reasons"]))
 
 
 def test_means_of_angles_are_said(tmp_path):

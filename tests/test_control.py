@@ -169,6 +169,29 @@ def test_ensemble_is_the_weighted_mean_of_answers_for_a_step():
     assert executed[2] == pytest.approx((weights @ [2, 11, 20]) / weights.sum())
 
 
+@pytest.mark.parametrize("latency, late, after", [(0.3, "repeat", 4), (0.3, "still", 0), (0.5, "still", None)])
+def test_an_ensemble_never_goes_back_to_actions_of_earlier_steps(latency, late, after):
+    """Where a step had no answer, the last answer was executed again, from its first action on."""
+    control = RealtimeControl(10, np.zeros(2), late, chunking="ensemble")
+    alone = RealtimeControl(10, np.zeros(2), late, chunking="switch")
+
+    def answer(step, committed):
+        return np.hstack([counting(step, 5), np.ones((5, 1))])
+
+    executed, _ = drive_and_tell(control, latency, 20, answer)
+    assert executed == drive_and_tell(alone, latency, 20, answer)[0]  # answers follow one another, none overlap
+    if after is not None:
+        assert executed[3:6] == [3, 4, after]
+
+
+def test_where_a_robot_stands_may_be_said_when_an_episode_has_begun():
+    control = RealtimeControl(10, np.zeros(2), late="still", relative=np.zeros(2, dtype=bool), chunking="prefix")
+    control.begin_at(np.array([0.3, 0.4]))
+    assert control.committed(0, 0.2, 4).tolist() == [[0.3, 0.4]] * 2 and control.action(0).tolist() == [0.3, 0.4]
+    with pytest.raises(ValueError, match="finite"):
+        control.begin_at(np.array([np.nan, 0.4]))
+
+
 def test_only_the_first_actions_of_a_counting():
     control = BlockingControl(execute=2)
     looked = []
