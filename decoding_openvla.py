@@ -249,8 +249,9 @@ def choose_token(
 
 def check_finite(probabilities: np.ndarray, dtype: torch.dtype) -> None:
     """Raise a `ValueError` if the model computed NaN or infinity: a NaN among `probabilities` (batch, tokens)."""
-    broken = np.flatnonzero(~np.isfinite(probabilities).all(axis=1)).tolist()
-    if broken:
+    finite = np.isfinite(probabilities)
+    if not finite.all():
+        broken = np.flatnonzero(~finite.all(axis=1)).tolist()
         cause = "the weights are damaged (a diverged training, a broken download)"
         if dtype == torch.float16:
             cause = f"float16 overflowed (load the model with dtype=torch.bfloat16 or float32), or {cause}"

@@ -143,6 +143,8 @@ def is_plain(module: nn.Module) -> bool:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether something is called before or after a module."""
+    if not module._forward_hooks:
+        return bool(module._forward_pre_hooks)
     # The library leaves hooks behind that do nothing until hidden states are asked for.
     return bool(module._forward_pre_hooks) or any(
         getattr(hook, "__module__", "") != "transformers.utils.output_capturing"
@@ -320,8 +322,8 @@ class LlamaSteps(Steps):
 def as_function(module: nn.Module, product: Product = functional.linear) -> Callable[[torch.Tensor], torch.Tensor]:
     """What a call of a linear layer does, without the way through the module where nothing happens on it."""
     if isinstance(module, nn.Linear) and type(module) in LINEAR and is_plain(module):
-        product = product if fits(module.weight, module.bias) else functional.linear
-        return partial(product, weight=module.weight, bias=module.bias)
+        weight, bias = module.weight, module.bias
+        return partial(product if fits(weight, bias) else functional.linear, weight=weight, bias=bias)
     return module
 
 
@@ -333,9 +335,10 @@ def rotated(vectors: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torc
 
 def norm(module: Any, hidden: torch.Tensor) -> torch.Tensor:
     """The library's RMS norm; in float32 as one call, in half precision with its roundings."""
-    if hidden.dtype != torch.float32 or module.weight.dtype != torch.float32:
+    weight = module.weight
+    if hidden.dtype != torch.float32 or weight.dtype != torch.float32:
         return module(hidden)
-    return functional.rms_norm(hidden, module.weight.shape, module.weight, module.variance_epsilon)
+    return torch.rms_norm(hidden, weight.shape, weight, module.variance_epsilon)
 
 
 __all__ = [

@@ -414,15 +414,15 @@ class OpenVLAForActionPrediction(ActionVocabulary, OpenVLAGeneration, OpenVLAPre
             unnormalize_actions(rows, get_action_stats(norm_stats, name, checked), mode, self.action_head.margin)
             for rows, name, mode in zip(found["normalized_actions"], names, modes)
         ]
-        prediction = ActionPrediction(actions=np.stack(actions), **found)
+        predicted = {"actions": np.stack(actions), **dict(found.items())}
         if decided is not None:
-            prediction["normalized_actions"][:, : decided.shape[1]] = decided
-            prediction["actions"][:, : decided.shape[1]] = as_tensor("committed", committed).double().cpu().numpy()
+            predicted["normalized_actions"][:, : decided.shape[1]] = decided
+            predicted["actions"][:, : decided.shape[1]] = as_tensor("committed", committed).double().cpu().numpy()
         if self.action_chunk == 1:
-            prediction = ActionPrediction(**{name: value[:, 0] for name, value in prediction.items()})
+            predicted = {name: value[:, 0] for name, value in predicted.items()}
         if single:
-            prediction = ActionPrediction(**{name: value[0] for name, value in prediction.items()})
-        return prediction if return_dict else prediction["actions"]
+            predicted = {name: value[0] for name, value in predicted.items()}
+        return ActionPrediction(**predicted) if return_dict else predicted["actions"]
 
     def prompt_layout(
         self, inputs: ModelInputs, num_tokens: int, answers: Sequence[Sequence[int]] = ()
@@ -432,12 +432,13 @@ class OpenVLAForActionPrediction(ActionVocabulary, OpenVLAGeneration, OpenVLAPre
 
     def prefix(self, inputs: ModelInputs, layout: PromptLayout) -> Prefix:
         """What the language model reads before it acts. Nothing that is on the device is waited for."""
-        embeds = self.get_input_embeddings()(layout.input_ids.to(self.device, non_blocking=True))
+        device = self.device
+        embeds = self.get_input_embeddings()(layout.input_ids.to(device, non_blocking=True))
         mask, places = layout.attention_mask, torch.from_numpy(layout.patches).to(embeds.device, non_blocking=True)
         mask = None if mask is None else mask.to(embeds.device, non_blocking=True)
         with stage("vision"):
             features = self._encode(inputs.pixel_values, inputs.proprio)
-        finite = features.isfinite().flatten(1).all(dim=1, keepdim=True).to(self.device)
+        finite = features.isfinite().flatten(1).all(dim=1, keepdim=True).to(device)
         features = features.to(embeds.device, embeds.dtype)
         first, count = int(layout.patches[0, 0]), features.shape[1]
         if (layout.patches == np.arange(first, first + count)).all():  # in every row

@@ -75,7 +75,7 @@ def fits(weight: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
     """Whether `onednn_linear` reads such weights as torch does."""
     for tensor in (weight,) if bias is None else (weight, bias):
         plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout is torch.strided
-        if not plain or tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+        if not plain or tensor.dtype != torch.float32 or not tensor.is_cpu:
             return False
     # Of a bias it reads the memory, whatever the strides are.
     return weight.ndim == 2 and (bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous()))

@@ -163,11 +163,11 @@ def end_with_empty(prompt: list[int], config: Any, num_patches: int, num_tokens:
     Raises:
         ValueError: If the prompt says nothing, or is too long for the model.
     """
-    empty, limit = config.empty_token_id, config.llm_max_length
-    positions = getattr(config.text_config, "max_position_embeddings", None)
+    empty, limit, text = config.empty_token_id, config.llm_max_length, config.text_config
+    positions = getattr(text, "max_position_embeddings", None)
     if positions is not None:
         limit = min(limit, positions - num_patches - num_tokens)
-    if set(prompt) <= {config.text_config.bos_token_id, empty}:
+    if set(prompt) <= {text.bos_token_id, empty}:
         raise ValueError("No instruction given: a prompt holds no token but the start of the sequence.")
     if len(prompt) + 1 > limit:
         raise ValueError(f"The prompt has {len(prompt)} tokens, the model takes {limit - 1}: shorten the instruction.")
@@ -183,18 +183,20 @@ def check_prompt_ids(ids: list[int], config: Any, warn_without_bos: bool = False
         config: `OpenVLAConfig` of the model.
         warn_without_bos: Only warn where a prompt, which may have been cut by its mask, does not hold BOS at all.
     """
-    text, end = config.text_config, config.action_vocab_size
-    ends = text.eos_token_id if isinstance(text.eos_token_id, (list, tuple)) else [text.eos_token_id]
-    begins = text.bos_token_id if text.model_type in BEGIN_WITH_BOS else None
-    actions = [token for token in ids if end - config.n_action_bins <= token < end and token != config.image_token_id]
-    last = next((token for token in reversed(ids) if token != config.empty_token_id), None)
+    # Each field is read once: a configuration of transformers takes a microsecond for it.
+    text, end, image, pad = config.text_config, config.action_vocab_size, config.image_token_id, config.pad_token_id
+    first, empty, bos, ends = end - config.n_action_bins, config.empty_token_id, text.bos_token_id, text.eos_token_id
+    ends = ends if isinstance(ends, (list, tuple)) else [ends]
+    begins = bos if text.model_type in BEGIN_WITH_BOS else None
+    actions = [token for token in ids if first <= token < end and token != image]
+    last = next((token for token in reversed(ids) if token != empty), None)
     problem = None
     if actions:
         problem = f"holds {len(actions)} action token(s), for example {actions[0]}"
-    elif last in ends and last != text.bos_token_id:
+    elif last in ends and last != bos:
         problem = f"ends in the token that ends a sequence ({last})"
-    elif config.pad_token_id in ids and config.pad_token_id not in (text.bos_token_id, *ends):
-        problem = f"holds padding ({config.pad_token_id}) that no attention_mask hides"
+    elif pad in ids and pad not in (bos, *ends):
+        problem = f"holds padding ({pad}) that no attention_mask hides"
     elif begins is not None and begins not in ids and warn_without_bos:
         warnings.warn(
             f"A prompt starts with {ids[:3]} and without the token that starts a sequence ({begins}): the image enters "

@@ -183,18 +183,18 @@ class TokenHead:
         # One transfer for all of them: float32 holds every token id.
         found = torch.stack([values.float() for values in chosen]).cpu().numpy()
         check_finite(found[1], dtype)
-        ones, zeros = np.ones(decided.shape, np.float32), np.zeros(decided.shape, np.float32)
-        token_ids, probabilities, entropies, passes = (
-            np.concatenate([before, after], axis=1).reshape(-1, *shape)
-            for before, after in zip((decided, ones, zeros, zeros), found)
-        )
+        if decided.size:
+            before = np.zeros((len(found), *decided.shape), np.float32)
+            before[0], before[1] = decided, 1.0
+            found = np.concatenate([before, found], axis=2)
+        token_ids, probabilities, entropies, passes = found.reshape(len(found), -1, *shape)
         token_ids, known = token_ids.astype(np.int64), {}
         if distributions is not None:
             given = np.zeros((*decided.shape, distributions.shape[-1]), np.float32)
             first = 0 if given.shape[-1] > self.tokenizer.n_bins else self.tokenizer.token_range[0]
             np.put_along_axis(given, decided[..., None] - first, 1.0, axis=-1)
-            found = np.concatenate([given, distributions.cpu().numpy()], axis=1)
-            known["token_distributions"] = found.reshape(-1, *shape, found.shape[-1])
+            both = np.concatenate([given, distributions.cpu().numpy()], axis=1)
+            known["token_distributions"] = both.reshape(-1, *shape, both.shape[-1])
         return ActionPrediction(
             normalized_actions=self.tokenizer.decode(token_ids),
             token_ids=token_ids,
