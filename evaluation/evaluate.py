@@ -54,6 +54,7 @@ from .workers import EnvironmentFailure, EnvironmentProcess
 SETTINGS = "evaluation.json"
 UNSAID: tuple[Any, ...] = (None, "", "auto", "none", {})  # values of options that a report leaves out
 OLDER_QUANTIZATIONS = {"int8": "bnb-int8", "int4": "bnb-nf4"}  # names until format_version 1
+OF_A_LOADED_MODEL = ("unnorm_key", "dtype", "quantization", "decoding", "pixels", "action_head", "action_chunk")
 OF_THIS_MACHINE = ("assets",)  # options of simulators that are places here: neither saved nor compared
 
 
@@ -72,7 +73,7 @@ def evaluate(
     Args:
         options: What is evaluated; or its fields and options of the simulator as keywords, see `SimulatorOptions.of`.
         policy: Instead of that of the options: one of its names, or a policy of another kind, whose repr goes into the
-            report; the model is only written down then.
+            report; the model is only written down then, and how one is loaded and decoded may not be said.
 
     Returns:
         The summary of the report, see `report.summarize`; `mean_success` is None where every episode broke.
@@ -89,6 +90,8 @@ def evaluate(
     elif given or named:
         raise ValueError(f"{', '.join(given | named)}: give the options as one object, or all of them as keywords.")
     acting: Policy | None = None if policy is None or isinstance(policy, str) else policy
+    if acting is not None:
+        check_own(acting, options)
     control, device = options.control, torch_device(options.device)
     of_environment = environment_options(options.env, options.environment_options)
     here = make_environment(options.env, **{**of_environment, "render": False})
@@ -214,6 +217,21 @@ def evaluate(
         )
         return write_report(
             folder, records, {**about, **{name: value for name, value in said.items() if name not in about}}
+        )
+
+
+def check_own(policy: Policy, options: EvaluateOptions) -> None:
+    """Raise a `ValueError` for options that a policy given as an object never sees: they would be in its report."""
+    kind = type(policy).__name__
+    known = decisive(EvaluateOptions)
+    for name in OF_A_LOADED_MODEL:
+        if (value := getattr(options, name)) != known[name]:
+            raise ValueError(f"{name}={value!r}: the policy given ({kind}) acts as it is, leave it out.")
+    if hex(id(policy)) in repr(policy):
+        warnings.warn(
+            f"policy={policy!r}: that is its place in memory, another one each time, so that an evaluation which is "
+            f"stopped cannot be continued. Give {kind} a __repr__ that says what it is.",
+            stacklevel=3,
         )
 
 

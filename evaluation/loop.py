@@ -119,7 +119,7 @@ def run_episodes(
             passes=float(np.mean(slot.passes)) if slot.passes else None,
         )
         if slot.video is not None:
-            slot.video.save(success)
+            slot.video.save(success, slot.observation) if error is None else slot.video.save(None)
         append_result(file, record)
         records[slot.job.key] = record
         if error is not None and error not in said:

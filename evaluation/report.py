@@ -67,7 +67,7 @@ def summarize(records: Iterable[EpisodeResult]) -> dict[str, Any]:
 
     `reasons`: why environments broke, the most frequent first, and how often; without paths, as reports are published.
     Rates are in [0, 1]. `mean_success` is the mean over rows, so that every task counts alike; the row of an axis pools
-    all episodes of its kinds and tasks ("none": those without variation).
+    all episodes of its kinds and tasks, each once, see `_once` ("none": those without variation).
     """
     groups: dict[tuple[str, str], list[EpisodeResult]] = {}
     axes: dict[str, list[EpisodeResult]] = {}
@@ -82,7 +82,8 @@ def summarize(records: Iterable[EpisodeResult]) -> dict[str, Any]:
     ]
     order = sorted(axes, key=lambda axis: (axis != "", AXES.index(axis) if axis in AXES else len(AXES), axis))
     pooled = [
-        {"axis": axis or "none", "tasks": len({record.task for record in axes[axis]})} | _counts(axes[axis])
+        {"axis": axis or "none", "tasks": len({record.task for record in axes[axis]})}
+        | _counts(_once(axis, axes[axis]))
         for axis in order
     ]
     rates = [row["success"] for row in rows if "success" in row]
@@ -94,6 +95,22 @@ def summarize(records: Iterable[EpisodeResult]) -> dict[str, Any]:
         "errors": sum(row["errors"] for row in rows),
         "reasons": dict(reasons.most_common(MOST_REASONS)),
     }
+
+
+def _once(axis: str, group: Sequence[EpisodeResult]) -> list[EpisodeResult]:
+    """The records of an axis without episodes that are there twice, which would make its interval too narrow.
+
+    An axis alone draws one of its kinds: a task that was run so and by kind as well counts as it was run so. Episodes
+    of one number that differ in words are the same where two kinds drew the same words.
+    """
+    drawn = {record.task for record in group if record.variation == axis}
+    kept: dict[tuple[Any, ...], EpisodeResult] = {}
+    for record in group:
+        if record.task in drawn and record.variation != axis:
+            continue
+        differs = record.instruction if axis == "semantic" and record.error is None else record.variation
+        kept.setdefault((record.task, record.episode, record.error, differs), record)
+    return list(kept.values())
 
 
 def without_paths(text: str) -> str:
@@ -173,7 +190,7 @@ def axes_table(axes: Sequence[Mapping[str, Any]]) -> str:
         if "success" in row:
             rate = [f"{row['success']:.0%}", f"{row['low']:.0%} to {row['high']:.0%}", f"{row['successes']}"]
         lines.append(f"| {' | '.join([row['axis'], *rate, str(row['episodes']), str(row['tasks'])])} |")
-    text = "All episodes of an axis together, tasks that have it only:\n\n" + "\n".join(lines)
+    text = "All episodes of an axis together, each once, tasks that have it only:\n\n" + "\n".join(lines)
     if any(row["axis"] == "language" for row in axes):
         text += "\n\nA success along `language` is the task that was asked, not the other one that the scene allows."
     return text

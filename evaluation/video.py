@@ -15,6 +15,8 @@ WIDTH, LINE, FPS = 448, 22, 20
 CAPTION, GIF_FRAMES, COLORS = 27, 60, 64  # of a GIF: height of two lines of text, how many frames, how many colours
 OUTCOME = 2000  # milliseconds that a GIF stays on its last picture
 GREEN, RED, GRAY = (60, 170, 80), (200, 60, 50), (150, 150, 150)
+Outcome = tuple[tuple[int, int, int], str]  # colour and word
+OUTCOMES: dict[bool | None, Outcome] = {True: (GREEN, "success"), False: (RED, "failure"), None: (GRAY, "broke")}
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,13 @@ class EpisodeVideo:
         self.frames.append(next(iter(observation.images.values())))
         self.actions.append(np.asarray(action, dtype=np.float64))
 
-    def save(self, success: bool) -> None:
-        """Write the film, with a second of the outcome at its end."""
+    def save(self, success: bool | None, last: Observation | None = None) -> None:
+        """Write the film, with a second of the outcome at its end.
+
+        Args:
+            success: None: it broke, which is neither success nor failure.
+            last: What was seen after the last action, where that is known: the outcome is shown on it.
+        """
         if not self.frames:
             return
         import av
@@ -57,8 +64,9 @@ class EpisodeVideo:
         limits = np.maximum(np.abs(np.stack(self.actions)).max(axis=0), 1e-6)
         names = self.names if len(self.names) == len(limits) else action_names(len(limits))
         bars = [list(zip(names, action / limits, strict=True)) for action in self.actions]
-        pictures = [draw(frame, self.instruction, bar, None) for frame, bar in zip(self.frames, bars)]
-        pictures += [draw(self.frames[-1], self.instruction, bars[-1], success)] * FPS
+        pictures = [draw(frame, self.instruction, bar) for frame, bar in zip(self.frames, bars)]
+        seen = self.frames[-1] if last is None else next(iter(last.images.values()))
+        pictures += [draw(seen, self.instruction, bars[-1], OUTCOMES[success])] * FPS
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_suffix(".part.mp4")
         with av.open(str(part), "w") as container:
@@ -115,9 +123,18 @@ def save_tiles(films: Sequence[Film], path: Path, *, columns: int = 5, size: int
     indexed = [sheet.quantize(palette=palette, dither=Image.Dither.NONE) for sheet in sheets]
     durations = [1000 * stride // FPS] * (len(indexed) - 1) + [OUTCOME]
     path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
     indexed[0].save(
-        path, save_all=True, append_images=indexed[1:], duration=durations, loop=0, optimize=False, comment=COMMENT
+        part,
+        format="GIF",
+        save_all=True,
+        append_images=indexed[1:],
+        duration=durations,
+        loop=0,
+        optimize=False,
+        comment=COMMENT,
     )
+    part.replace(path)
 
 
 def palette_of(pictures: Sequence[Image.Image]) -> Image.Image:
@@ -141,7 +158,7 @@ def draw_tile(picture: Image.Image, instruction: str, success: bool | None) -> I
     for index, line in enumerate(wrap(instruction, lambda text: pen.textlength(text, font=font) <= size - 4)[:2]):
         pen.text((2, size + 1 + 12 * index), line, fill="black", font=font)
     if success is not None:
-        color, text = (GREEN, "success") if success else (RED, "failure")
+        color, text = OUTCOMES[success]
         pen.rectangle((0, 0, size - 1, size - 1), outline=color, width=3)
         width = pen.textlength(text, font=font)
         pen.rectangle((size - width - 8, 0, size - 1, 15), fill=color)
@@ -160,21 +177,23 @@ def wrap(text: str, fits: Callable[[str], bool]) -> list[str]:
     return lines
 
 
-def draw(frame: np.ndarray, instruction: str, action: Sequence[tuple[str, float]], success: bool | None) -> Image.Image:
+def draw(
+    frame: np.ndarray, instruction: str, action: Sequence[tuple[str, float]], outcome: Outcome | None = None
+) -> Image.Image:
     """One picture of the film.
 
     Args:
         frame: (H, W, 3) uint8.
         action: Name and value of each number, in [-1, 1] of what the episode saw.
-        success: None until it ends.
+        outcome: None until it ends.
     """
     height = WIDTH * frame.shape[0] // frame.shape[1]
     picture = Image.new("RGB", (WIDTH, (LINE + height + 3 * LINE + 1) // 2 * 2), "white")
     picture.paste(Image.fromarray(frame).resize((WIDTH, height)), (0, LINE))
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
     pen.text((6, 3), instruction, fill="black", font=font)
-    if success is not None:
-        color, text = (GREEN, "success") if success else (RED, "failure")
+    if outcome is not None:
+        color, text = outcome
         pen.rectangle((0, LINE, WIDTH - 1, LINE + height - 1), outline=color, width=6)
         pen.text((WIDTH - 70, 3), text, fill=color, font=font)
     width = WIDTH / len(action)

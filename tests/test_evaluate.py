@@ -17,7 +17,6 @@ from openvla.cli import app
 from openvla.evaluation import evaluate as evaluate_module
 from openvla.evaluation.evaluate import evaluate, reference_policy
 from openvla.evaluation.loop import run_episodes
-from openvla.evaluation.policies import ConstantPolicy
 from openvla.evaluation.rendering import NoOpenGL
 from openvla.evaluation.report import EpisodeResult
 from openvla.folders import locked
@@ -132,6 +131,16 @@ def test_a_policy_of_another_kind(tmp_path):
     assert run(tmp_path, policy=Up(), max_steps=5, episodes=1)["mean_success"] == 0.0
     assert [entry["predictions"] for entry in episodes(tmp_path)] == [3, 3]
     assert "policy: `up and away`" in (tmp_path / "report.md").read_text()
+    loading = {"dtype": "float32", "quantization": "int4", "decoding": "mean", "pixels": "oft", "unnorm_key": "mine"}
+    for name, value in {**loading, "action_head": "parallel_tokens", "action_chunk": 8}.items():  # stood in the report
+        with pytest.raises(ValueError, match=f"{name}={value!r}: the policy given .Up. acts as it is"):
+            run(tmp_path / "other", policy=Up(), **{name: value})
+    del Up.__repr__
+    with (
+        pytest.warns(UserWarning, match="Give Up a __repr__ that says what it is"),
+        pytest.raises(ValueError, match="another evaluation: policy was 'up and away'"),
+    ):
+        run(tmp_path, policy=Up(), max_steps=5, episodes=1)
 
 
 def small_model(folder: Path) -> Path:
@@ -148,6 +157,9 @@ class Still:
 
     config = SimpleNamespace(quantization_config=OpenVLAQuantizationConfig(8))
     model = SimpleNamespace(dtype=torch.bfloat16, config=config)
+
+    def __repr__(self):
+        return "still"
 
     def act(self, observations):
         return np.zeros((len(observations), 7))
@@ -217,12 +229,13 @@ def test_settings_that_were_edited_are_refused_in_words(edited, tmp_path):
         evaluate_module.earlier_settings(tmp_path, {"digests": {}}, "mine")
 
 
-def test_pixels_are_compared_and_reported_where_they_were_given(tmp_path):
-    class Still(ConstantPolicy):
-        def __repr__(self) -> str:
-            return "still"
-
-    options = {"policy": Still(np.zeros(7)), "tasks": "reach-v3", "episodes": 1, "max_steps": 1}
+def test_pixels_are_compared_and_reported_where_they_were_given(tmp_path, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(
+        evaluate_module.OpenVLAPolicy, "load", lambda model, pixels, **more: loaded.append(pixels) or Still()
+    )
+    monkeypatch.setattr(evaluate_module, "check_older_pixels", lambda *given: None)  # there are none to compare
+    options = {"policy": "model", "tasks": "reach-v3", "episodes": 1, "max_steps": 1}
     run(tmp_path / "as_stored", **options)
     run(tmp_path / "given", **options, pixels="libero")
     for name, expected in (("as_stored", None), ("given", "libero")):
@@ -237,7 +250,8 @@ def test_pixels_are_compared_and_reported_where_they_were_given(tmp_path):
     before = json.loads(settings.read_text())
     del before["format_version"]
     settings.write_text(json.dumps({**before, "center_crop": False}))
-    run(tmp_path / "as_stored", **options)  # this one sees no pixels
+    run(tmp_path / "as_stored", **options)
+    assert loaded == [None, "libero", None]
     assert "center_crop" not in json.loads(settings.read_text())
 
 

@@ -193,6 +193,13 @@ def test_films(tmp_path):
     assert len(frames) == record.steps + 20 and frames[0].shape[1] == 448
     border = frames[-1][200, 1].astype(int)
     assert border[1] > border[0] + 50  # green: success
+    inside = [round(float(frame[200, 224].mean())) for frame in (frames[record.steps - 1], frames[-1])]
+    assert inside[1] != inside[0] and abs(inside[1] - 120) <= 5  # the outcome is seen where it came about: at the goal
+    run(tmp_path / "broken", [Job("raise", 0, 100)], videos=1)
+    with av.open(str(tmp_path / "broken" / "videos" / "raise_000.mp4")) as container:
+        *_, last = (frame.to_ndarray(format="rgb24") for frame in container.decode(video=0))
+    border = last[200, 1].astype(int)
+    assert max(border) - min(border) < 20  # gray: it broke, which is no failure
 
 
 def test_a_policy_is_told_when_an_episode_begins_and_whose_observations_it_sees(tmp_path):
@@ -237,6 +244,9 @@ def test_fourteen_numbers_drive_in_every_mode(options, tmp_path):
 
 
 class FromPixels7:
+    def __repr__(self):
+        return "seven zeros"
+
     def act(self, observations):
         return np.zeros((len(observations), 7))
 

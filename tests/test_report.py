@@ -80,6 +80,24 @@ def test_an_axis_pools_all_of_its_episodes():
     assert axes["motion"]["errors"] == 1
 
 
+def test_an_axis_counts_no_episode_twice():
+    """One of an axis alone is that of the kind which it drew; two kinds of wording may draw the same words."""
+    drawn = [record(episode=index, success=index < 4, variation="visual") for index in range(10)]
+    light = [record(episode=index, success=False, variation="visual:light") for index in range(10)]
+    other = [record(task="close", episode=index, variation="visual:light") for index in range(5)]
+    words = [
+        record(episode=index, success=index < 2, variation=f"semantic:{kind}", instruction=f"wording {index % several}")
+        for kind, several in (("paraphrase", 2), ("unseen", 1))
+        for index in range(4)
+    ]
+    words += [record(episode=9, success=False, variation="semantic:unseen", error="broken")]
+    summary = summarize([*drawn, *light, *other, *words])
+    axes = {row["axis"]: row for row in summary["axes"]}
+    assert (axes["visual"]["successes"], axes["visual"]["episodes"], axes["visual"]["tasks"]) == (4 + 5, 10 + 5, 2)
+    assert (axes["semantic"]["successes"], axes["semantic"]["episodes"]) == (2 + 1, 4 + 2)
+    assert axes["semantic"]["errors"] == 1 and summary["episodes"] == 10 + 10 + 5 + 8  # rows are as they were run
+
+
 def test_axes_are_shown_where_there_are_variations(tmp_path):
     write_report(tmp_path, varied_records(), {})
     text = (tmp_path / "report.md").read_text()
