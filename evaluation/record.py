@@ -190,15 +190,13 @@ def _remove(part: Path, content: Mapping[str, Any]) -> None:
 
 
 def published(options: RecordOptions) -> dict[str, Any]:
-    """The options that decide what is recorded, as they are written down: a student is known by its name and the digest
-    of its weights, not by a path."""
+    """The options that decide what is recorded, as they are written down: a student is known by its name and the
+    digests of what decides its actions, not by a path."""
     content = options.content()
     if options.student is not None:
         folder = model_folder(options.student)
-        digests = file_digests(folder)
-        content |= {"student": published_name(options.student), "student_weights": digests["weights"]}
-        if "base" in digests:
-            content["student_base"] = digests["base"]
+        content["student"] = published_name(options.student)
+        content |= {f"student_{kind}": digest for kind, digest in file_digests(folder).items()}
     return content
 
 
@@ -206,14 +204,12 @@ def _check_same(content: dict[str, Any], found: Any, folder: Path) -> None:
     if not isinstance(found, dict):
         raise ValueError(f"{folder} says options={found!r:.100}, which no recording writes: give another output.")
     if found.get("student") is not None and "student_weights" not in found:  # recorded when paths were written down
-        found = {
-            **found,
-            "student": published_name(found["student"]),
-            "student_weights": content.get("student_weights"),
-        }
-    # What older versions did not know was as it is by default.
-    found = {**decisive(RecordOptions), "student_base": content.get("student_base"), **found}
-    other = {name: value for name, value in content.items() if found.get(name) != value}
+        found = {**found, "student": published_name(found["student"])}
+    if "student_config" not in found:  # older versions wrote down no more of a student than its weights
+        found = {**{name: value for name, value in content.items() if name.startswith("student_")}, **found}
+    found = {**decisive(RecordOptions), **found}  # what older versions did not know was as it is by default
+    names = dict.fromkeys([*content, *(name for name in found if name.startswith("student_"))])
+    other = {name: content.get(name) for name in names if found.get(name) != content.get(name)}
     if other:
         raise ValueError(
             f"{folder} was recorded with other options: "

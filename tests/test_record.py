@@ -473,12 +473,22 @@ def test_a_student_is_written_down_by_name_and_weights(tmp_path):
     student = tmp_path / "my_robot"
     student.mkdir()
     (student / "model.safetensors").write_text("weights")
+    (student / "config.json").write_text("{}")
     content = published(options(tmp_path, student=str(student)))
     assert content["student"] == "my_robot" and str(tmp_path) not in json.dumps(content)
-    before = {name: value for name, value in content.items() if name != "student_weights"}
+    before = {name: value for name, value in content.items() if not name.startswith("student_")}
     record_module._check_same(content, {**before, "student": str(student)}, tmp_path)  # as older versions wrote it
-    (student / "model.safetensors").write_text("trained further")
-    with pytest.raises(ValueError, match="other options: student_weights"):
+    before["student_weights"] = content["student_weights"]
+    record_module._check_same(content, before, tmp_path)
+    changes = {"model.safetensors": "weights", "dataset_statistics.json": "statistics", "config.json": "config"}
+    for file, kind in changes.items():  # it acts otherwise, also in other units or on other pixels
+        content = published(options(tmp_path, student=str(student)))
+        (student / file).write_text("changed")
+        with pytest.raises(ValueError, match=f"other options: student_{kind}"):
+            record_module._check_same(published(options(tmp_path, student=str(student))), content, tmp_path)
+    content = published(options(tmp_path, student=str(student)))
+    (student / "dataset_statistics.json").unlink()
+    with pytest.raises(ValueError, match="other options: student_statistics"):
         record_module._check_same(published(options(tmp_path, student=str(student))), content, tmp_path)
 
 
