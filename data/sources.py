@@ -32,7 +32,8 @@ def open_sources(
         specification: Path of one dataset of any format; an object with `__len__` and `__getitem__`; the name of an
             Open-X mixture or of a dataset, or "bridge_orig:1.0,kuka:0.5", whose names are folders under `data_root`; or
             a YAML file of `name: weight` or `name: {path: ..., weight: ..., options of open_source}`, in which
-            `statistics` may be the name of another entry, for the same units. What exists as a path is a path.
+            `statistics` may be the name of another entry, for the same units. What exists as a path is a path, below
+            `data_root` before anywhere else.
         data_root: Folder of the datasets. Default: beside the YAML file, else the working directory.
         options: Of `open_source`, for each; those of an entry win.
 
@@ -81,7 +82,7 @@ def _single(text: str, root: Path | None) -> Path | None:
     """The one dataset that a specification is the path of."""
     if is_mixture_file(text) and not os.path.isdir(text):
         return None
-    places = [Path(text).expanduser(), *([root / text] if root else [])]
+    places = [*([root / Path(text).expanduser()] if root else []), Path(text).expanduser()]
     return next((path for path in places if os.path.exists(path)), None)  # not there: too long for a name, as well
 
 

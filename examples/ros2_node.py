@@ -5,18 +5,20 @@
 
 `action` has the numbers of one control step, in the units of the dataset (`unnorm_key`); what turns them into motion
 belongs to the robot, and has to stop by itself when nothing comes for two periods. A new `instruction` begins an
-episode.
+episode, but wakes no DEAD guard: somebody looks at the robot, and says so.
+
+    ros2 topic pub --once /reset std_msgs/msg/Empty
 """
 
 import time
 
 import numpy as np
 import rclpy
-from openvla_client import Audit, Limits, NoAction, connect
+from openvla_client import Audit, Limits, NoAction, State, connect
 from rclpy.node import Node
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import Image
-from std_msgs.msg import Float64MultiArray, String
+from std_msgs.msg import Empty, Float64MultiArray, String
 
 
 STEP = {"x": 0.05, "y": 0.05, "z": 0.05, "roll": 0.2, "pitch": 0.2, "yaw": 0.2}  # the most of one step, for your arm
@@ -40,6 +42,7 @@ class OpenVLANode(Node):
         newest = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
         self.create_subscription(Image, "image", self.on_image, newest)
         self.create_subscription(String, "instruction", self.on_instruction, 1)
+        self.create_subscription(Empty, "reset", self.on_reset, 1)
         self.create_timer(1 / hz, self.on_step)
 
     def parameter(self, name, default):
@@ -54,9 +57,13 @@ class OpenVLANode(Node):
         self.seen_at = time.monotonic()  # not the stamp of the message, which may be of another machine
 
     def on_instruction(self, message) -> None:
-        if message.data != self.instruction:  # what is only said again begins nothing, and wakes no DEAD guard
-            self.instruction = message.data
+        begins = message.data != self.instruction  # what is only said again begins nothing
+        self.instruction = message.data
+        if begins and self.guard.state is not State.DEAD:  # a program may have said it
             self.guard.reset(self.start)
+
+    def on_reset(self, _) -> None:
+        self.guard.reset(self.start)
 
     def on_step(self) -> None:
         if self.image is None or not self.instruction:

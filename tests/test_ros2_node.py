@@ -54,7 +54,7 @@ def example(monkeypatch):
         "sensor_msgs": {},
         "sensor_msgs.msg": {"Image": message},
         "std_msgs": {},
-        "std_msgs.msg": {"Float64MultiArray": message, "String": message},
+        "std_msgs.msg": {"Empty": message, "Float64MultiArray": message, "String": message},
     }
     for name, content in contents.items():
         module = types.ModuleType(name)
@@ -112,6 +112,19 @@ def test_the_node(example, tmp_path, monkeypatch):
         assert node.published["state"][-1].data == "OK"
         with pytest.raises(ValueError, match="mono8"):
             node.subscribed["image"](image(0, "mono8"))
+
+        now[0] += 60.0  # the node was held up: a program that goes on to its next instruction moves nothing
+        for said in ("open the drawer", "close the drawer"):
+            node.subscribed["instruction"](SimpleNamespace(data=said))
+            node.subscribed["image"](image(50))
+            step()
+            assert node.published["state"][-1].data.startswith("DEAD")
+            assert node.published["action"][-1].data == [0.0] * 6 + [0.1]
+            now[0] += 0.2
+        node.subscribed["reset"](SimpleNamespace())
+        node.subscribed["image"](image(60))
+        step()
+        assert node.published["state"][-1].data == "OK" and scripted.messages[-1]["instruction"] == "close the drawer"
         node.guard.close()
         node.client.close()
     node.audit.close()

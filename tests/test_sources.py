@@ -25,7 +25,7 @@ from openvla.data.oxe.conversions import droid_moves, droid_moves_raw
 from openvla.data.prepare import open_is_1
 from openvla.data.recording import split_boundary
 from openvla.data.source import Source
-from openvla.data.sources import open_source, open_sources
+from openvla.data.sources import dataset_places, open_source, open_sources
 from openvla.data.survey import cache_folder
 from openvla.data.trajectory import chunk_act_obs, relabel_goals
 from openvla.pixels_openvla import resize_lanczos3
@@ -830,6 +830,18 @@ def test_given_statistics(tmp_path):
 
 
 # What a user may write ------------------------------------------------------------------------------------------------
+
+
+def test_a_name_under_a_data_root_is_no_folder_of_that_name_somewhere_else(tmp_path, monkeypatch):
+    """As in a mixture: a checkout of code that is called like the dataset would be read in its place."""
+    for folder in ("here/robot", "data/robot", "here/other"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    root = tmp_path / "data"
+    assert dataset_places("robot", root) == [root / "robot"]
+    assert dataset_places("robot") == [Path("robot")]
+    assert dataset_places("other", root) == [Path("other")]
+    assert dataset_places(tmp_path / "here/robot", root) == [tmp_path / "here/robot"]
 
 
 def test_a_mixture_under_a_data_root():
