@@ -531,6 +531,26 @@ def test_dead_until_somebody_looks():
     assert bench.step().state is State.OK
 
 
+@pytest.mark.parametrize("silence", ["loop held up", "sleep"])
+def test_an_answer_at_once_wakes_nobody(silence):
+    """A server that answers in the same step hides how long nothing moved: the age is judged before it is asked."""
+    slept = [0.0]
+    bench = Bench(start=still(), wait=0.05, slept=lambda: slept.pop() if slept else 0.0)
+    bench.submit = lambda ask: (bench.asked.append(ask), bench.answer([0.1, 0, 0, 1]))
+    bench.now += 60  # between `reset` and the first step: the episode begins with the step
+    assert [bench.step().source for _ in range(3)] == ["answer"] * 3
+    if silence == "sleep":
+        slept.append(3600.0)
+    else:
+        bench.now += 60
+    asked = len(bench.asked)
+    commands = [bench.step() for _ in range(3)]
+    assert [(command.state, command.source) for command in commands] == [(State.DEAD, "hold")] * 3
+    assert commands[0].age > 60 and len(bench.asked) == asked
+    bench.guard.reset(still())
+    assert bench.step().source == "answer"
+
+
 def test_a_connection_that_comes_and_goes_gets_dead_as_well():
     bench = Bench(start=still(), wait=0, dead_after=1.0)
     for _ in range(12):

@@ -217,6 +217,8 @@ class Guard:
         new, seen_at = seen_at is None or not seen_at <= self._seen_at, now if seen_at is None else seen_at
         arrived: list[dict[str, Any]] = []
         self._collect(arrived)
+        # Before anything is asked: after a long silence not even an answer at once moves a robot.
+        self.state = self._next_state(self._age(step, now))
         asked = self._ask(step, now, seen_at, observation, here) if new else None
         seen = None if self._audit is None else self._named(observation)  # while the answer is on its way
         if asked is not None:
