@@ -229,6 +229,22 @@ def dataset_of(environment: Environment, statistics: Mapping[str, Any]) -> str |
     return next((name for name in getattr(environment, "unnorm_keys", ()) if name in statistics), None)
 
 
+def warn_of_other_units(
+    environment: Environment, statistics: Mapping[str, Any], unnorm_key: str | None, model: str, env: str
+) -> None:
+    """Warn of a model that knows one dataset alone, where nobody chose it and it is none of those that were recorded in
+    the environment: its actions have the units of another robot or of other tasks."""
+    recorded = getattr(environment, "unnorm_keys", ())
+    if unnorm_key is None and recorded and len(statistics) == 1 and dataset_of(environment, statistics) is None:
+        (only,) = statistics
+        warnings.warn(
+            f"'{model}' acts in the units of '{only}', the only dataset it knows, and demonstrations of '{env}' are "
+            f"called {' or '.join(recorded)}. If its units are those, say so (--unnorm-key {only}); else take a model "
+            "that was trained on these.",
+            stacklevel=3,
+        )
+
+
 def has_other_rate(recorded: float | None, environment: Environment, model: str, env: str, more: str = "") -> bool:
     """Whether the actions of a model were recorded at another rate (`recorded`, a second) than the environment takes,
     which is a warning, with `more` behind it."""

@@ -43,6 +43,7 @@ from .environment import (
     standstill,
     tasks_with,
     usual_tasks,
+    warn_of_other_units,
 )
 from .loop import EPISODES, Job, run_episodes
 from .policies import ConstantPolicy, RandomPolicy
@@ -147,6 +148,7 @@ def evaluate(
             if folder.resolve() == source.resolve():
                 raise ValueError(f"output='{folder}' is the model: give a folder of its own, it may lie inside.")
             statistics = statistics_of(source)
+            warn_of_other_units(here, statistics, unnorm_key, options.model, options.env)
             if unnorm_key is None and len(statistics) > 1:
                 about["unnorm_key"] = unnorm_key = dataset_of(here, statistics)
             stats = get_action_stats(statistics, unnorm_key)

@@ -35,6 +35,7 @@ from .environment import (
     has_other_rate,
     renders,
     tasks_with,
+    warn_of_other_units,
 )
 from .expert_episode import is_episode, load_episode
 from .rendering import opengl_backend
@@ -146,6 +147,7 @@ def check_student(options: RecordOptions, environment: Environment, student: str
     """Raise a `ValueError` for a student of other actions, another state or a camera that is not recorded, before
     anything is: it would say so at its first act. Another rate is a warning."""
     known, key = recorder.student_units(options, environment)
+    warn_of_other_units(environment, known, options.unnorm_key, student, options.env)
     key, config = resolve_unnorm_key(known, key), config_of(model_folder(student))
     check_dimensions(known[key]["action"], student, options.env, action_spec_of(environment))
     check_state(config.proprio_dim, student, options.env, environment.state_names)

@@ -37,6 +37,13 @@ class SimulatorOptions(Options):
         shown="the simulator's; metaworld: corner4",
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = {item.name: default_of(item) for item in fields(self)}
+        for name, value in self.env_options.items():
+            if name in known and (given := getattr(self, name)) != known[name]:
+                raise ValueError(f"{name}={given!r}: the options of the simulator say {value!r}, give one of both.")
+
     @classmethod
     def of(cls, **given: Any) -> Self:
         """From keywords: the fields by their names, every other is an option of the simulator."""

@@ -18,6 +18,7 @@ import numpy as np
 from closed_loop import outcome, spread, success, table
 from matplotlib.figure import Figure
 
+from openvla.evaluation import choose_tasks, make_environment
 from openvla.evaluation.control import CHUNKING
 from openvla.evaluation.evaluate import evaluate, single_latency
 from openvla.policy import OpenVLAPolicy
@@ -95,7 +96,9 @@ def jerk(row: dict[str, Any] | None) -> str:
 def report(arguments: argparse.Namespace, policies: list[str], milliseconds: dict[str, float]) -> str:
     """The tables, of what was run."""
     found = {name: outcome(arguments.runs / name) for _, name, _ in cells(policies, arguments.latencies)}
-    wanted = arguments.episodes * len(arguments.tasks.split(","))
+    environment = make_environment("metaworld", render=False)  # sets of tasks are as many episodes as they have tasks
+    wanted = arguments.episodes * len(choose_tasks(environment, arguments.tasks))
+    environment.close()
     found = {name: row if row is not None and row["episodes"] >= wanted else None for name, row in found.items()}
     waiting, late = [], []
     for policy in policies:

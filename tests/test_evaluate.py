@@ -3,6 +3,7 @@
 import json
 import math
 import runpy
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -112,6 +113,19 @@ def test_another_rate_than_that_of_the_demonstrations_is_said(tmp_path):
     with pytest.warns(UserWarning, match="recorded at 20 a second, and 'metaworld' takes 10"):
         run(tmp_path, **short, frequency=10)
     assert "- recorded_hz: `20.0`" in (tmp_path / "report.md").read_text()
+
+
+def test_units_of_other_demonstrations_are_said(tmp_path, monkeypatch):
+    """A model of one suite of LIBERO acted in another in the units of its own, and nobody was told."""
+    monkeypatch.setattr("openvla.evaluation.metaworld.MetaWorld.unnorm_keys", ("goal", "goal_no_noops"), raising=False)
+    short = {"policy": "mean", "episodes": 1, "max_steps": 1, "tasks": "reach-v3"}
+    with pytest.warns(UserWarning, match="units of 'metaworld', the only dataset .* called goal or goal_no_noops"):
+        run(tmp_path / "other", **short)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(tmp_path / "chosen", **short, unnorm_key="metaworld")
+        monkeypatch.setattr("openvla.evaluation.metaworld.MetaWorld.unnorm_keys", ("goal", "metaworld"))
+        run(tmp_path / "known", **short)
 
 
 def test_episodes_that_repeat_others_are_said(tmp_path, monkeypatch):

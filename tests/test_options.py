@@ -93,6 +93,19 @@ def test_record_options_that_are_refused(wrong):
 
 
 @pytest.mark.parametrize(
+    "kind, given",
+    [(RecordOptions, {"size": 64}), (RecordOptions, {"wrist": True}), (EvaluateOptions, {"camera": "corner2"})],
+    ids=str,
+)
+def test_a_simulator_is_told_one_thing(kind, given):
+    """Of two, one was ignored, and stood in what was written down."""
+    (name,) = given
+    with pytest.raises(ValueError, match=f"{name}=.*: the options of the simulator say 'other'"):
+        kind(output="o", env_options={name: "other"}, **given)
+    assert kind(output="o", env_options={name: "other"}).environment_options[name] == "other"
+
+
+@pytest.mark.parametrize(
     "wrong",
     [{"max_steps": 0}, {"workers": 0}, {"latency": math.nan}, {"hz": 0.0}, {"hz": math.nan}, {"episodes": 10**20}],
     ids=str,
