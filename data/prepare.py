@@ -81,6 +81,9 @@ class PreparedDataset(EpisodeDataset):
     def runs(self) -> list[range]:
         return self.dataset.runs()
 
+    def kind_of(self, index: int) -> tuple[str, ...] | None:
+        return self.dataset.kind_of(index)
+
     def content_files(self) -> dict[str, Path] | None:
         return self.dataset.content_files()
 

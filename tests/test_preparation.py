@@ -221,6 +221,24 @@ def test_a_view_that_is_another_camera_in_some_episodes(tmp_path):
         prepare(options(tmp_path, camera="front"), data=dataset(*made))
 
 
+def test_one_episode_of_many_without_the_camera_of_the_others(tmp_path):
+    """Eight of each split were looked at; the rest were trained on through the camera on the gripper, unsaid."""
+    made = [episode(images={name: [jpeg(1)] * 10 for name in ("front", "wrist")}) for _ in range(40)]
+    del made[17]["images"]["front"]
+    (warning,) = prepare(options(tmp_path), data=dataset(*made)).mixed_views
+    assert "front (mine, episode 0); wrist (mine, episode 17)" in warning
+
+    folder = tmp_path / "open_it_demo.hdf5"
+    with h5py.File(folder, "w") as file:
+        for number in range(40):
+            demo = file.create_group(f"data/demo_{number}")
+            demo["actions"] = np.array(made[0]["actions"])
+            for camera in ("agentview_rgb", "eye_in_hand_rgb")[number == 17 :]:
+                demo[f"obs/{camera}"] = np.zeros((10, 8, 8, 3), np.uint8)
+    (warning,) = prepare(options(tmp_path, dataset=str(folder))).mixed_views
+    assert "agentview_rgb (" in warning and "demo_0); eye_in_hand_rgb (" in warning and "demo_17)" in warning
+
+
 def test_one_instruction_in_two_spellings_is_one(tmp_path):
     """A model reads both alike; chunks ended between them, and what follows was not learned."""
     data = dataset(episode(["Open the drawer"] * 5 + ["open  the drawer "] * 5), episode())

@@ -49,6 +49,7 @@ from .step_cost import usual_text
 # Learning rates of the paper: adapters, and everything else.
 LEARNING_RATES = {"lora": 5e-4, "qlora": 5e-4}
 FULL_LEARNING_RATE = 2e-5
+KINDS = 20  # sets of cameras of one dataset that are looked at, an episode each
 
 
 def learning_rate(options: FinetuneOptions) -> float:
@@ -294,7 +295,8 @@ def proprio_dim(options: FinetuneOptions, sources: Sequence[Source], config: Ope
 
 def check_samples(source: Source, episodes: int = 8) -> list[str]:
     """Decode the first two images, one of the middle and the last of a few episodes of both splits, spread evenly, so
-    that a run does not stop for them later.
+    that a run does not stop for them later; also of an episode with each set of cameras that there is, as one in many
+    may be seen through another.
 
     Returns:
         A warning where a view is another camera in some of them than in others, by its name.
@@ -304,7 +306,11 @@ def check_samples(source: Source, episodes: int = 8) -> list[str]:
     """
     seen: dict[tuple[str, ...], str] = {}
     for dataset in filter(None, (source.dataset, source.held_out)):
-        picked = np.unique(np.linspace(0, len(dataset) - 1, episodes).astype(int))
+        kinds: dict[tuple[str, ...] | None, int] = {}
+        for index in range(len(dataset)):
+            kinds.setdefault(dataset.kind_of(index), index)
+        spread = np.linspace(0, len(dataset) - 1, episodes).astype(int)
+        picked = np.unique([*spread, *list(kinds.values())[:KINDS]])
         for episode in dataset.read(picked):
             frames = list(source.frames(episode))
             for step in sorted({*range(len(frames))} & {0, 1, len(frames) // 2, len(frames) - 1}):
