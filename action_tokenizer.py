@@ -142,7 +142,7 @@ def read_statistics(file: str | os.PathLike) -> dict[str, Any]:
         FileNotFoundError: If there is none.
         ValueError: If it is damaged, or `check_statistics` refuses what it holds.
     """
-    return check_statistics(read_json(file), f"'{os.fspath(file)}'")
+    return check_statistics(read_json(file, unique=True), f"'{os.fspath(file)}'")
 
 
 def check_statistics(norm_stats: Any, where: str = "norm_stats") -> dict[str, Any]:

@@ -54,21 +54,31 @@ def check_file(path: str | os.PathLike, what: str = "file") -> Path:
     return path
 
 
-def read_json(path: str | os.PathLike, kind: type = dict, marked: bool = True) -> Any:
+def read_json(path: str | os.PathLike, kind: type = dict, marked: bool = True, unique: bool = False) -> Any:
     """Content of a JSON file, with or without a byte order mark.
 
     Args:
         kind: `dict` or `list`: what the file has to hold.
         marked: It may begin with a byte order mark; False where another library reads it as well, which takes none.
+        unique: Refuse a name that stands twice in one object, of which the last would be taken silently: of files that
+            people put together by hand.
 
     Raises:
         FileNotFoundError: If there is none.
         ValueError: If it is empty, a Git LFS pointer, no JSON, holds something else than `kind`, or is not `marked` and
-            begins with such a mark.
+            begins with such a mark, or is to be `unique` and is not.
     """
     path = check_file(path, "JSON file")
+    twice: list[str] = []
+
+    def one_of_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found, names = dict(pairs), [name for name, _ in pairs]
+        if len(found) < len(names):
+            twice.append(next(name for name in found if names.count(name) > 1))
+        return found
+
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=one_of_each if unique else None)
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"'{path}' is not valid JSON ({error}): it was damaged or cut off, copy or download it again."
@@ -78,6 +88,8 @@ def read_json(path: str | os.PathLike, kind: type = dict, marked: bool = True) -
             f"'{path}' begins with a byte order mark, as some editors write it, and other libraries do not read it so: "
             "save it as UTF-8 without one."
         )
+    if twice:
+        raise ValueError(f"'{path}': '{twice[0]}' stands there twice in one object: leave one out, or rename it.")
     if not isinstance(content, kind):
         expected = "an object {...}" if kind is dict else "a list [...]"
         raise ValueError(f"'{path}' holds {json.dumps(content)[:60]}, expected {expected}.")

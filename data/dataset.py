@@ -23,6 +23,7 @@ class EpisodeDataset:
     """
 
     splits: Sequence[str] = ("train",)  # what is recorded beside the split that was opened
+    in_no_split: int = 0  # episodes of the recording that are in none of these
     action_names: list[str] | None = None  # of the dimensions, where the recording names them
     state_names: list[str] | None = None
     hz: float | None = None  # steps in a second, where the recording says so
@@ -54,6 +55,11 @@ class EpisodeDataset:
 
     def members(self) -> Sequence[Any] | None:
         """What the episodes are in the recording, whatever split was opened; None where splits share none."""
+        return None
+
+    def kind_of(self, index: int) -> tuple[str, ...] | None:
+        """Names by which an episode tells that it has other images than others, as far as that is known without
+        reading it; None where all have the same, or it is not known."""
         return None
 
     def content_files(self) -> dict[str, Path] | None:
@@ -102,6 +108,9 @@ class PartOfDataset(EpisodeDataset):
     def _load(self, index: int) -> Episode:
         return self.dataset._load(self.episodes[index])
 
+    def kind_of(self, index: int) -> tuple[str, ...] | None:
+        return self.dataset.kind_of(self.episodes[index])
+
     def runs(self) -> list[range]:
         first, end = self.episodes.start, self.episodes.stop
         parts = [range(max(run.start, first) - first, min(run.stop, end) - first) for run in self.dataset.runs()]
@@ -122,9 +131,13 @@ class PythonDataset(EpisodeDataset):
         self.episodes = episodes
         self._action_dim: int | None = None
         self._state_dim: int | None = None
+        self._kinds: dict[int, tuple[str, ...]] = {}  # of the episodes that were read: all, for the statistics
 
     def __len__(self) -> int:
         return len(self.episodes)
+
+    def kind_of(self, index: int) -> tuple[str, ...] | None:
+        return self._kinds.get(index)
 
     def _load(self, index: int) -> Episode:
         where = f"{self.name}, episode {index}"
@@ -163,6 +176,7 @@ class PythonDataset(EpisodeDataset):
             executed=fields.get("executed"),
         )
         self._action_dim = self._action_dim or episode.actions.shape[1]
+        self._kinds[index] = tuple(images)
         if episode.state is not None:
             self._state_dim = self._state_dim or episode.state.shape[1]
         return episode

@@ -1,6 +1,7 @@
 """A dataset on disk or in memory, opened split by split: which episodes train, which are held out."""
 
 import os
+import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -162,6 +163,14 @@ def open_recording(
         kept_back = PartOfDataset(train, range(boundary, len(train)))
         train = PartOfDataset(train, range(boundary))
     everything = [opened("all" if split == "train" else split, **without_images)]
+    if split == "train" and (left := everything[0].in_no_split):
+        warnings.warn(
+            f"{name}: {left} of {len(everything[0])} episodes are in no split to train on or to hold out, and are left "
+            f"out, though the statistics are of all ({', '.join(plain.splits)}): complete the splits (LeRobot: "
+            "meta/info.json, HDF5: mask/train), or take all of them with split='all' (--split all).",
+            UserWarning,
+            stacklevel=3,
+        )
     if validation and split != "train":
         everything.append(opened(validation, **without_images))
     return Recording(

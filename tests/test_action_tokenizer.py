@@ -259,6 +259,16 @@ def test_a_statistics_file_is_named(tmp_path):
     assert read_statistics(file)["robot"]["action"]["q99"] == [1.0]
 
 
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_name_that_stands_twice_in_a_statistics_file(inner, tmp_path):
+    """Of files put together by hand the last one counted, unsaid."""
+    entry = '{"action": {"q01": [0], "q99": [1]%s}}' % (', "q99": [5]' if inner else "")
+    file = tmp_path / "dataset_statistics.json"
+    file.write_text(f'{{"robot": {entry}' + ("}" if inner else f', "robot": {entry}}}'))
+    with pytest.raises(ValueError, match=f"'{'q99' if inner else 'robot'}' stands there twice.*leave one out"):
+        read_statistics(file)
+
+
 def test_the_hint_is_of_a_near_key_alone():
     norm_stats = load_preset_statistics("openvla-7b")
     with pytest.raises(KeyError, match="Did you mean 'bridge_orig'"):

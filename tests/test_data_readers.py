@@ -28,6 +28,7 @@ from data_files import jpeg, png, write_records, write_rlds, write_video
 
 from openvla.data import DamagedDataError, EpisodeStream, decode_image, frames, open_dataset
 from openvla.data.formats import video
+from openvla.data.sources import open_source
 from openvla.data.stream import shuffled
 
 
@@ -560,6 +561,16 @@ def test_hdf5_names_order_and_masks(tmp_path):
     assert len(open_dataset(tmp_path, split="all")) == 25
     with pytest.raises(ValueError, match="no demonstrations in split 'test'; splits: .'valid'"):
         open_dataset(image, split="test")
+
+
+def test_hdf5_demonstrations_that_no_mask_names(tmp_path):
+    """Recorded after the masks were made, or in a file of which no mask says what to train on."""
+    for name, masks in (("a", {"train": [0, 1], "valid": [2]}), ("b", {"core": [0]})):
+        with h5py.File(write_hdf5(tmp_path / f"{name}_demo.hdf5", 4), "a") as file:
+            for mask, numbers in masks.items():
+                file[f"mask/{mask}"] = np.array([f"demo_{number}".encode() for number in numbers])
+    with pytest.warns(UserWarning, match="5 of 8 episodes are in no split.*core, train, valid"):
+        assert len(open_source(tmp_path, cache=False).dataset) == 2
 
 
 def test_hdf5_damage_is_named(tmp_path):

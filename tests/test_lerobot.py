@@ -10,9 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from data_files import FRONT, png, write_lerobot, write_video
 
-from openvla.data import DamagedDataError, open_dataset
+from openvla.data import DamagedDataError, PythonDataset, open_dataset
 from openvla.data.formats.lerobot_meta import is_colour
 from openvla.data.sources import open_source
+from openvla.data.writers.lerobot import write_lerobot as write_images
 from openvla.files_openvla import LFS_POINTER
 
 
@@ -428,3 +429,42 @@ def test_damaged_episodes_are_skipped_and_counted(tmp_path):
         warnings.simplefilter("always")
         assert [e.index for e in dataset] == [0, 3]
     assert dataset.skipped == 2 and len(said) == 2
+
+
+def test_episodes_that_no_split_names(tmp_path):
+    """They are added without a word in info.json: not trained on, though LeRobot itself takes them."""
+    folder = write_lerobot(tmp_path / "set", episodes=4, steps=4)
+    change_info(folder, lambda info: info.update(splits={"train": "0:2", "test": "2:3"}))
+    with pytest.warns(UserWarning, match="1 of 4 episodes are in no split.*of all .test, train.*--split all"):
+        assert len(open_source(folder, cache=False).dataset) == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(open_source(folder, split="all", cache=False).dataset) == 4
+        change_info(folder, lambda info: info.update(splits={"train": "0:2, 3:4", "test": "2:3"}))
+        assert len(open_source(folder, cache=False).dataset) == 3
+
+
+def test_words_of_the_tasks_table_and_of_the_episode(tmp_path):
+    """Where recordings are joined, task_index may stay that of the parts: every episode gets words of another one."""
+    folder = write_lerobot(tmp_path / "set", steps=4)
+    rewrite(folder / "data/chunk-000/file-000.parquet", put("task_index", [0] * 8))
+    with pytest.warns(UserWarning, match="episode 1: its task is 'open it' by task_index.* and 'close it' by meta"):
+        assert [episode.instruction for episode in open_dataset(folder)] == ["open it", "open it"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        told = [episode.instruction for episode in open_dataset(folder, language_key="tasks")]
+    assert told == ["open it", "close it"]
+
+
+@pytest.mark.parametrize("given", [None, 10, 12.5])
+def test_images_without_a_clock(tmp_path, given):
+    """fps decides nothing there but what is told of the actions; without it a KeyError said 'fps'."""
+    images = {"image": np.zeros((3, 8, 8, 3), np.uint8)}
+    made = {"actions": np.zeros((3, 7)), "instruction": "open it", "images": images}
+    write_images([*PythonDataset([made])], tmp_path / "set", fps=10)
+    change_info(tmp_path / "set", lambda info: info.pop("fps") if given is None else info.update(fps=given))
+    assert open_dataset(tmp_path / "set").hz == given
+    for wrong in ("10", [], True, 0):
+        change_info(tmp_path / "set", lambda info: info.update(fps=wrong))  # noqa: B023 - called at once
+        with pytest.raises(ValueError, match="info.json: 'fps' is .*expected a number above 0"):
+            open_dataset(tmp_path / "set")

@@ -45,6 +45,7 @@ DAMAGED = (
     AttributeError,
 )  # what h5py raises for damaged parts
 LANGUAGE_NAMES = ("language_instruction", "natural_language_instruction", "instruction", "lang")
+HELD_OUT = ("val", "valid", "validation", "test")  # masks of what is not to be trained on
 QUOTED = re.compile(r'^"([^"]*)"$')  # as LIBERO writes instructions
 LIBERO_SCENE = re.compile(r"^[A-Z_]+SCENE\d+_")
 
@@ -83,12 +84,14 @@ class HDF5Dataset(EpisodeDataset):
             warn_of_camera(self.name, key)
         self.demos: list[tuple[Path, str]] = []
         masks: set[str] = set()
+        self.in_no_split = 0
         files = hdf5_files(Path(path))
         if not all(file.exists() for file in files) or not files:
             raise FileNotFoundError(f"no HDF5 files at {path}")
         for file in files:
             try:
                 self.demos += [(file, demo) for demo in _demos(file, split, masks)]
+                self.in_no_split += _in_no_mask(open_file(file))
             except DamagedDataError as error:
                 if on_error == "raise":
                     raise
@@ -140,6 +143,13 @@ class HDF5Dataset(EpisodeDataset):
 
     def members(self) -> list[tuple[Path, str]]:
         return self.demos
+
+    def kind_of(self, index: int) -> tuple[str, ...] | None:
+        file, demo = self.demos[index]
+        try:
+            return tuple(open_file(file)["data"][demo]["obs"])
+        except DAMAGED:
+            return None  # said where it is read
 
     def content_files(self) -> dict[str, Path]:
         return self.files
@@ -351,6 +361,18 @@ def _demos(file: Path, split: str, masks: set[str]) -> list[str]:
     if missing := sorted(set(demos) - set(known)):
         raise DamagedDataError(f"{file}: mask/{split} names {missing[:8]}, which data lacks")
     return sorted(demos, key=lambda name: [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", name)])
+
+
+def _in_no_mask(content: h5py.File) -> int:
+    """Demonstrations of a file with masks that are neither to train on nor to hold out, as those recorded after the
+    masks were made. Without a mask "train" the others are parts of it that somebody made (robomimic's filter keys)."""
+    groups = content.get("mask")
+    if not isinstance(groups, h5py.Group) or not len(groups):
+        return 0
+    known = [name for name in groups if "train" in groups or name in HELD_OUT]
+    lists = [groups[name] for name in known]
+    listed = [entry for found in lists if isinstance(found, h5py.Dataset) and found.ndim == 1 for entry in found[:]]
+    return len({*content["data"]} - {as_text(entry, "mask") for entry in listed})
 
 
 def _cameras(group: h5py.Group) -> list[str]:

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pyarrow as pa
 
 from ...cameras_openvla import order_cameras
 from ...options.datasets import LeRobotOptions
+from ...prompts_openvla import plain_text
 from ..dataset import EpisodeDataset, OnError, action_keys, key_list, name_cameras, warn_of_camera
 from ..dimensions import dimension_names
 from ..episode import (
@@ -26,6 +28,7 @@ from ..episode import (
 from .lerobot_meta import (
     SUBTASKS,
     fill_path,
+    in_no_split,
     is_colour,
     marked_as,
     read_episodes,
@@ -80,6 +83,7 @@ class LeRobotDataset(EpisodeDataset):
         self._episodes, self._tasks = read_episodes(self.folder, version), read_tasks(self.folder, version)
         numbers = self._episodes["episode_index"].to_numpy()
         self._rows, missing = split_episodes(self.info, split, numbers, info_file)
+        self.in_no_split = in_no_split(self.info, numbers)
         if missing:
             problem = (
                 f"{self.folder}: meta/episodes lacks {len(missing)} of the episodes of meta/info.json, the first is "
@@ -111,9 +115,10 @@ class LeRobotDataset(EpisodeDataset):
         self.language_key = given.language_key
         if self.language_key and self.language_key not in self._episodes.column_names:
             self.language_key = self._key(self.language_key, undeclared=True)
+        self._tasks_differ = False  # said already
         if self.language_key == SUBTASKS:
             self._tasks = read_subtasks(self.folder)
-        self.hz = float(self.info["fps"])
+        self.hz = float(self.info["fps"]) if self.info.get("fps") is not None else None
         self.action_names = dimension_names(self.features, self.action_keys)
         self.state_names = dimension_names(self.features, self.state_keys)
 
@@ -290,7 +295,28 @@ class LeRobotDataset(EpisodeDataset):
             raise DamagedDataError(
                 f"{origin}: {key or 'task_index'} {listed} is not in the {'sub' if key == SUBTASKS else ''}tasks table"
             )
-        return [tasks[task] for task in values]
+        texts = [tasks[task] for task in values]
+        if key is None:
+            self._compare_tasks(row, texts, origin)
+        return texts
+
+    def _compare_tasks(self, row: dict[str, Any], texts: Sequence[str], origin: str) -> None:
+        """Warn once where the words of an episode by the tasks table are not those that stand beside the episode: of
+        recordings that were joined, numbers of tasks may still be those of the parts."""
+        said = row.get("tasks")
+        if self._tasks_differ or not isinstance(said, list) or not all(isinstance(text, str) for text in said):
+            return
+        other = {*map(plain_text, texts)} - {*map(plain_text, said)}
+        self._tasks_differ = bool(said and other)
+        if self._tasks_differ:
+            warnings.warn(
+                f"{origin}: its task is {min(other)!r:.100} by task_index and the tasks table, which is what is read, "
+                f"and {said[0]!r:.100} by meta/episodes. Where recordings were joined, task_index may be that of "
+                "another one: correct it, or name a column with language_key (--language-key tasks reads those of "
+                "meta/episodes).",
+                UserWarning,
+                stacklevel=4,
+            )
 
     def _encoded(self, column: pa.ChunkedArray, origin: str) -> list[bytes]:
         images = []

@@ -45,7 +45,9 @@ def read_info(file: Path) -> dict[str, Any]:
     of_video = [key for key, feature in features.items() if feature["dtype"] == "video"]
     expected: dict[str, tuple[type, ...]] = {"data_path": (str,)}
     if of_video:
-        expected |= {"video_path": (str,), "fps": (int, float)}
+        expected["video_path"] = (str,)
+    if of_video or info.get("fps") is not None:  # without films it is only what is told of the actions
+        expected["fps"] = (int, float)
     if "chunks_size" in info:
         expected["chunks_size"] = (int,)
     for key, kinds in expected.items():
@@ -271,6 +273,18 @@ def split_episodes(info: dict[str, Any], split: str, numbers: np.ndarray, file: 
         chosen |= (numbers >= int(first)) & (numbers < int(end))
         wanted |= set(range(int(first), min(int(end), total)))
     return np.flatnonzero(chosen).tolist(), sorted(wanted - set(numbers.tolist()))
+
+
+def in_no_split(info: dict[str, Any], numbers: np.ndarray) -> int:
+    """How many of the episodes recorded are in no split, as those that were added without a word in info.json."""
+    splits = info.get("splits") or {}
+    chosen = np.zeros(len(numbers), dtype=bool)
+    for part in ",".join(map(str, splits.values())).split(","):
+        first, _, end = (text.strip() for text in part.partition(":"))
+        if not first.isdecimal() or not end.isdecimal():
+            return 0  # said where that split is read
+        chosen |= (numbers >= int(first)) & (numbers < int(end))
+    return int((~chosen).sum()) if splits else 0
 
 
 def fill_path(template: str, what: str, origin: str, **values: Any) -> str:
