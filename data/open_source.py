@@ -13,6 +13,7 @@ from typing import Any
 
 from ..action_spec import spec_of
 from ..action_tokenizer import check_statistics, read_statistics
+from ..cameras_openvla import view_of
 from ..choices_openvla import check_choice, closest
 from ..configuration_openvla import UNITS, plain_statistics
 from .checks import check_clipped, check_converted, odd_grippers
@@ -110,6 +111,10 @@ def open_source(
     names = [] if isinstance(camera_names, str) else list(camera_names)
     if not names or not all(isinstance(view, str) for view in names) or len({*names}) < len(names):
         raise ValueError(f"camera_names={camera_names!r}: expected names of cameras, each once: ['primary', 'wrist'].")
+    if camera is not None and "primary" not in map(view_of, names):
+        raise ValueError(
+            f"camera={camera!r} is what a model sees as primary, and this one sees {', '.join(names)}: leave it out."
+        )
     for option, value in (("max_action", max_action), ("max_proprio", max_proprio)):
         if value is not None and not value > 0:
             raise ValueError(f"{option}={value}: expected a number above 0; values are normalized to [-1, 1].")
@@ -185,6 +190,13 @@ def open_source(
             f"Nothing is left to train on. {source.report()}\nRelax a filter; where the instructions were not found, "
             "name them with language_key (--language-key). keep_unlabeled=True (--keep-unlabeled) trains without."
             f"{short}"
+        )
+    if max_proprio is not None and not source.state_dim:
+        warnings.warn(
+            f"{source.name}: max_proprio={max_proprio:g} drops nothing: there are no states, not in every episode, or "
+            "no statistics of them (--state-key names the states).",
+            UserWarning,
+            stacklevel=2,
         )
     if scaled is not None:
         _check_mask(source, scaled)

@@ -19,7 +19,7 @@ from data_files import jpeg, own_rlds, write_rlds
 from tiny import FIXTURES
 
 from openvla import ActionTokenizer, normalize_actions
-from openvla.data import Episode, EpisodeDataset, open_dataset
+from openvla.data import Episode, EpisodeDataset, PythonDataset, open_dataset
 from openvla.data.collate import ActionCollator
 from openvla.data.oxe.conversions import droid_moves, droid_moves_raw
 from openvla.data.prepare import open_is_1
@@ -466,6 +466,20 @@ def test_filters_of_normalized_episodes():
     assert open_source(made, keep_unlabeled=True).removed == {}
     with pytest.raises(ValueError, match="(?s)Nothing is left to train on.*max_action: removed 152 steps"):
         open_source(made, max_action=0.01)
+
+
+def test_options_that_could_do_nothing(tmp_path):
+    """They were taken without a word."""
+    made = [
+        {"actions": part, "instruction": "open it", "images": {"wrist": [jpeg(1)] * 4, "front": [jpeg(2)] * 4}}
+        for part in moves(6)
+    ]
+    data = PythonDataset(made, "made")
+    with pytest.warns(UserWarning, match="made: max_proprio=2 drops nothing: there are no states"):
+        open_source(data, max_proprio=2.0)
+    with pytest.raises(ValueError, match="camera='front' is what a model sees as primary, and this one sees wrist"):
+        open_source(data, camera="front", camera_names=["wrist"])
+    assert open_source(data, camera="wrist", camera_names=["full_image"]).camera == "wrist"
 
 
 def test_episodes_with_some_instructions_stay():
