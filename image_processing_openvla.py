@@ -4,6 +4,7 @@ pass here with what a model was trained on.
 Pixel values equal those of the published `processing_prismatic.py` (transformers 4.40.1, timm 0.9.10).
 """
 
+import difflib
 import json
 import os
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ImagesKwargs
 
 from .files_openvla import read_json
-from .frames_openvla import PixelSteps
+from .frames_openvla import PIXEL_FIELDS, PixelSteps
 
 
 if TYPE_CHECKING:  # of a local folder transformers 5.4 and 5.5 copy no more files than this one names
@@ -45,8 +46,10 @@ OF_PROCESSOR = (
 )  # fmt: skip
 OF_LIBRARY = {
     "size": "input_sizes", "crop_size": "input_sizes", "resample": "interpolations", "image_mean": "means",
-    "image_std": "stds",
+    "image_std": "stds", "do_center_crop": "center_crop",
 }  # fmt: skip
+OF_CALL = ("do_center_crop",)  # among these, what a single call may ask for
+NEAR = 0.85  # likeness of two names from which on one is the other misspelled
 
 
 class OpenVLAImageProcessor(PixelSteps, BaseImageProcessor):
@@ -98,6 +101,20 @@ class OpenVLAImageProcessor(PixelSteps, BaseImageProcessor):
             file.write_text(json.dumps(processor, indent=2) + "\n", encoding="utf-8")
         return super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in every image processor, but a name that is none of the fields is refused where it is nearly one, or the
+        library's for one: it would be left out silently, and the model be shown other pixels than in training."""
+        for name in (*image_processor_dict, *kwargs):
+            near = difflib.get_close_matches(name, (*PIXEL_FIELDS, "prompt_template"), n=1, cutoff=NEAR)
+            if near and name not in (*near, *OF_LIBRARY):
+                raise ValueError(f"{name} is no field of the image processor. Did you mean '{near[0]}'?")
+            if name in OF_LIBRARY and kwargs.get(name) is not None:
+                raise ValueError(
+                    f"{name}={kwargs[name]!r}: here it is {OF_LIBRARY[name]}, give that field of the image processor."
+                )
+        return super().from_dict(image_processor_dict, **kwargs)
+
     def preprocess(self, images: Any, return_tensors: str | None = None, **kwargs) -> BatchFeature:
         """Model inputs of images.
 
@@ -115,7 +132,7 @@ class OpenVLAImageProcessor(PixelSteps, BaseImageProcessor):
         """
         for name in (*OF_PROCESSOR, *OF_LIBRARY):
             own, value = getattr(self, name, None), kwargs.get(name)
-            if name in OF_LIBRARY and value is not None:
+            if name in OF_LIBRARY and name not in OF_CALL and value is not None:
                 raise ValueError(f"{name}={value!r}: here it is {OF_LIBRARY[name]}, a field of the image processor.")
             if name in OF_PROCESSOR and name in kwargs and value != own:
                 raise ValueError(

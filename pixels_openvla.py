@@ -119,10 +119,26 @@ def _open_image(file: bytes | str, name: str) -> Image.Image:
             # A film; files of cameras may hold a thumbnail or a second eye (TIFF, MPO) beside the frame.
             if image.format in ("GIF", "WEBP", "PNG") and getattr(image, "is_animated", False):
                 raise ValueError(f"it holds {image.n_frames} frames, give the one to act on")  # type: ignore[attr-defined]
+            deep = _is_deep(image)
             stream.load(image)
+            _check_deep(image, deep)
             return image
     except UNREADABLE as error:
         raise ValueError(f"Cannot read {name} as an image: {error}.") from error
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Whether an image that was opened and not read yet has colours of 16 bits, of which Pillow takes the upper 8."""
+    return image.mode in ("RGB", "RGBA", "LA") and any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+
+
+def _check_deep(image: Image.Image, deep: bool) -> None:
+    """Raise a `ValueError` if the colours of 16 bits that were read are as dark as `_array_to_uint8` refuses them."""
+    if deep and int(np.asarray(image)[..., : 1 if image.mode == "LA" else 3].max()) <= DARKEST >> 8:
+        raise ValueError(
+            f"its colours of 16 bits stay below {DARKEST + 1} of 65535: a nearly black frame, or levels of 8, 10 or 12 "
+            "bits? Give levels of 8 bits in a file of 8"
+        )
 
 
 def load_image(image: Any) -> Image.Image:
@@ -130,7 +146,7 @@ def load_image(image: Any) -> Image.Image:
 
     Arrays and tensors may be (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels, uint8, uint16, bool or float. EXIF
     rotation is applied, transparency is composited over white, 16-bit color is scaled to 8 bits. Floats that are all 0
-    or 1, or reach a little above 1, and uint16 that reaches 255 at the most are refused: they may be bright or black.
+    or 1, or reach a little above 1, and 16 bits that reach 4095 at the most are refused: they may be bright or black.
     So is a JPEG file of which pixels are missing or too many; an image that Pillow opened is taken as Pillow reads it.
 
     Raises:
@@ -160,7 +176,9 @@ def load_image(image: Any) -> Image.Image:
         )
     try:
         with _READING:
+            deep = _is_deep(image)
             image.load()
+            _check_deep(image, deep)
             if 0 in image.size:
                 raise ValueError(f"it is empty, {image.size[0]}x{image.size[1]} pixels")
             if theirs or image.getexif().get(ORIENTATION, 1) != 1:

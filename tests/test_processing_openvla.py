@@ -2,7 +2,9 @@
 
 import io
 import json
+import struct
 import warnings
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,8 +16,12 @@ from tiny import TINY, golden_image
 from transformers import AutoImageProcessor
 
 from openvla import OpenVLAConfig, OpenVLAImageProcessor, OpenVLAProcessor, load_image
+from openvla.data.images import decode_image
 from openvla.pixels_openvla import as_image_list
 from openvla.prompts_openvla import PROMPT_TEMPLATES, has_words, plain_text, read_instruction
+
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -696,3 +702,48 @@ def test_an_image_processor_that_is_saved_by_itself_counts(tmp_path):
         for load in (OpenVLAImageProcessor, AutoImageProcessor):
             assert load.from_pretrained(tmp_path).center_crop == crop
         assert OpenVLAProcessor.from_pretrained(tmp_path).image_processor.center_crop == crop
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"centre_crop": 0.9}, "centre_crop is no field of the image processor. Did you mean 'center_crop'"),
+        ({"prompt_templat": "{instruction}"}, "Did you mean 'prompt_template'"),
+        ({"size": 384}, "size=384: here it is input_sizes"),
+        ({"do_center_crop": False}, "do_center_crop=False: here it is center_crop"),
+    ],
+)
+def test_a_field_that_is_misspelled(given, message, tmp_path):
+    """It was left out silently, and the model shown other pixels than it was trained with."""
+    for kind in (OpenVLAProcessor, OpenVLAImageProcessor):
+        with pytest.raises(ValueError, match=message):
+            kind.from_pretrained(ROOT, **given)
+    if "centre_crop" in given:
+        OpenVLAProcessor.from_pretrained(ROOT).save_pretrained(tmp_path)
+        file = tmp_path / "processor_config.json"
+        content = json.loads(file.read_text())
+        file.write_text(json.dumps(content | {"image_processor": content["image_processor"] | given}))
+        with pytest.raises(ValueError, match=message):
+            OpenVLAProcessor.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("colour_type, channels", [(2, 3), (6, 4), (4, 2)])
+def test_files_of_16_bits_are_as_dark_as_arrays(colour_type, channels):
+    """Pillow takes the upper half of each number: of 12 bits of a camera it made a nearly black picture."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    def png(level: int) -> bytes:
+        row = b"\0" + struct.pack(f">{channels}H", *[*[level] * (channels - 1), level if channels == 3 else 65535]) * 4
+        header = struct.pack(">IIBBBBB", 4, 4, 16, colour_type, 0, 0, 0)
+        parts = (chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(row * 4)), chunk(b"IEND", b""))
+        return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+    for level in (0, 200, 4095):
+        for image in (png(level), Image.open(io.BytesIO(png(level)))):
+            with pytest.raises(ValueError, match="16 bits stay below 4096 of 65535"):
+                load_image(image)
+        with pytest.raises(ValueError, match="16 bits stay below 4096 of 65535"):
+            decode_image(png(level))
+    assert load_image(png(40000)).getpixel((0, 0)) == (156, 156, 156)
