@@ -13,6 +13,7 @@ from ..choices_openvla import check_choice
 from ..observation import Observation
 from ..plugins import is_reference, load_class, options_known, read_options
 from ..policy import check_numbers, check_reach
+from .attributes import check_attributes, variations_of
 
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
@@ -88,7 +89,6 @@ class Environment(Protocol):
 
 
 METHODS = ("instructions", "variations", "reset", "step", "expert_action", "close")  # of an `Environment`
-ATTRIBUTES = ("tasks", "task_sets", "max_steps", "frequency", "robot", "state_names")
 
 
 def make_environment(name: str, **options: Any) -> Environment:
@@ -96,7 +96,7 @@ def make_environment(name: str, **options: Any) -> Environment:
 
     Raises:
         ValueError: If there is no such environment, it lacks one of the options, its simulator is not installed, or a
-            class of your own is no `Environment`.
+            class of your own is no `Environment`, see `check_attributes`.
     """
     make, implied, package = _environment(name)
     given = environment_options(name, options)
@@ -108,8 +108,7 @@ def make_environment(name: str, **options: Any) -> Environment:
     except ModuleNotFoundError as error:
         _explain(name, package, error)
         raise
-    if lacking := [attribute for attribute in ATTRIBUTES if not hasattr(environment, attribute)]:
-        raise ValueError(f"simulator {name!r} has no {', '.join(lacking)}; see docs/extending.md.")
+    check_attributes(environment, name)
     return environment
 
 
@@ -183,7 +182,7 @@ def choose_variations(environment: Environment, tasks: Sequence[str], names: Seq
     Raises:
         ValueError: If "all" is asked for and the tasks have none.
     """
-    available = {kind.partition(":")[0] for task in tasks for kind in environment.variations(task)}
+    available = {kind.partition(":")[0] for task in tasks for kind in variations_of(environment, task)}
     axes = dict.fromkeys(axis for axis in AXES if axis in available)
     chosen: dict[str, None] = {}
     for name in names:
@@ -199,7 +198,7 @@ def tasks_with(environment: Environment, tasks: Sequence[str], variation: str) -
     Raises:
         ValueError: If none has it; the nearest that one of them has is given.
     """
-    kinds = {task: environment.variations(task) if variation else () for task in tasks}
+    kinds = {task: variations_of(environment, task) if variation else () for task in tasks}
     having = {task: {"", *of_task, *(kind.partition(":")[0] for kind in of_task)} for task, of_task in kinds.items()}
     if variation:
         known = sorted(set().union(*having.values()) - {""})

@@ -37,6 +37,7 @@ from .environment import (
     choose_variations,
     dataset_of,
     environment_options,
+    file_name,
     has_other_rate,
     make_environment,
     renders,
@@ -130,6 +131,11 @@ def evaluate(
     here.close()
     if options.videos:
         require("av", purpose="A film (--videos)")
+        films = {file_name(task, variation) for variation, task in varied}
+        if len(films) < len(varied):
+            raise ValueError(
+                f"{', '.join(chosen)}: films of several of these would be one file. Give videos=0, or run them alone."
+            )
     if of_environment.get("render", renders(here)):
         opengl_backend()
 

@@ -12,6 +12,7 @@ import numpy as np
 from ..data.episode import EncodedImages, Episode
 from ..data.images import ImageFormat, encode_image
 from ..policy import Policy, begin_episode
+from .attributes import instructions_of
 from .control import BlockingControl, RealtimeControl
 from .environment import (
     Environment,
@@ -79,10 +80,10 @@ def record_episode(
     generator, spec = np.random.default_rng([seed, zlib.crc32(task.encode())]), action_spec_of(environment)
     moved = [dim for dim in range(min(3, spec.action_dim)) if dim not in spec.grippers]  # by noise
     observation = first = check_observation(environment.reset(seed, task, variation))
-    texts = environment.instructions(task) if paraphrases else ()
+    texts = instructions_of(environment, task) if paraphrases else ()
     if observation.instruction not in texts:  # a variation that words the task itself
         texts = (observation.instruction,)
-    instruction = texts[generator.integers(len(texts))]
+    instruction = texts[int(generator.integers(len(texts)))]
     images: dict[str, list[bytes]] = {camera: [] for camera in observation.images}
     states: list[np.ndarray] = []
     actions: list[np.ndarray] = []

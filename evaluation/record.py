@@ -24,6 +24,7 @@ from ..hub import config_of, file_digests, model_folder, published_name
 from ..options.evaluation import RecordOptions
 from ..options.fields import decisive
 from . import recorder
+from .attributes import instructions_of
 from .environment import (
     Environment,
     action_spec_of,
@@ -126,7 +127,7 @@ def _record(options: RecordOptions, output: Path, progress: bool) -> dict[str, A
             state_names=environment.state_names,
         )
     else:
-        words = {task: environment.instructions(task)[0].replace(" ", "_") for task in tasks}
+        words = {task: instructions_of(environment, task)[0].replace(" ", "_") for task in tasks}
         said = Counter(words.values())
         for task in tasks:
             name = words[task] if said[words[task]] == 1 else f"{words[task]}_{task}"  # words of several tasks

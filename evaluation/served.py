@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..observation import Observation
+from .attributes import instructions_of
 from .environment import EVALUATION_SEEDS, choose_tasks, environment_class, make_environment, renders, usual_tasks
 from .evaluate import with_cameras
 from .rendering import opengl_backend
@@ -61,7 +62,7 @@ def served(env: str = "metaworld") -> dict[str, Any]:
         return {
             "name": env,
             "make": partial(ServedWorld, env),
-            "tasks": {task: environment.instructions(task)[0] for task in tasks},
+            "tasks": {task: instructions_of(environment, task)[0] for task in tasks},
             "max_steps": environment.max_steps,
             "frequency": environment.frequency,
             "seeds": EVALUATION_SEEDS,

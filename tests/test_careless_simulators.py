@@ -5,6 +5,7 @@ import signal
 from dataclasses import replace
 from unittest.mock import MagicMock
 
+import careless
 import numpy as np
 import pytest
 from careless import Breaks, Gymnasium, Seeing
@@ -12,7 +13,7 @@ from toy import FromPixels
 
 from openvla.evaluation import make_environment
 from openvla.evaluation.demo import demo
-from openvla.evaluation.environment import check_observation, check_step, file_name
+from openvla.evaluation.environment import check_observation, check_step, choose_variations, file_name
 from openvla.evaluation.expert_episode import record_episode
 from openvla.evaluation.loop import Job, run_episodes
 from openvla.evaluation.record import RecordingBroke, _run, record
@@ -134,6 +135,42 @@ def test_names_of_tasks_become_names_of_files(tmp_path, monkeypatch):
     twins = {**options, "env": "careless:Twins", "tasks": "open/it,open-it"}
     with pytest.raises(ValueError, match="open/it, open-it: episodes of several of these would be one file"):
         record(RecordOptions(**twins, output=str(tmp_path / "twins")), progress=False)
+    with pytest.raises(ValueError, match="open/it, open-it: films of several of these would be one file"):
+        demo(env=twins["env"], tasks=twins["tasks"], policy="expert", output=tmp_path / "twins", progress=False)
+
+
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        ({"tasks": "open"}, "tasks is 'open', expected several texts"),  # were the tasks o, p, e and n
+        ({"tasks": ()}, "has no tasks"),
+        ({"task_sets": {"all": "open/it"}}, "task_sets\\['all'\\] is 'open/it', expected several texts"),
+        ({"task_sets": {"all": ["close"]}}, "holds 'close', which is none of its tasks"),
+        ({"task_sets": None}, "task_sets is a NoneType"),
+        ({"state_names": "x"}, "state_names is 'x', expected several texts"),
+        ({"unnorm_keys": "mine"}, "unnorm_keys is 'mine', expected several texts"),
+        ({"max_steps": 0}, "max_steps is 0, expected a whole number"),  # failed after one step
+        ({"max_steps": None}, "max_steps is None, expected a whole number"),
+        ({"frequency": float("nan")}, "frequency is nan, expected actions in a second"),
+        ({"action_spec": {"names": ["x"]}}, "action_spec is a dict, expected an ActionSpec"),
+    ],
+    ids=str,
+)
+def test_what_a_simulator_says_of_itself(wrong, said, monkeypatch):
+    for name, value in wrong.items():
+        monkeypatch.setattr(careless.Blind, name, value, raising=False)
+    with pytest.raises(ValueError, match=f"simulator 'careless:Blind'.*{said}"):
+        make_environment("careless:Blind", size=8)
+
+
+def test_words_that_are_a_text_and_no_list(tmp_path, monkeypatch):
+    """A paraphrase was one letter of it."""
+    monkeypatch.setattr(careless.Seeing, "instructions", lambda self, task, held_out=False: "move to the goal")
+    with pytest.raises(ValueError, match="instructions.'left'. of Seeing is 'move to the goal', expected several"):
+        record_episode(careless.Seeing(size=8), "left", 1, paraphrases=True)
+    monkeypatch.setattr(careless.Seeing, "variations", lambda self, task: "visual:light")
+    with pytest.raises(ValueError, match="variations.'left'. of Seeing is 'visual:light'"):
+        choose_variations(careless.Seeing(size=8), ["left"], ["all"])
 
 
 def test_what_a_simulator_needs():
