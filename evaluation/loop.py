@@ -90,12 +90,19 @@ def run_episodes(
         Records of all episodes of the folder, in the order of `jobs`.
 
     Raises:
-        ValueError: If the policy gives something that is no action. Nothing is executed then.
+        ValueError: If the policy gives something that is no action, nothing is executed then; or if the folder holds an
+            episode of `jobs` from another seed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / EPISODES
     before = [record for record in read_results(file) if record.error is None]
     records = {(record.variation, record.task, record.episode): record for record in before}
+    for job in jobs:
+        if job.key in records and (seed := records[job.key].seed) != job.seed:
+            raise ValueError(
+                f"'{file}' holds episode {job.episode} of {job.task} from seed {seed}, and {job.seed} is asked for: "
+                "choose another folder."
+            )
     rewrite(file, list(records.values()))
     waiting = [job for job in jobs if job.key not in records]
     slots = [Slot(EnvironmentProcess(make)) for _ in range(min(workers, len(waiting)))]

@@ -134,6 +134,14 @@ def test_a_killed_run_goes_on_and_reports_the_same(tmp_path):
     assert len([json.loads(line) for line in file.read_text().splitlines()]) == len(JOBS)
 
 
+def test_an_episode_of_another_seed_is_not_taken_for_this_one(tmp_path):
+    run(tmp_path, JOBS[:2])
+    held = (tmp_path / "episodes.jsonl").read_text()
+    with pytest.raises(ValueError, match="holds episode 1 of left from seed 101, and 7 is asked for"):
+        run(tmp_path, [JOBS[0], replace(JOBS[1], seed=7)])
+    assert (tmp_path / "episodes.jsonl").read_text() == held
+
+
 def test_what_broke_gets_another_try(tmp_path):
     (whole, other) = run(tmp_path, JOBS[:2])
     append_result(tmp_path / "episodes.jsonl", replace(whole, episode=2, success=False, error="the arm fell off"))
