@@ -103,12 +103,14 @@ def open_source(
     """
     _check_kinds(bool, keep_unlabeled=keep_unlabeled, cache=cache, progress=progress, sees_state=sees_state)
     _check_kinds(str, format=format, split=split, camera=camera, name=name, gripper=gripper, standardize=standardize)
+    _check_kinds(str, frame=frame, unit=unit, chunk_end=chunk_end)
     check_choice("chunk_end", chunk_end, CHUNK_ENDS)
-    _check_kinds(str, frame=frame, unit=unit)
+    if held_out is None:  # an empty line of a YAML file
+        raise ValueError("held_out=None: expected a part of the episodes, from 0 to below 1.")
     _check_kinds(Real, held_out=held_out, max_action=max_action, max_proprio=max_proprio, hz=hz)
     if not isinstance(action_chunk, int) or isinstance(action_chunk, bool) or action_chunk < 1:
         raise ValueError(f"action_chunk={action_chunk!r}: expected a positive integer.")
-    names = [] if isinstance(camera_names, str) else list(camera_names)
+    names = list(camera_names) if isinstance(camera_names, list | tuple) else []
     if not names or not all(isinstance(view, str) for view in names) or len({*names}) < len(names):
         raise ValueError(f"camera_names={camera_names!r}: expected names of cameras, each once: ['primary', 'wrist'].")
     if camera is not None and "primary" not in map(view_of, names):

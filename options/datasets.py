@@ -35,6 +35,27 @@ class ReaderOptions(Options):
         "of an HDF5 file.",
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        keys: Any = self.cameras
+        named = isinstance(keys, Mapping) and all(isinstance(part, str) for pair in keys.items() for part in pair)
+        if not named and not _are_names(keys):
+            raise ValueError(f"cameras={keys!r}: expected {EXPECTED_NAMES}, or {{name here: name in the data}}.")
+        for option_name in ("action_key", "state_key"):
+            keys = getattr(self, option_name)
+            if not _are_names([part for part in keys if part is not None] if isinstance(keys, list | tuple) else keys):
+                raise ValueError(f"{option_name}={keys!r}: expected {EXPECTED_NAMES}, null among them for zeros.")
+
+
+EXPECTED_NAMES = "a name or a list of names (in YAML a number that is a name stands in quotes)"
+
+
+def _are_names(keys: Any) -> bool:
+    """Whether nothing, a text or a list of texts was given."""
+    return isinstance(keys, str | None) or (
+        isinstance(keys, list | tuple) and all(isinstance(key, str) for key in keys)
+    )
+
 
 @dataclass(kw_only=True)
 class HDF5Options(ReaderOptions):
@@ -52,6 +73,12 @@ class LeRobotOptions(ReaderOptions):
     tolerance_s: float | None = option(
         None, "Seconds that time stamps of LeRobot may differ from frame_index / fps. Default: 0.0001."
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given: Any = self.tolerance_s
+        if given is not None and not (isinstance(given, int | float) and not isinstance(given, bool) and given > 0):
+            raise ValueError(f"tolerance_s={given!r}: expected seconds above 0.")
 
 
 @dataclass(kw_only=True)

@@ -468,3 +468,9 @@ def test_images_without_a_clock(tmp_path, given):
         change_info(tmp_path / "set", lambda info: info.update(fps=wrong))  # noqa: B023 - called at once
         with pytest.raises(ValueError, match="info.json: 'fps' is .*expected a number above 0"):
             open_dataset(tmp_path / "set")
+
+
+@pytest.mark.parametrize("given", [0, -1.0, True, "wide", [1], float("nan")])
+def test_a_tolerance_that_is_none(given, tmp_path):
+    with pytest.raises(ValueError, match="tolerance_s="):
+        open_dataset(write_lerobot(tmp_path / "set", steps=4), tolerance_s=given)

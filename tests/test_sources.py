@@ -482,6 +482,23 @@ def test_options_that_could_do_nothing(tmp_path):
     assert open_source(data, camera="wrist", camera_names=["full_image"]).camera == "wrist"
 
 
+@pytest.mark.parametrize("folder", ["hdf5", "lerobot_image", "rlds/metaworld_demo"])
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"cameras": [0, 1]}, r"cameras=\[0, 1\]: expected a name or a list of names .in YAML a number"),
+        ({"cameras": {"primary": 1}}, "or {name here: name in the data}"),
+        ({"action_key": 3}, "action_key=3: expected a name or a list of names"),
+        ({"state_key": ["state", 7]}, "null among them for zeros"),
+        ({"language_key": ["task"]}, r"language_key=\['task'\]: expected a text"),
+    ],
+)
+def test_names_of_another_kind(folder, given, message):
+    """As YAML reads them. A TypeError said nothing, or that the recording was to be copied again."""
+    with pytest.raises(ValueError, match=message):
+        open_source(DEMOS / folder, split="all", **given)
+
+
 def test_episodes_with_some_instructions_stay():
     class Changing(Made):
         def _load(self, index):
