@@ -175,6 +175,21 @@ def test_a_loop_that_is_too_fast_moves_the_robot_no_faster():
     assert steps == ["answer", "answer", "answer", "hold", "hold"]
 
 
+@pytest.mark.parametrize("event", ["connection", "reset"])
+def test_nor_does_one_that_begins_an_epoch_again_and_again(event):
+    """A proxy that closes each connection: a robot moved as often as its loop ran, ten times as fast."""
+    bench, acted = Bench(start=still(), wait=0), 0
+    bench.submit = lambda ask: (bench.asked.append(ask), bench.answer([0.1, 0, 0, 1]))
+    for number in range(200):
+        if number % 3 == 0 and event == "reset":
+            bench.guard.reset(still())
+        bench.connection += number % 3 == 0 and event == "connection"
+        acted += bench.step(after=0.01).source == "answer"
+    assert acted <= 3 + 20
+    bench.now -= 1000  # the clock that was counted by is another one now
+    assert [bench.step().source for _ in range(5)].count("answer") >= 4
+
+
 def test_a_loop_in_time_loses_nothing():
     bench, jitter = Bench(start=still(), wait=0), np.random.default_rng(0).uniform(-0.045, 0.045, 500)
     bench.step(after=0)
@@ -498,9 +513,17 @@ def test_what_was_seen_once_moves_once():
     bench.guard.reconnected()
     bench.step(seen_at=100.25)
     assert len(bench.asked) == 2
-    bench.guard.reset(still())
+    seen_at = bench.now
+    bench.step(seen_at=seen_at)
+    bench.guard.reset(still())  # as at the next instruction: the picture is that from before the last motion
+    bench.step(seen_at=seen_at)
+    assert len(bench.asked) == 3 and "nothing new was seen" in bench.lines[-1]["reason"]
     bench.step(seen_at=bench.now)
-    assert len(bench.asked) == 3
+    assert len(bench.asked) == 4
+    bench.now -= 50
+    bench.guard.reset(still())  # times of the clock as it went before say nothing
+    bench.step(seen_at=bench.now)
+    assert len(bench.asked) == 5
 
 
 def test_what_another_guard_asked_never_acts():
@@ -549,6 +572,48 @@ def test_an_answer_at_once_wakes_nobody(silence):
     assert commands[0].age > 60 and len(bench.asked) == asked
     bench.guard.reset(still())
     assert bench.step().source == "answer"
+
+
+@pytest.mark.parametrize("ask_every", [1, 100])
+def test_a_loop_that_paused_is_dead_with_a_long_chunk_as_well(ask_every):
+    """Its last action is due long after the pause: neither it nor a new answer moves a robot that stood still."""
+    bench = Bench(start=still(), wait=0.05, ask_every=ask_every)
+    bench.submit = lambda ask: (bench.asked.append(ask), bench.answer([[0.1, 0, 0, 1]] * 100))
+    assert [bench.step().source for _ in range(3)] == ["answer"] * 3
+    bench.now += 4.5
+    assert bench.step().source == "answer"  # what it missed is left out
+    bench.now += 5.0
+    commands = [bench.step() for _ in range(3)]
+    assert [(command.state, command.source) for command in commands] == [(State.DEAD, "hold")] * 3
+    bench.guard.reset(still())
+    assert bench.step().source == "answer"
+
+
+def test_a_step_that_was_held_up_itself_is_dead_as_well():
+    bench = Bench(start=still(), wait=0.05)
+    bench.submit = lambda ask: (bench.asked.append(ask), bench.answer([[0.1, 0, 0, 1]] * 100))
+    bench.step()
+    poll, bench.poll = bench.poll, lambda timeout: (setattr(bench, "now", bench.now + 6 * (timeout > 0)), poll(0))[1]
+    command = bench.step()
+    assert (command.state, command.source) == (State.DEAD, "hold")
+
+
+@pytest.mark.parametrize("event", ["connection", "clock"])
+def test_silence_counts_from_the_last_action_that_was_executed(event):
+    """An epoch that begins in the middle of a long chunk: the robot moved a step ago."""
+    bench = Bench(start=still(), wait=0, ask_every=80)
+    bench.step()
+    bench.answer([[i / 100, 0, 0, 1] for i in range(100)])
+    assert [bench.step().source for _ in range(60)] == ["answer"] * 60
+    if event == "connection":
+        bench.connection += 1
+    else:
+        bench.now -= 1000
+    states = [bench.step().state for _ in range(60)]
+    assert states[0] is State.DEGRADED and [states.index(one) for one in ("STALLED", "DEAD")] in ([5, 50], [6, 51])
+    bench.guard.reset(still())  # of the episode before nothing counts
+    states = [bench.step().state for _ in range(60)]
+    assert [states.index(one) for one in ("STALLED", "DEAD")] == [6, 51]
 
 
 def test_a_connection_that_comes_and_goes_gets_dead_as_well():

@@ -32,7 +32,8 @@ class Guard:
     - OK: at most `max_age` (plus the steps between two requests).
     - DEGRADED: older, or nothing is answered yet. Of a chunk the actions that are due are still executed.
     - STALLED: `stalled_after` seconds after the last action of the answer was due. The fallback is executed.
-    - DEAD: `dead_after` seconds after it. Nothing acts before `reset`, whatever is answered.
+    - DEAD: `dead_after` seconds after it, or after so long a pause of the loop. Nothing acts before `reset`, whatever
+      is answered.
 
     Args:
         transport: A function observation -> actions, (A,), (K, A) or an object with `.actions`, called in a thread of
@@ -144,6 +145,7 @@ class Guard:
         self._ids = itertools.count()
         self._lock = threading.Lock()
         self._before = 0.0  # the last time that was read
+        self._seen_at = -math.inf  # of what was asked last, in whatever episode: its motion may be executed
         self.reset()
 
     @property
@@ -162,10 +164,9 @@ class Guard:
         dims = self._plan.dims
         held = numbers(start, "start", dims)
         with self._lock:
-            self._plan.clear()
+            self._plan.begin()
             self._last = held
             self._step, self._asked_at, self.state = 0, -self.ask_every, State.DEGRADED
-            self._seen_at = -math.inf  # of what was asked last
             self._since: tuple[float, int] | None = None  # time and step of the newest observation that was answered
 
     def reconnected(self) -> None:
@@ -261,6 +262,9 @@ class Guard:
         now, slept = float(self._clock()), self._slept()
         if not math.isfinite(now):
             raise ValueError(f"The clock says {now}: expected seconds.")
+        if now < self._before:
+            self._plan.set_back(now)
+            self._seen_at = -math.inf
         if self._since is None:  # of an episode that begins now; the age of what was answered before is forgotten
             self._since = (now, step)
         elif slept:
@@ -268,7 +272,9 @@ class Guard:
             self._since = (min(self._since[0], now) - slept, self._since[1])
         elif now < self._before:
             self._plan.clear()
-            self._since, self._seen_at = (now, self._since[1]), -math.inf
+            self._since = (now, self._since[1])
+        elif now - self._before > self.dead_after + EPSILON:  # what is left of a long chunk wakes nobody either
+            self.state = State.DEAD
         if slept:  # what was seen before looks young by the clock: only what is seen from now on is asked
             self._seen_at = now
         self._before = now
@@ -363,7 +369,7 @@ class Guard:
         return max(now - self._since[0], (step - self._since[1]) * self.period)
 
     def _next_state(self, age: float) -> State:
-        overdue = age - self._plan.covered - EPSILON
+        overdue = age - self._plan.moves - EPSILON
         if self.state is State.DEAD or overdue > self.dead_after:
             return State.DEAD
         if overdue > self.stalled_after:

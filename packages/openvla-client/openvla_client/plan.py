@@ -59,14 +59,28 @@ class Plan:
     def __init__(self, period: float, max_age: float, dims: int | None, execute: int | None):
         self.period, self.max_age, self.dims, self.execute = period, max_age, dims, execute
         self.epoch = secrets.randbits(32)  # of no other guard, nor of this program before it was started again
+        self.newest: Answered | None = None
+        # When the actions that were taken end, had the loop kept to the control rate. Of all epochs: with a connection
+        # that breaks again and again, a loop that is too fast would move the robot as fast as it runs.
+        self._taken = -math.inf
+        self.begin()
+
+    def begin(self) -> None:
+        """An episode begins, and with it an epoch."""
         self.clear()
+        self._executed = 0.0
 
     def clear(self) -> None:
         """A new epoch: whatever was asked before it never acts."""
         self.epoch += 1
-        self.newest: Answered | None = None
-        self._taken = -math.inf  # when the actions that were taken end, had the loop kept to the control rate
+        if self.newest is not None:
+            self._executed = max(0, self.newest.done) * self.period
+        self.newest = None
         self._pending: dict[int, tuple[int, float]] = {}  # id -> (step, time) of the observation
+
+    def set_back(self, now: float) -> None:
+        """The clock went back to `now`: it would take long until it says again when the last action ends."""
+        self._taken = min(self._taken, now + self.EARLY * self.period)
 
     def asked(self, ask: Ask, time: float, alone: bool = False) -> None:
         """`alone`: what was asked before is not waited for any more."""
@@ -120,6 +134,12 @@ class Plan:
     def covered(self) -> float:
         """Seconds from an observation to when the last action of its answer is due."""
         return 0.0 if self.newest is None else (len(self.newest.actions) - 1) * self.period
+
+    @property
+    def moves(self) -> float:
+        """Seconds from the newest observation that was answered to when the last action is due with which it moves the
+        robot. Of an epoch before this one that is the last action that was executed."""
+        return self._executed if self.newest is None else self.covered
 
     def ahead(self, step: int, now: float) -> np.ndarray:
         """(n, A) actions of the newest answer for this step and those after it.
