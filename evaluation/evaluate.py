@@ -170,6 +170,12 @@ def evaluate(
                         f"execute={options.execute}: '{options.model}' predicts {config.action_chunk} step(s) at once, "
                         "of which so many are executed at most."
                     )
+                if options.chunking is not None and config.action_chunk == 1:
+                    warnings.warn(
+                        f"chunking='{options.chunking}': '{options.model}' predicts one step at once, so that all ways "
+                        "are the same, and nothing is continued.",
+                        stacklevel=2,
+                    )
                 check_state(config.proprio_dim, options.model, options.env, here.state_names)
                 of_environment = with_cameras(of_environment, options.env, config.camera_names)
             digests = file_digests(source, weights=options.policy == "model")

@@ -108,6 +108,16 @@ def test_latency_is_measured_on_what_is_seen_and_used_as_it_is_written_down(tmp_
     assert seen[0].state.any() and seen[0].instruction == "open the drawer"
 
 
+def test_ways_of_chunks_that_are_none_are_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate_module.OpenVLAPolicy, "load", lambda *a, **k: Still())
+    late = {"policy": "model", "control": "realtime", "latency": 0.1, "episodes": 1, "max_steps": 1}
+    with pytest.warns(UserWarning, match="chunking='prefix': .* predicts one step at once, so that all ways are"):
+        run(tmp_path / "prefix", **late, chunking="prefix")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(tmp_path / "usual", **late)
+
+
 def test_another_rate_than_that_of_the_demonstrations_is_said(tmp_path):
     short = {"policy": "mean", "episodes": 1, "max_steps": 1, "tasks": "reach-v3"}
     with pytest.warns(UserWarning, match="recorded at 20 a second, and 'metaworld' takes 10"):
