@@ -14,7 +14,7 @@ import time
 
 import numpy as np
 import rclpy
-from openvla_client import Audit, Limits, NoAction, State, connect
+from openvla_client import Audit, Limits, NoAction, connect
 from rclpy.node import Node
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import Image
@@ -59,8 +59,8 @@ class OpenVLANode(Node):
     def on_instruction(self, message) -> None:
         begins = message.data != self.instruction  # what is only said again begins nothing
         self.instruction = message.data
-        if begins and self.guard.state is not State.DEAD:  # a program may have said it
-            self.guard.reset(self.start)
+        if begins:
+            self.guard.reset(self.start, wake=False)  # a program may have said it
 
     def on_reset(self, _) -> None:
         self.guard.reset(self.start)

@@ -589,6 +589,39 @@ def test_a_loop_that_paused_is_dead_with_a_long_chunk_as_well(ask_every):
     assert bench.step().source == "answer"
 
 
+@pytest.mark.parametrize("silence", ["loop held up", "sleep", "dead", "no answers"])
+def test_a_reset_at_which_nobody_looks_wakes_nobody(silence):
+    slept = []
+    bench = Bench(start=still(), wait=0.05, slept=lambda: slept.pop() if slept else 0.0)
+    bench.guard.reset(still(), wake=False)  # before the first step there is no silence
+    at_once = lambda ask: (bench.asked.append(ask), bench.answer([0.1, 0, 0, 1]))  # noqa: E731
+    bench.submit = at_once
+    bench.now += 60
+    for _ in range(3):
+        assert [bench.step().source for _ in range(3)] == ["answer"] * 3
+        before = bench.asked[-1].epoch
+        bench.guard.reset(still(0), wake=False)
+        assert bench.guard.epoch > before and bench.guard.state is State.DEGRADED
+    if silence == "sleep":
+        slept.append(3600.0)
+    elif silence == "no answers":
+        bench.submit = bench.asked.append
+        states = []
+        for _ in range(60):
+            states.append(bench.step().state)
+            bench.guard.reset(still(0), wake=False)
+        assert 49 <= states.index(State.DEAD) <= 52
+        bench.submit = at_once
+    else:
+        bench.now += 60
+        assert silence != "dead" or bench.step().state is State.DEAD
+    bench.guard.reset(still(0), wake=False)
+    command = bench.step()
+    assert (command.state, command.source, command.action.tolist()) == (State.DEAD, "hold", still(0))
+    bench.guard.reset(still())
+    assert bench.step().source == "answer"
+
+
 def test_a_step_that_was_held_up_itself_is_dead_as_well():
     bench = Bench(start=still(), wait=0.05)
     bench.submit = lambda ask: (bench.asked.append(ask), bench.answer([[0.1, 0, 0, 1]] * 100))

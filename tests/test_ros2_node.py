@@ -132,6 +132,49 @@ def test_the_node(example, tmp_path, monkeypatch):
     assert [line["source"] for line in lines].count("answer") >= 2
 
 
+@pytest.mark.parametrize("silence", ["loop held up", "sleep", "no answers"])
+def test_an_instruction_wakes_nobody_even_before_the_next_step(example, tmp_path, monkeypatch, silence):
+    """What a program says is often the first that a node hears after it was held up, a step before the guard sees it;
+    and one that speaks every few seconds kept a robot from being DEAD that nothing had moved for minutes."""
+    now, slept, mute = [1000.0], [0.0], []
+    monkeypatch.setattr(example, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    answer = lambda message: "busy" if mute else {**right(message, 1, 7), "actions": np.full((1, 7), 0.1)}  # noqa: E731
+    with Scripted(metadata(dims=7, chunk=1), answer).running() as scripted:
+        given = {"url": scripted.url("ws"), "audit": str(tmp_path / "audit.jsonl"), "wait": 30.0, "instruction": "one"}
+        monkeypatch.setattr(Node, "given", given)
+        node = example.OpenVLANode()
+        node.guard._clock, node.guard._slept, node.guard.wait = (
+            lambda: now[0],
+            lambda: slept.pop() if slept else 0.0,
+            30,
+        )
+        said = iter(range(100))
+
+        def step(instruction=None):
+            now[0] += 0.2
+            if instruction:
+                node.subscribed["instruction"](SimpleNamespace(data=instruction))
+            node.subscribed["image"](image(next(said)))
+            node.timers[0][1]()
+            return node.published["state"][-1].data.split()[0]
+
+        assert [step(), step("two"), step("three")] == ["OK"] * 3
+        if silence == "no answers":
+            mute.append(True)
+            assert [step(f"word {number // 10}") for number in range(40)][-1] == "DEAD"
+            mute.clear()
+        elif silence == "sleep":
+            slept.append(3600.0)
+        else:
+            now[0] += 60.0
+        assert step("four") == "DEAD" and scripted.messages[-1]["instruction"] != "four"
+        node.subscribed["reset"](SimpleNamespace())
+        assert step() == "OK" and scripted.messages[-1]["instruction"] == "four"
+        node.guard.close()
+        node.client.close()
+    node.audit.close()
+
+
 def test_zeros_are_held_only_where_they_are_no_motion(example, tmp_path, monkeypatch):
     places, guessed = metadata(dims=7, chunk=1), metadata(dims=7, chunk=1)
     places["datasets"]["robot"]["relative"] = [False] * 7

@@ -146,6 +146,8 @@ class Guard:
         self._lock = threading.Lock()
         self._before = 0.0  # the last time that was read
         self._seen_at = -math.inf  # of what was asked last, in whatever episode: its motion may be executed
+        self._since: tuple[float, int] | None = None  # time and step of the newest observation that was answered
+        self._step = 0
         self.reset()
 
     @property
@@ -153,21 +155,29 @@ class Guard:
         """Higher after each `reset` and `reconnected`; answers to what was asked before never act."""
         return self._plan.epoch
 
-    def reset(self, start: Sequence[float] | np.ndarray | None = None) -> None:
+    def reset(self, start: Sequence[float] | np.ndarray | None = None, *, wake: bool = True) -> None:
         """An episode begins, or an operator has looked at a DEAD robot.
 
         Args:
             start: (A,) the action that keeps the robot where it is and its grippers as they are: what the fallback
                 holds before anything is executed. Without it the fallback is `NoAction` until then, where an action
                 has places or grippers.
+            wake: False where a program begins the next episode and nobody looks: DEAD stays DEAD, and the silence
+                so far counts, also that of a loop that has not come to its next step yet.
         """
         dims = self._plan.dims
         held = numbers(start, "start", dims)
         with self._lock:
-            self._plan.begin()
+            if wake:
+                self._plan.begin()
+                self.state = State.DEGRADED
+                self._since = None
+            else:
+                self._plan.clear()
+                self.state = State.DEGRADED if self.state is State.OK else self.state
+                self._since = None if self._since is None else (self._since[0], self._since[1] - self._step)
             self._last = held
-            self._step, self._asked_at, self.state = 0, -self.ask_every, State.DEGRADED
-            self._since: tuple[float, int] | None = None  # time and step of the newest observation that was answered
+            self._step, self._asked_at = 0, -self.ask_every
 
     def reconnected(self) -> None:
         """The connection is another one: what was answered over the one before does not act any more. The episode
