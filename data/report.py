@@ -30,10 +30,11 @@ def report_statistics(options: StatsOptions) -> Iterator[str]:
             yield f"{source.report()}\n{statistics_table(source.statistics, source.names, source.state_names)}"
             for warning in check_data(source):
                 yield f"warning   {warning}"
-            if plot is not None:
-                path = plot if len(sources) == 1 else plot.with_stem(f"{plot.stem}_{source.name}")
-                plot_statistics(source.actions(), source.statistics, path, source.names)
-                yield f"wrote {path}"
-        if output is not None:
+        if output is not None:  # before the plots, which may fail
             write_json(output, {source.name: statistics_with_spec(source) for source in sources})
             yield f"wrote {output}"
+        if plot is not None:
+            for source in sources:
+                path = plot if len(sources) == 1 else plot.with_stem(f"{plot.stem}_{source.name.replace('/', '_')}")
+                plot_statistics(source.actions(), source.statistics, path, source.names)
+                yield f"wrote {path}"

@@ -1,5 +1,6 @@
 """Action statistics of a dataset, as the original computes them: they give normalized actions their units."""
 
+import importlib.util
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ from tqdm import tqdm
 from ..action_tokenizer import read_statistics
 from .dimensions import default_mask, loses_rare_values
 from .episode import Episode
+
+
+PLOTS = (".png", ".pdf", ".svg")  # what a plot's file may be
 
 
 def counted(number: int, noun: str) -> str:
@@ -148,10 +152,15 @@ def check_plot(path: Path) -> None:
 
     Raises:
         FileExistsError: If a file is there that is no plot of matplotlib, and would be replaced.
+        ValueError: If its name does not end as that of a picture, or matplotlib is not installed.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not (path.is_file() and b"matplotlib" in path.read_bytes().lower()):
         raise FileExistsError(f"'{path}' is no plot and would be replaced: give another file.")
+    if path.suffix.lower() not in PLOTS:  # without one the library adds it, and writes to a file that was not asked for
+        raise ValueError(f"plot='{path}': expected a file that ends in {', '.join(PLOTS)}.")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("A plot needs matplotlib: pip install 'openvla[demo]'.")
+    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def plot_statistics(
@@ -163,13 +172,11 @@ def plot_statistics(
         actions: (N, A) in the units of the dataset.
         path: Picture to write (PNG, PDF, SVG).
     """
-    try:
-        import matplotlib
+    check_plot(path)
+    import matplotlib
 
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise ValueError("A plot needs matplotlib: pip install 'openvla[demo]'.") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
 
     dims = actions.shape[1]
     names = names or [f"action[{index}]" for index in range(dims)]
@@ -186,6 +193,5 @@ def plot_statistics(
         axes.set_yscale("log")
         axes.set_ylabel(names[index])
     figure.suptitle("actions: steps by value (log scale); red: the ends of the bins (q01, q99), gray: every 16th edge")
-    check_plot(path)
     figure.savefig(path, dpi=100)
     plt.close(figure)

@@ -361,6 +361,8 @@ def test_stats_replaces_only_statistics(tmp_path, monkeypatch):
         ("--output", "/proc/x.json", "Cannot write to '/proc/x.json'"),
         ("--plot", "notes.txt", "is no plot and would be replaced"),
         ("--plot", "notes.txt/x.png", "notes.txt'?: "),
+        ("--plot", "x.bmpp", "x.bmpp': expected a file that ends in .png"),
+        ("--plot", "x", "x': expected a file that ends in .png"),
     ]:
         assert re.search(said, error_of("stats", DEMO, option, tmp_path / file)), (option, file)
     with locked_file(tmp_path / "out.json"):

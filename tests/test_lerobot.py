@@ -474,3 +474,13 @@ def test_images_without_a_clock(tmp_path, given):
 def test_a_tolerance_that_is_none(given, tmp_path):
     with pytest.raises(ValueError, match="tolerance_s="):
         open_dataset(write_lerobot(tmp_path / "set", steps=4), tolerance_s=given)
+
+
+@pytest.mark.parametrize("cell", ["images/gone.png", "x" * 5000, "a\0b"])
+def test_an_image_that_is_a_path_to_nothing(cell, tmp_path):
+    """Text in the place of pixels: one too long for a name was an OSError."""
+    images = {"image": np.zeros((3, 8, 8, 3), np.uint8)}
+    write_images([*PythonDataset([{"actions": np.zeros((3, 7)), "images": images}])], tmp_path / "set", fps=10)
+    rewrite(tmp_path / "set" / DATA["v3.0"], put("observation.images.image", [cell] * 3))
+    with pytest.raises(DamagedDataError, match="no image at step 0 .*is missing"):
+        open_dataset(tmp_path / "set")[0]

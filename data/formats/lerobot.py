@@ -323,9 +323,11 @@ class LeRobotDataset(EpisodeDataset):
         for step, cell in enumerate(column.to_pylist()):
             cell = {"path": cell} if isinstance(cell, str) else cell
             data, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
-            if data is None and path and (self.folder / path).exists():
+            if data is None and path and os.path.exists(self.folder / path):  # not there: too long for a name, as well
                 data = check_data_file(self.folder / path, "image").read_bytes()
             if not data or not isinstance(data, bytes):
-                raise DamagedDataError(f"{origin}: no image at step {step}" + (f" ({path} is missing)" if path else ""))
+                raise DamagedDataError(
+                    f"{origin}: no image at step {step}" + (f" ({str(path):.200} is missing)" if path else "")
+                )
             images.append(data)
         return images
