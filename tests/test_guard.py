@@ -335,6 +335,38 @@ def test_what_a_loop_that_was_held_up_leaves_out_is_not_committed():
     assert bench.step().action[0] == 2 and bench.asked[-1].committed[:, 0].tolist() == [2, 3]
 
 
+@pytest.mark.parametrize("old", [0.0, 0.06, 0.1, 0.15, 0.2])
+@pytest.mark.parametrize("answered_after", [0.0, 0.03, 0.049, 0.1])
+def test_what_is_committed_is_executed_of_a_camera_that_is_late_as_well(old, answered_after):
+    """Actions are due by the time of their picture, and what is committed begins with this step: of a picture of more
+    than a period ago one that was announced was left out, and the next one executed in its place."""
+    bench = Bench(start=still(), wait=0.05, commit=2, max_age=0.35)
+    on_its_way = []
+
+    def poll(timeout):
+        end = bench.now + timeout
+        if not on_its_way or on_its_way[0][0] > end + 1e-9:
+            bench.now = end
+            return None
+        at, ask = on_its_way.pop(0)
+        bench.now = max(bench.now, at)
+        ahead = [] if ask.committed is None else ask.committed.tolist()
+        return Reply(ask.epoch, ask.id, [*ahead, *([ask.id + i / 100, 0, 0, 1] for i in range(len(ahead), 8))])
+
+    bench.poll = poll
+    bench.submit = lambda ask: (bench.asked.append(ask), on_its_way.append((bench.now + answered_after, ask)))
+    executed, at = [], 100.0
+    for _ in range(30):
+        bench.now = at
+        executed.append(bench.step(after=0, seen_at=at - old).action.tolist())
+        at += 0.1
+    told = [ask for ask in bench.asked if ask.committed is not None]
+    assert len(told) > 5 if old <= 0.1 else not told
+    for ask in told:
+        ahead = ask.committed.tolist()[: 30 - ask.step]
+        assert ahead == executed[ask.step : ask.step + len(ahead)], ask.step
+
+
 def test_a_function_and_short_chunks_commit_nothing():
     with pytest.raises(ValueError, match="commit=2: a function is given observations alone"):
         Guard(lambda seen: still(), POSE, commit=2)
@@ -959,6 +991,101 @@ def test_what_a_thread_answers_comes_back():
     command = guard.step(np.array([0.1, 0.2, 0.3, 0.5]))
     assert command.source == "answer" and command.action.tolist() == [0.2, 0.4, 0.6, 1.0]
     guard.close()
+
+
+class Wordless(Exception):
+    def __str__(self):
+        raise RuntimeError("no words")
+
+
+class Tensor:
+    """As one of torch with gradients, or of a GPU."""
+
+    def __array__(self, *given, **more):
+        raise RuntimeError("Can't call numpy() on Tensor that requires grad.")
+
+
+@pytest.mark.parametrize("wrong", [SystemExit(3), Wordless(), Tensor()], ids=lambda wrong: type(wrong).__name__)
+def test_nothing_that_a_function_does_ends_the_loop(wrong):
+    """sys.exit() in it ended its thread, and nothing was ever answered again; the others were raised by `step`."""
+
+    def answer(observation):
+        if observation == 1 and isinstance(wrong, BaseException):
+            raise wrong
+        return wrong if observation == 1 else still()
+
+    guard = Guard(answer, dataclasses.replace(POSE, hz=1), wait=30)
+    guard.reset(still())
+    command = guard.step(1)
+    assert command.source == "hold" and type(wrong).__name__ in command.reason
+    assert guard.step(2).source == "answer"
+    guard.close()
+    bench = Bench(start=still(), wait=0)  # of a transport of one's own
+    bench.step()
+    error = wrong if isinstance(wrong, BaseException) else None
+    bench.replies.append(Reply(bench.asked[0].epoch, bench.asked[0].id, wrong, error))
+    assert bench.step().source == "hold"
+
+
+def test_a_function_may_write_into_what_it_gave():
+    """It is asked the next observation before the loop has read the answer to the last one."""
+    buffer, now, asked = np.zeros((1, 4)), [0.0], threading.Semaphore(0)
+
+    def answer(observation):
+        buffer[:] = observation
+        asked.release()
+        return buffer if observation < 3 else openvla_client.Answer(buffer, "key")
+
+    guard = Guard(answer, POSE, wait=0, clock=lambda: now[0], max_age=10)
+    guard.reset(still())
+    for observation in (1, 2, 3):
+        guard.wait = 0
+        guard._transport.submit(openvla_client.Ask(guard.epoch, observation, 0, observation))
+        assert asked.acquire(timeout=60)
+        reply = guard._transport.poll(60)
+        buffer[:] = np.nan
+        assert np.asarray(reply.actions).tolist() == [[observation] * 4]
+    guard.close()
+
+
+@pytest.mark.parametrize("when", ["before", "in a step", "after"])
+def test_nothing_acts_once_a_guard_is_closed(when):
+    """The rest of a chunk moved the robot on, and so did further answers while the thread was busy."""
+    bench = Bench(start=still(), wait=0.05)
+    poll = bench.poll
+    bench.submit = lambda ask: (bench.asked.append(ask), bench.answer([[0.1, 0, 0, 1]] * 8))
+    bench.poll = lambda timeout: (when == "in a step" and timeout and bench.guard.close(), poll(timeout))[1]
+    if when == "before":
+        bench.guard.close()
+    first = bench.step()
+    assert first.source == ("answer" if when == "after" else "hold")
+    bench.guard.close()
+    commands, asked = [bench.step() for _ in range(3)], len(bench.asked)
+    assert {command.source for command in commands} == {"hold"} and "closed" in commands[0].reason
+    bench.guard.reset(still())
+    assert bench.step().source == "hold" and len(bench.asked) == asked
+
+
+def test_a_closed_transport_asks_nothing_more():
+    go, began, seen = threading.Semaphore(0), threading.Semaphore(0), []
+
+    def answer(ask):
+        seen.append(ask.id)
+        began.release()
+        assert go.acquire(timeout=60)
+
+    transport = ThreadTransport(answer)
+    transport.submit(openvla_client.Ask(0, 0, 0, None))
+    assert began.acquire(timeout=60)
+    transport.close()
+    transport.submit(openvla_client.Ask(0, 1, 0, None))  # while the call that runs goes on
+    go.release()
+    transport._thread.join(60)
+    assert seen == [0] and not transport._thread.is_alive()
+    never = ThreadTransport(answer)
+    never.close()
+    never.submit(openvla_client.Ask(0, 2, 0, None))
+    assert never._thread is None
 
 
 # Arguments ------------------------------------------------------------------------------------------------------------

@@ -51,10 +51,11 @@ class Guard:
             answers with how they go on. As many steps as an answer takes, fewer than an answer has; for models that
             learned it. They are those of the last answer, as `limits` will have them, and where none is left, before
             the first answer too, what the fallback "hold" executes: a robot that stood still is then not taken for one
-            that moved. Fewer are sent where that is not certain before (`Limits.ahead`; nothing to hold is known). One
-            observation is asked at a time: an answer in between would change what is executed. One that is not
-            answered is waited for until `stalled_after` seconds after the last action was due. A `transport` has to
-            send them: `client.guard(commit=n)`, or one of your own that reads `Ask.committed`.
+            that moved. Fewer are sent where that is not certain before (`Limits.ahead`; nothing to hold is known; an
+            observation of more than a period ago). One observation is asked at a time: an answer in between would
+            change what is executed. One that is not answered is waited for until `stalled_after` seconds after the last
+            action was due. A `transport` has to send them: `client.guard(commit=n)`, or one of your own that reads
+            `Ask.committed`.
         stalled_after, dead_after: Seconds, see above. Defaults: five control periods (at least `max_age`), 5 seconds
             (at least twice `stalled_after`).
         fallback: "hold": no motion where an action is a change, the last target where it is a place, grippers as they
@@ -147,7 +148,7 @@ class Guard:
         self._before = 0.0  # the last time that was read
         self._seen_at = -math.inf  # of what was asked last, in whatever episode: its motion may be executed
         self._since: tuple[float, int] | None = None  # time and step of the newest observation that was answered
-        self._step = 0
+        self._step, self._closed = 0, False
         self.reset()
 
     @property
@@ -187,6 +188,9 @@ class Guard:
             self._plan.clear()
 
     def close(self) -> None:
+        """Nothing is asked and no answer acts any more, also in a step that waits: the fallback is executed. May come
+        from other threads and from signals, and waits for nothing."""
+        self._closed = True
         self._transport.close()
 
     # A step -----------------------------------------------------------------------------------------------------------
@@ -233,7 +237,9 @@ class Guard:
         asked = self._ask(step, now, seen_at, observation, here) if new else None
         seen = None if self._audit is None else self._named(observation)  # while the answer is on its way
         if asked is not None:
-            self._collect(arrived, asked.id, min(self.wait, self.wait - (self._clock() - now)))
+            passed, wait = max(0.0, self._clock() - now), self.wait
+            wait = wait if asked.committed is None else self._wait_committed(now, seen_at)
+            self._collect(arrived, asked.id, wait - passed)
         self._see_connection()
         now = self._now(step)
         command = self._decide(step, now, here)
@@ -291,7 +297,7 @@ class Guard:
         return now
 
     def _ask(self, step: int, now: float, seen_at: float, observation: Any, here: np.ndarray | None) -> Ask | None:
-        if self.state is State.DEAD or not self._usable(seen_at, now):
+        if self._closed or self.state is State.DEAD or not self._usable(seen_at, now):
             return None
         if step < self._asked_at + self.ask_every:
             with suppress(Stale):
@@ -301,20 +307,29 @@ class Guard:
         if self.commit and self._plan.awaits(step, now, self.stalled_after + self._plan.covered):
             return None
         self._asked_at, self._seen_at = step, seen_at
-        asked = Ask(self.epoch, next(self._ids), step, observation, self._committed(step, now, here))
+        committed = self._committed(step, now, seen_at, here)
+        asked = Ask(self.epoch, next(self._ids), step, observation, committed)
         self._plan.asked(asked, seen_at, alone=self.commit > 0)
         self._transport.submit(asked)
         return asked
 
-    def _committed(self, step: int, now: float, here: np.ndarray | None) -> np.ndarray | None:
+    def _wait_committed(self, now: float, seen_at: float) -> float:
+        """Seconds for which the answer to what was seen at `seen_at` has its action 0 in this step, where what is
+        committed begins; at most `wait`. Later that one would be left out. Below 0: it has it in none."""
+        return min(self.wait, seen_at + self.period - now)
+
+    def _committed(self, step: int, now: float, seen_at: float, here: np.ndarray | None) -> np.ndarray | None:
         """(n, A) what is executed in this step and those after it, whatever is answered; None where that is nothing, or
         not certain. All of an answer is never committed: it would say nothing new."""
+        wait = self._wait_committed(now, seen_at)
+        if wait < -EPSILON:
+            return None
         newest = self._plan.newest
         count = self.commit if newest is None else min(self.commit, len(newest.actions) - 1)
         try:
             ahead = self._plan.ahead(step, now)
             # It is decided once the answer was waited for: what is too old then, or missed, is not executed.
-            if len(self._plan.ahead(step, now + self.wait)) != len(ahead):
+            if len(self._plan.ahead(step, now + max(0.0, wait))) != len(ahead):
                 return None
         except Early:
             return None
@@ -352,6 +367,8 @@ class Guard:
         self.state = self._next_state(age)
         if self.state is State.DEAD:
             return self._fall_back(age, "too long without an answer, nothing acts before reset()")
+        if self._closed:
+            return self._fall_back(age, "this guard is closed")
         try:
             newest, index = self._plan.take(step, now)
         except Stale as stale:

@@ -29,6 +29,14 @@ class Answered:
     done: int = -1
 
 
+def told(error: BaseException) -> str:
+    """An error in words; one that cannot say them must not end the control loop."""
+    try:
+        return f"{type(error).__name__}: {error}"[:500]
+    except Exception:
+        return type(error).__name__
+
+
 class Stale(Exception):
     """No action may act now; says why."""
 
@@ -102,7 +110,7 @@ class Plan:
             return "not asked for, or answered before"
         step, time = self._pending.pop(reply.id)
         if reply.error is not None:
-            return f"{type(reply.error).__name__}: {reply.error}"[:500]
+            return told(reply.error)
         if self.newest is not None and reply.id < self.newest.id:
             return "a newer observation is answered already"
         try:
@@ -118,8 +126,8 @@ class Plan:
         """(K, A) float64, a copy."""
         try:
             actions = np.atleast_2d(np.asarray(given))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"no actions: {error}"[:500]) from error
+        except Exception as error:  # of whatever was given, such as a tensor with gradients
+            raise ValueError(f"no actions: {told(error)}") from error
         expected = f"({'A' if self.dims is None else self.dims},) or (K, {'A' if self.dims is None else self.dims})"
         if actions.dtype.kind not in "iuf" or actions.ndim != 2 or has_booleans(given) or np.ma.is_masked(given):
             raise ValueError(f"actions of {actions.dtype} {np.shape(given)}, expected numbers {expected}")

@@ -76,6 +76,8 @@ class ThreadTransport:
 
     def submit(self, ask: Ask) -> None:
         with self._changed:
+            if self._closed:
+                return
             self._waiting = ask
             self._changed.notify_all()
         if self._thread is None:
@@ -103,7 +105,7 @@ class ThreadTransport:
                 return
             try:
                 reply = Reply(ask.epoch, ask.id, self._answer(ask))
-            except Exception as error:  # of whatever was given: the guard reports it, and falls back
+            except BaseException as error:  # of whatever was given (sys.exit): the guard reports it, and falls back
                 reply = Reply(ask.epoch, ask.id, error=error)
             with self._changed:
                 self._replies.append(reply)
@@ -115,6 +117,11 @@ def called(answer: Callable[[Any], Any]) -> ThreadTransport:
 
     def actions(ask: Ask) -> Any:
         given = answer(ask.observation)
-        return getattr(given, "actions", given)
+        found = getattr(given, "actions", given)
+        # Copies of what the next call may write into before the control loop has read it. Lists stay as they are: an
+        # array would say 1 of true.
+        if isinstance(found, np.ndarray):
+            return found.copy()
+        return np.array(found) if hasattr(found, "__array__") else found
 
     return ThreadTransport(actions)
