@@ -166,11 +166,11 @@ def _check_part(part: Path) -> None:
         raise FileExistsError(f"{part} is in the way, where a recording waits until it is complete: move it away.")
     if not part.is_dir() or (part / PLAN).is_file():
         return
-    held = [path for path in part.rglob("*") if path.is_file() and path.name != f"{PLAN}.part"]
-    if any(path.parent.name != "episodes" or not is_episode(path) for path in held):
+    # The plan comes first and goes last: of episodes without one, nobody knows with which options they were recorded.
+    if any(path.is_file() and path.name != f"{PLAN}.part" for path in part.rglob("*")):
         raise FileExistsError(
-            f"{part}, where a recording waits until it is complete, holds something else (no {PLAN}): move it away, or "
-            "give another output."
+            f"{part}, where a recording waits until it is complete, holds files and no {PLAN}, which says what is "
+            "recorded: move it away, or give another output."
         )
 
 
