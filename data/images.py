@@ -12,7 +12,7 @@ from ..pixels_openvla import UNREADABLE, load_image
 
 
 JPEG_START = b"\xff\xd8\xff"
-EXIF_START, EXIF_WITHIN = b"Exif\0\0", 4096  # among the first segments of a JPEG file
+EXIF_START, EXIF_WITHIN = b"Exif\0\0", 2**18  # before the pixels of a JPEG file; colour profiles may come first
 ImageFormat = Literal["jpeg", "png"]
 JPEG_QUALITY = 95
 

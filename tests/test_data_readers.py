@@ -6,6 +6,7 @@ The recordings under fixtures/demos were written by the formats' own libraries; 
 import collections.abc
 import copy
 import hashlib
+import io
 import json
 import pickle
 import runpy
@@ -25,11 +26,13 @@ import pytest
 import tensorflow_datasets as tfds
 import torch
 from data_files import jpeg, png, write_records, write_rlds, write_video
+from PIL import ExifTags, Image
 
 from openvla.data import DamagedDataError, EpisodeStream, decode_image, frames, open_dataset
 from openvla.data.formats import video
 from openvla.data.sources import open_source
 from openvla.data.stream import shuffled
+from openvla.pixels_openvla import load_image
 
 
 DEMOS = Path(__file__).parent / "fixtures" / "demos"
@@ -561,6 +564,21 @@ def test_hdf5_names_order_and_masks(tmp_path):
     assert len(open_dataset(tmp_path, split="all")) == 25
     with pytest.raises(ValueError, match="no demonstrations in split 'test'; splits: .'valid'"):
         open_dataset(image, split="test")
+
+
+def test_a_photo_whose_orientation_comes_after_its_colour_profile():
+    """Among the first 4096 bytes alone it was looked for: such pictures were trained on lying on their side."""
+    pixels = np.zeros((8, 16, 3), np.uint8)
+    pixels[:, :8] = 255
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.fromarray(pixels).save(file, "JPEG", quality=95, exif=exif)
+    data = file.getvalue()
+    profile = b"\xff\xe2" + (60000).to_bytes(2, "big") + bytes(59998)
+    late = data[:2] + profile + data[2:]
+    for image in (data, late):
+        np.testing.assert_allclose(decode_image(image), np.asarray(load_image(image)), atol=12)
+    assert decode_image(late).shape == (16, 8, 3)
 
 
 def test_hdf5_demonstrations_that_no_mask_names(tmp_path):
