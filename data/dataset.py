@@ -62,6 +62,10 @@ class EpisodeDataset:
         reading it; None where all have the same, or it is not known."""
         return None
 
+    def check_files(self) -> None:
+        """Raise a DamagedDataError if a file that training will look into is not there; of those alone that nobody
+        opens before, as statistics are kept and look at no image."""
+
     def content_files(self) -> dict[str, Path] | None:
         """The files that decide actions, states and instructions, by a name that a copy elsewhere shares; None where
         they are not known."""
@@ -110,6 +114,9 @@ class PartOfDataset(EpisodeDataset):
 
     def kind_of(self, index: int) -> tuple[str, ...] | None:
         return self.dataset.kind_of(self.episodes[index])
+
+    def check_files(self) -> None:
+        self.dataset.check_files()
 
     def runs(self) -> list[range]:
         first, end = self.episodes.start, self.episodes.stop

@@ -84,6 +84,9 @@ class PreparedDataset(EpisodeDataset):
     def kind_of(self, index: int) -> tuple[str, ...] | None:
         return self.dataset.kind_of(index)
 
+    def check_files(self) -> None:
+        self.dataset.check_files()
+
     def content_files(self) -> dict[str, Path] | None:
         return self.dataset.content_files()
 

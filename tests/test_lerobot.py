@@ -484,3 +484,23 @@ def test_an_image_that_is_a_path_to_nothing(cell, tmp_path):
     rewrite(tmp_path / "set" / DATA["v3.0"], put("observation.images.image", [cell] * 3))
     with pytest.raises(DamagedDataError, match="no image at step 0 .*is missing"):
         open_dataset(tmp_path / "set")[0]
+
+
+def test_films_are_looked_for_before_training(tmp_path):
+    """Statistics look at no film, and a few episodes were opened: one film of many was missed for hours."""
+    folder = write_lerobot(tmp_path / "set", "v2.1", episodes=3, steps=4)
+    (folder / FILM["v2.1"]).unlink()
+    source = open_source(folder, cache=False)
+    with pytest.raises(DamagedDataError, match="episode_000001.mp4: the video is missing, as are 0 others of 3"):
+        source.dataset.check_files()
+    open_source(folder, cache=False, on_error="skip").dataset.check_files()
+    open_source(folder, cache=False, cameras=[]).dataset.check_files()
+
+
+@pytest.mark.parametrize("end", ["\u2028", "\u0085", "\x0c"])
+def test_words_with_other_ends_of_lines(tmp_path, end):
+    folder = write_lerobot(tmp_path / "set", "v2.1", steps=4)
+    lines = [{"task_index": 0, "task": f"open{end}it"}, {"task_index": 1, "task": "close it"}]
+    text = "\r\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+    (folder / "meta/tasks.jsonl").write_text(text.replace("\\f", "\\u000c"), encoding="utf-8")
+    assert [episode.instruction for episode in open_dataset(folder)] == [f"open{end}it", "close it"]

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import h5py
 import numpy as np
 import pytest
-from data_files import jpeg, own_rlds
+from data_files import jpeg, own_rlds, write_lerobot
 
 from openvla import OpenVLAConfig
 from openvla.action_spec import action_names
@@ -237,6 +237,13 @@ def test_one_episode_of_many_without_the_camera_of_the_others(tmp_path):
                 demo[f"obs/{camera}"] = np.zeros((10, 8, 8, 3), np.uint8)
     (warning,) = prepare(options(tmp_path, dataset=str(folder))).mixed_views
     assert "agentview_rgb (" in warning and "demo_0); eye_in_hand_rgb (" in warning and "demo_17)" in warning
+
+
+def test_a_film_that_is_missing_is_said_before_training(tmp_path):
+    folder = write_lerobot(tmp_path / "set", "v2.1", episodes=15, steps=2)
+    (folder / "videos/chunk-000/observation.images.front/episode_000004.mp4").unlink()
+    with pytest.raises(ValueError, match="episode_000004.mp4: the video is missing, as are 0 others of 15"):
+        prepare(options(tmp_path, dataset=str(folder)))
 
 
 def test_one_instruction_in_two_spellings_is_one(tmp_path):

@@ -302,10 +302,11 @@ def check_samples(source: Source, episodes: int = 8) -> list[str]:
         A warning where a view is another camera in some of them than in others, by its name.
 
     Raises:
-        ValueError: If an episode has no image of the camera, or one that cannot be decoded.
+        ValueError: If an episode has no image of the camera, or one that cannot be decoded, or a film is missing.
     """
     seen: dict[tuple[str, ...], str] = {}
     for dataset in filter(None, (source.dataset, source.held_out)):
+        dataset.check_files()
         kinds: dict[tuple[str, ...] | None, int] = {}
         for index in range(len(dataset)):
             kinds.setdefault(dataset.kind_of(index), index)

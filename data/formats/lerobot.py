@@ -151,6 +151,18 @@ class LeRobotDataset(EpisodeDataset):
     def members(self) -> list[int]:
         return self._rows
 
+    def check_files(self) -> None:
+        films = [key for key in self.cameras.values() if self.features[key]["dtype"] == "video"]
+        if not films or self.on_error == "skip":
+            return
+        rows = self._episodes.take(self._rows).to_pylist()
+        paths = list(dict.fromkeys(self._video_path(row, key) for row in rows for key in films))
+        if missing := [path for path in paths if not path.exists()]:
+            raise DamagedDataError(
+                f"{missing[0]}: the video is missing, as are {len(missing) - 1} others of {len(paths)}: copy them "
+                "again, or leave their episodes out (on_error='skip')"
+            )
+
     def content_files(self) -> dict[str, Path]:
         tables = [path for room in ("meta", "data") for path in (self.folder / room).rglob("*")]
         kinds = (".parquet", ".jsonl")
@@ -175,6 +187,9 @@ class LeRobotDataset(EpisodeDataset):
             file_index=row.get(f"{prefix}/file_index"),
             **more,
         )
+
+    def _video_path(self, row: dict[str, Any], key: str) -> Path:
+        return self._path(row, "video", f"videos/{key}", self.info["video_path"], video_key=key)
 
     def _load(self, index: int) -> Episode:
         row = self._row(index)
@@ -214,7 +229,7 @@ class LeRobotDataset(EpisodeDataset):
         )
 
     def _video(self, row: dict[str, Any], key: str, times: np.ndarray, origin: str) -> VideoImages:
-        path = self._path(row, "video", f"videos/{key}", self.info["video_path"], video_key=key)
+        path = self._video_path(row, key)
         origin = f"{origin}, {key}"
         start = row.get(f"videos/{key}/from_timestamp")
         if self.of_v3 and not (isinstance(start, int | float) and start >= 0):

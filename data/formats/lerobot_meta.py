@@ -327,7 +327,7 @@ def _read_lines(file: Path, *keys: str) -> list[dict[str, Any]]:
     check_file(file, "JSON Lines file")
     rows = []
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # texts may hold other ends of lines (U+2028)
     except ValueError as error:
         raise ValueError(f"{file} is no text in UTF-8 ({error}): {COPY_AGAIN}") from error
     for number, line in enumerate(lines, start=1):
