@@ -562,7 +562,7 @@ def test_a_folder_of_the_user_is_never_removed(files, finished, tmp_path, monkey
 def test_episodes_of_nobody_knows_which_options_are_not_taken(tmp_path, monkeypatch):
     """They were taken for episodes of whatever was asked for, and one data set held both."""
     monkeypatch.setattr(recorder, "open_environment", lambda options, **more: pytest.fail("recorded"))
-    episode = record_episode(Point(), "go", 3)
+    episode = record_episode(Point(), "go", 10_000, noise=0.05)
     (tmp_path / "out.partial" / "episodes").mkdir(parents=True)
     save_episode(episode, tmp_path / "out.partial" / "episodes" / "reach-v3_00000.npz", seed=0, failed=0)
     with pytest.raises(FileExistsError, match="holds files and no options.json, which says what is recorded"):
