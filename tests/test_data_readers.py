@@ -581,6 +581,17 @@ def test_a_photo_whose_orientation_comes_after_its_colour_profile():
     assert decode_image(late).shape == (16, 8, 3)
 
 
+@pytest.mark.parametrize("texts", [9, 11])
+def test_hdf5_texts_of_steps_one_too_many(texts, tmp_path):
+    """The first of them was taken for all steps."""
+    with h5py.File(tmp_path / "x_demo.hdf5", "w") as file:
+        demo = file.create_group("data/demo_0")
+        demo["actions"], demo["obs/image"] = np.zeros((10, 7)), np.zeros((10, 8, 8, 3), np.uint8)
+        demo["language_instruction"] = ["open it"] * 5 + ["close it"] * (texts - 5)
+    with pytest.raises(DamagedDataError, match=f"10 actions, but {texts} texts of 'language_instruction'"):
+        open_dataset(tmp_path / "x_demo.hdf5")[0]
+
+
 def test_hdf5_demonstrations_that_no_mask_names(tmp_path):
     """Recorded after the masks were made, or in a file of which no mask says what to train on."""
     for name, masks in (("a", {"train": [0, 1], "valid": [2]}), ("b", {"core": [0]})):

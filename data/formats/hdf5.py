@@ -47,6 +47,7 @@ DAMAGED = (
 LANGUAGE_NAMES = ("language_instruction", "natural_language_instruction", "instruction", "lang")
 HELD_OUT = ("val", "valid", "validation", "test")  # masks of what is not to be trained on
 QUOTED = re.compile(r'^"([^"]*)"$')  # as LIBERO writes instructions
+FEW_STEPS = 8  # above it one text more or less than steps are texts of the steps, and not ways to say one thing
 LIBERO_SCENE = re.compile(r"^[A-Z_]+SCENE\d+_")
 
 
@@ -257,6 +258,9 @@ def _words(group: h5py.Group, key: str, steps: int, origin: str) -> str | list[s
             found = place[key][()]
         if found is None or isinstance(found, h5py.Empty):
             continue
+        several = isinstance(found, np.ndarray) and found.ndim == 1 and len({*map(str, found)}) > 1
+        if several and abs(len(found) - steps) == 1 and steps > FEW_STEPS:
+            raise DamagedDataError(f"{origin}: {steps} actions, but {len(found)} texts of {key!r}, which differ")
         if isinstance(found, np.ndarray) and found.ndim and len(found) == steps > 1:
             return [as_text(text, origin) for text in found]
         return as_text(found, origin)
