@@ -6,6 +6,7 @@ vectorized; arrays stay numpy, tensors stay on their device.
 """
 
 import copy
+import difflib
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -132,6 +133,8 @@ class ActionTokenizer:
 # Dataset statistics ---------------------------------------------------------------------------------------------------
 
 
+OF_DATASET = ("action", "proprio", "action_spec", "num_transitions", "num_trajectories")
+OF_SPACE = ("q01", "q99", "min", "max", "mean", "std", "mask")
 LARGEST = 1e6  # above it a statistic is no unit of a robot, but a wrong file; published ones stay below 1e4
 
 
@@ -154,8 +157,8 @@ def check_statistics(norm_stats: Any, where: str = "norm_stats") -> dict[str, An
     Raises:
         ValueError: If they are nested in another way, or would move an arm wrongly: values that are no finite numbers
             or above 1e6, lengths that differ, q01 above q99, min above max, a negative std, a mask that is not of
-            booleans. The message names dataset and dimension. A range that was widened by hand, beyond min and max, is
-            one that somebody chose.
+            booleans, a name that is misspelled. The message names dataset and dimension. A range that was widened by
+            hand, beyond min and max, is one that somebody chose.
     """
     example = "{'my_robot': {'action': {'q01': [...], 'q99': [...]}}}"
     if not isinstance(norm_stats, Mapping):
@@ -176,6 +179,7 @@ def _check_dataset(entry: Any, where: str) -> None:
             f"{where}: expected {{'action': {{'q01': [...], 'q99': [...]}}}}, got {_shorten(entry)}: recompute the "
             "statistics (`openvla stats DATASET --output dataset_statistics.json`)."
         )
+    _check_spelling(entry, OF_DATASET, where)
     _check_lists(entry["action"], f"{where}, action", required=("q01", "q99"))
     if entry.get("proprio") is not None:
         _check_lists(entry["proprio"], f"{where}, proprio")
@@ -186,6 +190,7 @@ def _check_lists(stats: Any, where: str, required: tuple[str, ...] = ()) -> None
     remedy = "Recompute the statistics (`openvla stats`), or take the dataset_statistics.json of the training."
     if not isinstance(stats, Mapping):
         raise ValueError(f"{where}: expected {{'q01': [...], 'q99': [...]}}, got {_shorten(stats)}. {remedy}")
+    _check_spelling(stats, OF_SPACE, where)
     missing = [name for name in required if name not in stats]
     if missing:
         raise ValueError(f"{where}: {' and '.join(missing)} missing, so actions would have no units. {remedy}")
@@ -212,6 +217,15 @@ def _check_lists(stats: Any, where: str, required: tuple[str, ...] = ()) -> None
                 )
     if "std" in values and (values["std"] < 0).any():
         raise ValueError(f"{where}, dimension {int(np.argmax(values['std'] < 0))}: std is negative. {remedy}")
+
+
+def _check_spelling(entry: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    """Raise a `ValueError` for a name that is nearly a known one, which is absent: it would be left out silently, and
+    without its mask a gripper be scaled like an arm."""
+    for name in entry:
+        near = difflib.get_close_matches(str(name).casefold(), known, n=1, cutoff=0.78)
+        if near and name not in known and near[0] not in entry:
+            raise ValueError(f"{where}: '{name}' is no statistic. Did you mean '{near[0]}'?")
 
 
 def _numbers(entries: Any, where: str, remedy: str) -> np.ndarray:

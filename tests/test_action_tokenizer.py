@@ -259,6 +259,22 @@ def test_a_statistics_file_is_named(tmp_path):
     assert read_statistics(file)["robot"]["action"]["q99"] == [1.0]
 
 
+@pytest.mark.parametrize(
+    "name, instead", [("mask", "masks"), ("mask", "Mask"), ("q01", "q1"), ("q99", "Q99"), ("max", "maxs")]
+)
+def test_a_statistic_that_is_misspelled(name, instead):
+    """A mask of another name was left out silently, and the gripper scaled: it could never close."""
+    stats = {"q01": [0.0], "q99": [1.0], "min": [0.0], "max": [1.0], "mask": [False]}
+    stats[instead] = stats.pop(name)
+    for norm_stats in ({"robot": {"action": stats}}, {"robot": {"action": {"q01": [0], "q99": [1]}, "proprio": stats}}):
+        with pytest.raises(ValueError, match=f"'robot', .*: '{instead}' is no statistic. Did you mean '{name}'"):
+            check_statistics(norm_stats)
+    fine = {"q01": [0.0], "q99": [1.0], "q10": [0.0], "q50": [0.5], "count": [7], "note": "mine"}
+    check_statistics({"robot": {"action": fine, "num_episodes": 3, "state": {}}})
+    with pytest.raises(ValueError, match="'Proprio' is no statistic. Did you mean 'proprio'"):
+        check_statistics({"robot": {"action": fine, "Proprio": fine}})
+
+
 @pytest.mark.parametrize("inner", [False, True])
 def test_a_name_that_stands_twice_in_a_statistics_file(inner, tmp_path):
     """Of files put together by hand the last one counted, unsaid."""
