@@ -49,7 +49,7 @@ from .environment import (
 from .loop import EPISODES, Job, run_episodes
 from .policies import ConstantPolicy, RandomPolicy
 from .rendering import opengl_backend
-from .report import REPORT, NoEpisodes, without_paths, write_report
+from .report import REPORT, NoEpisodes, read_results, without_paths, write_report
 from .workers import EnvironmentFailure, EnvironmentProcess
 
 
@@ -214,6 +214,15 @@ def evaluate(
             for variation, task in varied
             for episode in range(options.episodes)
         ]
+        known = {(one.variation, one.task, one.episode) for one in read_results(folder / EPISODES) if one.error is None}
+        unseen = [job for job in jobs if job.key in known and job.episode < options.videos]
+        # By default one is filmed: whoever leaves it at that did not ask for more films than before.
+        if options.videos > 1 and (unseen := [job for job in unseen if not job.film(folder).exists()]):
+            warnings.warn(
+                f"videos={options.videos}: {len(unseen)} of the episodes to film were run before without a film, and "
+                "are not run again for one. For films of them give another folder.",
+                stacklevel=2,
+            )
         torch.manual_seed(POLICY_SEED)
         records = run_episodes(
             acting,

@@ -38,6 +38,10 @@ class Job:
     def key(self) -> tuple[str, str, int]:
         return self.variation, self.task, self.episode
 
+    def film(self, folder: Path) -> Path:
+        """Of the episode, in the folder of an evaluation."""
+        return folder / "videos" / f"{file_name(self.task, self.variation, f'{self.episode:03d}')}.mp4"
+
 
 @dataclass
 class Slot:
@@ -167,8 +171,7 @@ def run_episodes(
                 if policy is not None:
                     begin_episode(policy, slots.index(slot))
                 if slot.job.episode < videos and observation.images:
-                    name = file_name(slot.job.task, slot.job.variation, f"{slot.job.episode:03d}")
-                    slot.video = EpisodeVideo(folder / "videos" / f"{name}.mp4", observation, spec.names)
+                    slot.video = EpisodeVideo(slot.job.film(folder), observation, spec.names)
             if stands:
                 there = [slot for slot in begun if slot.observation is not None and ask(slot, "standstill")]
                 for slot, start in answers(there):

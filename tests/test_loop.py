@@ -251,6 +251,15 @@ def test_fourteen_numbers_drive_in_every_mode(options, tmp_path):
         evaluate(model=str(ROOT), output=tmp_path / "model", **given)
 
 
+def test_films_that_come_too_late_are_said(tmp_path):
+    pytest.importorskip("av", reason="films need the [data] extra")
+    given = {"env": "toy:TwoArms", "tasks": "all", "workers": 1, "progress": False, "policy": ToPose()}
+    evaluate(output=tmp_path, episodes=1, videos=0, **given)
+    with pytest.warns(UserWarning, match="videos=2: 1 of the episodes to film were run before without a film"):
+        evaluate(output=tmp_path, episodes=2, videos=2, **given)
+    assert [film.name for film in (tmp_path / "videos").iterdir()] == ["pose_001.mp4"]
+
+
 class FromPixels7:
     def __repr__(self):
         return "seven zeros"
