@@ -782,6 +782,22 @@ def test_outside_of_the_workspace_only_inwards(here, change, allowed):
     assert action[2] == pytest.approx(allowed)
 
 
+@pytest.mark.parametrize("step", [{}, {"a": 0.2}])
+@pytest.mark.parametrize("refuse", [False, True])
+@pytest.mark.parametrize("start", [1.5, None])
+def test_a_place_comes_back_into_the_workspace_as_it_is_told(start, refuse, step):
+    """It jumped to the edge, and with `refuse` nothing brought it back."""
+    limits = Limits(place={"a": (-1, 1)}, step=step, refuse=refuse)
+    bench = Bench(JOINTS, start=None if start is None else [start, 0, 1], wait=0, limits=limits, fallback="hold")
+    bench.submit = lambda ask: (bench.asked.append(ask), bench.answer([next(asked), 0, 1]))
+    bench.guard.wait = 0.05
+    asked = iter([1.5, 1.4, 1.3, 1.1, 0.95, 1.05, 0.9])
+    executed = [bench.step(position=[1.5, np.nan, np.nan]).action[0] for _ in range(7)]
+    assert executed == pytest.approx([1.5, 1.4, 1.3, 1.1, 0.95, 0.95 if refuse else 1.0, 0.9])
+    allowed, cut = limits.apply(np.array([1.6, 0, 1]), JOINTS, np.array([1.5, 0, 1]), None)
+    assert (allowed[0], cut) == (1.5, ["a"])
+
+
 @pytest.mark.parametrize(
     ("turn", "last", "action", "allowed"),
     [

@@ -18,7 +18,8 @@ class Limits:
         step: name -> the largest change of one step, above 0: of a relative dimension its absolute value, of an
             absolute one its distance from the target before (without one, from `position`).
         place: name -> (lowest, highest) place: of an absolute dimension the action itself, of a relative one `position`
-            and the action together. A robot that stands outside may stay or come back, not go further out.
+            and the action together. A robot that stands outside (an absolute one: whose target before is outside) may
+            stay or come back, not go further out.
         refuse: Whether an action beyond a limit is refused completely; otherwise it is cut to the limit.
         turn: name -> what a full turn is, `2 * math.pi` or 360: of an absolute angle, whose step is then measured the
             short way round. Without it a step from 179 to -179 degrees is one of -358, and cut to a turn backwards.
@@ -96,6 +97,8 @@ class Limits:
                 if not np.isfinite(here):
                     raise ValueError(f"{name} has limits of its place: step(..., position=...) has to say where it is")
                 place = (min(place[0] - here, 0.0), max(place[1] - here, 0.0))
+            elif np.isfinite(before):  # cut to the nearest place, a robot outside would jump as far as that
+                place = (min(place[0], before), max(place[1], before))
             value = float(np.clip(action[dim], *place))
             if name in self.step:
                 if not np.isfinite(before):
