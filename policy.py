@@ -3,6 +3,8 @@
 Light to import: the libraries of a model are loaded with it.
 """
 
+import inspect
+import numbers
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -50,9 +52,30 @@ class Policy(Protocol):
 
 
 def begin_episode(policy: Policy, slot: int = 0) -> None:
-    """Tell a policy that an episode begins in `slot`, if it asks for that: one that keeps nothing needs no `reset`."""
-    if hasattr(policy, "reset"):
-        policy.reset(slot)
+    """Tell a policy that an episode begins in `slot`, if it asks for that: one that keeps nothing needs no `reset`.
+
+    Raises:
+        ValueError: If its `reset` takes no slot: what it keeps would be of several episodes.
+    """
+    if not hasattr(policy, "reset"):
+        return
+    try:
+        inspect.signature(policy.reset).bind(slot)
+    except TypeError as error:
+        raise ValueError(
+            f"reset of {type(policy).__name__}: {error}. Expected reset(slot): several episodes run side by side, and "
+            "what a policy keeps of one, it keeps by slot."
+        ) from error
+    policy.reset(slot)
+
+
+def chunk_of(policy: Policy | None) -> int:
+    """Steps that one answer of a policy holds, as it says; a `ValueError` if it says something else."""
+    chunk = getattr(policy, "action_chunk", 1)
+    if not isinstance(chunk, numbers.Integral) or isinstance(chunk, bool) or chunk < 1:
+        kind = type(policy).__name__
+        raise ValueError(f"action_chunk={chunk!r:.100} of {kind}: expected the steps of an answer, at least 1.")
+    return int(chunk)
 
 
 class OpenVLAPolicy(Policy):

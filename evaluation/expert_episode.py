@@ -11,7 +11,7 @@ import numpy as np
 
 from ..data.episode import EncodedImages, Episode
 from ..data.images import ImageFormat, encode_image
-from ..policy import Policy, begin_episode
+from ..policy import Policy, begin_episode, chunk_of
 from .attributes import instructions_of
 from .control import BlockingControl, RealtimeControl
 from .environment import (
@@ -109,7 +109,7 @@ def record_episode(
         step = len(actions) - 1
         if student is not None and step < driven:
             if control.wants_action(step):
-                committed = control.committed(step, latency, getattr(student, "action_chunk", 1))
+                committed = control.committed(step, latency, chunk_of(student))
                 answer = student.act([replace(observation, instruction=instruction, step=step, committed=committed)])
                 control.give(step, np.squeeze(np.asarray(answer), axis=0), latency)
             executed = check_action(control.action(step), len(action))

@@ -1,5 +1,7 @@
 """The closed loop: many environments side by side, one batched prediction for all that wait for one."""
 
+import math
+import numbers
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +14,7 @@ from tqdm import tqdm
 
 from ..action_spec import ActionSpec, usual_spec
 from ..observation import Observation
-from ..policy import Policy, begin_episode, check_numbers, check_reach
+from ..policy import Policy, begin_episode, check_numbers, check_reach, chunk_of
 from .control import BlockingControl, RealtimeControl
 from .environment import Environment, file_name
 from .report import EpisodeResult, append_result, read_results, without_paths
@@ -55,7 +57,7 @@ class Slot:
     step: int = 0
     seconds: list[float] = field(default_factory=list)  # of each prediction
     usual: float = 0.0  # of the last one, also of the episode before
-    passes: list[int] = field(default_factory=list)  # of the language model in each, where they are counted
+    passes: list[float] = field(default_factory=list)  # of the language model in each, where they are counted
     executed: list[np.ndarray] = field(default_factory=list)  # the action of each step
     video: EpisodeVideo | None = None
 
@@ -97,6 +99,7 @@ def run_episodes(
         ValueError: If the policy gives something that is no action, nothing is executed then; or if the folder holds an
             episode of `jobs` from another seed.
     """
+    chunk = chunk_of(policy)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / EPISODES
     before = [record for record in read_results(file) if record.error is None]
@@ -188,11 +191,11 @@ def run_episodes(
                 for slot in due:
                     assert slot.observation is not None  # it is running
                     expected = slot.usual if latency is None else latency
-                    decided_already = slot.control.committed(slot.step, expected, getattr(policy, "action_chunk", 1))
+                    decided_already = slot.control.committed(slot.step, expected, chunk)
                     about = {"step": slot.step, "slot": slots.index(slot), "committed": decided_already}
                     seen.append(replace(slot.observation, **about))
                 decided = list(zip(due, checked(policy.act(seen), len(seen), spec.action_dim)))
-                for slot, passes in zip(due, getattr(policy, "passes", [])):
+                for slot, passes in zip(due, counted_passes(policy, len(due))):
                     slot.passes.append(passes)
             else:
                 decided = []
@@ -231,6 +234,16 @@ def checked(actions: np.ndarray, count: int, dims: int) -> np.ndarray:
             f"({count}, {dims}) or ({count}, K, {dims}) numbers, as the environment executes them."
         )
     return check_reach(given)
+
+
+def counted_passes(policy: Policy, count: int) -> Sequence[float]:
+    """`passes` of the last answer of a policy, one for each of `count` observations; empty where it counts none. A
+    record with what is no number would be none when it is read, and its episode would run again."""
+    found = getattr(policy, "passes", None)
+    if not isinstance(found, Sequence) or len(found) != count:
+        return ()
+    real = all(isinstance(one, numbers.Real) and math.isfinite(one) for one in found)
+    return [float(one) for one in found] if real else ()
 
 
 def rewrite(file: Path, records: Sequence[EpisodeResult]) -> None:

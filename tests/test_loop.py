@@ -177,6 +177,26 @@ def test_what_is_no_action_is_not_executed(answer, tmp_path):
     assert not (tmp_path / "episodes.jsonl").exists()
 
 
+@pytest.mark.parametrize(
+    "says, said",
+    [
+        ({"reset": lambda self: None}, "reset of Says: .* Expected reset.slot.: several episodes"),
+        ({"action_chunk": None}, "action_chunk=None of Says: expected the steps of an answer"),
+    ],
+)
+def test_what_a_policy_says_of_itself(says, said, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        run(tmp_path, JOBS[:1], policy=type("Says", (FromPixels,), says)())
+
+
+@pytest.mark.parametrize("passes", [[float("nan")], None, 3, [1, 2]], ids=str)
+def test_passes_that_are_none_do_not_spoil_a_record(passes, tmp_path):
+    """The record was none when it was read again, and the episode ran again."""
+    policy = type("Says", (FromPixels,), {"passes": passes})()
+    (record,) = run(tmp_path, JOBS[:1], policy=policy)
+    assert record.passes is None and read_results(tmp_path / "episodes.jsonl") == [record]
+
+
 def test_why_environments_broke_is_said_once_and_reported_without_paths(tmp_path, capfd):
     records = run(tmp_path, [Job("raise", 0, 100), Job("raise", 1, 101), Job("left", 0, 100)], workers=1)
     assert capfd.readouterr().err.count("the arm fell off") == 1
