@@ -222,9 +222,9 @@ def _check_lists(stats: Any, where: str, required: tuple[str, ...] = ()) -> None
 def _check_spelling(entry: Mapping[str, Any], known: Sequence[str], where: str) -> None:
     """Raise a `ValueError` for a name that is nearly a known one, which is absent: it would be left out silently, and
     without its mask a gripper be scaled like an arm."""
-    for name in entry:
+    for name in (name for name in entry if name not in known):
         near = difflib.get_close_matches(str(name).casefold(), known, n=1, cutoff=0.78)
-        if near and name not in known and near[0] not in entry:
+        if near and near[0] not in entry:
             raise ValueError(f"{where}: '{name}' is no statistic. Did you mean '{near[0]}'?")
 
 

@@ -6,8 +6,10 @@ fine-tuned from them, and names three things those files leave implicit: the siz
 """
 
 import copy
+import difflib
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -69,6 +71,10 @@ LLM_BACKBONES: dict[str, tuple[str, str]] = {
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 HEADS_WITH_WEIGHTS = ("l1_regression", "diffusion")
+OURS = (  # fields that say what an action is, and which published files do not have
+    "n_action_bins", "norm_stats", "action_head", "action_chunk", "action_dim", "proprio_dim", "constant_state",
+    "prefix_training", "use_film", "normalization", "camera_names",
+)  # fmt: skip
 UNITS = ("bounds_q99", "bounds")  # of normalized numbers
 
 
@@ -346,6 +352,7 @@ class OpenVLAConfig(transformers.PreTrainedConfig):
         if not set(content) - {"_commit_hash"} and not file.is_file():
             raise FileNotFoundError(no_config(name))
         check_model_type(content, str(file), cls.model_type)
+        _warn_of_spelling(content, str(file))
         for field in ("dtype", "torch_dtype"):
             if content.get(field) is not None:
                 check_choice(f"{field} of '{file}'", content[field], DTYPES)
@@ -399,6 +406,17 @@ class OpenVLAConfig(transformers.PreTrainedConfig):
     def action_vocab_size(self) -> int:
         """End of the tokenizer's own vocabulary; the last `n_action_bins` ids before it are the action tokens."""
         return self.text_config.vocab_size - self.pad_to_multiple_of
+
+
+def _warn_of_spelling(content: Mapping[str, Any], where: str) -> None:
+    """Say which fields are nearly some of ours: the library keeps any name, and the field that was meant is left as it
+    is by default."""
+    for name in (name for name in content if not hasattr(OpenVLAConfig, name)):
+        near = difflib.get_close_matches(name.lower(), OURS, n=1, cutoff=0.85)
+        if near and near[0] not in content:
+            warnings.warn(
+                f"'{where}': '{name}' is no field, and decides nothing. Did you mean '{near[0]}'?", stacklevel=4
+            )
 
 
 def code_in(folder: str | os.PathLike, auto_map: Mapping[str, Any]) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """The configuration: what it fills in, what it refuses, and the published layouts on the meta device."""
 
 import json
+import warnings
 
 import processes
 import pytest
@@ -136,4 +137,21 @@ def test_old_transformers_is_refused_in_one_sentence(tmp_path):
 def test_an_export_is_no_model_to_load(tmp_path):
     (tmp_path / "vision.onnx").touch()
     with pytest.raises(FileNotFoundError, match="no config.json.*an export to ONNX, which openvla_runtime.OnnxPolicy"):
+        OpenVLAConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, given",
+    [("normalization", "normalisation"), ("camera_names", "camera_name"), ("action_chunk", "actionChunk")],
+)
+def test_a_field_that_is_misspelled_in_the_file(name, given, tmp_path):
+    """The library keeps any name: the model acted in other units, or through another camera, unsaid."""
+    OpenVLAConfig(text_config={"vocab_size": 320}).save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        OpenVLAConfig.from_pretrained(tmp_path)
+    content[given] = content.pop(name)
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.warns(UserWarning, match=f"config.json': '{given}' is no field.*Did you mean '{name}'"):
         OpenVLAConfig.from_pretrained(tmp_path)
