@@ -206,8 +206,10 @@ def differences(rows: Sequence[dict[str, Any]]) -> list[str]:
     for row in rows[1:]:
         if set(row["by_task"]) != set(first["by_task"]):
             notes.append(f"{row['policy']} was run on other tasks: {', '.join(sorted(row['by_task']))}")
-        for name in ("env", "max_steps", "control"):
-            mine, theirs = first["settings"].get(name), row["settings"].get(name)
+        for name in ("env", "max_steps", "control", "hz", "latency", "camera", "env_options"):
+            mine, theirs = (one["settings"].get(name) for one in (first, row))
+            if name == "env_options":  # pictures that nobody looks at change nothing
+                mine, theirs = ({k: v for k, v in (one or {}).items() if k != "render"} for one in (mine, theirs))
             if row["settings"] and mine != theirs:
                 notes.append(f"{row['policy']} was run with {name} {theirs}, not {mine}")
     return notes
