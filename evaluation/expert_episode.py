@@ -102,6 +102,11 @@ def record_episode(
         if left is None and len(actions) == environment.max_steps:
             return None
         for camera, image in observation.images.items():
+            if image.shape != (shape := first.images[camera].shape):  # else it is said when all episodes are recorded
+                raise ValueError(
+                    f"step() shows '{camera}' as {image.shape}, and reset() as {shape}: in a data set all have one "
+                    "size, so give all the same."
+                )
             images[camera].append(encode_image(image, image_format))
         action = check_expert(environment, environment.expert_action()).astype(np.float32)
         states.append(np.array(observation.state))  # a simulator may give one array, which it changes

@@ -81,6 +81,21 @@ def test_a_recording_of_changing_cameras_is_refused():
         record_episode(Timed(), "left", 1)
 
 
+def test_a_recording_of_changing_sizes_is_refused_at_its_first_episode():
+    """It was when all episodes were recorded, and the data set was written."""
+
+    class Grows(Line):
+        max_steps, frequency = 40, 20.0
+
+        def step(self, action):
+            observation, success = super().step(action)
+            taller = {"front": np.repeat(observation.images["front"], 2, axis=0)}
+            return replace(observation, images=taller), success
+
+    with pytest.raises(ValueError, match=r"shows 'front' as .32, 16, 3., and reset.. as .16, 16, 3."):
+        record_episode(Grows(), "left", 2)
+
+
 def test_actions_of_fewer_numbers_than_a_place_has():
     """Noise is of translation: three numbers were added to two."""
     point = Two()
