@@ -663,7 +663,7 @@ def test_a_step_that_was_held_up_itself_is_dead_as_well():
     assert (command.state, command.source) == (State.DEAD, "hold")
 
 
-@pytest.mark.parametrize("event", ["connection", "clock"])
+@pytest.mark.parametrize("event", ["connection", "connection with an answer", "clock"])
 def test_silence_counts_from_the_last_action_that_was_executed(event):
     """An epoch that begins in the middle of a long chunk: the robot moved a step ago."""
     bench = Bench(start=still(), wait=0, ask_every=80)
@@ -672,8 +672,17 @@ def test_silence_counts_from_the_last_action_that_was_executed(event):
     assert [bench.step().source for _ in range(60)] == ["answer"] * 60
     if event == "connection":
         bench.connection += 1
-    else:
+    elif event == "clock":
         bench.now -= 1000
+    else:  # which is answered before anybody sees it, of a loop that asks again
+        bench.guard.ask_every = 1
+        bench.submit = lambda ask: (
+            bench.asked.append(ask),
+            bench.answer([still()] * 8),
+            setattr(bench, "connection", 1),
+        )
+        assert bench.step().source == "hold"
+        bench.submit = bench.asked.append
     states = [bench.step().state for _ in range(60)]
     assert states[0] is State.DEGRADED and [states.index(one) for one in ("STALLED", "DEAD")] in ([5, 50], [6, 51])
     bench.guard.reset(still())  # of the episode before nothing counts

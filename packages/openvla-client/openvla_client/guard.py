@@ -356,6 +356,8 @@ class Guard:
                 return
             refused = self._plan.accept(reply)
             arrived.append({"epoch": reply.epoch, "id": reply.id, "refused": refused})
+            if not refused and (newest := self._plan.newest) is not None:
+                self._since = (newest.time, newest.step)
             if until is not None:
                 passed = self._clock() - begin
                 if reply.id == until or passed < 0:  # it went back: nobody knows how long this took
@@ -390,8 +392,6 @@ class Guard:
 
     def _age(self, step: int, now: float) -> float:
         """By the clock or by steps, whichever is more."""
-        if self._plan.newest is not None:
-            self._since = (self._plan.newest.time, self._plan.newest.step)
         assert self._since is not None
         return max(now - self._since[0], (step - self._since[1]) * self.period)
 
