@@ -791,6 +791,28 @@ def test_outside_of_the_workspace_only_inwards(here, change, allowed):
     assert action[2] == pytest.approx(allowed)
 
 
+def test_an_arm_that_stopped_by_its_own_means_is_not_pulled_back():
+    """Its step was measured from a target that it had left since, and the cut made a jump of it."""
+    bench = Bench(
+        JOINTS, start=[0, 0, 1], wait=0, limits=Limits(step={"a": 0.05}, place={"b": (-1, 1)}), fallback="raise"
+    )
+    with pytest.raises(NoAction):
+        bench.step()
+    bench.now += 0.1
+    for position, action, expected in (
+        ([0.5, 0, 1], 0.52, 0.52),
+        ([0.5, 0, 1], 0.6, 0.57),  # it follows: from the target before, not from where it is on its way
+        ([np.nan, 0, 1], 0.57, 0.57),
+    ):
+        bench.answer([action, 0, 1])
+        assert bench.step(position=position).action[0] == pytest.approx(expected)
+    with pytest.raises(NoAction):
+        bench.step()
+    bench.now += 0.1
+    bench.answer([0.3, 0, 1])
+    assert bench.step(position=[np.nan, 0, 1]).action[0] == pytest.approx(0.52)  # nobody knows better
+
+
 @pytest.mark.parametrize("step", [{}, {"a": 0.2}])
 @pytest.mark.parametrize("refuse", [False, True])
 @pytest.mark.parametrize("start", [1.5, None])

@@ -177,7 +177,7 @@ class Guard:
                 self._plan.clear()
                 self.state = State.DEGRADED if self.state is State.OK else self.state
                 self._since = None if self._since is None else (self._since[0], self._since[1] - self._step)
-            self._last = held
+            self._last, self._stopped = held, False
             self._step, self._asked_at = 0, -self.ask_every
 
     def reconnected(self) -> None:
@@ -257,6 +257,7 @@ class Guard:
             request = {"seen": seen, "seen_at": seen_at, "asked": asked_id, "arrived": arrived}
             at = datetime.datetime.now(datetime.UTC).isoformat()  # for people; nothing is decided by it
             self._audit({"at": at, "clock": now, "epoch": self.epoch, "step": step, **request, **command.record()})
+        self._stopped = command.action is None
         if command.action is not None:
             self._last = command.action.copy()
         return command, step
@@ -336,12 +337,19 @@ class Guard:
         ahead = ahead[:count]
         certain = ahead
         if self.limits is not None and self.spec is not None:
-            certain = self.limits.ahead(ahead, self.spec, self._last, here)
+            certain = self.limits.ahead(ahead, self.spec, self._target(here), here)
         if self.fallback == "hold" and self.spec is not None and len(certain) == len(ahead) < count:
             hold = held(self.spec, certain[-1] if len(certain) else self._last)
             if hold is not None:
                 certain = np.concatenate([certain.reshape(-1, len(hold)), [hold] * (count - len(certain))])
         return certain if len(certain) else None
+
+    def _target(self, here: np.ndarray | None) -> np.ndarray | None:
+        """(A,) from which the step of a place is measured: what was executed last. An arm that stopped by its own means
+        stands elsewhere, and that target would pull it back: where it stands, as far as that is known."""
+        if not self._stopped or self._last is None or here is None:
+            return self._last
+        return np.where(np.isfinite(here), here, self._last)
 
     def _usable(self, seen_at: float, now: float) -> bool:
         """A time to come, or one long ago, is of another clock."""
@@ -379,7 +387,7 @@ class Guard:
         action, limited = answered, list[str]()
         if self.limits is not None and self.spec is not None:
             try:
-                action, limited = self.limits.apply(answered, self.spec, self._last, position)
+                action, limited = self.limits.apply(answered, self.spec, self._target(position), position)
                 if limited and self.limits.refuse:
                     reason = f"beyond the limits of {', '.join(limited)}"
             except ValueError as error:

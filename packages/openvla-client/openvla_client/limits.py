@@ -16,7 +16,7 @@ class Limits:
 
     Args:
         step: name -> the largest change of one step, above 0: of a relative dimension its absolute value, of an
-            absolute one its distance from the target before (without one, from `position`).
+            absolute one its distance from the target before (without one, or after a `NoAction`, from `position`).
         place: name -> (lowest, highest) place: of an absolute dimension the action itself, of a relative one `position`
             and the action together. A robot that stands outside (an absolute one: whose target before is outside) may
             stay or come back, not go further out.
