@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 import pytest
 import tensorflow_datasets as tfds
 import torch
-from data_files import jpeg, png, write_records, write_rlds, write_video
+from data_files import jpeg, own_rlds, png, write_records, write_rlds, write_video
 from PIL import ExifTags, Image
 
 from openvla.data import DamagedDataError, EpisodeStream, decode_image, frames, open_dataset
@@ -590,6 +590,21 @@ def test_hdf5_texts_of_steps_one_too_many(texts, tmp_path):
         demo["language_instruction"] = ["open it"] * 5 + ["close it"] * (texts - 5)
     with pytest.raises(DamagedDataError, match=f"10 actions, but {texts} texts of 'language_instruction'"):
         open_dataset(tmp_path / "x_demo.hdf5")[0]
+
+
+def test_hdf5_demonstrations_that_a_mask_names_twice(tmp_path):
+    """They were drawn twice as often, and one of the two could be held out while the other was trained on."""
+    file = write_hdf5(tmp_path / "x_demo.hdf5", mask=[b"demo_1", b"demo_2", b"demo_1"])
+    with pytest.raises(DamagedDataError, match="mask/valid names ..demo_1.. more than once"):
+        open_dataset(file, split="valid")
+
+
+@pytest.mark.parametrize("split", ["train+train", "train[:2]+train[1:]", "train[1:]+train[:2]"])
+def test_rlds_splits_that_name_episodes_twice(split, tmp_path):
+    folder = own_rlds(tmp_path / "mine")
+    with pytest.raises(ValueError, match="names episodes twice .mine-train.*, record [01] is one"):
+        open_dataset(folder, split=split)
+    assert len(open_dataset(folder, split="train[1:]+train[:1]")) == 3
 
 
 def test_hdf5_demonstrations_that_no_mask_names(tmp_path):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -364,6 +365,8 @@ def _demos(file: Path, split: str, masks: set[str]) -> list[str]:
         )
     if missing := sorted(set(demos) - set(known)):
         raise DamagedDataError(f"{file}: mask/{split} names {missing[:8]}, which data lacks")
+    if twice := [name for name, count in Counter(demos).items() if count > 1]:
+        raise DamagedDataError(f"{file}: mask/{split} names {twice[:8]} more than once: write each once")
     return sorted(demos, key=lambda name: [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", name)])
 
 

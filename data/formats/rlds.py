@@ -8,6 +8,7 @@ import difflib
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,13 @@ class RLDSDataset(EpisodeDataset):
         self.parts = [
             (Path(p.filename), p.skip, p.examples_in_shard - p.skip if p.take == -1 else p.take) for p in parts
         ]
+        ranges = sorted((path, first, first + count) for path, first, count in self.parts)
+        for (path, _, end), (other, begin, _) in pairwise(ranges):
+            if path == other and begin < end:
+                raise ValueError(
+                    f"split={split!r} names episodes twice ({path.name}, record {begin} is one): they would be drawn "
+                    "twice as often, and be held out and trained on. Give each once; a mixture has weights."
+                )
         self.records_in_file = {Path(p.filename): p.examples_in_shard for p in parts}
         self.ends = np.cumsum([count for _, _, count in self.parts]).tolist()
         self.standardize = standardize
