@@ -55,7 +55,8 @@ def options(
     Options of a verb: openvla VERB --help.
 
     Exit codes: 0 done; 1 the work failed (every episode broke, training diverged, or a bug, with its traceback); 2
-    refused (a wrong option or file, a missing extra: one line says which and the way out); 3 no OpenGL to render with.
+    refused (a wrong option or file, a missing extra: one line says which and the way out); 3 no OpenGL to render with;
+    130 stopped by Ctrl-C.
     """
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .jpeg_openvla import PictureFile
 from .tensors_openvla import is_tensor
@@ -115,6 +115,8 @@ def _open_image(file: bytes | str, name: str) -> Image.Image:
     """The image in the bytes or at the path of a file, its pixels read."""
     try:
         data = file if isinstance(file, bytes) else Path(file).read_bytes()
+        if not data:
+            raise ValueError("it is empty (0 bytes)")
         with Image.open(stream := PictureFile(data)) as image:
             # A film; files of cameras may hold a thumbnail or a second eye (TIFF, MPO) beside the frame.
             if image.format in ("GIF", "WEBP", "PNG") and getattr(image, "is_animated", False):
@@ -123,6 +125,8 @@ def _open_image(file: bytes | str, name: str) -> Image.Image:
             stream.load(image)
             _check_deep(image, deep)
             return image
+    except UnidentifiedImageError as error:  # which names nothing but an object of ours
+        raise ValueError(f"Cannot read {name} as an image: it is no PNG, no JPEG, nothing that PIL knows.") from error
     except UNREADABLE as error:
         raise ValueError(f"Cannot read {name} as an image: {error}.") from error
 

@@ -209,7 +209,8 @@ def _check_options(options: Mapping[str, Any], entry: str | None = None) -> None
     for key in options:
         if key not in known:
             where = f" of '{entry}'" if entry else ""
-            raise ValueError(f"No option{where} is called '{key}'.{closest(key, known)} Known: {', '.join(known)}.")
+            names = map(repr, known) if entry else known  # in quotes they stay what they are called in the file
+            raise ValueError(f"No option{where} is called '{key}'.{closest(key, known)} Known: {', '.join(names)}.")
         if entry and key in OF_MODEL:
             raise ValueError(
                 f"{key} of '{entry}': one model has one for all datasets, so it is no option of a dataset."

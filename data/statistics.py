@@ -128,9 +128,11 @@ def statistics_table(
             dims = range(len(known["mean"]))
             labels = given if given and len(given) == len(dims) else [f"{what}[{index}]" for index in dims]
             rows += [(label, known, index) for index, label in enumerate(labels)]
-    width = max(len(label) for label, _, _ in rows)
-    lines = [" " * width + "".join(f"{column:>10}" for column in columns) + "  scaled"]
+    width = max(len("actions"), *(len(label) for label, _, _ in rows))
+    lines = ["actions".ljust(width) + "".join(f"{column:>10}" for column in columns) + "  scaled"]
     for label, known, index in rows:
+        if index == 0 and known is not rows[0][1]:  # numbers of both may be called x, y, z
+            lines.append("states")
         values = "".join(f"{known[column][index]:10.4f}" for column in columns)
         note = "  (never changes)" if known["min"][index] == known["max"][index] else ""
         scaled = known.get("mask") or [True] * len(known["mean"])
@@ -192,6 +194,6 @@ def plot_statistics(
             axes.axvline(value, color="tab:red", lw=1)
         axes.set_yscale("log")
         axes.set_ylabel(names[index])
-    figure.suptitle("actions: steps by value (log scale); red: the ends of the bins (q01, q99), gray: every 16th edge")
+    figure.suptitle("actions: steps by value (log scale)\nred: the ends of the bins (q01, q99), gray: every 16th edge")
     figure.savefig(path, dpi=100)
     plt.close(figure)

@@ -223,7 +223,7 @@ def test_mistakes_in_predict(model, image, tmp_path, monkeypatch):
     wrong_key = error_of(*predict, "--image", image, "--model", model, "--unnorm-key", "bridge")
     assert "Did you mean 'bridge_orig'?" in wrong_key and not wrong_key.endswith('"')
     (tmp_path / "text.png").write_text("no image")
-    assert "cannot identify image file" in error_of(*predict, "--image", tmp_path / "text.png", "--model", model)
+    assert "it is no PNG, no JPEG" in error_of(*predict, "--image", tmp_path / "text.png", "--model", model)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     gpu = error_of("predict", "--instruction", "x", "--image", image, "--model", model, "--device", "cuda")
     assert "no GPU" in gpu and "--device cpu" in gpu

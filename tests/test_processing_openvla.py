@@ -64,8 +64,11 @@ def test_paths(photo, tmp_path):
     with pytest.raises(FileNotFoundError, match="missing.png"):
         load_image(tmp_path / "missing.png")
     (tmp_path / "text.png").write_text("not an image")
-    with pytest.raises(ValueError, match="text.png"):
+    with pytest.raises(ValueError, match="text.png' as an image: it is no PNG, no JPEG"):
         load_image(tmp_path / "text.png")
+    (tmp_path / "empty.png").touch()
+    with pytest.raises(ValueError, match=r"empty.png' as an image: it is empty \(0 bytes\)"):
+        load_image(tmp_path / "empty.png")
 
 
 def test_truncated_file(photo, tmp_path):

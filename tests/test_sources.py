@@ -28,6 +28,7 @@ from openvla.data.source import Source
 from openvla.data.sources import dataset_places, open_source, open_sources
 from openvla.data.survey import cache_folder
 from openvla.data.trajectory import chunk_act_obs, relabel_goals
+from openvla.options.fields import respelled
 from openvla.pixels_openvla import resize_lanczos3
 
 
@@ -983,8 +984,10 @@ def test_mistakes_of_users(tmp_path):
         with pytest.raises(ValueError, match=message):
             open_sources(tmp_path / "mine.yaml")
     (tmp_path / "mine.yaml").write_text(f"a: {{path: {DEMOS / 'hdf5'}, wieght: 2}}\n")
-    with pytest.raises(ValueError, match="No option of 'a' is called 'wieght'. Did you mean 'weight'"):
+    with pytest.raises(ValueError, match="No option of 'a' is called 'wieght'. Did you mean 'weight'") as misspelled:
         open_sources(tmp_path / "mine.yaml")
+    told = respelled(str(misspelled.value), {"held_out": "--held-out"})  # as the command line tells it
+    assert "'held_out'" in told and "--held-out" not in told
     (tmp_path / "mine.yaml").write_text(f"a: {{path: {DEMOS / 'hdf5'}, name: b}}\nb: {{path: {DEMOS / 'hdf5'}}}\n")
     with pytest.raises(ValueError, match="several datasets called b"):
         open_sources(tmp_path / "mine.yaml")

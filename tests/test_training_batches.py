@@ -112,9 +112,12 @@ def test_the_table_shows_states():
     table = statistics_table(source.statistics, source.names, ["x", "y", "z"])
     lines = {line.split()[0]: line for line in table.splitlines()}
     assert lines["gripper"].endswith("no") and lines["y"].endswith("yes") and lines["z"].endswith("(never changes)")
+    assert table.splitlines()[0].startswith("actions ") and table.index("\ngripper ") < table.index(
+        "\nstates\n"
+    ) < table.rindex("\ny ")
     assert "proprio[1]" in statistics_table(source.statistics)
     none = compute_statistics([np.ones((4, 2))])
-    assert "proprio" not in statistics_table(none)
+    assert "proprio" not in statistics_table(none) and "states" not in statistics_table(none)
 
 
 def test_a_dataset_without_states_gives_none(tmp_path):
