@@ -607,6 +607,20 @@ def test_rlds_splits_that_name_episodes_twice(split, tmp_path):
     assert len(open_dataset(folder, split="train[1:]+train[:1]")) == 3
 
 
+def test_hdf5_files_of_several_rates(tmp_path):
+    """Only the rate was left out then, and changes of 50 ms and of 100 ms had the same statistics."""
+    for number, rate in enumerate([20, 10, 20, None]):
+        with h5py.File(write_hdf5(tmp_path / f"{number}_demo.hdf5", 1), "a") as file:
+            if rate is not None:
+                file["data"].attrs["env_args"] = json.dumps({"env_kwargs": {"control_freq": rate}})
+    with pytest.warns(UserWarning, match="recorded at 10 and 20 steps a second"):
+        assert open_dataset(tmp_path).hz is None
+    (tmp_path / "1_demo.hdf5").unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert open_dataset(tmp_path).hz is None
+
+
 def test_hdf5_demonstrations_that_no_mask_names(tmp_path):
     """Recorded after the masks were made, or in a file of which no mask says what to train on."""
     for name, masks in (("a", {"train": [0, 1], "valid": [2]}), ("b", {"core": [0]})):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,14 @@ class HDF5Dataset(EpisodeDataset):
         self.splits = sorted(masks) or ["train"]
         self.files = {file.relative_to(path).as_posix() if file != Path(path) else file.name: file for file in files}
         rates = {control_frequency(file) for file in dict.fromkeys(file for file, _ in self.demos)}
+        if len(known := sorted(filter(None, rates))) > 1:
+            warnings.warn(
+                f"{self.name}: its files were recorded at {' and '.join(f'{rate:g}' for rate in known)} steps a second "
+                "(control_freq), and the change of one step is not the same in all. Give those of each rate as a "
+                "dataset of its own, in a mixture: each has statistics of its own.",
+                UserWarning,
+                stacklevel=3,
+            )
         self.hz = rates.pop() if len(rates) == 1 else None
         self._action_dim: int | None = None
         self._has_camera: bool | None = None
