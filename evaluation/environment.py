@@ -204,7 +204,7 @@ def tasks_with(environment: Environment, tasks: Sequence[str], variation: str) -
         known = sorted(set().union(*having.values()) - {""})
         if not known:
             raise ValueError(f"axis={variation!r}: {', '.join(tasks)} have no variations.")
-        check_choice("axis", variation, known)
+        check_choice("axis", variation, ["none", "all", *known])
     return tuple(task for task in tasks if variation in having[task])
 
 
