@@ -1074,6 +1074,17 @@ def test_nothing_that_a_function_does_ends_the_loop(wrong):
     assert bench.step().source == "hold"
 
 
+def test_a_machine_that_has_no_thread_left_is_asked_again(monkeypatch):
+    """The first step raised, and nothing was answered ever after."""
+    guard = Guard(lambda observation: still(), dataclasses.replace(POSE, hz=1), wait=30)
+    guard.reset(still())
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", lambda thread: (_ for _ in ()).throw(RuntimeError("can't start")))
+        assert "can't start" in guard.step(1).reason
+    assert guard.step(2).source == "answer"
+    guard.close()
+
+
 def test_a_function_may_write_into_what_it_gave():
     """It is asked the next observation before the loop has read the answer to the last one."""
     buffer, now, asked = np.zeros((1, 4)), [0.0], threading.Semaphore(0)

@@ -81,8 +81,13 @@ class ThreadTransport:
             self._waiting = ask
             self._changed.notify_all()
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="openvla-guard", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name="openvla-guard", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:  # the machine has none left: the next observation tries again
+                self._replies.append(Reply(ask.epoch, ask.id, error=error))
+                return
+            self._thread = thread
 
     def poll(self, timeout: float) -> Reply | None:
         with self._changed:
