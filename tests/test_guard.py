@@ -891,6 +891,14 @@ def test_limits_that_would_limit_nothing(given, message):
         Limits(**given)
 
 
+def test_a_cut_of_whole_numbers_is_no_whole_number():
+    """An array of whole numbers took 0.5 as 0: for a place a step beyond its limit."""
+    limits = Limits(step={"a": 0.5})
+    for last, action, expected in ((2, 5, 2.5), (-2, -5, -2.5), (2, 0, 1.5)):
+        found, cut = limits.apply(np.array([action, 0, 0]), JOINTS, np.array([last, 0, 0]), None)
+        assert (found[0], cut) == (expected, ["a"])
+
+
 def test_limits_stay_what_was_checked():
     step, place = {"x": 0.1}, {"z": np.array([0.0, 0.5])}
     limits = Limits(step=step, place=place)

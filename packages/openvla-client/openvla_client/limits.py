@@ -82,7 +82,7 @@ class Limits:
             ValueError: If a limit cannot be checked, because it is not known where the robot stands, or an angle is
                 beyond its full turn.
         """
-        allowed, cut = action.copy(), []
+        allowed, cut = action.astype(np.float64), []  # a copy; one of whole numbers would round what is cut
         for dim, name in enumerate(spec.names):
             if name not in self.step and name not in self.place:
                 continue
