@@ -151,6 +151,7 @@ class OpenVLAPreTrainedModel(QuantizedWeights, AdapterBelongings, ModelParts, Pr
             oft.check_statistics(model.config.norm_stats, model.config)
         else:
             check_units(model.config.normalization, before, model.config.norm_stats)
+            _warn_of_chunk(kwargs.get("action_chunk"), name, hub)
         return loaded
 
     @classmethod
@@ -353,6 +354,19 @@ def _unknown_option(options: Mapping[str, Any], error: str) -> str:
     if unknown in OLDER:
         return f"{said} Since transformers 5 it is {OLDER[unknown]}."
     return said if unknown in fields else said + closest(unknown, {*fields, *LOADING})
+
+
+def _warn_of_chunk(given: int | None, name: Any, hub: Mapping[str, Any]) -> None:
+    """Say that weights did not learn the chunks that somebody asks for: the steps beyond theirs look like others."""
+    if given is None or name is None:
+        return
+    trained = OpenVLAConfig.get_config_dict(name, **hub)[0].get("action_chunk") or 1
+    if given != trained:
+        warnings.warn(
+            f"action_chunk={given}: '{name}' was trained for {trained} step(s) of each prediction, and was never told "
+            f"what comes after them: leave it out, or train it (openvla finetune --chunk {given}).",
+            stacklevel=3,
+        )
 
 
 def _statistics_of_config(

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from openvla import AutoModelForVision2Seq, OpenVLAConfig, OpenVLAForActionPredi
 from openvla.conversion import package_checkpoint
 from openvla.options.training import FinetuneOptions
 from openvla.training.preparation import prepare
+
+
+EMBEDDED = Path(__file__).resolve().parents[1]
 
 
 LFS_POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 12345678\n"
@@ -548,3 +552,14 @@ def test_saved_folders_keep_the_names_of_code_that_is_there(folder, tmp_path):
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved["auto_map"] == {"AutoConfig": "configuration_mine.OpenVLAConfig"}
     assert set(config.auto_map) == {"AutoConfig", "AutoModel"}
+
+
+def test_a_chunk_that_weights_never_learned_is_said(tmp_path):
+    """The steps beyond theirs look like actions, and are none that anybody taught."""
+    with pytest.warns(UserWarning, match=r"action_chunk=8: .* was trained for 1 step"):
+        model = OpenVLAForActionPrediction.from_pretrained(EMBEDDED, action_chunk=8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        OpenVLAForActionPrediction.from_pretrained(EMBEDDED, action_chunk=1)
+        model.save_pretrained(tmp_path)
+        assert OpenVLAForActionPrediction.from_pretrained(tmp_path).config.action_chunk == 8
