@@ -132,7 +132,7 @@ def test_units_of_other_demonstrations_are_said(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="units of 'metaworld', the only dataset .* called goal or goal_no_noops"):
         run(tmp_path / "other", **short)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         run(tmp_path / "chosen", **short, unnorm_key="metaworld")
         monkeypatch.setattr("openvla.evaluation.metaworld.MetaWorld.unnorm_keys", ("goal", "metaworld"))
         run(tmp_path / "known", **short)
