@@ -222,14 +222,13 @@ def test_it_acts_where_torch_is_missing(exported, model):
 
 
 ENDED = """
-import os, signal, sys
+import signal, sys
 from openvla_runtime import OnnxPolicy
 first = OnnxPolicy(sys.argv[1], threads=1, provider="openvino")
 second = OnnxPolicy(sys.argv[1], threads=1, provider="openvino")
 del first, second
 try:
-    os.kill(os.getpid(), signal.SIGINT)
-    signal.pause()
+    signal.raise_signal(signal.SIGINT)  # sent to the process, another thread may take it
 except KeyboardInterrupt:
     print("interrupted")
 """
