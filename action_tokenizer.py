@@ -6,7 +6,6 @@ vectorized; arrays stay numpy, tensors stay on their device.
 """
 
 import copy
-import difflib
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .choices_openvla import closest
+from .choices_openvla import closest, nearest
 from .files_openvla import read_json
 from .tensors_openvla import is_tensor
 
@@ -223,9 +222,9 @@ def _check_spelling(entry: Mapping[str, Any], known: Sequence[str], where: str) 
     """Raise a `ValueError` for a name that is nearly a known one, which is absent: it would be left out silently, and
     without its mask a gripper be scaled like an arm."""
     for name in (name for name in entry if name not in known):
-        near = difflib.get_close_matches(str(name).casefold(), known, n=1, cutoff=0.78)
-        if near and near[0] not in entry:
-            raise ValueError(f"{where}: '{name}' is no statistic. Did you mean '{near[0]}'?")
+        near = nearest(name, known, 0.78)  # names this short are less like each other
+        if near and near not in entry:
+            raise ValueError(f"{where}: '{name}' is no statistic. Did you mean '{near}'?")
 
 
 def _numbers(entries: Any, where: str, remedy: str) -> np.ndarray:

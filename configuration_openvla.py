@@ -6,7 +6,6 @@ fine-tuned from them, and names three things those files leave implicit: the siz
 """
 
 import copy
-import difflib
 import json
 import os
 import warnings
@@ -19,7 +18,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 
-from .choices_openvla import IMAGE_RESIZE_STRATEGIES, check_choice
+from .choices_openvla import IMAGE_RESIZE_STRATEGIES, check_choice, nearest
 from .files_openvla import local_folder, read_json
 from .oft_openvla import HUB, OFTFolder, find_oft, oft_folder
 
@@ -412,11 +411,9 @@ def _warn_of_spelling(content: Mapping[str, Any], where: str) -> None:
     """Say which fields are nearly some of ours: the library keeps any name, and the field that was meant is left as it
     is by default."""
     for name in (name for name in content if not hasattr(OpenVLAConfig, name)):
-        near = difflib.get_close_matches(name.lower(), OURS, n=1, cutoff=0.85)
-        if near and near[0] not in content:
-            warnings.warn(
-                f"'{where}': '{name}' is no field, and decides nothing. Did you mean '{near[0]}'?", stacklevel=4
-            )
+        near = nearest(name, OURS)
+        if near and near not in content:
+            warnings.warn(f"'{where}': '{name}' is no field, and decides nothing. Did you mean '{near}'?", stacklevel=4)
 
 
 def code_in(folder: str | os.PathLike, auto_map: Mapping[str, Any]) -> dict[str, str]:

@@ -4,7 +4,6 @@ pass here with what a model was trained on.
 Pixel values equal those of the published `processing_prismatic.py` (transformers 4.40.1, timm 0.9.10).
 """
 
-import difflib
 import json
 import os
 from pathlib import Path
@@ -15,13 +14,13 @@ from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ImagesKwargs
 
+from .choices_openvla import nearest
 from .files_openvla import read_json
 from .frames_openvla import PIXEL_FIELDS, PixelSteps
 
 
 if TYPE_CHECKING:  # of a local folder transformers 5.4 and 5.5 copy no more files than this one names
     from .cameras_openvla import find_cameras  # noqa: F401
-    from .choices_openvla import check_choice  # noqa: F401
     from .jpeg_openvla import PictureFile  # noqa: F401
     from .pixels_openvla import load_image  # noqa: F401
     from .tensors_openvla import is_tensor  # noqa: F401
@@ -49,7 +48,6 @@ OF_LIBRARY = {
     "image_std": "stds", "do_center_crop": "center_crop",
 }  # fmt: skip
 OF_CALL = ("do_center_crop",)  # among these, what a single call may ask for
-NEAR = 0.85  # likeness of two names from which on one is the other misspelled
 
 
 class OpenVLAImageProcessor(PixelSteps, BaseImageProcessor):
@@ -106,9 +104,9 @@ class OpenVLAImageProcessor(PixelSteps, BaseImageProcessor):
         """As in every image processor, but a name that is none of the fields is refused where it is nearly one, or the
         library's for one: it would be left out silently, and the model be shown other pixels than in training."""
         for name in (*image_processor_dict, *kwargs):
-            near = difflib.get_close_matches(name, (*PIXEL_FIELDS, "prompt_template"), n=1, cutoff=NEAR)
-            if near and name not in (*near, *OF_LIBRARY):
-                raise ValueError(f"{name} is no field of the image processor. Did you mean '{near[0]}'?")
+            near = nearest(name, (*PIXEL_FIELDS, "prompt_template"))
+            if near and name not in (near, *OF_LIBRARY):
+                raise ValueError(f"{name} is no field of the image processor. Did you mean '{near}'?")
             if name in OF_LIBRARY and kwargs.get(name) is not None:
                 raise ValueError(
                     f"{name}={kwargs[name]!r}: here it is {OF_LIBRARY[name]}, give that field of the image processor."

@@ -143,8 +143,6 @@ def is_plain(module: nn.Module) -> bool:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether something is called before or after a module."""
-    if not module._forward_hooks:
-        return bool(module._forward_pre_hooks)
     # The library leaves hooks behind that do nothing until hidden states are asked for.
     return bool(module._forward_pre_hooks) or any(
         getattr(hook, "__module__", "") != "transformers.utils.output_capturing"

@@ -151,7 +151,7 @@ class OpenVLAPreTrainedModel(QuantizedWeights, AdapterBelongings, ModelParts, Pr
             oft.check_statistics(model.config.norm_stats, model.config)
         else:
             check_units(model.config.normalization, before, model.config.norm_stats)
-            _warn_of_chunk(kwargs.get("action_chunk"), name, hub)
+            _warn_of_untrained(model.config, kwargs, name, hub)
         return loaded
 
     @classmethod
@@ -356,17 +356,26 @@ def _unknown_option(options: Mapping[str, Any], error: str) -> str:
     return said if unknown in fields else said + closest(unknown, {*fields, *LOADING})
 
 
-def _warn_of_chunk(given: int | None, name: Any, hub: Mapping[str, Any]) -> None:
-    """Say that weights did not learn the chunks that somebody asks for: the steps beyond theirs look like others."""
-    if given is None or name is None:
+def _warn_of_untrained(config: OpenVLAConfig, options: Mapping[str, Any], name: Any, hub: Mapping[str, Any]) -> None:
+    """Say that a folder was trained for chunks or cameras of another number than are asked for: the weights fit, and
+    what they never learned looks like actions."""
+    given = [field for field in ("action_chunk", "camera_names") if options.get(field) is not None]
+    if name is None or not given:
         return
-    trained = OpenVLAConfig.get_config_dict(name, **hub)[0].get("action_chunk") or 1
-    if given != trained:
-        warnings.warn(
-            f"action_chunk={given}: '{name}' was trained for {trained} step(s) of each prediction, and was never told "
-            f"what comes after them: leave it out, or train it (openvla finetune --chunk {given}).",
-            stacklevel=3,
-        )
+    stored = OpenVLAConfig.from_pretrained(name, **hub)
+    for field in given:
+        said, asked = (getattr(one, field) for one in (stored, config))
+        if _count(said) != _count(asked):
+            warnings.warn(
+                f"{field}={options[field]!r}: the config.json of '{name}' says {said!r}, so its weights never learned "
+                "that, and would act by it: leave it out, or train it (openvla finetune).",
+                stacklevel=3,
+            )
+
+
+def _count(value: Any) -> Any:
+    """Cameras may be renamed."""
+    return len(value) if isinstance(value, (list, tuple)) else value
 
 
 def _statistics_of_config(

@@ -185,7 +185,7 @@ class TokenHead:
         check_finite(found[1], dtype)
         if decided.size:
             before = np.zeros((len(found), *decided.shape), np.float32)
-            before[0], before[1] = decided, 1.0
+            before[0], before[1] = decided, 1.0  # certain: no entropy, and no pass was needed
             found = np.concatenate([before, found], axis=2)
         token_ids, probabilities, entropies, passes = found.reshape(len(found), -1, *shape)
         token_ids, known = token_ids.astype(np.int64), {}

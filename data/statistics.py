@@ -1,6 +1,5 @@
 """Action statistics of a dataset, as the original computes them: they give normalized actions their units."""
 
-import importlib.util
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..action_tokenizer import read_statistics
+from ..extras import require
 from .dimensions import default_mask, loses_rare_values
 from .episode import Episode
 
@@ -154,14 +154,14 @@ def check_plot(path: Path) -> None:
 
     Raises:
         FileExistsError: If a file is there that is no plot of matplotlib, and would be replaced.
-        ValueError: If its name does not end as that of a picture, or matplotlib is not installed.
+        ModuleNotFoundError: If matplotlib is not installed.
+        ValueError: If its name does not end as that of a picture.
     """
     if path.exists() and not (path.is_file() and b"matplotlib" in path.read_bytes().lower()):
         raise FileExistsError(f"'{path}' is no plot and would be replaced: give another file.")
     if path.suffix.lower() not in PLOTS:  # without one the library adds it, and writes to a file that was not asked for
         raise ValueError(f"plot='{path}': expected a file that ends in {', '.join(PLOTS)}.")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("A plot needs matplotlib: pip install 'openvla[demo]'.")
+    require("matplotlib", purpose="A plot")
     path.parent.mkdir(parents=True, exist_ok=True)
 
 

@@ -556,10 +556,12 @@ def test_saved_folders_keep_the_names_of_code_that_is_there(folder, tmp_path):
 
 def test_a_chunk_that_weights_never_learned_is_said(tmp_path):
     """The steps beyond theirs look like actions, and are none that anybody taught."""
-    with pytest.warns(UserWarning, match=r"action_chunk=8: .* was trained for 1 step"):
+    with pytest.warns(UserWarning, match=r"action_chunk=8: the config.json of .* says 1"):
         model = OpenVLAForActionPrediction.from_pretrained(EMBEDDED, action_chunk=8)
+    with pytest.warns(UserWarning, match=r"camera_names=\['front', 'wrist'\]: the config.json of .* says \['"):
+        OpenVLAForActionPrediction.from_pretrained(EMBEDDED, camera_names=["front", "wrist"])
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        OpenVLAForActionPrediction.from_pretrained(EMBEDDED, action_chunk=1)
+        OpenVLAForActionPrediction.from_pretrained(EMBEDDED, action_chunk=1, camera_names=["front"])
         model.save_pretrained(tmp_path)
         assert OpenVLAForActionPrediction.from_pretrained(tmp_path).config.action_chunk == 8
