@@ -7,6 +7,7 @@ Shapes: `batch` samples, `length` tokens and patches of a prompt, `hidden` width
 that may be chosen.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,9 +142,9 @@ def decode_tokens(
     num_tokens: int,
     first: int,
     sampling: Sampling | None = None,
-    draft: torch.Tensor | None = None,
+    draft: Sequence[Sequence[int]] | None = None,
 ) -> Decoded:
-    """Exactly `num_tokens` tokens. Nothing leaves the device; with a draft one number a pass does.
+    """Exactly `num_tokens` tokens. Nothing leaves the device; with a draft the tokens of a pass do, once a pass.
 
     Args:
         finite: (batch, 1) of the `Prefix`.
@@ -158,41 +159,54 @@ def decode_tokens(
         logits = steps.answer(num_tokens, first)
         passes = torch.arange(1, num_tokens + 1, device=logits.device).expand(len(logits), -1)
     else:
-        logits, passes = _verify(steps, num_tokens, first, draft)
+        logits, passes = _verify(steps, num_tokens, first, draft, finite.device)
     finite = finite.to(logits.device) & logits.isfinite().flatten(1).all(dim=1, keepdim=True)
     chosen, probabilities, entropies, distributions = choose_token(logits.masked_fill(~finite[..., None], 0.0), None)
     probabilities = probabilities[..., 0].masked_fill(~finite, torch.nan)
     return Decoded(chosen[..., 0] + first, probabilities, entropies[..., 0], passes, distributions)
 
 
-def _verify(steps: Steps, num_tokens: int, first: int, draft: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _verify(
+    steps: Steps, num_tokens: int, first: int, draft: Sequence[Sequence[int]], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The most probable tokens, several a pass: logits (batch, num_tokens, tokens) and passes (batch, num_tokens).
 
     A pass reads all that is not certain yet, of every row from the same place on. What the model chooses behind tokens
-    that are certain is certain as well, and so on up to the first guess that it would not have chosen; the next pass
-    has the right token there, and the rest of the draft behind it. A row that is ahead of others reads what it knows
-    again, and keeps it.
+    that are certain is certain as well, and so on up to the first guess that it would not have chosen. What it chose
+    behind that one are the guesses of the next pass: it saw the image, if after another token (Jacobi decoding, arXiv
+    2305.10427; 2.5 passes of 7 in closed loop, 3.0 where the rest of the draft is tried again). A row that is ahead of
+    others reads what it knows again, and keeps it.
     """
-    place = torch.arange(num_tokens, device=draft.device)[None]
-    token_ids = nn.functional.pad(draft, (0, 1))  # the last one is chosen and never read
-    passes = torch.zeros_like(token_ids)
-    known = passes[:, :1]  # how many tokens of each row are certain
+    rows = [[*row, -1] for row in draft]  # the last token is chosen and never read
+    passes = [[0] * num_tokens for _ in rows]
+    known = [0] * len(rows)  # how many tokens of each row are certain
     with stage("prefill"):
-        logits = steps.prefill(draft)
-    begin, count = 0, 1
+        logits = rest = steps.prefill(_ids(draft, device))
+    begin = count = 0
     while True:
-        certain = place < known
-        chosen = torch.where(certain, token_ids, logits.argmax(dim=-1) + first)
-        known = (token_ids == chosen)[:, :-1].long().cumprod(dim=1).sum(dim=1, keepdim=True) + 1
-        passes = passes.masked_fill(~certain & (place < known), count)
-        token_ids = torch.where(place < known, chosen, token_ids)
-        begin, count = int(known.min()), count + 1  # the one number that a pass reads from the device
+        count += 1
+        if max(known) > begin:
+            kept = [[place < ends for place in range(begin, num_tokens)] for ends in known]
+            rest = torch.where(_ids(kept, device)[..., None] > 0, logits[:, begin:], rest)
+        logits = torch.cat([logits[:, :begin], rest], dim=1) if begin else rest
+        found = rest.argmax(dim=-1).tolist()  # the one time that a pass waits for the device
+        for number, (row, places) in enumerate(zip(rows, found)):
+            chosen, place, right = [token + first for token in places], known[number], True
+            while right and place < num_tokens:
+                right = row[place] == chosen[place - begin]
+                passes[number][place] = count
+                place += 1
+            known[number], row[begin:] = place, chosen
+        begin = min(known)
         if begin == num_tokens:
-            return logits, passes
+            return logits, _ids(passes, device)
         with stage("decode"):
-            rest = steps.step(token_ids[:, begin - 1 : -1], begin - 1)
-        found = torch.cat([logits[:, :begin], rest], dim=1)
-        logits = torch.where((place < known)[..., None], logits, found)
+            rest = steps.step(_ids([row[begin - 1 : -1] for row in rows], device), begin - 1)
+
+
+def _ids(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
+    """Whole numbers on a device, which is not waited for."""
+    return torch.tensor(rows, dtype=torch.long).to(device, non_blocking=True)
 
 
 def _sample(steps: Steps, finite: torch.Tensor, num_tokens: int, first: int, sampling: Sampling) -> Decoded:

@@ -145,8 +145,6 @@ class TokenHead:
             finite,
         ):
             guesses = self.guesses(choice.draft or [], decided.shape[1], count) if steps.verifies else None
-            if guesses is not None:
-                guesses = guesses.to(finite.device, non_blocking=True)
             decoded = decode_tokens(steps, finite, count, token_range[0], choice.sampling, guesses)
             chosen = (decoded.token_ids, decoded.probabilities, decoded.entropies, decoded.passes)
             dtype = model.get_input_embeddings().weight.dtype
@@ -154,14 +152,14 @@ class TokenHead:
                 decided, chosen, shape, dtype, decoded.distributions if choice.distributions else None
             )
 
-    def guesses(self, draft: list[list[int]], decided: int, count: int) -> torch.Tensor | None:
+    def guesses(self, draft: list[list[int]], decided: int, count: int) -> list[list[int]] | None:
         """(batch, count - 1) of a draft of the complete chunk, of which `decided` tokens are known; None without any.
         What it does not say is guessed to be the first action token, so that all rows have a length."""
         rows = [row[decided : decided + count - 1] for row in draft]
         if not any(rows):
             return None
         fill = self.tokenizer.token_range[0]
-        return torch.tensor([[*row, *[fill] * (count - 1 - len(row))] for row in rows])
+        return [[*row, *[fill] * (count - 1 - len(row))] for row in rows]
 
     def prediction(
         self,

@@ -57,24 +57,57 @@ class Rows(Steps):
         return self.logits(begin + 1, token_ids.shape[1])
 
 
+def chosen_after(steps: Rows, row: int, guesses: list[int]) -> list[int]:
+    """What a row of a table chooses at each place of an answer, each after the guesses before it."""
+    steps.seen[row, : len(guesses)] = torch.tensor(guesses)
+    return [int(logits.argmax()) + 10 for logits in steps.logits(0, len(guesses) + 1)[row]]
+
+
+def passes_of(steps: Rows, row: int, guesses: list[int]) -> list[int]:
+    """In which pass each token of a row is decided, if each pass tries again what the one before chose."""
+    passes: list[int] = []
+    for number in itertools.count(1):
+        chosen = chosen_after(steps, row, guesses)
+        right = [one == other for one, other in zip(guesses, chosen)]
+        known = right.index(False) + 1 if False in right else len(chosen)
+        passes += [number] * (known - len(passes))
+        if known == len(chosen):
+            return passes
+        guesses = chosen[:-1]
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("num_tokens", [1, 2, 7])
 def test_every_draft_gives_the_tokens_of_plain_decoding(batch, num_tokens):
-    """Over tables of logits, drafts at random: tokens, probabilities, and the fewest passes that a draft allows."""
+    """Over tables of logits, drafts at random: tokens, probabilities, and no pass more than it takes."""
     finite = torch.ones(batch, 1, dtype=torch.bool)
     for seed in range(30):
         plain = decode_tokens(Rows(batch, num_tokens, seed=seed), finite, num_tokens, 10)
         assert plain.passes.tolist() == [[*range(1, num_tokens + 1)]] * batch
         keep = torch.rand(batch, num_tokens - 1, generator=torch.Generator().manual_seed(seed)) < seed / 29
-        draft = torch.where(keep, plain.token_ids[:, :-1], 14)
+        draft = torch.where(keep, plain.token_ids[:, :-1], 14).tolist()
         steps = Rows(batch, num_tokens, seed=seed)
         found = decode_tokens(steps, finite, num_tokens, 10, None, draft)
         for name in ("token_ids", "probabilities", "entropies"):
             assert getattr(found, name).tolist() == getattr(plain, name).tolist()
-        wrong = draft != plain.token_ids[:, :-1]
-        expected = 1 + torch.nn.functional.pad(wrong.long().cumsum(dim=1), (1, 0))
-        assert found.passes.tolist() == expected.tolist()
-        assert len(steps.read) == int(expected.max())
+        table = Rows(batch, num_tokens, seed=seed)
+        expected = [passes_of(table, row, guesses) for row, guesses in enumerate(draft)]
+        assert found.passes.tolist() == expected
+        assert len(steps.read) == max(map(max, expected))
+
+
+def test_what_the_model_chose_behind_a_wrong_guess_is_tried_next():
+    """It saw the image: where a number hardly depends on those before it, two passes decide all of them."""
+
+    class Independent(Rows):
+        def logits(self, begin, count):
+            places = torch.arange(begin, begin + count)
+            return torch.nn.functional.one_hot(places % self.tokens, self.tokens).float().expand(self.batch, -1, -1)
+
+    draft = [[14, 10, 10, 10, 10, 10], [10, 11, 14, 14, 14, 14]]
+    found = decode_tokens(Independent(2, 7), torch.ones(2, 1, dtype=torch.bool), 7, 10, None, draft)
+    assert found.token_ids.tolist() == [[10, 11, 12, 13, 14, 10, 11]] * 2
+    assert found.passes.tolist() == [[1, 2, 2, 2, 2, 2, 2], [1, 1, 1, 2, 2, 2, 2]]
 
 
 def test_what_is_not_finite_behind_a_wrong_guess_does_not_matter():
@@ -90,7 +123,7 @@ def test_what_is_not_finite_behind_a_wrong_guess_does_not_matter():
 
     finite = torch.ones(2, 1, dtype=torch.bool)
     plain = decode_tokens(Rows(2, 5), finite, 5, 10)
-    draft = torch.full((2, 4), 99)
+    draft = [[99] * 4] * 2
     found = decode_tokens(Overflowing(2, 5), finite, 5, 10, None, draft)
     assert found.token_ids.tolist() == plain.token_ids.tolist()
     assert found.probabilities.isfinite().all()

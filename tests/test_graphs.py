@@ -75,8 +75,8 @@ def test_every_prompt_has_the_graphs_of_the_next_length(plain):
             assert (check(model, plain, inputs, 1, draft=draft).token_passes == 1).all()
             draft = draft.copy()
             draft[:, 2] = 150
-            found = check(model, plain, inputs, 2, draft=draft)
-            assert found.token_passes.max() == 2
+            passes = details(plain, inputs, draft=draft).token_passes.max()
+            assert passes >= 2 and check(model, plain, inputs, passes, draft=draft).token_passes.max() == passes
     assert Again.recorded == 12
 
 

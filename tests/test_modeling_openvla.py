@@ -620,7 +620,7 @@ def test_prediction_holds_probabilities_and_entropies(small_model):
 @pytest.mark.parametrize("padded", [False, True])
 def test_nothing_is_read_back_while_decoding(small_model, monkeypatch, steps, padded):
     """From the towers to the last token no value is copied to the host; in padded batches by steps of our own, as the
-    library looks at the mask. With a draft one number is, in every pass."""
+    library looks at the mask. With a draft the tokens of a pass are, in every pass."""
     decoding, read = [], []
 
     def watch(name):

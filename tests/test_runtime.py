@@ -145,7 +145,7 @@ def test_prompts_and_pixels_are_those_of_the_processor(policy, model):
 
 
 def test_a_draft_costs_passes_and_changes_nothing(policy):
-    """One wrong token: one more pass, with the right one in its place."""
+    """After a wrong token: another pass, with the right one in its place and behind it what the model chose."""
     image = frames(1)[0]
     policy.reset()
     right = policy.predict(image, "open the drawer", state=STATE)
@@ -157,7 +157,7 @@ def test_a_draft_costs_passes_and_changes_nothing(policy):
         policy._draft = draft.reshape(2, 7)
         found = policy.predict(image, "open the drawer", state=STATE, executed=0)
         assert found.token_ids.tolist() == right.token_ids.tolist()
-        assert found.passes == (1 if wrong == 13 else 2)
+        assert found.passes == 1 if wrong == 13 else 2 <= found.passes <= 14 - wrong
     policy._draft = np.full((2, 7), 700)
     assert policy.predict(image, "open the drawer", state=STATE).token_ids.tolist() == right.token_ids.tolist()
 

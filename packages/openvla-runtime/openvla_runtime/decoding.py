@@ -48,8 +48,8 @@ class LanguageModel:
     ) -> Decoded:
         """The most probable tokens, one after the other; with a draft in fewer passes, and the same.
 
-        After a token that the draft had otherwise, the rest of it is tried again with the right one: where a number
-        changes, those after it often do not.
+        After a token that the draft had otherwise, those that the model chose behind the wrong one are tried next: it
+        saw the image (Jacobi decoding, arXiv 2305.10427).
 
         Args:
             prompt: Token ids, without patches.
@@ -63,24 +63,25 @@ class LanguageModel:
         chosen: list[int] = []
         found: list[np.ndarray] = []  # logits of each
         cache, seen, passes = self._empty, np.zeros(0, bool), 0  # `seen`: which positions of the cache are right
-        tokens, images = list(prompt), features
+        tokens, images, guesses = list(prompt), features, list(draft)
         while len(chosen) < num_tokens:
-            tried, right = list(draft[len(chosen) : num_tokens - 1]), 0
+            tried, right = guesses[: num_tokens - 1 - len(chosen)], 0
             logits, cache = self._run([*tokens, *tried], images, cache, seen, len(tried) + 1)
             if logits.shape[1] != tokenizer.n_bins:  # others would stand for other numbers
                 raise ValueError(
                     f"The graph of the language model chooses among {logits.shape[1]} action tokens, and runtime.json "
                     f"tells of {tokenizer.n_bins} (n_action_bins): export the model again."
                 )
-            for row, guess in zip(logits, [*tried, None], strict=True):
-                chosen.append(int(row.argmax()) + first)
+            best = [int(row.argmax()) + first for row in logits]
+            for row, token, guess in zip(logits, best, [*tried, None], strict=True):
+                chosen.append(token)
                 found.append(row)
-                if chosen[-1] != guess:
+                if token != guess:
                     break
                 right += 1
             read = len(tokens) + images.shape[1] + right
             seen = np.concatenate([seen, np.ones(read, bool), np.zeros(len(tried) - right, bool)])
-            tokens, images, passes = chosen[-1:], self._no_features, passes + 1
+            tokens, images, guesses, passes = chosen[-1:], self._no_features, best[right + 1 :], passes + 1
         return _decoded(np.array(chosen, np.int64), np.stack(found), first, passes)
 
     def _run(
