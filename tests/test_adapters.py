@@ -632,6 +632,22 @@ def test_an_adapter_goes_on_learning(place):
         train(place / "run", place / "third", rank=8)
 
 
+def test_an_adapter_that_lacks_weights_does_not_go_on_learning(place):
+    """Layers whose weights are gone were left without an adapter silently, and acted as the base."""
+    file = place / "run" / "adapter_model.safetensors"
+    weights = load_file(file)
+    save_file({name: value for name, value in weights.items() if ".q_proj." not in name}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"of 2 of \d+ modules there are none .*q_proj.* cut off"):
+        train(place / "run", place / "again")
+
+
+def test_only_lora_goes_on_learning(place):
+    made = peft.get_peft_model(OpenVLAForActionPrediction.from_pretrained(place / "base"), KINDS["loha"](["q_proj"]))
+    made.save_pretrained(place / "loha")
+    with pytest.raises(ValueError, match="is one of LOHA, and lora and qlora continue LORA alone: merge it first"):
+        train(place / "loha", place / "again")
+
+
 def test_weights_learn_on_from_base_and_adapter(place):
     merge_adapter(place / "run", place / "merged")
     again = train(place / "run", place / "again", strategy="last_layer", learning_rate=1e-9)

@@ -237,6 +237,16 @@ def test_what_a_default_means_may_be_said_when_a_run_continues(dataset, tmp_path
         assert names(output) == ["checkpoint-1", "checkpoint-2"]
 
 
+def test_a_run_that_continues_has_the_intervals_of_its_command(dataset, tmp_path):
+    """Those of the checkpoint counted, and `--save-every 1` of a run that is often killed kept nothing."""
+    run = tmp_path / "run"
+    finetune(options(run, dataset, steps=2, save_every=2, log_every=2))
+    finetune(options(run, dataset, steps=5, save_every=1, log_every=1), resume=True)
+    assert names(run) == [f"checkpoint-{step}" for step in (2, 3, 4, 5)]
+    log = json.loads((run / "checkpoints" / "checkpoint-5" / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in log if "loss" in entry][-3:] == [3, 4, 5]
+
+
 def test_options_of_adapters_do_not_hold_up_a_run_without_one(dataset, tmp_path):
     """Runs that were begun with them could neither be continued with them nor without."""
     finetune(options(tmp_path / "run", dataset, steps=1, rank=4))

@@ -144,7 +144,7 @@ def lora(
         adapter: Folder of an adapter of this base that continues learning, instead of a new one.
 
     Raises:
-        ValueError: If `rank` is below 1, or `adapter` has another rank, alpha or dropout.
+        ValueError: If `rank` is below 1, or `adapter` is no LoRA, has another rank, alpha or dropout, or lacks weights.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -156,7 +156,13 @@ def lora(
             "model that it was made of, with strategy 'qlora' where memory is short."
         )
     if adapter is not None:
-        config = LoraConfig.from_pretrained(adapter)
+        config: Any = LoraConfig.from_pretrained(adapter)  # of the kind that the folder names
+        if config.peft_type != "LORA":
+            kind = getattr(config.peft_type, "value", config.peft_type)
+            raise ValueError(
+                f"The adapter in '{adapter}' is one of {kind}, and lora and qlora continue LORA alone: merge it first "
+                "(`openvla merge`) and begin a new one on the result."
+            )
         has = {"rank": config.r, "alpha": config.lora_alpha, "dropout": config.lora_dropout}
         asked = {"rank": rank, "alpha": min(rank, 16) if alpha is None else alpha, "dropout": dropout}
         if has != asked:
@@ -190,13 +196,30 @@ def load_adapter(model: Any, adapter: str | os.PathLike, **options: Any) -> Any:
 
     Args:
         options: Of `PeftModel.from_pretrained`.
+
+    Raises:
+        ValueError: If modules that its configuration names have no weights in it: they would learn from nothing.
     """
     from peft import LoraConfig, PeftModel
+    from peft.tuners.tuners_utils import check_target_module_exists
 
     config = LoraConfig.from_pretrained(adapter)
     names = adapter_names(adapter, {})
     if names is not None:
         modules = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in names if ".lora_" in name}
+        named = [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding)
+            and not is_added(f"{name}.weight")
+            and check_target_module_exists(config, name)
+        ]
+        if missing := [name for name in named if name not in modules]:
+            raise ValueError(
+                f"The weights of the adapter in '{adapter}' are not those of its adapter_config.json: of "
+                f"{len(missing)} of {len(named)} modules there are none ({', '.join(missing[:3])}). Is it an adapter "
+                "of another base, or was it cut off? Copy it again."
+            )
         config.target_modules = modules or config.target_modules
     return PeftModel.from_pretrained(model, adapter, config=config, **options)
 

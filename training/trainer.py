@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_callback import ProgressCallback, TrainerCallback
 from transformers.utils import logging
 
 from ..data import Episode
@@ -65,6 +65,14 @@ class Curves(TensorBoardCallback):
             runs = Path(args.output_dir) / "runs" / time.strftime("%Y-%m-%d_%H-%M-%S")
             self.logging_dir: str | None = self.logging_dir or str(runs)
             self._init_summary_writer(args)
+
+
+class Intervals(TrainerCallback):
+    """Steps between checkpoints, evaluations and lines of the log, as this command has them: the library takes those of
+    the checkpoint that a run continues from."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.compute_steps(args, state.max_steps)
 
 
 class TrainingBatches:
@@ -136,6 +144,7 @@ class ActionTrainer(Trainer):
             self.add_callback(ProgressBar())
         if self.pop_callback(TensorBoardCallback) is not None:
             self.add_callback(Curves())
+        self.add_callback(Intervals())
         # The launcher may have chosen bf16 as well: the accelerator knows, the arguments do not. accelerate would
         # average gradients in bfloat16 too.
         if self.is_fsdp_enabled and self.accelerator.mixed_precision == "bf16":
