@@ -21,6 +21,7 @@ OPENVINO = "openvino"
 EXACT = ("cpu", "cuda", OPENVINO)  # compute in float32 what is exported in float32; others may in less
 MOST_THREADS = 1024  # ONNX Runtime starts as many as it is told, until the memory is full
 OPTIONS = {"cuda": {"use_tf32": "0"}}  # otherwise products of float32 keep 10 bits: other tokens than the model's
+WIDE_SUMS = ("session.x64quantprecision", "1")  # of ONNX Runtime: products of 8 bits by slower kernels, which are exact
 
 
 class Session(Protocol):
@@ -43,6 +44,8 @@ class OnnxSession:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
+        if needs_wide_sums():  # for every provider: what it has no kernel for the CPU multiplies
+            options.add_session_config_entry(*WIDE_SUMS)
         if threads is not None:
             options.intra_op_num_threads = options.inter_op_num_threads = threads
         chosen = PROVIDERS[provider]
@@ -66,6 +69,60 @@ class OnnxSession:
 
     def run(self, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         return dict(zip(self._outputs, self._session.run(self._outputs, dict(values)), strict=True))
+
+
+@cache
+def needs_wide_sums() -> bool:
+    """Whether products of 8 bits are wrong in ONNX Runtime here by themselves: CPUs with AVX2 and without VNNI add them
+    in pairs of 16 bits, and cut off what does not fit. Found by multiplying the largest numbers; the exact kernels are
+    several times as slow where the others are right.
+
+    Raises:
+        ValueError: If they are wrong in both ways.
+    """
+    import onnxruntime
+
+    weight = np.full((64, 64), 127, np.int8)
+    weight[:, ::5] = -127
+    for needed in (False, True):
+        options = onnxruntime.SessionOptions()
+        if needed:
+            options.add_session_config_entry(*WIDE_SUMS)
+        session = onnxruntime.InferenceSession(_product(weight), options, providers=[PROVIDERS["cpu"]])
+        for count in (1, 7, 64):  # each has a kernel of its own
+            rows = np.full((count, 64), 255, np.uint8)
+            rows[:, ::3] = 0
+            (found,) = session.run(None, {"rows": rows})
+            if not np.array_equal(found, rows.astype(np.int32) @ weight.astype(np.int32)):
+                break
+        else:
+            return needed
+    raise ValueError(
+        f"ONNX Runtime {onnxruntime.__version__} gives wrong products of 8 bits on this CPU: install another version."
+    )
+
+
+def _product(weight: np.ndarray) -> bytes:
+    """A graph of one `MatMulInteger` with an int8 weight, as ONNX stores it (onnx.proto)."""
+
+    def number(value: int) -> bytes:
+        return bytes([value]) if value < 128 else bytes([value % 128 + 128]) + number(value // 128)
+
+    def field(place: int, content: int | bytes) -> bytes:
+        if isinstance(content, int):
+            return number(8 * place) + number(content)
+        return number(8 * place + 2) + number(len(content)) + content
+
+    def value(name: bytes, kind: int) -> bytes:
+        any_size = field(2, 2 * field(1, b""))
+        return field(1, name) + field(2, field(1, field(1, kind) + any_size))
+
+    node = field(1, b"rows") + field(1, b"weight") + field(2, b"product") + field(4, b"MatMulInteger")
+    sizes = b"".join(field(1, size) for size in weight.shape)
+    constant = sizes + field(2, 3) + field(8, b"weight") + field(9, weight.tobytes())
+    given, found = value(b"rows", 2), value(b"product", 6)  # uint8, int32
+    graph = field(1, node) + field(2, b"product") + field(5, constant) + field(11, given) + field(12, found)
+    return field(1, 8) + field(7, graph) + field(8, field(2, 18))  # versions of the format and of its operators
 
 
 @cache
