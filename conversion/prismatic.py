@@ -19,7 +19,6 @@ from ..files_openvla import read_json
 from ..folders import new_folder, write_json
 from ..hub import model_folder, statistics_of
 from ..image_processing_openvla import OpenVLAImageProcessor
-from ..pixels_openvla import PIXELS
 from ..presets import load_base_vlms
 from ..processing_openvla import OpenVLAProcessor, prompt_template_of
 from .hub_folder import (
@@ -28,11 +27,23 @@ from .hub_folder import (
     check_replaced,
     check_unquantized,
     check_weights,
+    expected_shapes,
     read_weights,
     write_companions,
     write_weights,
 )
-from .training_run import LATEST, PARTS, find_checkpoint, lazy, name_table, read_checkpoint, rename, run_ids, saw_crops
+from .training_run import (
+    LATEST,
+    PARTS,
+    SHOWN,
+    find_checkpoint,
+    lazy,
+    name_table,
+    pixels_of_run,
+    read_checkpoint,
+    rename,
+    run_ids,
+)
 
 
 # Where the defaults of the transformers configuration classes (7B) are not the sizes of the id.
@@ -102,6 +113,7 @@ def convert_prismatic_checkpoint(
         raise FileNotFoundError(
             f"No action statistics at '{stats_file}': give the dataset_statistics.json of the training (--statistics)."
         )
+    told = config is not None
     if config is None:
         given = {
             "vision_backbone_id": vision_backbone_id,
@@ -115,7 +127,7 @@ def convert_prismatic_checkpoint(
     if missing:
         tensors |= frozen_parts(missing, base, config, file)
     fast_tokenizer = prepare_tokenizer(tokenizer or str(config.hf_llm_id), config)
-    fit_vocabulary(config, tensors, fast_tokenizer)
+    fit_vocabulary(config, tensors, fast_tokenizer, told)
     check_weights(config, {name: tensor.shape for name, tensor in tensors.items()}, f"'{file}'")
 
     config.dtype = dtype
@@ -126,8 +138,8 @@ def convert_prismatic_checkpoint(
             f"processor_config.json of '{output}' has {processor.prompt_template!r}. Replace its prompt_template.",
             stacklevel=2,
         )
-    if saw_crops(run):
-        processor = processor.with_pixels(**PIXELS["libero"])
+    if shown := pixels_of_run(run):
+        processor = processor.with_pixels(**shown)
     output = Path(output)
     check_replaced(output, run, "model_type", "a model")
     with new_folder(output, overwrite) as folder:
@@ -210,13 +222,20 @@ def prepare_tokenizer(source: str | os.PathLike, config: OpenVLAConfig) -> PreTr
 
 
 def fit_vocabulary(
-    config: OpenVLAConfig, tensors: Mapping[str, LazyTensor], tokenizer: PreTrainedTokenizerFast
+    config: OpenVLAConfig, tensors: Mapping[str, LazyTensor], tokenizer: PreTrainedTokenizerFast, told: bool = False
 ) -> None:
-    """Set vocabulary and padding of `config`: the original filled the embedding table up to a multiple of 64 rows."""
+    """Set vocabulary and padding of `config`: the original filled the embedding table up to a multiple of 64 rows.
+
+    Args:
+        told: `config` is that of the model, which may have a table of another size, as the embedded policy does.
+    """
     embedding = tensors.get("language_model.model.embed_tokens.weight")
     if embedding is None:
         return  # the check of the weights says so
     rows, expected = embedding.shape[0], -(-len(tokenizer) // 64) * 64
+    of_config = told and rows == config.text_config.vocab_size and len(tokenizer) == config.action_vocab_size + 1
+    if rows != expected and of_config:
+        return
     if rows != expected:
         raise ValueError(
             f"The checkpoint has {rows} embeddings, but a tokenizer of {len(tokenizer)} tokens, padding included, "
@@ -247,14 +266,35 @@ def check_of_original(config: OpenVLAConfig, where: str | os.PathLike) -> None:
     others = [f"{name}={getattr(config, name)!r}" for name, value in known.items() if getattr(config, name) != value]
     if len(config.camera_names) > 1:
         others.append(f"camera_names={config.camera_names}")
+    # It reads q01 and q99 of the statistics, whatever the model learned.
+    others += [f"normalization of '{name}'={mode!r}" for name, mode in config.normalization.items() if mode == "bounds"]
     if others:
         raise ValueError(
             f"'{where}' has {', '.join(others)}, which the original's training code does not know: one image, one step "
-            "of 256 bins, its tokens one after another. Load it with this package."
+            "of 256 bins between q01 and q99, its tokens one after another. Load it with this package."
         )
 
 
 # And back -------------------------------------------------------------------------------------------------------------
+
+
+def shown_by(source: Path, config: OpenVLAConfig) -> dict[str, Any]:
+    """What a run says of the images that its model was trained to see, by the processor in `source`; empty without one.
+
+    Raises:
+        ValueError: If it has prompts of its own: the original would ask in others.
+    """
+    if not any((source / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
+        return {}
+    processor = OpenVLAProcessor.from_pretrained(source)
+    if processor.prompt_template != prompt_template_of(config.to_dict()):
+        raise ValueError(
+            f"'{source}' has prompt_template={processor.prompt_template!r}, and the original's training code asks a "
+            f"{config.llm_backbone_id} with {prompt_template_of(config.to_dict())!r}. Load it with this package."
+        )
+    images = processor.image_processor
+    pixels = {name: getattr(images, name) for name in ("resize_filter", "center_crop", "jpeg_quality")}
+    return {"image_aug": images.center_crop is not None, SHOWN: pixels}
 
 
 def export_prismatic_checkpoint(
@@ -289,8 +329,17 @@ def export_prismatic_checkpoint(
     ids = {
         field: getattr(config, field) for field in ("vision_backbone_id", "llm_backbone_id", "image_resize_strategy")
     }
+    known = ids["vision_backbone_id"] in VISION_BACKBONES and ids["llm_backbone_id"] in LLM_BACKBONES
+    usual = expected_shapes(config_of_ids(ids, source)) if known else {}
+    if any(tensor.shape != usual.get(name) for name, tensor in tensors.items()):
+        warnings.warn(
+            f"'{weights}' has other sizes than {ids['vision_backbone_id']} and {ids['llm_backbone_id']} stand for: the "
+            "original's training code cannot load it. In Python convert_prismatic_checkpoint(RUN, OUT, "
+            "config=OpenVLAConfig.from_pretrained(MODEL), tokenizer=MODEL) takes it back.",
+            stacklevel=2,
+        )
     same = sorted((name for name, known in load_base_vlms().items() if known == ids), key=len)
-    statistics = statistics_of(source, config)
+    statistics, shown = statistics_of(source, config), shown_by(source, config)
 
     parts: dict[str, OrderedDict[str, torch.Tensor]] = {part: OrderedDict() for part in PARTS}
     for name, tensor in tensors.items():
@@ -304,6 +353,6 @@ def export_prismatic_checkpoint(
         except RuntimeError as error:  # torch's own writer, on a full disk
             raise OSError(f"Cannot write '{folder / LATEST}': {str(error).splitlines()[0]}") from error
         model = {"model_id": same[0] if same else "openvla", "arch_specifier": config.arch_specifier, **ids}
-        write_json(folder / "config.json", {"model": model, "vla": {"base_vlm": model["model_id"]}})
+        write_json(folder / "config.json", {"model": model, "vla": {"base_vlm": model["model_id"]}, **shown})
         write_json(folder / "dataset_statistics.json", statistics)
     return output

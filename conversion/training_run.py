@@ -9,17 +9,20 @@ import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..configuration_openvla import OpenVLAConfig
 from ..files_openvla import read_json
+from ..pixels_openvla import PIXELS
 from ..presets import load_base_vlms
 from .hub_folder import LazyTensor
 
 
 PARTS = ("vision_backbone", "projector", "llm_backbone")
 LATEST = "checkpoints/latest-checkpoint.pt"
+SHOWN = "pixels"  # in the config.json of a run that was exported; the original reads "vla" alone
 
 
 # Names ----------------------------------------------------------------------------------------------------------------
@@ -117,7 +120,10 @@ def run_ids(run: Path) -> dict[str, str]:
     return load_base_vlms().get(base_vlm, {})
 
 
-def saw_crops(run: Path) -> bool:
-    """Whether a run's config.json says that images were cropped at random (`image_aug`)."""
-    file = run / "config.json"
-    return file.is_file() and read_json(file).get("image_aug") is True
+def pixels_of_run(run: Path) -> dict[str, Any]:
+    """What a run's config.json says that the model was trained to see, as `with_pixels` takes it; empty where it says
+    nothing. The original says that it cropped at random (`image_aug`), what was exported says all (`SHOWN`)."""
+    content = read_json(run / "config.json") if (run / "config.json").is_file() else {}
+    if isinstance(shown := content.get(SHOWN), dict):
+        return {name: shown.get(name) for name in ("resize_filter", "center_crop", "jpeg_quality")}
+    return PIXELS["libero"] if content.get("image_aug") is True else {}

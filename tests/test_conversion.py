@@ -24,6 +24,7 @@ from openvla.conversion.hub_folder import expected_shapes, read_weights
 from openvla.conversion.training_run import name_table, rename
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*has other sizes than")  # the tiny models do
 PROJECTOR = {"fc1": "projector.0", "fc2": "projector.2", "fc3": "projector.4"}
 
 
@@ -153,6 +154,26 @@ def test_pixels_of_a_run_with_random_crops(tiny, tmp_path, run):
         assert (images.resize_filter, images.center_crop) == ("lanczos3" if crop else None, crop)
 
 
+@pytest.mark.parametrize("shown", [("lanczos3", 0.9, None), ("lanczos3", None, None), (None, None, None)])
+def test_pixels_come_back_from_an_exported_run(tiny, tmp_path, run, shown):
+    """A model of `finetune` came back as one that sees complete images, resized in another way."""
+    folder = convert(run, tmp_path / "model", tiny)
+    OpenVLAProcessor.from_pretrained(folder).with_pixels(*shown).save_pretrained(folder)
+    exported = export_prismatic_checkpoint(folder, tmp_path / "exported")
+    assert json.loads((exported / "config.json").read_text())["image_aug"] is (shown[1] is not None)
+    images = OpenVLAProcessor.from_pretrained(convert(exported, tmp_path / "again", tiny)).image_processor
+    assert (images.resize_filter, images.center_crop, images.jpeg_quality) == shown
+
+
+def test_prompts_of_its_own_are_not_exported(tiny, tmp_path, run):
+    folder = convert(run, tmp_path / "model", tiny)
+    processor = OpenVLAProcessor.from_pretrained(folder)
+    processor.prompt_template = "Robot, {instruction}!"
+    processor.save_pretrained(folder)
+    with pytest.raises(ValueError, match="prompt_template='Robot, {instruction}!'.* original's training code asks"):
+        export_prismatic_checkpoint(folder, tmp_path / "exported")
+
+
 def test_prompts_that_are_not_known_are_said(tiny, tmp_path, run):
     config = tiny.config()
     config.llm_backbone_id = "llama2-7b-chat"
@@ -188,6 +209,23 @@ def test_round_trip_is_bit_equal(tiny, tmp_path):
     export_prismatic_checkpoint(folder, run, overwrite=True)
 
 
+def test_a_model_of_other_sizes_is_taken_back_with_its_configuration(small_policy, tmp_path):
+    """Its table has more rows than the original makes; what an exported run cannot say is said."""
+    with pytest.warns(UserWarning, match="other sizes than .* llama2-7b-pure stand for.*takes it back"):
+        run = export_prismatic_checkpoint(small_policy, tmp_path / "run")
+    with pytest.raises(ValueError, match="1008 embeddings, but a tokenizer of 945 tokens"):
+        convert_prismatic_checkpoint(run, tmp_path / "out", tokenizer=small_policy)
+    config = OpenVLAConfig.from_pretrained(small_policy)
+    made = {"config": config, "tokenizer": small_policy, "dtype": "float32"}
+    again = convert_prismatic_checkpoint(run, tmp_path / "again", **made)
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    expected, found = (
+        OpenVLAForActionPrediction.from_pretrained(folder).predict_action(image, "open the drawer")
+        for folder in (small_policy, again)
+    )
+    np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -197,13 +235,14 @@ def test_round_trip_is_bit_equal(tiny, tmp_path):
         {"action_head": "l1_regression", "action_dim": 7},
         {"proprio_dim": 8},
         {"n_action_bins": 64},
+        {"normalization": {"mine": "bounds"}},  # whose actions had the units of q01 and q99 there
     ],
     ids=lambda fields: next(iter(fields)),
 )
 def test_what_the_original_does_not_know_is_not_exported(tmp_path, fields):
     folder = tmp_path / "model"
     OpenVLAConfig(**fields).save_pretrained(folder)
-    with pytest.raises(ValueError, match=f"has {next(iter(fields))}=.* does not know: one image, one step"):
+    with pytest.raises(ValueError, match=f"has {next(iter(fields))}.*=.* does not know: one image, one step"):
         export_prismatic_checkpoint(folder, tmp_path / "run")
 
 
