@@ -20,7 +20,7 @@ from transformers import GenerationConfig
 from ..adapters_openvla import find_adapter
 from ..configuration_openvla import OpenVLAConfig
 from ..files_openvla import read_json
-from ..folders import new_folder, write_json
+from ..folders import MARKS, STALE, new_folder, write_json
 from ..hub import model_folder, statistics_of
 from ..model_card import model_card
 from ..modeling_openvla import OpenVLAForActionPrediction
@@ -75,22 +75,30 @@ class LazyTensor(NamedTuple):
         return cls(tuple(tensor.shape), lambda: tensor)
 
 
-def check_replaced(output: Path, source: Path, key: str, kind: str) -> None:
-    """Before files of `output` are replaced (`overwrite`): whether they are of the same kind, and not what is read.
+def check_replaced(output: Path, source: Path, key: str | None, kind: str) -> None:
+    """Before files of `output` are replaced (`overwrite`): whether they are of the same kind, and not what is read. All
+    of `MARKS` go, and older weights: those of an adapter are what somebody has trained.
 
     Args:
         source: Folder that is read from.
-        key: Of a config.json of that kind.
+        key: Of a config.json of that kind; None: it has none, but a runtime.json.
 
     Raises:
-        ValueError: If `output` is `source`, or its config.json is of something else.
+        ValueError: If `output` is `source`, or holds a file of something else that would be lost.
     """
     output = output.expanduser().resolve()
     if output == source.expanduser().resolve():
         raise ValueError(f"'{output}' is what is read: its files would be replaced. Give another folder.")
-    config = output / "config.json"
-    if config.is_file() and key not in read_json(config):
-        raise ValueError(f"'{config}' is not of {kind}, and would be replaced: give another folder.")
+    if not output.is_dir():
+        return
+    own = ("runtime.json",) if key is None else ("config.json", "dataset_statistics.json")
+    others = [output / name for name in MARKS if name not in own and (output / name).is_file()]
+    if key is None:
+        others += [file for file in output.iterdir() if STALE.fullmatch(file.name)]
+    elif (config := output / "config.json").is_file() and key not in read_json(config):
+        others = [config, *others]
+    if others:
+        raise ValueError(f"'{others[0]}' is not of {kind}, and would be replaced: give another folder.")
 
 
 def open_model_folder(

@@ -71,7 +71,7 @@ def export_onnx(
             "pip install -U torch."
         )
     source, output = model_folder(weights), Path(output)
-    check_replaced(output, source, "openvla_runtime", "an ONNX export")
+    check_replaced(output, source, None, "an ONNX export")
     if find_adapter(source) is not None:
         raise ValueError(f"'{weights}' is an adapter: merge it first (`openvla merge RUN OUT`), then export OUT.")
     config = OpenVLAConfig.from_pretrained(source)

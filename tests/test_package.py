@@ -18,7 +18,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from openvla import OpenVLAConfig, OpenVLAForActionPrediction, OpenVLAProcessor, hub
-from openvla.conversion import export_prismatic_checkpoint, hub_folder, package_checkpoint, quantize_checkpoint
+from openvla.conversion import (
+    export_onnx,
+    export_prismatic_checkpoint,
+    hub_folder,
+    package_checkpoint,
+    quantize_checkpoint,
+)
 from openvla.model_card import model_card
 
 
@@ -228,6 +234,24 @@ def test_output_must_be_empty(published, tmp_path):
     with pytest.raises(ValueError, match="is a file: give a folder"):
         package_checkpoint(published["tiny-openvla-siglip"], tmp_path / "notes.txt")
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("write", [package_checkpoint, quantize_checkpoint, export_prismatic_checkpoint, export_onnx])
+@pytest.mark.parametrize(
+    "name", ["adapter_config.json", "runtime.json", "dataset_statistics.json", "model-00001-of-00002.safetensors"]
+)
+def test_overwriting_loses_nothing_of_another_kind(published, tmp_path, monkeypatch, write, name):
+    """`export --to onnx --overwrite` into a run of LoRA removed the adapter, and succeeded."""
+    monkeypatch.setattr("openvla.conversion.onnx_export.require", lambda *_, **__: None)
+    own = {"runtime.json"} if write is export_onnx else {"dataset_statistics.json", "model-00001-of-00002.safetensors"}
+    (tmp_path / name).write_text("{}")
+    if name not in own:
+        with pytest.raises(ValueError, match=rf"{name}' is not of .*, and would be replaced: give another folder"):
+            write(published["tiny-openvla-siglip"], tmp_path, overwrite=True)
+        assert [file.name for file in tmp_path.iterdir()] == [name]
+    elif write is not export_onnx:  # what a killed process left of its own kind
+        write(published["tiny-openvla-siglip"], tmp_path, overwrite=True)
+        assert (tmp_path / "config.json").is_file()
 
 
 def test_a_failure_leaves_no_folder(published, tmp_path, monkeypatch):
