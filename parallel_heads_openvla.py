@@ -141,6 +141,10 @@ class RegressionHead(ParallelTokenHead, ResidualMLP):
         ResidualMLP.__init__(self, config.text_config.hidden_size, config.action_dim)
         self.tokenizer = tokenizer
 
+    def num_learned(self, batch: dict[str, Any]) -> int:
+        is_pad = batch.get("action_is_pad")
+        return batch["actions"].numel() if is_pad is None else int((~is_pad).sum()) * batch["actions"].shape[2]
+
     def loss(self, model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Mean distance over all numbers of the batch that are no padding (`action_is_pad`).
 

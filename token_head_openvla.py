@@ -81,6 +81,11 @@ class TokenHead:
         first = int((batch["labels"] != IGNORE_INDEX).any(dim=0).int().argmax())
         return {**batch, "logits_to_keep": batch["labels"].shape[1] - first + 1}
 
+    def num_learned(self, batch: dict[str, Any]) -> int:
+        """How many terms the `loss` of a batch is the mean of: batches of one update, or one evaluation, count by it.
+        Steps that are drawn to be given (`prefix_training`) are among them. Reads values, as `prepare`."""
+        return int((learned_labels(batch["labels"], batch.get("action_is_pad")) != IGNORE_INDEX).sum())
+
     def loss(self, model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Mean cross entropy over the labels, as `model(**batch).loss`, but those of steps that are padding
         (`action_is_pad`).

@@ -175,6 +175,21 @@ def test_how_a_batch_is_computed_changes_nothing(tmp_path):
     assert halved == pytest.approx(expected, rel=0.05) and halved != expected
 
 
+@pytest.mark.parametrize("head", ["tokens", "parallel_tokens", "l1_regression"])
+def test_batches_of_an_update_count_by_what_is_learned_of_them(head, six_episodes, tmp_path):
+    """At ends of episodes chunks are shorter: each batch counted alike, so that their steps weighed up to K times as
+    much as others."""
+    same = {"strategy": "last_layer", "dtype": "float32", "learning_rate": 1e-3, "save_every": 2, "log_every": 1}
+    same |= {"steps": 2, "head": head, "action_chunk": 6, "max_grad_norm": 0.0, "eval_samples": 5}
+    found = []
+    for batch_size, gradient_accumulation in ((4, 1), (1, 4)):
+        made = {"batch_size": batch_size, "gradient_accumulation": gradient_accumulation}
+        finetune(options(tmp_path / str(batch_size), six_episodes, **same, **made))
+        found.append([losses(tmp_path / str(batch_size), key) for key in ("loss", "grad_norm", "eval_loss")])
+    for one, several in zip(*found):
+        assert one and several == pytest.approx(one, rel=1e-4)
+
+
 # Stopped and resumed
 
 
@@ -292,7 +307,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
 # Of the second step the batch is for weights that the first has changed, the evaluation for those that both have.
 STEPS_OF_BOTH = {"dtype": "float32", "learning_rate": 1e-3, "save_every": 2, "log_every": 1, "steps": 2, "keep": 9}
 STEPS_OF_BOTH |= {"eval_every": 2, "eval_samples": 4}  # one batch of one process, and one of each of two
-HEAD = {"head": "l1_regression", "action_chunk": 3, "chunk_end": "drop", "film": True}
+HEAD = {"head": "l1_regression", "action_chunk": 4, "film": True}  # ends of chunks are left out
 RUNS_OF_BOTH = {
     "full": {**STEPS_OF_BOTH, "strategy": "full", "save_every": 1},
     "lora": {**STEPS_OF_BOTH, "strategy": "lora"},

@@ -22,7 +22,12 @@ class ActionMetrics:
         self._has_chunks = False
 
     def update(
-        self, loss: torch.Tensor, actions: Comparison, scale: torch.Tensor, is_pad: torch.Tensor | None = None
+        self,
+        loss: torch.Tensor,
+        actions: Comparison,
+        scale: torch.Tensor,
+        is_pad: torch.Tensor | None = None,
+        terms: int | None = None,
     ) -> None:
         """Add a batch.
 
@@ -31,18 +36,20 @@ class ActionMetrics:
             actions: (N, K, A) as predicted and as recorded; the steps of a chunk count alike.
             scale: (N, A) units of the dataset in one unit of normalized action.
             is_pad: (N, K) bool, steps that do not count, beside those that were `decided`. Default: all count.
+            terms: What the loss is the mean of, by which it counts beside that of other batches. Default: N.
         """
         left_out = [steps for steps in (is_pad, actions.decided) if steps is not None]
         is_pad = torch.stack(left_out).any(dim=0) if left_out else None
         distance = _mean((actions.predicted - actions.wanted).abs(), is_pad)
         self._has_tokens, self._has_chunks = actions.correct is not None, actions.wanted.shape[1] > 1
         correct = torch.zeros_like(distance) if actions.correct is None else _mean(actions.correct, is_pad)
-        rows = torch.ones((), dtype=torch.float64, device=loss.device) * len(distance)
+        rows = torch.full((), len(distance), dtype=torch.float64, device=loss.device)
+        weight = rows if terms is None else torch.full_like(rows, terms)
         # Where all that is recorded was decided already, nothing was predicted: such a row is none of the means below.
         predicted = rows if is_pad is None else (~is_pad).any(dim=1).sum().to(rows)
         new = torch.cat(
             [
-                torch.stack([rows, loss.detach().to(torch.float64) * rows, predicted]),
+                torch.stack([weight, loss.detach().to(torch.float64) * weight, predicted]),
                 correct.sum(0),
                 distance.sum(0),
                 (distance * scale).sum(0),

@@ -82,14 +82,16 @@ class TrainingBatches:
         self.collator, self.scales = collator, scales
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        scales = torch.stack([self.scales[sample["dataset"]] for sample in samples])
-        return {**self.collator.head.prepare(self.collator(samples)), "action_scale": scales}
+        scales, head = torch.stack([self.scales[sample["dataset"]] for sample in samples]), self.collator.head
+        batch = head.prepare(self.collator(samples))
+        return {**batch, "action_scale": scales, "num_learned": head.num_learned(batch)}
 
 
 class ActionTrainer(Trainer):
     """Trains on a `MixtureStream`, whose frames DataLoader workers decode; evaluates on held-out frames.
 
-    The loss is the mean over action tokens and `</s>`; only their logits are computed.
+    The loss is the mean over action tokens and `</s>`, or numbers, of all batches of an update on all ranks; only their
+    logits are computed.
 
     Args:
         stream: This rank's samples.
@@ -138,7 +140,7 @@ class ActionTrainer(Trainer):
         self.head, self.shape, self.names = collator.head, shape, names
         self.train_metrics, self.eval_metrics = ActionMetrics(shape[1]), ActionMetrics(shape[1])
         self.last_metrics: dict[str, float] = {}
-        # The loss is the mean of its own batch: accumulated batches are averaged by the Trainer, not by the model.
+        # Accumulated batches are averaged by the Trainer, not by the model; what each counts, see `compute_loss`.
         self.model_accepts_loss_kwargs = False
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ProgressBar())
@@ -186,16 +188,33 @@ class ActionTrainer(Trainer):
         with attention_kernel(self.args):  # also in the backward pass, where activations are computed again
             return super().training_step(*args, **kwargs)
 
+    def get_batch_samples(self, *args, **kwargs):
+        """The batches of an update, and of how many terms the loss of one is the mean on average, on all ranks."""
+        batches, _ = super().get_batch_samples(*args, **kwargs)
+        if self.shape[0] == 1 or not batches:  # only the ends of chunks are left out
+            return batches, None
+        terms = torch.tensor([batch["num_learned"] for batch in batches], device=self.args.device)
+        return batches, self.accelerator.gather(terms).float().mean()
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """That of a batch, which counts by what is learned of it: the average over the batches of an update is then the
+        loss of one large batch, however it is shared out.
+
+        Args:
+            num_items_in_batch: Of `get_batch_samples`.
+        """
         inputs = dict(inputs)
-        scale = inputs.pop("action_scale")
+        scale, terms = inputs.pop("action_scale"), inputs.pop("num_learned")
         with attention_kernel(self.args):
             loss, answer = self.head.loss(model, inputs)
         if model.training:
             self._last_batch = inputs
         metrics = self.train_metrics if model.training else self.eval_metrics
         with torch.no_grad():
-            metrics.update(loss, self.head.compare(**answer, shape=self.shape), scale, inputs.get("action_is_pad"))
+            compared = self.head.compare(**answer, shape=self.shape)
+            metrics.update(loss, compared, scale, inputs.get("action_is_pad"), terms)
+        if num_items_in_batch is not None:
+            loss = loss * (terms / num_items_in_batch)
         return (loss, answer) if return_outputs else loss
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
