@@ -18,12 +18,13 @@ from ..action_tokenizer import NORMALIZATIONS, get_action_stats, resolve_unnorm_
 from ..device import torch_device
 from ..extras import require
 from ..files_openvla import read_json
-from ..folders import locked, read_settings, with_version, write_json
+from ..folders import MARKS, locked, read_settings, with_version, write_json
 from ..hub import config_of, file_digests, model_folder, published_name, statistics_of, variant_of
 from ..observation import Observation
 from ..options.evaluation import EvaluateOptions, names_of
 from ..options.fields import decisive
 from ..policy import PIXELS, OpenVLAPolicy, Policy, begin_episode, quantization_of
+from ..processor_files_openvla import STARTED
 from .control import BlockingControl, RealtimeControl
 from .environment import (
     EVALUATION_SEEDS,
@@ -275,6 +276,11 @@ def earlier_settings(folder: Path, now: Mapping[str, Any], model: str) -> dict[s
             raise ValueError(
                 f"'{folder}' holds {'episodes' if EPISODES in there else there[0]} but no {SETTINGS}, so nothing says "
                 "what was evaluated: choose another folder."
+            )
+        if there := [name for name in (STARTED, *MARKS) if (folder / name).exists()]:
+            raise ValueError(
+                f"'{folder}' holds {there[0]}, so it is a model or a training run: give a folder of its own, it may "
+                "lie inside."
             )
         return {}
     before, version = read_settings(folder / SETTINGS)

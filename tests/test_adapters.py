@@ -657,6 +657,26 @@ def test_weights_learn_on_from_base_and_adapter(place):
         torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`")
+def test_an_output_layer_that_is_one_with_the_embeddings(place):
+    """The adapter is on the output layer alone: merged into weights that are both, it changed what the model reads."""
+    tied = OpenVLAForActionPrediction.from_pretrained(place / "base").config
+    tied.tie_word_embeddings = tied.text_config.tie_word_embeddings = True
+    torch.manual_seed(0)
+    OpenVLAForActionPrediction(tied).save_pretrained(place / "tied")
+    for file in (*place.glob("base/tokenizer*"), place / "base" / "processor_config.json"):
+        shutil.copyfile(file, place / "tied" / file.name)
+    run = train(place / "tied", place / "of_tied", learning_rate=0.05, steps=3)
+    assert merge_adapter(run, place / "merged") < 1e-4
+    again = train(run, place / "again", strategy="last_layer", learning_rate=1e-9)
+    weights = [load_file(folder / "model.safetensors") for folder in (place / "merged", again)]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, atol=1e-5, rtol=1e-3)
+    head, table = (f"language_model.{name}.weight" for name in ("lm_head", "model.embed_tokens"))
+    assert torch.equal(weights[0][table], load_file(place / "tied" / "model.safetensors")[table])
+    assert not torch.allclose(weights[0][head], weights[0][table], atol=1e-3)
+
+
 # Folders with other files than those of a run, and unlucky names
 
 

@@ -287,6 +287,12 @@ def test_files_of_somebody_else_are_not_replaced(tmp_path):
         with pytest.raises(ValueError, match=f"holds {name} but no evaluation.json"):
             evaluate(policy="expert", output=tmp_path / name, **options)
         assert [path.name for path in (tmp_path / name).iterdir()] == [name]
+    for name in ("finetune.json", "config.json"):  # a run, and a model that is not the one evaluated
+        (tmp_path / f"of {name}").mkdir()
+        (tmp_path / f"of {name}" / name).touch()
+        with pytest.raises(ValueError, match=f"holds {name}, so it is a model or a training run: give a folder of its"):
+            evaluate(policy="expert", output=tmp_path / f"of {name}", **options)
+        assert [path.name for path in (tmp_path / f"of {name}").iterdir()] == [name]
     model = small_model(tmp_path / "model")
     with pytest.raises(ValueError, match="is the model: give a folder of its own"):
         evaluate(model=str(model), output=model, **options)

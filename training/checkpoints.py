@@ -32,6 +32,7 @@ from ..model_card import model_card
 from ..modeling_openvla import OpenVLAForActionPrediction
 from ..parts_openvla import PARTS_FILE
 from ..processing_openvla import OpenVLAProcessor
+from .strategies import merge_into_base
 
 
 STARTED = "finetune.json"  # the options of a run, written before it begins
@@ -179,7 +180,7 @@ def merge_adapter(
     batch = _probe(model.get_base_model(), processor)
     with torch.inference_mode():
         before = _answer(model.get_base_model(), batch)
-        merged = model.merge_and_unload()
+        merged = merge_into_base(model)
         after = _answer(merged, batch)
     difference = ((after - before).abs().max() / before.abs().max()).item()
     if not math.isfinite(difference):

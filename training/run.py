@@ -52,7 +52,14 @@ from .resume import (
     remove_leftovers,
     step_of,
 )
-from .strategies import apply_strategy, checkpoint_activations, freeze_unused, qlora_quantization, trainable_parameters
+from .strategies import (
+    apply_strategy,
+    checkpoint_activations,
+    freeze_unused,
+    merge_into_base,
+    qlora_quantization,
+    trainable_parameters,
+)
 from .trainer import ActionTrainer
 
 
@@ -86,7 +93,7 @@ def load_model(run: Run, autocast: bool, checkpoint: Path | None = None) -> Any:
 
         model.load_parts(adapter, read_belongings(adapter).get("model", {}))
         if learns_itself:  # of an earlier run: it becomes part of the weights
-            model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+            model = merge_into_base(PeftModel.from_pretrained(model, adapter))
             if hasattr(model, "peft_config"):  # older PEFT (0.18) leaves it, and would miss what is replaced now
                 del model.peft_config
     model.add_parts(**fields)

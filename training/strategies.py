@@ -224,6 +224,18 @@ def load_adapter(model: Any, adapter: str | os.PathLike, **options: Any) -> Any:
     return PeftModel.from_pretrained(model, adapter, config=config, **options)
 
 
+def merge_into_base(model: Any) -> Any:
+    """The base of a `PeftModel` with its adapter in the weights. An output layer that is one with the embeddings, of
+    which one has the adapter, gets weights of its own: PEFT would change both."""
+    base = model.get_base_model()
+    ends = [base.get_output_embeddings(), base.get_input_embeddings()]
+    output, embeddings = (getattr(layer, "base_layer", layer) for layer in ends)
+    if output.weight is embeddings.weight and any(hasattr(layer, "base_layer") for layer in ends):
+        output.weight = nn.Parameter(output.weight.detach().clone(), requires_grad=False)
+        base.config.tie_word_embeddings = base.config.text_config.tie_word_embeddings = False
+    return model.merge_and_unload()
+
+
 def qlora_quantization(compute_dtype: torch.dtype = torch.bfloat16) -> BitsAndBytesConfig:
     """How the base of `qlora` is loaded: `from_pretrained(..., quantization_config=qlora_quantization())`."""
     return BitsAndBytesConfig(
