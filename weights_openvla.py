@@ -197,6 +197,8 @@ def _no_weights(folder: Path, names: Iterable[str], variant: str | None) -> str:
     wanted = " or ".join(with_variant(name, variant) for name in names)
     there = sorted(file.name for kind in ("model*.safetensors", "pytorch_model*.bin") for file in folder.glob(kind))
     found = f"there are {', '.join(there[:3])}: say so by variant=... and use_safetensors=..." if there else ""
+    if any(folder.glob("*.onnx")):
+        found = "it is an export to ONNX: openvla_runtime.OnnxPolicy acts with it (packages/openvla-runtime)"
     return f"'{folder}' holds no {wanted}; {found or 'copy or download the weights'}."
 
 

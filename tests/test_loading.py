@@ -301,6 +301,12 @@ def test_no_repository():
         load("openvla/not-in-the-cache")
 
 
+def test_an_export_to_onnx_is_no_folder_of_weights(tmp_path):
+    (tmp_path / "language_model.onnx").write_bytes(b"graph")
+    with pytest.raises(FileNotFoundError, match="an export to ONNX: openvla_runtime.OnnxPolicy acts with it"):
+        OpenVLAForActionPrediction.from_pretrained(tmp_path)
+
+
 def test_a_file_is_no_folder(folder):
     for door in (load, OpenVLAConfig.from_pretrained, OpenVLAProcessor.from_pretrained):
         with pytest.raises(FileNotFoundError, match="is a file, a model is a folder: give"):
