@@ -9,7 +9,7 @@ import torch
 
 from ..decoding_openvla import EagerSteps
 from ..device import synchronize
-from ..graphs_openvla import plain_decoding
+from ..graphs_openvla import plain_decoding, without_graphs
 from ..inputs_openvla import ModelInputs, check_prompts, read_state
 from ..options.benchmark import BenchOptions
 from .clock import QUANTILES, described, headline, quantiles
@@ -18,13 +18,15 @@ from .subject import frames_of, open_subject, prepare
 
 HEAD = "way                  actions  tokens  gap      passes  min ms   p50      p90      p99      ratio"
 NEAR = 1e-4  # two logits that float32 may order either way
+MEANS = {"plain": plain_decoding, "own": without_graphs, "drafts": without_graphs}  # of others what is prepared
 
 
 def exact(options: BenchOptions) -> dict[str, Any]:
     """Predict frames of demonstrations in every way, one after the other for each frame.
 
-    plain: The library's own steps, one token a pass. own: as `predict_action` does it without a draft. drafts: with the
-    tokens of the frame before, within an episode. graphs, graphs and drafts: after `prepare_for_inference`, on a GPU.
+    plain: The library's own steps, one token a pass. own: as `predict_action` does it without a draft, and without
+    graphs. drafts: with the tokens of the frame before, within an episode. graphs, graphs and drafts: after
+    `prepare_for_inference`, on a GPU.
 
     Returns:
         For each way the share of frames with the actions and tokens of plain decoding, the frames where the first other
@@ -70,7 +72,7 @@ def compare(model: Any, frames: list, key: str, graphs: bool) -> dict[str, dict[
         found = {}
         for name in names[number % len(names) :] + names[: number % len(names)]:
             options = {"unnorm_key": key, "draft": None if begins or "drafts" not in name else last.get(name)}
-            with plain_decoding() if name == "plain" else nullcontext():
+            with MEANS.get(name, nullcontext)():
                 found[name], milliseconds = timed(model, inputs, options)
             last[name] = found[name].token_ids
             counts[name]["ms"].append(milliseconds)

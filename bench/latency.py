@@ -1,6 +1,7 @@
 """How long one action takes, by stage, against what the hardware allows and against other ways to it."""
 
 import math
+import warnings
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -68,12 +69,36 @@ def ways_of(options: BenchOptions, model: Any, key: str) -> dict[str, Any]:
         ways["right drafts"] = Local(options, model, key, drafts="right")
     if options.onnx is not None:
         ways["onnx"] = open_onnx(options, key)
+    if options.against:
+        check_asked_of_others(options, model)
     # As the model is here: what an environment takes by default (torch, transformers) may be another device or type.
     dtype: Any = str(model.dtype).removeprefix("torch.")
     same = replace(options, device=str(model.device), dtype=dtype)
     for name, python in options.against.items():
         ways[name] = Other(str(python), same, key)
     return ways
+
+
+def check_asked_of_others(options: BenchOptions, model: Any) -> None:
+    """Raise a `ValueError` for a model that other environments are not asked for: they are sent one image and no state.
+    Say what is not the same there."""
+    seen = f"{len(model.camera_names)} cameras" if len(model.camera_names) > 1 else ""
+    seen += " and the state" if seen and model.config.proprio_dim else "the state" if model.config.proprio_dim else ""
+    if seen:
+        raise ValueError(f"--against sends one image and no state, and this model sees {seen}: leave it out.")
+    if options.quantization is not None:
+        warnings.warn(
+            f"quantization='{options.quantization}' is of the model here alone: {', '.join(options.against)} predict "
+            "with weights as the folder has them.",
+            stacklevel=2,
+        )
+
+
+def check_actions(name: str, actions: np.ndarray, expected: np.ndarray) -> None:
+    """Raise a `ValueError` where a way gives no actions of this model."""
+    if actions.shape != expected.shape or not np.isfinite(actions).all():
+        wrong = f"actions of shape {actions.shape}" if np.isfinite(actions).all() else "NaN or infinity"
+        raise ValueError(f"'{name}' gives {wrong}, and the model here {expected.shape}: it measures something else.")
 
 
 def latency(options: BenchOptions) -> dict[str, Any]:
@@ -92,6 +117,7 @@ def latency(options: BenchOptions) -> dict[str, Any]:
         )
     prepared = prepare(options, model, key, frames)
     ways = ways_of(options, model, key)
+    before = machine_rates(model.device, model.dtype)
     times: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
     differences: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
     passes: dict[str, list[int]] = {name: [] for name in ways}
@@ -114,6 +140,7 @@ def latency(options: BenchOptions) -> dict[str, Any]:
                     if local and getattr(way.found, "token_passes", None) is not None:
                         passes[name].append(int(way.found.token_passes.max()))
             for name in names if number >= WARM_UP else ():
+                check_actions(name, chosen[name], chosen["predict_action"])
                 same = np.isclose(chosen[name], chosen["predict_action"], rtol=1e-5, atol=1e-6)
                 if not same.all():
                     found_gap = token_gap(ways["predict_action"], frame, chosen[name], same)
@@ -122,6 +149,7 @@ def latency(options: BenchOptions) -> dict[str, Any]:
         for way in ways.values():
             way.close()
     rates = machine_rates(model.device, model.dtype)
+    rates = {name: max(rate, before[name]) for name, rate in rates.items()}  # others may use the machine meanwhile
     with without_graphs():  # whose products cannot be counted
         work = {name: count_work(model, partial(way, frames[-1])) for name, way in ways.items() if _counts(way)}
     report = {

@@ -4,6 +4,7 @@ import base64
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,9 @@ class Other:
         image = next(iter(frame.images.values()))
         content = {"shape": image.shape, "image": base64.b64encode(image.tobytes()).decode()}
         assert self.process.stdin is not None  # a pipe, as asked for
-        self.process.stdin.write(json.dumps({**content, "instruction": frame.instruction}) + "\n")
-        self.process.stdin.flush()
+        with suppress(BrokenPipeError):  # it has ended: said below, and not taken for the end of the reader of ours
+            self.process.stdin.write(json.dumps({**content, "instruction": frame.instruction}) + "\n")
+            self.process.stdin.flush()
         answer = self._receive()
         self.milliseconds = answer["ms"]
         return np.array(answer["actions"])

@@ -1,6 +1,7 @@
 """What is measured: a model, and the requests that it answers."""
 
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -11,6 +12,8 @@ import torch
 
 from ..action_heads_openvla import head_without_weights
 from ..action_tokenizer import resolve_unnorm_key
+from ..data.filters import keep_labeled
+from ..data.samples import model_cameras
 from ..data.sources import open_sources
 from ..device import torch_device
 from ..hub import model_folder
@@ -128,6 +131,12 @@ def frames_of(options: BenchOptions, model: Any, key: str, count: int) -> list[F
         found = list(islice(_recorded(options, model, key, state), count))
         if not found:
             raise ValueError(f"'{options.dataset}' holds no frame.")
+        if any(frame.state is state is not None for frame in found):
+            warnings.warn(
+                f"The model sees {model.config.proprio_dim} numbers of a state, and frames of '{options.dataset}' have "
+                "none of as many: it is shown zeros, and its actions are those.",
+                stacklevel=2,
+            )
         return found
     generator, (height, width) = np.random.default_rng(0), _size(options.size)
     if (needed := count * len(model.camera_names) * height * width * 3) > MOST_BYTES:
@@ -175,6 +184,11 @@ def _recorded(options: BenchOptions, model: Any, key: str, state: np.ndarray | N
     names = model.camera_names
     (source,) = open_sources(str(options.dataset), split=options.split, statistics=statistics, camera_names=names)
     for episode in source.dataset:
-        for number, frame in enumerate(source.frames(episode)):
-            images = {name: pictures[0] for name, pictures in zip(names, frame.images.values(), strict=True)}
-            yield Frame(images, frame.instruction, state, begins=number == 0)
+        cameras, begins = model_cameras(episode, source.camera_names, source.camera), True
+        for step in np.flatnonzero(keep_labeled(episode)):
+            frame = episode[step : step + 1]
+            images = {name: frame.images[camera][0] for name, camera in zip(names, cameras, strict=True)}
+            recorded = state is not None and frame.state is not None and frame.state[0].shape == state.shape
+            seen = frame.state[0] if recorded and frame.state is not None else state
+            yield Frame(images, frame.instruction, seen, begins)
+            begins = False

@@ -15,11 +15,17 @@ def throughput(options: BenchOptions) -> dict[str, Any]:
     """Predict batches of different frames, all sizes in turns, from raw images to actions.
 
     Returns:
-        For each size quantiles of a batch, the share of one sample, and actions a second (each step of a chunk is one).
+        For each size quantiles of a batch, and by its median the share of one sample, and actions a second (each step
+        of a chunk is one).
     """
     sizes = numbers("batch_sizes", options.batch_sizes)
     model, key = open_subject(options)
     frames = frames_of(options, model, key, max(sizes))
+    if len(frames) < max(sizes):
+        raise ValueError(
+            f"'{options.dataset}' holds {len(frames)} frame(s), fewer than the largest of batch_sizes='"
+            f"{options.batch_sizes}': give smaller ones, or a dataset of more."
+        )
     rounds = -(-options.frames // max(sizes)) + WARM_UP
     preset = PresetInputs(options.preset, model) if options.preset else None
     prepared = prepare(options, model, key, frames, sizes)
@@ -40,7 +46,7 @@ def throughput(options: BenchOptions) -> dict[str, Any]:
         "batches": {
             str(size): {
                 **quantiles(found),
-                "ms_per_sample": min(found) / size,
+                "ms_per_sample": quantiles(found)["p50_ms"] / size,
                 "actions_per_second": 1000 * size * model.action_chunk / quantiles(found)["p50_ms"],
             }
             for size, found in times.items()

@@ -1,6 +1,7 @@
 """What `openvla bench exact` says of the ways to an action."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,18 @@ def test_a_difference_is_weighed():
     assert row["times_as_fast"] == 3.0  # of the last frame of both: the first ones warm up
 
 
+def test_states_of_demonstrations_are_shown():
+    """All were zeros, and figures those of actions that nobody asks for."""
+    read = {}
+    for size in (7, 8):
+        model = new_model(proprio_dim=size)
+        key = next(iter(model.norm_stats))
+        options = BenchOptions(what="exact", dataset=DEMONSTRATIONS)
+        with nullcontext() if size == 8 else pytest.warns(UserWarning, match="sees 7 numbers of a state, .* zeros"):
+            read[size] = np.stack([frame.state for frame in frames_of(options, model, key, 3)])
+    assert (read[7] == 0).all() and (np.abs(read[8]).sum(axis=1) > 0).all() and len(np.unique(read[8], axis=0)) == 3
+
+
 def test_a_model_that_sees_the_state():
     model = new_model(proprio_dim=3)
     key = next(iter(model.norm_stats))
@@ -81,7 +94,20 @@ def test_graphs_are_a_way(monkeypatch):
         for frame in read
     ]
     model.prepare_for_inference((1,), (frames[0][1]["input_ids"].shape[1] + 1,))
-    ways = compare(model, frames, key, graphs=True)
+    replayed = []
+    predict = model.predict_action
+    monkeypatch.setattr(Again, "replayed", 0)
+
+    def counted(**options):
+        Again.replayed = 0
+        found = predict(**options)
+        replayed.append(Again.replayed)
+        return found
+
+    monkeypatch.setattr(model, "predict_action", counted)
+    ways = compare(model, frames[:1], key, graphs=True)
     assert list(ways) == ["plain", "own", "drafts", "graphs", "graphs and drafts"]
+    assert replayed == [0, 0, 0, 1, 1]  # "own" and "drafts" were those of graphs once more
+    ways = compare(model, frames, key, graphs=True)
     assert all(row["identical_actions"] == 1 for row in ways.values())
     assert torch.is_inference_mode_enabled() is False
