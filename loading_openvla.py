@@ -31,6 +31,7 @@ from .quantization_openvla import (
     KNOWN_METHODS,
     QuantizedWeights,
     cast_unquantized,
+    check_before_loading,
     check_quantized,
     keep_split_blocks_from_packing,
     take_quantization,
@@ -135,7 +136,7 @@ class OpenVLAPreTrainedModel(QuantizedWeights, AdapterBelongings, ModelParts, Pr
             model._source = str(folder.resolve())
         keep_split_blocks_from_packing(model)
         cast_unquantized(model)
-        check_quantized(model, kwargs.get("quantization_config"), name)
+        check_quantized(model, name)
         take_fast_products(model)
         before = model.config.norm_stats if given is None else None
         if given is not None:
@@ -221,6 +222,8 @@ class OpenVLAPreTrainedModel(QuantizedWeights, AdapterBelongings, ModelParts, Pr
         """
         if name is not None:
             check_folder(name, {**kwargs, "output_loading_info": output_loading_info})
+            if kwargs.get("quantization_config") is not None:
+                check_before_loading(kwargs, OpenVLAConfig.get_config_dict(name, **hub_options(kwargs))[0], name)
         try:
             model, info = super().from_pretrained(
                 name, *model_args, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs

@@ -240,28 +240,53 @@ def rounded(kind: type[QuantizedLinear], name: str, weight: torch.Tensor) -> dic
     return {f"{name.removesuffix('weight')}{tensor}": value for tensor, value in found.items()}
 
 
-def check_quantized(model: nn.Module, given: Any, where: Any) -> None:
-    """After loading: what was read is what was asked for, weights have their type, and scales are numbers above 0.
+def check_asked(given: Any, stored: Any, where: Any) -> None:
+    """Raise a `ValueError` if a folder is quantized already, and another form was asked for.
 
     Args:
-        given: `quantization_config` of `from_pretrained`, or None.
+        given: `quantization_config` of `from_pretrained`.
+        stored: That of the folder.
+        where: The folder.
+    """
+    asked, there = _named(given), _named(stored)
+    if asked == there and stored.quant_method == METHOD and given.to_dict() != stored.to_dict():
+        asked, there = f"{asked} in other parts", f"{there} but in {stored.modules_to_not_convert}"
+    # Whoever asks bitsandbytes for 4 bits and no more asks for fp4, its default, and gets what is there.
+    if asked != there and (asked, there) != (f"4 bits of {BNB} (fp4)", f"4 bits of {BNB} (nf4)"):
+        raise ValueError(
+            f"'{where}' holds weights of {there}, and {asked} were asked for: leave "
+            "quantization out, or give the model that they were made of."
+        )
+
+
+def check_before_loading(kwargs: dict[str, Any], config: Mapping[str, Any], where: Any) -> None:
+    """As `check_asked`, before weights are read, and before the library says that it passes over what was asked for.
+    What is stored so already needs no asking, and is taken out of the arguments.
+
+    Args:
+        kwargs: Of `from_pretrained`, after `take_quantization`.
+        config: Content of the folder's config.json.
+    """
+    given, fields = kwargs.get("quantization_config"), getattr(kwargs.get("config"), "quantization_config", None)
+    fields = fields or config.get("quantization_config")
+    if given is None or not fields or unknown_method(None, {"quantization_config": fields}):
+        return
+    stored = AutoQuantizationConfig.from_dict(dict(fields)) if isinstance(fields, Mapping) else fields
+    check_asked(given, stored, where)
+    del kwargs["quantization_config"]
+
+
+def check_quantized(model: nn.Module, where: Any) -> None:
+    """After loading: weights have the type that config.json says, and scales are numbers above 0.
+
+    Args:
         where: What holds the weights.
 
     Raises:
-        ValueError: If the folder is quantized already and another form was asked for, or what it holds is of none.
+        ValueError: If what the folder holds is of no form, or of another one.
     """
     quantizer: Any = getattr(model, "hf_quantizer", None)
     stored = getattr(quantizer, "quantization_config", None)
-    if given is not None and stored is not None and quantizer.pre_quantized:
-        asked, there = _named(given), _named(stored)
-        if asked == there and stored.quant_method == METHOD and given.to_dict() != stored.to_dict():
-            asked, there = f"{asked} in other parts", f"{there} but in {stored.modules_to_not_convert}"
-        # Whoever asks bitsandbytes for 4 bits and no more asks for fp4, its default, and gets what is there.
-        if asked != there and (asked, there) != (f"4 bits of {BNB} (fp4)", f"4 bits of {BNB} (nf4)"):
-            raise ValueError(
-                f"'{where}' holds weights of {there}, and {asked} were asked for: leave "
-                "quantization out, or give the model that they were made of."
-            )
     if getattr(stored, "quant_method", None) != METHOD:
         return
     for name, module in model.named_modules():

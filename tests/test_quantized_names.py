@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import TINY
-from transformers import BitsAndBytesConfig
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
 
 from openvla import OpenVLAConfig, OpenVLAForActionPrediction
 from openvla.bench.clock import described
@@ -35,11 +35,31 @@ def test_a_folder_of_bitsandbytes_is_not_another_one_of_it(packed):
     for options in ({"quantization_config": dict(QUANTIZATIONS["bnb-int8"])}, {"load_in_8bit": True}):
         with pytest.raises(ValueError, match=r"holds weights of 4 bits of bitsandbytes \(nf4\), and 8 bits"):
             OpenVLAForActionPrediction.from_pretrained(packed, **options)
-    with pytest.raises(ValueError, match="quantized"):
+    with pytest.raises(ValueError, match=r"4 bits of bitsandbytes \(nf4\), and 8 bits were asked for"):
         load_model(str(packed), quantization="int8")
     for options in ({}, {"load_in_4bit": True}, {"quantization_config": BitsAndBytesConfig(load_in_4bit=True)}):
-        model = OpenVLAForActionPrediction.from_pretrained(packed, **options)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="You passed")
+            model = OpenVLAForActionPrediction.from_pretrained(packed, **options)
         assert quantization_of(model) == "bnb-nf4"
+
+
+@pytest.mark.parametrize(("bits", "name"), [(8, "int8"), (4, "int4"), ("fp8", "fp8")])
+def test_another_quantization_is_refused_before_weights_are_read(bits, name, tmp_path, monkeypatch):
+    """The library said first that it passes over what was asked for, and read all weights."""
+    folder = quantize_checkpoint(ROOT, tmp_path / "out", bits=bits)
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("weights are read"))
+    for other in QUANTIZATIONS.keys() - {name}:
+        with pytest.raises(
+            ValueError, match=r"out' holds weights of .*, and .* were asked for: leave quantization out"
+        ):
+            OpenVLAForActionPrediction.from_pretrained(folder, quantization_config=dict(QUANTIZATIONS[other]))
+    monkeypatch.undo()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert quantization_of(load_model(str(folder), quantization=name)) == name
+        auto = AutoModelForImageTextToText.from_pretrained(folder, quantization_config=dict(QUANTIZATIONS[name]))
+    assert quantization_of(auto) == name
 
 
 @pytest.mark.parametrize("towers", [False, True])
