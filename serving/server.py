@@ -157,6 +157,13 @@ def start_line(info: ModelInfo, host: str, port: int, key: bool) -> str:
     return f"serving {info.model} at {address}, a page in a browser; try: {example}"
 
 
+def is_blocked(connection: Any) -> bool:
+    """Whether a connection of uvicorn has more to send than its client has taken, be it HTTP or a WebSocket."""
+    if writable := getattr(connection, "writable", None):
+        return not writable.is_set()
+    return connection.flow is not None and connection.flow.write_paused
+
+
 def keep_loaded() -> None:
     """Collections of garbage do not look through what is loaded any more: it stays, and a collection that goes through
     all objects of the libraries would now and then stop every robot for 0.4 s (docs/LOG.md)."""
@@ -210,7 +217,8 @@ class Server(uvicorn.Server):
         silent = {}
         for connection in self.server_state.connections:
             request = getattr(connection, "cycle", connection)  # a WebSocket has none; None before the first
-            if connection.transport.is_closing() or request is None or getattr(request, "response_complete", False):
+            idle = request is None or getattr(request, "response_complete", False)
+            if idle or connection.transport.is_closing() or is_blocked(connection):
                 before, since = self._silent.get(connection, (request, now))
                 silent[connection] = (request, since if before is request else now)
                 if now - silent[connection][1] > self._head_seconds:

@@ -6,6 +6,7 @@ from contextlib import suppress
 from typing import Any
 
 import h11
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.frames import Frame
@@ -33,6 +34,22 @@ def acknowledge(transport: asyncio.Transport) -> None:
             transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, QUICK_ACKNOWLEDGEMENT, 1)
 
 
+class Flow(FlowControl):
+    """Of a connection on which requests may come before the last is answered: it is read no further until they are
+    looked at. uvicorn reads on whenever an app asks whether the client is still there, and keeps all that comes."""
+
+    behind = False
+
+    def resume_reading(self) -> None:
+        if not self.behind:
+            super().resume_reading()
+
+    def wait_behind(self, behind: bool) -> None:
+        before, self.behind = self.behind, behind
+        if before and not behind:
+            super().resume_reading()
+
+
 class CountedRequests(H11Protocol):
     """HTTP whose bodies come in so many small pieces at most: chunks of one byte, also of who may not ask, kept the
     event loop, and with it all robots, busy for a second a megabyte.
@@ -40,17 +57,29 @@ class CountedRequests(H11Protocol):
     By h11: httptools, which uvicorn takes by itself where it is installed, reads headers of any size.
     """
 
+    flow: Flow
+
     def __init__(self, *args: Any, **more: Any):
         super().__init__(*args, **more)
         self._small, self._next = 0, self.conn.next_event
         self.conn.next_event = self._counted  # type: ignore[method-assign]
 
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.flow = Flow(transport)
+
     def data_received(self, data: bytes) -> None:
         acknowledge(self.transport)
         super().data_received(data)
 
+    def handle_websocket_upgrade(self, event: h11.Request) -> None:
+        self.flow.wait_behind(False)
+        super().handle_websocket_upgrade(event)
+
     def _counted(self) -> Any:
         event = self._next()
+        if event is h11.PAUSED or event is h11.NEED_DATA:
+            self.flow.wait_behind(event is h11.PAUSED)
         if isinstance(event, h11.Request):
             self._small = 0
         elif isinstance(event, h11.Data):
@@ -100,7 +129,19 @@ class CountedSocket(WebSocketsSansIOProtocol):
         if self.queue.empty():
             self._waiting = 0
             self._count()
+        if not self.writable.is_set():
+            self.transport.pause_reading()
         return message
+
+    def pause_writing(self) -> None:
+        """Who does not take what he is sent is read no further: each ping, too, has an answer that takes memory."""
+        super().pause_writing()
+        self.transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if not self.read_paused:
+            self.transport.resume_reading()
 
     async def send(self, message: Any) -> None:
         if message["type"] == "websocket.http.response.start":

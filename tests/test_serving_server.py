@@ -382,23 +382,56 @@ def test_connections_that_ask_nothing_are_ended():
 
     def connection(name, closing=False, **more):
         transport = SimpleNamespace(is_closing=lambda: closing, abort=lambda: aborted.append(name))
-        return type(name, (), {"transport": transport, **more})()
+        flow = SimpleNamespace(write_paused=False)
+        return type(name, (), {"transport": transport, **({"flow": flow} if "cycle" in more else {}), **more})()
+
+    def writable(now):
+        return SimpleNamespace(is_set=lambda: now)
 
     done, begun = SimpleNamespace(response_complete=True), SimpleNamespace(response_complete=False)
     again = connection("asks_again", cycle=done)
     made.server_state.connections = {
         again, connection("silent", cycle=None), connection("done", cycle=done), connection("asking", cycle=begun),
-        connection("socket"), connection("never_reads", closing=True),
+        connection("socket", writable=writable(True)), connection("never_reads", closing=True, cycle=begun),
+        connection("takes_no_answer", cycle=begun, flow=SimpleNamespace(write_paused=True)),
+        connection("takes_no_message", writable=writable(False)),
     }  # fmt: skip
     for now in range(0, 41, 10):
         made._end_silent(now)
     assert not aborted
     again.cycle = SimpleNamespace(response_complete=True)  # asked and answered between two looks
     made._end_silent(41)
-    assert sorted(aborted) == ["done", "never_reads", "silent"]
+    assert sorted(aborted) == ["done", "never_reads", "silent", "takes_no_answer", "takes_no_message"]
     made.server_state.connections = {again}
     made._end_silent(82)
     assert aborted.count("asks_again") == 1 and len(made._silent) == 1
+
+
+UPGRADE = (
+    b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+)
+
+
+@pytest.mark.parametrize(
+    "first, ask",
+    [(b"", b"GET /page/page.js HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"), (UPGRADE, bytes([0x89, 0xFD, *bytes(129)]))],
+    ids=["requests", "pings"],
+)
+def test_who_asks_and_takes_no_answer_takes_neither_a_place_nor_memory(first, ask, request):
+    """Requests one behind the other waited for ever, in a place, for room for their answers; pings did not wait, and
+    their answers filled the memory."""
+    server = Server(options={"head_seconds": 1})
+    request.addfinalizer(server.process.kill)
+    sent = 0
+    with socket.create_connection(("127.0.0.1", server.port), timeout=120) as client:
+        client.sendall(first)
+        assert not first or b"101" in client.recv(100)
+        with pytest.raises(ConnectionError):  # it is read no further, and ended a second later
+            while sent < 64 * 2**20:
+                client.sendall(ask * 1000)
+                sent += 1000 * len(ask)
+    assert server.get("/readyz")[0] == 200
 
 
 @pytest.mark.parametrize("kind", [sockets.CountedRequests, sockets.CountedSocket])
