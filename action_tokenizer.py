@@ -417,11 +417,25 @@ def check_units(normalization: Mapping[str, str], before: Any, now: Any) -> None
 
 def check_state_given(state: Any, proprio_dim: int | None) -> None:
     """Raise a `ValueError` if a model that sees `proprio_dim` numbers of the robot's state (None: that sees none) is
-    given no state (or one)."""
+    given no state (or one), or one that is unknown in part."""
     if proprio_dim is None and state is not None:
         raise ValueError("The model sees no state (config.proprio_dim is null): leave state out.")
     if proprio_dim is not None and state is None:
         raise ValueError(f"The model sees the state of the robot ({proprio_dim} numbers): give state=...")
+    if holds_no_number(state):
+        raise ValueError(
+            f"state={state!r:.100} has masked numbers, or True and False among them: give {proprio_dim} numbers that "
+            "are known."
+        )
+
+
+def holds_no_number(values: Any) -> bool:
+    """Whether there are masked numbers or booleans among what else would be taken for numbers: what lies under a mask,
+    and 1 and 0."""
+    if isinstance(values, (list, tuple)):
+        return any(map(holds_no_number, values))
+    kind = str(getattr(values, "dtype", type(values).__name__))
+    return kind.rpartition(".")[2] == "bool" or bool(np.ma.is_masked(values))
 
 
 def check_state_of_one(state: Any, proprio_dim: int | None) -> None:

@@ -47,6 +47,8 @@ def as_tensor(name: str, values: Any) -> torch.Tensor:
                 f"{name} must be a dense tensor that holds values, got {values.layout} on {values.device}."
             )
         return values
+    if np.ma.is_masked(values) or isinstance(values, (list, tuple)) and any(map(np.ma.is_masked, values)):
+        raise ValueError(f"{name} is masked in part: what lies under a mask is nothing that is known. Give numbers.")
     try:
         if isinstance(values, (list, tuple)) and any(isinstance(row, torch.Tensor) for row in values):
             return torch.stack([as_tensor(name, row) for row in values])

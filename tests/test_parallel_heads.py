@@ -303,6 +303,8 @@ def test_actions_that_are_decided_come_back_and_are_continued(head, models, monk
     for wrong in (np.zeros((2, CHUNK, 7)), np.zeros((1, 1, 7)), np.zeros((2, 1, 6)), np.full((2, 1, 7), np.nan)):
         with pytest.raises(ValueError, match="committed has shape"):
             act(wrong)
+    with pytest.raises(ValueError, match="committed is masked in part"):  # what lay under the mask was continued
+        act(np.ma.masked_array(np.zeros((2, 1, 7)), mask=True))
 
 
 @pytest.mark.parametrize("head", ["parallel_tokens", "l1_regression", "diffusion"])

@@ -293,7 +293,7 @@ def test_shared_files_are_those_that_are_imported_and_need_no_torch():
 # What is refused ------------------------------------------------------------------------------------------------------
 
 
-def test_what_cannot_be_acted_on(policy, monkeypatch):
+def test_what_cannot_be_acted_on(policy, model, monkeypatch):
     image = frames(1)[0]
     for error, message, call in (
         (ValueError, "No image given", lambda: policy.act(None, "open the drawer", state=STATE)),
@@ -316,6 +316,10 @@ def test_what_cannot_be_acted_on(policy, monkeypatch):
     ):
         with pytest.raises(error, match=message):
             call()
+    for unknown in (np.ma.masked_array(STATE, [True] + [False] * 7), STATE > 0.1, [True, *STATE[1:]]):
+        for acting in (policy.act, model.predict_action):
+            with pytest.raises(ValueError, match="has masked numbers, or True and False among them: give 8 numbers"):
+                acting(image, "open the drawer", state=unknown)
     broken = {"features": np.full((1, 50, 48), np.nan, np.float32)}
     monkeypatch.setattr(policy._vision, "run", lambda values: broken)
     with pytest.raises(ValueError, match="NaN or infinite values"):
