@@ -26,15 +26,21 @@ LEARNING_RATES = {"full": "1e-4", "frozen_vision": "1e-4", "sandwich": "1e-4", "
 
 
 def run(strategy: str, arguments: argparse.Namespace, rest: list[str], folder: Path) -> dict:
-    """One run; what it took is kept in `folder`, where a second call finds it."""
+    """One run; what it took is kept in `folder`, where a second call of the same command finds it."""
     taken = folder / "taken.json"
-    if taken.exists():
-        return json.loads(taken.read_text())
     command = [sys.executable, "-m", "openvla.cli", "finetune", "--strategy", strategy, "--dataset", arguments.dataset]
     command += ["--output", str(folder / "run"), "--steps", str(arguments.steps), "--save-every", str(arguments.steps)]
-    command += ["--logging", "none", "--resume", *rest]
+    command += ["--logging", "none", *rest]  # no --resume: time and memory would be those of the last part
     if strategy in LEARNING_RATES:
         command += ["--learning-rate", LEARNING_RATES[strategy]]
+    if taken.exists():
+        result = json.loads(taken.read_text())
+        if result.get("command") != command[1:]:
+            raise SystemExit(
+                f"'{folder}' holds the run of another command ({shlex.join(result.get('command', ['unknown']))}): its "
+                "numbers would stand under this one. Give another folder (--runs), or remove it."
+            )
+        return result
     folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     with (folder / "output.txt").open("w") as output:
@@ -42,9 +48,11 @@ def run(strategy: str, arguments: argparse.Namespace, rest: list[str], folder: P
         _, status, usage = os.wait4(process.pid, 0)
     if status != 0:
         raise SystemExit(f"{shlex.join(command)} failed:\n{(folder / 'output.txt').read_text()[-2000:]}")
-    state = json.loads(next((folder / "run" / "checkpoints").glob("*/trainer_state.json")).read_text())
+    last = folder / "run" / "checkpoints" / f"checkpoint-{arguments.steps}"
+    state = json.loads((last / "trainer_state.json").read_text())
     found = re.search(r"trains +([\d.]+M)", (folder / "output.txt").read_text())
     result = {
+        "command": command[1:],
         "strategy": strategy,
         "trainable": found.group(1) if found else "?",
         "seconds": time.perf_counter() - started,

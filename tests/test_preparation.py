@@ -204,6 +204,13 @@ def test_a_warmup_that_is_longer_than_the_run(tmp_path, warmup):
     assert any("does not come to 2e-05" in text for text in run.warnings) is (warmup == 10)
 
 
+def test_a_learning_rate_of_zero(tmp_path):
+    """The result has the weights of the model and the units of the data."""
+    for rate in (0.0, 1e-3):
+        run = prepare(options(tmp_path, learning_rate=rate), data=dataset(episode()))
+        assert any(text.startswith("learning_rate=0: nothing is learned") for text in run.warnings) is (rate == 0)
+
+
 def test_the_name_of_a_list(tmp_path):
     """Its statistics, and with them the unnorm_key, were those of "list"."""
     for given, name in (({}, "mine"), ({"name": "yours"}, "yours")):

@@ -1,5 +1,9 @@
 """Which parameters each strategy trains: those of the paper's table 1, to its last digit."""
 
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -103,6 +107,16 @@ def test_an_evaluation_does_not_change_the_gradients_of_a_quantized_base(small_p
         model.eval()(**batch)
     for one, other in zip(before, gradients(), strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_the_table_of_strategies_has_no_numbers_of_another_command(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "studies")
+    import compare_strategies
+
+    arguments = SimpleNamespace(dataset="demos", steps=300)
+    (tmp_path / "taken.json").write_text(json.dumps({"command": ["-m", "openvla.cli"], "log": []}))
+    with pytest.raises(SystemExit, match="holds the run of another command .*openvla.cli.*--runs"):
+        compare_strategies.run("lora", arguments, [], tmp_path)
 
 
 def test_every_strategy_is_tested():

@@ -127,6 +127,11 @@ class Run:
         if not torch.cuda.is_available() and (reason := emulated("cpu", torch.bfloat16)):
             found += [f"--precision bf16: {reason}."] if computing_precision(self.options) == "bf16" else []
             found += [f"--optimizer muon: {reason}, as it does."] if self.options.optimizer == "muon" else []
+        if learning_rate(self.options) == 0:
+            found.append(
+                "learning_rate=0: nothing is learned, and the result acts as the model that it began with, in the "
+                "units of this data."
+            )
         if (warmup := self.options.warmup_steps) >= self.options.steps:
             found.append(
                 f"warmup_steps={warmup}, and the run has steps={self.options.steps}: the learning rate rises in all of "
