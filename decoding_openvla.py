@@ -160,10 +160,15 @@ def decode_tokens(
         passes = torch.arange(1, num_tokens + 1, device=logits.device).expand(len(logits), -1)
     else:
         logits, passes = _verify(steps, num_tokens, first, draft, finite.device)
-    finite = finite.to(logits.device) & logits.isfinite().flatten(1).all(dim=1, keepdim=True)
-    chosen, probabilities, entropies, distributions = choose_token(logits.masked_fill(~finite[..., None], 0.0), None)
+    finite = finite.to(logits.device) & are_finite(logits)
+    chosen, probabilities, entropies, distributions = choose_token(logits, None)
     probabilities = probabilities[..., 0].masked_fill(~finite, torch.nan)
     return Decoded(chosen[..., 0] + first, probabilities, entropies[..., 0], passes, distributions)
+
+
+def are_finite(values: torch.Tensor) -> torch.Tensor:
+    """(batch, ...) -> (batch, 1) bool: whether no value of a sample is NaN or infinite, which stay in a maximum."""
+    return values.flatten(1).abs().amax(dim=1, keepdim=True) < torch.inf
 
 
 def _verify(
@@ -261,13 +266,13 @@ def choose_token(
     return chosen, distribution.gather(-1, chosen), entropy, distribution
 
 
-def check_finite(probabilities: np.ndarray, dtype: torch.dtype) -> None:
+def check_finite(probabilities: np.ndarray, model: Any) -> None:
     """Raise a `ValueError` if the model computed NaN or infinity: a NaN among `probabilities` (batch, tokens)."""
     finite = np.isfinite(probabilities)
     if not finite.all():
         broken = np.flatnonzero(~finite.all(axis=1)).tolist()
         cause = "the weights are damaged (a diverged training, a broken download)"
-        if dtype == torch.float16:
+        if model.get_input_embeddings().weight.dtype == torch.float16:
             cause = f"float16 overflowed (load the model with dtype=torch.bfloat16 or float32), or {cause}"
         raise ValueError(
             f"The model computed NaN or infinite values for sample {', '.join(map(str, broken))} of "
@@ -275,4 +280,14 @@ def check_finite(probabilities: np.ndarray, dtype: torch.dtype) -> None:
         )
 
 
-__all__ = ["Decoded", "EagerSteps", "Prefix", "Steps", "check_finite", "check_rows", "choose_token", "decode_tokens"]
+__all__ = [
+    "Decoded",
+    "EagerSteps",
+    "Prefix",
+    "Steps",
+    "are_finite",
+    "check_finite",
+    "check_rows",
+    "choose_token",
+    "decode_tokens",
+]

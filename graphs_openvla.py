@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from .compiled_openvla import CompiledSteps, compiling, why_not_compiled
-from .decoding_openvla import EagerSteps, Prefix, Steps
+from .decoding_openvla import EagerSteps, Prefix, Steps, are_finite
 from .inputs_openvla import ModelInputs, place_actions
 from .llama_openvla import LlamaSteps, cache_shape, has_hooks, is_plain_llama, open_steps, pool_of
 from .modules_openvla import modules_of
@@ -90,7 +90,7 @@ class GraphSteps(Recorded, Steps):
             embeds = model.get_input_embeddings()(self.input_ids)
             places = self.places[..., None].expand(-1, -1, embeds.shape[2])
             embeds = embeds.scatter(1, places, features.to(embeds.dtype))
-            self.finite.copy_(features.isfinite().flatten(1).all(dim=1, keepdim=True))
+            self.finite.copy_(are_finite(features))
             # Behind the prompts: they are then read without a mask.
             prefix = Prefix(embeds, self.attention_mask, self.finite, pads_right=True)
             return make_steps(model.language_model, prefix, num_tokens, token_range, cache)

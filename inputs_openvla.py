@@ -121,7 +121,10 @@ def _without_padding(row: list, pad_token_id: int | None) -> list:
 
 def largest_pixel(pixel_values: torch.Tensor) -> float:
     """The largest absolute value, 0 without any; a `ValueError` if one is NaN or infinite."""
-    largest = float(pixel_values.float().abs().amax()) if pixel_values.numel() else 0.0  # NaN if one value is
+    largest = 0.0
+    if pixel_values.numel():  # nothing is written but two numbers, both NaN if one value is
+        low, high = torch.stack(pixel_values.float().aminmax()).tolist()
+        largest = max(-low, high)
     check_largest_pixel(largest, limit=math.inf)
     return largest
 
@@ -231,34 +234,35 @@ def end_prompts(
     num_patches: int,
     num_tokens: int,
     answers: Sequence[Sequence[int]] = (),
-    pad_right: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """Prompts that end in the empty token `▁`, as in training, padded to one length.
+) -> list[list[int]]:
+    """Prompts that end in the empty token `▁`, as in training, and what is answered already.
 
     Args:
         config: Its `empty_token_id` is known; None: there is none.
         num_tokens: That follow.
         answers: Tokens of each sample that stand after its prompt already.
 
-    Returns:
-        Token ids (batch, length), their attention mask (None where no row is padded), and the index (batch,) where the
-        answer of each begins.
-
     Raises:
         ValueError: If a prompt says nothing, or is too long for the model.
     """
     ended = [end_with_empty(prompt, config, num_patches, num_tokens) for prompt in prompts]
-    rows = [[*row, *answer] for row, answer in zip(ended, answers, strict=True)] if answers else ended
+    return [[*row, *answer] for row, answer in zip(ended, answers, strict=True)] if answers else ended
+
+
+def pad_rows(
+    rows: list[list[int]], config: OpenVLAConfig, right: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None, list[int]]:
+    """Rows of token ids padded to one length: (batch, length), their attention mask (None where no row is padded), and
+    how many tokens each row lacked."""
     length, pad = max(map(len, rows)), config.pad_token_id or 0
-    padding = [length - len(row) for row in rows]
-    first = torch.tensor([len(row) + (0 if pad_right else missing) for row, missing in zip(ended, padding)])
+    missing = [length - len(row) for row in rows]
 
     def padded(rows: list[list[int]], fill: int) -> torch.Tensor:
-        filled = [[fill] * missing for missing in padding]
-        return torch.tensor([row + more if pad_right else more + row for row, more in zip(rows, filled)])
+        filled = [[fill] * count for count in missing]
+        return torch.tensor([row + more if right else more + row for row, more in zip(rows, filled)])
 
-    mask = padded([[1] * len(row) for row in rows], 0) if any(padding) else None
-    return padded(rows, pad), mask, first
+    mask = padded([[1] * len(row) for row in rows], 0) if any(missing) else None
+    return padded(rows, pad), mask, missing
 
 
 def place_actions(
@@ -268,19 +272,25 @@ def place_actions(
     num_actions: int,
     decided: Sequence[Sequence[int]] = (),
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """Plain prompts with placeholders for `num_actions` numbers and the end after them, see `end_prompts`: for a head
-    that predicts in one pass.
+    """Plain prompts with placeholders for `num_actions` numbers and the end after them: for a head that predicts in one
+    pass.
 
     Args:
         prompts: Placeholders of patches in them are left out.
         num_patches: And what else is put between their tokens.
         decided: Tokens of the first numbers of each sample, where they are known.
+
+    Returns:
+        Token ids (batch, length) padded on the right, their attention mask (None where no row is padded), and the index
+        (batch,) of the first placeholder.
     """
     end = end_token_id(config)
     plain = [[token for token in prompt if token != config.image_token_id] for prompt in prompts]
     decided = decided or [[]] * len(prompts)
     answers = [[*tokens, *[end] * (num_actions + 1 - len(tokens))] for tokens in decided]
-    return end_prompts(plain, config, num_patches, num_actions + 1, answers, pad_right=True)
+    rows = end_prompts(plain, config, num_patches, num_actions + 1, answers)
+    input_ids, mask, _ = pad_rows(rows, config, right=True)
+    return input_ids, mask, torch.tensor([len(row) - num_actions - 1 for row in rows])
 
 
 @dataclass
@@ -290,11 +300,13 @@ class PromptLayout:
     input_ids: (batch, length) with placeholders where patches stand, rows padded on the left.
     attention_mask: (batch, length), 0 marks padding; None without any.
     patches: (batch, num_patches) int64, positions of the placeholders.
+    together: The first of them, if they stand side by side, and at the same place in every row.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor | None
     patches: np.ndarray
+    together: int | None = None
 
 
 def place_patches(
@@ -305,18 +317,14 @@ def place_patches(
     answers: Sequence[Sequence[int]] = (),
 ) -> PromptLayout:
     """Prompts of `end_prompts` with their placeholders: after the first token, or where they stand already."""
-    input_ids, mask, _ = end_prompts(prompts, config, num_patches, num_tokens, answers)
-    if config.image_token_id in prompts[0]:
-        places = [np.flatnonzero(row == config.image_token_id)[:num_patches] for row in input_ids.numpy()]
+    rows, image = end_prompts(prompts, config, num_patches, num_tokens, answers), config.image_token_id
+    if image in prompts[0]:
+        input_ids, mask, _ = pad_rows(rows, config)
+        places = [np.flatnonzero(row == image)[:num_patches] for row in input_ids.numpy()]
         return PromptLayout(input_ids, mask, np.stack(places))
-    padding = torch.zeros(len(prompts), dtype=torch.long) if mask is None else (1 - mask).sum(dim=1)
-    patches = padding[:, None] + 1 + torch.arange(num_patches)
-    length = input_ids.shape[1] + num_patches
-    is_text = torch.ones(len(prompts), length, dtype=torch.bool).scatter_(1, patches, False)
-    expanded = torch.full((len(prompts), length), config.image_token_id).masked_scatter_(is_text, input_ids)
-    if mask is not None:
-        mask = torch.ones_like(expanded).masked_scatter_(is_text, mask)
-    return PromptLayout(expanded, mask, patches.numpy())
+    input_ids, mask, missing = pad_rows([[row[0], *[image] * num_patches, *row[1:]] for row in rows], config)
+    first = 1 + np.array(missing)[:, None]
+    return PromptLayout(input_ids, mask, first + np.arange(num_patches), 1 if mask is None else None)
 
 
 def read_committed(
@@ -363,7 +371,7 @@ def read_committed(
 
 
 def read_draft(draft: Any, batch: int, config: OpenVLAConfig) -> list[list[int]] | None:
-    """Token ids of each sample that are guessed, as many as there are; None without any.
+    """Token ids of each sample that are guessed, as many as there are; None where no sample has a draft.
 
     Args:
         draft: Integers of any shape for one sample; for a batch a sequence of such, None where there are none.
@@ -380,6 +388,8 @@ def read_draft(draft: Any, batch: int, config: OpenVLAConfig) -> list[list[int]]
             f"draft is a {type(draft).__name__}{size}, expected token ids for each of the {batch} samples, None for "
             "one without any."
         )
+    if all(row is None for row in rows):
+        return None
     guesses: list[list[int]] = []
     for row in rows:
         tokens = as_tensor("draft", [] if row is None else row).flatten()
@@ -415,6 +425,7 @@ __all__ = [
     "end_prompts",
     "end_token_id",
     "largest_pixel",
+    "pad_rows",
     "place_actions",
     "place_patches",
     "process_raw",

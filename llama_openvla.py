@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -110,12 +111,12 @@ def is_plain_llama(language_model: Any) -> bool:
     if type(language_model) is not llama.LlamaForCausalLM or type(language_model.model) is not llama.LlamaModel:
         return False
     model = language_model.model
-    layers = model.layers[: model.config.num_hidden_layers]
     if type(model.rotary_emb) is not llama.LlamaRotaryEmbedding or model.rotary_emb.rope_type not in STATIC_ROPE:
         return False
     if not getattr(model.config, "is_causal", True):  # the library lets positions see what comes after them
         return False
     modules = [language_model, model, model.norm]
+    layers = used_layers(model)
     for layer in layers:
         modules += [layer, layer.self_attn, layer.input_layernorm, layer.post_attention_layernorm]
     kinds = {llama.LlamaForCausalLM, llama.LlamaModel, *LAYER}
@@ -127,6 +128,11 @@ def is_plain_llama(language_model: Any) -> bool:
 
 LAYER = (llama.LlamaDecoderLayer, llama.LlamaAttention, llama.LlamaRMSNorm)
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # whose frequencies do not depend on the length of a sequence
+
+
+def used_layers(model: Any) -> list[Any]:
+    """Those that the library runs; a slice of the modules would be made as a module."""
+    return [*islice(model.layers, model.config.num_hidden_layers)]
 
 
 def any_global_hooks() -> bool:
@@ -225,9 +231,10 @@ class LlamaSteps(Steps):
         model, first, end = language_model.model, *token_range
         batch, self.length = prefix.inputs_embeds.shape[:2]
         self.prefix, self.embed, self.norm = prefix, model.embed_tokens, model.norm
-        used = model.layers[: model.config.num_hidden_layers]  # the cache may be of more
-        product = product_for(prefix.inputs_embeds)
-        self.layers: list[Any] = [self.make_layer(layer, part[:, :batch], product) for layer, part in zip(used, cache)]
+        product, layers = product_for(prefix.inputs_embeds), used_layers(model)
+        self.layers: list[Any] = [
+            self.make_layer(layer, part[:, :batch], product) for layer, part in zip(layers, cache)
+        ]
         lm_head = language_model.lm_head
 
         def logits(hidden: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ from .adapters_openvla import ADAPTER, belongings, check_base, find_adapter, fin
 from .choices_openvla import closest
 from .configuration_openvla import OpenVLAConfig, plain_statistics
 from .files_openvla import QUIET, local_folder, read_json
+from .modules_openvla import first_parameter
 from .oft_openvla import OFTFolder, find_oft, oft_folder, with_weights
 from .outputs_openvla import CACHE_NAMES
 from .parts_openvla import ModelParts
@@ -329,7 +330,9 @@ class OpenVLAPreTrainedModel(QuantizedWeights, AdapterBelongings, ModelParts, Pr
     @property
     def device(self) -> torch.device:
         """Where inputs belong: where the model computes, also if its weights are offloaded and lie on "meta"."""
-        device = next(parameter.device for parameter in self.parameters())
+        parameter = first_parameter(self)
+        assert parameter is not None  # a model has weights
+        device = parameter.device
         if device.type == "meta":
             hooks = (getattr(module, "_hf_hook", None) for module in self.modules())  # of accelerate
             execution = (getattr(hook, "execution_device", None) for hook in hooks)

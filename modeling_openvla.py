@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, Cache, GenerationMixin
 
 from .action_tokenizer import check_same_action_dim, get_action_stats, resolve_unnorm_key, units_of, unnormalize_actions
 from .configuration_openvla import OpenVLAConfig
-from .decoding_openvla import Prefix
+from .decoding_openvla import Prefix, are_finite
 from .embeddings_openvla import ActionVocabulary
 from .generation_openvla import OpenVLAGeneration
 from .graphs_openvla import Preparation, prepare
@@ -334,10 +334,10 @@ class OpenVLAForActionPrediction(ActionVocabulary, OpenVLAGeneration, OpenVLAPre
                 decided already (they are executed while the model thinks). They come back as they are, the rest of the
                 chunk continues them.
             draft: Guesses of the tokens to come, from the first of the chunk on: `token_ids` of an earlier prediction,
-                or any ids that the model knows, as many as there are; for a batch one for each sample, None where
-                there is none. Each that is right, and all before it, saves a pass of the language model; none changes
-                a token (half precision: but where two are equal up to its rounding). Language models with the
-                library's own steps do not look at it. Not with `do_sample`.
+                or any ids that the model knows, as many as there are; for a batch one for each sample. What it does
+                not hold is guessed to be the middle of its range ([]: all). Each that is right, and all before it,
+                saves a pass of the language model; none changes a token (half precision: but where two are equal up
+                to its rounding). None: no guesses. The library's own steps do not look at it. Not with `do_sample`.
             constrained: Choose among action tokens only. False: among the complete vocabulary, as the published code;
                 text tokens are then clipped to the nearest bin.
             do_sample, temperature, top_k, top_p, generator: Sample instead of taking the most probable token.
@@ -432,18 +432,17 @@ class OpenVLAForActionPrediction(ActionVocabulary, OpenVLAGeneration, OpenVLAPre
 
     def prefix(self, inputs: ModelInputs, layout: PromptLayout) -> Prefix:
         """What the language model reads before it acts. Nothing that is on the device is waited for."""
-        device = self.device
+        device, mask, first = self.device, layout.attention_mask, layout.together
         embeds = self.get_input_embeddings()(layout.input_ids.to(device, non_blocking=True))
-        mask, places = layout.attention_mask, torch.from_numpy(layout.patches).to(embeds.device, non_blocking=True)
         mask = None if mask is None else mask.to(embeds.device, non_blocking=True)
         with stage("vision"):
             features = self._encode(inputs.pixel_values, inputs.proprio)
-        finite = features.isfinite().flatten(1).all(dim=1, keepdim=True).to(device)
+        finite = are_finite(features).to(device)
         features = features.to(embeds.device, embeds.dtype)
-        first, count = int(layout.patches[0, 0]), features.shape[1]
-        if (layout.patches == np.arange(first, first + count)).all():  # in every row
-            embeds = torch.cat([embeds[:, :first], features, embeds[:, first + count :]], dim=1)
+        if first is not None:
+            embeds = torch.cat([embeds[:, :first], features, embeds[:, first + features.shape[1] :]], dim=1)
         else:
+            places = torch.from_numpy(layout.patches).to(embeds.device, non_blocking=True)
             embeds = embeds.scatter(1, places[..., None].expand(-1, -1, embeds.shape[2]), features)
         return Prefix(embeds, mask, finite)
 

@@ -71,6 +71,17 @@ def modules_of(model: nn.Module) -> Modules:
     return modules
 
 
+def first_parameter(module: nn.Module) -> nn.Parameter | None:
+    """The first of its `parameters()`, without the walk through all modules that torch begins for it."""
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            return parameter
+    for part in module._modules.values():
+        if part is not None and (found := first_parameter(part)) is not None:
+            return found
+    return None
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Without dropout and gradient checkpointing, also in train mode, which comes back when the last of the threads
@@ -108,4 +119,4 @@ def one_type(model: nn.Module) -> Iterator[None]:
         ) from error
 
 
-__all__ = ["Modules", "evaluation_mode", "modules_of", "one_type"]
+__all__ = ["Modules", "evaluation_mode", "first_parameter", "modules_of", "one_type"]

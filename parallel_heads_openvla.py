@@ -94,7 +94,7 @@ class ParallelTokenHead(TokenHead):
         probabilities = probabilities[..., 0].masked_fill(~finite, torch.nan)
         chosen = (token_ids, probabilities, entropies[..., 0], torch.ones_like(token_ids))
         wanted = distributions if choice.distributions else None
-        return self.prediction(decided, chosen, shape, sequence.dtype, wanted)
+        return self.prediction(decided, chosen, shape, model, wanted)
 
 
 class ResidualBlock(nn.Module):
@@ -176,7 +176,7 @@ class RegressionHead(ParallelTokenHead, ResidualMLP):
         count = self.num_tokens(shape)
         sequence = open_sequence(model, inputs, count, self.committed_tokens(inputs).tolist())
         predicted = self(sequence.hidden_states(model.language_model, count))
-        return _numbers(predicted, sequence.dtype)
+        return _numbers(predicted, model)
 
     def _check(self, shape: tuple[int, int], choice: Choice) -> None:
         if shape[1] != self.action_dim:
@@ -274,7 +274,7 @@ class DiffusionHead(RegressionHead):
             times = torch.full((len(sample),), time, device=sample.device)
             noise = self.forward_sequence(model, sequence, count, sample, times).predicted
             sample = scheduler.step(noise, time, sample).prev_sample
-        return _numbers(sample, embeds.dtype)
+        return _numbers(sample, model)
 
 
 NOT_INPUTS = ("labels", "actions", "executed", "action_is_pad")
@@ -299,9 +299,9 @@ def _mean(values: torch.Tensor, batch: dict[str, Any], decided: torch.Tensor) ->
     return (values * learned).sum() / learned.sum().clamp(min=1)
 
 
-def _numbers(predicted: torch.Tensor, dtype: torch.dtype) -> ActionPrediction:
+def _numbers(predicted: torch.Tensor, model: Any) -> ActionPrediction:
     numbers = predicted.float().cpu().numpy()
-    check_finite(numbers.reshape(len(numbers), -1), dtype)
+    check_finite(numbers.reshape(len(numbers), -1), model)
     return ActionPrediction(normalized_actions=numbers.astype(np.float64))
 
 

@@ -32,7 +32,8 @@ class Linear(nn.Linear):
     """torch's, with the fastest product for what it is given."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return product_for(input, self.weight, self.bias)(input, self.weight, self.bias)
+        weight, bias = self.weight, self.bias
+        return product_for(input, weight, bias)(input, weight, bias)
 
 
 LINEAR = (nn.Linear, Linear)  # the classes of layers that are this product and no more
@@ -57,8 +58,8 @@ def product_for(like: torch.Tensor, *parameters: Any) -> Product:
         type(like) is torch.Tensor
         and not torch.compiler.is_compiling()
         and not torch.is_grad_enabled()
-        and like.dtype == torch.float32
-        and like.device.type == "cpu"
+        and like.dtype is torch.float32
+        and like.is_cpu
         and like.layout is torch.strided
         and like.ndim > 1
         and not torch.is_autocast_enabled("cpu")
@@ -73,12 +74,19 @@ def product_for(like: torch.Tensor, *parameters: Any) -> Product:
 
 def fits(weight: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
     """Whether `onednn_linear` reads such weights as torch does."""
-    for tensor in (weight,) if bias is None else (weight, bias):
-        plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout is torch.strided
-        if not plain or tensor.dtype != torch.float32 or not tensor.is_cpu:
-            return False
+    if not (_is_plain(weight) and weight.ndim == 2):
+        return False
     # Of a bias it reads the memory, whatever the strides are.
-    return weight.ndim == 2 and (bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous()))
+    return bias is None or (_is_plain(bias) and bias.ndim == 1 and len(bias) == len(weight) and bias.is_contiguous())
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return (
+        type(tensor) in (torch.Tensor, nn.Parameter)
+        and tensor.layout is torch.strided
+        and tensor.dtype is torch.float32
+        and tensor.is_cpu
+    )
 
 
 @cache

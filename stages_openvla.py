@@ -14,13 +14,14 @@ import torch
 
 Watcher = Callable[[str], AbstractContextManager]
 STAGES = ("preprocessing", "vision", "prefill", "decode", "answer")
+_NOTHING = nullcontext()
 _WATCHER: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
 
 
 def stage(name: str) -> AbstractContextManager:
     """The block of a stage; nothing where nobody watches."""
     watcher = None if torch.compiler.is_compiling() else _WATCHER.get()
-    return nullcontext() if watcher is None else watcher(name)
+    return _NOTHING if watcher is None else watcher(name)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 
 from openvla.decoding_openvla import Steps, decode_tokens
 from openvla.graphs_openvla import plain_decoding
+from openvla.llama_openvla import LlamaSteps
 from openvla.observation import Observation
 from openvla.outputs_openvla import ActionPrediction
 from openvla.policy import OpenVLAPolicy
@@ -147,6 +148,7 @@ def drafts_for(tokens: np.ndarray, seed: int) -> list:
         ("of some rows", [None if row % 2 else rows[row] for row in range(len(rows))]),
         ("none", [None] * len(rows)),
         ("empty", [[]] * len(rows)),
+        ("empty and none", [None if row % 2 else [] for row in range(len(rows))]),
     ]
 
 
@@ -166,6 +168,19 @@ def test_tokens_do_not_depend_on_the_draft(model, constrained, dtype):
             np.testing.assert_allclose(found.token_probabilities, expected.token_probabilities, rtol=1e-4, atol=1e-6)
             passes = found.token_passes.reshape(-1, 7).max(axis=1)
             assert (passes <= 7).all() and (name not in ("right", "too long") or (passes == 1).all()), name
+
+
+def test_an_empty_draft_guesses_the_middle_of_every_range(model, monkeypatch):
+    inputs, given = prompts(2), []
+    prefill = LlamaSteps.prefill
+    monkeypatch.setattr(LlamaSteps, "prefill", lambda self, ids=None: given.append(ids) or prefill(self, ids))
+    model.predict_action(**inputs, draft=[[], None])
+    middle = int(model.action_tokenizer.encode(np.zeros(1))[0])
+    assert given[0].tolist() == [[middle] * 6] * 2
+    model.predict_action(**inputs, draft=[[150, 151], [150] * 9])
+    assert given[1].tolist() == [[150, 151, *[middle] * 4], [150] * 6]
+    assert model.predict_action(**inputs, draft=[None, None], return_dict=True).token_passes.max() == 7
+    assert given[2] is None
 
 
 def test_chunks_and_prefixes(chunked):
@@ -253,12 +268,12 @@ def test_a_policy_drafts_within_an_episode(model):
     for number in (1, 1, 2):
         assert acted(policy, seen(number)).tolist() == acted(plain, seen(number)).tolist()
     assert plain.model.drafts == [None] * 3 and plain.passes == [7]
-    assert policy.model.drafts[0] == [None] and policy.model.drafts[1][0].shape == (1, 7)
+    assert policy.model.drafts[0][0].shape == (0,) and policy.model.drafts[1][0].shape == (1, 7)
     acted(policy, seen(2))
     assert policy.passes == [1]
     policy.reset()
     acted(policy, seen(2))
-    assert policy.passes == [7]
+    assert policy.model.drafts[-1][0].shape == (0,) and policy.passes[0] > 1
     both = [seen(2, slot=0), seen(2, slot=5)]  # slot 5 has no draft yet
     policy.act(both)
     policy.act(both)

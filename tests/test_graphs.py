@@ -49,8 +49,8 @@ def details(model, inputs, **options):
     return model.predict_action(**inputs, return_dict=True, **options)
 
 
-def check(model, plain, inputs, replays: int, **options):
-    """Same tokens as `plain`, after so many replays."""
+def check(model, plain, inputs, replays: int | None = None, **options):
+    """Same tokens as `plain`, after so many replays; None: as many as it takes passes, more than one."""
     Again.replayed = 0
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -58,7 +58,8 @@ def check(model, plain, inputs, replays: int, **options):
     expected = details(plain, inputs, **options)
     assert found.token_ids.tolist() == expected.token_ids.tolist()
     np.testing.assert_allclose(found.token_probabilities, expected.token_probabilities, rtol=1e-4, atol=1e-6)
-    assert Again.replayed == replays
+    passes = expected.token_passes.max()
+    assert Again.replayed == replays if replays is not None else Again.replayed == passes > 1
     return found
 
 
@@ -75,8 +76,8 @@ def test_every_prompt_has_the_graphs_of_the_next_length(plain):
             assert (check(model, plain, inputs, 1, draft=draft).token_passes == 1).all()
             draft = draft.copy()
             draft[:, 2] = 150
-            passes = details(plain, inputs, draft=draft).token_passes.max()
-            assert passes >= 2 and check(model, plain, inputs, passes, draft=draft).token_passes.max() == passes
+            found = check(model, plain, inputs, draft=draft)
+            assert found.token_passes.max() == Again.replayed
     assert Again.recorded == 12
 
 

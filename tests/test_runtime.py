@@ -192,17 +192,20 @@ def test_an_episode_begins_after_what_runs_has_ended(policy):
     assert policy._draft is None
 
 
-def test_what_remains_of_a_chunk_is_the_draft(policy):
+def test_what_remains_of_a_chunk_is_the_draft(policy, monkeypatch):
     policy._draft = np.arange(700, 714).reshape(2, 7)
     assert policy._shifted((2, 7), 0) == [*range(700, 714)]
     assert policy._shifted((2, 7), 1) == policy._shifted((2, 7), None) == [*range(707, 714)] * 2
-    assert policy._shifted((1, 7), None) == []  # of a model of another dataset
+    middle = policy.action_tokenizer.encode(np.zeros(7)).tolist()
+    assert policy._shifted((1, 7), None) == middle  # of a model of another dataset
     assert policy._shifted((2, 7), np.int64(1)) == policy._shifted((2, 7), 1)  # a difference of counted steps
     for executed in (3, -1, True, 1.0):
         with pytest.raises(ValueError, match="from 0 to 2"):
             policy._shifted((2, 7), executed)
     policy.reset()
-    assert policy._shifted((2, 7), None) == []
+    assert policy._shifted((2, 7), None) == [] and policy._shifted((1, 7), None) == middle
+    monkeypatch.setattr(policy, "drafts", False)
+    assert policy._shifted((1, 7), None) == []
 
 
 # Without torch --------------------------------------------------------------------------------------------------------

@@ -272,7 +272,7 @@ class OnnxPolicy:
         pixels = self.pixels.normalized(frames)
         if (size := pixels.shape[-2:]) != (taken := tuple(self.pixels.input_sizes[0][1:])):  # with do_resize false
             raise ValueError(f"An image of {size[1]}x{size[0]} pixels: this model takes {taken[1]}x{taken[0]} alone.")
-        check_largest_pixel(float(np.abs(pixels).max()))
+        check_largest_pixel(max(-float(pixels.min()), float(pixels.max())))  # NaN if one value is
         return pixels.reshape(1, -1, *pixels.shape[2:])
 
     def _state(self, state: Any, key: str, mode: str) -> np.ndarray | None:
@@ -295,12 +295,15 @@ class OnnxPolicy:
         return row.astype(np.float32)[None]
 
     def _shifted(self, shape: tuple[int, int], executed: int | None) -> list[int]:
-        """The last chunk without the steps that were executed, its last step repeated; nothing after `reset`."""
+        """The last chunk without the steps that were executed, its last step repeated. After `reset` the middle of
+        every range, of a model that predicts one step; nothing of a chunk, see `OpenVLAPolicy`."""
         whole = isinstance(executed, (int, np.integer)) and not isinstance(executed, bool)
         if executed is not None and not (whole and 0 <= executed <= shape[0]):
             raise ValueError(f"executed={executed!r}: expected a number of steps from 0 to {shape[0]}.")
-        if not self.drafts or self._draft is None or self._draft.shape != shape:
+        if not self.drafts:
             return []
+        if self._draft is None or self._draft.shape != shape:
+            return self.action_tokenizer.encode(np.zeros(shape)).reshape(-1).tolist() if shape[0] == 1 else []
         steps = np.arange(shape[0]) + (shape[0] if executed is None else executed)
         return self._draft[np.minimum(steps, shape[0] - 1)].reshape(-1).tolist()
 
