@@ -4,7 +4,8 @@ An adapter speaks the units of its own training, from its own prompts and pixels
 adapter's folder but what stands in adapter_config.json; there, under the free `auto_mapping`, a run keeps it:
 
     {"openvla": {"norm_stats": {...}, "processor": {"image_processor": {...}, "prompt_template": "..."},
-                 "model": {"action_chunk": 1, "camera_names": ["primary"]}, "base_digest": "..."}}
+                 "model": {"action_chunk": 1, "camera_names": ["primary"]}, "base_digest": "...",
+                 "adapter_digest": "..."}}
 """
 
 import os
@@ -18,7 +19,7 @@ from safetensors import safe_open
 from transformers.utils import cached_file
 
 from .action_tokenizer import check_statistics, read_statistics
-from .files_openvla import QUIET, cache_folder, check_file, local_folder, read_json, weights_digest
+from .files_openvla import QUIET, cache_folder, check_file, file_digest, local_folder, read_json, weights_digest
 from .image_processing_openvla import OpenVLAImageProcessor
 from .processing_openvla import OpenVLAProcessor
 from .processor_files_openvla import STARTED, hub_options, pixels_of_older_run
@@ -26,7 +27,7 @@ from .weights_openvla import WEIGHTS_FILES
 
 
 KEY = "openvla"
-ADAPTER = "adapter_config.json"
+ADAPTER, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Fields of the configuration that training may change
 OF_MODEL = ("action_chunk", "camera_names", "normalization", "constant_state", "prefix_training")
 EMBEDDED_POLICY = "embedded policy"  # the name of the base that comes with the package
@@ -58,6 +59,7 @@ def read_belongings(adapter: str | os.PathLike, **hub: Any) -> dict[str, Any]:
     if config is None:
         raise FileNotFoundError(f"'{adapter}' holds no adapter ({ADAPTER}): is it the output of a lora run?")
     found = belongings(read_json(config))
+    _check_own(Path(config).parent, found.pop("adapter_digest", None), found)
     statistics = file("dataset_statistics.json")
     if said := {} if statistics is None else read_statistics(statistics):
         if found.get("norm_stats") and found["norm_stats"] != said:
@@ -84,10 +86,23 @@ def read_belongings(adapter: str | os.PathLike, **hub: Any) -> dict[str, Any]:
     return found
 
 
+def _check_own(folder: Path, digest: str | None, found: Mapping[str, Any]) -> None:
+    """Warn where the weights of an adapter are not those that were saved with its adapter_config.json: of another run
+    they fit as well, and act in units that are not theirs."""
+    weights = folder / WEIGHTS
+    if digest is not None and weights.is_file() and file_digest(weights) != digest:
+        warnings.warn(
+            f"'{weights}' is not the file that was saved with its {ADAPTER}, of which units "
+            f"({', '.join(found.get('norm_stats', {}))}), prompts and pixels are. If it is of another run, take the "
+            "complete folder of that one: its actions are wrong here.",
+            stacklevel=4,
+        )
+
+
 def adapter_names(adapter: str | os.PathLike, hub: Mapping[str, Any]) -> list[str] | None:
     """Names of the tensors of an adapter, a folder or Hub id; None where it is not stored as safetensors."""
     hub = hub_options(hub)
-    file = cached_file(os.fspath(adapter), "adapter_model.safetensors", **QUIET, **hub)
+    file = cached_file(os.fspath(adapter), WEIGHTS, **QUIET, **hub)
     if file is None:
         return None
     with safe_open(check_file(file, "weights file of the adapter"), framework="pt") as stored:

@@ -578,6 +578,32 @@ def test_statistics_of_another_run_beside_an_adapter_are_said(place):
         assert list(OpenVLAForActionPrediction.from_pretrained(other).norm_stats) == ["theirs"]
 
 
+def test_weights_of_another_run_beside_an_adapter_are_said(place):
+    """They fit as well, and acted in the units of the run whose folder they were copied into, silently."""
+    other = train(place / "base", place / "other", seed=1)
+    shutil.copyfile(other / "adapter_model.safetensors", place / "run" / "adapter_model.safetensors")
+    for load in (
+        lambda: OpenVLAForActionPrediction.from_pretrained(place / "run"),
+        lambda: OpenVLAForActionPrediction.from_pretrained(place / "base").load_adapter(str(place / "run")),
+        lambda: merge_adapter(place / "run", place / "merged"),
+    ):
+        with pytest.warns(UserWarning, match=r"is not the file that was saved with its adapter_config.json.*\(mine\)"):
+            load()
+
+
+@pytest.mark.filterwarnings("error:.*is not the file that was saved")
+def test_weights_that_peft_saves_again_are_their_own(place):
+    """Trained further by PEFT: the digest of the file before would not be theirs."""
+    base = OpenVLAForActionPrediction.from_pretrained(place / "base")
+    model = peft.PeftModel.from_pretrained(base, place / "run", is_trainable=True)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data += 0.1
+    model.save_pretrained(place / "again")
+    for folder in (place / "again", place / "run", place / "run" / "checkpoints" / "checkpoint-1"):
+        OpenVLAForActionPrediction.from_pretrained(place / "base").load_adapter(str(folder))
+
+
 # What others get
 
 

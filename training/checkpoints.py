@@ -16,6 +16,7 @@ from transformers.utils import cached_file
 from ..adapters_openvla import (
     ADAPTER,
     KEY,
+    WEIGHTS,
     belongings,
     check_base,
     find_adapter,
@@ -26,7 +27,7 @@ from ..adapters_openvla import (
 )
 from ..configuration_openvla import OpenVLAConfig
 from ..data.collate import ActionCollator
-from ..files_openvla import read_json
+from ..files_openvla import file_digest, read_json
 from ..folders import new_folder, write_json
 from ..model_card import model_card
 from ..modeling_openvla import OpenVLAForActionPrediction
@@ -95,6 +96,7 @@ def _complete_adapter(model: Any, folder: Path, processor: OpenVLAProcessor, sta
             **belongings(model.peft_config["default"]),
             "norm_stats": statistics,
             "processor": of_processor(processor.to_dict()),
+            "adapter_digest": file_digest(folder / WEIGHTS),
         },
     }
     write_json(folder / ADAPTER, content)
