@@ -5,6 +5,7 @@ same queue. Who watches gets the newest step and never a queue of old ones.
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,7 @@ from .live import JPEG_QUALITY
 from .wire import picture_file
 
 
+logger = logging.getLogger(__name__)
 SESSION = "simulator of the page"
 MOST_WATCHERS = 32  # that wait for the next step; further ones get the last one at once
 PATIENCE = 30.0  # seconds that an episode waits for one answer
@@ -61,9 +63,10 @@ class Simulator:
 
 @dataclass
 class Step:
-    """What a viewer gets. `number` grows with everything that is new."""
+    """What a viewer gets. `number` grows with everything that is new, `episode` with each that begins."""
 
     number: int = 0
+    episode: int = 0
     running: bool = False
     task: str = ""
     seed: int = 0
@@ -90,7 +93,7 @@ class Episodes:
         self.last = Step(max_steps=simulator.max_steps)
         self._task: asyncio.Task[None] | None = None
         self._stopped, self._reworded = False, False
-        self._session, self._count = SESSION, 0
+        self._session = SESSION
         self._news, self._watchers = asyncio.Event(), 0
 
     def start(self, task: str, seed: int = 0, instruction: str = "") -> None:
@@ -108,12 +111,13 @@ class Episodes:
         if not 0 <= seed < len(seeds):
             raise BadRequest(f"seed={seed}: expected 0 to {len(seeds) - 1}.")
         known = (key for key in self.simulator.unnorm_keys if key in self.info.datasets)
+        count = self.last.episode + 1
         self.last = Step(
-            self.last.number, running=True, task=task, seed=seed, instruction=check_words(instruction or tasks[task]),
-            unnorm_key=self.info.key(next(known, None)), max_steps=self.simulator.max_steps,
+            self.last.number, count, running=True, task=task, seed=seed,
+            instruction=check_words(instruction or tasks[task]), unnorm_key=self.info.key(next(known, None)),
+            max_steps=self.simulator.max_steps,
         )  # fmt: skip
-        self._count += 1
-        self._stopped, self._session = False, f"{SESSION}, episode {self._count}"
+        self._stopped, self._reworded, self._session = False, False, f"{SESSION}, episode {count}"
         self._show(message="The simulator starts.")
         self._task = asyncio.create_task(self._run(task, seeds[seed]))
 
@@ -165,10 +169,18 @@ class Episodes:
             said = await self._drive(world, observation)
         except (Refusal, RuntimeError) as error:
             said = str(error)
+        except Exception:  # of whatever a simulator raises
+            logger.exception("An episode of task %r broke.", task)
         finally:
+            await self._close(world)
+            self._show(running=False, message=said)
+
+    async def _close(self, world: World | None) -> None:
+        try:
             if world is not None:
                 await asyncio.to_thread(world.close)
-            self._show(running=False, message=said)
+        except Exception:  # it is over all the same
+            logger.exception("A simulator could not be closed.")
 
     async def _drive(self, world: World, observation: Observation) -> str:
         """Steps until the end; what became of it, in words."""

@@ -1,5 +1,6 @@
 """Which robots ask: the last that each was seen to see, and how it was answered. Bounded, and in memory only."""
 
+import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -23,7 +24,8 @@ class Robot:
     """A session, or all requests that name none.
 
     Attributes:
-        number: Of this view, for addresses: names are the clients'.
+        number: Of this view, for addresses: names are the clients'. Higher than those before, and of no other server: a
+            page that is open outlives servers, and would show the picture of one robot beside the name of another.
         at: When it asked last, by the clock of the view.
         frame: How often it asked.
         pictures: Camera -> (H, W, 3) uint8 of at most SIDE pixels.
@@ -61,7 +63,7 @@ class LiveView:
     def __init__(self, *, frames: bool = True, clock: Callable[[], float] = time.monotonic):
         self.frames, self._clock = frames, clock
         self._robots: OrderedDict[str | None, Robot] = OrderedDict()  # by session, the latest at the end
-        self._count = 0
+        self._count = secrets.randbelow(2**40)
 
     def asked(self, request: Request) -> Robot | None:
         """A request came in. None of those of the page, which want distributions: no robot does."""

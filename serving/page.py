@@ -19,7 +19,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.requests import Request as HTTPRequest
 
 from ..options.serving import Limits
-from .contract import Answer, BadRequest, Dataset, Engine, NotThere, Request
+from .contract import Answer, BadRequest, Dataset, Engine, ModelInfo, NotThere, Request
 from .episodes import Episodes, Step
 from .live import LiveView
 from .rest import read_body, unless_gone
@@ -77,7 +77,7 @@ def page_routes(
             "seeds": len(episodes.simulator.seeds),
         }
         shown = [{"name": name, "instruction": instruction} for name, instruction in pictures.items()]
-        return _json({**asdict(engine.info), "examples": shown, "frames": live.frames, "simulator": simulator})
+        return _json(engine.info, **asdict(engine.info), examples=shown, frames=live.frames, simulator=simulator)
 
     @router.get("/page/examples/{name}")
     async def example(name: str) -> Response:
@@ -90,13 +90,12 @@ def page_routes(
         with asked("page"):
             request = replace(await read(http), distributions=True)
             answer = await unless_gone(http, ask(request))
-        return _json(
-            answer_content(answer, engine.info.datasets[request.unnorm_key]) | {"unnorm_key": request.unnorm_key}
-        )
+        dataset = engine.info.datasets[request.unnorm_key]
+        return _json(engine.info, **answer_content(answer, dataset), unnorm_key=request.unnorm_key)
 
     @router.get("/page/robots")
     async def robots() -> Response:
-        return _json({"robots": live.robots()})
+        return _json(engine.info, robots=live.robots())
 
     @router.get("/page/robots/{number}/{camera}")
     async def picture(number: int, camera: int) -> Response:
@@ -124,21 +123,21 @@ def add_episodes(router: APIRouter, episodes: Episodes) -> None:
     async def start(http: HTTPRequest) -> Response:
         given = await read_words(http, task=str, seed=int, instruction=str)
         episodes.start(given.get("task", ""), given.get("seed", 0), given.get("instruction", ""))
-        return _json(step_content(episodes.last))
+        return _json(episodes.info, **step_content(episodes.last))
 
     @router.post("/page/episode/instruction")
     async def reword(http: HTTPRequest) -> Response:
         episodes.reword((await read_words(http, instruction=str)).get("instruction", ""))
-        return _json(step_content(episodes.last))
+        return _json(episodes.info, **step_content(episodes.last))
 
     @router.get("/page/episode")
     async def newest(after: int = -1) -> Response:
-        return _json(step_content(await episodes.after(after)))
+        return _json(episodes.info, **step_content(await episodes.after(after)))
 
     @router.post("/page/episode/stop")
     async def stop() -> Response:
         episodes.stop()
-        return _json({})
+        return _json(episodes.info)
 
 
 async def read_words(http: HTTPRequest, **kinds: type) -> dict[str, Any]:
@@ -191,5 +190,7 @@ def step_content(step: Step) -> dict[str, Any]:
     return {**asdict(step), "jpeg": base64.b64encode(step.jpeg).decode()}
 
 
-def _json(content: Any) -> Response:
-    return JSONResponse(content, headers=HEADERS)
+def _json(info: ModelInfo, **content: Any) -> Response:
+    """Of which model it is, stands in each answer: a page that is open outlives servers, and knows units and names of
+    the model that it was opened with."""
+    return JSONResponse({**content, "digest": info.digest}, headers=HEADERS)

@@ -11,10 +11,12 @@ import pytest
 import uvicorn
 from fake_serving import FakeModel, request
 from PIL import Image
-from test_serving_page import XSS, FakeEngine, FakeWorld, page_app, simulator
+from test_serving_page import XSS, Clock, FakeEngine, FakeWorld, page_app, simulator
 
 from openvla.serving.contract import Busy
 from openvla.serving.episodes import Episodes
+from openvla.serving.live import LiveView
+from openvla.serving.page import step_content
 
 
 pytestmark = pytest.mark.chromium
@@ -40,7 +42,7 @@ class Served:
 
     def __init__(self, engine: FakeEngine, episodes: Episodes | None = None, key: str | None = None):
         app = page_app(engine, episodes, key=key)
-        self.engine = engine
+        self.engine, self.episodes = engine, episodes
         self.server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=1))
         self._thread = threading.Thread(target=lambda: asyncio.run(self.server.serve()), daemon=True)
 
@@ -190,6 +192,44 @@ def test_errors_come_in_words(serve, visit):
     assert page.locator("#numbers .number").count() == 0  # nothing old beside a new picture
 
 
+def test_what_is_shown_is_asked_also_where_the_file_has_changed(serve, visit, tmp_path):
+    """As where a program writes each frame to the same file. The browser refused to send it, and the page said that
+    the server does not answer."""
+    served = serve()
+    page = visit(served.url)
+    for level in (50, 100):
+        Image.fromarray(np.full((40, 60, 3), level, np.uint8)).save(tmp_path / "frame.png")
+        if level == 50:
+            page.set_input_files("input[type=file]", tmp_path / "frame.png")
+            page.locator(".picture img[src^=blob]").first.wait_for()
+    page.fill("#instruction", "lift the lid")
+    page.click("#act")
+    page.locator("#numbers .number").first.wait_for()
+    assert served.engine.requests[0].observation.images["primary"].mean() == 50
+    (tmp_path / "frame.png").unlink()
+    page.set_input_files("input[type=file]", [])
+    assert page.locator("#trouble").is_hidden()
+
+
+def test_numbers_of_another_model_are_not_shown_as_those_of_the_first(serve, visit):
+    """A server that was started again at the same address: its numbers may have other names and units."""
+    served = serve()
+    served.engine.live.asked(request(session="arm-1"))
+    page = visit(served.url)
+    predict(page)
+    page.locator(".robot").wait_for()
+    served.engine.info = replace(served.engine.info, model="another")
+    page.click("#act")
+    page.locator("#trouble", has_text="another model: reload this page").wait_for()
+    assert page.locator("#numbers .number").count() == 0
+    page.locator("#no-robots", has_text="another model").wait_for()
+    assert page.locator(".robot").count() == 0
+    page.reload()
+    page.locator("#model", has_text="another").wait_for()
+    predict(page)
+    assert page.locator("#trouble").is_hidden()
+
+
 # Strangers ------------------------------------------------------------------------------------------------------------
 
 
@@ -292,6 +332,16 @@ def test_robots_are_shown_as_they_ask(serve, visit):
     assert page.locator(".robot img").evaluate_all("images => images.map((image) => image.naturalWidth)") == [16, 24]
 
 
+def test_a_robot_that_waits_is_not_called_silent(serve, visit):
+    clock = Clock()
+    engine = FakeEngine(live=LiveView(clock=clock))
+    engine.live.asked(request(session="arm-1"))
+    clock.now += 60  # a model that hangs
+    page = visit(serve(engine).url)
+    page.locator(".robot .mark.bad").wait_for()
+    assert "waiting, seen 60 s ago" in page.locator(".robot").inner_text()
+
+
 def test_robots_of_a_server_that_is_gone_are_shown_no_more(serve, visit):
     served = serve()
     page = visit(served.url, expect=["Failed to load resource"])
@@ -322,6 +372,7 @@ def test_bins_of_any_number_fill_the_paper(serve, visit, bins):
 
 def test_an_episode_is_watched_reworded_and_stopped(serve, visit):
     gate, engine = threading.Semaphore(2), FakeEngine()
+    digest = engine.info.digest
     served = serve(engine, episodes=Episodes(simulator(lambda cameras: FakeWorld(gate=gate), max_steps=500), engine))
     page = visit(served.url)
     page.select_option("#task", "push")
@@ -339,6 +390,11 @@ def test_an_episode_is_watched_reworded_and_stopped(serve, visit):
     gate.release(500)
     page.locator("#episode-words", has_text="Stopped.").wait_for()
     assert page.locator("#start").is_enabled() and page.locator("#stop").is_disabled()
+    # Of another one nothing is drawn into the traces of this one, also where its beginning was not seen.
+    later = replace(served.episodes.last, number=10_000, episode=2, step=300)
+    page.route("**/page/episode?*", lambda route: route.fulfill(json={**step_content(later), "digest": digest}))
+    page.locator("#episode-words", has_text="step 300 of 500").wait_for()
+    assert page.locator("#traces .trace polyline").first.get_attribute("points").count(",") == 1
     assert engine.requests[-1].observation.instruction == "lift the lid please"
 
 

@@ -319,7 +319,8 @@ def test_robots_as_they_were_seen_last():
     robots = page(FakeEngine(live=live)).get("/page/robots").json()["robots"]
     assert [robot["name"] for robot in robots] == ["", "a", "b"]
     _, a, b = robots
-    expected = {"number": 1, "frame": 2, "instruction": XSS, "state": "answered", "age": 2.0, "latency_ms": 12.5}
+    expected = {"frame": 2, "instruction": XSS, "state": "answered", "age": 2.0, "latency_ms": 12.5}
+    assert b["number"] == a["number"] - 1  # in the order in which they came
     assert b | expected | {"outcomes": {"answered": 2}} == b and b["action"][0] == 0.2
     assert a["outcomes"] == {"late": 1} and a["waiting"] == 1
     live.told(waiting, "gone", 5.0)
@@ -334,13 +335,33 @@ def test_the_last_picture():
     seen(live, request(10, session="a"))
     seen(live, request(200, session="a"))
     client = page(FakeEngine(live=live))
-    response = client.get("/page/robots/1/0")
+    (robot,) = live.robots()
+    number = robot["number"]
+    response = client.get(f"/page/robots/{number}/0")
     with Image.open(io.BytesIO(response.content)) as picture:
         assert picture.format == "JPEG" and abs(int(np.asarray(picture).mean()) - 200) < 4
     assert response.headers["cache-control"] == "no-store"
-    for path in ("1/1", "2/0", "1/-1", "0/0"):
+    for path in (f"{number}/1", f"{number + 1}/0", f"{number}/-1", "0/0"):
         assert client.get(f"/page/robots/{path}").status_code == 404
     assert client.get("/page/robots/a/b").status_code == 422
+
+
+def test_no_robot_has_the_number_of_another_server_s():
+    """A page that was open all the time showed the picture of the first beside the name of the second."""
+    views = [LiveView(), LiveView()]
+    for live in views:
+        seen(live, request(session="a"))
+    first, second = ({robot["number"] for robot in live.robots()} for live in views)
+    assert not first & second
+
+
+def test_each_answer_says_of_which_model_it_is():
+    engine = FakeEngine()
+    client = page(engine, episodes=Episodes(simulator(), engine))
+    asked = [client.get(f"/page/{name}") for name in ("about", "robots", "episode")]
+    asked.append(client.post("/page/act", **form()))
+    asked.append(client.post("/page/episode/stop"))
+    assert {answer.json()["digest"] for answer in asked} == {engine.info.digest}
 
 
 def test_without_frames_no_picture_is_kept():
@@ -357,7 +378,7 @@ def test_the_live_view_is_bounded():
     for number in range(2 * MOST_ROBOTS):
         seen(live, replace(request(session=f"{number}" + "s" * 1000), observation=large), outcome="busy")
     robots = live.robots()
-    assert len(robots) == MOST_ROBOTS and robots[0]["number"] == 2 * MOST_ROBOTS
+    assert len(robots) == MOST_ROBOTS and robots[0]["name"].startswith(f"{2 * MOST_ROBOTS - 1}s")
     for robot, kept in zip(robots, live._robots.values()):
         assert len(robot["name"]) == len(robot["instruction"]) == 200
         assert len(robot["proprio"]) == MOST_NUMBERS and robot["pictures"] == MOST_CAMERAS
@@ -472,6 +493,23 @@ def test_an_episode_that_cannot_go_on_says_why(engine, make, said):
     last = run(Episodes(simulator(make), engine), "lift")
     assert last.message.startswith(said) and last.success is None and not last.running
     assert FakeWorld.closed == closed + 1
+
+
+class Broken(FakeWorld):
+    """Raises what no world should."""
+
+    def step(self, action):
+        raise KeyError("the name of a joint")
+
+    def close(self):
+        raise OSError("the lid is stuck")
+
+
+def test_what_a_world_raises_is_in_the_log_at_once(caplog):
+    """And the episode is over, also where the world cannot be closed."""
+    last = run(Episodes(simulator(Broken), FakeEngine()), "lift")
+    assert last.message == "The episode broke; the log of the server says why." and not last.running
+    assert "the name of a joint" in caplog.text and "the lid is stuck" in caplog.text
 
 
 def test_an_episode_waits_while_the_server_is_busy():

@@ -3,6 +3,7 @@
 const KEY = "openvla-key";
 const ASKED = "This server asks for a key. It stays in this tab.";
 let asking = null; // the dialog that is open: all requests wait for the same one
+let model = null; // of which the page knows names and units: that of the first answer
 
 // Answers of the routes under page/; an Error in words for people if there is none.
 // quiet: of requests that repeat by themselves, which do not ask for the key.
@@ -24,7 +25,10 @@ export async function call(path, { quiet = false, ...options } = {}) {
 }
 
 export async function json(path, options) {
-  return (await call(path, options)).json();
+  const found = await (await call(path, options)).json();
+  model ??= found.digest;
+  if (found.digest !== model) throw new Error("The server was started again with another model: reload this page.");
+  return found;
 }
 
 export function post(path, content) {

@@ -27,10 +27,19 @@ function addCamera(name, first) {
   const compass = first ? make("svg", { class: "compass", viewBox: "0 0 120 120", id: "compass", "aria-hidden": "true" }) : null;
   image.hidden = true;
   const area = make("label", { class: "picture drop" }, input, image, compass, hint);
-  const show = (file) => {
-    pictures.set(name, file);
+  let last; // that was chosen: of two files the older may be read last
+  const show = async (file) => {
+    last = file;
+    let picture;
+    try { // a copy: what is shown is asked, whatever becomes of the file
+      picture = new Blob([await file.arrayBuffer()], { type: file.type });
+    } catch {
+      return trouble(new Error("The browser cannot read this file: choose it again."));
+    }
+    if (file !== last) return;
+    pictures.set(name, picture);
     URL.revokeObjectURL(image.src);
-    image.src = URL.createObjectURL(file);
+    image.src = URL.createObjectURL(picture);
     image.alt = `What ${name} sees`;
     image.hidden = false;
     hint.hidden = true;
@@ -59,7 +68,7 @@ function addExample(example, shows) {
   button.onclick = async () => {
     try {
       const blob = await loaded;
-      for (const show of shows) show(blob);
+      for (const show of shows) await show(blob);
       the("instruction").value = example.instruction;
       await predict();
     } catch (error) {

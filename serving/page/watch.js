@@ -54,8 +54,8 @@ function ago(seconds) {
 }
 
 function condition(robot) {
+  if (robot.waiting) return [robot.age > 5 ? "bad" : "good", "waiting"]; // of a robot that waits the server is silent
   if (robot.age > 5) return ["silent", robot.state === "ended" ? "ended" : "silent"];
-  if (robot.waiting) return ["good", "waiting"];
   return [robot.state === "answered" ? "good" : "bad", robot.state];
 }
 
@@ -102,6 +102,7 @@ function showImages(card, blobs) {
 
 let running = false; // whether an episode is
 const history = []; // [step, action] of it, those that were seen
+let episode = 0; // which one it is of
 
 export async function openSimulator(about, trouble) {
   const { tasks, seeds, name } = about.simulator;
@@ -136,6 +137,7 @@ export async function openSimulator(about, trouble) {
     } catch (error) {
       the("episode-words").textContent = error.message;
       after = -1; // a server that was started again counts from 0
+      history.length = 0;
       await pause(2000);
     }
   }
@@ -143,6 +145,8 @@ export async function openSimulator(about, trouble) {
 
 function showEpisode(step, about) {
   running = step.running;
+  if (step.episode !== episode) history.length = 0; // a tab that is not looked at misses complete episodes
+  episode = step.episode;
   the("start").disabled = running;
   the("reword").disabled = the("stop").disabled = !running;
   the("progress").max = step.max_steps;
@@ -164,7 +168,6 @@ function showEpisode(step, about) {
     return;
   }
   drawCompass(the("world-compass"), dataset, [step.action]);
-  if (history.at(-1)?.[0] > step.step) history.length = 0; // another episode, whose beginning was not seen
   if (history.at(-1)?.[0] !== step.step) history.push([step.step, step.action]);
   the("traces").replaceChildren(...dataset.spec.names.flatMap((name, dim) => {
     const low = dataset.low[dim] ?? -1, high = dataset.high[dim] ?? 1;
