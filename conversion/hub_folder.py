@@ -226,6 +226,18 @@ def check_weights(config: OpenVLAConfig, shapes: Mapping[str, tuple[int, ...]], 
     )
 
 
+def read_as(name: str, tensor: LazyTensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """A copy in a type (None: its own); a `ValueError` if it is not finite, or becomes so in that type."""
+    stored = tensor.read()
+    value = stored.to(dtype or stored.dtype, copy=True).contiguous()
+    if value.is_floating_point() and value.element_size() > 1 and not value.isfinite().all():
+        why = "holds NaN or infinite values: it was damaged, or its training diverged"
+        if stored.isfinite().all():
+            why = f"has numbers that {str(dtype).removeprefix('torch.')} cannot hold: take bfloat16"
+        raise ValueError(f"{name} {why}.")
+    return value
+
+
 def write_weights(
     folder: Path, tensors: Mapping[str, LazyTensor], dtype: torch.dtype | None, max_shard_size: int | str
 ) -> None:
@@ -241,13 +253,7 @@ def write_weights(
     }
     split = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_size)
     for file, names in split.filename_to_tensors.items():
-        shard = {name: tensors[name].read().to(sizes[name].dtype, copy=True).contiguous() for name in names}
-        for name, value in shard.items():
-            if value.is_floating_point() and value.element_size() > 1 and not value.isfinite().all():
-                why = "holds NaN or infinite values: it was damaged, or its training diverged"
-                if tensors[name].read().isfinite().all():
-                    why = f"has numbers that {str(value.dtype).removeprefix('torch.')} cannot hold: take bfloat16"
-                raise ValueError(f"{name} {why}.")
+        shard = {name: read_as(name, tensors[name], sizes[name].dtype) for name in names}
         try:
             save_file(shard, folder / file, metadata={"format": "pt"})
         except SafetensorError as error:  # a full disk, mostly

@@ -28,6 +28,7 @@ from .hub_folder import (
     check_unquantized,
     check_weights,
     expected_shapes,
+    read_as,
     read_weights,
     write_companions,
     write_weights,
@@ -314,8 +315,8 @@ def export_prismatic_checkpoint(
         The run folder.
 
     Raises:
-        ValueError: If the model is one that the original does not know, an adapter or quantized, or `output` is not
-            empty.
+        ValueError: If the model is one that the original does not know, an adapter or quantized, its weights are not
+            finite, or `output` is not empty.
     """
     if dtype is not None:
         check_choice("dtype", dtype, DTYPES)
@@ -344,8 +345,7 @@ def export_prismatic_checkpoint(
     parts: dict[str, OrderedDict[str, torch.Tensor]] = {part: OrderedDict() for part in PARTS}
     for name, tensor in tensors.items():
         part, _, theirs = rename(name, table, back=True).partition(".")
-        values = tensor.read()
-        parts[part][theirs] = values if dtype is None else values.to(DTYPES[dtype])
+        parts[part][theirs] = read_as(name, tensor, None if dtype is None else DTYPES[dtype])
     with new_folder(output, overwrite) as folder:
         (folder / LATEST).parent.mkdir()
         try:

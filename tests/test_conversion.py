@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from openvla import OpenVLAConfig, OpenVLAForActionPrediction, OpenVLAProcessor
 from openvla.conversion import convert_prismatic_checkpoint, export_prismatic_checkpoint, prismatic
@@ -385,6 +385,17 @@ def test_code_in_a_checkpoint_is_not_run(tiny, tmp_path):
     with pytest.raises(ValueError, match="cannot be read as a torch checkpoint of tensors alone"):
         convert(run, tmp_path / "out", tiny)
     assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize(("value", "message"), [(1e6, "numbers that float16 cannot hold"), (np.nan, "NaN or infinite")])
+def test_weights_that_are_not_finite_are_not_exported(tiny, tmp_path, run, value, message):
+    folder = convert(run, tmp_path / "model", tiny)
+    weights = load_file(folder / "model.safetensors")
+    weights["projector.fc1.bias"][0] = value
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"projector.fc1.bias .*{message}"):
+        export_prismatic_checkpoint(folder, tmp_path / "exported", dtype="float16")
+    assert not (tmp_path / "exported").exists()
 
 
 def test_latest_step_stands_for_a_run(tiny, tmp_path):
