@@ -36,6 +36,9 @@ CONFIG_FIELDS = (
     "llm_max_length", "pad_token_id", "image_token_id", "empty_token_id", "action_vocab_size", "n_action_bins",
     "action_chunk", "proprio_dim",
 )  # fmt: skip
+WINDOWS = (  # how far a position sees, as language models call it
+    "sliding_window", "sliding_window_size", "window_size", "attention_window_size", "attention_chunk_size",
+)  # fmt: skip
 TEXT_FIELDS = ("model_type", "bos_token_id", "eos_token_id", "vocab_size")
 
 
@@ -96,7 +99,10 @@ def check_exportable(config: OpenVLAConfig) -> None:
     """Raise a `ValueError` for a model that the graphs cannot stand for."""
     text = config.text_config
     positions = getattr(text, "max_position_embeddings", None) or config.llm_max_length
-    window = getattr(text, "sliding_window", None)
+    windows = {name: getattr(text, name, None) for name in WINDOWS}
+    narrow = next((name for name, size in windows.items() if isinstance(size, int) and 0 < size < positions), "")
+    if narrow == "window_size" and "local" not in getattr(text, "attention_layers", ["local"]):
+        narrow = ""  # of GPT-Neo, where no layer has it
     problem = None
     if config.action_head != "tokens":
         problem = f"action_head='{config.action_head}': only token heads ('tokens') are exported"
@@ -108,8 +114,8 @@ def check_exportable(config: OpenVLAConfig) -> None:
         problem = f"its rotary embedding depends on the length of a sequence (rope_type='{min(changing)}')"
     elif not getattr(text, "is_causal", True) or getattr(text, "use_bidirectional_attention", None):
         problem = "its language model sees behind a position as well (is_causal, use_bidirectional_attention)"
-    elif window is not None and window < positions:
-        problem = f"its language model sees {window} positions back only (sliding_window)"
+    elif narrow:
+        problem = f"its language model sees {windows[narrow]} positions back only ({narrow})"
     elif set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
         problem = (
             f"its language model has layers of {sorted(set(text.layer_types))}, which have no plain key/value cache"

@@ -163,7 +163,52 @@ def write_language_model(file: Path, model: OpenVLAForActionPrediction) -> None:
     outputs = ["logits", *(f"present.{name}" for name in cache)]
     free = torch.export.Dim.DYNAMIC
     sizes = ({1: free}, {1: free}, {1: free}, {2: free, 3: free}, {0: free}, [{2: free}] * len(past))
-    _write_graph(file, LanguageModelGraph(model), example, inputs, outputs, sizes)
+    empty = [tensor[:, :, :0] for tensor in past]
+    _write_graph(file, _checked_graph(model, empty), example, inputs, outputs, sizes)
+
+
+def _checked_graph(model: OpenVLAForActionPrediction, empty: list[torch.Tensor]) -> LanguageModelGraph:
+    """The graph of a language model, after it was seen that passes over a cache with wrong positions in it, which the
+    mask hides, give what the library computes of the right ones at once.
+
+    Args:
+        empty: Keys and values of no position.
+
+    Raises:
+        ValueError: If they do not: the model looks at places in the cache, where the graph tells positions.
+    """
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(3, model.config.text_config.vocab_size, (1, 8), generator=generator)
+    table: Any = model.get_input_embeddings().weight
+    features = torch.randn(1, 5, model.llm_dim, generator=generator).to(table.dtype) * table[:99].float().std().to(
+        table
+    )
+    read, guessed, new = 3 + 5, 2, 5  # positions of the prompt, after it wrong ones, and the right ones
+    embeds = model.get_input_embeddings()(words)
+    embeds = torch.cat([embeds[:, :1], features, embeds[:, 1:]], dim=1)
+    before = torch.ones(read + guessed, read + guessed, dtype=torch.bool).tril()
+    seen = torch.ones(new, read + guessed + new, dtype=torch.bool).tril(read + guessed)
+    seen[:, read : read + guessed] = False
+    try:
+        expected = model.language_model(inputs_embeds=embeds, use_cache=False).logits[:, read - 1 :].float()
+        graph = LanguageModelGraph(model).eval()
+        prompt, *past = graph(
+            torch.cat([words[:, :3], words[:, 6:]], dim=1), features, torch.arange(read + guessed)[None],
+            before[None, None], torch.tensor([read - 1]), empty,
+        )  # fmt: skip
+        rest, *_ = graph(
+            words[:, 3:], features[:, :0], torch.arange(read, read + new)[None], seen[None, None],
+            torch.arange(new), past,
+        )  # fmt: skip
+    except (RuntimeError, ValueError, TypeError, IndexError):  # the exporter says it of the same graph
+        return LanguageModelGraph(model)
+    far = (torch.cat([prompt, rest], dim=1) - expected).abs().max() / expected.abs().max()
+    if far > (1e-3 if table.dtype == torch.float32 else 0.01):
+        raise ValueError(
+            "This model cannot be exported to ONNX: its language model depends on where a position lies in the cache "
+            f"(logits differ by {far:.1%} of the largest). Predict with openvla itself."
+        )
+    return graph
 
 
 def _write_graph(

@@ -475,7 +475,15 @@ def test_what_is_not_exported(small, tmp_path, monkeypatch):
     config.text_config.sliding_window = 16
     with pytest.raises(ValueError, match="sliding_window"):
         check_exportable(config)
+    config.text_config.sliding_window = 0  # of Qwen2 MoE: none
+    check_exportable(config)
     config.text_config.sliding_window = None
+    config.text_config.window_size = 16  # of GPT-Neo: with a wrong draft between them, tokens saw less far
+    config.text_config.attention_layers = ["global", "local"]
+    with pytest.raises(ValueError, match="sees 16 positions back only .window_size"):
+        check_exportable(config)
+    config.text_config.attention_layers = ["global", "global"]
+    check_exportable(config)
     for field, value, causal in (("is_causal", False, True), ("use_bidirectional_attention", True, None)):
         setattr(config.text_config, field, value)
         with pytest.raises(ValueError, match="sees behind a position"):
@@ -517,6 +525,14 @@ def test_a_language_model_that_torch_makes_no_graph_of(small, tmp_path, monkeypa
         ValueError, match=r"makes no graph of it \(vision.onnx; TypeError: no such shape\). Predict with"
     ):
         export_onnx(small, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_language_model_that_looks_at_places_in_the_cache(tmp_path):
+    """After a wrong draft these are no positions (ALiBi)."""
+    source = write_small(tmp_path / "model", model_type="mpt", d_model=48, n_heads=4, n_layers=2, num_key_value_heads=4)
+    with pytest.raises(ValueError, match=r"where a position lies in the cache .logits differ by .*% of the largest"):
+        export_onnx(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
