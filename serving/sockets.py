@@ -96,7 +96,7 @@ class CountedSocket(WebSocketsSansIOProtocol):
 
     def __init__(self, *args: Any, room: Room, **more: Any):
         super().__init__(*args, **more)
-        self._share, self._waiting, self._fragments = Share(room), 0, 0
+        self._share, self._waiting, self._fragments, self._lost = Share(room), 0, 0, False
 
     def data_received(self, data: bytes) -> None:
         acknowledge(self.transport)
@@ -154,9 +154,12 @@ class CountedSocket(WebSocketsSansIOProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        self._lost = True  # what is left of a message never comes: counted again it would keep its share for ever
         self._share.resize(0)
 
     def _count(self) -> None:
+        if self._lost:
+            return
         try:
             self._share.resize(self._coming() + self._waiting)
         except Busy as busy:

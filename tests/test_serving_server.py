@@ -5,6 +5,7 @@ import os
 import shlex
 import signal
 import socket
+import struct
 import threading
 import urllib.error
 import urllib.request
@@ -52,6 +53,12 @@ options = ServeOptions(port=0, **json.loads(sys.argv[4]))
 sys.exit(0 if serve(options, say, load=lambda options: Model(("primary",))) else 1)
 """
 GOOD = {"image": np.full((8, 8, 3), 100, np.uint8), "instruction": "go"}
+
+
+UPGRADE = (
+    b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+)
 
 
 class Server:
@@ -180,6 +187,23 @@ def test_messages_that_are_coming_in_take_room_already(request):
         robot.recv()
         robot.send(message)
         assert wire.unpack(robot.recv(timeout=60))["actions"].shape == (1, 7)
+
+
+@pytest.mark.parametrize("how", ["goodbye", "reset"])
+def test_a_message_that_breaks_off_gives_its_room_back(server, how):
+    """As where the network goes while a robot sends a picture: its share was kept, and after 256 MiB of such halves
+    everybody was refused until the server was started again."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as robot:
+        robot.sendall(UPGRADE)
+        robot.recv(4096)
+        robot.sendall(bytes([0x82, 0xFF]) + struct.pack("!Q4x", 1_000_000) + bytes(500_000))
+        while server.metric("openvla_bodies_bytes") < 500_000:
+            pass
+        if how == "reset":
+            robot.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    while server.metric("openvla_websockets"):
+        pass
+    assert server.metric("openvla_bodies_bytes") == 0
 
 
 def test_who_sends_without_end_is_read_no_further_than_ahead(request):
@@ -405,12 +429,6 @@ def test_connections_that_ask_nothing_are_ended():
     made.server_state.connections = {again}
     made._end_silent(82)
     assert aborted.count("asks_again") == 1 and len(made._silent) == 1
-
-
-UPGRADE = (
-    b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
-)
 
 
 @pytest.mark.parametrize(
