@@ -102,7 +102,7 @@ class OpenVLAPolicy(Policy):
 
     Raises:
         KeyError: If `unnorm_key` is unknown.
-        ValueError: If the head has no distributions for `decoding`.
+        ValueError: If the head has no distributions for `decoding`, or an option is no such value.
     """
 
     def __init__(
@@ -115,6 +115,9 @@ class OpenVLAPolicy(Policy):
         decoding: str = "mode",
     ):
         check_choice("decoding", decoding, DECODING)
+        for name, value in (("crop", crop), ("drafts", drafts)):
+            if not (value is None or isinstance(value, (bool, np.bool_))):  # any text would be yes
+                raise ValueError(f"{name}={value!r:.100}: expected True, False or None.")
         if decoding == "mean" and not getattr(getattr(model, "action_head", None), "takes_drafts", False):
             raise ValueError("decoding='mean': this head chooses no tokens one after the other, leave it out.")
         self.model, self.camera, self.drafts, self.decoding = model, camera, drafts, decoding
@@ -358,7 +361,8 @@ def quantization_of(model: Any) -> str | None:
 
 
 def check_observations(observations: Any) -> None:
-    """Raise a `ValueError` if it is no list of observations, or one of them holds no images by camera."""
+    """Raise a `ValueError` if it is no list of observations, or one of them holds no images by camera, or a step that
+    is none."""
     if not isinstance(observations, Sequence):
         kind = type(observations).__name__
         raise ValueError(f"observations is of type {kind}: expected a list of Observation, one for each robot.")
@@ -368,6 +372,13 @@ def check_observations(observations: Any) -> None:
             raise ValueError(
                 f"observations[{row}] of type {type(observation).__name__} has {wrong}: expected an Observation with "
                 "{camera: (H, W, 3) uint8}."
+            )
+        step = getattr(observation, "step", None)
+        whole = isinstance(step, numbers.Integral) and not isinstance(step, (bool, np.bool_))
+        if step is not None and not (whole and step >= 0):
+            raise ValueError(
+                f"observations[{row}].step={step!r:.100}: expected a whole number of steps since the episode began, or "
+                "None where they are not counted."
             )
 
 

@@ -64,6 +64,18 @@ def test_what_a_policy_cannot_act_on(model):
         load_model(str(ROOT), quantization="int5")
 
 
+def test_options_that_are_no_such_value(model):
+    """`crop="no"` cropped. A step of another kind was an error of numpy's, or the draft of another step."""
+    for given in ({"crop": "no"}, {"drafts": 0}):
+        with pytest.raises(ValueError, match=rf"{next(iter(given))}=.*: expected True, False or None"):
+            OpenVLAPolicy(model, **given)
+    policy, image = OpenVLAPolicy(model, drafts=np.True_), np.zeros((8, 8, 3), np.uint8)
+    for step in (2.5, "3", True, -1, np.nan):
+        with pytest.raises(ValueError, match=r"observations\[0\].step=.*: expected a whole number of steps"):
+            policy.act([Observation({"primary": image}, None, "open the drawer", step=step)])
+    policy.act([Observation({"primary": image}, None, "open the drawer", step=np.int64(3))])
+
+
 def test_a_policy_that_keeps_nothing_needs_no_reset(model):
     class Still:
         def act(self, observations):
