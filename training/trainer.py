@@ -142,6 +142,8 @@ class ActionTrainer(Trainer):
         self.last_metrics: dict[str, float] = {}
         # Accumulated batches are averaged by the Trainer, not by the model; what each counts, see `compute_loss`.
         self.model_accepts_loss_kwargs = False
+        # Once: transformers 5.4 has accelerate do it a second time, and clips gradients that are N times too small.
+        self.accelerator.gradient_accumulation_steps = 1
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ProgressBar())
         if self.pop_callback(TensorBoardCallback) is not None:
