@@ -45,6 +45,10 @@ class ActionSpec:
         dims = len(self.names)
         if not dims or len(self.relative) != dims or not all(isinstance(name, str) for name in self.names):
             raise ValueError(f"action_spec: {dims} names and {len(self.relative)} entries of relative, one for each.")
+        if twice := sorted({name for name in self.names if self.names.count(name) > 1}):
+            raise ValueError(
+                f"action_spec: {', '.join(map(repr, twice))} names several numbers: give each its own name."
+            )
         if not all(isinstance(one, bool) for one in self.relative):  # "false" would count as true, and 0 as no motion
             raise ValueError(f"action_spec: relative={list(self.relative)}, expected true or false of each number.")
         # A mask of true and false would be the dimensions 1 and 0, which then stand still as 1.

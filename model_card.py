@@ -121,7 +121,8 @@ def model_card(
     for key, entry in statistics.items():
         counts = [f"{entry[count]:,}" if count in entry else "?" for count in ("num_trajectories", "num_transitions")]
         dims = len(get_action_stats(statistics, key)["q01"])
-        rows.append(f"| `{key}` | {dims} | {' | '.join(counts)} | {spec_of(statistics, key).describe()} |")
+        cells = [f"`{key}`", str(dims), *counts, spec_of(statistics, key).describe()]
+        rows.append(f"| {' | '.join(' '.join(cell.split()).replace('|', chr(92) + '|') for cell in cells)} |")
     unnorm_key = "bridge_orig" if "bridge_orig" in statistics else next(iter(statistics))
     link = f"[{source}](https://huggingface.co/{source})" if source else None
     how = ADAPTER if adapter_of else WITH_CODE if carries_code else WITHOUT_CODE

@@ -71,8 +71,8 @@ class Source:
     @property
     def names(self) -> list[str]:
         """Of the dimensions of an action: as recorded, else the usual ones."""
-        names = self.recorded_names
-        return list(names) if names and len(names) == self.action_dim else action_names(self.action_dim)
+        names = self.recorded_names or ()
+        return list(names) if len(names) == len({*names}) == self.action_dim else action_names(self.action_dim)
 
     @property
     def grippers(self) -> tuple[int, ...]:

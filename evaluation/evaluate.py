@@ -71,7 +71,7 @@ def evaluate(
     """Run every task for some episodes and write episodes.jsonl, report.json, report.md, report.png and videos.
 
     The same call continues a stopped one. Seeds are those of `EVALUATION_SEEDS`, which recording never uses; torch's
-    global generator is seeded with `POLICY_SEED`.
+    global generator is seeded with `POLICY_SEED`, and by how many episodes were run before.
 
     Args:
         options: What is evaluated; or its fields and options of the simulator as keywords, see `SimulatorOptions.of`.
@@ -224,7 +224,10 @@ def evaluate(
                 "are not run again for one. For films of them give another folder.",
                 stacklevel=2,
             )
-        torch.manual_seed(POLICY_SEED)
+        drawn = POLICY_SEED + len(known)  # a run that goes on draws other numbers than it began with
+        torch.manual_seed(drawn)
+        if options.policy == "random" and isinstance(acting, RandomPolicy):
+            acting.seed(drawn)
         records = run_episodes(
             acting,
             make,

@@ -174,7 +174,7 @@ def run_episodes(
                 if policy is not None:
                     begin_episode(policy, slots.index(slot))
                 if slot.job.episode < videos and observation.images:
-                    slot.video = EpisodeVideo(slot.job.film(folder), observation, spec.names)
+                    slot.video = EpisodeVideo(slot.job.film(folder), observation, spec.names, spec.hz)
             if stands:
                 there = [slot for slot in begun if slot.observation is not None and ask(slot, "standstill")]
                 for slot, start in answers(there):

@@ -12,7 +12,12 @@ class RandomPolicy(Policy):
     """Uniform actions between `low` and `high`, each (A,)."""
 
     def __init__(self, low: np.ndarray, high: np.ndarray, seed: int = 0):
-        self.low, self.high, self.generator = low, high, np.random.default_rng(seed)
+        self.low, self.high = low, high
+        self.seed(seed)
+
+    def seed(self, seed: int) -> None:
+        """What comes next depends on this number alone."""
+        self.generator = np.random.default_rng(seed)
 
     def act(self, observations: Sequence[Observation]) -> np.ndarray:
         return self.generator.uniform(self.low, self.high, (len(observations), len(self.low)))

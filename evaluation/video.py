@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -38,10 +39,12 @@ class EpisodeVideo:
 
     Args:
         names: Of the A numbers of an action; where they are of other length, the usual ones.
+        hz: Actions in a second, which the film has as well; None: unknown.
     """
 
-    def __init__(self, path: Path, first: Observation, names: Sequence[str] = ()):
+    def __init__(self, path: Path, first: Observation, names: Sequence[str] = (), hz: float | None = None):
         self.path, self.instruction, self.names = path, first.instruction, names
+        self.rate = Fraction(FPS if hz is None else hz).limit_denominator(1000)
         self.frames: list[np.ndarray] = []
         self.actions: list[np.ndarray] = []
 
@@ -66,12 +69,12 @@ class EpisodeVideo:
         bars = [list(zip(names, action / limits, strict=True)) for action in self.actions]
         pictures = [draw(frame, self.instruction, bar) for frame, bar in zip(self.frames, bars)]
         seen = self.frames[-1] if last is None else next(iter(last.images.values()))
-        pictures += [draw(seen, self.instruction, bars[-1], OUTCOMES[success])] * FPS
+        pictures += [draw(seen, self.instruction, bars[-1], OUTCOMES[success])] * _in_a_second(self.rate)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_suffix(".part.mp4")
         with av.open(str(part), "w") as container:
             container.metadata["comment"] = COMMENT
-            stream = container.add_stream("libx264", rate=FPS, options={"crf": "28", "preset": "veryfast"})
+            stream = container.add_stream("libx264", rate=self.rate, options={"crf": "28", "preset": "veryfast"})
             stream.width, stream.height, stream.pix_fmt = pictures[0].width, pictures[0].height, "yuv420p"
             for picture in pictures:
                 container.mux(stream.encode(av.VideoFrame.from_image(picture)))
@@ -92,8 +95,13 @@ def read_film(path: Path) -> list[Image.Image]:
     import av
 
     with av.open(str(path)) as container:
-        pictures = [frame.to_image() for frame in container.decode(video=0)][:-FPS]
+        outcome = _in_a_second(container.streams.video[0].average_rate or Fraction(FPS))
+        pictures = [frame.to_image() for frame in container.decode(video=0)][:-outcome]
     return [picture.crop((0, LINE, WIDTH, picture.height - 3 * LINE)) for picture in pictures]
+
+
+def _in_a_second(rate: Fraction) -> int:
+    return max(1, round(rate))
 
 
 def save_tiles(films: Sequence[Film], path: Path, *, columns: int = 5, size: int = 112) -> None:

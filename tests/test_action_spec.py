@@ -85,6 +85,7 @@ def test_a_spec_goes_through_json_and_back():
     "change",
     [
         {"names": []},
+        {"names": ["x", "y", "x"]},
         {"relative": [True]},
         {"relative": ["false", "true", "true"]},
         {"grippers": [3]},

@@ -11,7 +11,17 @@ from openvla.cli import app
 from openvla.evaluation import demo as demo_module
 from openvla.evaluation.demo import demo
 from openvla.evaluation.rendering import NoOpenGL
-from openvla.evaluation.video import GREEN, RED, EpisodeVideo, Film, check_replaceable, draw_tile, save_tiles, wrap
+from openvla.evaluation.video import (
+    GREEN,
+    RED,
+    EpisodeVideo,
+    Film,
+    check_replaceable,
+    draw_tile,
+    read_film,
+    save_tiles,
+    wrap,
+)
 from openvla.observation import Observation
 
 
@@ -122,3 +132,17 @@ def test_films_call_actions_as_the_environment_does(tmp_path, monkeypatch, named
     video.add(observation, np.array([0.5, -1.0]))
     video.save(success=True)
     assert {*written} <= {*said} and (tmp_path / "go.mp4").is_file()
+
+
+@pytest.mark.parametrize(("hz", "outcome"), [(5.0, 5), (12.5, 12), (0.2, 1), (None, 20)])
+def test_films_are_as_fast_as_the_robot(tmp_path, hz, outcome):
+    av = pytest.importorskip("av", reason="films need the [sim] extra")
+    observation = Observation({"image": np.zeros((64, 64, 3), np.uint8)}, np.zeros(1), "go")
+    video = EpisodeVideo(tmp_path / "go.mp4", observation, hz=hz)
+    for _ in range(3):
+        video.add(observation, np.zeros(7))
+    video.save(success=True)
+    assert len(read_film(tmp_path / "go.mp4")) == 3
+    with av.open(str(tmp_path / "go.mp4")) as container:
+        assert float(container.streams.video[0].average_rate) == pytest.approx(hz or 20)
+        assert sum(1 for _ in container.decode(video=0)) == 3 + outcome

@@ -90,6 +90,26 @@ def test_modes_and_resume(tmp_path):
     assert "- chunking: `switch`" in report and "- late: `repeat`" in report  # also where they were not given
 
 
+@pytest.mark.parametrize("policy", ["random", "model"])
+def test_a_run_that_goes_on_draws_other_numbers(tmp_path, monkeypatch, policy):
+    """Its episodes had the noise of the first ones again, so that they counted twice."""
+    drawn = []
+
+    def run_nothing(acting, make, jobs, folder, **options):
+        moves = acting.act([None])[0] if policy == "random" else np.zeros(0)
+        drawn.append([torch.rand(1).item(), *moves[moves != 0.0].tolist()])
+        return run_episodes(acting, make, [], folder, **options)
+
+    monkeypatch.setattr(evaluate_module, "run_episodes", run_nothing)
+    monkeypatch.setattr(evaluate_module, "write_report", lambda *arguments, **options: {})
+    one = EpisodeResult("drawer-open-v3", 0, 1_000_000, "open it", True, 10, 10, 0.01)
+    for known in ([], [], [one], [one, replace(one, episode=1)], [one, replace(one, episode=1, error="broke")]):
+        monkeypatch.setattr(evaluate_module, "read_results", lambda file, known=known: known)
+        run(tmp_path / "out", policy=policy)
+    assert drawn[0] == drawn[1] and drawn[2] == drawn[4]
+    assert not {*drawn[0]} & {*drawn[2]} and not {*drawn[2]} & {*drawn[3]} and not {*drawn[0]} & {*drawn[3]}
+
+
 def test_latency_is_measured_on_what_is_seen_and_used_as_it_is_written_down(tmp_path, monkeypatch):
     """States of the simulator, whatever they are: eight zeros suit some models only."""
     seen, used = [], []

@@ -3,6 +3,7 @@ not; columns are found by name; depth is no camera; damaged files in meta/ are n
 
 import json
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +12,7 @@ import pytest
 from data_files import FRONT, png, write_lerobot, write_video
 
 from openvla.data import DamagedDataError, PythonDataset, open_dataset
-from openvla.data.formats.lerobot_meta import is_colour
+from openvla.data.formats.lerobot_meta import is_colour, split_episodes
 from openvla.data.sources import open_source
 from openvla.data.writers.lerobot import write_lerobot as write_images
 from openvla.files_openvla import LFS_POINTER
@@ -82,6 +83,27 @@ def test_a_clock_that_is_not_the_videos_is_an_error_of_its_row(recorded, clock):
         open_dataset(folder)[1]
     with pytest.raises(DamagedDataError):  # statistics look at no image and say so before training
         open_source(folder, cache=False)
+
+
+def test_clocks_and_gaps_count_without_films(tmp_path):
+    """A row that was lost makes a jump in every chunk over it, and a wrong clock another rate of control."""
+    images = {"image": np.zeros((6, 32, 32, 3), np.uint8)}
+    folder = tmp_path / "set"
+    write_images([*PythonDataset([{"actions": np.zeros((6, 7)), "images": images}])], folder, fps=10)
+    [file] = folder.glob("data/*/*.parquet")
+    written = pq.read_table(file)
+    rewrite(file, put("timestamp", (np.arange(6) / 8).tolist()))
+    with pytest.raises(DamagedDataError, match="row 1: its time stamp is 0.1250 s, but frame 1 of 10 a second"):
+        open_dataset(folder)[0]
+    rewrite(file, lambda table: table.drop_columns("timestamp"))
+    assert len(open_dataset(folder)[0].actions) == 6
+    rewrite(file, put("frame_index", [0, 1, 2, 4, 5, 6]))
+    with pytest.raises(DamagedDataError, match="row 3: frame_index goes from 2 to 4; rows between them are missing"):
+        open_dataset(folder)[0]
+    pq.write_table(written, file)
+    rewrite(file, put("timestamp", (np.arange(6) / 8).tolist()))
+    change_info(folder, lambda info: info.pop("fps"))
+    assert len(open_dataset(folder)[0].actions) == 6
 
 
 def test_the_tolerance_is_lerobots_and_can_be_given(recorded):
@@ -193,6 +215,27 @@ def test_episodes_are_found_by_number_and_not_by_line(tmp_path):
         change_info(folder, lambda info, odd=odd: info.update(splits={"train": odd}))
         with pytest.raises(ValueError, match="info.json: split 'train' is .*expected episodes as 'first:end'"):
             open_dataset(folder)
+
+
+def test_a_file_may_claim_any_number_of_episodes(tmp_path):
+    """They were counted one by one, in memory."""
+    folder = write_lerobot(tmp_path / "set", "v2.1", episodes=3)
+    change_info(folder, lambda info: info.update(total_episodes=10**15, splits={"train": f"1:2, 0:{10**15}, 2:9"}))
+    for split in ("all", "train"):
+        with pytest.raises(ValueError, match=f"lacks {10**15 - 3} of the episodes of meta/info.json, the first is 3: "):
+            open_dataset(folder, split=split)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_missing_episodes_are_those_of_counting(seed):
+    generator = np.random.default_rng(seed)
+    numbers = np.flatnonzero(generator.random(12) < 0.7)
+    parts = [sorted(generator.integers(0, 13, 2).tolist()) for _ in range(3)]
+    info = {"total_episodes": 12, "splits": {"train": ", ".join(f"{first}:{end}" for first, end in parts)}}
+    wanted = sorted({number for first, end in parts for number in range(first, min(end, 12))} - {*numbers.tolist()})
+    rows, missing, first = split_episodes(info, "train", numbers, Path("info.json"))
+    assert (missing, first) == (len(wanted), wanted[0] if wanted else None)
+    assert {*numbers[rows].tolist()} == {n for n in numbers.tolist() if any(first <= n < end for first, end in parts)}
 
 
 TASKS = {

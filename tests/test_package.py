@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from openvla import OpenVLAConfig, OpenVLAForActionPrediction, OpenVLAProcessor, hub
+from openvla.action_spec import usual_spec
 from openvla.conversion import (
     export_onnx,
     export_prismatic_checkpoint,
@@ -173,6 +174,12 @@ def test_model_card(published, packaged, tmp_path):
     assert "| `bridge_orig` | 7 | 45,630 | 1,739,492 |" in card.text and "| `nomask_6d` | 6 |" in card.text
     assert "trust_remote_code=True" in card.text and "meta-llama/Llama-2-7b-hf" in card.text
     assert "sizes of its own (`timm_model_kwargs`)" in card.text and "layers of width" in card.text  # no Llama-2-7b
+
+    config = OpenVLAConfig.from_pretrained(published["tiny-openvla-siglip"])
+    key, entry = next(iter(config.norm_stats.items()))
+    spec = usual_spec(len(entry["action"]["q01"]), unit="x | y: 1 is\n4 cm").to_dict()
+    table = model_card("mine", config, {f"{key}|lab": {**entry, "action_spec": spec}})
+    assert f"| `{key}\\|lab` |" in table and "x \\| y: 1 is 4 cm |\n" in table  # cells of their own row
 
     licensed = tmp_path / "licensed"
     shutil.copytree(published["tiny-openvla-siglip"], licensed)

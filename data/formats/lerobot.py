@@ -82,12 +82,12 @@ class LeRobotDataset(EpisodeDataset):
         self.splits = sorted(self.info.get("splits") or ["train"])
         self._episodes, self._tasks = read_episodes(self.folder, version), read_tasks(self.folder, version)
         numbers = self._episodes["episode_index"].to_numpy()
-        self._rows, missing = split_episodes(self.info, split, numbers, info_file)
+        self._rows, missing, first_missing = split_episodes(self.info, split, numbers, info_file)
         self.in_no_split = in_no_split(self.info, numbers)
         if missing:
             problem = (
-                f"{self.folder}: meta/episodes lacks {len(missing)} of the episodes of meta/info.json, the first is "
-                f"{missing[0]}: copy meta/ again, correct total_episodes and splits, or skip them (on_error: skip)"
+                f"{self.folder}: meta/episodes lacks {missing} of the episodes of meta/info.json, the first is "
+                f"{first_missing}: copy meta/ again, correct total_episodes and splits, or skip them (on_error: skip)"
             )
             if on_error == "raise":
                 raise ValueError(problem)
@@ -200,8 +200,7 @@ class LeRobotDataset(EpisodeDataset):
         optional = {"frame_index"}
         executed = [EXECUTED] if self.action_keys == ["action"] and EXECUTED in self.features else []
         wanted.update(executed)
-        if self._of_video:
-            wanted.add("timestamp")
+        (wanted if self._of_video else optional).add("timestamp")
         if self.language_key is None:
             (optional if len(row.get("tasks") or []) == 1 else wanted).add("task_index")
         elif self.language_key not in row:
@@ -209,7 +208,7 @@ class LeRobotDataset(EpisodeDataset):
         table = read_rows(path, number, wanted, optional, origin)
         if table.num_rows != row.get("length", table.num_rows):
             raise DamagedDataError(f"{origin}: {table.num_rows} rows, meta/episodes says {row['length']}")
-        times = time_stamps(table, self.info["fps"], self.tolerance_s, origin) if self._of_video else np.empty(0)
+        times = time_stamps(table, self.info.get("fps"), self.tolerance_s, origin)
         images: dict[str, CameraImages] = {}
         for name, key in self.cameras.items():
             if key in of_images:

@@ -249,8 +249,11 @@ def _text_column(table: pa.Table, kind: str) -> str | None:
     return None
 
 
-def split_episodes(info: dict[str, Any], split: str, numbers: np.ndarray, file: Path) -> tuple[list[int], list[int]]:
-    """Places in `numbers` (the episodes recorded, ascending) of those in a split, and the episodes that are missing.
+def split_episodes(
+    info: dict[str, Any], split: str, numbers: np.ndarray, file: Path
+) -> tuple[list[int], int, int | None]:
+    """Places in `numbers` (the episodes recorded, ascending) of those in a split, how many episodes of it are missing,
+    and the first of them.
 
     A split is "first:end", or several such parts joined by commas.
     """
@@ -258,11 +261,11 @@ def split_episodes(info: dict[str, Any], split: str, numbers: np.ndarray, file: 
     total = info.get("total_episodes")
     total = total if isinstance(total, int) and not isinstance(total, bool) else int(numbers.max(initial=-1)) + 1
     if split == "all" or (split == "train" and not splits):
-        return list(range(len(numbers))), sorted(set(range(total)) - set(numbers.tolist()))
+        return list(range(len(numbers))), *_missing([(0, total)], numbers)
     if split not in splits:
         raise ValueError(f"{file} has no split {split!r}; there are {sorted(splits)} and 'all'")
     chosen = np.zeros(len(numbers), dtype=bool)
-    wanted: set[int] = set()
+    wanted: list[tuple[int, int]] = []
     for part in str(splits[split]).split(","):
         first, colon, end = (text.strip() for text in part.partition(":"))
         if not colon or not first.isdecimal() or not end.isdecimal() or int(first) > int(end):
@@ -271,8 +274,25 @@ def split_episodes(info: dict[str, Any], split: str, numbers: np.ndarray, file: 
                 "several parts joined by commas"
             )
         chosen |= (numbers >= int(first)) & (numbers < int(end))
-        wanted |= set(range(int(first), min(int(end), total)))
-    return np.flatnonzero(chosen).tolist(), sorted(wanted - set(numbers.tolist()))
+        wanted.append((int(first), min(int(end), total)))
+    return np.flatnonzero(chosen).tolist(), *_missing(wanted, numbers)
+
+
+def _missing(wanted: list[tuple[int, int]], numbers: np.ndarray) -> tuple[int, int | None]:
+    """How many of the wanted episodes, from a number to before another, are not among `numbers`, and the first of them.
+    None is listed: a file may claim any number of episodes."""
+    count, first, seen = 0, None, 0
+    known = np.unique(numbers)
+    for begin, end in sorted(wanted):
+        begin = max(begin, seen)
+        if begin >= end:
+            continue
+        there = known[(known >= begin) & (known < end)]
+        if absent := end - begin - len(there):
+            gaps = np.flatnonzero(there != np.arange(begin, begin + len(there)))
+            count, first = count + absent, begin + int(gaps[0] if len(gaps) else len(there)) if first is None else first
+        seen = end
+    return count, first
 
 
 def in_no_split(info: dict[str, Any], numbers: np.ndarray) -> int:

@@ -47,13 +47,14 @@ def column_names(path: Path) -> list[str]:
         return []
 
 
-def time_stamps(table: pa.Table, fps: float, tolerance: float, origin: str) -> np.ndarray:
-    """(T,) seconds since the episode began, which must be frame_index / fps.
+def time_stamps(table: pa.Table, fps: float | None, tolerance: float, origin: str) -> np.ndarray:
+    """(T,) seconds since the episode began, which must be frame_index / fps. Episodes without films may have none, and
+    no fps: then numbers of frames are all there is.
 
     LeRobot writes that, and compares what it decodes with the time stamps (`check_timestamps_sync`; `tolerance_s` of
     its data sets); here it is one rule for every row. Without frame_index rows count from 0.
     """
-    stamps, frames = _numbers(table, "timestamp", origin), np.arange(table.num_rows)
+    frames = np.arange(table.num_rows)
     if "frame_index" in table.column_names:
         frames = _numbers(table, "frame_index", origin).astype(np.int64)
         if len(gaps := np.flatnonzero(np.diff(frames) != 1)):
@@ -62,13 +63,16 @@ def time_stamps(table: pa.Table, fps: float, tolerance: float, origin: str) -> n
                 f"{origin}, row {row + 1}: frame_index goes from {frames[row]} to {frames[row + 1]}; rows between them "
                 "are missing"
             )
+    if fps is None or "timestamp" not in table.column_names:
+        return frames / (fps or 1.0)
+    stamps = _numbers(table, "timestamp", origin)
     rounding = np.spacing(np.abs(stamps).astype(np.float32)).astype(np.float64)  # they are stored as float32
     wrong = np.flatnonzero(~(np.abs(stamps - frames / fps) <= tolerance + rounding))
     if len(wrong):
         row = int(wrong[0])
         raise DamagedDataError(
             f"{origin}, row {row}: its time stamp is {stamps[row]:.4f} s, but frame {frames[row]} of {fps:g} a second "
-            f"is at {frames[row] / fps:.4f} s: images are found by time stamps, and would be those of another moment. "
+            f"is at {frames[row] / fps:.4f} s: films show what the time stamps say, which is another moment. "
             f"Write frame_index / fps, correct fps in meta/info.json, or allow more than {tolerance:g} s (tolerance_s)"
         )
     return stamps
