@@ -1,6 +1,8 @@
 """The two graphs of an ONNX export: what goes in and out of them, and how they are written."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -231,16 +233,27 @@ def _write_graph(
     program.model.metadata_props.clear()
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # where in which file on this machine it comes from
-    program.save(file, external_data=True)
+    with _named(file):
+        program.save(file, external_data=True)
+
+
+@contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """Errors of writing, of which a full disk is most, with the file: numpy and onnx tell which element it was."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"Cannot write '{file}': {error.strerror or error}. Make room, or give another disk.") from error
 
 
 def quantize(file: Path, target: Path) -> None:
     """Weights of matrix products in 8 bits (one scale for each column), their inputs quantized as they come."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    quantize_dynamic(
-        file, target, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, weight_type=QuantType.QInt8,
-        use_external_data_format=True,
-    )  # fmt: skip
+    with _named(target):
+        quantize_dynamic(
+            file, target, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, weight_type=QuantType.QInt8,
+            use_external_data_format=True,
+        )  # fmt: skip
     data = target.with_name(f"{target.name}.data")
     data.chmod(target.stat().st_mode)  # written for nobody else to read

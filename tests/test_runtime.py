@@ -528,6 +528,19 @@ def test_a_language_model_that_torch_makes_no_graph_of(small, tmp_path, monkeypa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_a_full_disk_names_the_file_and_leaves_no_folder(dtype, small, tmp_path):
+    resource = pytest.importorskip("resource", reason="no limits on this system")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"Cannot write '.*\.onnx': .*\. Make room"):
+            export_onnx(small, tmp_path / "out", dtype=dtype)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_language_model_that_looks_at_places_in_the_cache(tmp_path):
     """After a wrong draft these are no positions (ALiBi)."""
     source = write_small(tmp_path / "model", model_type="mpt", d_model=48, n_heads=4, n_layers=2, num_key_value_heads=4)
