@@ -12,6 +12,7 @@ from ..hub import model_folder
 from ..oft_openvla import find_oft
 from ..options.conversion import ConvertOptions
 from ..processing_openvla import OpenVLAProcessor
+from ..processor_files_openvla import STARTED
 from ..weights_openvla import read_tensors
 from .hub_folder import DTYPES, LazyTensor, check_weights, new_model_folder, write_weights
 from .prismatic import convert_prismatic_checkpoint
@@ -29,6 +30,11 @@ def convert(options: ConvertOptions) -> Path:
     given = {name: value for name, value in options.without("checkpoint", "out").items() if value is not None}
     source = Path(options.checkpoint)
     is_run = source.suffix == ".pt" or not source.is_dir() or (source / "checkpoints").is_dir()
+    if (source / STARTED).is_file():
+        raise ValueError(
+            f"'{source}' is a run of `openvla finetune`, with nothing in it to convert: its adapter is added to its "
+            "base by `openvla merge RUN OUT`, complete weights are packaged by `openvla package OUT --weights RUN`."
+        )
     is_hub = not source.exists() and source.suffix != ".pt" and str(source).count("/") == 1
     if not is_hub and (is_run or (find_oft(source, options.action_head) is None and not options.action_head)):
         if wrong := [name for name in OFT_OPTIONS if name in given]:

@@ -258,7 +258,9 @@ def test_a_run_is_not_resumed_with_other_options(tmp_path):
         finetune(options(tmp_path / "run"))
     with pytest.raises(ValueError, match=r"learning_rate was 0.0005, is 1.0; rank was 4, is 8"):
         finetune(options(tmp_path / "run", learning_rate=1.0, rank=8), resume=True)
-    with pytest.raises(ValueError, match="global_batch was 2, is 8"):
+    with pytest.raises(
+        ValueError, match=r"global_batch \(batch_size x gradient_accumulation x processes\) was 2, is 8"
+    ):
         finetune(options(tmp_path / "run", gradient_accumulation=4), resume=True)
     finetune(options(tmp_path / "run", steps=3, save_every=1), resume=True)  # longer is fine
     assert set(losses(tmp_path / "run")) == {1, 2, 3}

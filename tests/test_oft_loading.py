@@ -625,6 +625,10 @@ def test_verb(saved, broken, tmp_path):
     for loads in (out, str(saved / "libero-discrete")):  # converted already, or so nothing tells
         run = CliRunner().invoke(app, ["convert", loads, str(tmp_path / "again")])
         assert run.exit_code == 2 and "loads as it is" in run.stderr and "--head 'parallel_tokens'" in run.stderr
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "finetune.json").write_text("{}")
+    run = CliRunner().invoke(app, ["convert", str(tmp_path / "run"), str(tmp_path / "again")])
+    assert run.exit_code == 2 and "is a run of `openvla finetune`" in run.stderr and "openvla merge RUN" in run.stderr
     run = CliRunner().invoke(app, ["package", str(tmp_path / "packaged"), "--weights", str(saved / "libero-l1")])
     assert run.exit_code == 2 and "openvla convert FOLDER OUT" in run.stderr
 

@@ -315,8 +315,9 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         known = {name: default for name, default in known.items() if name not in OF_ADAPTERS}
     if now["schedule"] in ("linear", "cosine"):
         known["steps"] = before["steps"]  # the learning rate depends on them
+    words = {"global_batch": "global_batch (batch_size x gradient_accumulation x processes)"}
     return [
-        f"{name} was {before.get(name, default)!r}, is {now[name]!r}"
+        f"{words.get(name, name)} was {before.get(name, default)!r}, is {now[name]!r}"
         for name, default in sorted(known.items())
         if before.get(name, default) != now[name]
     ]
