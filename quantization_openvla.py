@@ -14,6 +14,7 @@ from transformers.quantizers import AutoQuantizationConfig, HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .choices_openvla import closest
 from .float8_linear_openvla import Float8Linear
 from .int4_linear_openvla import Int4Linear
 from .int8_linear_openvla import Int8Linear
@@ -128,6 +129,7 @@ def linears_to_quantize(model: nn.Module, config: OpenVLAQuantizationConfig) -> 
     """Name -> layer of those that get `config.bits`; a warning where they are the smaller part of the weights, a
     `ValueError` where there is none."""
     kind = LINEARS[config.bits]
+    check_parts(model, config.modules_to_not_convert or ())
     kept = [
         *NEVER_QUANTIZED,
         *(NOT_QUANTIZED if config.modules_to_not_convert is None else config.modules_to_not_convert),
@@ -158,6 +160,18 @@ def linears_to_quantize(model: nn.Module, config: OpenVLAQuantizationConfig) -> 
             stacklevel=2,
         )
     return found
+
+
+def check_parts(model: nn.Module, parts: Collection[str]) -> None:
+    """Raise a `ValueError` where something is to stay as it is that the model does not have: what was meant would be
+    rounded."""
+    names = [name for name, _ in model.named_modules()]
+    for part in parts:
+        if part not in NOT_QUANTIZED and not any(_is_part(name, [part]) for name in names):
+            own = {name for path in names for name in path.split(".") if not name.isdecimal()}
+            raise ValueError(
+                f"modules_to_not_convert names '{part}', and the model has no such part.{closest(part, own)}"
+            )
 
 
 def quantize_linears(model: nn.Module, config: OpenVLAQuantizationConfig) -> nn.Module:

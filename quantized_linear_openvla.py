@@ -137,6 +137,11 @@ class QuantizedLinear(nn.Module):
             *_, errors = args  # to be cast would make zeros of nearly all of them, or other numbers
             errors.append(f"{prefix}weight is {given.dtype}, and this layer holds {self.bits} bits: round it first.")
             return
+        missing = [name for name in ("weight", *self.fixed) if f"{prefix}{name}" not in state_dict]
+        if 0 < len(missing) <= len(self.fixed):  # also where some may be missing (strict=False)
+            *_, errors = args
+            errors.append(f"{prefix}{missing[0]} is missing, without which the others mean other numbers.")
+            return
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

@@ -385,6 +385,20 @@ def test_unknown_configurations(given, words):
         OpenVLAQuantizationConfig(**given)
 
 
+def test_exceptions_that_are_misspelled():
+    """The towers were rounded, and nothing said so."""
+    kept = {"quant_method": "openvla", "bits": 8, "modules_to_not_convert": ["vision_backbne", "projector"]}
+    with pytest.raises(
+        ValueError, match="names 'vision_backbne', and the .* no such part. Did you mean 'vision_backbone'"
+    ):
+        TINY[0].load(quantization_config=kept)
+    kept["modules_to_not_convert"] = ["vision_backbone", "action_head", "down_proj"]  # the second only some models have
+    assert {name.rpartition(".")[2] for name in quantized_layers(TINY[0].load(quantization_config=kept))} > {
+        "fc1",
+        "up_proj",
+    }
+
+
 def test_types_that_are_none(tmp_path):
     with pytest.raises(ValueError, match="dtype='int8' is unknown"):
         quantize_checkpoint(ROOT, tmp_path / "out", dtype="int8")

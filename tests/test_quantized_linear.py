@@ -136,6 +136,21 @@ def test_weights_that_are_not_rounded_are_refused(kind, strict):
     assert torch.equal(module.state_dict()["weight"], stored["weight"])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_whole_numbers_are_put_in_with_their_steps(kind):
+    """With strict=False those of other weights counted, silently."""
+    module, weight, stored = made(kind)
+    others = kind.quantize(weight * 3)
+    for name, value in others.items():
+        with pytest.raises(RuntimeError, match="is missing, without which the others mean other numbers"):
+            module.load_state_dict({name: value}, strict=False)
+    for name, value in module.state_dict().items():
+        assert name == "bias" or torch.equal(value, stored[name])
+    module.load_state_dict(others, strict=False)
+    module.load_state_dict({}, strict=False)
+    assert torch.equal(module.state_dict()["weight"], others["weight"])
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_that_lie_across_memory(kind):
