@@ -7,6 +7,7 @@ text and nothing else in `page/*.js`, and nothing but these files is executed (`
 
 import base64
 import json
+import mimetypes
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from fastapi import APIRouter
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.responses import JSONResponse, Response
 from starlette.requests import Request as HTTPRequest
 
 from ..options.serving import Limits
@@ -67,7 +68,7 @@ def page_routes(
 
     @router.get("/")
     async def index() -> Response:
-        return FileResponse(FOLDER / "index.html", headers=HEADERS)
+        return _file(FOLDER / "index.html", "text/html")
 
     @router.get("/page/about")
     async def about() -> Response:
@@ -83,7 +84,7 @@ def page_routes(
     async def example(name: str) -> Response:
         if name not in pictures:
             raise NotThere(f"{name:.100}: there is no such example.")
-        return FileResponse(examples / name, headers=HEADERS)
+        return _file(examples / name, mimetypes.guess_type(name)[0])
 
     @router.post("/page/act")
     async def act(http: HTTPRequest) -> Response:
@@ -111,7 +112,7 @@ def page_routes(
     async def file(name: str) -> Response:
         if name not in FILES:
             raise NotThere(f"/page/{name:.100}: there is no such file.")
-        return FileResponse(FOLDER / name, media_type=FILES[name], headers=HEADERS)
+        return _file(FOLDER / name, FILES[name])
 
     return router
 
@@ -188,6 +189,12 @@ def bin_values(dataset: Dataset, action_dim: int, bins: int) -> np.ndarray:
 
 def step_content(step: Step) -> dict[str, Any]:
     return {**asdict(step), "jpeg": base64.b64encode(step.jpeg).decode()}
+
+
+def _file(path: Path, kind: str | None) -> Response:
+    """Small, and complete: before 0.49.1 starlette may take most of a second for a header `Range`, which needs no
+    key."""
+    return Response(path.read_bytes(), media_type=kind, headers=HEADERS)
 
 
 def _json(info: ModelInfo, **content: Any) -> Response:

@@ -135,11 +135,11 @@ class CountedSocket(WebSocketsSansIOProtocol):
 
     def pause_writing(self) -> None:
         """Who does not take what he is sent is read no further: each ping, too, has an answer that takes memory."""
-        super().pause_writing()
+        self.writable.clear()  # as newer uvicorn does (0.35 leaves it)
         self.transport.pause_reading()
 
     def resume_writing(self) -> None:
-        super().resume_writing()
+        self.writable.set()
         if not self.read_paused:
             self.transport.resume_reading()
 
@@ -154,6 +154,7 @@ class CountedSocket(WebSocketsSansIOProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        self.writable.set()
         self._lost = True  # what is left of a message never comes: counted again it would keep its share for ever
         self._share.resize(0)
 

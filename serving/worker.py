@@ -16,12 +16,17 @@ from .contract import Answer, Failed, Model, Refusal, Request
 logger = logging.getLogger(__name__)
 
 
+class TooSmall(Failed):
+    """Memory, for one request alone."""
+
+
 class Worker:
     """A model in a thread of its own: a daemon, since a process waits at its end for all others, those of executors
     included, and this one may never return.
 
     Args:
-        limit: Requests that it is asked at once, at most. Halved, for good, where memory is too small.
+        limit: Requests that it is asked at once, at most. Halved, for good, where memory is too small for so many, and
+            not where it is for one of them alone.
 
     Attributes:
         out_of_memory: How often memory was too small.
@@ -90,6 +95,7 @@ class Worker:
             try:
                 return self.model.warm_up(sizes_up_to(self.limit))
             except MemoryError:
+                self.out_of_memory += 1
                 if self.limit == 1:
                     raise
                 self._shrink(self.limit)
@@ -106,8 +112,8 @@ class Worker:
         except Refusal as error:
             refusal = error
         except MemoryError:
-            self._shrink(len(requests))
-            refusal = Failed("Memory is too small for this request: do not move; ask with smaller images.")
+            self.out_of_memory += 1
+            refusal = TooSmall("Memory is too small for this request: do not move; ask with smaller images.")
         except Exception:
             refusal = failed()
             if len(requests) == 1:
@@ -115,13 +121,14 @@ class Worker:
         if len(requests) == 1:
             return [refusal]
         half = len(requests) // 2
-        return [*self._act(requests[:half]), *self._act(requests[half:])]
+        found = [*self._act(requests[:half]), *self._act(requests[half:])]
+        # What is too large by itself says nothing about others: nobody makes batches small for all of them.
+        if isinstance(refusal, TooSmall) and not any(isinstance(one, TooSmall) for one in found):
+            self._shrink(len(requests))
+        return found
 
     def _shrink(self, size: int) -> None:
         """A batch of `size` did not fit into memory."""
-        self.out_of_memory += 1
-        if size == 1:  # says nothing about other requests: nobody makes batches small for all of them
-            return
         self.limit = min(self.limit, max(size // 2, 1))
         logger.warning("Memory is too small for a batch of %d: from now on at most %d.", size, self.limit)
 

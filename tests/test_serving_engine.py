@@ -322,6 +322,27 @@ async def test_memory_that_is_too_small(caplog):
         assert level(await soon(engine.act(request(5)))) == 5 and engine.limit == 2
 
 
+@in_loop
+async def test_who_is_too_large_alone_makes_no_batches_small_for_others():
+    """One such request among 16 had each asked by itself, until the server was started again."""
+
+    class Narrow(FakeModel):
+        def act(self, requests):
+            if any(request.observation.instruction == "too long" for request in requests):
+                raise MemoryError
+            return super().act(requests)
+
+    model = Narrow()
+    async with running(model, max_batch=8) as engine:
+        asked_for = [request(number) for number in range(8)]
+        asked_for[5] = request(5, "too long")
+        found = await soon(asyncio.gather(*map(engine.act, asked_for), return_exceptions=True))
+        assert isinstance(found.pop(5), Failed) and [level(answer) for answer in found] == [0, 1, 2, 3, 4, 6, 7]
+        assert engine.limit == 8 and engine.out_of_memory == 4
+        await soon(asyncio.gather(*(engine.act(request(number)) for number in range(8))))
+        assert model.batches[-1] == 8
+
+
 # A model that hangs
 
 

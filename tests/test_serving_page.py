@@ -150,6 +150,13 @@ def test_nothing_but_the_files_of_the_page(name):
     assert page().get(f"/page/{name}", follow_redirects=False).status_code in (307, 404)
 
 
+def test_a_part_of_a_file_is_not_looked_for():
+    """In starlette 0.46 to 0.49.0 a header of 64 KiB took most of a second, in which no robot is answered."""
+    answer = page().get("/page/page.js", headers={"Range": "bytes=1-2"})
+    assert answer.status_code == 200 and "accept-ranges" not in answer.headers
+    assert answer.content == (FOLDER / "page.js").read_bytes()
+
+
 def test_examples(tmp_path):
     client = page()
     examples = client.get("/page/about").json()["examples"]
