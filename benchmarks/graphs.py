@@ -20,7 +20,7 @@ from openvla import OpenVLAForActionPrediction
 from openvla.bench.subject import random_model
 from openvla.device import synchronize
 from openvla.graphs_openvla import _PREPARED, plain_decoding, without_graphs
-from openvla.policy import QUANTIZATIONS
+from openvla.policy import QUANTIZATIONS, quantization_of
 from openvla.quantization_openvla import OpenVLAQuantizationConfig, quantize_linears
 from openvla.recordings_openvla import Snapshot
 
@@ -116,6 +116,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12, help="predictions of each way; default: %(default)s")
     parser.add_argument("--output", type=Path, help="a JSON file for the figures")
     arguments = parser.parse_args()
+    if arguments.quantization and not arguments.preset:
+        parser.error("--quantization is of a --preset; a folder is as `openvla quantize` wrote it.")
     torch.manual_seed(0)
     dtype = getattr(torch, arguments.dtype)
     if arguments.preset:
@@ -129,6 +131,7 @@ def main() -> None:
         "model": arguments.preset or Path(arguments.model).name,
         "device": torch.cuda.get_device_name() if cuda else arguments.device,
         "dtype": arguments.dtype,
+        "quantization": quantization_of(model),
         "torch": torch.__version__,
     }
     for batch in map(int, arguments.batches.split(",")):
