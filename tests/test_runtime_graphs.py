@@ -74,8 +74,8 @@ def test_products_of_8_bits_are_exact_on_every_cpu(told, monkeypatch):
         needs_wide_sums()
 
 
-def test_every_session_is_told(monkeypatch, tmp_path):
-    """Also one of another provider: what that has no kernel for, the CPU multiplies."""
+def test_sessions_of_8_bits_are_told(monkeypatch, tmp_path):
+    """Also those of other providers: what these have no kernel for, the CPU multiplies."""
     file, told = tmp_path / "graph.onnx", []
     file.write_bytes(_product(np.ones((64, 64), np.int8)))
     monkeypatch.setattr(sessions, "needs_wide_sums", lambda: True)
@@ -85,5 +85,7 @@ def test_every_session_is_told(monkeypatch, tmp_path):
         "add_session_config_entry",
         lambda self, *entry: told.append(entry) or add(self, *entry),
     )
-    sessions.OnnxSession(file, "cpu", 1)
+    sessions.open_session(file, "cpu", 1)
+    assert told == []
+    sessions.open_session(file, "cpu", 1, of_8_bits=True)
     assert told == [WIDE_SUMS]

@@ -129,7 +129,8 @@ class OnnxPolicy:
                 check_digest(folder, file, digest)
         self._vision = open_session(folder / VISION_FILE, provider, threads)
         self._check_inputs(folder)
-        self._language_model = LanguageModel(open_session(folder / LANGUAGE_MODEL_FILE, provider, threads))
+        graph = open_session(folder / LANGUAGE_MODEL_FILE, provider, threads, of_8_bits=self.dtype == "int8")
+        self._language_model = LanguageModel(graph)
         self._lock = threading.Lock()
         self._draft: np.ndarray | None = None
         self._checked: dict[str, Any] = {}

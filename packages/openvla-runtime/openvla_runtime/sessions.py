@@ -40,11 +40,11 @@ class Session(Protocol):
 class OnnxSession:
     """A graph in ONNX Runtime."""
 
-    def __init__(self, file: Path, provider: str, threads: int | None):
+    def __init__(self, file: Path, provider: str, threads: int | None, of_8_bits: bool):
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        if needs_wide_sums():  # for every provider: what it has no kernel for the CPU multiplies
+        if of_8_bits and needs_wide_sums():  # for every provider: what it has no kernel for the CPU multiplies
             options.add_session_config_entry(*WIDE_SUMS)
         if threads is not None:
             options.intra_op_num_threads = options.inter_op_num_threads = threads
@@ -156,12 +156,13 @@ class OpenVinoSession:
         return {name: values for output, values in found.items() for name in output.names}
 
 
-def open_session(file: Path, provider: str, threads: int | None) -> Session:
+def open_session(file: Path, provider: str, threads: int | None, of_8_bits: bool = False) -> Session:
     """A graph, ready to run.
 
     Args:
         provider: One of `PROVIDERS`, or "openvino".
         threads: 1 to `MOST_THREADS`; None: as many as the library chooses.
+        of_8_bits: Whether its products are of whole numbers.
 
     Raises:
         ValueError: If nothing of that name is there, it cannot be started, or the library cannot read the graph.
@@ -197,7 +198,7 @@ def open_session(file: Path, provider: str, threads: int | None) -> Session:
         )
     errors = onnxruntime.capi.onnxruntime_pybind11_state
     try:
-        return OnnxSession(file, provider, threads)
+        return OnnxSession(file, provider, threads, of_8_bits)
     except (
         errors.Fail,
         errors.InvalidProtobuf,
