@@ -18,6 +18,7 @@ from ..options.serving import Limits
 from ..prompts_openvla import has_words
 from .contract import BadRequest, ModelInfo, Refusal, Request, TooLarge
 from .values import numbers, pixels, pixels_of_file, short_text
+from .wire import shown
 
 
 # View -> names of its image, without what stands before them ("observation/", "images/", also with dots).
@@ -120,19 +121,19 @@ class Reader:
         if endpoint == "reset":
             return Reset(session, request_id)
         if endpoint != "infer":
-            raise BadRequest("endpoint: expected 'infer' or 'reset'.")
+            raise BadRequest(f"endpoint={shown(endpoint)}: expected 'infer' or 'reset'.")
         key = self.info.key(short_text("unnorm_key", found.get("unnorm_key"), self.limits))
         instruction = self._instruction(found.get("instruction"))
         state = self._state(found, self.info.datasets[key].state_dim)
         committed = self._committed(found.get("committed"), self.info.datasets[key].spec.action_dim)
         step = _plain_int(found.get("step"))
         if step is not None and not (type(step) is int and 0 <= step < MOST_STEPS):
-            raise BadRequest("step: expected the number of the step in its episode, from 0 on.")
+            raise BadRequest(f"step={shown(step)}: expected the number of the step in its episode, from 0 on.")
         deadline = self._deadline(found.get("timeout_ms"), arrived)
         flags = {name: found.get(name, False) for name in ("details", "distributions")}
         for name, value in flags.items():
             if not isinstance(value, (bool, np.bool_)):
-                raise BadRequest(f"{name}: expected true or false.")
+                raise BadRequest(f"{name}={shown(value)}: expected true or false.")
         images = {camera: pixels(name, image, self.limits) for camera, (name, image) in self._cameras(found).items()}
         request = Request(
             Observation(images, state, instruction, committed, step),
@@ -224,7 +225,7 @@ class Reader:
         if type(value) is not int:
             return short_text("request_id", value, self.limits)
         if abs(value) >= MOST_STEPS:
-            raise BadRequest(f"request_id: expected text, or a number below {MOST_STEPS}.")
+            raise BadRequest(f"request_id={shown(value)}: expected text, or a number below {MOST_STEPS}.")
         return value
 
     def _instruction(self, value: Any) -> str:
@@ -280,7 +281,8 @@ class Reader:
             return None
         number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
         if not (number and 0 < value <= self.limits.timeout_ms):
-            raise BadRequest(f"timeout_ms: expected a number above 0 and up to {self.limits.timeout_ms:g}.")
+            most = f"{self.limits.timeout_ms:g}"
+            raise BadRequest(f"timeout_ms={shown(value)}: expected a number above 0 and up to {most}.")
         return arrived + float(value) / 1000
 
 

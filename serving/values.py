@@ -8,7 +8,7 @@ import numpy as np
 from ..options.serving import Limits
 from ..pixels_openvla import LONGEST_SIDE, load_image
 from .contract import BadRequest, TooLarge
-from .wire import from_base64, picture_size
+from .wire import from_base64, picture_size, shown
 
 
 NUMBERS = (int, float, np.ndarray, np.number)
@@ -20,7 +20,7 @@ def short_text(field: str, value: Any, limits: Limits) -> str | None:
     if value is None:
         return None
     if not (isinstance(value, str) and value and value.isprintable()):
-        raise BadRequest(f"{field}: expected text without control characters.")
+        raise BadRequest(f"{field}={shown(value)}: expected text that is not empty, without control characters.")
     if len(value) > limits.name_letters:
         raise TooLarge(f"{field}: {len(value)} letters, at most {limits.name_letters}.")
     return value

@@ -52,10 +52,10 @@ def _array(data: bytes, dtype: Any, shape: Any) -> np.ndarray:
     """Not writeable where the bytes are used as they are."""
     kind = DTYPES.get(dtype) if isinstance(dtype, str) else None
     if kind is None:
-        raise ValueError(f"an array of dtype {_shown(dtype)}: expected integers or floats of 8 to 64 bits, as '<f4'.")
+        raise ValueError(f"an array of dtype {shown(dtype)}: expected integers or floats of 8 to 64 bits, as '<f4'.")
     sizes: list[Any] = list(shape) if isinstance(shape, (list, tuple)) else [None]
     if len(sizes) > MOST_AXES or not all(type(size) is int and 0 <= size < LONGEST_AXIS for size in sizes):
-        raise ValueError(f"an array of shape {_shown(shape)}: expected at most {MOST_AXES} sizes.")
+        raise ValueError(f"an array of shape {shown(shape)}: expected at most {MOST_AXES} sizes.")
     expected = math.prod(sizes) * kind.itemsize
     if len(data) != expected:
         raise ValueError(f"an array of shape {sizes} and dtype {dtype} has {expected} bytes, {len(data)} came.")
@@ -67,15 +67,17 @@ def _scalar(value: Any, dtype: Any) -> np.generic:
     kind = SCALARS.get(dtype) if isinstance(dtype, str) else None
     types = {"b": (bool,), "i": (int,), "u": (int,), "f": (int, float)}.get(kind.kind, ()) if kind else ()
     if kind is None or type(value) not in types:
-        raise ValueError(f"a number of dtype {_shown(dtype)}: {type(value).__name__} came.")
+        raise ValueError(f"a number of dtype {shown(dtype)}: {type(value).__name__} came.")
     if kind.kind in "iu" and not np.iinfo(kind).min <= value <= np.iinfo(kind).max:
         raise ValueError(f"a number that {dtype} does not hold.")
     return kind.type(value)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """Of something that came from outside: short, and never deep."""
-    return f"{value!r:.80}" if isinstance(value, (str, int, float, bool, type(None))) else type(value).__name__
+    if isinstance(value, str):
+        return f"{value[:80]!r:.80}"
+    return f"{value!r:.80}" if isinstance(value, (int, float, type(None))) else type(value).__name__
 
 
 class _Counted:
