@@ -352,6 +352,13 @@ def test_statistics_may_stand_in_the_mixture(dataset, tmp_path):
     assert content["mixture"]["push"]["statistics"]["action"] == shown.statistics["action"]
 
 
+def flip(path: Path, place: float) -> None:
+    """One byte is another: all readers would take it."""
+    content = bytearray(path.read_bytes())
+    content[int(len(content) * place)] ^= 0x7F
+    path.write_bytes(content)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
@@ -365,6 +372,9 @@ def finished(tmp_path_factory) -> Path:
         ("adapter_model.safetensors", lambda path: os.truncate(path, path.stat().st_size // 2), "cut off or damaged"),
         ("optimizer.pt", lambda path: os.truncate(path, path.stat().st_size // 2), "cut off or damaged"),
         ("scheduler.pt", lambda path: path.write_bytes(b""), "empty"),
+        ("optimizer.pt", lambda path: flip(path, 0.5), "cut off or damaged"),
+        ("rng_state.pth", lambda path: flip(path, 0.5), "cut off or damaged"),
+        ("adapter_model.safetensors", lambda path: flip(path, 0.9), "is damaged, or of another run"),
         ("trainer_state.json", lambda path: path.write_text('{"epoch": '), "not valid JSON"),
         ("trainer_state.json", lambda path: path.write_text('{"global_step": 2}'), "is of step 2"),
         ("rng_state.pth", Path.unlink, "has no rng_state"),
@@ -387,6 +397,16 @@ def test_a_damaged_checkpoint_names_the_older_good_one(file, damage, said, finis
         (tmp_path / "run" / "checkpoints" / older / "optimizer.pt").unlink()
     with pytest.raises(ValueError, match=r"No older one is good: remove '.*-3' and '.*-2' and '.*-1'"):
         resume.checkpoint_to_resume(tmp_path / "run", steps=3)
+
+
+def test_a_checkpoint_that_lacks_weights_is_not_continued(dataset, tmp_path):
+    """The library warns, and these would go on from where the run began."""
+    finetune(options(tmp_path / "run", dataset))
+    file = tmp_path / "run" / "checkpoints" / "checkpoint-2" / "model.safetensors"
+    weights = load_file(file)
+    save_file({name: value for name, value in weights.items() if ".up_proj." not in name}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"checkpoint-2' has other weights than the model: missing .*up_proj.weight"):
+        finetune(options(tmp_path / "run", dataset, steps=3), resume=True)
 
 
 # Killed

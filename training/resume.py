@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from ..adapters_openvla import ADAPTER, WEIGHTS, belongings
 from ..configuration_openvla import OpenVLAConfig
 from ..data.sources import Source, dataset_places
 from ..data.survey import content_key, order_digest
-from ..files_openvla import check_file, read_json
+from ..files_openvla import check_file, file_digest, read_json
 from ..folders import MARKS, read_settings, remove_working_folder
 from ..options.fields import decisive
 from ..options.training import ADAPTER_STRATEGIES, OF_ADAPTERS, FinetuneOptions
@@ -125,7 +126,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def check_checkpoint(folder: Path) -> None:
-    """Whether every file that a run continues from is there and complete. Weights are not read.
+    """Whether every file that a run continues from is there and complete. Of a complete model weights are not read.
 
     Raises:
         FileNotFoundError, ValueError: For the first file that is missing, cut off, or a Git LFS pointer.
@@ -133,7 +134,7 @@ def check_checkpoint(folder: Path) -> None:
     for needed in ("*model*.safetensors", "optimizer.*", "scheduler.pt", "rng_state*.pth", FINISHED):
         if not any(folder.glob(needed)):
             raise FileNotFoundError(f"'{folder}' has no {needed}")
-    config = "adapter_config.json" if any(folder.glob("adapter_model*")) else "config.json"
+    config = ADAPTER if any(folder.glob("adapter_model*")) else "config.json"
     if not (folder / config).exists():
         raise FileNotFoundError(f"'{folder}' has no {config}")
     if (step := read_json(folder / "trainer_state.json").get("global_step")) != step_of(folder):
@@ -149,8 +150,23 @@ def check_checkpoint(folder: Path) -> None:
                 safe_open(file, framework="pt")
             except SafetensorError as error:
                 raise ValueError(f"'{file}' is cut off or damaged ({error})") from error
-        elif file.suffix in TENSORS and not zipfile.is_zipfile(check_file(file, "file")):
-            raise ValueError(f"'{file}' is cut off or damaged")
+        elif file.suffix in TENSORS:
+            _check_archive(check_file(file, "file"))
+    if config == ADAPTER:
+        digest = belongings(read_json(folder / config)).get("adapter_digest")  # runs of older versions have none
+        if digest not in (None, file_digest(folder / WEIGHTS)):
+            raise ValueError(f"'{folder / WEIGHTS}' is damaged, or of another run")
+
+
+def _check_archive(file: Path) -> None:
+    """Raise a `ValueError` where what `torch.save` wrote is not what is there: torch itself does not look."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            good = archive.testzip() is None
+    except (zipfile.BadZipFile, NotImplementedError, EOFError):
+        good = False
+    if not good:
+        raise ValueError(f"'{file}' is cut off or damaged")
 
 
 def checkpoint_to_resume(output: Path, steps: int) -> Path | None:

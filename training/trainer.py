@@ -344,6 +344,21 @@ class ActionTrainer(Trainer):
             )
             raise OSError(f"{what} could not be written: {error}. {remedy}") from error
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """What a checkpoint lacks would go on from where the run began; the library only warns of it."""
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        lacking = set(load_result.missing_keys)
+        loaded = {id(parameter) for name, parameter in parameters.items() if name not in lacking}
+        lacking = {name for name in lacking if id(parameters.get(name)) not in loaded}  # one with the embeddings
+        strange = load_result.unexpected_keys
+        if lacking or strange:
+            missing, others = (", ".join(sorted(names)[:3]) or "none" for names in (lacking, strange))
+            raise ValueError(
+                f"'{last_checkpoint(Path(self.args.output_dir))}' has other weights than the model: missing {missing}, "
+                f"not of the model {others}. Was it saved by another version? Remove it, and --resume goes on from the "
+                "one before it."
+            )
+
     def _get_output_dir(self, trial: Any) -> str:
         return str(Path(self.args.output_dir) / UNFINISHED / WORK)
 
