@@ -8,6 +8,7 @@ import json
 import os
 from codecs import BOM_UTF8
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -136,11 +137,16 @@ def weights_digest(model: str | os.PathLike, revision: str | None = None) -> str
             folder = Path(snapshot_download(os.fspath(model), revision=revision, local_files_only=True))
         except (HFValidationError, LocalEntryNotFoundError) as error:
             raise FileNotFoundError(f"'{model}' is no folder, and no Hub repository in the cache here.") from error
-    files = sorted({path for pattern in WEIGHTS for path in folder.glob(pattern) if path.is_file()})
+    found = {path for pattern in WEIGHTS for path in folder.glob(pattern)}
+    for index in folder.glob("*.index.json"):  # of weights in several files, which may lie in a folder below
+        with suppress(ValueError):  # a damaged one: who loads by it says so
+            names = read_json(index).get("weight_map")
+            found |= {folder / str(name) for name in names.values()} if isinstance(names, dict) else set()
+    files = sorted(path for path in found if path.is_file())
     if not files:
         raise FileNotFoundError(f"'{folder}' holds no weights ({', '.join(WEIGHTS)}).")
     with ThreadPoolExecutor(min(len(files), os.cpu_count() or 1)) as pool:
-        digests = dict(zip([path.name for path in files], pool.map(file_digest, files)))
+        digests = dict(zip([path.relative_to(folder).as_posix() for path in files], pool.map(file_digest, files)))
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:32]
 
 

@@ -186,6 +186,19 @@ def test_weights_are_told_apart_by_their_content(tmp_path):
         weights_digest(tmp_path.parent)
 
 
+def test_weights_in_a_folder_below_are_weights(tmp_path):
+    """They load, and were said not to be there; beside others they did not count."""
+    (tmp_path / "parts").mkdir()
+    write_json(tmp_path / "model.safetensors.index.json", {"weight_map": {"a": "parts/1.safetensors"}})
+    (tmp_path / "parts" / "1.safetensors").write_text("first")
+    first = weights_digest(tmp_path)
+    (tmp_path / "parts" / "1.safetensors").write_text("other")
+    assert weights_digest(tmp_path) != first
+    write_json(tmp_path / "model.safetensors.index.json", {"weight_map": None})
+    with pytest.raises(FileNotFoundError, match="holds no weights"):
+        weights_digest(tmp_path)
+
+
 def test_weights_of_a_hub_id_are_those_in_the_cache(tmp_path, monkeypatch):
     """There the file of a large weight is called by its digest, so nothing is read; equal to that of a folder."""
     content = bytes(1000)
