@@ -28,7 +28,8 @@ LONGEST_LIST = 1024  # in msgpack, whose lists say how long they will be, and ta
 MOST_LEVELS = 8  # of lists and maps within each other
 MOST_PIXELS = 4096 * 4096  # of a picture
 MOST_SCANS = 32  # of a JPEG: progressive ones have about 10, and each goes over all pixels, however few bytes it has
-MOST_PARTS = 64  # of a picture beside its pixels: each takes its time, and a kilobyte of a PNG may unpack to 1 MiB
+MOST_PARTS = 64  # of a picture beside its pixels: each takes its time
+PACKED, MOST_PACKED = (b"iCCP", b"iTXt", b"zTXt"), 8  # of a PNG: a kilobyte of each may unpack to 1 MiB, in 4 ms
 MOST_TAGS = 2**18  # bytes of EXIF; cameras write 64 KiB at most
 TAG_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}  # of TIFF's types
 ALONE = {0xC8, *range(0xD0, 0xDA), *range(0xF0, 0xFE)}  # marks of a JPEG that no length follows
@@ -256,6 +257,8 @@ def picture_size(data: bytes) -> tuple[int, int]:
     parts = list(islice(_parts(data), MOST_PARTS + 1))
     if len(parts) > MOST_PARTS:
         raise ValueError(f"a picture file of more than {MOST_PARTS} parts beside its pixels.")
+    if data.startswith(b"\x89PNG") and (packed := sum(data[at + 4 : at + 8] in PACKED for at in parts)) > MOST_PACKED:
+        raise ValueError(f"a PNG file of {packed} texts and profiles, at most {MOST_PACKED}: save the picture without.")
     _check_tags(data, parts)
     try:
         with Image.open(io.BytesIO(data), formats=FILES) as picture:

@@ -272,6 +272,16 @@ def test_a_png_of_thousands_of_chunks_is_not_opened(more, at, monkeypatch):
         wire.picture_size(file[:at] + 1000 * more + file[at:])
 
 
+@pytest.mark.parametrize("name", [b"iCCP", b"zTXt", b"iTXt"])
+def test_a_png_of_many_packed_texts_is_not_opened(name, monkeypatch):
+    """60 of them, in 64 kB, held all robots up for 0.8 s: so small a picture is read where it came."""
+    file, more = png(8, 8), part(name, (b"a\0\0" if name != b"iTXt" else b"a\0\1\0\0\0") + zlib.compress(bytes(2**20)))
+    assert wire.picture_size(file[:33] + 8 * more + file[33:]) == (8, 8)
+    monkeypatch.setattr(Image, "open", None)
+    with pytest.raises(ValueError, match="a PNG file of 9 texts and profiles, at most 8"):
+        wire.picture_size(file[:33] + 9 * more + file[33:])
+
+
 @pytest.mark.parametrize(
     "more", [b"\xff\xe5\0\2", b"\xff\xfe\0\4ab", b"\xff\xe1\0\0", b"\xff\xf3", b"\xff\xd8", b"\xff", b"a"]
 )
