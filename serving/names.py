@@ -17,7 +17,7 @@ from ..observation import Observation
 from ..options.serving import Limits
 from ..prompts_openvla import has_words
 from .contract import BadRequest, ModelInfo, Refusal, Request, TooLarge
-from .values import numbers, pixels, pixels_of_file, short_text
+from .values import is_quick, numbers, pixels, short_text
 from .wire import shown
 
 
@@ -147,7 +147,7 @@ class Reader:
     def is_quick(self, message: Any) -> bool:
         """Whether to read it takes about a millisecond: there is no large picture to decode in it."""
         values = (value for _, value in _flat(message)) if isinstance(message, dict) else ()
-        return sum(map(pixels_of_file, values)) <= QUICK_PIXELS
+        return is_quick(values, QUICK_PIXELS)
 
     def expected(self) -> str:
         """What a message has to hold, in words."""

@@ -1,6 +1,7 @@
 """Values of a message: checked, bounded, and as the model takes them."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -8,11 +9,12 @@ import numpy as np
 from ..options.serving import Limits
 from ..pixels_openvla import LONGEST_SIDE, load_image
 from .contract import BadRequest, TooLarge
-from .wire import from_base64, picture_size, shown
+from .wire import from_base64, is_packed, picture_size, shown
 
 
 NUMBERS = (int, float, np.ndarray, np.number)
 LEAST_FILE = 64  # letters of a picture in base64
+MOST_QUICK = 16  # files whose heads are looked at where they came
 
 
 def short_text(field: str, value: Any, limits: Limits) -> str | None:
@@ -70,12 +72,20 @@ def pixels(name: str, image: Any, limits: Limits) -> np.ndarray:
         raise BadRequest(f"image '{name}': {error}") from error
 
 
-def pixels_of_file(value: Any) -> int:
-    """How many there are to decode; 0 of what is no file of a picture."""
-    if not isinstance(value, bytes) and not (isinstance(value, str) and len(value) > LEAST_FILE):
-        return 0
+def is_quick(values: Iterable[Any], most_pixels: int) -> bool:
+    """Whether pictures among them are few and small, so that to look at them and to decode them takes milliseconds."""
+    files = [
+        value for value in values if isinstance(value, bytes) or (isinstance(value, str) and len(value) > LEAST_FILE)
+    ]
+    return len(files) <= MOST_QUICK and sum(map(_pixels_to_decode, files)) <= most_pixels
+
+
+def _pixels_to_decode(value: str | bytes) -> float:
     try:
-        height, width = picture_size(_file(value))
+        data = _file(value)
+        if is_packed(data):
+            return math.inf
+        height, width = picture_size(data)
     except ValueError:  # a long instruction, or what will be refused
         return 0
     return height * width

@@ -257,7 +257,7 @@ def picture_size(data: bytes) -> tuple[int, int]:
     parts = list(islice(_parts(data), MOST_PARTS + 1))
     if len(parts) > MOST_PARTS:
         raise ValueError(f"a picture file of more than {MOST_PARTS} parts beside its pixels.")
-    if data.startswith(b"\x89PNG") and (packed := sum(data[at + 4 : at + 8] in PACKED for at in parts)) > MOST_PACKED:
+    if (packed := sum(data[at + 4 : at + 8] in PACKED for at in parts)) > MOST_PACKED and data.startswith(b"\x89PNG"):
         raise ValueError(f"a PNG file of {packed} texts and profiles, at most {MOST_PACKED}: save the picture without.")
     _check_tags(data, parts)
     try:
@@ -266,6 +266,12 @@ def picture_size(data: bytes) -> tuple[int, int]:
     except UNREADABLE as error:
         raise ValueError(f"{len(data)} bytes that are no {' or '.join(FILES)} file: {type(error).__name__}") from error
     return height, width
+
+
+def is_packed(data: bytes) -> bool:
+    """Whether it is a PNG with parts that may take longer than its pixels."""
+    parts = islice(_parts(data), MOST_PARTS) if data.startswith(b"\x89PNG") else ()
+    return any(data[at + 4 : at + 8] in PACKED for at in parts)
 
 
 def _parts(data: bytes) -> Iterator[int]:

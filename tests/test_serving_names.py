@@ -1,6 +1,7 @@
 """What each client's observation is read as; what could mean two things is refused."""
 
 import base64
+import struct
 import tracemalloc
 
 import numpy as np
@@ -375,4 +376,8 @@ def test_what_takes_longer_to_read_is_told():
         "data:image/png;base64," + base64.b64encode(large).decode(),
     ):
         assert not made.is_quick({"images": {"primary": picture}, "prompt": "go"})
+    small = wire.picture_file(image(0), "PNG")
+    packed = small[:33] + struct.pack(">I4s3sI", 3, b"iCCP", b"a\0\0", 0) + small[33:]
+    assert not made.is_quick({**GOOD, "image": packed})  # however few pixels it has
+    assert not made.is_quick({**GOOD, **{f"image{number}": small for number in range(17)}})
     assert made.is_quick([]) and made.is_quick({**GOOD, "image": b"no file", "prompt": "go " * 100})
