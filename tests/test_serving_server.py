@@ -1,5 +1,6 @@
 """`openvla serve` as a process: listens, says where, answers, stops well. The model is a fake one."""
 
+import asyncio
 import json
 import os
 import shlex
@@ -12,6 +13,7 @@ import urllib.request
 import warnings
 from contextlib import suppress
 from email.message import Message
+from random import Random
 from types import SimpleNamespace
 
 import numpy as np
@@ -204,6 +206,59 @@ def test_a_message_that_breaks_off_gives_its_room_back(server, how):
     while server.metric("openvla_websockets"):
         pass
     assert server.metric("openvla_bodies_bytes") == 0
+
+
+async def a_robot(port: int, random: Random, wrong: list) -> None:
+    """Asks ahead, over connections that break now and then, in the middle of a message too."""
+    for _ in range(10):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(UPGRADE)
+        await reader.readuntil(b"\r\n\r\n")
+        await frame(reader)
+        asked = []
+        for _ in range(random.randrange(1, 12)):
+            level, words, number = random.randrange(256), "a" * random.randrange(1, 99), random.randrange(2**20)
+            pixels = np.full((random.choice((8, 300, 700)),) * 2 + (3,), level, np.uint8)
+            more = {"session": f"robot {random.randrange(6)}"} if random.random() < 0.7 else {}
+            data = wire.pack({"image": pixels, "instruction": words, "request_id": number, "step": level, **more})
+            message = bytes([0x82, 0xFF]) + struct.pack("!Q4x", len(data)) + data
+            if random.random() < 0.1:
+                writer.write(message[: random.randrange(len(message))])
+                break
+            writer.write(message)
+            asked.append((number, level, len(words)))
+            if len(asked) == 4 or random.random() < 0.3:
+                for expected in asked:
+                    answer = await frame(reader)
+                    if "error" in answer:
+                        found = (answer["request_id"], *expected[1:]) if answer["code"] != "failed" else answer
+                    else:
+                        x, y = np.round(answer["actions"][0, :2] * 1000)
+                        found = (answer["request_id"], x, y)
+                    wrong.extend([] if found == expected else [(found, expected)])
+                asked.clear()
+        writer.transport.abort() if random.random() < 0.5 else writer.close()
+
+
+async def frame(reader: asyncio.StreamReader):
+    first, size = await reader.readexactly(2)
+    if size >= 126:
+        size = int.from_bytes(await reader.readexactly(2 if size == 126 else 8), "big")
+    data = await reader.readexactly(size)
+    return wire.unpack(data) if first & 15 == 2 else json.loads(data)
+
+
+def test_every_answer_is_of_its_request_and_nothing_is_kept_of_robots_that_have_gone(server):
+    async def ask():
+        wrong: list = []
+        await asyncio.wait_for(asyncio.gather(*(a_robot(server.port, Random(seed), wrong) for seed in range(12))), 120)
+        return wrong
+
+    before = server.metric("openvla_batch_size_count")
+    assert asyncio.run(ask()) == [] and server.metric("openvla_batch_size_count") > before + 50
+    while server.metric("openvla_websockets"):
+        pass
+    assert server.metric("openvla_bodies_bytes") == server.metric("openvla_queue") == 0
 
 
 def test_who_sends_without_end_is_read_no_further_than_ahead(request):
