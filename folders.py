@@ -180,6 +180,16 @@ def move_into(work: Path, output: Path) -> None:
         os.replace(file, target)
 
 
+def save_processor(processor: Any, folder: Path) -> None:
+    """As its `save_pretrained`; an OSError where it cannot be written, for which tokenizers has a bare Exception."""
+    try:
+        processor.save_pretrained(folder)
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise OSError(f"Cannot write '{folder}': {error}") from error
+
+
 def write_json(path: Path, data: Any) -> None:
     """Write a JSON file that appears complete or not at all."""
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")

@@ -20,7 +20,7 @@ from transformers import GenerationConfig
 from ..adapters_openvla import find_adapter
 from ..configuration_openvla import OpenVLAConfig
 from ..files_openvla import read_json
-from ..folders import MARKS, STALE, new_folder, write_json
+from ..folders import MARKS, STALE, new_folder, save_processor, write_json
 from ..hub import model_folder, statistics_of
 from ..model_card import model_card
 from ..modeling_openvla import OpenVLAForActionPrediction
@@ -301,7 +301,7 @@ def write_companions(
         ids = {key: getattr(config.text_config, key) for key in ("bos_token_id", "eos_token_id")}
         GenerationConfig(**ids, pad_token_id=config.pad_token_id).save_pretrained(folder)
 
-    processor.save_pretrained(folder)
+    save_processor(processor, folder)
     written = read_json(folder / "processor_config.json")
     written["auto_map"] = dict(PROCESSOR_AUTO_MAP)
     written["image_processor"]["auto_map"] = {"AutoImageProcessor": PROCESSOR_AUTO_MAP["AutoImageProcessor"]}

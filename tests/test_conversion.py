@@ -22,6 +22,7 @@ from openvla import OpenVLAConfig, OpenVLAForActionPrediction, OpenVLAProcessor
 from openvla.conversion import convert_prismatic_checkpoint, export_prismatic_checkpoint, prismatic
 from openvla.conversion.hub_folder import expected_shapes, read_weights
 from openvla.conversion.training_run import name_table, rename
+from openvla.folders import save_processor
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has other sizes than")  # the tiny models do
@@ -412,6 +413,20 @@ def test_a_full_disk_leaves_no_folder(tiny, tmp_path, run, small_files):
     with pytest.raises(OSError, match="Cannot write.*latest-checkpoint.pt"):
         export_prismatic_checkpoint(model_folder(tiny, tmp_path / "model"), tmp_path / "exported")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "run"]
+
+
+def test_a_disk_that_is_full_before_the_tokenizer_is_an_error_of_a_file(tiny, tmp_path):
+    """tokenizers has a bare Exception for it, which ended a run with a traceback and without a way on."""
+    processor = tiny.checkpoint.processor()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=f"Cannot write '{tmp_path}': .*os error"):
+            save_processor(processor, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with pytest.raises(ValueError, match="another"):  # other errors stay what they are
+        save_processor(SimpleNamespace(save_pretrained=lambda folder: int("another")), tmp_path)
 
 
 def test_lazy_weights_know_shapes_without_reading(tiny):

@@ -28,7 +28,7 @@ from ..adapters_openvla import (
 from ..configuration_openvla import OpenVLAConfig
 from ..data.collate import ActionCollator
 from ..files_openvla import file_digest, read_json
-from ..folders import new_folder, write_json
+from ..folders import new_folder, save_processor, write_json
 from ..model_card import model_card
 from ..modeling_openvla import OpenVLAForActionPrediction
 from ..parts_openvla import PARTS_FILE
@@ -72,7 +72,7 @@ def write_checkpoint(
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config["dtype"] = str(dtype).removeprefix("torch.")
         write_json(folder / "config.json", config)
-    processor.save_pretrained(folder)
+    save_processor(processor, folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
     write_json(folder / "dataset_statistics.json", statistics)
 
