@@ -128,7 +128,7 @@ class Engine(Protocol):
 
     @property
     def ready(self) -> bool:
-        """Warmed up, not hung, and not stopping."""
+        """Warmed up, not hung or failing, and not stopping."""
         ...
 
     @property
@@ -236,6 +236,7 @@ PROBLEMS = {  # by the state of an engine: why requests are refused
     "starting": "The model is warming up: ask again.",
     "broken": "The model could not be warmed up: the log of the server says why.",
     "hung": "The model hangs: it has not returned from a prediction. Ask another server, or again later.",
+    "failing": "The model fails at all that it is asked: the log of the server says why. Ask another one, or later.",
     "stopping": "The server is stopping: ask another one, or again once it is back.",
 }
 PROBLEMS["stopped"] = PROBLEMS["stopping"]

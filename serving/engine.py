@@ -5,7 +5,8 @@ free, and then at most `max_wait_ms` for others, if as many as lately were asked
 is alone does not wait. Of a session the newest observation alone is answered. Refused is what comes while the queue is
 full, before the model is warm and while the server stops (`Busy`), what would be answered too late (`Late`) and what
 the model fails at (`Failed`); nothing of that stops the others. A model that does not return from a batch for
-`hang_after` seconds counts as hung until it does: all are refused (`Hung`), and its late answers go to nobody.
+`hang_after` seconds counts as hung until it does: all are refused (`Hung`), and its late answers go to nobody. So is a
+model that fails at what it has answered before, as where a GPU is gone, until it answers that again.
 """
 
 import asyncio
@@ -23,6 +24,8 @@ from .worker import Worker
 
 logger = logging.getLogger(__name__)
 LATELY = 1.0  # seconds for which it is remembered how many asked at once
+DISTURBED = ("hung", "failing")  # states in which a model that was ready answers nobody
+AGAIN = 5.0  # seconds until it is worth looking whether it does
 
 
 class Engine:
@@ -37,7 +40,7 @@ class Engine:
         live: What people see of the robots that ask.
 
     Attributes:
-        state: "starting", "ready", "hung", "stopping", "stopped" or "broken" (warm-up failed).
+        state: "starting", "ready", "hung", "failing", "stopping", "stopped" or "broken" (warm-up failed).
         outcomes: How many requests ended how: "answered", "gone" (the client is), or the code of a refusal.
         batches: How many batches there were of each size.
     """
@@ -78,8 +81,8 @@ class Engine:
         """Why requests are refused; None where they are not."""
         if self.ready:
             return None
-        said = PROBLEMS[self.state]
-        return Hung(said, retry_after=5.0) if self.state == "hung" else Busy(said, retry_after=1.0)
+        kind = Hung if self.state == "hung" else Busy
+        return kind(PROBLEMS[self.state], retry_after=AGAIN if self.state in DISTURBED else 1.0)
 
     async def start(self) -> None:
         """Warm the model up, and return when it is ready. Until then requests are refused as `Busy`.
@@ -99,8 +102,8 @@ class Engine:
 
     async def stop(self, patience: float = 30.0) -> None:
         """Refuse new requests, and answer those that are accepted, for at most `patience` seconds. Does not wait for a
-        model that hangs: nobody is left that it could answer."""
-        patience = 0.0 if self.state == "hung" else patience
+        model that hangs or fails: nobody is left that it could answer."""
+        patience = 0.0 if self.state in DISTURBED else patience
         self.state = "stopping"
         self._arrived.set()
         if self._task is not None:
@@ -226,6 +229,8 @@ class Engine:
                 if self._waiting:
                     await self._gather()
                     await self._ask(self._take())
+                    if self.ready and self._worker.failing:
+                        await self._recover()
                 else:
                     self._arrived.clear()
                     await self._arrived.wait()
@@ -282,6 +287,19 @@ class Engine:
             watchdog.cancel()
             self._began = None
             self._refuse(batch)  # of a stop that lost patience
+
+    async def _recover(self) -> None:
+        """Refuse all until the model answers again."""
+        self.state = "failing"
+        logger.error(
+            "The model fails at what it has answered before: requests are refused until it answers that again."
+        )
+        self._refuse(self._waiting.values())
+        while self.state == "failing":
+            await asyncio.sleep(AGAIN)
+            if await self._worker.lives() and self.state == "failing":
+                self.state = "ready"
+                logger.warning("The model answers again.")
 
     def _hang(self, batch: list[Waiting]) -> None:
         """The model has taken too long for a batch."""

@@ -67,7 +67,7 @@ def routes(service: Service) -> APIRouter:
         return "OK\n"
 
     @router.head("/readyz", include_in_schema=False)
-    @router.get("/readyz", responses={503: {"description": "It is starting or stopping, or the model hangs."}})
+    @router.get("/readyz", responses={503: {"description": "It is starting or stopping, or the model hangs or fails."}})
     async def readyz() -> JSONResponse:
         """Whether the server answers requests now."""
         problem = service.engine.problem

@@ -30,10 +30,13 @@ class Worker:
 
     Attributes:
         out_of_memory: How often memory was too small.
+        failing: The model failed at all of the last batch, and then at a request that it had answered before: it is not
+            the requests.
     """
 
     def __init__(self, model: Model, limit: int):
-        self.model, self.limit, self.out_of_memory = model, limit, 0
+        self.model, self.limit, self.out_of_memory, self.failing = model, limit, 0, False
+        self._known: Request | None = None  # the first that was answered
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         threading.Thread(target=self._run, name="openvla-model", daemon=True).start()
 
@@ -47,7 +50,12 @@ class Worker:
 
     async def act(self, requests: Sequence[Request]) -> list[Answer | Refusal]:
         """The answer to each request, or why there is none."""
-        return await self._call(lambda: self._act(requests))
+        return await self._call(lambda: self._act_and_look(requests))
+
+    async def lives(self) -> bool:
+        """Whether the model answers what it has answered before."""
+        self.failing = not await self._call(self._lives)
+        return not self.failing
 
     def end_session(self, session: str) -> None:
         """After what the model does now. Returns at once."""
@@ -99,6 +107,25 @@ class Worker:
                 if self.limit == 1:
                     raise
                 self._shrink(self.limit)
+
+    def _act_and_look(self, requests: Sequence[Request]) -> list[Answer | Refusal]:
+        found = self._act(requests)
+        answered = [request for request, one in zip(requests, found) if isinstance(one, Answer)]
+        if answered and self._known is None:
+            self._known = replace(answered[0], session=None, distributions=False)
+        elif not answered and any(type(one) is Failed for one in found):
+            self.failing = not self._lives()
+        return found
+
+    def _lives(self) -> bool:
+        if self._known is None:
+            return True
+        try:
+            return isinstance(checked(self.model.act([self._known])[0]), Answer)
+        except MemoryError:  # may be there again at the next request
+            return True
+        except Exception:  # the log has the one before
+            return False
 
     def _act(self, requests: Sequence[Request]) -> list[Answer | Refusal]:
         """A batch that fails is asked in halves, down to the requests that fail by themselves: the one place where an

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from fake_serving import FakeModel, request
 
+from openvla.serving import engine as engines
 from openvla.serving.contract import BadRequest, Busy, Failed, Hung, Late, Superseded
 from openvla.serving.engine import Engine
 from openvla.serving.waiting import RecentPeak
@@ -270,9 +271,11 @@ async def test_who_leaves_frees_his_place():
 class Failing(FakeModel):
     """Fails as the instruction says, and at batches of more than `fits`."""
 
-    fits = 1000
+    fits, gone = 1000, False
 
     def act(self, requests):
+        if self.gone:
+            raise RuntimeError("CUDA error: device-side assert triggered")
         words = [one.observation.instruction for one in requests]
         if len(requests) > self.fits:
             raise MemoryError(len(requests))
@@ -341,6 +344,36 @@ async def test_who_is_too_large_alone_makes_no_batches_small_for_others():
         assert engine.limit == 8 and engine.out_of_memory == 4
         await soon(asyncio.gather(*(engine.act(request(number)) for number in range(8))))
         assert model.batches[-1] == 8
+
+
+@in_loop
+async def test_a_model_that_fails_at_everything_is_told_and_comes_back(caplog, monkeypatch):
+    """As where a GPU is gone: it was called ready, so that nobody started it again, and robots kept coming."""
+    monkeypatch.setattr(engines, "AGAIN", 0.01)
+    model = Failing()
+    async with running(model) as engine:
+        await soon(engine.act(request()))
+        for words in ("raise", "nan", "raise"):  # theirs, since the model answers what it has answered before
+            with pytest.raises(Failed):
+                await soon(engine.act(request(instruction=words)))
+            assert engine.ready
+        model.gone = True
+        with pytest.raises(Failed, match="do not move"):
+            await soon(engine.act(request()))
+        await asyncio.sleep(0)
+        assert not engine.ready and engine.state == "failing"
+        with pytest.raises(Busy, match="fails at all that it is asked"):
+            await engine.act(request())
+        assert caplog.text.count("fails at what it has answered before") == 1
+        model.gone = False
+        while not engine.ready:
+            await asyncio.sleep(0.01)
+        assert level(await soon(engine.act(request(7)))) == 7
+        model.gone = True
+        with pytest.raises(Failed):
+            await soon(engine.act(request()))
+        monkeypatch.setattr(engines, "AGAIN", 1e6)
+    assert engine.state == "stopped"  # at once
 
 
 # A model that hangs
