@@ -53,6 +53,9 @@ from .weights_openvla import (
 )
 
 
+POSITIONS = ("inv_freq", "embed_positions", "pos_encoding")  # buffers of the library's language models, in no file
+
+
 class OpenVLAPreTrainedModel(QuantizedWeights, AdapterBelongings, ModelParts, PreTrainedModel):
     """What the library asks of a model, and the part of ours that reads and writes folders."""
 
@@ -249,6 +252,22 @@ class OpenVLAPreTrainedModel(QuantizedWeights, AdapterBelongings, ModelParts, Pr
             if "__init__() got an unexpected keyword argument" not in str(error):
                 raise
             raise ValueError(_unknown_option(kwargs, str(error))) from error
+
+    def _apply(self, fn, recurse=True):
+        """As in every torch module, but for what positions are made of (`POSITIONS`): loaded in another type it has
+        float32, and cast with the model it would stand for other positions (in bfloat16 those after a prompt of
+        hundreds are off by up to half a radian)."""
+        kept = [
+            (module, name, buffer)
+            for module in self.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None and name.endswith(POSITIONS) and buffer.dtype == torch.float32
+        ]
+        super()._apply(fn, recurse)
+        for module, name, buffer in kept:
+            if (moved := module._buffers[name]) is not None and moved.dtype != buffer.dtype:
+                module._buffers[name] = buffer.to(moved.device)
+        return self
 
     def _check_has_values(self) -> None:
         if self.device.type == "meta":

@@ -1,5 +1,6 @@
 """What a folder may hold when it is loaded: everything that is missing, damaged or of another model is an error."""
 
+import copy
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from tiny import TINY, golden_image
 from transformers import AutoConfig, AutoModel, AutoProcessor
@@ -558,6 +560,20 @@ def test_saved_folders_keep_the_names_of_code_that_is_there(folder, tmp_path):
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved["auto_map"] == {"AutoConfig": "configuration_mine.OpenVLAConfig"}
     assert set(config.auto_map) == {"AutoConfig", "AutoModel"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_cast_leaves_positions_as_they_are(folder, dtype):
+    """`model.to(torch.bfloat16)` rounded the rotary frequencies: of position 300 up to half a radian, silently."""
+    loaded = OpenVLAForActionPrediction.from_pretrained(folder, dtype=dtype)
+    cast = OpenVLAForActionPrediction.from_pretrained(folder, dtype=torch.float32)
+    adapted = PeftModel(copy.deepcopy(cast), LoraConfig(target_modules=["q_proj"]))
+    expected = dict(loaded.named_buffers())
+    assert any(name.endswith("inv_freq") for name in expected)
+    for model in (cast.to(dtype), adapted.to(dtype).get_base_model()):
+        for name, buffer in model.named_buffers():
+            assert buffer.dtype == expected[name].dtype and torch.equal(buffer, expected[name]), name
+    assert cast.dtype == dtype and cast.to("meta").language_model.model.rotary_emb.inv_freq.is_meta
 
 
 def test_a_chunk_that_weights_never_learned_is_said(tmp_path):
