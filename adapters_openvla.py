@@ -5,7 +5,7 @@ adapter's folder but what stands in adapter_config.json; there, under the free `
 
     {"openvla": {"norm_stats": {...}, "processor": {"image_processor": {...}, "prompt_template": "..."},
                  "model": {"action_chunk": 1, "camera_names": ["primary"]}, "base_digest": "...",
-                 "adapter_digest": "..."}}
+                 "file_digests": {"adapter_model.safetensors": "..."}}}
 """
 
 import os
@@ -59,7 +59,13 @@ def read_belongings(adapter: str | os.PathLike, **hub: Any) -> dict[str, Any]:
     if config is None:
         raise FileNotFoundError(f"'{adapter}' holds no adapter ({ADAPTER}): is it the output of a lora run?")
     found = belongings(read_json(config))
-    _check_own(Path(config).parent, found.pop("adapter_digest", None), found)
+    if changed := changed_files(Path(config).parent, found.pop("file_digests", {})):
+        warnings.warn(
+            f"'{changed[0]}' is not the file that was saved with its {ADAPTER}, of which units "
+            f"({', '.join(found.get('norm_stats', {}))}), prompts and pixels are. If it is of another run or step, "
+            "take the complete folder of that one: its actions are wrong here.",
+            stacklevel=3,
+        )
     statistics = file("dataset_statistics.json")
     if said := {} if statistics is None else read_statistics(statistics):
         if found.get("norm_stats") and found["norm_stats"] != said:
@@ -86,17 +92,10 @@ def read_belongings(adapter: str | os.PathLike, **hub: Any) -> dict[str, Any]:
     return found
 
 
-def _check_own(folder: Path, digest: str | None, found: Mapping[str, Any]) -> None:
-    """Warn where the weights of an adapter are not those that were saved with its adapter_config.json: of another run
-    they fit as well, and act in units that are not theirs."""
-    weights = folder / WEIGHTS
-    if digest is not None and weights.is_file() and file_digest(weights) != digest:
-        warnings.warn(
-            f"'{weights}' is not the file that was saved with its {ADAPTER}, of which units "
-            f"({', '.join(found.get('norm_stats', {}))}), prompts and pixels are. If it is of another run, take the "
-            "complete folder of that one: its actions are wrong here.",
-            stacklevel=4,
-        )
+def changed_files(folder: Path, digests: Mapping[str, str]) -> list[Path]:
+    """Files in `folder` that are not those that were saved: of another run they fit as well."""
+    there = {folder / name: digest for name, digest in digests.items() if (folder / name).is_file()}
+    return [file for file, digest in there.items() if file_digest(file) != digest]
 
 
 def adapter_names(adapter: str | os.PathLike, hub: Mapping[str, Any]) -> list[str] | None:

@@ -591,6 +591,14 @@ def test_weights_of_another_run_beside_an_adapter_are_said(place):
             load()
 
 
+def test_parts_of_another_step_beside_an_adapter_are_said(place):
+    """A head and an adapter belong together; one of them alone was copied from a later checkpoint."""
+    run = train(place / "base", place / "head", head="l1_regression", steps=2, keep=2)
+    shutil.copyfile(run / "checkpoints" / "checkpoint-1" / "added_parts.safetensors", run / "added_parts.safetensors")
+    with pytest.warns(UserWarning, match=r"added_parts.safetensors' is not the file that was saved.*or step"):
+        OpenVLAForActionPrediction.from_pretrained(run)
+
+
 @pytest.mark.filterwarnings("error:.*is not the file that was saved")
 def test_weights_that_peft_saves_again_are_their_own(place):
     """Trained further by PEFT: the digest of the file before would not be theirs."""

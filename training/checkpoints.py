@@ -16,7 +16,6 @@ from transformers.utils import cached_file
 from ..adapters_openvla import (
     ADAPTER,
     KEY,
-    WEIGHTS,
     belongings,
     check_base,
     find_adapter,
@@ -96,7 +95,7 @@ def _complete_adapter(model: Any, folder: Path, processor: OpenVLAProcessor, sta
             **belongings(model.peft_config["default"]),
             "norm_stats": statistics,
             "processor": of_processor(processor.to_dict()),
-            "adapter_digest": file_digest(folder / WEIGHTS),
+            "file_digests": {file.name: file_digest(file) for file in sorted(folder.glob("*.safetensors"))},
         },
     }
     write_json(folder / ADAPTER, content)

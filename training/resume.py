@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from ..adapters_openvla import ADAPTER, WEIGHTS, belongings
+from ..adapters_openvla import ADAPTER, belongings, changed_files
 from ..configuration_openvla import OpenVLAConfig
 from ..data.sources import Source, dataset_places
 from ..data.survey import content_key, order_digest
-from ..files_openvla import check_file, file_digest, read_json
+from ..files_openvla import check_file, read_json
 from ..folders import MARKS, read_settings, remove_working_folder
 from ..options.fields import decisive
 from ..options.training import ADAPTER_STRATEGIES, OF_ADAPTERS, FinetuneOptions
@@ -153,9 +153,9 @@ def check_checkpoint(folder: Path) -> None:
         elif file.suffix in TENSORS:
             _check_archive(check_file(file, "file"))
     if config == ADAPTER:
-        digest = belongings(read_json(folder / config)).get("adapter_digest")  # runs of older versions have none
-        if digest not in (None, file_digest(folder / WEIGHTS)):
-            raise ValueError(f"'{folder / WEIGHTS}' is damaged, or of another run")
+        digests = belongings(read_json(folder / config)).get("file_digests", {})  # runs of older versions have none
+        if changed := changed_files(folder, digests):
+            raise ValueError(f"'{changed[0]}' is damaged, or of another run")
 
 
 def _check_archive(file: Path) -> None:
