@@ -90,6 +90,8 @@ class Scripted:
             loop.close()
 
     async def _readyz(self, request):
+        if self.ready in (502, 504):  # of a proxy
+            return web.Response(text="<h1>Bad Gateway</h1>", content_type="text/html", status=self.ready)
         return web.json_response({"error": "The model warms up.", "code": "busy"}, status=self.ready)
 
     async def _info(self, request):

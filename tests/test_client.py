@@ -457,10 +457,12 @@ def test_somebody_who_says_nothing(scheme):
             connect(f"{scheme}://127.0.0.1:{silent.getsockname()[1]}", timeout=0.1)
 
 
-def test_a_server_that_is_starting_is_waited_for(scheme):
-    scripted = Scripted(ready=503)
+@pytest.mark.parametrize("status", [503, 502, 504])
+def test_a_server_that_is_starting_is_waited_for(scheme, status):
+    """Also behind a proxy, which says 502 where nobody listens yet: to wait was given up at once."""
+    scripted = Scripted(ready=status)
     with scripted.running():
-        with pytest.raises(Refused, match="warms up.*wait=60") as caught:
+        with pytest.raises(Refused, match=f"HTTP status {status}. .*wait=60") as caught:
             connect(scripted.url(scheme))
         assert caught.value.code == "busy"
         threading.Timer(0.3, lambda: setattr(scripted, "ready", 200)).start()

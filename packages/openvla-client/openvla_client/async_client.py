@@ -25,6 +25,7 @@ from .messages import FORMATS, Answer, ServerInfo, encoded, read_answer, read_re
 VARIABLE = "OPENVLA_API_KEY"
 LONGEST = 600_000.0  # milliseconds that a server lets a request wait
 NOT_READY = ("busy", "hung")  # codes of a server that may be ready later
+NOT_THERE = (502, 503, 504)  # status of one that is not ready, or of a proxy before one that is not there yet
 BACK_OFF = (0.05, 1.0)  # seconds between attempts to connect: the first, the longest
 
 
@@ -85,9 +86,9 @@ class AsyncClient:
             try:
                 async with self._in_time(self.settings.timeout):
                     status, body = await get(self._session(), self.address, "/readyz")
-                    if status == 503:
+                    if status in NOT_THERE:
                         refused = read_refusal(parsed(body), NOT_READY[0])
-                        said = f"{self.address.shown}: {refused} connect(..., wait=60) waits."
+                        said = f"{self.address.shown}: HTTP status {status}. {refused} connect(..., wait=60) waits."
                         raise Refused(said, refused.code, refused.retry_after)
                     self._told = (await self._connected(time.monotonic() + self.settings.timeout)).info
                     return self._told
