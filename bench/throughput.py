@@ -66,7 +66,8 @@ def predict_batch(model: Any, key: str, frames: list[Frame], preset: PresetInput
 
 
 def table(report: dict[str, Any]) -> str:
-    lines = [headline(report), "batch    min ms      p50      p90      p99   ms/sample  actions/s"]
+    rounds = f"{headline(report)}, {report['rounds']} round(s)"  # of so many are the quantiles
+    lines = [rounds, "batch    min ms      p50      p90      p99   ms/sample  actions/s"]
     for size, row in report["batches"].items():
         times = " ".join(f"{row[part]:8.2f}" for part in QUANTILES)
         lines.append(f"{size:>5}  {times} {row['ms_per_sample']:11.2f} {row['actions_per_second']:10.1f}")

@@ -244,14 +244,17 @@ def write_weights(
     """Write `tensors` as safetensors in `dtype` (None: each as it is); no more than one shard is in memory.
 
     Raises:
-        ValueError: If one is not finite, or becomes so in its type.
+        ValueError: If one is not finite, or becomes so in its type, or `max_shard_size` is no size.
         OSError: If a file cannot be written.
     """
     sizes = {
         name: torch.empty(tensor.shape, dtype=tensor.dtype or dtype or tensor.read().dtype, device="meta")
         for name, tensor in tensors.items()
     }
-    split = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_size)
+    try:
+        split = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_size)
+    except ValueError as error:
+        raise ValueError(f"max_shard_size={max_shard_size!r}: expected a size such as '5GB' ({error}).") from error
     for file, names in split.filename_to_tensors.items():
         shard = {name: read_as(name, tensors[name], sizes[name].dtype) for name in names}
         try:

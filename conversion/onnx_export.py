@@ -83,6 +83,9 @@ def export_onnx(
     processor = OpenVLAProcessor.from_pretrained(source)
     model = OpenVLAForActionPrediction.from_pretrained(source, dtype=PRECISIONS[dtype]).eval()
     check_finite(model, dtype)
+    if model.config.empty_token_id is None:
+        model.config.empty_token_id = processor.empty_token_id
+    processor.check_fits(model.config)
     with new_folder(output, overwrite) as folder:
         write_vision(folder / VISION_FILE, model)
         place = folder / "unquantized" if dtype == "int8" else folder
@@ -161,9 +164,6 @@ def write_runtime(
         dtype: One of `PRECISIONS`: whether drafts change nothing. The graphs themselves say the types of their inputs.
     """
     config, text = model.config, model.config.text_config
-    if config.empty_token_id is None:
-        config.empty_token_id = processor.empty_token_id
-    processor.check_fits(config)
     tokenizer = copy.deepcopy(processor.tokenizer.backend_tokenizer)
     tokenizer.no_padding()
     tokenizer.no_truncation()

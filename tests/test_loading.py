@@ -564,7 +564,7 @@ def test_saved_folders_keep_the_names_of_code_that_is_there(folder, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_a_cast_leaves_positions_as_they_are(folder, dtype):
-    """`model.to(torch.bfloat16)` rounded the rotary frequencies: of position 300 up to half a radian, silently."""
+    """`model.to(torch.bfloat16)` rounded rotary frequencies, angles of position 300 by up to 0.37 radians, silently."""
     loaded = OpenVLAForActionPrediction.from_pretrained(folder, dtype=dtype)
     cast = OpenVLAForActionPrediction.from_pretrained(folder, dtype=torch.float32)
     adapted = PeftModel(copy.deepcopy(cast), LoraConfig(target_modules=["q_proj"]))

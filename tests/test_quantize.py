@@ -402,6 +402,9 @@ def test_exceptions_that_are_misspelled():
 def test_types_that_are_none(tmp_path):
     with pytest.raises(ValueError, match="dtype='int8' is unknown"):
         quantize_checkpoint(ROOT, tmp_path / "out", dtype="int8")
+    with pytest.raises(ValueError, match="max_shard_size='lots': expected a size such as '5GB'"):
+        quantize_checkpoint(ROOT, tmp_path / "out", max_shard_size="lots")
+    assert not (tmp_path / "out").exists()
 
 
 def test_one_way_at_a_time():

@@ -528,6 +528,16 @@ def test_a_language_model_that_torch_makes_no_graph_of(small, tmp_path, monkeypa
     assert not (tmp_path / "out").exists()
 
 
+def test_a_processor_of_another_model_is_told_before_anything_is_written(small, tmp_path, monkeypatch):
+    """After both graphs were: of a 7B minutes later."""
+    source = shutil.copytree(small, tmp_path / "model")
+    config = json.loads((source / "config.json").read_text())
+    write_json(source / "config.json", {**config, "pad_to_multiple_of": config["pad_to_multiple_of"] + 8})
+    monkeypatch.setattr("openvla.conversion.onnx_export.write_vision", lambda *_: pytest.fail("written"))
+    with pytest.raises(ValueError, match="The tokenizer has .* tokens of its own, the model expects"):
+        export_onnx(source, tmp_path / "out")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_a_full_disk_names_the_file_and_leaves_no_folder(dtype, small, tmp_path):
     resource = pytest.importorskip("resource", reason="no limits on this system")
