@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..options.serving import Limits
-from .contract import Answer, BadRequest, Engine, Failed, ModelInfo, Refusal, Request
+from .contract import Answer, BadRequest, Engine, Failed, Gone, ModelInfo, Refusal, Request
 from .metrics import Metrics
 from .names import Call, Reader, Reset
 from .room import Room
@@ -124,6 +124,9 @@ class Service:
             yield
         except Refusal as refusal:
             self.metrics.refused(protocol, refusal)
+            raise
+        except asyncio.CancelledError:
+            self.metrics.refused(protocol, Gone("The client has gone."))
             raise
 
     @contextmanager

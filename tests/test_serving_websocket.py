@@ -243,6 +243,8 @@ def test_who_leaves_waits_no_more():
             wait(lambda: engine.waiting() == 1)
             second.close()
             wait(lambda: engine.waiting() == 0)
+            gone = 'openvla_refusals_total{code="gone",protocol="websocket"} 1.0'
+            wait(lambda: gone in client.get("/metrics").text)  # or it would be one of those that were answered
             model.go.release()
             assert heard(first)["actions"].shape == (1, 7)
         assert model.batches == [1]
