@@ -41,6 +41,17 @@ class ParallelTokenHead(TokenHead):
         first = learned.int().argmax(dim=1)
         return {**batch, "first_action": first, "num_actions": int(learned[0].sum()) - 1}
 
+    def draw(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch with `committed` (batch, 1), steps of each sample that are decided already."""
+        count = len(batch["labels"])
+        drawn = torch.randint(0, self.prefix_training + 1, (count, 1)) if self.prefix_training else None
+        return batch if drawn is None else {**batch, "committed": drawn}
+
+    def num_learned(self, batch: dict[str, Any]) -> int:
+        learned = learned_labels(batch["labels"], batch.get("action_is_pad")) != IGNORE_INDEX
+        place = (batch["labels"] != IGNORE_INDEX).cumsum(dim=1) - 1
+        return int((learned & (place >= batch.get("committed", 0) * self.action_dim)).sum())
+
     def loss(self, model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Mean cross entropy of the tokens of the actions that are recorded, and of the end.
 
@@ -60,11 +71,10 @@ class ParallelTokenHead(TokenHead):
         return loss, {"logits": logits[:, :-1], "labels": labels[:, :-1], "committed": committed}
 
     def draw_prefixes(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
-        """(batch, 1) steps of each sample that are decided already; in evaluation none."""
-        values = next(value for value in batch.values() if torch.is_tensor(value))
-        if not (model.training and self.prefix_training):
-            return torch.zeros(len(values), 1, dtype=torch.long, device=values.device)
-        return torch.randint(0, self.prefix_training + 1, (len(values), 1)).to(values.device)
+        """(batch, 1) steps of each sample that are decided already, of `draw`; in evaluation none."""
+        labels = batch["labels"]
+        drawn = {} if not model.training else batch if "committed" in batch else self.draw(batch)
+        return drawn.get("committed", torch.zeros(len(labels), 1, dtype=torch.long)).to(labels.device)
 
     def compare(  # type: ignore[override]
         self, logits: torch.Tensor, labels: torch.Tensor, committed: torch.Tensor, shape: tuple[int, int]
@@ -142,8 +152,9 @@ class RegressionHead(ParallelTokenHead, ResidualMLP):
         self.tokenizer = tokenizer
 
     def num_learned(self, batch: dict[str, Any]) -> int:
-        is_pad = batch.get("action_is_pad")
-        return batch["actions"].numel() if is_pad is None else int((~is_pad).sum()) * batch["actions"].shape[2]
+        actions, is_pad = batch["actions"], batch.get("action_is_pad")
+        learned = torch.ones(actions.shape[:2], dtype=torch.bool) if is_pad is None else ~is_pad
+        return int((learned & (_steps(actions)[..., 0] >= batch.get("committed", 0))).sum()) * actions.shape[2]
 
     def loss(self, model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Mean distance over all numbers of the batch that are no padding (`action_is_pad`).
@@ -277,7 +288,7 @@ class DiffusionHead(RegressionHead):
         return _numbers(sample, model)
 
 
-NOT_INPUTS = ("labels", "actions", "executed", "action_is_pad")
+NOT_INPUTS = ("labels", "actions", "executed", "action_is_pad", "committed")
 
 
 def _inputs(batch: dict[str, Any]) -> dict[str, Any]:

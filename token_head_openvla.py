@@ -81,9 +81,13 @@ class TokenHead:
         first = int((batch["labels"] != IGNORE_INDEX).any(dim=0).int().argmax())
         return {**batch, "logits_to_keep": batch["labels"].shape[1] - first + 1}
 
+    def draw(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A training batch with what decides how much is learned of it, where that is drawn."""
+        return batch
+
     def num_learned(self, batch: dict[str, Any]) -> int:
         """How many terms the `loss` of a batch is the mean of: batches of one update, or one evaluation, count by it.
-        Steps that are drawn to be given (`prefix_training`) are among them. Reads values, as `prepare`."""
+        Reads values, as `prepare`."""
         return int((learned_labels(batch["labels"], batch.get("action_is_pad")) != IGNORE_INDEX).sum())
 
     def loss(self, model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

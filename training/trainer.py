@@ -193,8 +193,10 @@ class ActionTrainer(Trainer):
     def get_batch_samples(self, *args, **kwargs):
         """The batches of an update, and of how many terms the loss of one is the mean on average, on all ranks."""
         batches, _ = super().get_batch_samples(*args, **kwargs)
-        if self.shape[0] == 1 or not batches:  # only the ends of chunks are left out
+        if self.shape[0] == 1 or not batches:  # only steps of chunks are left out
             return batches, None
+        drawn = [self.head.draw(batch) for batch in batches]
+        batches = [{**batch, "num_learned": self.head.num_learned(batch)} for batch in drawn]
         terms = torch.tensor([batch["num_learned"] for batch in batches], device=self.args.device)
         return batches, self.accelerator.gather(terms).float().mean()
 
