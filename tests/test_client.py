@@ -698,6 +698,25 @@ def test_another_model_is_said_before_it_is_asked(scheme):
             assert client.act(IMAGE, "go").actions.shape == (2, 7)
 
 
+def test_another_model_is_said_to_each_robot_that_shares_a_client(scheme):
+    """It was said to the first that asked, and the others moved by numbers of another meaning."""
+    scripted = Scripted(metadata(dims=7), answer=lambda message: right(message, dims=7))
+    with scripted.running():
+        client = connect(scripted.url(scheme))
+        for robot in ("left", "right"):
+            client.act(IMAGE, "go", session=robot)
+    with client:
+        scripted.first = metadata(dims=7, model="another")
+        with scripted.running(scripted.port):
+            if scheme == "http":
+                client._client._connection.closed = True
+            for robot in ("left", "right"):
+                with pytest.raises(BadAnswer, match="another model, and nothing was asked of it"):
+                    client.act(IMAGE, "go", session=robot)
+            for robot in ("left", "right", "new"):
+                assert client.act(IMAGE, "go", session=robot).actions.shape == (2, 7)
+
+
 def test_a_server_that_was_started_again_with_another_model_between_two_requests():
     """Over HTTP nothing of it is seen but what the answers say."""
     digests = ["one"]

@@ -6,6 +6,7 @@ import os
 import random
 import secrets
 import time
+from collections import OrderedDict
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ VARIABLE = "OPENVLA_API_KEY"
 LONGEST = 600_000.0  # milliseconds that a server lets a request wait
 NOT_READY = ("busy", "hung")  # codes of a server that may be ready later
 NOT_THERE = (502, 503, 504)  # status of one that is not ready, or of a proxy before one that is not there yet
+SESSIONS = 256  # of which it is remembered what server they know
 BACK_OFF = (0.05, 1.0)  # seconds between attempts to connect: the first, the longest
 
 
@@ -64,6 +66,7 @@ class AsyncClient:
         self._connecting = asyncio.Lock()
         self._info: ServerInfo | None = None
         self._told: ServerInfo | None = None  # what the caller knows of the server
+        self._told_by: OrderedDict[Any, ServerInfo] = OrderedDict()  # the same by session: robots may share a client
         self._failures, self._not_before = 0, 0.0
         self._requests = itertools.count()
         self.connections = 0  # how often it was connected
@@ -91,6 +94,7 @@ class AsyncClient:
                         said = f"{self.address.shown}: HTTP status {status}. {refused} connect(..., wait=60) waits."
                         raise Refused(said, refused.code, refused.retry_after)
                     self._told = (await self._connected(time.monotonic() + self.settings.timeout)).info
+                    self._told_by.clear()
                     return self._told
             except (NotReached, NoAnswer, Refused) as error:
                 if isinstance(error, Refused) and error.code not in NOT_READY or time.monotonic() >= end:
@@ -115,15 +119,15 @@ class AsyncClient:
         timeout = self.settings.timeout if timeout is None else timeout
         async with self._in_time(timeout):
             connection = await self._connected(begin + timeout)
-            before, self._told = self._told, connection.info
-            if before not in (None, connection.info):  # the numbers of its actions may mean something else
+            session = self.session if session is None else session
+            if self._is_news(session, connection.info):  # the numbers of its actions may mean something else
                 raise BadAnswer(
                     f"{self.address.shown}: the server was started again with another model, and nothing was asked of "
                     "it. `info` of the client says what it is now: ask again if that is what you want."
                 )
             make = partial(
                 request, connection.info, images, instruction, state=state, unnorm_key=unnorm_key, step=step,
-                committed=committed, session=self.session if session is None else session, details=details,
+                committed=committed, session=session, details=details,
                 form=self.settings.images, quality=self.settings.quality,
             )  # fmt: skip
             # A picture takes milliseconds to compress, a file to read, and the loop may move a robot.
@@ -160,6 +164,15 @@ class AsyncClient:
 
     async def __aexit__(self, *_: Any) -> None:
         await self.close()
+
+    def _is_news(self, session: Any, info: ServerInfo) -> bool:
+        """Whether who asks in this session knows another server; he is told now."""
+        name = session if isinstance(session, str) else None
+        before = self._told_by.pop(name, self._told)
+        self._told_by[name] = self._told = info
+        while len(self._told_by) > SESSIONS:
+            self._told_by.popitem(last=False)
+        return before not in (None, info)
 
     def _session(self) -> aiohttp.ClientSession:
         if self._http is None:
