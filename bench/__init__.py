@@ -22,6 +22,10 @@ def bench(options: BenchOptions) -> tuple[dict[str, Any], str]:
         ValueError: See each of them.
     """
     if options.output is not None and options.what == "latency":
+        if options.output.suffix.lower() == ".png":
+            raise ValueError(
+                f"output='{options.output}' is where the plot goes: give a .json, the plot stands beside it."
+            )
         require("matplotlib", purpose="the plot beside --output", preferred="demo")
     with nullcontext() if options.output is None else locked_file(options.output) as output:
         return _bench(options, output)

@@ -345,6 +345,8 @@ def test_what_cannot_be_written_is_known_before_anything_is_measured(tmp_path, m
         bench(BenchOptions(what="latency", output=tmp_path / "file" / "latency.json"))
     with pytest.raises(ValueError, match="is a folder: give a file"):
         bench(BenchOptions(what="latency", output=tmp_path))
+    with pytest.raises(ValueError, match="latency.png' is where the plot goes: give a .json"):  # which replaced figures
+        bench(BenchOptions(what="latency", output=tmp_path / "latency.png"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
     with pytest.raises(ModuleNotFoundError, match="openvla.demo"):
         bench(BenchOptions(what="latency", output=tmp_path / "latency.json"))
