@@ -168,6 +168,9 @@ def sizes_up_to(limit: int) -> list[int]:
 def checked(answer: Answer) -> Answer | Refusal:
     """An answer of finite numbers, and a refusal in place of any other."""
     try:
+        for shares in (answer.probabilities, answer.distributions):
+            if shares is not None:
+                check_numbers(shares)
         return replace(answer, actions=check_numbers(answer.actions), normalized=check_numbers(answer.normalized))
     except ValueError as error:
         logger.error("The model gave no finite numbers: %s", error)

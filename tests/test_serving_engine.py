@@ -289,22 +289,24 @@ class Failing(FakeModel):
                 answer.actions[0, 3] = np.nan
             if one.observation.instruction == "inf":
                 answer.normalized[0, 3] = np.inf
+            if one.observation.instruction == "doubt":
+                answer.probabilities[0, 3] = np.nan
         return answers[:-1] if "lose" in words else answers
 
 
 @in_loop
 async def test_what_fails_does_so_alone(caplog):
-    wrong = ["raise", "nan", "inf", "refuse", "lose"]
+    wrong = ["raise", "nan", "inf", "refuse", "lose", "doubt"]
     async with running(Failing()) as engine:
         requests = [of(str(number), number) for number in range(6)]
         requests[1:1] = [of(name, instruction=name) for name in wrong]
         found = await soon(asyncio.gather(*map(engine.act, requests), return_exceptions=True))
-        kinds = [type(one) for one in found[1:6]]
-        assert kinds == [Failed, Failed, Failed, BadRequest, Failed]
-        assert [level(answer) for answer in [found[0], *found[6:]]] == [0, 1, 2, 3, 4, 5]
+        kinds = [type(one) for one in found[1:7]]
+        assert kinds == [Failed, Failed, Failed, BadRequest, Failed, Failed]
+        assert [level(answer) for answer in [found[0], *found[7:]]] == [0, 1, 2, 3, 4, 5]
         assert "secret" not in str(found[1]) and "do not move" in str(found[1])
         assert level(await soon(engine.act(of("a", 9)))) == 9
-        assert engine.outcomes == {"answered": 7, "failed": 4, "bad_request": 1} and engine.batches == {11: 1, 1: 1}
+        assert engine.outcomes == {"answered": 7, "failed": 5, "bad_request": 1} and engine.batches == {12: 1, 1: 1}
     assert "secret of the server" in caplog.text and "Traceback" in caplog.text and "no finite numbers" in caplog.text
 
 
