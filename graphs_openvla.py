@@ -11,6 +11,7 @@ Shapes: `batch` samples, `length` tokens and patches of a padded prompt.
 
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -29,10 +30,11 @@ from .llama_openvla import LlamaSteps, cache_shape, has_hooks, is_plain_llama, o
 from .modules_openvla import modules_of
 from .parallel_graphs_openvla import RecordedSequence, SequenceGraph
 from .parallel_openvla import ActionSequence
+from .products_openvla import Linear, order_weight
 from .recordings_openvla import CudaGraph, Recorded, Snapshot
 from .sampling_openvla import Choice, check_flags
 from .stages_openvla import stage
-from .vision_openvla import towers_beside
+from .vision_openvla import PatchProjection, towers_beside
 
 
 TokenRange = tuple[int, int | None]
@@ -208,6 +210,16 @@ def without_graphs() -> AbstractContextManager[None]:
 _PREPARED: WeakKeyDictionary[nn.Module, Prepared] = WeakKeyDictionary()
 
 
+def order_weights(model: Any) -> None:
+    """Store the weights that every prediction multiplies with in the order that is fastest where they are now: see
+    `order_weight`. Those that have another use stay as they are: tables of tokens."""
+    modules, table = modules_of(model).below, model.get_output_embeddings()
+    uses = Counter(id(one) for module in modules for one in module._parameters.values() if one is not None)
+    for module in modules:
+        if type(module) in (Linear, PatchProjection) and module is not table and uses[id(module.weight)] == 1:
+            order_weight(module)
+
+
 @torch.inference_mode()
 def prepare(
     model: Any, batch_sizes: Sequence[int], prompt_buckets: Sequence[int], num_tokens: int, compile: bool
@@ -220,6 +232,7 @@ def prepare(
     check_flags(compile=compile)
     started = time.perf_counter()
     _PREPARED.pop(model, None)
+    order_weights(model)
     pairs = [(batch, tokens) for batch in sorted({*batch_sizes}) for tokens in sorted({*prompt_buckets})]
     reason, head = "", model.action_head
     if not (head.takes_drafts or head.one_pass):
@@ -402,6 +415,7 @@ __all__ = [
     "Preparation",
     "open_prediction",
     "open_sequence",
+    "order_weights",
     "plain_decoding",
     "prepare",
     "without_graphs",

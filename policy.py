@@ -152,6 +152,10 @@ class OpenVLAPolicy(Policy):
                 raise ValueError(f"pixels='{pixels}' beside crop={options['crop']}: both say what is shown, give one.")
         loaded = load_model(model, device=device, dtype=dtype, quantization=quantization, **(variant or {}))
         policy = cls(loaded, **options)
+        if loaded.device.type == "cpu":
+            from .graphs_openvla import order_weights
+
+            order_weights(loaded)
         if pixels is not None:
             policy.model.processor = policy.model.processor.with_pixels(**PIXELS[pixels])
         return policy

@@ -154,21 +154,23 @@ def frames_of(options: BenchOptions, model: Any, key: str, count: int) -> list[F
 
 
 def prepare(options: BenchOptions, model: Any, key: str, frames: list[Frame], sizes: Sequence[int] = (1,)) -> dict:
-    """What a report says of the graphs that a model on a GPU was given, for so many frames at once; {} on a CPU."""
-    if model.device.type != "cuda":
-        return {}
+    """Get a model ready for so many frames at once, and what a report says of its graphs; {} on a CPU."""
     longest = PROMPT_TOKENS
     if not options.preset:
         processor = model.processor
         prompts = [processor.format_prompt(frame.instruction) for frame in frames]
         longest = max(len(processor.tokenizer(prompt)["input_ids"]) for prompt in prompts)
     done = model.prepare_for_inference(sizes, (longest + 1,), unnorm_key=key, compile=options.compile)
-    return {
-        "graphs": done.graphs,
-        "compiled": done.compiled,
-        "not_prepared": done.reason,
-        "prepared_seconds": done.seconds,
-    }
+    return (
+        {}
+        if model.device.type != "cuda"
+        else {
+            "graphs": done.graphs,
+            "compiled": done.compiled,
+            "not_prepared": done.reason,
+            "prepared_seconds": done.seconds,
+        }
+    )
 
 
 def _size(text: str) -> list[int]:

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from openvla import OpenVLAForActionPrediction, products_openvla
 from openvla.bench import roofline  # noqa: F401 - it tells torch what such a product is
+from openvla.policy import OpenVLAPolicy
 from openvla.products_openvla import Linear, onednn_linear, product_for, take_fast_products
 
 
@@ -215,6 +216,83 @@ def test_predictions_are_those_of_torchs_products(monkeypatch):
         assert bool(taken) == fast
     assert found[0].token_ids.tolist() == found[1].token_ids.tolist()
     np.testing.assert_allclose(found[0].token_probabilities, found[1].token_probabilities, atol=1e-4)
+
+
+def ordered(model) -> set[str]:
+    """Names of the weights that lie by inputs."""
+    weights = {name: one for name, one in model.named_parameters() if one.ndim > 1 and not one.is_contiguous()}
+    return {name for name, one in weights.items() if one.flatten(1).t().is_contiguous()}
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("a torch without oneDNN")
+    monkeypatch.setattr(products_openvla, "has_fast_products", lambda: True)
+    monkeypatch.setattr(products_openvla, "MANY_PRODUCTS", 0)
+
+
+def test_a_model_that_is_prepared_reads_its_weights_by_inputs(small_policy, fast, monkeypatch):
+    """The same parameters with the same numbers, once in memory; tables of tokens stay, and steps of whole pages."""
+    model = OpenVLAForActionPrediction.from_pretrained(small_policy)
+    before, parameters = copy.deepcopy(model.state_dict()), dict(model.named_parameters())
+    model.prepare_for_inference()
+    changed = ordered(model)
+    assert "language_model.model.layers.0.mlp.down_proj.weight" in changed
+    assert "vision_backbone.featurizer.patch_embed.proj.weight" in changed
+    assert not {name for name in changed if "lm_head" in name or "embed_tokens" in name}
+    for name, parameter in model.named_parameters():
+        assert parameter is parameters[name] and torch.equal(parameter, before[name])
+        assert parameter.untyped_storage().nbytes() == parameter.nbytes
+        assert not parameter.is_inference()
+    places = {name: parameter.data_ptr() for name, parameter in parameters.items()}
+    model.prepare_for_inference()  # nothing is left to do
+    assert {name: parameter.data_ptr() for name, parameter in parameters.items()} == places
+
+    model.bfloat16().prepare_for_inference()  # whose products read rows
+    assert not ordered(model)
+    monkeypatch.setattr(products_openvla, "PAGE", 4)
+    assert not model.float().prepare_for_inference().graphs and not ordered(model)
+
+
+def test_tokens_do_not_depend_on_the_order_of_weights(fast):
+    model = OpenVLAForActionPrediction.from_pretrained(ROOT).eval()
+    other = copy.deepcopy(model)
+    other.prepare_for_inference()
+    assert len(ordered(other)) == 50 and not ordered(model)
+    images = list(np.random.default_rng(0).integers(0, 256, (4, 96, 96, 3), dtype=np.uint8))
+    for draft in (None, [[]] * 4):
+        found, expected = (
+            one.predict_action(images, ["open the drawer"] * 4, draft=draft, return_dict=True)
+            for one in (other, copy.deepcopy(other) if draft else model)
+        )
+        assert found.token_ids.tolist() == expected.token_ids.tolist()
+        np.testing.assert_allclose(found.token_probabilities, expected.token_probabilities, atol=1e-4)
+    assert ordered(OpenVLAPolicy.load(str(ROOT)).model) == ordered(other)
+
+
+def test_a_model_that_was_prepared_learns_and_is_saved(small_policy, fast, tmp_path):
+    model = OpenVLAForActionPrediction.from_pretrained(small_policy)
+    other = copy.deepcopy(model)
+    optimizers = [torch.optim.AdamW(one.parameters(), lr=1e-3) for one in (model, other)]
+    model.prepare_for_inference()
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 60, (2, 9), generator=generator)
+    pixels = torch.randn(2, *model.vision_backbone.input_shape, generator=generator)
+    for one, optimizer in zip((model, other), optimizers):
+        for _ in range(2):
+            one.train()(input_ids=ids, pixel_values=pixels, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    learned = model.state_dict()
+    for name, value in other.state_dict().items():
+        torch.testing.assert_close(learned[name], value, atol=2e-3, rtol=1e-3)
+    model.save_pretrained(tmp_path / "saved")
+    again = OpenVLAForActionPrediction.from_pretrained(tmp_path / "saved")
+    assert all(torch.equal(value, learned[name]) for name, value in again.state_dict().items())
+    assert ordered(model) and not ordered(again)
+    model.load_state_dict(other.state_dict())
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize(
