@@ -711,6 +711,13 @@ def test_an_output_layer_that_is_one_with_the_embeddings(place):
     assert not torch.allclose(weights[0][head], weights[0][table], atol=1e-3)
 
 
+def test_an_adapter_that_learned_on_4_bits_is_merged_with_a_warning(place):
+    settings = json.loads((place / "run" / "finetune.json").read_text())
+    (place / "run" / "finetune.json").write_text(json.dumps({**settings, "strategy": "qlora"}))
+    with pytest.warns(UserWarning, match="learned on a base of 4 bits, and is merged into the base as stored"):
+        merge_adapter(place / "run", place / "merged")
+
+
 # Folders with other files than those of a run, and unlucky names
 
 

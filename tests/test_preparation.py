@@ -204,6 +204,13 @@ def test_a_warmup_that_is_longer_than_the_run(tmp_path, warmup):
     assert any("does not come to 2e-05" in text for text in run.warnings) is (warmup == 10)
 
 
+def test_what_is_logged_of_a_base_in_4_bits(tmp_path):
+    for strategy in ("lora", "qlora"):
+        run = prepare(options(tmp_path, strategy=strategy), data=dataset(episode()))
+        said = any(text.startswith("strategy=qlora: the log is of the base in 4 bits") for text in run.warnings)
+        assert said is (strategy == "qlora")
+
+
 def test_a_learning_rate_of_zero(tmp_path):
     """The result has the weights of the model and the units of the data."""
     for rate in (0.0, 1e-3):

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from ..adapters_openvla import (
 from ..configuration_openvla import OpenVLAConfig
 from ..data.collate import ActionCollator
 from ..files_openvla import file_digest, read_json
-from ..folders import new_folder, save_processor, write_json
+from ..folders import new_folder, read_settings, save_processor, write_json
 from ..model_card import model_card
 from ..modeling_openvla import OpenVLAForActionPrediction
 from ..parts_openvla import PARTS_FILE
@@ -170,6 +171,13 @@ def merge_adapter(
         raise FileNotFoundError(
             f"'{folder}' has no dataset_statistics.json, so the actions of the merged model would have no units: put "
             "that of its training there."
+        )
+    if (folder / STARTED).is_file() and read_settings(folder / STARTED)[0].get("strategy") == "qlora":
+        warnings.warn(
+            f"'{folder}' learned on a base of 4 bits, and is merged into the base as stored: its actions are others "
+            "than those of its training, however small the difference to the adapter on that base. Measure them "
+            "(openvla evaluate).",
+            stacklevel=2,
         )
     source = os.fspath(base) if base is not None else find_base(folder)
     model = OpenVLAForActionPrediction.from_pretrained(source, dtype=dtype)

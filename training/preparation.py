@@ -127,6 +127,12 @@ class Run:
         if not torch.cuda.is_available() and (reason := emulated("cpu", torch.bfloat16)):
             found += [f"--precision bf16: {reason}."] if computing_precision(self.options) == "bf16" else []
             found += [f"--optimizer muon: {reason}, as it does."] if self.options.optimizer == "muon" else []
+        if self.options.strategy == "qlora":
+            found.append(
+                "strategy=qlora: the log is of the base in 4 bits, on which the adapter learns; loaded or merged it "
+                "acts on the base as stored, and its actions are others. Measure these (openvla evaluate), or let it "
+                "act on 4 bits as well (--quantization bnb-nf4)."
+            )
         if learning_rate(self.options) == 0:
             found.append(
                 "learning_rate=0: nothing is learned, and the result acts as the model that it began with, in the "
