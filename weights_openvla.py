@@ -184,7 +184,7 @@ def check_folder(name: str | os.PathLike, loading: Mapping[str, Any]) -> None:
     asked = {None: WEIGHTS_FILES, True: WEIGHTS_FILES[:1], False: WEIGHTS_FILES[1:]}
     names = asked.get(loading.get("use_safetensors"), WEIGHTS_FILES)
     config = folder / "config.json"
-    quantized = config.is_file() and read_json(config).get("quantization_config") is not None
+    quantized = config.is_file() and bool(read_json(config).get("quantization_config"))  # {} says nothing
     files = find_weight_files(folder, names, loading.get("variant"))
     if not files and folder.is_dir():
         raise FileNotFoundError(_no_weights(folder, names, loading.get("variant")))

@@ -193,6 +193,10 @@ def test_whole_numbers_without_their_quantization(folder, tensors, dtype):
         ValueError, match=r"1 tensor\(s\) of whole numbers, for example language_model\.lm_head\.weight"
     ):
         load(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {}}))  # says no more
+    with pytest.raises(ValueError, match=r"1 tensor\(s\) of whole numbers"):
+        load(folder)
 
 
 def test_a_model_knows_its_folder_wherever_the_process_goes(folder, tmp_path, monkeypatch):

@@ -389,6 +389,11 @@ def test_folders_that_are_no_export(exported, tmp_path):
     ):
         with pytest.raises(error, match=message):
             OnnxPolicy(folder)
+    with pytest.raises(FileNotFoundError, match="'me/robot' holds no runtime.json.*hf download ID --local-dir FOLDER"):
+        OnnxPolicy("me/robot")
+    for nothing in (None, 3, b"exported"):
+        with pytest.raises(ValueError, match="folder=.*: expected the path of a folder"):
+            OnnxPolicy(nothing)
     with pytest.raises(ValueError, match="Did you mean 'cuda'"):
         OnnxPolicy(exported, provider="cudaa")
     with pytest.raises(ValueError, match="not in this build"):

@@ -98,10 +98,14 @@ class OnnxPolicy:
         threads: int | None = None,
         drafts: bool | None = None,
     ):
-        folder = Path(folder)
+        if not isinstance(folder, (str, os.PathLike)):
+            raise ValueError(f"folder={folder!r:.100}: expected the path of a folder that `openvla export` wrote.")
+        folder = Path(folder).expanduser()
         if not (folder / RUNTIME_FILE).is_file():
+            hub = "" if folder.exists() else " One of the Hub is downloaded first (hf download ID --local-dir FOLDER)."
             raise FileNotFoundError(
-                f"'{folder}' holds no {RUNTIME_FILE}: give a folder that `openvla export MODEL FOLDER --to onnx` wrote."
+                f"'{folder}' holds no {RUNTIME_FILE}: give a folder that `openvla export MODEL FOLDER --to onnx` "
+                f"wrote.{hub}"
             )
         content = read_json(folder / RUNTIME_FILE)
         if content.get("format_version") != FORMAT_VERSION:
