@@ -27,7 +27,7 @@ from .compiled_openvla import CompiledSteps, compiling, why_not_compiled
 from .decoding_openvla import EagerSteps, Prefix, Steps, are_finite
 from .inputs_openvla import ModelInputs, place_actions
 from .llama_openvla import LlamaSteps, cache_shape, has_hooks, is_plain_llama, open_steps, pool_of
-from .modules_openvla import modules_of
+from .modules_openvla import between_predictions, modules_of
 from .parallel_graphs_openvla import RecordedSequence, SequenceGraph
 from .parallel_openvla import ActionSequence
 from .products_openvla import Linear, order_weight
@@ -210,14 +210,17 @@ def without_graphs() -> AbstractContextManager[None]:
 _PREPARED: WeakKeyDictionary[nn.Module, Prepared] = WeakKeyDictionary()
 
 
-def order_weights(model: Any) -> None:
+def order_weights(model: Any, own: int = 0) -> None:
     """Store the weights that every prediction multiplies with in the order that is fastest where they are now: see
-    `order_weight`. Those that have another use stay as they are: tables of tokens."""
+    `order_weight`. Those that have another use stay as they are, tables of tokens, and those that another thread may be
+    reading."""
     modules, table = modules_of(model).below, model.get_output_embeddings()
     uses = Counter(id(one) for module in modules for one in module._parameters.values() if one is not None)
     for module in modules:
         if type(module) in (Linear, PatchProjection) and module is not table and uses[id(module.weight)] == 1:
-            order_weight(module)
+            with between_predictions(model, own) as nobody_reads:
+                if nobody_reads:
+                    order_weight(module)
 
 
 @torch.inference_mode()
@@ -232,7 +235,7 @@ def prepare(
     check_flags(compile=compile)
     started = time.perf_counter()
     _PREPARED.pop(model, None)
-    order_weights(model)
+    order_weights(model, own=1)
     pairs = [(batch, tokens) for batch in sorted({*batch_sizes}) for tokens in sorted({*prompt_buckets})]
     reason, head = "", model.action_head
     if not (head.takes_drafts or head.one_pass):

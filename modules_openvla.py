@@ -105,6 +105,14 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def between_predictions(model: nn.Module, own: int) -> Iterator[bool]:
+    """Whether no thread predicts with a model, and none begins meanwhile; `own` are predictions of the caller."""
+    with _SWITCH:
+        predictions = _PREDICTIONS.get(model)
+        yield predictions is None or predictions.running <= own
+
+
+@contextmanager
 def one_type(model: nn.Module) -> Iterator[None]:
     """A `ValueError` instead of torch's error where parts of a model that were cast apart do not compute together."""
     try:
@@ -119,4 +127,4 @@ def one_type(model: nn.Module) -> Iterator[None]:
         ) from error
 
 
-__all__ = ["Modules", "evaluation_mode", "first_parameter", "modules_of", "one_type"]
+__all__ = ["Modules", "between_predictions", "evaluation_mode", "first_parameter", "modules_of", "one_type"]

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from openvla import OpenVLAForActionPrediction, products_openvla
 from openvla.bench import roofline  # noqa: F401 - it tells torch what such a product is
+from openvla.modules_openvla import evaluation_mode
 from openvla.policy import OpenVLAPolicy
 from openvla.products_openvla import Linear, onednn_linear, product_for, take_fast_products
 
@@ -250,6 +251,9 @@ def test_a_model_that_is_prepared_reads_its_weights_by_inputs(small_policy, fast
     assert {name: parameter.data_ptr() for name, parameter in parameters.items()} == places
 
     model.bfloat16().prepare_for_inference()  # whose products read rows
+    assert not ordered(model)
+    with evaluation_mode(model):  # a prediction of another thread
+        model.float().prepare_for_inference()
     assert not ordered(model)
     monkeypatch.setattr(products_openvla, "PAGE", 4)
     assert not model.float().prepare_for_inference().graphs and not ordered(model)
