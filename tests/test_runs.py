@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -407,6 +408,23 @@ def test_a_checkpoint_that_lacks_weights_is_not_continued(dataset, tmp_path):
     save_file({name: value for name, value in weights.items() if ".up_proj." not in name}, file, {"format": "pt"})
     with pytest.raises(ValueError, match=r"checkpoint-2' has other weights than the model: missing .*up_proj.weight"):
         finetune(options(tmp_path / "run", dataset, steps=3), resume=True)
+
+
+def test_a_run_continues_with_another_numpy(dataset, tmp_path):
+    """A part of its arrays has another name from numpy 2 on, by which the states of random numbers are read."""
+    finetune(options(tmp_path / "run", dataset))
+    file = tmp_path / "run" / "checkpoints" / "checkpoint-2" / "rng_state.pth"
+    with zipfile.ZipFile(file) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    called = [b"cnumpy.core.multiarray\n", b"cnumpy._core.multiarray\n"]
+    (pickled,) = (name for name in content if name.endswith("data.pkl"))
+    own, other = called if called[0] in content[pickled] else called[::-1]
+    assert own in content[pickled]
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, data in content.items():
+            archive.writestr(name, data.replace(own, other) if name == pickled else data)
+    finetune(options(tmp_path / "run", dataset, steps=3), resume=True)
+    assert names(tmp_path / "run") == [f"checkpoint-{step}" for step in (1, 2, 3)]
 
 
 # Killed

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -360,6 +361,13 @@ class ActionTrainer(Trainer):
                 f"not of the model {others}. Was it saved by another version? Remove it, and --resume goes on from the "
                 "one before it."
             )
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """They hold an array of numpy, a part of which has another name from numpy 2 on: runs continue across that."""
+        rebuild: Any = np.empty(0).__reduce__()[0]
+        names = [f"numpy.{core}.multiarray._reconstruct" for core in ("core", "_core")]
+        with torch.serialization.safe_globals([(rebuild, name) for name in names]):
+            super()._load_rng_state(checkpoint)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(Path(self.args.output_dir) / UNFINISHED / WORK)
