@@ -16,9 +16,11 @@ from ..device import synchronize
 from ..products_openvla import product_for
 from ..quantized_linear_openvla import is_rounded
 from ..stages_openvla import watch_stages
+from ..vision_openvla import TOWERS
 
 
 ROUNDS = 5
+BEHIND = ("norm", "fc_norm", "attn_pool", "head")  # the blocks of a tower
 
 
 def machine_rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
@@ -55,7 +57,7 @@ def count_work(model: Any, predict: Callable[[], Any]) -> dict[str, dict[str, fl
     that every pass reads, without what activations and caches take."""
     work: dict[str, dict[str, float]] = {}
     seeing, decoder = (model.vision_backbone, model.projector), model.get_decoder()
-    weights = {"vision": _bytes(*seeing)}
+    weights = {"vision": _bytes(*seeing) - sum(map(_unread, model.vision_backbone.modules()))}
     weights["prefill"] = weights["decode"] = _bytes(decoder) - _bytes(model.get_input_embeddings())
     unknown = {"vision"} if any(is_rounded(weight) for part in seeing for weight in part.parameters()) else set()
     unknown |= {"prefill", "decode"} if any(map(is_rounded, decoder.parameters())) else set()
@@ -84,6 +86,13 @@ if torch.backends.mkldnn.is_available():  # `products_openvla.onednn_linear`, of
 def _bytes(*modules: nn.Module) -> int:
     tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
     return sum(tensor.nbytes for tensor in tensors)
+
+
+def _unread(tower: nn.Module) -> int:
+    """Bytes of a vision tower that published files hold and no prediction reads: its last block and all behind it."""
+    if not isinstance(tower, TOWERS):
+        return 0
+    return _bytes(*(part for name, part in tower.named_children() if name in BEHIND), tower.blocks[-1])
 
 
 def limit_ms(work: dict[str, float], rates: dict[str, float]) -> float:

@@ -112,6 +112,14 @@ def test_work_is_what_the_layers_multiply():
     assert work["decode"]["gflop"] == pytest.approx(6 * one_token, rel=0.05)  # the rest is attention
     assert work["prefill"]["gflop"] > 20 * one_token and work["vision"]["gflop"] > work["prefill"]["gflop"] / 5
     assert 5.5 < work["decode"]["gbyte"] / work["prefill"]["gbyte"] < 6.5
+    behind = ("blocks.2.", "norm.", "attn_pool.")  # each tower ends after the second of three blocks
+    read = sum(
+        weight.nbytes
+        for part in (model.vision_backbone.featurizer, model.vision_backbone.fused_featurizer, model.projector)
+        for name, weight in part.named_parameters()
+        if not name.startswith(behind)
+    )
+    assert work["vision"]["gbyte"] == pytest.approx(read / 1e9)
     quantize_linears(model, OpenVLAQuantizationConfig(8))
     known = count_work(model, lambda: model.predict_action(np.zeros((64, 64, 3), np.uint8), "open the drawer"))
     assert {name: np.isfinite(part["gflop"]) for name, part in known.items() if part["gbyte"]} == {
