@@ -26,7 +26,6 @@ class SequenceGraph(Recorded):
     def __init__(self, model: Any, batch: int, tokens: int, num_actions: int):
         super().__init__(model, batch, tokens + num_actions + 1, num_actions)
         self.first = torch.ones(batch, dtype=torch.long, device=model.device)
-        self.dtype = model.get_input_embeddings().weight.dtype
 
         def read_all() -> torch.Tensor:
             with towers_beside(self.beside):
@@ -63,10 +62,6 @@ class RecordedSequence:
     input_ids: torch.Tensor
     attention_mask: torch.Tensor | None
     first: torch.Tensor
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.graph.dtype
 
     def hidden_states(self, language_model: Any, count: int) -> torch.Tensor:
         """(batch, count, hidden), see `ActionSequence.hidden_states`."""

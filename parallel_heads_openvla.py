@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from .action_tokenizer import ActionTokenizer
 from .configuration_openvla import OpenVLAConfig
-from .decoding_openvla import check_finite, choose_token
+from .decoding_openvla import are_finite, check_finite, choose_token
 from .graphs_openvla import open_sequence
 from .inputs_openvla import ModelInputs
 from .outputs_openvla import ActionPrediction, OpenVLAOutput
@@ -95,7 +95,7 @@ class ParallelTokenHead(TokenHead):
         sequence = open_sequence(model, inputs, count, decided.tolist())
         hidden = sequence.hidden_states(model.language_model, count)[:, decided.shape[1] :]
         logits = model.get_output_embeddings()(hidden).float()
-        finite = logits.isfinite().all(dim=-1).all(dim=1, keepdim=True)
+        finite = are_finite(logits)
         first, end = self.tokenizer.token_range if choice.constrained else (0, None)
         logits = logits[..., first:end].masked_fill(~finite[..., None], 0.0)
         tokens, *others = choose_token(logits.flatten(0, 1), choice.sampling)

@@ -33,10 +33,6 @@ class ActionSequence:
     first: torch.Tensor
     time: int | None = None
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.inputs_embeds.dtype
-
     def hidden_states(
         self,
         language_model: Any,
