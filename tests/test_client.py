@@ -656,15 +656,15 @@ def test_a_guarded_client(scheme):
 
 @pytest.mark.parametrize("change", ["places", "units", "name"])
 def test_a_server_that_was_started_again_with_another_model(change):
-    """Of the same numbers, which mean something else."""
-    scripted = Scripted(metadata(dims=7), answer=lambda message: right(message, dims=7))
+    """Of the same numbers, which mean something else. Answers of one step: the second one of a chunk acts, in time."""
+    scripted = Scripted(metadata(chunk=1, dims=7), answer=lambda message: right(message, chunk=1, dims=7))
     with scripted.running():
         client = connect(scripted.url("ws"))
         guard = client.guard(wait=30)
         seen = {"images": IMAGE, "instruction": "go"}
         assert guard.step(seen).source == "answer"
     with client:
-        other = metadata(dims=7, **{"units": {"digest": "two"}, "name": {"model": "another"}}.get(change, {}))
+        other = metadata(chunk=1, dims=7, **{"units": {"digest": "two"}, "name": {"model": "another"}}.get(change, {}))
         if change == "places":
             other["datasets"]["robot"]["relative"] = [False] * 7
         scripted.first = other
