@@ -161,16 +161,14 @@ def prepare(options: BenchOptions, model: Any, key: str, frames: list[Frame], si
         prompts = [processor.format_prompt(frame.instruction) for frame in frames]
         longest = max(len(processor.tokenizer(prompt)["input_ids"]) for prompt in prompts)
     done = model.prepare_for_inference(sizes, (longest + 1,), unnorm_key=key, compile=options.compile)
-    return (
-        {}
-        if model.device.type != "cuda"
-        else {
-            "graphs": done.graphs,
-            "compiled": done.compiled,
-            "not_prepared": done.reason,
-            "prepared_seconds": done.seconds,
-        }
-    )
+    if model.device.type != "cuda":
+        return {}
+    return {
+        "graphs": done.graphs,
+        "compiled": done.compiled,
+        "not_prepared": done.reason,
+        "prepared_seconds": done.seconds,
+    }
 
 
 def _size(text: str) -> list[int]:
