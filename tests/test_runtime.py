@@ -227,6 +227,7 @@ def test_it_acts_where_torch_is_missing(exported, model):
 ENDED = """
 import signal, sys
 from openvla_runtime import OnnxPolicy
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
 first = OnnxPolicy(sys.argv[1], threads=1, provider="openvino")
 second = OnnxPolicy(sys.argv[1], threads=1, provider="openvino")
 del first, second
