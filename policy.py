@@ -88,9 +88,9 @@ class OpenVLAPolicy(Policy):
         camera: Which image of the observation it sees. Default: as `camera_names` of the model say.
         drafts: Let the tokens of the last prediction of an episode ride along with the next one, the steps of a chunk
             that were executed taken off (`step` of the observations; not given: all were). What is chosen again costs
-            no pass of its own, and in float32 nothing is chosen otherwise. A model of single steps guesses from the
-            first one on. Default: in float32 only; what half precision, quantization and TF32 round depends a little
-            on what is read together.
+            no pass of its own, and in float32 nothing is chosen otherwise. Before the first one all are guessed.
+            Default: in float32 only; what half precision, quantization and TF32 round depends a little on what is read
+            together.
         decoding: What becomes of the distribution that the head has for each number of an action. "mode": the most
             probable bin, as published. "mean": the mean of all bins, of numbers that are scaled; a gripper, and an
             angle that is a place and jumps at half a turn, stay the most probable one. Smoother, and steadier where
@@ -287,11 +287,10 @@ class OpenVLAPolicy(Policy):
         device = self.model.device.type
         return not (torch.is_autocast_enabled(device) or rounds_products(device))
 
-    def _draft(self, observation: Observation) -> np.ndarray | None:
+    def _draft(self, observation: Observation) -> np.ndarray:
         """(K, A) tokens of the last prediction of its episode from the step of `observation` on, the last step
-        repeated. Before the first of a model that predicts one step it holds none, and all are guessed; None before
-        the first of a chunk, of whose many tokens it is not known that this pays."""
-        nothing = np.zeros(0, np.int64) if self.action_chunk == 1 else None
+        repeated. Before the first it holds none, and the model guesses all of them."""
+        nothing = np.zeros(0, np.int64)
         if observation.slot not in self._last:
             return nothing
         step, tokens = self._last[observation.slot]

@@ -300,15 +300,15 @@ class OnnxPolicy:
         return row.astype(np.float32)[None]
 
     def _shifted(self, shape: tuple[int, int], executed: int | None) -> list[int]:
-        """The last chunk without the steps that were executed, its last step repeated. After `reset` the middle of
-        every range, of a model that predicts one step; nothing of a chunk, see `OpenVLAPolicy`."""
+        """The last chunk without the steps that were executed, its last step repeated; after `reset` the middle of
+        every range."""
         whole = isinstance(executed, (int, np.integer)) and not isinstance(executed, bool)
         if executed is not None and not (whole and 0 <= executed <= shape[0]):
             raise ValueError(f"executed={executed!r}: expected a number of steps from 0 to {shape[0]}.")
         if not self.drafts:
             return []
         if self._draft is None or self._draft.shape != shape:
-            return self.action_tokenizer.encode(np.zeros(shape)).reshape(-1).tolist() if shape[0] == 1 else []
+            return self.action_tokenizer.encode(np.zeros(shape)).reshape(-1).tolist()
         steps = np.arange(shape[0]) + (shape[0] if executed is None else executed)
         return self._draft[np.minimum(steps, shape[0] - 1)].reshape(-1).tolist()
 
