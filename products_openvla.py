@@ -98,10 +98,12 @@ def order_weight(module: Any) -> None:
     loaded elsewhere, and where steps of whole pages would share the same lines of the cache. The parameter stays what
     it is, with other strides; nothing is in memory twice."""
     weight = module.weight
+    if type(weight) is not nn.Parameter:  # a part of one that is sharded, or another library's
+        return
     by_inputs = has_fast_products() and _is_plain(weight) and len(weight) * weight.element_size() % PAGE != 0
     rows = weight.flatten(1)
     turned, alone = rows.t().is_contiguous(), weight.untyped_storage().nbytes() == weight.nbytes
-    if turned == by_inputs or not alone or type(weight) is not nn.Parameter:
+    if turned == by_inputs or not alone:
         return
     with torch.inference_mode(False), torch.no_grad():  # it may learn later
         rows = rows.t().contiguous().t() if by_inputs else rows.contiguous()
