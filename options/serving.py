@@ -37,6 +37,14 @@ class Limits(Options):
     idle_seconds: float = option(3600.0, "Seconds without a message after which a WebSocket is closed.", above=0)
     timeout_ms: float = option(600_000.0, "The longest that a request may say it waits, in milliseconds.", above=0)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bodies_bytes < self.message_bytes:
+            raise ValueError(
+                f"bodies_bytes={self.bodies_bytes}: one message may have message_bytes={self.message_bytes}, and would "
+                "never find room. Give a larger one, or a smaller message_bytes."
+            )
+
 
 @dataclass(kw_only=True)
 class ServeOptions(Limits, GraphOptions, ActingOptions):

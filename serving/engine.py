@@ -64,6 +64,7 @@ class Engine:
         self._hang_after = hang_after
         self._began: float | None = None  # since when the model has a batch
         self._waiting: dict[Hashable, Waiting] = {}  # by session, or by itself; the first is the next
+        self._asked: dict[Hashable, Waiting] = {}  # the same of the batch with the model
         self._open: Counter[Hashable] = Counter()  # who awaits an answer, and how many
         self._lately = RecentPeak(LATELY)
         self._seconds = 0.1  # that a batch takes
@@ -143,6 +144,7 @@ class Engine:
         """An episode has ended or begins again: what waits is of the one before, what was kept is forgotten."""
         if session in self._waiting:
             self._waiting.pop(session).refuse(Superseded(f"session={session!r} has ended: ask with what is seen now."))
+        self._asked.pop(session, None)
         self.live.ended(session)
         if self.state in ("starting", "ready"):
             self._worker.end_session(session)
@@ -176,8 +178,7 @@ class Engine:
         waiting = Waiting(request, asyncio.get_running_loop().create_future(), since)
         if self._is_late(waiting):
             return await waiting.future
-        key: Hashable = waiting if request.session is None else request.session
-        self._enter(key, waiting)
+        self._enter(key := waiting.key, waiting)
         try:
             async with asyncio.timeout(left):
                 return await waiting.future
@@ -199,10 +200,13 @@ class Engine:
                 f"{len(self._waiting)} requests wait already: ask again, with what is seen then.",
                 retry_after=round(batches * self._seconds + 0.01, 2),
             )
+        for other in (before, self._asked.get(key)):
+            if other is None or other.future.done():  # who waits no more for that may have begun again
+                continue
+            step, newer = waiting.request.observation.step, other.request.observation.step
+            if step is not None and newer is not None and step < newer:
+                raise Superseded(f"step={step}: step {newer} of this session came in before it.")
         if before is not None:
-            step, waits = waiting.request.observation.step, before.request.observation.step
-            if step is not None and waits is not None and step < waits:
-                raise Superseded(f"step={step}: step {waits} of this session came in before it.")
             before.refuse(Superseded("A newer observation of this session came in, which is answered instead."))
         self._waiting[key] = waiting
         self._open[key] += 1
@@ -266,6 +270,7 @@ class Engine:
         if not batch:
             return
         self._began = began = self._clock()
+        self._asked = {waiting.key: waiting for waiting in batch}
         watchdog = asyncio.get_running_loop().call_later(self._hang_after, self._hang, batch)
         try:
             found = await self._worker.act([waiting.request for waiting in batch])
@@ -285,7 +290,7 @@ class Engine:
                     waiting.future.set_result(replace(answer, timing=timing))
         finally:
             watchdog.cancel()
-            self._began = None
+            self._began, self._asked = None, {}
             self._refuse(batch)  # of a stop that lost patience
 
     async def _recover(self) -> None:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..options.serving import Limits
-from .contract import Answer, BadRequest, Engine, Failed, Gone, ModelInfo, Refusal, Request
+from .contract import Answer, BadRequest, Engine, Failed, Gone, ModelInfo, Refusal, Request, TooLarge
 from .metrics import Metrics
 from .names import Call, Reader, Reset
 from .room import Room
@@ -94,6 +94,8 @@ class Service:
     async def ask(self, request: Request, size: int = 0) -> Answer:
         """The engine's answer. What the images of a message of `size` bytes were decoded to takes its room, too."""
         pixels = sum(image.nbytes for image in request.observation.images.values())
+        if pixels > self.room.most:  # to come again would not help
+            raise TooLarge(f"images of {pixels} bytes, decoded: at most {self.room.most}. Send smaller ones.")
         with self.room.share(max(0, pixels - size)):
             return await self.engine.act(request)
 

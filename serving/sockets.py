@@ -23,6 +23,7 @@ NO_WEBSOCKET = (
     b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\nContent-Length: 57\r\n\r\n"
     b"Upgrade: websocket came with what begins none, a GET does"
 )
+FRAME = 256  # bytes that a message or a fragment takes beside what it holds
 SMALL = 512  # bytes of a piece of a body: networks carry more at a time
 
 
@@ -118,7 +119,7 @@ class CountedSocket(WebSocketsSansIOProtocol):
 
     def send_receive_event_to_app(self) -> None:
         self._fragments = 0
-        self._waiting += self._coming()
+        self._waiting += self._coming() + FRAME
         if self.curr_msg_data_type == "text":  # is refused unread; of what is no UTF-8 uvicorn would log a traceback
             self.frames, self.bytes = [b""], b""
         super().send_receive_event_to_app()
@@ -174,5 +175,5 @@ class CountedSocket(WebSocketsSansIOProtocol):
 
     def _coming(self) -> int:
         """Bytes of the message that is not complete."""
-        fragments = getattr(self, "frames", None) or [getattr(self, "bytes", b"")]
-        return len(self.conn.reader.buffer) + sum(map(len, fragments))
+        fragments = getattr(self, "frames", None) or [getattr(self, "bytes", b"")]  # older uvicorn joins them
+        return len(self.conn.reader.buffer) + sum(map(len, fragments)) + FRAME * (len(fragments) - 1)

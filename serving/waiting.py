@@ -1,6 +1,7 @@
 """Requests that wait for a model, and how many of them there were lately."""
 
 import asyncio
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 from .contract import Answer, Refusal, Request
@@ -13,6 +14,11 @@ class Waiting:
     request: Request
     future: asyncio.Future[Answer]
     since: float
+
+    @property
+    def key(self) -> Hashable:
+        """The session, of which the newest observation alone waits; without one itself."""
+        return self if self.request.session is None else self.request.session
 
     def refuse(self, refusal: Refusal) -> None:
         """Unless there is an answer, or nobody waits any more."""

@@ -34,6 +34,8 @@ class Worker:
             the requests.
     """
 
+    MOST_ENDED = 1024  # ends of sessions that wait for the model
+
     def __init__(self, model: Model, limit: int):
         self.model, self.limit, self.out_of_memory, self.failing = model, limit, 0, False
         self._known: Request | None = None  # the first that was answered
@@ -59,7 +61,8 @@ class Worker:
 
     def end_session(self, session: str) -> None:
         """After what the model does now. Returns at once."""
-        self._jobs.put(lambda: self._end_session(session))
+        if self._jobs.qsize() < self.MOST_ENDED:  # a session is only a cache, which gives way by itself
+            self._jobs.put(lambda: self._end_session(session))
 
     def close(self) -> None:
         """The thread ends after what the model does now. Returns at once."""

@@ -215,6 +215,43 @@ async def test_an_ended_session_is_forgotten():
         assert model.ended == ["a", "never heard of"]
 
 
+@in_loop
+async def test_ends_of_sessions_wait_in_bounded_number():
+    model = Gated()
+    async with running(model) as engine:
+        (plug,) = await asked(engine, of("a"))
+        await model.has_begun()
+        for number in range(5000):
+            engine.end_session(f"robot {number}")
+        model.through.release(2)
+        await soon(plug)
+        await soon(engine.act(of("a")))
+        assert len(model.ended) == 1024
+
+
+@in_loop
+async def test_an_older_observation_than_the_one_with_the_model_is_not_answered():
+    model = Gated()
+    async with running(model) as engine:
+        (newest,) = await asked(engine, of("a", 5, step=5))
+        await model.has_begun()
+        with pytest.raises(Superseded, match="step=4: step 5 of this session came in before it"):
+            await engine.act(of("a", 4, step=4))
+        again, other = await asked(engine, of("a", 6, step=5), of("b", 7, step=0))
+        engine.end_session("a")  # the next episode begins
+        (first,) = await asked(engine, of("a", 8, step=0))
+        model.through.release(3)
+        answers = await soon(asyncio.gather(newest, other, first))
+        assert [level(answer) for answer in answers] == [5, 7, 8] and isinstance(again.exception(), Superseded)
+        (slow,) = await asked(engine, of("a", 9, step=9))
+        await model.has_begun()
+        await model.has_begun()
+        slow.cancel()  # who waits no more for it may begin again
+        (first,) = await asked(engine, of("a", 10, step=0))
+        model.through.release(2)
+        assert level(await soon(first)) == 10
+
+
 # Deadlines and clients that leave
 
 

@@ -490,7 +490,7 @@ def test_who_leaves_frees_the_place_in_the_queue():
 
 def test_a_body_that_is_coming_in_takes_room_already():
     async def run() -> None:
-        app = create_app(Engine(FakeModel(("primary",))), Limits(bodies_bytes=1500))
+        app = create_app(Engine(FakeModel(("primary",))), Limits(bodies_bytes=1500, message_bytes=1500))
         room, leave = app.state.service.room, asyncio.Event()
         first = asyncio.create_task(call(app, [bytes(1000)], 1200, leave))
         while room.taken != 1000:
@@ -505,13 +505,14 @@ def test_a_body_that_is_coming_in_takes_room_already():
 
 
 def test_what_images_are_decoded_to_takes_room():
-    with client(FakeModel(("primary",)), Limits(bodies_bytes=500_000)) as server:
+    with client(FakeModel(("primary",)), Limits(bodies_bytes=500_000, message_bytes=500_000)) as server:
         warm(server)
-        for side, status in ((600, 503), (300, 200)):
-            black = png(np.zeros((side, side, 3), np.uint8))
+        room = server.app.state.service.room
+        for side, others, status in ((600, 0, 413), (300, 300_000, 503), (300, 0, 200)):
+            black, room.taken = png(np.zeros((side, side, 3), np.uint8)), others
             answer = server.post("/act", files={"image": black}, data={"instruction": "go"})
             assert answer.status_code == status and len(black) < 10_000, answer.text
-        assert server.app.state.service.room.taken == 0
+        assert room.taken == 0
 
 
 def test_a_body_that_does_not_come_is_not_awaited_for_ever():

@@ -191,6 +191,20 @@ def test_messages_that_are_coming_in_take_room_already(request):
         assert wire.unpack(robot.recv(timeout=60))["actions"].shape == (1, 7)
 
 
+def test_messages_without_bytes_take_room_as_well(request):
+    """Each takes 200 bytes of memory, on its way from 6 of the network."""
+    server = Server(options={"bodies_bytes": 20_000, "message_bytes": 20_000})
+    request.addfinalizer(server.process.kill)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as robot:
+        robot.sendall(UPGRADE)
+        robot.recv(4096)
+        robot.sendall(bytes([0x82, 0x80, 0, 0, 0, 0]) * 1000)
+        came = b""
+        while piece := robot.recv(4096):
+            came += piece
+        assert bytes([0x03, 0xF5]) + b"Too much" in came  # 1013, try again later
+
+
 @pytest.mark.parametrize("how", ["goodbye", "reset"])
 def test_a_message_that_breaks_off_gives_its_room_back(server, how):
     """As where the network goes while a robot sends a picture: its share was kept, and after 256 MiB of such halves
@@ -535,6 +549,7 @@ def test_bytes_are_acknowledged_before_they_are_read(kind, gone, monkeypatch):
     [
         ({"replicas": 2}, "only with --ray"),
         ({"max_replicas": 2}, "only with --ray"),
+        ({"bodies_bytes": 2**20}, "would never find room"),
         ({"ray": True, "sim": True}, "is of one process"),
         ({"ray": True, "replicas": 3, "max_replicas": 2}, "expected at least replicas=3"),
     ],

@@ -258,7 +258,10 @@ def test_a_silent_connection_is_closed():
 
 
 def test_there_is_room_for_so_many_bytes():
-    with made(limits=Limits(bodies_bytes=100)) as client, warm(client).websocket_connect(ROOT) as socket:
+    with (
+        made(limits=Limits(bodies_bytes=100, message_bytes=100)) as client,
+        warm(client).websocket_connect(ROOT) as socket,
+    ):
         heard(socket)
         assert ask(socket, GOOD)["code"] == "busy"
 
