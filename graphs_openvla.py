@@ -210,17 +210,17 @@ def without_graphs() -> AbstractContextManager[None]:
 _PREPARED: WeakKeyDictionary[nn.Module, Prepared] = WeakKeyDictionary()
 
 
-def order_weights(model: Any, own: int = 0) -> None:
-    """Store the weights that every prediction multiplies with in the order that is fastest where they are now: see
-    `order_weight`. Those that have another use stay as they are, tables of tokens, and those that another thread may be
-    reading."""
+def order_weights(model: Any, own: int = 0, learns: bool = False) -> None:
+    """Store the weights that every prediction multiplies with in the order that is fastest where they are now, or in
+    that of a model that learns: see `order_weight`. Those that have another use stay as they are, tables of tokens, and
+    those that another thread may be reading."""
     modules, table = modules_of(model).below, model.get_output_embeddings()
     uses = Counter(id(one) for module in modules for one in module._parameters.values() if one is not None)
     for module in modules:
         if type(module) in (Linear, PatchProjection) and module is not table and uses[id(module.weight)] == 1:
             with between_predictions(model, own) as nobody_reads:
                 if nobody_reads:
-                    order_weight(module)
+                    order_weight(module, learns)
 
 
 @torch.inference_mode()

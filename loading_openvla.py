@@ -21,6 +21,7 @@ from .adapters_openvla import ADAPTER, belongings, check_base, find_adapter, fin
 from .choices_openvla import closest
 from .configuration_openvla import OpenVLAConfig, plain_statistics
 from .files_openvla import QUIET, local_folder, read_json
+from .graphs_openvla import order_weights
 from .modules_openvla import first_parameter
 from .oft_openvla import OFTFolder, find_oft, oft_folder, with_weights
 from .outputs_openvla import CACHE_NAMES
@@ -268,6 +269,12 @@ class OpenVLAPreTrainedModel(QuantizedWeights, AdapterBelongings, ModelParts, Pr
             if (moved := module._buffers[name]) is not None and moved.dtype != buffer.dtype:
                 module._buffers[name] = buffer.to(moved.device)
         return self
+
+    def train(self, mode: bool = True):
+        """As in every torch module; weights that `prepare_for_inference` has put in order are put back, to learn."""
+        if mode:
+            order_weights(self, learns=True)
+        return super().train(mode)
 
     def _check_has_values(self) -> None:
         if self.device.type == "meta":

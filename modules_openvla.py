@@ -106,10 +106,11 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def between_predictions(model: nn.Module, own: int) -> Iterator[bool]:
-    """Whether no thread predicts with a model, and none begins meanwhile; `own` are predictions of the caller."""
+    """Whether no thread predicts with a model, and none begins meanwhile; `own` are predictions of the caller, for
+    which no module has left train mode."""
     with _SWITCH:
         predictions = _PREDICTIONS.get(model)
-        yield predictions is None or predictions.running <= own
+        yield predictions is None or (predictions.running <= own and not predictions.modules)
 
 
 @contextmanager

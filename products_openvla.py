@@ -92,20 +92,22 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     )
 
 
-def order_weight(module: Any) -> None:
+def order_weight(module: Any, learns: bool = False) -> None:
     """Store the weight of a linear layer, or of a convolution that is one, in the order that its products read fastest
     once no cache holds it: by inputs where oneDNN multiplies (a third less time for few rows, a fifth for many), as
-    loaded elsewhere, and where steps of whole pages would share the same lines of the cache. The parameter stays what
-    it is, with other strides; nothing is in memory twice."""
+    loaded elsewhere, where steps of whole pages would share the same lines of the cache, and where it learns: torch's
+    fused optimizers read it, its gradient and their moments as they lie in memory, whatever the strides are. The
+    parameter stays what it is, with other strides; nothing is in memory twice."""
     weight = module.weight
-    if type(weight) is not nn.Parameter:  # a part of one that is sharded, or another library's
+    if type(weight) is not nn.Parameter or weight.ndim < 2:  # a part of one that is sharded, or another library's
         return
-    by_inputs = has_fast_products() and _is_plain(weight) and len(weight) * weight.element_size() % PAGE != 0
+    fast = not learns and has_fast_products() and _is_plain(weight)
+    by_inputs = fast and len(weight) * weight.element_size() % PAGE != 0
     rows = weight.flatten(1)
     turned, alone = rows.t().is_contiguous(), weight.untyped_storage().nbytes() == weight.nbytes
-    if turned == by_inputs or not alone:
+    if turned == by_inputs or not alone or (weight.is_cpu and weight.is_shared()):  # with other processes
         return
-    with torch.inference_mode(False), torch.no_grad():  # it may learn later
+    with torch.inference_mode(weight.is_inference()), torch.no_grad():  # others may learn later
         rows = rows.t().contiguous().t() if by_inputs else rows.contiguous()
         weight.data = rows.unflatten(1, weight.shape[1:])
 

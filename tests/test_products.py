@@ -275,28 +275,58 @@ def test_tokens_do_not_depend_on_the_order_of_weights(fast):
     assert ordered(OpenVLAPolicy.load(str(ROOT)).model) == ordered(other)
 
 
-def test_a_model_that_was_prepared_learns_and_is_saved(small_policy, fast, tmp_path):
-    model = OpenVLAForActionPrediction.from_pretrained(small_policy)
-    other = copy.deepcopy(model)
-    optimizers = [torch.optim.AdamW(one.parameters(), lr=1e-3) for one in (model, other)]
-    model.prepare_for_inference()
+def learn(model, optimizer, steps: int = 2) -> None:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 60, (2, 9), generator=generator)
     pixels = torch.randn(2, *model.vision_backbone.input_shape, generator=generator)
-    for one, optimizer in zip((model, other), optimizers):
-        for _ in range(2):
-            one.train()(input_ids=ids, pixel_values=pixels, labels=ids).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+    for _ in range(steps):
+        model.train()(input_ids=ids, pixel_values=pixels, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_a_model_that_was_prepared_learns_and_is_saved(small_policy, fast, tmp_path):
+    """Fused optimizers read weights and moments as they lie in memory: they learned otherwise after a preparation."""
+    model = OpenVLAForActionPrediction.from_pretrained(small_policy)
+    other = copy.deepcopy(model)
+    optimizers = [torch.optim.AdamW(one.parameters(), lr=1e-3, fused=True) for one in (model, other)]
+    model.prepare_for_inference()
+    for count in (1, 2):
+        for one, optimizer in zip((model, other), optimizers):
+            learn(one, optimizer, count)
+        assert not ordered(model)
+        model.prepare_for_inference()
+        assert not ordered(model)  # in train mode
+        model.eval().prepare_for_inference()
+        assert ordered(model)
     learned = model.state_dict()
     for name, value in other.state_dict().items():
-        torch.testing.assert_close(learned[name], value, atol=2e-3, rtol=1e-3)
+        assert torch.equal(learned[name], value), name
     model.save_pretrained(tmp_path / "saved")
     again = OpenVLAForActionPrediction.from_pretrained(tmp_path / "saved")
     assert all(torch.equal(value, learned[name]) for name, value in again.state_dict().items())
     assert ordered(model) and not ordered(again)
     model.load_state_dict(other.state_dict())
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_weights_that_belong_to_others_as_well(small_policy, fast):
+    """Memory of several processes, which would no longer see what one of them writes; flat ones of a library that
+    shards; and those made in inference mode, which became weights that no prediction could read."""
+    loaded = OpenVLAForActionPrediction.from_pretrained(small_policy).eval()
+    frame = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
+    expected = loaded.predict_action(frame, "open the drawer")
+    shared = copy.deepcopy(loaded).share_memory()
+    shared.prepare_for_inference()
+    assert all(parameter.is_shared() for parameter in shared.parameters())
+    flat = copy.deepcopy(loaded)
+    flat.projector.fc1.weight.data = flat.projector.fc1.weight.data.flatten()
+    flat.train().eval().prepare_for_inference()
+    with torch.inference_mode():
+        made = copy.deepcopy(loaded)
+    made.prepare_for_inference()
+    assert ordered(made) and all(parameter.is_inference() for parameter in made.parameters())
+    np.testing.assert_allclose(made.predict_action(frame, "open the drawer"), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(
