@@ -1132,6 +1132,39 @@ def test_nothing_acts_once_a_guard_is_closed(when):
     assert bench.step().source == "hold" and len(bench.asked) == asked
 
 
+@pytest.mark.parametrize("where", ["submit", "poll", "audit", "digest"])
+@pytest.mark.parametrize("what", ["reset", "reconnected"])
+def test_what_comes_in_a_step_of_the_same_thread_waits_for_its_end(what, where):
+    """As from a signal, or of a transport that sees its connection go: the step waited for itself, for ever."""
+    bench = Bench(start=still(), wait=0.05)
+    bench.step()
+    bench.answer([[0.1, 0, 0, 1]] * 8)
+    owner, name = (bench, where) if hasattr(bench, where) else (bench.guard, f"_{where}")
+    usual, epoch = getattr(owner, name), bench.guard.epoch
+
+    def happens(*given):
+        setattr(owner, name, usual)
+        getattr(bench.guard, what)(*([still(0.5)] if what == "reset" else []))
+        return usual(*given)
+
+    setattr(owner, name, happens)
+    command = bench.step()
+    assert command.source == ("answer" if where == "audit" else "hold") and bench.guard.epoch == epoch + 1
+    assert command.source == "answer" or "came in this step" in command.reason
+    command = bench.step()  # nothing that was asked before acts
+    assert command.source == "hold" and command.action[3] == (0.5 if what == "reset" else 1)
+    assert bench.asked[-1].step == (0 if what == "reset" else 2)
+
+
+def test_a_step_in_a_step_is_none():
+    bench = Bench(start=still())
+    bench.submit = lambda ask: bench.step()
+    with pytest.raises(RuntimeError, match="within a step"):
+        bench.step()
+    bench.submit = bench.asked.append
+    assert bench.step().source == "hold"
+
+
 def test_a_closed_transport_asks_nothing_more():
     go, began, seen = threading.Semaphore(0), threading.Semaphore(0), []
 
@@ -1224,9 +1257,9 @@ def test_a_step_of_another_shape_is_no_step():
         "1234",
         4,
     ):
-        with pytest.raises(ValueError, match="(?s)^position=.*: expected 4 numbers"):
+        with pytest.raises(ValueError, match="(?s)^position=.*: expected 4 numbers .x, y, z, gripper; NaN"):
             bench.step(position=position)
-        with pytest.raises(ValueError, match="(?s)^start=.*: expected 4 finite numbers"):
+        with pytest.raises(ValueError, match="(?s)^start=.*: expected 4 finite numbers .x, y, z, gripper.\\.$"):
             bench.guard.reset(position)
     for seen_at in ("100", [100.0], np.datetime64("now"), np.timedelta64(100, "s"), True):
         with pytest.raises(ValueError, match="^seen_at=.*: expected seconds of the guard's clock"):

@@ -39,9 +39,13 @@ def seconds(name: str, given: Any, least: float = 0.0, *, zero: bool = True) -> 
 
 
 def numbers(
-    given: Sequence[float] | np.ndarray | None, name: str, dims: int | None, finite: bool = True
+    given: Sequence[float] | np.ndarray | None,
+    name: str,
+    dims: int | None,
+    finite: bool = True,
+    names: Sequence[str] = (),
 ) -> np.ndarray | None:
-    """(A,) float64 of what a caller gave, or None; `dims` None: as many as there are.
+    """(A,) float64 of what a caller gave, or None; `dims` None: as many as there are. `names`: of the numbers, to say.
 
     Raises:
         ValueError: If it is no row of so many numbers or, where that is asked, is not finite.
@@ -56,6 +60,7 @@ def numbers(
     good = good and not has_booleans(given) and not np.ma.is_masked(given)
     if not good or (finite and not np.isfinite(array).all()):
         expected = f"{'' if dims is None else f'{dims} '}{'finite ' if finite else ''}numbers"
+        expected += f" ({', '.join(names)}{'' if finite else '; NaN where one is unknown'})" if names else ""
         raise ValueError(f"{name}={given!r:.200}: expected {expected}.")
     return array.astype(np.float64)
 

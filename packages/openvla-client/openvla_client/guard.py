@@ -26,8 +26,8 @@ from .transport import Ask, Transport, called
 class Guard:
     """Asks for actions and gives one for each step of a control loop, none of them stale or executed twice.
 
-    Call `step` once in each control period; `reset` and `reconnected` may come from other threads. The state is by the
-    age of the newest observation that was answered:
+    Call `step` once in each control period; `reset` and `reconnected` may come from other threads and from signals. The
+    state is by the age of the newest observation that was answered:
 
     - OK: at most `max_age` (plus the steps between two requests).
     - DEGRADED: older, or nothing is answered yet. Of a chunk the actions that are due are still executed.
@@ -129,6 +129,7 @@ class Guard:
         if spec is not None and limits is not None:
             limits.check(spec)
         self.spec, self.limits, self.ask_every, self.commit = spec, limits, ask_every, commit
+        self._names = () if spec is None else spec.names
         if not (isinstance(transport, Transport) or callable(transport)):
             raise ValueError(
                 f"transport: a {type(transport).__name__}, expected a function, or submit, poll, close, connection."
@@ -144,7 +145,8 @@ class Guard:
         self._slept = slept or (Sleep().since_last if clock is time.monotonic else lambda: 0.0)
         self._plan = Plan(self.period, self.max_age, None if spec is None else spec.action_dim, execute)
         self._ids = itertools.count()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal may come in a step
+        self._in_step, self._changes = False, list[Callable[[], None]]()  # those that came in it
         self._before = 0.0  # the last time that was read
         self._seen_at = -math.inf  # of what was asked last, in whatever episode: its motion may be executed
         self._since: tuple[float, int] | None = None  # time and step of the newest observation that was answered
@@ -167,8 +169,9 @@ class Guard:
                 so far counts, also that of a loop that has not come to its next step yet.
         """
         dims = self._plan.dims
-        held = numbers(start, "start", dims)
-        with self._lock:
+        held = numbers(start, "start", dims, names=self._names)
+
+        def begin() -> None:
             if wake:
                 self._plan.begin()
                 self.state = State.DEGRADED
@@ -180,12 +183,21 @@ class Guard:
             self._last, self._stopped = held, False
             self._step, self._asked_at = 0, -self.ask_every
 
+        self._between_steps(begin)
+
     def reconnected(self) -> None:
         """The connection is another one: what was answered over the one before does not act any more. The episode
         continues, and so does the age of the newest observation that was answered. A transport that counts its
         connections says so by itself."""
+        self._between_steps(self._plan.clear)
+
+    def _between_steps(self, change: Callable[[], None]) -> None:
+        """At once; where this very thread is in a step, as a signal may be, behind it. Nothing acts in that step."""
         with self._lock:
-            self._plan.clear()
+            if self._in_step:
+                self._changes.append(change)
+            else:
+                change()
 
     def close(self) -> None:
         """Nothing is asked and no answer acts any more, also in a step that waits: the fallback is executed. May come
@@ -214,12 +226,20 @@ class Guard:
             NoAction: If there is no action, and the fallback is "raise" or not known yet.
             ValueError: If an argument has another shape. Nothing was asked, and it counts as no step.
         """
-        here = numbers(position, "position", self._plan.dims, finite=False)
+        here = numbers(position, "position", self._plan.dims, finite=False, names=self._names)
         if seen_at is not None and not is_number(seen_at):
             raise ValueError(f"seen_at={seen_at!r:.100}: expected seconds of the guard's clock.")
         seen_at = None if seen_at is None else float(seen_at)
         with self._lock:
-            command, step = self._stepped(observation, seen_at, here)
+            if self._in_step:
+                raise RuntimeError("step() within a step, as from a signal: one loop calls it, one after the other.")
+            self._in_step = True
+            try:
+                command, step = self._stepped(observation, seen_at, here)
+            finally:
+                self._in_step = False
+                while self._changes:
+                    self._changes.pop(0)()
         if command.action is None:
             raise NoAction(f"No action at step {step}, {command.state}: {command.reason}.", command)
         return command
@@ -379,6 +399,8 @@ class Guard:
             return self._fall_back(age, "too long without an answer, nothing acts before reset()")
         if self._closed:
             return self._fall_back(age, "this guard is closed")
+        if self._changes:
+            return self._fall_back(age, "reset() or reconnected() came in this step")
         try:
             newest, index = self._plan.take(step, now)
         except Stale as stale:
