@@ -416,6 +416,7 @@ def test_the_plan_refuses_an_output_as_the_run_would(tmp_path, monkeypatch):
     uncounted = SimpleNamespace(describe=lambda: "")  # what it needs: test_the_plan
     with monkeypatch.context() as patch:
         patch.setattr("openvla.training.plan.estimate", lambda *_, **__: uncounted)
+        patch.setattr("openvla.training.dry_run.check_begun", lambda *_: None)
         assert "samples" in plan_run(options(tmp_path / "run"), resume=True)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "bitsandbytes" else name)
     with pytest.raises(ModuleNotFoundError, match="bitsandbytes, which is not installed"):

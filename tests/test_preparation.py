@@ -19,7 +19,8 @@ from openvla.data.sources import open_source
 from openvla.options.datasets import StatsOptions
 from openvla.training import FinetuneOptions, plan_run, preparation
 from openvla.training.checks import check_meaning, check_units_of_one_robot
-from openvla.training.preparation import Run, check_dtype, num_patches, prepare, proprio_dim, text_tokens
+from openvla.training.dry_run import text_tokens
+from openvla.training.preparation import Run, check_dtype, num_patches, prepare, proprio_dim
 
 
 pytest.importorskip("accelerate", reason="training needs the [train] extra")

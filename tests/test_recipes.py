@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from openvla import OpenVLAForActionPrediction, cli
 from openvla.options.training import RECIPES, FinetuneOptions, FinetuneVerb
 from openvla.training import finetune
+from openvla.training.begun import differences
 from openvla.training.preparation import learning_rate
-from openvla.training.resume import differences
 from openvla.training.schedule import step_decay
 
 

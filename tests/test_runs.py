@@ -23,7 +23,7 @@ from openvla import OpenVLAForActionPrediction, cli
 from openvla.action_heads_openvla import TokenHead
 from openvla.data.sources import open_sources
 from openvla.folders import locked
-from openvla.training import FinetuneOptions, finetune, resume
+from openvla.training import FinetuneOptions, begun, finetune, plan_run, resume
 from openvla.training import trainer as trainer_module
 from openvla.training.checks import DivergedError
 
@@ -205,10 +205,10 @@ def test_what_a_run_was_begun_with_has_to_be_the_same(dataset, tmp_path):
     statistics = r"statistics of the dataset 'mine' are others \(action, proprio|action\)"
     with pytest.raises(ValueError, match=f"files or episodes of the dataset 'mine' are others; the {statistics}"):
         finetune(longer, resume=True)
-    begun = tmp_path / "run" / "finetune.json"
-    content = json.loads(begun.read_text())
+    started = tmp_path / "run" / "finetune.json"
+    content = json.loads(started.read_text())
     old = {name: value for name, value in content.items() if not name.endswith(("digest", "digests"))}
-    begun.write_text(json.dumps(old))  # as before digests were kept
+    started.write_text(json.dumps(old))  # as before digests were kept
     with pytest.raises(ValueError, match=statistics):
         finetune(longer, resume=True)
     demos(dataset)
@@ -227,9 +227,9 @@ def test_what_a_default_means_may_be_said_when_a_run_continues(dataset, tmp_path
     said = {"alpha": 2, "head": "tokens", "action_chunk": 1, "camera_names": " primary", "prefix_training": 0}
     said |= {"eval_every": 1, "normalization": "bounds_q99", "learning_rate": 5e-4, "max_grad_norm": 1.0}
     silent = {"strategy": "lora", "rank": 2, "name": None}
-    for begun, then in ((silent, silent | said | {"name": "push_the_cup_demo"}), (silent | said, silent)):
-        output = tmp_path / str(begun is silent)
-        finetune(options(output, dataset, steps=1, **begun))
+    for first, then in ((silent, silent | said | {"name": "push_the_cup_demo"}), (silent | said, silent)):
+        output = tmp_path / str(first is silent)
+        finetune(options(output, dataset, steps=1, **first))
         with pytest.raises(
             ValueError, match="other options or data: alpha was 2, is 4; normalization was 'bounds_q99'"
         ):
@@ -256,9 +256,9 @@ def test_options_of_adapters_do_not_hold_up_a_run_without_one(dataset, tmp_path)
 
 def test_digests_of_data_outlive_the_cache_of_statistics(dataset, monkeypatch):
     sources = open_sources(dataset)
-    before = resume.data_digests(sources)
+    before = begun.data_digests(sources)
     monkeypatch.setattr("openvla.data.survey.VERSION", 99)
-    assert resume.data_digests(sources) == before
+    assert begun.data_digests(sources) == before
 
 
 @pytest.mark.parametrize("strategy", ["lora", "full"])
@@ -286,9 +286,9 @@ def test_an_object_whose_episodes_change_places(tmp_path):
     finetune(options(tmp_path / "run", "mine", steps=1), data=made)
     with pytest.raises(ValueError, match="files or episodes of the dataset 'mine' are others"):
         finetune(options(tmp_path / "run", "mine"), resume=True, data=made[::-1])
-    begun = tmp_path / "run" / "finetune.json"
-    content = json.loads(begun.read_text())
-    begun.write_text(json.dumps(content | {"data_digests": {"mine": None}}))  # as older versions wrote it
+    older = tmp_path / "run" / "finetune.json"
+    older.write_text(json.dumps(json.loads(older.read_text()) | {"data_digests": {"mine": None}}))
+    (tmp_path / "run" / "checkpoints" / "checkpoint-1" / "finetune.json").unlink()
     finetune(options(tmp_path / "run", "mine"), resume=True, data=made)
 
 
@@ -304,8 +304,8 @@ def test_a_run_that_was_moved(dataset, tmp_path):
         (tmp_path / kind).rename(moved)
         finetune(options(moved, data, **more), resume=True)
         assert names(moved) == ["checkpoint-1", "checkpoint-2"]
-    assert resume._moved("../data/a:1,../data/b:2", "a:1,b:2")
-    assert not resume._moved("../data/a:1,../data/b:2", "../data/a:5,../data/b:2")
+    assert begun._moved("../data/a:1,../data/b:2", "a:1,b:2")
+    assert not begun._moved("../data/a:1,../data/b:2", "../data/a:5,../data/b:2")
     other = dataset.with_name("others") / dataset.name
     other.parent.mkdir()
     shutil.copyfile(dataset, other)
@@ -392,7 +392,7 @@ def test_a_damaged_checkpoint_names_the_older_good_one(file, damage, said, finis
     shutil.copytree(finished, tmp_path / "run")
     damage(tmp_path / "run" / "checkpoints" / "checkpoint-3" / file)
     good = r"checkpoint-2' is the newest good one: remove '.*checkpoint-3', and --resume"
-    with pytest.raises(ValueError, match=f"newest checkpoint is damaged: .*{said}.*{good}"):
+    with pytest.raises(ValueError, match=f"newest checkpoint cannot be continued: .*{said}.*{good}"):
         resume.checkpoint_to_resume(tmp_path / "run", steps=3)
     for older in ("checkpoint-1", "checkpoint-2"):
         (tmp_path / "run" / "checkpoints" / older / "optimizer.pt").unlink()
@@ -407,6 +407,36 @@ def test_a_checkpoint_that_lacks_weights_is_not_continued(dataset, tmp_path):
     weights = load_file(file)
     save_file({name: value for name, value in weights.items() if ".up_proj." not in name}, file, {"format": "pt"})
     with pytest.raises(ValueError, match=r"checkpoint-2' has other weights than the model: missing .*up_proj.weight"):
+        finetune(options(tmp_path / "run", dataset, steps=3), resume=True)
+
+
+def test_a_checkpoint_of_another_run_is_not_continued(dataset, tmp_path):
+    """Its weights have the same shapes; even --dry-run says it, and which options are others."""
+    for seed in (0, 1):
+        finetune(options(tmp_path / f"run{seed}", dataset, seed=seed))
+    ours, theirs = (tmp_path / f"run{seed}" / "checkpoints" / "checkpoint-2" for seed in (0, 1))
+    shutil.rmtree(ours)
+    shutil.copytree(theirs, ours)
+    longer = options(tmp_path / "run0", dataset, steps=3)
+    for go_on in (lambda: finetune(longer, resume=True), lambda: plan_run(longer, resume=True)):
+        with pytest.raises(
+            ValueError, match=r"-2' is of another run, whose (output|seed) was .*-1' is the newest good"
+        ):
+            go_on()
+    shutil.rmtree(ours)
+    with pytest.raises(ValueError, match=r"begun with other options or data: seed was 0, is 5"):
+        plan_run(replace(longer, seed=5), resume=True)
+    assert plan_run(longer, resume=True).startswith(f"continues from '{ours.with_name('checkpoint-1')}'")
+
+
+def test_weights_that_do_not_learn_are_those_that_the_run_began_with(dataset, tmp_path):
+    """The checkpoint's count, and whatever stood there was trained on."""
+    finetune(options(tmp_path / "run", dataset))
+    file = tmp_path / "run" / "checkpoints" / "checkpoint-2" / "model.safetensors"
+    weights = load_file(file)
+    name = next(name for name in weights if name.endswith("layers.0.mlp.up_proj.weight"))
+    save_file(weights | {name: 1.5 * weights[name]}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"holds another {name} than the model that the run was begun with"):
         finetune(options(tmp_path / "run", dataset, steps=3), resume=True)
 
 

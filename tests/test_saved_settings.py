@@ -15,7 +15,7 @@ from openvla.options.evaluation import DemoOptions, EvaluateOptions, RecordOptio
 from openvla.options.fields import decisive
 from openvla.options.training import FinetuneOptions, FinetuneVerb
 from openvla.training import finetune
-from openvla.training.resume import differences
+from openvla.training.begun import differences
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,6 +57,7 @@ def test_a_run_of_an_older_version_is_continued(tmp_path):
     finetune(options)
     assert read_settings(tmp_path / "run" / "finetune.json")[1] == FORMAT_VERSION
     (tmp_path / "run" / "finetune.json").write_text(json.dumps({**older, "dataset": str(DEMO)}))
+    (tmp_path / "run" / "checkpoints" / "checkpoint-1" / "finetune.json").unlink()  # older versions wrote none there
     with pytest.raises(ValueError, match="rank was 4, is 5"):
         finetune(replace(options, steps=2, rank=5), resume=True)
     with pytest.raises(ValueError, match="action_chunk was 1, is 2"):  # which older versions did not have
@@ -74,6 +75,7 @@ def test_what_chunks_held_at_the_end_where_an_older_run_did_not_say_it(small_pol
     finetune(options)
     file = tmp_path / "run" / "finetune.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "chunk_end": None}))
+    (tmp_path / "run" / "checkpoints" / "checkpoint-1" / "finetune.json").unlink()
     with pytest.raises(ValueError, match="chunk_end was 'still', is 'repeat'"):
         finetune(replace(options, steps=2), resume=True)
     finetune(replace(options, steps=2, chunk_end="still"), resume=True)

@@ -2,7 +2,7 @@
 
 from ..options.training import FinetuneOptions
 from .checkpoints import merge_adapter
-from .preparation import plan_run
+from .dry_run import plan_run
 from .run import finetune
 from .strategies import STRATEGIES, apply_strategy, qlora_quantization, trainable_parameters
 

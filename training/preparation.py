@@ -42,8 +42,6 @@ from .checks import (
     check_statistics,
     check_units_of_one_robot,
 )
-from .resume import check_output
-from .step_cost import usual_text
 
 
 # Learning rates of the paper: adapters, and everything else.
@@ -370,49 +368,6 @@ def check_libraries(options: FinetuneOptions) -> None:
     """Raise a `ModuleNotFoundError` that names what the strategy needs and is not installed."""
     needed = {"lora": ["peft"], "qlora": ["peft", "bitsandbytes"]}.get(options.strategy, [])
     require("accelerate", *needed, purpose=f"strategy '{options.strategy}'", preferred="train")
-
-
-def plan_run(options: FinetuneOptions, processes: int = 1, resume: bool = False) -> str:
-    """What `finetune` would do with these options on so many processes, without reading weights: data, samples,
-    warnings, parameters that learn, and memory in the precision that this machine resolves to.
-
-    Raises:
-        ValueError, FileExistsError, OSError, ModuleNotFoundError: As `finetune` before its first step.
-    """
-    from .plan import estimate  # not above: `python -m openvla.training.plan` would be imported twice
-
-    check_libraries(options)
-    check_output(options, resume)
-    run = prepare(options, processes)
-    adapter = {"rank": options.rank, "alpha": options.alpha, "dropout": options.dropout}
-    weights = {"auto": computing_precision(options), "float32": "float32"}
-    plan = estimate(
-        run.config,
-        options.strategy,
-        batch_size=options.batch_size,
-        world_size=processes,
-        sharded=options.fsdp,
-        gradient_checkpointing=options.gradient_checkpointing,
-        precision=weights.get(options.dtype, "pure-bf16"),
-        text_tokens=text_tokens(run),
-        shape=run.shape,
-        optimizer=options.optimizer,
-        **(adapter if options.strategy in LEARNING_RATES else {}),
-    )
-    return f"{run.describe()}\n{plan.describe()}"
-
-
-def text_tokens(run: Run, episodes: int = 8) -> int:
-    """Tokens of the longest prompt with its answer among a few episodes of each dataset, spread evenly."""
-    collator, still = ActionCollator(run.processor, run.head), np.zeros(run.shape)
-    longest = 0
-    for source in run.sources:
-        dataset = source.everything[0]  # without images
-        picked = np.unique(np.linspace(0, len(dataset) - 1, episodes).astype(int))
-        for episode in dataset.read(picked):
-            for text in set(episode.step_instructions or [episode.instruction]):
-                longest = max(longest, len(collator.tokens(text, still)[0]))
-    return longest or usual_text(run.config, run.shape)
 
 
 def held_out_frames(run: Run) -> list[Episode]:

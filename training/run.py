@@ -1,8 +1,6 @@
 """Fine-tuning on one's own demonstrations: a run from options to a checkpoint, on one page."""
 
-import json
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +10,19 @@ from tqdm import tqdm
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, TrainingArguments, set_seed
 from transformers.trainer_utils import IntervalStrategy
 
-from ..adapters_openvla import KEY, OF_MODEL, check_base, name_base, portable_model, portable_path, read_belongings
+from ..adapters_openvla import KEY, OF_MODEL, check_base, name_base, portable_model, read_belongings
 from ..configuration_openvla import OpenVLAConfig
 from ..data.augment import ImageAugmentation
 from ..data.collate import ActionCollator
 from ..data.samples import FrameSamples
-from ..data.sources import mixture_entries
 from ..data.stream import MixtureStream
 from ..files_openvla import local_folder
 from ..folders import locked, weights_digest, with_version, write_json
-from ..hub import config_of
 from ..model_card import model_card
 from ..modeling_openvla import OpenVLAForActionPrediction
 from ..options.training import FinetuneOptions
 from ..parts_openvla import PARTS
+from .begun import check_begun, check_frozen, check_model, shared_options, what_begins
 from .checkpoints import STARTED, card_folder, starting_point
 from .checks import check_result
 from .curves import plot_curves
@@ -41,13 +38,9 @@ from .preparation import (
 )
 from .resume import (
     CHECKPOINTS,
-    check_begun,
-    check_model,
     check_output,
     check_space,
     checkpoint_to_resume,
-    data_bytes,
-    data_digests,
     last_checkpoint,
     remove_leftovers,
     step_of,
@@ -237,16 +230,10 @@ def train(options: FinetuneOptions, arguments: TrainingArguments, resume: bool, 
     # What the model can do before it has learned anything
     arguments.eval_on_start = arguments.eval_strategy is not IntervalStrategy.NO and checkpoint is None
 
-    made = {**shared_options(options), "learning_rate": learning_rate(options), "global_batch": run.global_batch}
+    made = what_begins(run, data) if main else {}
     begun = main and (output / STARTED).exists()
-    if main:
-        made["data_digests"] = data_digests(run.sources)
-        made["data_bytes"] = data_bytes(options) if data is None else []
     if begun:
-        # Earlier versions left it to the head: only chunks of tokens ended with standstill.
-        stood = run.shape[0] > 1 and not run.head.wants_actions
-        unsaid = {"chunk_end": "still" if stood else options.chunk_end}
-        check_begun(output, options, made, run.statistics, checkpoint, unsaid, config_of(options.model))
+        check_begun(run, made, checkpoint)
     set_seed(options.seed)  # adapters are made before the Trainer sets it
     model = load_model(run, arguments.bf16, checkpoint)
     if main:
@@ -268,6 +255,8 @@ def train(options: FinetuneOptions, arguments: TrainingArguments, resume: bool, 
         if done == options.steps:
             tqdm.write(f"finished  at step {done}: only the result of '{checkpoint}' is written")
     freeze_unused(model)
+    if main and checkpoint is not None:
+        check_frozen(checkpoint, model)
     muon = (
         make_muon(model, learning_rate(options), options.weight_decay or 0.0) if options.optimizer == "muon" else None
     )
@@ -328,26 +317,3 @@ def card(run: Run) -> str:
     given = shared_options(options) | {"learning_rate": learning_rate(options)}
     rows = "\n".join(f"| {name} | {value} |" for name, value in given.items() if value not in (None, ""))
     return f"{text}\n## Fine-tuned\n\nWith `openvla finetune`:\n\n| option | value |\n| --- | --- |\n{rows}\n"
-
-
-def shared_options(options: FinetuneOptions) -> dict[str, Any]:
-    """The options as others may read them: without paths of this machine (see `portable_path`)."""
-    made, output = asdict(options), options.output
-    parts = [part.partition(":") for part in options.dataset.split(",")]  # of a mixture: NAME:WEIGHT,NAME:WEIGHT
-    if Path(options.dataset).expanduser().exists():
-        parts = [(options.dataset, "", "")]
-    made["dataset"] = ",".join(_portable(name, output) + colon + weight for name, colon, weight in parts)
-    for name in ("data_root", "statistics"):
-        if made[name] is not None:
-            made[name] = _portable(made[name], output)
-    if (entries := mixture_entries(options.dataset, options.data_root)) is not None:  # a file that may change
-        for entry in entries.values():
-            places = {name: entry[name] for name in ("path", "statistics") if isinstance(entry.get(name), str)}
-            entry |= {name: _portable(place, output) for name, place in places.items()}
-        made["mixture"] = json.loads(json.dumps(entries, default=str))
-    return {**made, "model": portable_model(options.model, output), "output": Path(output).resolve().name}
-
-
-def _portable(name: str, output: str) -> str:
-    path = Path(name).expanduser()
-    return portable_path(path, output) if path.is_absolute() or path.exists() else name

@@ -26,7 +26,7 @@ from ..data.collate import ActionCollator
 from ..data.samples import FrameSamples
 from ..data.stream import Batches, MixtureStream
 from ..folders import WORK, move_into, working_folder
-from .checkpoints import write_checkpoint
+from .checkpoints import STARTED, write_checkpoint
 from .checks import DivergedError
 from .metrics import ActionMetrics
 from .resume import UNFINISHED, checkpoints, last_checkpoint
@@ -384,7 +384,9 @@ class ActionTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 shutil.rmtree(finished, ignore_errors=True)  # of a run that was stopped and repeats this step
-                os.replace(Path(self._get_output_dir(trial)) / finished.name, finished)
+                complete = Path(self._get_output_dir(trial)) / finished.name
+                shutil.copyfile(folder.parent / STARTED, complete / STARTED)  # which run it is of
+                os.replace(complete, finished)
                 for old in checkpoints(folder)[: -self.args.save_total_limit]:
                     shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
