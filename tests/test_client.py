@@ -6,18 +6,23 @@ it is told (scripted_server.py).
 
 import asyncio
 import dataclasses
+import gc
 import io
 import json
 import os
 import select
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 import tracemalloc
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
+import openvla_client
 import pytest
 from aiohttp import web
 from fake_serving import FakeModel
@@ -578,6 +583,33 @@ def test_closing_ends_calls_that_wait(scheme):
         client.close()
         thread.join(30)
     assert len(found) == 1
+
+
+def test_a_client_that_nobody_holds_any_more_is_closed(scheme):
+    """Each kept its thread and its place at the server: after 64 episodes of a program that connects in each of them
+    everybody was refused."""
+    with Scripted().running() as scripted:
+        for _ in range(3):
+            client = connect(scripted.url(scheme))
+            client.act(IMAGE, "go")
+        threads = [thread for thread in threading.enumerate() if thread.name == "openvla-client"]
+        del client
+        gc.collect()
+        for thread in threads:
+            thread.join(60)
+        while scripted._sockets:
+            time.sleep(0.01)
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def test_a_program_that_closes_nothing_ends_without_a_word(scheme):
+    program = "import sys, openvla_client as c; a = c.connect(sys.argv[1]); print(a.act(sys.argv[2], 'go').actions)"
+    environment = {**os.environ, "PYTHONPATH": str(Path(openvla_client.__file__).parents[1])}
+    frame = Path(__file__).parents[1] / "examples/frames/drawer-open-v3_step005.png"
+    with Scripted().running() as scripted:
+        command = [sys.executable, "-c", program, scripted.url(scheme), frame]
+        ended = subprocess.run(command, env=environment, capture_output=True, timeout=60, check=True)
+    assert ended.stdout.startswith(b"[[0.") and not ended.stderr
 
 
 def test_threads_share_a_client(scheme):

@@ -1,8 +1,10 @@
 """Asks a server of `openvla serve` for actions and waits for them: `AsyncClient` in a thread of its own."""
 
 import asyncio
+import atexit
 import secrets
 import threading
+import weakref
 from collections.abc import Coroutine, Mapping
 from concurrent.futures import CancelledError
 from ssl import SSLContext
@@ -18,10 +20,19 @@ from .transport import Ask, ThreadTransport
 
 
 Result = TypeVar("Result")
+_open: "weakref.WeakSet[Client]" = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Or libraries would say at the end of the program what was left open."""
+    for client in list(_open):
+        client.close()
 
 
 class Client:
-    """Asks a server for actions. Made by `connect(url)`; threads may share one.
+    """Asks a server for actions. Made by `connect(url)`; threads may share one. `close()` ends the connection, and so
+    does the end of the last reference to it, and of the program.
 
     All calls raise, and give nothing:
         NotReached: There is no server, or the connection broke. The next call connects again.
@@ -33,9 +44,11 @@ class Client:
 
     def __init__(self, address: Address, settings: Settings):
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="openvla-client", daemon=True)
+        self._thread = threading.Thread(target=_run, args=(self._loop,), name="openvla-client", daemon=True)
         self._thread.start()
         self._client = self._call(_made(address, settings))
+        weakref.finalize(self, _end, self._loop, self._thread, self._client).atexit = False
+        _open.add(self)
 
     @property
     def info(self) -> ServerInfo:
@@ -140,7 +153,6 @@ class Client:
         self._call(_ended(self._client))
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
-        self._loop.close()
 
     def __enter__(self) -> "Client":
         return self
@@ -163,6 +175,19 @@ class Client:
         except BaseException:
             future.cancel()  # Ctrl-C: nobody waits any more
             raise
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    loop.run_forever()
+    loop.close()
+
+
+def _end(loop: asyncio.AbstractEventLoop, thread: threading.Thread, client: AsyncClient) -> None:
+    """Of a client that nobody holds any more, or its connection would take a place of the server for ever. Waits for
+    nothing: garbage is collected in any thread."""
+    if thread.is_alive():
+        ended = asyncio.run_coroutine_threadsafe(_ended(client), loop)
+        ended.add_done_callback(lambda _: loop.call_soon_threadsafe(loop.stop))
 
 
 async def _ended(client: AsyncClient) -> None:
