@@ -4,6 +4,8 @@ import base64
 import json
 import subprocess
 import sys
+import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from .subject import Frame
 
 
 WORKER = Path(__file__).with_name("worker.py")
+ANSWER_S = 1800.0  # an answer takes this long at most: 7B are loaded from a slow disk meanwhile
 
 
 class Other:
@@ -54,7 +57,7 @@ class Other:
         except OSError as error:
             raise ValueError(f"--against: '{python}' cannot be started ({error}): give an interpreter.") from error
         self.python, self.milliseconds = python, 0.0
-        self._receive()
+        self._exchange()
 
     def prepare(self, frame: Frame) -> None:
         """Nothing is kept between frames."""
@@ -62,20 +65,33 @@ class Other:
     def __call__(self, frame: Frame) -> np.ndarray:
         image = next(iter(frame.images.values()))
         content = {"shape": image.shape, "image": base64.b64encode(image.tobytes()).decode()}
-        assert self.process.stdin is not None  # a pipe, as asked for
-        with suppress(BrokenPipeError):  # it has ended: said below, and not taken for the end of the reader of ours
-            self.process.stdin.write(json.dumps({**content, "instruction": frame.instruction}) + "\n")
-            self.process.stdin.flush()
-        answer = self._receive()
+        answer = self._exchange({**content, "instruction": frame.instruction})
         self.milliseconds = answer["ms"]
         return np.array(answer["actions"])
 
-    def _receive(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
+    def _exchange(self, request: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The next answer, to a request if there is one. One that hangs, and may not even read, is ended."""
+        assert self.process.stdin is not None and self.process.stdout is not None  # pipes, as asked for
+        started, late = time.monotonic(), threading.Timer(ANSWER_S, self.process.kill)
+        late.start()
+        try:
+            if request is not None:
+                with suppress(BrokenPipeError):  # it has ended: said below, and not taken for the end of our own reader
+                    self.process.stdin.write(json.dumps(request) + "\n")
+                    self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        finally:
+            late.cancel()
         if not line:
-            raise ValueError(f"--against: '{self.python}' ended with {self.process.wait()} and no answer, see above.")
-        return json.loads(line)
+            said = f"ended with {self.process.wait()} and no answer, see above"
+            if time.monotonic() - started >= ANSWER_S:
+                said = f"has not answered in {ANSWER_S:g} s, and was ended"
+            raise ValueError(f"--against: '{self.python}' {said}.")
+        try:
+            return json.loads(line)
+        except ValueError as error:
+            said = f"answers {line!r:.80}, which is nothing that was asked: give an interpreter"
+            raise ValueError(f"--against: '{self.python}' {said}.") from error
 
     def close(self) -> None:
         self.process.kill()

@@ -26,6 +26,17 @@ def student_units(options: RecordOptions, environment: Environment) -> tuple[dic
     return known, dataset_of(environment, known) if several else options.unnorm_key
 
 
+def check_names(episode: Episode, environment: Environment, env: str) -> None:
+    """Raise a `ValueError` where a data set has no name for each number of a state, or the other way round; else it is
+    said when all episodes are recorded."""
+    numbers, names = 0 if episode.state is None else episode.state.shape[1], environment.state_names
+    if numbers and numbers != len(names):
+        raise ValueError(
+            f"'{env}' gives states of {numbers} numbers and {len(names)} state_names ({', '.join(names)}): LeRobot "
+            "needs a name for each."
+        )
+
+
 class Recorder:
     """Records single episodes to files."""
 
@@ -52,6 +63,8 @@ class Recorder:
                     f"'{self.options.env}' shows no images, and nobody learns from a recording without: let it render "
                     "(without --env-option render=false)."
                 )
+            if episode is not None and self.options.format == "lerobot":
+                check_names(episode, self.environment, self.options.env)
             if episode is not None:
                 save_episode(episode, file, seed=seed, failed=attempt)
                 return

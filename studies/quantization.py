@@ -17,6 +17,7 @@ kept.
 import argparse
 import json
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -303,7 +304,7 @@ def main() -> None:
     found = json.loads(file.read_text()) if file.exists() else {}
     precisions = {name: PRECISIONS[name] for name in arguments.precisions}
     found["about"] = {
-        "command": "python studies/quantization.py docs/results/quantization --frames-of outputs/frames",
+        "command": f"python {shlex.join(sys.argv)}",
         "machine": f"{platform.machine()} CPU ({torch.backends.cpu.get_cpu_capability()})",
         "torch": torch.__version__.partition("+")[0],
         "date": time.strftime("%Y-%m-%d"),

@@ -98,6 +98,20 @@ def test_an_environment_that_ends_between_two_frames(tmp_path, monkeypatch):
     way.close()
 
 
+def test_an_environment_that_hangs_or_is_none(tmp_path, monkeypatch):
+    """It was waited for without an end; it need not even read what it is asked."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(ENDS + "import time\ntime.sleep(60)")
+    monkeypatch.setattr(other, "WORKER", worker)
+    way = other.Other(sys.executable, BenchOptions(what="latency", device="cpu"), "metaworld")
+    monkeypatch.setattr(other, "ANSWER_S", 0.2)
+    with pytest.raises(ValueError, match=r"has not answered in 0.2 s, and was ended"):
+        way(Frame({"primary": np.zeros((512, 512, 3), np.uint8)}, "open the drawer", None, begins=True))
+    way.close()
+    with pytest.raises(ValueError, match=r"'echo' answers '.*/.*, which is nothing that was asked"):
+        other.Other("echo", BenchOptions(what="latency", device="cpu"), "metaworld")
+
+
 def test_what_other_environments_are_not_asked_for(model):
     """They are sent one image: of a second camera and a state they knew nothing, and of 8 bits neither."""
     options = BenchOptions(what="latency", against={"old": "x"})

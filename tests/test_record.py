@@ -35,7 +35,7 @@ TASK = "reach-v3"
 class Point:
     """A point that is to reach 0, which it does from positive seeds only. Keeps what is executed."""
 
-    tasks, max_steps, frequency = ("go",), 40, 20.0
+    tasks, max_steps, frequency, state_names = ("go",), 40, 20.0, ("x",)
 
     def instructions(self, task, *, held_out=False):
         return ("go home", "return", "come back", "move to zero")
@@ -385,6 +385,17 @@ class Slide:
 class Short(Slide):
     dims = 4
 """
+
+
+def test_states_without_a_name_for_each_number(tmp_path, monkeypatch):
+    """It was said when all episodes were recorded."""
+    (tmp_path / "slide_simulator.py").write_text(SLIDE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("slide_simulator.Slide.state_names", ("x", "y"))
+    mine = options(tmp_path, env="slide_simulator:Slide", tasks="go", size=8, after_success=1)
+    with pytest.raises(ValueError, match=r"gives states of 1 numbers and 2 state_names \(x, y\)"):
+        record(mine, progress=False)
+    assert not list((tmp_path / "out.partial" / "episodes").iterdir())
 
 
 @pytest.mark.parametrize("format", ["lerobot", "hdf5"])
