@@ -57,10 +57,10 @@ class Int8Linear(QuantizedLinear):
 
 
 def quantize_rows(rows: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rows, in_features) floats -> the same as uint8, where `most + 1` stands for 0, and the step (rows, 1) of each. A
-    row with a number that is not finite has a step that is not, or is multiplied to one that is not."""
+    """(..., in_features) floats -> the same as uint8, where `most + 1` stands for 0, and the step (..., 1) of each row.
+    A row with a number that is not finite has a step that is not, or is multiplied to one that is not."""
     rows = rows.float()
-    step = rows.abs().amax(1, keepdim=True).clamp_(min=SMALLEST) / most
+    step = rows.abs().amax(-1, keepdim=True).clamp_(min=SMALLEST) / most
     return (rows / step).round_().add_(most + 1).to(torch.uint8), step
 
 

@@ -7,7 +7,6 @@ needs.
 
 import copy
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,9 @@ from ..hub import model_folder, published_name, statistics_of
 from ..llama_openvla import STATIC_ROPE
 from ..modeling_openvla import OpenVLAForActionPrediction
 from ..processing_openvla import OpenVLAProcessor
+from ..quantization_openvla import METHOD, OpenVLAQuantizationConfig
 from .hub_folder import check_replaced
-from .onnx_graphs import quantize, write_language_model, write_vision
+from .onnx_graphs import write_language_model, write_products_of_8_bits, write_vision
 
 
 FORMAT_VERSION = 1  # of runtime.json
@@ -47,26 +47,26 @@ def export_onnx(
 ) -> Path:
     """Write a folder that `openvla_runtime.OnnxPolicy` takes: two graphs, tokenizer and runtime.json.
 
-    Takes at most 1.3 times the memory of the weights, in float32 or float16 as they are exported. A 7B in float16 took
-    12.9 GB, from a folder in float16, whose weights stay in their files until they are read.
+    Takes at most 1.3 times the memory of the weights as they are exported. A 7B in float16 took 12.9 GB, from a folder
+    in float16, whose weights stay in their files until they are read.
 
     Args:
         weights: Folder or Hub id, published layout or ours; a model whose actions are tokens, one after the other.
         output: Folder to write; it appears complete or not at all.
-        dtype: "float32" (default: tokens are those of the model), "float16", or "int8" (weights of matrix products in 8
-            bits, their inputs quantized as they come; not exact).
+        dtype: "float32" (default: tokens are those of the model), "float16", or "int8": the language model in 8 bits,
+            rounded as `openvla quantize` rounds it. Default of a folder that is in 8 bits already: those.
         overwrite: Replace the files of an earlier export.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: If the model is an adapter, quantized, or one that these graphs cannot stand for, if its weights are
-            not finite or become so in `dtype`, or torch is too old.
+        ValueError: If the model is an adapter, quantized otherwise, or one that these graphs cannot stand for, if its
+            weights are not finite or become so in `dtype`, or torch is too old.
         ModuleNotFoundError: If a library of the extra `onnx` is missing.
     """
-    dtype = dtype or "float32"
-    check_choice("dtype", dtype, PRECISIONS, "Of an ONNX export; bfloat16 is not known to ONNX Runtime on a CPU.")
+    if dtype is not None:
+        check_choice("dtype", dtype, PRECISIONS, "Of an ONNX export; bfloat16 is not known to ONNX Runtime on a CPU.")
     require("onnx", "onnxscript", "onnxruntime", purpose="export to ONNX", preferred="onnx")
     if tuple(map(int, torch.__version__.split(".")[:2])) < MINIMUM_TORCH:
         raise ValueError(
@@ -79,21 +79,23 @@ def export_onnx(
         raise ValueError(f"'{weights}' is an adapter: merge it first (`openvla merge RUN OUT`), then export OUT.")
     config = OpenVLAConfig.from_pretrained(source)
     check_exportable(config)
+    stored = getattr(config, "quantization_config", None) is not None  # in 8 bits
+    if stored and dtype not in (None, "int8"):
+        raise ValueError(f"'{weights}' holds weights of 8 bits, which are exported in int8: leave dtype='{dtype}' out.")
+    dtype = "int8" if stored else dtype or "float32"
     statistics = statistics_of(source, config)
     processor = OpenVLAProcessor.from_pretrained(source)
-    model = OpenVLAForActionPrediction.from_pretrained(source, dtype=PRECISIONS[dtype]).eval()
+    # The towers keep their weights: a small part, and what is lost there every action sees.
+    rounding = {"quantization_config": OpenVLAQuantizationConfig(8)} if dtype == "int8" and not stored else {}
+    model = OpenVLAForActionPrediction.from_pretrained(source, dtype=PRECISIONS[dtype], **rounding).eval()
     check_finite(model, dtype)
+    write_products_of_8_bits(model)
     if model.config.empty_token_id is None:
         model.config.empty_token_id = processor.empty_token_id
     processor.check_fits(model.config)
     with new_folder(output, overwrite) as folder:
         write_vision(folder / VISION_FILE, model)
-        place = folder / "unquantized" if dtype == "int8" else folder
-        place.mkdir(exist_ok=True)
-        write_language_model(place / LANGUAGE_MODEL_FILE, model)
-        if dtype == "int8":  # the towers keep their weights: a small part, and what is lost there every action sees
-            quantize(place / LANGUAGE_MODEL_FILE, folder / LANGUAGE_MODEL_FILE)
-            shutil.rmtree(place)
+        write_language_model(folder / LANGUAGE_MODEL_FILE, model)
         write_runtime(folder, model, processor, statistics, name=published_name(weights), dtype=dtype)
     return output
 
@@ -109,8 +111,8 @@ def check_exportable(config: OpenVLAConfig) -> None:
     problem = None
     if config.action_head != "tokens":
         problem = f"action_head='{config.action_head}': only token heads ('tokens') are exported"
-    elif getattr(config, "quantization_config", None) is not None:
-        problem = "its weights are quantized: export the model they were made of, with dtype='int8'"
+    elif unknown_to_onnx(getattr(config, "quantization_config", None)):
+        problem = "its weights are quantized, and not in 8 bits of ours: export the model they were made of"
     elif config.use_film:
         problem = "its towers have FiLM, which sees the words of the prompt"
     elif changing := rope_types(text) - {*STATIC_ROPE}:
@@ -125,6 +127,14 @@ def check_exportable(config: OpenVLAConfig) -> None:
         )
     if problem:
         raise ValueError(f"This model cannot be exported to ONNX: {problem}. Predict with openvla itself.")
+
+
+def unknown_to_onnx(stored: Any) -> bool:
+    """Whether weights are of few bits, and not of 8 of ours (`quantization_config` of a config)."""
+    if not stored:
+        return False
+    fields = stored if isinstance(stored, dict) else stored.to_dict()
+    return (fields.get("quant_method"), fields.get("bits")) != (METHOD, 8)
 
 
 def check_finite(model: OpenVLAForActionPrediction, dtype: str) -> None:

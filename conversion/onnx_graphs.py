@@ -12,9 +12,13 @@ from torch.nn import functional
 from transformers import DynamicCache
 from transformers.models.llama import modeling_llama as llama
 
+from ..int8_linear_openvla import Int8Linear, quantize_rows
 from ..llama_openvla import is_plain_llama
 from ..modeling_openvla import OpenVLAForActionPrediction
 from ..outputs_openvla import CACHE
+
+
+LARGEST = 127  # of a rounded activation: the runtime asks for kernels that hold its products (`needs_wide_sums`)
 
 
 class VisionGraph(nn.Module):
@@ -27,6 +31,39 @@ class VisionGraph(nn.Module):
     def forward(self, pixel_values: torch.Tensor, state: torch.Tensor | None = None) -> torch.Tensor:
         """(batch, cameras * 3 * towers, height, width) and (batch, proprio_dim) -> (batch, num_patches, hidden)."""
         return self.model._encode(pixel_values, state)
+
+
+class Int8Product(nn.Module):
+    """A layer of 8 bits of ours (`Int8Linear`) with the whole numbers of ONNX: each position has a step of its own, so
+    that nothing depends on what is read together."""
+
+    weight: torch.Tensor
+    weight_scale: torch.Tensor
+
+    def __init__(self, layer: Int8Linear):
+        super().__init__()
+        self.register_buffer("weight", layer.plain().T.contiguous())
+        self.register_buffer("weight_scale", layer.weight_scale)
+        self.bias = layer.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in_features) -> (..., out_features) float32."""
+        whole, step = quantize_rows(x, LARGEST)
+        if torch.compiler.is_exporting():
+            zero, shape = torch.tensor(LARGEST + 1, dtype=torch.uint8), (*x.shape[:-1], self.weight.shape[1])
+            found = torch.onnx.ops.symbolic("MatMulInteger", [whole, self.weight, zero], dtype=torch.int32, shape=shape)
+        else:  # `_checked_graph`
+            found = (whole.float() - (LARGEST + 1)) @ self.weight.float()
+        step = step + 0 * x.sum(-1, keepdim=True)  # the largest number of ONNX Runtime passes over NaN, a sum does not
+        found = found.float() * self.weight_scale * step
+        return found if self.bias is None else found + self.bias
+
+
+def write_products_of_8_bits(model: nn.Module) -> None:
+    """Let layers of 8 bits be written as `Int8Product`. They run as slow as plain ones afterwards."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, Int8Linear):
+            model.set_submodule(name, Int8Product(layer))
 
 
 class AskedPositions(nn.Module):
@@ -250,16 +287,3 @@ def _named(file: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(f"Cannot write '{file}': {error.strerror or error}. Make room, or give another disk.") from error
-
-
-def quantize(file: Path, target: Path) -> None:
-    """Weights of matrix products in 8 bits (one scale for each column), their inputs quantized as they come."""
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    with _named(target):
-        quantize_dynamic(
-            file, target, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, weight_type=QuantType.QInt8,
-            use_external_data_format=True,
-        )  # fmt: skip
-    data = target.with_name(f"{target.name}.data")
-    data.chmod(target.stat().st_mode)  # written for nobody else to read

@@ -70,8 +70,8 @@ class ExportOptions(OverwriteOptions):
     dtype: Literal["bfloat16", "float16", "float32", "int8"] | None = option(
         None,
         "Type of the written weights: bfloat16, float16 or float32 of a run (the original trains from float32); "
-        "float32 (exact), float16 or int8 of ONNX graphs.",
-        shown="as stored; of ONNX graphs float32",
+        "float32 (exact), float16 or int8 (the language model in 8 bits, as `openvla quantize` has it) of ONNX graphs.",
+        shown="as stored; of ONNX graphs float32, or int8 where the weights are in 8 bits",
     )
 
 

@@ -17,14 +17,17 @@ import pytest
 import torch
 from openvla_runtime import OnnxPolicy
 from openvla_runtime import __version__ as runtime_version
+from openvla_runtime.sessions import open_session
 from tiny import TINY, TinyCheckpoint
 from wheels import build
 
 import openvla
 from openvla import OpenVLAConfig, OpenVLAForActionPrediction, OpenVLAProcessor
-from openvla.conversion import export_onnx, export_prismatic_checkpoint
+from openvla.conversion import export_onnx, export_prismatic_checkpoint, quantize_checkpoint
 from openvla.conversion.onnx_export import MINIMUM_TORCH, check_exportable
+from openvla.conversion.onnx_graphs import Int8Product
 from openvla.folders import write_json
+from openvla.int8_linear_openvla import Int8Linear
 
 
 for library in ("onnx", "onnxscript", "onnxruntime"):
@@ -451,9 +454,51 @@ def test_files_of_the_hubs_cache_are_links(exported, tmp_path):
         np.testing.assert_allclose(found, expected)
 
 
+def test_products_of_8_bits_are_those_of_the_model(tmp_path):
+    """A draft changed what was chosen: one step held for all that was read together. And ONNX Runtime's largest number
+    passes over NaN, which was a number afterwards."""
+    torch.manual_seed(0)
+    layer = Int8Linear(96, 40)
+    layer.load_state_dict({**Int8Linear.quantize(torch.randn(40, 96)), "bias": torch.randn(40)})
+    rows = torch.export.Dim.DYNAMIC
+    torch.onnx.export(
+        Int8Product(layer), (torch.randn(1, 7, 96),), tmp_path / "product.onnx", dynamo=True, input_names=["x"],
+        output_names=["y"], dynamic_shapes=({1: rows},), verbose=False,
+    )  # fmt: skip
+    session = open_session(tmp_path / "product.onnx", "cpu", 1, of_8_bits=True)
+    x = torch.randn(1, 9, 96) * torch.logspace(-3, 3, 9)[:, None]
+    found = session.run({"x": x.numpy()})["y"]
+    expected = Int8Product(layer)(x)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    assert (found - (x @ layer.dequantize(torch.float32).T + layer.bias).numpy()).std() < 0.02 * found.std()
+    for row in range(9):
+        np.testing.assert_array_equal(session.run({"x": x[:, row : row + 1].numpy()})["y"], found[:, row : row + 1])
+    for place in (0, 5, 95):
+        for value in (np.nan, np.inf, -np.inf):
+            x[0, 4, place] = value
+            assert np.isfinite(session.run({"x": x.numpy()})["y"]).all(-1).tolist() == [[row != 4 for row in range(9)]]
+
+
+def test_a_folder_of_8_bits(small, tmp_path):
+    """It was refused, and an export in int8 rounded otherwise than the model: 83% of its actions, 63% with drafts."""
+    source = quantize_checkpoint(small, tmp_path / "of 8 bits")
+    with pytest.raises(ValueError, match="holds weights of 8 bits, which are exported in int8: leave dtype='float16'"):
+        export_onnx(source, tmp_path / "out", dtype="float16")
+    model = OpenVLAForActionPrediction.from_pretrained(source).eval()
+    folder = export_onnx(source, tmp_path / "out")
+    plain, drafting = (OnnxPolicy(folder, threads=1, drafts=drafts) for drafts in (None, True))
+    assert (plain.dtype, plain.drafts) == ("int8", False)
+    for image in frames(3):
+        expected = model.predict_action(image, "open the drawer", state=STATE, return_dict=True)
+        for policy in (plain, drafting, drafting):
+            found = policy.predict(image, "open the drawer", state=STATE, executed=0)
+            assert found.token_ids.tolist() == expected.token_ids.tolist()
+        assert found.passes == 1
+
+
 @pytest.mark.parametrize(
     ("value", "dtype", "message"),
-    [(1e6, "float16", "float16 cannot hold"), (np.nan, "float32", "NaN or infinite"), (np.inf, "int8", "NaN or inf")],
+    [(1e6, "float16", "float16 cannot hold"), (np.nan, "float32", "NaN or infinite"), (np.inf, "int8", "not finite")],
 )
 def test_weights_that_a_graph_cannot_hold(value, dtype, message, small, tmp_path):
     """The export was written, and every action of it an error."""
@@ -462,7 +507,7 @@ def test_weights_that_a_graph_cannot_hold(value, dtype, message, small, tmp_path
         model.language_model.model.layers[1].mlp.up_proj.weight[3, 5] = value
     source = shutil.copytree(small, tmp_path / "model")
     model.save_pretrained(source)
-    with pytest.raises(ValueError, match=rf"language_model.model.layers.1.mlp.up_proj.weight .*{message}"):
+    with pytest.raises(ValueError, match=rf"language_model.model.layers.1.mlp.up_proj.* {message}"):
         export_onnx(source, tmp_path / "out", dtype=dtype)
     assert not (tmp_path / "out").exists()
 
@@ -471,7 +516,7 @@ def test_what_is_not_exported(small, tmp_path, monkeypatch):
     config = OpenVLAConfig.from_pretrained(small)
     for name, value, message in (
         ("action_head", "parallel_tokens", "only token heads"),
-        ("quantization_config", {"load_in_8bit": True}, "are quantized"),
+        ("quantization_config", {"load_in_8bit": True}, "not in 8 bits of ours"),
         ("use_film", True, "have FiLM"),
     ):
         changed = OpenVLAConfig.from_dict(config.to_dict())
@@ -620,4 +665,4 @@ def test_smaller_weights_act_nearly_the_same(dtype, tmp_path):
         differences.append(
             np.abs(policy.predict(image, frame["instruction"]).normalized_actions - expected.normalized_actions)
         )
-    assert np.mean(differences) < {"float16": 0.002, "int8": 0.03}[dtype]
+    assert np.mean(differences) < {"float16": 0.002, "int8": 0.01}[dtype]
