@@ -95,6 +95,7 @@ def test_stored_and_packed_is_one(kind):
     assert torch.equal(module.dequantize(torch.float32), plain)
     saved = module.state_dict()
     assert saved.keys() == stored.keys() and all(torch.equal(saved[name], stored[name]) for name in stored)
+    assert all(value.is_contiguous() for value in saved.values())  # safetensors takes no others
     assert module.kernel, "saving leaves it packed"
     for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         with torch.inference_mode():
