@@ -37,6 +37,8 @@ from .training_run import (
     LATEST,
     PARTS,
     SHOWN,
+    SIZES,
+    config_of_run,
     find_checkpoint,
     lazy,
     name_table,
@@ -61,6 +63,14 @@ LLM_SIZES: dict[str, dict[str, Any]] = {
         "partial_rotary_factor": 0.4,
     },
 }
+OF_FOLDER = (
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "dtype",
+    "norm_stats",
+    "transformers_version",
+)  # of a config.json
 
 
 # To a Hub folder ------------------------------------------------------------------------------------------------------
@@ -91,7 +101,7 @@ def convert_prismatic_checkpoint(
         checkpoint: A .pt file, or the folder of its run.
         output: Folder to write; it appears complete or not at all.
         vision_backbone_id, llm_backbone_id, image_resize_strategy: Default: what the run's config.json says.
-        config: Instead of the three, for models of other sizes.
+        config: Instead of the three, for models of other sizes. Default: what an exported run says.
         tokenizer: Folder or Hub id of the language model's tokenizer. Default: the language model's own Hub repository.
         statistics: dataset_statistics.json. Default: the one in the run's folder.
         base: What supplies the parts that were frozen in training and are not in the checkpoint: another checkpoint or
@@ -114,13 +124,15 @@ def convert_prismatic_checkpoint(
         raise FileNotFoundError(
             f"No action statistics at '{stats_file}': give the dataset_statistics.json of the training (--statistics)."
         )
+    given = {
+        "vision_backbone_id": vision_backbone_id,
+        "llm_backbone_id": llm_backbone_id,
+        "image_resize_strategy": image_resize_strategy,
+    }
+    if config is None and not any(given.values()):
+        config = config_of_run(run)
     told = config is not None
     if config is None:
-        given = {
-            "vision_backbone_id": vision_backbone_id,
-            "llm_backbone_id": llm_backbone_id,
-            "image_resize_strategy": image_resize_strategy,
-        }
         config = config_of_ids(run_ids(run) | {field: value for field, value in given.items() if value}, run)
     parts = read_checkpoint(file)
     tensors = lazy(parts, config)
@@ -332,11 +344,12 @@ def export_prismatic_checkpoint(
     }
     known = ids["vision_backbone_id"] in VISION_BACKBONES and ids["llm_backbone_id"] in LLM_BACKBONES
     usual = expected_shapes(config_of_ids(ids, source)) if known else {}
+    sizes: dict[str, Any] = {}
     if any(tensor.shape != usual.get(name) for name, tensor in tensors.items()):
+        sizes = {SIZES: {name: value for name, value in config.to_diff_dict().items() if name not in OF_FOLDER}}
         warnings.warn(
             f"'{weights}' has other sizes than {ids['vision_backbone_id']} and {ids['llm_backbone_id']} stand for: the "
-            "original's training code cannot load it. In Python convert_prismatic_checkpoint(RUN, OUT, "
-            "config=OpenVLAConfig.from_pretrained(MODEL), tokenizer=MODEL) takes it back.",
+            "original's training code cannot load it. `openvla convert RUN OUT --tokenizer MODEL` takes it back.",
             stacklevel=2,
         )
     same = sorted((name for name, known in load_base_vlms().items() if known == ids), key=len)
@@ -353,6 +366,6 @@ def export_prismatic_checkpoint(
         except RuntimeError as error:  # torch's own writer, on a full disk
             raise OSError(f"Cannot write '{folder / LATEST}': {str(error).splitlines()[0]}") from error
         model = {"model_id": same[0] if same else "openvla", "arch_specifier": config.arch_specifier, **ids}
-        write_json(folder / "config.json", {"model": model, "vla": {"base_vlm": model["model_id"]}, **shown})
+        write_json(folder / "config.json", {"model": model, "vla": {"base_vlm": model["model_id"]}, **shown, **sizes})
         write_json(folder / "dataset_statistics.json", statistics)
     return output

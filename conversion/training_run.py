@@ -22,7 +22,9 @@ from .hub_folder import LazyTensor
 
 PARTS = ("vision_backbone", "projector", "llm_backbone")
 LATEST = "checkpoints/latest-checkpoint.pt"
-SHOWN = "pixels"  # in the config.json of a run that was exported; the original reads "vla" alone
+# In the config.json of a run that was exported; the original reads "vla" alone.
+SHOWN = "pixels"
+SIZES = "hub_config"  # of a model of other sizes than its ids stand for
 
 
 # Names ----------------------------------------------------------------------------------------------------------------
@@ -118,6 +120,12 @@ def run_ids(run: Path) -> dict[str, str]:
         return {field: model[field] for field in fields}
     base_vlm = str((content.get("vla") or {}).get("base_vlm", ""))
     return load_base_vlms().get(base_vlm, {})
+
+
+def config_of_run(run: Path) -> OpenVLAConfig | None:
+    """Configuration of a model of sizes of its own, that was exported; None where ids say all."""
+    content = read_json(run / "config.json").get(SIZES) if (run / "config.json").is_file() else None
+    return OpenVLAConfig.from_dict(content) if isinstance(content, dict) else None
 
 
 def pixels_of_run(run: Path) -> dict[str, Any]:

@@ -211,14 +211,20 @@ def test_round_trip_is_bit_equal(tiny, tmp_path):
 
 
 def test_a_model_of_other_sizes_is_taken_back_with_its_configuration(small_policy, tmp_path):
-    """Its table has more rows than the original makes; what an exported run cannot say is said."""
+    """Its table has more rows than the original makes; ids cannot say it, and the command line takes no sizes."""
     with pytest.warns(UserWarning, match="other sizes than .* llama2-7b-pure stand for.*takes it back"):
         run = export_prismatic_checkpoint(small_policy, tmp_path / "run")
+    assert str(tmp_path) not in (run / "config.json").read_text()
+    again = convert_prismatic_checkpoint(run, tmp_path / "again", tokenizer=small_policy, dtype="float32")
+    of_run = json.loads((run / "config.json").read_text())
+    del of_run["hub_config"]  # as earlier versions exported
+    (run / "config.json").write_text(json.dumps(of_run))
     with pytest.raises(ValueError, match="1008 embeddings, but a tokenizer of 945 tokens"):
         convert_prismatic_checkpoint(run, tmp_path / "out", tokenizer=small_policy)
     config = OpenVLAConfig.from_pretrained(small_policy)
     made = {"config": config, "tokenizer": small_policy, "dtype": "float32"}
-    again = convert_prismatic_checkpoint(run, tmp_path / "again", **made)
+    given = convert_prismatic_checkpoint(run, tmp_path / "given", **made)
+    assert (given / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     expected, found = (
         OpenVLAForActionPrediction.from_pretrained(folder).predict_action(image, "open the drawer")
