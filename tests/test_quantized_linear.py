@@ -85,7 +85,7 @@ def test_close_to_the_weights_it_was_made_of(kind, dtype, rows):
 
 @pytest.mark.parametrize("kind", PACKED)
 def test_stored_and_packed_is_one(kind):
-    module, _, stored = made(kind)
+    module, _, stored = made(kind, 64)
     plain = module.dequantize(torch.float32)
     x = torch.randn(3, 96)
     with torch.inference_mode():
@@ -95,12 +95,12 @@ def test_stored_and_packed_is_one(kind):
     assert torch.equal(module.dequantize(torch.float32), plain)
     saved = module.state_dict()
     assert saved.keys() == stored.keys() and all(torch.equal(saved[name], stored[name]) for name in stored)
-    assert all(value.is_contiguous() for value in saved.values())  # safetensors takes no others
+    assert all(value.is_contiguous() for value in saved.values())  # safetensors takes no others; 64 rows are one block
     assert module.kernel, "saving leaves it packed"
     for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         with torch.inference_mode():
             assert torch.equal(other(x), y) and torch.equal(module(x), y)
-    module.load_state_dict(made(kind, seed=5)[2])
+    module.load_state_dict(made(kind, 64, seed=5)[2])
     with torch.inference_mode():
         assert not torch.equal(module(x), y)
 
