@@ -116,7 +116,7 @@ class Service:
         try:
             return decode()
         except ValueError as error:
-            raise BadRequest(f"{error} {self.reader.expected()}") from error
+            raise BadRequest(f"{str(error).rstrip('.')}. {self.reader.expected()}") from error
 
     @contextmanager
     def asked(self, protocol: str) -> Iterator[None]:

@@ -56,7 +56,8 @@ def _array(data: bytes, dtype: Any, shape: Any) -> np.ndarray:
         raise ValueError(f"an array of dtype {shown(dtype)}: expected integers or floats of 8 to 64 bits, as '<f4'.")
     sizes: list[Any] = list(shape) if isinstance(shape, (list, tuple)) else [None]
     if len(sizes) > MOST_AXES or not all(type(size) is int and 0 <= size < LONGEST_AXIS for size in sizes):
-        raise ValueError(f"an array of shape {shown(shape)}: expected at most {MOST_AXES} sizes.")
+        given = f"({', '.join(map(shown, sizes[:MOST_AXES]))}{', ...' if len(sizes) > MOST_AXES else ''})"
+        raise ValueError(f"an array of shape {given}: expected at most {MOST_AXES} sizes, whole numbers from 0 on.")
     expected = math.prod(sizes) * kind.itemsize
     if len(data) != expected:
         raise ValueError(f"an array of shape {sizes} and dtype {dtype} has {expected} bytes, {len(data)} came.")
@@ -183,7 +184,7 @@ def unpack(data: bytes) -> Any:
             max_ext_len=0,
         )
     except (ValueError, TypeError) as error:  # msgpack's own are ValueErrors; a name that is no text is a TypeError
-        raise ValueError(f"Not a message in msgpack: {error}") from error
+        raise ValueError(f"Not a message in msgpack: {str(error) or type(error).__name__}") from error
     _check_levels(value)
     return value
 

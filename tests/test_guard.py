@@ -1187,6 +1187,14 @@ def test_a_closed_transport_asks_nothing_more():
     assert never._thread is None
 
 
+def test_a_guard_of_another_process_says_so():
+    transport = ThreadTransport(lambda ask: None)
+    transport._thread = threading.Thread()  # that is none, as those of a process after a fork
+    transport.submit(openvla_client.Ask(3, 4, 0, None))
+    reply = transport.poll(0)
+    assert (reply.epoch, reply.id) == (3, 4) and "of another process" in str(reply.error)
+
+
 # Arguments ------------------------------------------------------------------------------------------------------------
 
 

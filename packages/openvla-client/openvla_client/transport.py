@@ -88,6 +88,9 @@ class ThreadTransport:
                 self._replies.append(Reply(ask.epoch, ask.id, error=error))
                 return
             self._thread = thread
+        elif not self._thread.is_alive():
+            gone = RuntimeError("This guard is of another process (a fork): make client and guard in this one.")
+            self._replies.append(Reply(ask.epoch, ask.id, error=gone))
 
     def poll(self, timeout: float) -> Reply | None:
         with self._changed:
