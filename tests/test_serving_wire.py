@@ -164,7 +164,7 @@ def nested(levels: int) -> bytes:
 def test_bad_messages_are_refused_before_memory_is_taken(data):
     tracemalloc.start()
     try:
-        with pytest.raises(ValueError, match=r"msgpack: \w|deep"):  # never without a reason
+        with pytest.raises(ValueError, match="msgpack: .|deep"):  # never without a reason
             wire.unpack(data)
         assert tracemalloc.get_traced_memory()[1] < 10 * 2**20  # 1024 lists of 1024 within each other
     finally:
