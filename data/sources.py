@@ -138,7 +138,7 @@ def _open_mixture(text: str, root: Path | None, options: dict[str, Any]) -> list
             opened[name] = open_source(location, **{**options, **named, **entry})
         except UntrainableError as error:
             warnings.warn(f"left out of the mixture: {error}", UserWarning, stacklevel=3)
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, FileNotFoundError) as error:
             if is_mixture_file(text) and len(error.args) == 1:  # what stands in the file is called as it is there
                 said = respelled(str(error.args[0]), {key: key for key in entry}, "{name}: {value}")
                 error.args = (f"{text}, '{name}': {said}",)
@@ -205,16 +205,17 @@ def _known_options() -> list[str]:
 
 def _check_options(options: Mapping[str, Any], entry: str | None = None) -> None:
     known = _known_options()
-    known += ["path"] if entry else []
+    if entry:
+        known = ["path", *(name for name in known if name not in OF_MODEL)]
     for key in options:
+        if entry and key in OF_MODEL:
+            raise ValueError(
+                f"'{key}' of '{entry}': one model has one for all datasets, so it is no option of a dataset."
+            )
         if key not in known:
             where = f" of '{entry}'" if entry else ""
             names = map(repr, known) if entry else known  # in quotes they stay what they are called in the file
             raise ValueError(f"No option{where} is called '{key}'.{closest(key, known)} Known: {', '.join(names)}.")
-        if entry and key in OF_MODEL:
-            raise ValueError(
-                f"{key} of '{entry}': one model has one for all datasets, so it is no option of a dataset."
-            )
 
 
 def _missing(text: str, root: Path | None) -> FileNotFoundError:

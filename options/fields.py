@@ -200,13 +200,17 @@ def respelled(text: str, names: Mapping[str, str], form: str = "{name} {value}")
     value = r"""'[^']*'|"[^"]*"|\[[^]]*\]|\.\.\.|-?[\w.+]*\w"""
     before, after = r"(?<![\w./'\"-])", r"(?![\w/'\":=-]|\.\w)"
 
+    shells = any(name.startswith("--") for name in names.values())  # else of a file
+
     def new(match: re.Match[str]) -> str:
         name, given = names[match["name"]], match["value"]
         if name.startswith("--") and given in ("True", "False"):
             return name if given == "True" else f"--no-{name[2:]}"
-        return form.format(name=name, value=given) if given and given != "..." else name
+        if given and given != "...":
+            return form.format(name=name, value=given)
+        return name if shells else f"'{name}'"  # in quotes it stays what it is called in the file
 
-    kept = r"\2" if any(name.startswith("--") for name in names.values()) else r"\1"
+    kept = r"\2" if shells else r"\1"
     text = re.sub(rf"({before}(?:{known})(?:=(?:{value}))?) \((--[a-z][^()]*)\)", kept, text)
     text = re.sub(rf"{before}(?P<name>{known})=(?P<value>{value})?", new, text)
     bare = "|".join(name for name in names if "_" in name)  # others are words of the language as well

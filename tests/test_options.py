@@ -227,17 +227,19 @@ def test_weights_of_a_mixture():
     "message, at_the_command_line, in_yaml",
     [
         ("tolerance_s=5: expected less", "--tolerance-s 5: expected less", "tolerance_s: 5: expected less"),
-        ("allow more (tolerance_s)", "allow more (--tolerance-s)", "allow more (tolerance_s)"),
+        ("allow more (tolerance_s)", "allow more (--tolerance-s)", "allow more ('tolerance_s')"),
         ("name='a b' is taken", "--name 'a b' is taken", "name: 'a b' is taken"),
         ("leave keep_unlabeled=False out", "leave --no-keep-unlabeled out", "leave keep_unlabeled: False out"),
-        ("name it with name=... (--name)", "name it with --name", "name it with name"),
+        ("name it with name=... (--name)", "name it with --name", "name it with 'name'"),
         ("'/x/tolerance_s/y' and name", "'/x/tolerance_s/y' and name", "'/x/tolerance_s/y' and name"),
     ],
 )
 def test_each_door_names_its_own_spelling(message, at_the_command_line, in_yaml):
     names = ("tolerance_s", "name", "keep_unlabeled")
     assert respelled(message, {name: f"--{name.replace('_', '-')}" for name in names}) == at_the_command_line
-    assert respelled(message, {name: name for name in names}, "{name}: {value}") == in_yaml
+    of_file = respelled(message, {name: name for name in names}, "{name}: {value}")
+    assert of_file == in_yaml
+    assert respelled(of_file, {name: f"--{name.replace('_', '-')}" for name in names}) == in_yaml  # as it was written
     assert respelled(message, {}) == message
 
 

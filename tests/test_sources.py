@@ -979,9 +979,13 @@ def test_mistakes_of_users(tmp_path):
         open_sources("bridge", data_root=tmp_path / "nowhere")
     with pytest.raises(ValueError, match="No option is called 'heldout'. Did you mean 'held_out'"):
         open_sources(RLDS / "bridge_orig", heldout=0.1)
-    for entry, message in (("path: 5", "mine.yaml, 'a': path: 5: expected text"), ("action_chunk: 8", "one for all")):
-        (tmp_path / "mine.yaml").write_text(f"a: {{{entry}}}\n")
-        with pytest.raises(ValueError, match=message):
+    for entry, message in (
+        ("path: 5", "mine.yaml, 'a': path: 5: expected text"),
+        ("action_chunk: 8", "'action_chunk' of 'a': one model"),
+        ("path: ., statistics: nope.json", "mine.yaml, 'a': No JSON file at 'nope.json'"),
+    ):
+        (tmp_path / "mine.yaml").write_text(f"a: {{{entry}}}\n".replace("path: .", f"path: {DEMOS / 'hdf5'}"))
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
             open_sources(tmp_path / "mine.yaml")
     (tmp_path / "mine.yaml").write_text(f"a: {{path: {DEMOS / 'hdf5'}, wieght: 2}}\n")
     with pytest.raises(ValueError, match="No option of 'a' is called 'wieght'. Did you mean 'weight'") as misspelled:
