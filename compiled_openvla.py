@@ -158,7 +158,7 @@ def side_by_side(modules: Sequence[nn.Linear]) -> torch.Tensor:
     )
     if together:
         return first.as_strided((rows, first.shape[1]), first.stride(), first.storage_offset())
-    with torch.inference_mode(False):  # they may learn later
+    with torch.inference_mode(modules[0].weight.is_inference()):  # others may learn later
         merged = first.new_empty(rows, first.shape[1])
     for module, begin in zip(modules, _begins(weights)):
         part = merged[begin : begin + module.out_features]

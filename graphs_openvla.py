@@ -218,7 +218,7 @@ def order_weights(model: Any, own: int = 0, learns: bool = False) -> None:
     uses = Counter(id(one) for module in modules for one in module._parameters.values() if one is not None)
     for module in modules:
         if type(module) in (Linear, PatchProjection) and module is not table and uses[id(module.weight)] == 1:
-            with between_predictions(model, own) as nobody_reads:
+            with between_predictions(model, own, module.weight) as nobody_reads:
                 if nobody_reads:
                     order_weight(module, learns)
 

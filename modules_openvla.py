@@ -105,12 +105,15 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def between_predictions(model: nn.Module, own: int) -> Iterator[bool]:
-    """Whether no thread predicts with a model, and none begins meanwhile; `own` are predictions of the caller, for
-    which no module has left train mode."""
+def between_predictions(model: nn.Module, own: int, weight: object) -> Iterator[bool]:
+    """Whether no thread predicts with a model that has a weight, and none begins meanwhile; `own` are predictions of
+    the caller with `model`, for which no module has left train mode."""
     with _SWITCH:
-        predictions = _PREDICTIONS.get(model)
-        yield predictions is None or (predictions.running <= own and not predictions.modules)
+        busy = [
+            other for other, predictions in _PREDICTIONS.items()
+            if predictions.running > (own if other is model else 0) or (other is model and predictions.modules)
+        ]  # fmt: skip
+        yield not any(part._parameters.get("weight") is weight for other in busy for part in modules_of(other).below)
 
 
 @contextmanager

@@ -87,6 +87,15 @@ def test_weights_lie_side_by_side_and_are_the_same(tmp_path):
     check(copy.deepcopy(model), plain, prompts(1), 0)  # which has no graphs
 
 
+def test_weights_that_were_made_in_inference_mode():
+    """They became weights that nothing could read any more."""
+    plain = new_model()
+    with torch.inference_mode():
+        model = copy.deepcopy(plain)
+    prepared(model, prompt_buckets=[16])
+    check(model, plain, prompts(1), 1)
+
+
 def test_weights_still_learn_and_move():
     plain = new_model()
     model = copy.deepcopy(plain)

@@ -310,6 +310,19 @@ def test_a_model_that_was_prepared_learns_and_is_saved(small_policy, fast, tmp_p
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
 
 
+def test_a_model_with_a_part_of_another_that_predicts(small_policy, fast):
+    """Its weights changed their place while they were multiplied: other actions."""
+    model, other = (OpenVLAForActionPrediction.from_pretrained(small_policy).eval() for _ in range(2))
+    other.language_model = model.language_model
+    with evaluation_mode(other):
+        model.prepare_for_inference()
+        assert ordered(model) and not ordered(model.language_model)
+    other.prepare_for_inference()
+    with evaluation_mode(model):
+        other.train().eval()
+        assert ordered(other) == {f"language_model.{name}" for name in ordered(model.language_model)} != set()
+
+
 def test_weights_that_belong_to_others_as_well(small_policy, fast):
     """Memory of several processes, which would no longer see what one of them writes; flat ones of a library that
     shards; and those made in inference mode, which became weights that no prediction could read."""
