@@ -218,6 +218,20 @@ def read_settings(path: Path) -> tuple[dict[str, Any], int]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file that appears complete or not at all."""
-    temporary = path.with_name(f"{path.name}.part")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with whole_file(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A file to write, that becomes `path` at the end, and vanishes if anything fails before; a full disk, which names
+    no file, is an error of `path`."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+    finally:
+        part.unlink(missing_ok=True)

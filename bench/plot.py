@@ -5,6 +5,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from ..folders import whole_file
+
 
 COLORS = {
     "preprocessing": "tab:gray", "vision": "tab:blue", "prefill": "tab:orange", "decode": "tab:red",
@@ -39,4 +41,5 @@ def plot(report: dict[str, Any], path: Path) -> None:
     axes.set_title(f"{report['model']}, {report['dtype']}, {report['device']}, {report['threads']} thread(s)")
     axes.margins(x=0.1)
     figure.legend(loc="outside right upper")
-    figure.savefig(path, dpi=120)
+    with whole_file(path) as part:
+        figure.savefig(part, dpi=120, format=path.suffix[1:].lower())

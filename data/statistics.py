@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from ..action_tokenizer import read_statistics
 from ..extras import require
+from ..folders import whole_file
 from .dimensions import default_mask, loses_rare_values
 from .episode import Episode
 
@@ -195,5 +196,6 @@ def plot_statistics(
         axes.set_yscale("log")
         axes.set_ylabel(names[index])
     figure.suptitle("actions: steps by value (log scale)\nred: the ends of the bins (q01, q99), gray: every 16th edge")
-    figure.savefig(path, dpi=100)
+    with whole_file(path) as part:
+        figure.savefig(part, dpi=100, format=path.suffix[1:].lower())
     plt.close(figure)

@@ -7,8 +7,10 @@ from ..data.episode import Episode
 from ..device import torch_device
 from ..hub import model_folder, statistics_of
 from ..options.evaluation import MOST_EPISODES, RecordOptions
+from ..options.fields import decisive
+from ..plugins import options_known
 from ..policy import OpenVLAPolicy, Policy
-from .environment import RECORDING_SEEDS, Environment, dataset_of, make_environment
+from .environment import RECORDING_SEEDS, Environment, dataset_of, environment_class, make_environment
 from .expert_episode import record_episode, save_episode
 
 
@@ -16,7 +18,10 @@ ATTEMPTS = 20  # of the expert at an episode
 
 
 def open_environment(options: RecordOptions, **more: Any) -> Environment:
-    return make_environment(options.env, **{**options.environment_options, **more})
+    given = options.environment_options
+    if given["size"] == decisive(RecordOptions)["size"] and "size" not in options_known(environment_class(options.env)):
+        del given["size"]  # nobody asked for it, and the simulator has one of its own
+    return make_environment(options.env, **{**given, **more})
 
 
 def student_units(options: RecordOptions, environment: Environment) -> tuple[dict[str, Any], str | None]:

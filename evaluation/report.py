@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..folders import write_json, write_text
+from ..folders import whole_file, write_json, write_text
 from .environment import AXES
 
 
@@ -220,9 +220,8 @@ def plot_success(summary: Mapping[str, Any], path: Path) -> bool:
         _bars(above, [row["axis"] for row in axes], axes, "tab:orange")
         above.set(title="by axis, all episodes together", xlabel="")
         _fields(below, tasks, variations, rows)
-    part = path.with_name(f"{path.name}.part")
-    figure.savefig(part, dpi=100, format="png")
-    part.replace(path)
+    with whole_file(path) as part:
+        figure.savefig(part, dpi=100, format="png")
     return True
 
 
@@ -268,9 +267,13 @@ def write_report(folder: Path, records: Sequence[EpisodeResult], about: Mapping[
 
 def append_result(file: Path, record: EpisodeResult) -> None:
     """One line more, on disk when this returns."""
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(asdict(record)) + "\n")
-        stream.flush()
+    try:
+        with file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(asdict(record)) + "\n")
+            stream.flush()
+    except OSError as error:  # a full disk names no file
+        error.filename = error.filename or str(file)
+        raise
 
 
 def read_results(file: Path) -> list[EpisodeResult]:

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ..action_spec import action_names
+from ..folders import whole_file
 from ..observation import Observation
 
 
@@ -131,18 +132,17 @@ def save_tiles(films: Sequence[Film], path: Path, *, columns: int = 5, size: int
     indexed = [sheet.quantize(palette=palette, dither=Image.Dither.NONE) for sheet in sheets]
     durations = [1000 * stride // FPS] * (len(indexed) - 1) + [OUTCOME]
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    indexed[0].save(
-        part,
-        format="GIF",
-        save_all=True,
-        append_images=indexed[1:],
-        duration=durations,
-        loop=0,
-        optimize=False,
-        comment=COMMENT,
-    )
-    part.replace(path)
+    with whole_file(path) as part:
+        indexed[0].save(
+            part,
+            format="GIF",
+            save_all=True,
+            append_images=indexed[1:],
+            duration=durations,
+            loop=0,
+            optimize=False,
+            comment=COMMENT,
+        )
 
 
 def palette_of(pictures: Sequence[Image.Image]) -> Image.Image:

@@ -1,5 +1,6 @@
 """Folders: one process at a time, complete or not at all; weights told apart by their content."""
 
+import errno
 import hashlib
 import os
 import signal
@@ -18,8 +19,10 @@ from openvla.folders import (
     new_folder,
     remove_working_folder,
     weights_digest,
+    whole_file,
     working_folder,
     write_json,
+    write_text,
 )
 
 
@@ -65,6 +68,16 @@ def test_a_folder_appears_complete_or_not_at_all(tmp_path):
     with new_folder(tmp_path / "out") as folder:
         (folder / "file").touch()
     assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["file"]
+
+
+def test_a_file_appears_complete_or_not_at_all(tmp_path):
+    """A full disk left a part of it behind, for a plot under its own name, and named no file."""
+    file = tmp_path / "figures.json"
+    write_text(file, "old")
+    with pytest.raises(OSError, match=r"\[Errno 28\] .*figures.json"), whole_file(file) as part:
+        part.write_text("ne")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert file.read_text() == "old" and os.listdir(tmp_path) == ["figures.json"]
 
 
 def test_leftovers_of_a_killed_run_are_removed(tmp_path):

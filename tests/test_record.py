@@ -387,6 +387,16 @@ class Short(Slide):
 """
 
 
+def test_a_simulator_without_a_size(tmp_path, monkeypatch):
+    """Nobody gave one, and the command was refused for it."""
+    (tmp_path / "sizeless_simulator.py").write_text(SLIDE.replace("def __init__(self, size=8): pass", ""))
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = {"env": "sizeless_simulator:Slide", "tasks": "go", "after_success": 1}
+    record(RecordOptions(output=str(tmp_path / "out"), episodes=1, **mine), progress=False)
+    with pytest.raises(ValueError, match="option of sizeless_simulator:Slide='size' is unknown"):
+        record(options(tmp_path, output=str(tmp_path / "other"), size=8, **mine), progress=False)
+
+
 def test_states_without_a_name_for_each_number(tmp_path, monkeypatch):
     """It was said when all episodes were recorded."""
     (tmp_path / "slide_simulator.py").write_text(SLIDE)

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..folders import whole_file
+
 
 def plot_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> bool:
     """Draw the logs of one run or of several beside each other.
@@ -30,5 +32,6 @@ def plot_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> 
                 panel.plot(*zip(*held_out), "--o", ms=3, color=line.get_color())
             panel.set(xlabel="step", ylabel=f"{label} (dashed: held out)", yscale="log")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
-    figure.savefig(path, dpi=100)
+    with whole_file(path) as part:
+        figure.savefig(part, dpi=100, format=path.suffix[1:])
     return True
