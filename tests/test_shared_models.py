@@ -69,7 +69,7 @@ def test_drafts_are_off_where_products_of_float32_keep_fewer_bits(model):
 
 @pytest.mark.parametrize(
     "options",
-    [{"do_sample": True}, {"generation_config": GenerationConfig(do_sample=True)}, {"constrained": False}],
+    [{"do_sample": True}, {"generation_config": GenerationConfig(do_sample=True)}, {"constrained": np.False_}],
     ids=["drawn", "as configured", "any word"],
 )
 def test_a_mean_of_what_is_drawn_or_of_words_is_refused(options, model):
