@@ -21,7 +21,13 @@ from .options.serving import ServeOptions
 from .options.training import FinetuneVerb
 
 
-app = typer.Typer(cls=Group, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+app = typer.Typer(
+    cls=Group,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["--help", "-h"]},  # of all verbs
+)
 
 
 def show_versions(asked: bool) -> None:

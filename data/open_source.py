@@ -88,7 +88,7 @@ def open_source(
         absolute_dims: Which dimensions are places and not changes, counted from 0, also as text ("all"). Default:
             grippers, and what is not scaled.
         frame, unit, hz: What else the numbers mean, see `ActionSpec`. Default: what `statistics`, else the recording
-            says (frames in a second of LeRobot, `control_freq` of HDF5).
+            says (frames in a second of LeRobot, `control_freq` of HDF5, the unit of `openvla record`).
         keep_unlabeled: Keep steps without an instruction: they are trained on with an empty one.
         max_action, max_proprio: Drop episodes in which a normalized value, before it is clipped, exceeds this.
         on_error: What a damaged episode does: "raise", or "skip" with a warning.
@@ -177,7 +177,7 @@ def open_source(
         state_names=recording.state_names,
         absolute_dims=places,
         frame=meaning.frame if meaning and frame is None else frame,
-        unit=meaning.unit if meaning and unit is None else unit,
+        unit=unit if unit is not None else (meaning.unit if meaning else None) or recording.unit,
         hz=float(hz) if hz is not None else (meaning.hz if meaning else None) or recording.hz,
         mask_given=scaled is not None,
         action_chunk=action_chunk,

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..cameras_openvla import view_of
+from ..files_openvla import read_json
 from .dataset import EpisodeDataset, OnError, PartOfDataset, name_cameras
 from .episode import DamagedDataError
 from .formats.open import open_dataset, recognise
@@ -79,6 +80,7 @@ class Recording:
     action_names: list[str] | None  # as recorded
     state_names: list[str] | None
     hz: float | None  # as recorded
+    unit: str | None
     options: dict[str, Any]  # everything that decides actions, states and instructions beside the files
     known: bool  # whether files and options decide them: not where code of the user's does, or an object was opened
 
@@ -186,6 +188,7 @@ def open_recording(
         action_names=names,
         state_names=None if standard else plain.state_names,
         hz=plain.hz,
+        unit=recorded_unit(location),
         known=known,
         options={
             **{key: value for key, value in reader.items() if key not in ("cameras", "rotate_images")},
@@ -198,6 +201,17 @@ def open_recording(
             **({"sees_state": True} if sees_state and standard else {}),
         },
     )
+
+
+def recorded_unit(location: Any) -> str | None:
+    """What `openvla record` wrote of the unit beside its data set: LeRobot and HDF5 have no place for it."""
+    if not isinstance(location, str | os.PathLike):
+        return None
+    try:
+        unit = read_json(Path(location).expanduser() / "recording.json").get("unit")
+    except (OSError, ValueError):  # there is none, or a file of that name is another program's
+        return None
+    return unit if isinstance(unit, str) else None
 
 
 def _is_padded(standardize: str | None) -> bool:

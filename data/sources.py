@@ -223,6 +223,8 @@ def _missing(text: str, root: Path | None) -> FileNotFoundError:
     looked = [str(Path(text).expanduser().absolute()), *([str(root / text)] if root else [])]
     hint = "" if text in known else closest(text, known)
     root_hint = "" if root else " Datasets that lie in one folder are found by name with data_root=that folder."
+    if text.count("/") == 1 and not text.startswith((".", "~", "/")):  # an id of the Hub, as LeRobot takes it
+        hint = f" One of the Hub is downloaded first (hf download {text} --repo-type dataset --local-dir FOLDER)."
     return FileNotFoundError(
         f"'{text}' is neither a dataset (looked for {' and '.join(looked)}) nor a mixture.{hint}{root_hint}"
     )

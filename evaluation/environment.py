@@ -34,11 +34,11 @@ class Environment(Protocol):
     """A simulated robot with tasks of its own.
 
     Actions are (A,). An attribute `action_spec` (`ActionSpec`) says what they mean; without one they are x, y, z
-    translation, roll, pitch, yaw rotation and gripper (1 open, 0 closed), and the class says what a translation of 1
-    is. An environment whose actions are places has a method `standstill()` -> (A,), where the robot stands: it is asked
-    when an episode has begun, and what it says is executed until a policy has answered. An
-    attribute `unnorm_keys` names the datasets that were recorded in it: of a model of several datasets, the first that
-    it knows gives the units.
+    translation, roll, pitch, yaw rotation and gripper (1 open, 0 closed), and an attribute `unit` may say in words what
+    1 is: recordings and the models that learn from them keep it. An environment whose actions are places has a method
+    `standstill()` -> (A,), where the robot stands: it is asked when an episode has begun, and what it says is executed
+    until a policy has answered. An attribute `unnorm_keys` names the datasets that were recorded in it: of a model of
+    several datasets, the first that it knows gives the units.
     """
 
     tasks: tuple[str, ...]
@@ -220,7 +220,8 @@ def asks_for_wrist(env: str, sees: Sequence[str]) -> bool:
 
 def action_spec_of(environment: Environment) -> ActionSpec:
     """What the numbers of its actions mean."""
-    return getattr(environment, "action_spec", None) or usual_spec(7, hz=environment.frequency)
+    usual = usual_spec(7, hz=environment.frequency, unit=getattr(environment, "unit", None))
+    return getattr(environment, "action_spec", None) or usual
 
 
 def dataset_of(environment: Environment, statistics: Mapping[str, Any]) -> str | None:

@@ -242,9 +242,10 @@ def evaluate(
             videos=options.videos,
             progress=progress,
         )
-        return write_report(
-            folder, records, {**about, **{name: value for name, value in said.items() if name not in about}}
-        )
+        # Of a model whose folder was not looked at, nothing acted: an expert's report does not name it.
+        reported = {name: value for name, value in about.items() if name != "model" or stats}
+        reported |= {name: value for name, value in said.items() if name not in about}
+        return write_report(folder, records, reported)
 
 
 def check_own(policy: Policy, options: EvaluateOptions) -> None:

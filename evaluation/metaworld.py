@@ -71,6 +71,7 @@ class MetaWorld:
         self.size, self.render, self.simulators = size, render, simulators
         self.frequency, self.repeats = float(frequency), round(STEPS_PER_SECOND / frequency)
         self.max_steps = LONGEST // self.repeats
+        self.unit = f"x, y, z: 1 is {self.repeats} cm of the gripper's target"
         self.cameras = {"image": camera} | ({"wrist_image": WRIST_CAMERA} if wrist else {})
         self._loaded: OrderedDict[str, Simulator] = OrderedDict()
         self._current: Simulator | None = None

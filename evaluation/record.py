@@ -116,6 +116,7 @@ def _record(options: RecordOptions, output: Path, progress: bool) -> dict[str, A
     complete = part / COMPLETE
     shutil.rmtree(complete, ignore_errors=True)  # of a run that was stopped while it wrote
     summary = with_version({"options": content, "tasks": {task: _summary(files, task) for task in tasks}})
+    summary |= {"unit": unit} if (unit := action_spec_of(environment).unit) else {}
     if options.format == "lerobot":
         write_lerobot(
             # Tasks take turns: whatever part of the episodes is held out has all of them

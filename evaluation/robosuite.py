@@ -57,6 +57,7 @@ class Robosuite:
     max_steps = 300
     frequency = 20.0
     robot = "panda"
+    unit = "x, y, z: 1 is 5 cm; roll, pitch, yaw: 1 is 0.5 rad"
     state_names: tuple[str, ...] = ("x", "y", "z", "rx", "ry", "rz", "finger_left", "finger_right")
 
     def __init__(self, *, size: int = 224, camera: str = "agentview", wrist: bool = False, render: bool = True):

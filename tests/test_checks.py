@@ -252,4 +252,5 @@ def test_actions_that_are_not_learned():
     good = {f"l1_normalized/{name}": 0.004 for name in names}
     assert check_result(good, names) == []
     (found,) = check_result({**good, "l1_normalized/z": 0.02}, names)
-    assert "z 0.020" in found and "x 0" not in found
+    assert "z 0.020" in found and "x 0" not in found and "--rank" in found
+    assert "--rank" not in check_result({**good, "l1_normalized/z": 0.02}, names, adapter=False)[0]

@@ -91,6 +91,7 @@ def test_help_teaches():
         assert re.search(rf"^  {verb} .*[^.]\.$", overview, re.MULTILINE), f"{verb} is cut off or missing"
         assert f"  openvla {verb} " in run(verb, "--help").stdout, "no example"
     assert "metres and radians" in run("predict", "--help").stdout
+    assert (run("-h").stdout, run("predict", "-h").stdout) == (overview, run("predict", "--help").stdout)
     assert "Did you mean 'predict'?" in run("prdict", code=2).stderr
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from openvla.evaluation import EVALUATION_SEEDS, RECORDING_SEEDS, choose_tasks, make_environment, rendering
-from openvla.evaluation.environment import check_action
+from openvla.evaluation.environment import action_spec_of, check_action
 from openvla.evaluation.metaworld import MetaWorld, from_metaworld, to_metaworld
 from openvla.evaluation.rendering import opengl_backend
 
@@ -106,6 +106,7 @@ def test_seeds_move_objects_and_goals(blind, task):
 
 def test_an_action_lasts_four_steps_of_the_simulator(blind):
     fast = make_environment("metaworld", render=False, frequency=80)
+    assert "1 is 4 cm" in action_spec_of(blind).unit and "1 is 1 cm" in action_spec_of(fast).unit
     assert (blind.frequency, blind.max_steps, fast.frequency, fast.max_steps) == (20, 125, 80, 500)
     action = np.array([0.5, 1, -0.3, 0, 0, 0, 0.0])
     for environment, repeats in ((blind, 1), (fast, 4)):

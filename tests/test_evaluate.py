@@ -52,6 +52,8 @@ def test_the_expert_succeeds_and_references_do_not(tmp_path):
         assert run(tmp_path / policy, policy=policy, max_steps=30)["mean_success"] == 0.0
     report = (tmp_path / "expert" / "report.md").read_text()
     assert "| drawer-open-v3 | 100% |" in report and "policy: `expert`" in report
+    assert "embedded policy" not in report  # which did not act
+    report = (tmp_path / "mean" / "report.md").read_text()  # of its statistics
     assert "model: `embedded policy`" in report and str(ROOT) not in report  # a report is published
 
 

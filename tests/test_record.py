@@ -16,6 +16,7 @@ from openvla import OpenVLAConfig
 from openvla.action_spec import usual_spec
 from openvla.cli import app
 from openvla.data import open_dataset
+from openvla.data.open_source import open_source
 from openvla.data.writers.hdf5 import write_hdf5
 from openvla.data.writers.lerobot import write_lerobot
 from openvla.evaluation import RECORDING_SEEDS, make_environment, recorder
@@ -410,10 +411,15 @@ def test_states_without_a_name_for_each_number(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("format", ["lerobot", "hdf5"])
 def test_any_rate_and_tasks_with_the_same_words(format, tmp_path, monkeypatch):
-    (tmp_path / "slide_simulator.py").write_text(SLIDE)
+    """The unit that the simulator states reaches the model: without it a prediction would be called metres."""
+    (tmp_path / "slide_simulator.py").write_text(SLIDE + "\n\nSlide.unit = '1 is 5 mm'\n")
     monkeypatch.syspath_prepend(tmp_path)
     mine = options(tmp_path, env="slide_simulator:Slide", tasks="go,come", size=8, format=format, after_success=1)
     record(mine, progress=False)
+    assert open_source(tmp_path / "out").action_spec.unit == "1 is 5 mm"
+    assert open_source(tmp_path / "out", unit="metres").action_spec.unit == "metres"
+    (tmp_path / "out" / "recording.json").write_text("[]")
+    assert open_source(tmp_path / "out").action_spec.unit is None
     dataset = open_dataset(tmp_path / "out")
     assert len(dataset) == 4 and {episode.instruction for episode in dataset} == {"go home"}
     if format == "lerobot":

@@ -508,6 +508,9 @@ def test_an_interrupted_run_says_how_it_goes_on(dataset, tmp_path, capsys, monke
     with pytest.raises(KeyboardInterrupt):
         finetune(options(tmp_path / "run", dataset))
     assert f"stopped   --resume continues from {tmp_path / 'run/checkpoints/checkpoint-1'}" in capsys.readouterr().out
+    with pytest.raises(KeyboardInterrupt):
+        finetune(options(tmp_path / "early", dataset, save_every=3))
+    assert "stopped   before the first checkpoint (--save-every 3): nothing is kept" in capsys.readouterr().out
 
 
 # The output folder

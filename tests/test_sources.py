@@ -967,6 +967,7 @@ def test_mistakes_of_users(tmp_path):
     for specification, error, message in (
         ("bridge_orgi", FileNotFoundError, "looked for .*bridge_orgi.*Did you mean 'bridge_orig'.*data_root"),
         ("bridge_orig", FileNotFoundError, "neither a dataset .*data_root=that folder"),
+        ("lerobot/pusht", FileNotFoundError, "hf download lerobot/pusht --repo-type dataset --local-dir FOLDER"),
         ("bridge_rt_1", FileNotFoundError, "are not there: bridge_orig, fractal.*Give data_root"),
         ("a:1,b:many", ValueError, "expected a number"),
         (tmp_path / "missing.yaml", FileNotFoundError, "missing.yaml"),

@@ -262,15 +262,20 @@ def check_cameras(name: str, camera: str | None, camera_names: Sequence[str], gi
     ]
 
 
-def check_result(metrics: Mapping[str, float], names: Sequence[str]) -> list[str]:
-    """Whether the actions of the training data were learned: L1 of each dimension, normalized."""
+def check_result(metrics: Mapping[str, float], names: Sequence[str], adapter: bool = True) -> list[str]:
+    """Whether the actions of the training data were learned: L1 of each dimension, normalized.
+
+    Args:
+        adapter: The run has one, whose rank may be too small.
+    """
     poor = {
         name: metrics[f"l1_normalized/{name}"] for name in names if metrics.get(f"l1_normalized/{name}", 0) > GOOD_L1
     }
     if not poor:
         return []
     values = ", ".join(f"{name} {value:.3f}" for name, value in poor.items())
+    rank = ", with a larger --rank" if adapter else ""
     return [
         f"the training actions are not learned yet: normalized L1 of {values} (above {GOOD_L1}). Policies are usually "
-        "good below it: train longer, with more adapters (--rank) or a higher learning rate."
+        f"good below it: train longer (--steps){rank} or with a higher --learning-rate."
     ]

@@ -20,7 +20,7 @@ from ..files_openvla import local_folder
 from ..folders import locked, weights_digest, with_version, write_json
 from ..model_card import model_card
 from ..modeling_openvla import OpenVLAForActionPrediction
-from ..options.training import FinetuneOptions
+from ..options.training import ADAPTER_STRATEGIES, FinetuneOptions
 from ..parts_openvla import PARTS
 from .begun import check_begun, check_frozen, check_model, shared_options, what_begins
 from .checkpoints import STARTED, card_folder, starting_point
@@ -206,7 +206,9 @@ def finetune(options: FinetuneOptions, resume: bool = False, data: Any = None) -
             if arguments.process_index == 0:
                 last = last_checkpoint(output / CHECKPOINTS)
                 tqdm.write(
-                    f"stopped   --resume continues from {last}" if last else "stopped   before the first checkpoint"
+                    f"stopped   --resume continues from {last}"
+                    if last
+                    else f"stopped   before the first checkpoint (--save-every {options.save_every}): nothing is kept"
                 )
             raise
     return output
@@ -294,7 +296,7 @@ def train(options: FinetuneOptions, arguments: TrainingArguments, resume: bool, 
     trainer.save_result(output, run.config.dtype if options.dtype == "auto" else None)
     if main:
         plot_curves({options.strategy: trainer.state.log_history}, output / "curves.png")
-        for warning in check_result(trainer.last_metrics, run.action_names):
+        for warning in check_result(trainer.last_metrics, run.action_names, options.strategy in ADAPTER_STRATEGIES):
             tqdm.write(f"warning   {warning}")
     trainer.accelerator.wait_for_everyone()
 
