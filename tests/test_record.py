@@ -412,9 +412,9 @@ def test_states_without_a_name_for_each_number(tmp_path, monkeypatch):
 @pytest.mark.parametrize("format", ["lerobot", "hdf5"])
 def test_any_rate_and_tasks_with_the_same_words(format, tmp_path, monkeypatch):
     """The unit that the simulator states reaches the model: without it a prediction would be called metres."""
-    (tmp_path / "slide_simulator.py").write_text(SLIDE + "\n\nSlide.unit = '1 is 5 mm'\n")
+    (tmp_path / "slide_in_mm.py").write_text(SLIDE + "Slide.unit = '1 is 5 mm'\n")
     monkeypatch.syspath_prepend(tmp_path)
-    mine = options(tmp_path, env="slide_simulator:Slide", tasks="go,come", size=8, format=format, after_success=1)
+    mine = options(tmp_path, env="slide_in_mm:Slide", tasks="go,come", size=8, format=format, after_success=1)
     record(mine, progress=False)
     assert open_source(tmp_path / "out").action_spec.unit == "1 is 5 mm"
     assert open_source(tmp_path / "out", unit="metres").action_spec.unit == "metres"
