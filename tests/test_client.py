@@ -40,8 +40,8 @@ from openvla_client import (
 )
 from openvla_client.connection import Address
 from openvla_client.messages import picture, read_info
-from openvla_client.wire import pack, unpack
-from PIL import Image
+from openvla_client.wire import pack, picture_file, unpack
+from PIL import Image, ImageFile
 from scripted_server import Scripted, metadata, right
 
 from openvla.options.serving import Limits
@@ -103,6 +103,31 @@ def test_pictures_of_any_mode_are_seen_as_the_model_s_own_reader_sees_them():
     for mode in ("F", "I"):
         with pytest.raises(ValueError, match=f"mode {mode}: expected RGB"):
             picture(rgb.convert(mode), "raw", 95)
+
+
+def test_a_file_that_two_threads_look_at_is_decoded_by_one(monkeypatch):
+    """By both at once it became other pixels, without an error."""
+    usual, inside, most = ImageFile.ImageFile.load, [], []
+
+    def load(self):
+        if not self.tile:  # it is decoded
+            return usual(self)
+        inside.append(self)
+        most.append(len(inside))
+        time.sleep(0.02)
+        try:
+            return usual(self)
+        finally:
+            inside.remove(self)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+    opened, found = Image.open(io.BytesIO(picture_file(IMAGE, "PNG"))), []
+    threads = [threading.Thread(target=lambda: found.append(picture(opened, "raw", 95))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert most == [1] and all((one == IMAGE).all() for one in found) and len(found) == 3
 
 
 def test_pictures_that_cannot_be_read_are_told_before_anything_is_asked():

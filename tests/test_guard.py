@@ -16,6 +16,7 @@ import openvla_client
 import pytest
 from openvla_client import ActionSpec, Audit, Guard, Limits, NoAction, Reply, State, ThreadTransport, digest
 from openvla_client.sleep import Sleep
+from PIL import Image
 
 
 POSE = ActionSpec(("x", "y", "z", "gripper"), (True, True, True, False), (3,), hz=10)
@@ -1112,6 +1113,19 @@ def test_a_function_may_write_into_what_it_gave():
         buffer[:] = np.nan
         assert np.asarray(reply.actions).tolist() == [[observation] * 4]
     guard.close()
+
+
+def test_a_picture_that_was_only_opened_is_decoded_before_a_thread_gets_it():
+    """While it was sent it was named for the audit, and a fifth of what the model saw was other pixels."""
+    bench, file = Bench(start=still(), wait=0), io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(file, "JPEG")
+    opened, broken = Image.open(io.BytesIO(file.getvalue())), Image.open(io.BytesIO(file.getvalue()[:-500]))
+    decoded = []
+    bench.submit = lambda ask: decoded.append(not opened.tile)
+    for seen in ({"images": {"left": opened}}, [opened, broken], broken):
+        bench.guard.step(seen)
+        bench.now += 0.1
+    assert decoded == [True] * 3
 
 
 @pytest.mark.parametrize("when", ["before", "in a step", "after"])

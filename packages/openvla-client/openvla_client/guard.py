@@ -18,6 +18,7 @@ from .audit import digest as content_digest
 from .checks import is_number, numbers, seconds, whole
 from .command import Command, NoAction, State, held
 from .limits import Limits
+from .messages import decode
 from .plan import EPSILON, Early, Plan, Stale
 from .sleep import Sleep
 from .transport import Ask, Transport, called
@@ -331,6 +332,8 @@ class Guard:
         committed = self._committed(step, now, seen_at, here)
         asked = Ask(self.epoch, next(self._ids), step, observation, committed)
         self._plan.asked(asked, seen_at, alone=self.commit > 0)
+        with suppress(Exception):  # whoever sends it says what is wrong with it
+            decode(observation)
         self._transport.submit(asked)
         return asked
 

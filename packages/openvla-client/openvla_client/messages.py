@@ -2,6 +2,7 @@
 
 import io
 import os
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from .wire import UNREADABLE, check_picture, pack, picture_file, unpack
 
 FORMATS = ("raw", "jpeg", "png")
 MOST_BYTES = 16 * 2**20  # of an answer
+_decoding = threading.Lock()
 LONGEST = 1e9  # times that are believed, in seconds or milliseconds
 
 
@@ -96,6 +98,7 @@ def picture(image: Any, form: str, quality: int) -> np.ndarray | bytes:
         return bytes(image)
     if isinstance(image, Image.Image):
         try:
+            decode(image)
             image = ImageOps.exif_transpose(image)  # as it is done with files
         except UNREADABLE as error:  # of a file that is damaged, or closed before its pixels were looked at
             raise ValueError(f"An image of {image.size} cannot be read: {type(error).__name__}, {error}.") from error
@@ -110,6 +113,18 @@ def picture(image: Any, form: str, quality: int) -> np.ndarray | bytes:
             f"An image is {given}: expected (height, width, 3) uint8, a Pillow image, or a JPEG or PNG file."
         )
     return np.ascontiguousarray(image) if form == "raw" else picture_file(image, form.upper(), quality)
+
+
+def decode(given: Any) -> None:
+    """Have Pillow decode all images in mappings and lists that were only opened. It does so when pixels are first asked
+    for, and of two threads that ask at once, one to send a picture and one to log or show it, both get others, most
+    often without an error."""
+    if isinstance(given, Image.Image):
+        with _decoding:
+            given.load()
+    elif isinstance(given, (Mapping, list, tuple)):
+        for one in given.values() if isinstance(given, Mapping) else given:
+            decode(one)
 
 
 def _as_png(image: Image.Image) -> bytes:
