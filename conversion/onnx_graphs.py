@@ -61,9 +61,10 @@ class Int8Product(nn.Module):
 
 def write_products_of_8_bits(model: nn.Module) -> None:
     """Let layers of 8 bits be written as `Int8Product`. They run as slow as plain ones afterwards."""
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, Int8Linear):
-            model.set_submodule(name, Int8Product(layer))
+    names = [name for name, module in model.named_modules() if isinstance(module, Int8Linear)]
+    for name in names:  # weights of one layer are there twice at a time
+        layer: Any = model.get_submodule(name)
+        model.set_submodule(name, Int8Product(layer))
 
 
 class AskedPositions(nn.Module):

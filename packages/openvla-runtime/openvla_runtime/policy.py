@@ -131,10 +131,10 @@ class OnnxPolicy:
         for file, digest in {**content["files"], **digests}.items():
             if file != TOKENIZER_FILE:
                 check_digest(folder, file, digest)
-        self._vision = open_session(folder / VISION_FILE, provider, threads)
+        of_8_bits = self.dtype == "int8"
+        self._vision = open_session(folder / VISION_FILE, provider, threads, of_8_bits)  # towers may be in 8 bits, too
         self._check_inputs(folder)
-        graph = open_session(folder / LANGUAGE_MODEL_FILE, provider, threads, of_8_bits=self.dtype == "int8")
-        self._language_model = LanguageModel(graph)
+        self._language_model = LanguageModel(open_session(folder / LANGUAGE_MODEL_FILE, provider, threads, of_8_bits))
         self._lock = threading.Lock()
         self._draft: np.ndarray | None = None
         self._checked: dict[str, Any] = {}
