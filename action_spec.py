@@ -177,21 +177,26 @@ def action_record(prediction: Any, spec: ActionSpec | None = None, /, **context:
 
 
 def action_lines(record: dict[str, Any]) -> str:
-    """The record as a small table, one line for each number of each step."""
+    """The record as a small table: a line for each number, or, of a chunk, a line for each step."""
     names = record["names"]
-    meanings = MEANINGS if tuple(names) == POSE_NAMES else ("",) * len(names)
-    width = max(map(len, names))
     chunk = isinstance(record["action"][0], Sequence)
     certain = "probabilities" in record
     given = record["probabilities"] if certain else np.ones(np.shape(record["action"]))
-    steps = zip(record["action"], given) if chunk else [(record["action"], given)]
-    lines, least = [], ("", 2.0)
-    for step, (action, probabilities) in enumerate(steps):
-        lines += [f"step {step + 1}"] if chunk else []
-        for name, number, probability, meaning in zip(names, action, probabilities, meanings, strict=True):
+    steps = list(zip(record["action"], given)) if chunk else [(record["action"], given)]
+    least = min((pair for _, row in steps for pair in zip(names, row)), key=lambda pair: pair[1])
+    if chunk:
+        lines = ["  step  " + "  ".join(f"{name:>8}" for name in names) + ("  least certain" if certain else "")]
+        for step, (action, row) in enumerate(steps, 1):
+            numbers = "  ".join(
+                f"{number:>+{max(len(name), 8)}.5f}" for name, number in zip(names, action, strict=True)
+            )
+            lines.append(f"  {step:4}  {numbers}" + (f"  {min(row):13.0%}" if certain else ""))
+    else:
+        meanings = MEANINGS if tuple(names) == POSE_NAMES else ("",) * len(names)
+        width, lines = max(map(len, names)), []
+        for name, number, probability, meaning in zip(names, *steps[0], meanings, strict=True):
             shown = f"  {probability:4.0%}" if certain else ""
             lines.append(f"  {name:<{width}}  {number:+.5f}{shown}  {meaning}".rstrip())
-            least = min(least, (name, probability), key=lambda entry: entry[1])
     if certain:
         lines.append(f"confidence {record['confidence']:.0%}, that of the least certain number ({least[0]})")
     said = [f"{record['hz']:g} actions a second"] if record.get("hz") else []

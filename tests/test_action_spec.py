@@ -119,7 +119,11 @@ def test_a_chunk_in_words():
     record = action_record(made, SPEC, unnorm_key="mine")
     assert json.loads(json.dumps(record)) == record and record["action"] == values.tolist()
     lines = action_lines(record).splitlines()
-    assert lines[0] == "step 1" and lines[1] == "  a     +0.00000   50%" and lines[4] == "step 2"
+    assert lines[0].split() == ["step", *SPEC.names, "least", "certain"] and len({len(line) for line in lines[:3]}) == 1
+    assert [line.split() for line in lines[1:3]] == [
+        ["1", "+0.00000", "+0.10000", "+0.20000", "50%"],
+        ["2", "+0.30000", "+0.40000", "+0.50000", "80%"],
+    ]
     assert lines[-1] == "units of 'mine', metres; 5 actions a second; frame: base"
 
 
