@@ -242,7 +242,7 @@ def counted_passes(policy: Policy, count: int) -> Sequence[float]:
     found = getattr(policy, "passes", None)
     if not isinstance(found, Sequence) or len(found) != count:
         return ()
-    real = all(isinstance(one, numbers.Real) and math.isfinite(one) for one in found)
+    real = all(isinstance(one, numbers.Real) and 0 <= float(one) < math.inf for one in found)
     return [float(one) for one in found] if real else ()
 
 

@@ -299,7 +299,7 @@ def _is_whole(record: EpisodeResult) -> bool:
     measured = [value for value in (record.latency, record.jerk, record.passes) if value is not None]
     return (
         all(isinstance(text, str) for text in texts)
-        and all(type(count) is int for count in counts)
+        and all(type(count) is int and count >= 0 for count in counts)
         and isinstance(record.success, bool)
-        and all(type(value) in (int, float) and math.isfinite(value) for value in measured)
+        and all(type(value) in (int, float) and 0 <= value < math.inf for value in measured)
     )

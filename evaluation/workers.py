@@ -96,10 +96,11 @@ class EnvironmentProcess:
             # Forked from a clean server: no threads, devices or graphics of this process, and nothing imported twice.
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(_preload())
-            self._connection, theirs = context.Pipe()
-            self._process = context.Process(target=_serve, args=(self.make, theirs), daemon=True)
-            self._process.start()
+            connection, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(self.make, theirs), daemon=True)
+            process.start()  # one that cannot start (a script without `if __name__ == "__main__"`) is none to stop
             theirs.close()
+            self._process, self._connection = process, connection
         try:
             self._connection.send((method, arguments))
         except OSError as error:

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import pickle
 import sys
 from dataclasses import replace
 from functools import partial
@@ -142,6 +143,12 @@ def test_an_episode_of_another_seed_is_not_taken_for_this_one(tmp_path):
     assert (tmp_path / "episodes.jsonl").read_text() == held
 
 
+def test_a_simulator_that_cannot_be_started(tmp_path):
+    """What was in the way was hidden: the process, which never began, could not be stopped."""
+    with pytest.raises((pickle.PicklingError, AttributeError), match="lambda"):
+        run_episodes(FromPixels(), lambda: None, JOBS[:1], tmp_path, progress=False)
+
+
 def test_what_broke_gets_another_try(tmp_path):
     (whole, other) = run(tmp_path, JOBS[:2])
     append_result(tmp_path / "episodes.jsonl", replace(whole, episode=2, success=False, error="the arm fell off"))
@@ -189,7 +196,7 @@ def test_what_a_policy_says_of_itself(says, said, tmp_path):
         run(tmp_path, JOBS[:1], policy=type("Says", (FromPixels,), says)())
 
 
-@pytest.mark.parametrize("passes", [[float("nan")], None, 3, [1, 2]], ids=str)
+@pytest.mark.parametrize("passes", [[float("nan")], None, 3, [1, 2], [-1]], ids=str)
 def test_passes_that_are_none_do_not_spoil_a_record(passes, tmp_path):
     """The record was none when it was read again, and the episode ran again."""
     policy = type("Says", (FromPixels,), {"passes": passes})()

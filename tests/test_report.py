@@ -136,6 +136,7 @@ def test_records_that_were_edited_are_none(tmp_path):
         {"success": "false"},
         {"success": 1},
         {"steps": "9"},
+        {"steps": -9},
         {"latency": float("nan")},
         {"task": ["close"]},
         {"seed": None},
