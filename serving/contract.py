@@ -104,8 +104,9 @@ class Model(Protocol):
 
     info: ModelInfo
 
-    def act(self, requests: Sequence[Request]) -> list[Answer]:
-        """Blocks; called by one thread. Answers do not depend on what else is in the batch.
+    def act(self, requests: Sequence[Request]) -> "Sequence[Answer | Refusal]":
+        """Blocks; called by one thread. Answers do not depend on what else is in the batch; a refusal in place of one
+        costs the others nothing, where an error has them asked again in smaller batches.
 
         Raises:
             MemoryError: If the batch is too large (`torch.OutOfMemoryError` as well); a smaller one is tried.

@@ -19,7 +19,7 @@ from ..observation import Observation
 from ..options.serving import ServeOptions
 from ..policy import OpenVLAPolicy, load_model
 from ..prompts_openvla import check_prompt_ids, end_with_empty
-from .contract import Answer, BadRequest, Dataset, ModelInfo, Request
+from .contract import Answer, BadRequest, Dataset, ModelInfo, Refusal, Request
 
 
 if TYPE_CHECKING:
@@ -101,16 +101,19 @@ class OpenVLAModel:
         more: dict[str, Any] = {"compile": options.compile, "decoding": options.decoding or "mode"}
         return cls(model, published_name(options.model), options.unnorm_key, **more)
 
-    def act(self, requests: Sequence[Request]) -> list[Answer]:
-        """See `contract.Model`.
+    def act(self, requests: Sequence[Request]) -> list[Answer | Refusal]:
+        """See `contract.Model`; a `BadRequest` where the model cannot read the instruction.
 
         Raises:
-            BadRequest: If the model cannot read the instruction of one of them.
             MemoryError: If there is too little memory, on whatever device.
         """
-        for request in requests:
-            if problem := self._problem(request.observation.instruction):
-                raise BadRequest(problem)
+        problems = [self._problem(request.observation.instruction) for request in requests]
+        answers = iter(self._answers([request for request, problem in zip(requests, problems) if not problem]))
+        return [BadRequest(problem) if problem else next(answers) for problem in problems]
+
+    def _answers(self, requests: Sequence[Request]) -> list[Answer]:
+        if not requests:
+            return []
         slots = [self._slot(request.session) for request in requests]
         observations = [replace(request.observation, slot=slot) for request, slot in zip(requests, slots)]
         try:

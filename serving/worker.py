@@ -168,8 +168,10 @@ def sizes_up_to(limit: int) -> list[int]:
     return sorted({*(2**power for power in range(limit.bit_length())), limit})
 
 
-def checked(answer: Answer) -> Answer | Refusal:
+def checked(answer: Answer | Refusal) -> Answer | Refusal:
     """An answer of finite numbers, and a refusal in place of any other."""
+    if isinstance(answer, Refusal):
+        return answer
     try:
         for shares in (answer.probabilities, answer.distributions):
             if shares is not None:

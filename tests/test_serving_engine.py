@@ -348,6 +348,24 @@ async def test_what_fails_does_so_alone(caplog):
 
 
 @in_loop
+async def test_what_a_model_refuses_costs_the_others_nothing():
+    """One robot whose instruction was too long had all others predicted in halves of halves."""
+
+    class Choosy(FakeModel):
+        def act(self, requests):
+            wrong = [one.observation.instruction == "wrong" for one in requests]
+            return [BadRequest("shorten") if no else one for no, one in zip(wrong, super().act(requests))]
+
+    model = Choosy()
+    async with running(model, max_wait_ms=FOREVER) as engine:
+        requests = [of(str(number), number, instruction="wrong" if number == 2 else "go") for number in range(5)]
+        found = await soon(asyncio.gather(*map(engine.act, requests), return_exceptions=True))
+        assert [level(one) for one in (*found[:2], *found[3:])] == [0, 1, 3, 4] and model.batches == [5]
+        assert isinstance(found[2], BadRequest) and engine.outcomes == {"answered": 4, "bad_request": 1}
+        assert not engine._worker.failing
+
+
+@in_loop
 async def test_memory_that_is_too_small(caplog):
     model = Failing()
     model.fits = 2

@@ -1,5 +1,6 @@
 """An OpenVLA model behind requests: actions of `predict_action`, whatever else is asked at once or was before."""
 
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -99,8 +100,11 @@ def test_an_instruction_that_the_model_cannot_read_is_the_mistake_of_its_sender(
     request = asked(served)
     for words, message in (("word " * 3000, "instruction: The prompt has .* shorten"), ("...", "instruction is empty")):
         wrong = replace(request, observation=replace(request.observation, instruction=words))
-        with pytest.raises(BadRequest, match=message):
-            served.act([request, wrong])
+        refusal, answer = served.act([wrong, request])
+        assert isinstance(refusal, BadRequest) and re.search(message, str(refusal))
+        [alone] = served.act([request])
+        np.testing.assert_allclose(answer.actions, alone.actions, atol=1e-6)
+        assert len(served.act([wrong])) == 1
 
 
 def test_warm_up(served):
