@@ -26,6 +26,7 @@ from ..model_card import model_card
 from ..modeling_openvla import OpenVLAForActionPrediction
 from ..oft_openvla import find_oft
 from ..processing_openvla import OpenVLAProcessor
+from ..quantized_linear_openvla import all_finite
 from ..weights_openvla import check_tensors, check_weight_file, find_weight_files
 from .own_head import carry_head
 
@@ -230,9 +231,9 @@ def read_as(name: str, tensor: LazyTensor, dtype: torch.dtype | None) -> torch.T
     """A copy in a type (None: its own); a `ValueError` if it is not finite, or becomes so in that type."""
     stored = tensor.read()
     value = stored.to(dtype or stored.dtype, copy=True).contiguous()
-    if value.is_floating_point() and value.element_size() > 1 and not value.isfinite().all():
+    if value.is_floating_point() and value.element_size() > 1 and not all_finite(value):
         why = "holds NaN or infinite values: it was damaged, or its training diverged"
-        if stored.isfinite().all():
+        if all_finite(stored):
             why = f"has numbers that {str(dtype).removeprefix('torch.')} cannot hold: take bfloat16"
         raise ValueError(f"{name} {why}.")
     return value

@@ -24,6 +24,7 @@ from ..llama_openvla import STATIC_ROPE
 from ..modeling_openvla import OpenVLAForActionPrediction
 from ..processing_openvla import OpenVLAProcessor
 from ..quantization_openvla import METHOD, OpenVLAQuantizationConfig
+from ..quantized_linear_openvla import all_finite
 from .hub_folder import check_replaced
 from .onnx_graphs import write_language_model, write_products_of_8_bits, write_vision
 
@@ -140,7 +141,7 @@ def unknown_to_onnx(stored: Any) -> bool:
 def check_finite(model: OpenVLAForActionPrediction, dtype: str) -> None:
     """Raise a `ValueError` if a weight is NaN or infinite: such a graph is refused by the robot at the earliest."""
     for name, weight in model.named_parameters():
-        if not bool(weight.isfinite().all()):
+        if weight.is_floating_point() and not all_finite(weight):
             raise ValueError(
                 f"{name} has numbers that float16 cannot hold, or that were damaged before: take --dtype float32."
                 if dtype == "float16"

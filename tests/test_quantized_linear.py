@@ -13,7 +13,7 @@ from openvla import int4_linear_openvla as int4
 from openvla.float8_linear_openvla import Float8Linear, round_to_float8
 from openvla.int4_linear_openvla import Int4Linear, rows_of_a_block
 from openvla.int8_linear_openvla import Int8Linear, largest_activation
-from openvla.quantized_linear_openvla import has_kernel
+from openvla.quantized_linear_openvla import all_finite, has_kernel
 
 
 KINDS = [Int8Linear, Int4Linear, Float8Linear]
@@ -365,3 +365,14 @@ def test_float8_of_other_sizes_is_unpacked(size, float8_products):
 
 def test_float8_is_for_gpus():
     assert not float8_linear_openvla.multiplies_float8(torch.device("cpu"))
+
+
+def test_all_finite():
+    """Of empty parts as well, which FSDP gives a rank of few weights."""
+    assert all_finite(torch.zeros(0, 3)) and all_finite(torch.tensor([[1.0, -3e38]]).t())
+    for value in (torch.nan, torch.inf, -torch.inf):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for place in (0, 5, 98):
+                values = torch.randn(99).to(dtype)
+                values[place] = value
+                assert not all_finite(values)

@@ -26,6 +26,7 @@ from ..data.collate import ActionCollator
 from ..data.samples import FrameSamples
 from ..data.stream import Batches, MixtureStream
 from ..folders import WORK, move_into, working_folder
+from ..quantized_linear_openvla import all_finite
 from .checkpoints import STARTED, write_checkpoint
 from .checks import DivergedError
 from .metrics import ActionMetrics
@@ -280,7 +281,7 @@ class ActionTrainer(Trainer):
         model.eval()
         with torch.no_grad(), self.compute_loss_context_manager(), attention_kernel(self.args):
             loss, _ = self.head.loss(model, self._last_batch)
-            good = torch.stack([*(torch.isfinite(value).all() for value in local), torch.isfinite(loss)]).all()
+            good = torch.stack([*map(all_finite, local), torch.isfinite(loss)]).all()
         model.train()
         if not self.accelerator.gather(good.int().reshape(1)).all():
             raise self._diverged("after its update the weights or the loss that they give are not finite")
@@ -325,7 +326,7 @@ class ActionTrainer(Trainer):
             dtype = None  # adapters are small, and stay exact
         if dtype is not None:
             state = {name: value.to("cpu", dtype) for name, value in (state or model.state_dict()).items()}
-            large = [name for name, value in state.items() if not torch.isfinite(value).all()]
+            large = [name for name, value in state.items() if not all_finite(value)]
             if large:
                 raise self._diverged(f"{len(large)} weights are too large for {dtype}, first of them {large[0]}")
         with self._explained("The result"), working_folder(folder / UNFINISHED) as work:
