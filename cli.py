@@ -115,6 +115,7 @@ def serve(options: ServeOptions) -> None:
         if not serve_with_ray(options, typer.echo):
             raise typer.Exit(FAILED)
         return
+    from .serving.server import leave
     from .serving.server import serve as run
 
     simulator = None
@@ -123,8 +124,9 @@ def serve(options: ServeOptions) -> None:
         from .serving.episodes import Simulator
 
         simulator = Simulator(**served())
-    if not run(options, typer.echo, simulator=simulator):
-        raise typer.Exit(FAILED)
+    code = 0 if run(options, typer.echo, simulator=simulator) else FAILED
+    leave(code)
+    raise typer.Exit(code)
 
 
 @app.command()

@@ -7,6 +7,8 @@ import os
 import shlex
 import signal
 import socket
+import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -27,6 +29,7 @@ from .page import FILES, page_routes
 from .rest import read_request
 from .service import Service
 from .sockets import CountedRequests, CountedSocket
+from .worker import THREAD
 
 
 PAGE_PATHS = ("/", *(f"/page/{name}" for name in FILES))  # the page asks for the key: its files need none
@@ -78,6 +81,21 @@ def serve(
             signal.signal(signal.SIGTERM, before)
             gc.unfreeze()  # or libraries that look for leaks at the end find what was kept
     return not server.broken
+
+
+def leave(code: int, patience: float = CLOSING) -> None:
+    """End the process here if a model still computes after `patience` seconds (it warms up, or hangs); else return.
+
+    Python would stop the model's thread within torch, which aborts ("terminate called without an active exception").
+    """
+    for thread in threading.enumerate():
+        if thread.name == THREAD:
+            thread.join(patience)
+            if thread.is_alive():
+                logging.shutdown()
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
 
 
 def make_app(

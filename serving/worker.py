@@ -14,6 +14,7 @@ from .contract import Answer, Failed, Model, Refusal, Request
 
 
 logger = logging.getLogger(__name__)
+THREAD = "openvla-model"  # its name
 
 
 class TooSmall(Failed):
@@ -40,7 +41,7 @@ class Worker:
         self.model, self.limit, self.out_of_memory, self.failing = model, limit, 0, False
         self._known: Request | None = None  # the first that was answered
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        threading.Thread(target=self._run, name="openvla-model", daemon=True).start()
+        threading.Thread(target=self._run, name=THREAD, daemon=True).start()
 
     async def warm_up(self) -> None:
         """Until the model is as fast as it gets; with smaller batches where memory is too small.

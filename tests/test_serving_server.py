@@ -31,6 +31,7 @@ from openvla.serving import sockets, wire
 from openvla.serving.app import create_app
 from openvla.serving.contract import Dataset, ModelInfo
 from openvla.serving.engine import Engine
+from openvla.serving.worker import Worker
 
 
 PROGRAM = """
@@ -355,6 +356,22 @@ def test_a_model_that_hangs_is_told_and_does_not_keep_the_process(request):
         os.kill(server.process.pid, signal.SIGTERM)
     done = server.process.done(timeout=60)  # its thread never returned
     assert done.returncode == 0 and "what is loaded is kept" in done.stderr and "not returned for 0.05 s" in done.stderr
+
+
+def test_a_model_that_still_computes_does_not_abort_the_process(monkeypatch):
+    """Ctrl-C while it warmed up: Python stopped its thread within torch, "terminate called", exit code 134."""
+    codes, returned = [], threading.Event()
+    monkeypatch.setattr(os, "_exit", codes.append)
+    model = FakeModel(("primary",))
+    monkeypatch.setattr(model, "end_session", lambda session: returned.wait(60))
+    worker = Worker(model, 1)
+    worker.end_session("it takes long")
+    worker.close()
+    serving.leave(3, patience=0.01)
+    assert codes == [3]
+    returned.set()
+    serving.leave(3, patience=60)
+    assert codes == [3]
 
 
 def test_a_model_that_cannot_be_warmed_up_ends_the_server():
