@@ -118,7 +118,7 @@ def check_options(options: Any) -> None:
             setattr(options, item.name, os.fspath(value))
         elif kinds == {Path} and isinstance(value, str):
             setattr(options, item.name, Path(value))
-        _check_home(item, value)
+        _expand_home(options, item)
         if _check_limits(item, value):  # numbers of numpy, which JSON does not have, and 10.0 of a YAML file
             exact = int(value) if _is_whole(item) or isinstance(value, Integral) else float(value)
             if type(value) is not type(exact):
@@ -140,12 +140,16 @@ def _check_kind(item: Any, value: Any, kinds: set[Any]) -> None:
         raise ValueError(f"{item.name}={value!r:.100}: expected true or false.")
 
 
-def _check_home(item: Any, value: Any) -> None:
-    """Raise a `ValueError` for a path below the home of nobody here, which would end in the middle of work."""
+def _expand_home(options: Any, item: Any) -> None:
+    """Put the home folder in place of `~` in a path, as a shell does, but not in --output=~/x; a `ValueError` for the
+    home of nobody here, which would end in the middle of work."""
+    value = getattr(options, item.name)
     if not isinstance(value, (str, Path)) or not (home := str(value).partition("/")[0]).startswith("~"):
         return
     try:
         Path(home).expanduser()
+        if "/" in str(value):
+            setattr(options, item.name, type(value)(os.path.expanduser(value)))
     except RuntimeError as error:
         if " " not in home:  # words
             raise ValueError(

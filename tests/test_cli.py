@@ -246,7 +246,7 @@ def test_traceback_on_request(tmp_path):
 
 
 def test_package_export_convert(model, tmp_path):
-    """All the way round: package, export as a run of the original, and what convert says about a run of other sizes."""
+    """All the way round: package, export as a run of the original, convert back; what it says of other sizes."""
     packaged, original, out = tmp_path / "packaged", tmp_path / "run", tmp_path / "out"
     assert run("package", packaged, "--weights", model, "--name", "me/robot").stdout == f"wrote {packaged}\n"
     assert "# me/robot" in (packaged / "README.md").read_text()
@@ -254,11 +254,15 @@ def test_package_export_convert(model, tmp_path):
 
     parts = torch.load(original / "checkpoints/latest-checkpoint.pt", weights_only=True)["model"]
     assert sum(map(len, parts.values())) == len(load_file(model / "model.safetensors"))
-    assert "does not fit the configuration" in error_of("convert", original, out, "--tokenizer", model)
+    said = error_of("convert", original, out, "--tokenizer", model, "--image-resize-strategy", "letterbox")
+    assert "does not fit the configuration" in said
     assert "--llm-backbone-id 'llama' is unknown" in error_of("convert", original, out, "--llm-backbone-id", "llama")
     assert "is not empty" in error_of("package", packaged, "--weights", model)
     run("package", packaged, "--weights", model, "--overwrite")
     assert not out.exists()
+    run("convert", original, out, "--tokenizer", model, "--dtype", "float32")
+    again, first = (load_file(folder / "model.safetensors") for folder in (out, model))
+    assert all(torch.equal(again[name], first[name]) for name in again.keys() | first.keys())
 
 
 def test_convert_passes_everything_on(tmp_path, monkeypatch):

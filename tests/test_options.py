@@ -15,8 +15,10 @@ from openvla.data.sources import open_source, open_sources
 from openvla.evaluation.environment import make_environment
 from openvla.evaluation.evaluate import evaluate
 from openvla.options.conversion import QuantizeOptions
+from openvla.options.datasets import StatsOptions
 from openvla.options.evaluation import EvaluateOptions, RecordOptions
 from openvla.options.fields import respelled
+from openvla.options.prediction import PredictOptions
 from openvla.options.serving import ServeOptions
 from openvla.options.training import FinetuneOptions, FinetuneVerb, MergeOptions
 from openvla.training.preparation import learning_rate
@@ -268,3 +270,14 @@ def test_an_option_of_a_yaml_file_is_called_as_it_is_there(tmp_path):
     assert found.exit_code == 2 and "m.yaml, 'a': tolerance_s: 5: expected seconds" in found.stderr
     found = CliRunner().invoke(app, ["stats", f"{demos}/lerobot_video", "--tolerance-s", "5"])
     assert found.exit_code == 2 and "error: --tolerance-s 5.0: expected seconds" in found.stderr
+
+
+def test_the_home_folder_in_a_path(monkeypatch, tmp_path):
+    """A shell leaves it in --output=~/x, and a folder named "~" was made in the working directory."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    made = FinetuneOptions(output="~/run", model="~/base", dataset="~/d", logging="none")
+    assert (made.output, made.model, made.dataset) == tuple(f"{tmp_path}/{name}" for name in ("run", "base", "d"))
+    assert StatsOptions(dataset="d", output=Path("~/s.json")).output == tmp_path / "s.json"
+    assert PredictOptions(image=["a.png"], instruction="~20 cm to the left").instruction == "~20 cm to the left"
+    with pytest.raises(ValueError, match="there is no home folder '~nobody_here'"):
+        FinetuneOptions(output="~nobody_here/run", dataset="d", logging="none")
