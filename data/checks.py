@@ -31,7 +31,7 @@ def check_data(source: "Source") -> list[str]:
     found = check_still(source)
     found += check_rare(source) + check_grippers(source) + check_clipped(source) + check_places(source)
     some = _some_actions(source)
-    found += check_turns(source, some) + check_last(source, some) + check_standstill(source)
+    found += check_turns(source, some) + check_last(source, some) + check_standstill(source) + check_copies(source)
     parts = [(names, own, action)]
     proprio = source.statistics.get("proprio")
     if bounds and source.survey.proprio and proprio:  # of states quantiles clip outliers, and all else is kept
@@ -152,6 +152,18 @@ def check_turns(source: "Source", parts: Sequence[np.ndarray]) -> list[str]:
         f"{source.name}: {', '.join(turning)} jumps by a full turn, as an angle at the end of its range does: a model "
         "that averages gives the angle opposite. Record changes, or angles counted from another zero or without end."
     ] * bool(turning)
+
+
+def check_copies(source: "Source") -> list[str]:
+    """Episodes that are there twice, as of a file that was copied within the folder."""
+    if not (copies := source.survey.copies):
+        return []
+    (copy, first), many = copies[0], len(copies)
+    return [
+        f"{source.name}: {many} of {source.num_episodes} episodes have the actions, states and words of another one "
+        f"(episode {copy} those of {first}, counted from 0). If they are copies, leave them out: they count twice, and "
+        "what is held out may be trained on."
+    ]
 
 
 def check_standstill(source: "Source") -> list[str]:

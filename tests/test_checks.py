@@ -1,9 +1,11 @@
 """Warnings about data, statistics, images and results: each where it belongs, and none where all is well."""
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 
@@ -128,6 +130,25 @@ def test_no_motion_that_is_a_motion():
 
 def test_no_warning_where_all_is_well():
     assert check_data(source()) == []
+
+
+def test_a_file_that_was_copied(tmp_path):
+    """Its episodes counted twice, and held out was what is trained on; also where the statistics are known already."""
+    for name in ("pick_up_the_cup_demo", "lift_the_lid_demo"):
+        with h5py.File(tmp_path / f"{name}.hdf5", "w") as file:
+            for episode in range(2):
+                actions = np.random.default_rng([len(name), episode]).uniform(-1, 1, (9, 7))
+                file[f"data/demo_{episode}/actions"] = actions
+                file[f"data/demo_{episode}/obs/agentview_rgb"] = np.zeros((9, 8, 8, 3), np.uint8)
+    shutil.copyfile(tmp_path / "pick_up_the_cup_demo.hdf5", tmp_path / "copy_demo.hdf5")
+    with h5py.File(tmp_path / "copy_demo.hdf5", "a") as file:  # other words: another task, maybe
+        for episode in file["data"].values():
+            episode.attrs["language_instruction"] = "pick up the cup"
+    for _ in range(2):
+        copies = [text for text in check_data(open_source(tmp_path)) if "have the actions, states and words" in text]
+        assert (
+            len(copies) == 1 and "2 of 6 episodes have" in copies[0] and "(episode 4 those of 0, counted" in copies[0]
+        )
 
 
 @pytest.mark.parametrize(
