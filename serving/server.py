@@ -250,8 +250,15 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if self._task is not None:
             self._task.cancel()
-        await self.service.stop(GRACE, CLOSING)
+        stop = asyncio.create_task(self.service.stop(GRACE, CLOSING))
+        while not stop.done() and not self.force_exit:
+            await asyncio.wait([stop], timeout=0.1)
+        if not stop.done():  # a second Ctrl-C: nobody wants to wait
+            stop.cancel()
+            await self.service.engine.stop(0.0)
         await super().shutdown(sockets)
+        if self.force_exit:  # uvicorn leaves it out then, and logs a traceback of what was not done
+            await self.lifespan.shutdown()
 
     async def _wait_for_model(self) -> None:
         try:

@@ -338,6 +338,23 @@ def test_what_is_in_flight_is_answered_before_it_stops(stop, request):
     assert server.process.wait(timeout=60) == 0
 
 
+def test_a_second_ctrl_c_waits_for_nothing(request):
+    server = Server(seconds=1e5)
+    request.addfinalizer(server.process.kill)
+    with server.connect(compression=None) as robot:
+        robot.recv()
+        robot.send(wire.pack(GOOD))
+        while not server.metric("openvla_predicting_seconds"):
+            pass
+        os.kill(server.process.pid, signal.SIGINT)
+        while server.get("/readyz")[0] == 200:
+            pass
+        os.kill(server.process.pid, signal.SIGINT)
+        assert json.loads(robot.recv(timeout=20))["code"] == "busy"
+    done = server.process.done(timeout=20)  # of 30 s that it would have given the model
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+
+
 def test_a_model_that_hangs_is_told_and_does_not_keep_the_process(request):
     server = Server(seconds=1e5, options={"hang_after_s": 0.05})
     request.addfinalizer(server.process.kill)
