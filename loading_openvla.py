@@ -22,7 +22,7 @@ from .choices_openvla import closest
 from .configuration_openvla import OpenVLAConfig, plain_statistics
 from .files_openvla import QUIET, local_folder, read_json
 from .graphs_openvla import order_weights
-from .modules_openvla import first_parameter
+from .modules_openvla import first_parameter, set_mode
 from .oft_openvla import OFTFolder, find_oft, oft_folder, with_weights
 from .outputs_openvla import CACHE_NAMES
 from .parts_openvla import ModelParts
@@ -271,10 +271,12 @@ class OpenVLAPreTrainedModel(QuantizedWeights, AdapterBelongings, ModelParts, Pr
         return self
 
     def train(self, mode: bool = True):
-        """As in every torch module; weights that `prepare_for_inference` has put in order are put back, to learn."""
+        """As in every torch module; weights that `prepare_for_inference` has put in order are put back, to learn. A
+        model that predicts stays in evaluation mode until it has."""
         if mode:
             order_weights(self, learns=True)
-        return super().train(mode)
+        set_mode(self, mode, super().train)
+        return self
 
     def _check_has_values(self) -> None:
         if self.device.type == "meta":

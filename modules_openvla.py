@@ -1,11 +1,12 @@
 """The modules of a model while it predicts: no dropout, no gradient checkpointing, weights of one type."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from operator import itemgetter
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -20,7 +21,7 @@ class _Predictions:
 
 
 _PREDICTIONS: WeakKeyDictionary[nn.Module, _Predictions] = WeakKeyDictionary()
-_SWITCH = threading.Lock()
+_SWITCH = threading.RLock()  # a model may be a part of another one
 
 
 class Modules:
@@ -104,6 +105,17 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
                 predictions.modules = []
 
 
+def set_mode(model: nn.Module, mode: bool, switch: Callable[[bool], Any]) -> None:
+    """Put a model into train mode or out of it, as `switch` does; while threads predict with it, when the last of them
+    has finished."""
+    with _SWITCH:
+        predictions = _PREDICTIONS.get(model)
+        if predictions is not None and predictions.running:
+            predictions.modules = [model, *modules_of(model).below] if mode else []
+        else:
+            switch(mode)
+
+
 @contextmanager
 def between_predictions(model: nn.Module, own: int, weight: object) -> Iterator[bool]:
     """Whether no thread predicts with a model that has a weight, and none begins meanwhile; `own` are predictions of
@@ -131,4 +143,4 @@ def one_type(model: nn.Module) -> Iterator[None]:
         ) from error
 
 
-__all__ = ["Modules", "between_predictions", "evaluation_mode", "first_parameter", "modules_of", "one_type"]
+__all__ = ["Modules", "between_predictions", "evaluation_mode", "first_parameter", "modules_of", "one_type", "set_mode"]

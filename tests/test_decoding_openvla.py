@@ -207,6 +207,21 @@ def test_the_last_prediction_gives_train_mode_back():
     assert model.training and model.language_model.training
 
 
+@pytest.mark.parametrize("mode", [True, False])
+def test_another_thread_changes_the_mode_of_a_model_that_predicts(mode):
+    """train() let the rest of the prediction forget; what eval() said was undone at its end."""
+    model = forgetful_model()
+    expected = model.predict_action(**small_inputs())
+    model.train(not mode)
+    with ThreadPoolExecutor(1) as pool:
+        first = model.vision_backbone.featurizer.patch_embed
+        hook = first.register_forward_hook(lambda *_: pool.submit(model.train, mode).result() and None)
+        found = model.predict_action(**small_inputs())
+    hook.remove()
+    assert np.array_equal(found, expected)
+    assert {module.training for module in model.modules()} == {mode}
+
+
 def test_threads_predict_what_one_thread_does():
     model = forgetful_model().train()
     batches = [{**small_inputs(), "pixel_values": torch.randn(2, 6, 28, 28)} for _ in range(8)]
