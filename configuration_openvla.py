@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 
 from .choices_openvla import IMAGE_RESIZE_STRATEGIES, check_choice, nearest
 from .files_openvla import local_folder, read_json
@@ -332,6 +333,7 @@ class OpenVLAConfig(transformers.PreTrainedConfig):
         name, subfolder = os.fspath(pretrained_model_name_or_path), kwargs.get("subfolder") or ""
         file = Path(name)
         if file.suffix != ".json" or not file.is_file():
+            check_reachable(name, {key: kwargs[key] for key in (*HUB, "subfolder") if key in kwargs})
             if (oft := find_oft(oft_folder(name, **kwargs), kwargs.get("action_head"))) is not None:
                 return cls._of_oft(oft, kwargs)
             folder = local_folder(name)
@@ -448,6 +450,28 @@ def _is_dtype(value: Any) -> bool:
     """Whether it is a `torch.dtype`, the name of one, or what the library makes one of."""
     named = getattr(torch, value, None) if isinstance(value, str) else value
     return named is None and not isinstance(value, str) or value == "auto" or isinstance(named, (torch.dtype, dict))
+
+
+def check_reachable(name: str | os.PathLike, hub: Mapping[str, Any]) -> None:
+    """Ask the Hub for one file of a model of which none is here: without a network its library tries each file for half
+    a minute, and several are looked for that a model may have or not.
+
+    Raises:
+        FileNotFoundError: If `name` is neither a folder nor can be reached.
+    """
+    from transformers.utils import cached_file  # not before its version was looked at
+
+    name, place = os.fspath(name), {key: hub.get(key) for key in ("cache_dir", "revision")}
+    if local_folder(name) is not None:
+        return
+    try:
+        if not any(try_to_load_from_cache(name, file, **place) for file in ("config.json", "adapter_config.json")):
+            cached_file(name, "config.json", **hub)
+    except (OSError, HFValidationError) as error:  # others are those of whoever reads the file that counts
+        if isinstance(error.__cause__, LocalEntryNotFoundError):
+            raise FileNotFoundError(
+                f"'{name}' is neither a folder here nor a Hub repository that can be reached: {error}"
+            ) from error
 
 
 def no_config(folder: str | os.PathLike) -> str:

@@ -19,7 +19,7 @@ from .action_tokenizer import check_statistics, check_units, read_statistics
 from .active_adapters_openvla import AdapterBelongings
 from .adapters_openvla import ADAPTER, belongings, check_base, find_adapter, find_base
 from .choices_openvla import closest
-from .configuration_openvla import OpenVLAConfig, plain_statistics
+from .configuration_openvla import OpenVLAConfig, check_reachable, plain_statistics
 from .files_openvla import QUIET, local_folder, read_json
 from .graphs_openvla import order_weights
 from .modules_openvla import first_parameter, set_mode
@@ -114,6 +114,8 @@ class OpenVLAPreTrainedModel(QuantizedWeights, AdapterBelongings, ModelParts, Pr
         """
         name = pretrained_model_name_or_path
         hub = hub_options(kwargs)
+        if name is not None:
+            check_reachable(name, hub)
         given = check_statistics(kwargs["norm_stats"]) if kwargs.get("norm_stats") is not None else None
         of_adapter = dict(kwargs.pop("adapter_kwargs", None) or {})
         # Of a Hub id AutoModel passes the base, and the adapter beside it.

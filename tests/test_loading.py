@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from tiny import TINY, golden_image
@@ -302,9 +303,19 @@ def test_no_folder(where):
             way(where)
 
 
-def test_no_repository():
+@pytest.mark.parametrize("way", [load, OpenVLAConfig.from_pretrained])
+def test_no_repository(way, monkeypatch):
+    """It is asked for once: the Hub's library tries each file for half a minute, and seven were looked for."""
+    asked = []
+
+    def not_there(repository, file, **_):
+        asked.append(file)
+        raise LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr("transformers.utils.hub.hf_hub_download", not_there)
     with pytest.raises(FileNotFoundError, match="neither a folder here nor a Hub repository"):
-        load("openvla/not-in-the-cache")
+        way("openvla/not-in-the-cache")
+    assert asked == ["config.json"]
 
 
 def test_an_export_to_onnx_is_no_folder_of_weights(tmp_path):
