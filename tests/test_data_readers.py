@@ -450,6 +450,29 @@ def test_video_access_is_frame_exact(tmp_path, options):
             video.frame_at(seconds)
 
 
+@pytest.mark.parametrize("full", [False, True], ids=["limited", "full range"])
+@pytest.mark.parametrize("space, weights", [(1, (0.2126, 0.7152)), (5, (0.299, 0.587))], ids=["BT.709", "BT.601"])
+def test_colours_are_those_that_a_film_says(tmp_path, space, weights, full):
+    """PyAV 14 takes BT.709, as films in HD are, for BT.601."""
+    av = pytest.importorskip("av")
+    from openvla.data.formats.video import Video
+
+    colours = np.array([(200, 30, 40), (20, 180, 60), (30, 60, 210), (120, 120, 120)])
+    rgb = np.repeat(np.repeat(colours.reshape(2, 2, 3), 16, 0), 16, 1)
+    red, green = weights
+    luma = rgb @ (red, green, 1 - red - green)
+    chroma = [(rgb[..., 2] - luma) / (2 * (red + green)), (rgb[..., 0] - luma) / (2 * (1 - red))]
+    scale = (1, 1, 0) if full else (219 / 255, 224 / 255, 16)
+    planes = np.stack([scale[2] + scale[0] * luma, *(128 + scale[1] * part for part in chroma)]).round()
+    with av.open(str(tmp_path / "v.mp4"), "w") as film:
+        stream = film.add_stream("libx264", rate=10, options={"crf": "1"})
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv444p"
+        stream.codec_context.colorspace, stream.codec_context.color_range = space, 1 + full
+        film.mux(stream.encode(av.VideoFrame.from_ndarray(planes.astype(np.uint8), format="yuv444p")))
+        film.mux(stream.encode())
+    assert np.abs(Video(tmp_path / "v.mp4").frame_at(0.0).astype(int) - rgb).max() <= 4
+
+
 @pytest.fixture
 def videos(tmp_path):
     shutil.copytree(DEMOS / "lerobot_video", tmp_path / "videos")

@@ -4,6 +4,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from .handles import kept_open
 TOLERANCE = 1e-4  # seconds that a frame may lie from the time asked for, as in LeRobot (`tolerance_s`)
 LOOK_AHEAD = 30  # frames: up to here decoding on is cheaper than seeking, whatever the distance of key frames
 KEPT_FRAMES = 4  # decoded pictures kept per video
+BT709, FULL_RANGE = 1, 2  # AVCOL_SPC_BT709, AVCOL_RANGE_JPEG
 
 
 class Video:
@@ -91,7 +93,7 @@ class Video:
             if frame.pts < target - tolerance:
                 continue
             if frame.pts <= target + tolerance:
-                return frame.to_ndarray(format="rgb24")
+                return pixels_of(frame)
             if not first or target - back <= self._start:
                 return None
             # Key frames are found by decoding time, which may lie before the time of presentation: go further back.
@@ -102,6 +104,17 @@ class Video:
         self._container.seek(max(ticks, self._start), stream=self._stream, backward=True)
         self._frames = self._container.decode(self._stream)
         self._fresh = True
+
+
+def pixels_of(frame: Any) -> np.ndarray:
+    """(H, W, 3) uint8 of a decoded frame. What says that it is BT.709, as most of HD do, PyAV 14 takes for BT.601: up
+    to 25 levels off."""
+    told: dict[str, str] = {}
+    if int(frame.colorspace) == BT709:
+        said = "JPEG" if int(frame.color_range) == FULL_RANGE else "MPEG"
+        told = {"src_colorspace": "ITU709", "dst_colorspace": "ITU601"}  # of RGB the second says nothing
+        told |= {"src_color_range": said, "dst_color_range": "JPEG"}
+    return frame.to_ndarray(format="rgb24", **told)
 
 
 @kept_open()
