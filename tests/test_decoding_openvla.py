@@ -133,6 +133,10 @@ def forgetful_model() -> OpenVLAForActionPrediction:
             small_config().timm_model_kwargs[1],
         ]
     )
+    with torch.no_grad():  # of the size of trained weights: what is seen decides
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=parameter.shape[1] ** -0.5)
     model.language_model.config.attention_dropout = 0.5
     for layer in model.language_model.model.layers:
         layer.self_attn.attention_dropout = 0.5
