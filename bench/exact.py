@@ -16,6 +16,7 @@ from .clock import QUANTILES, described, headline, quantiles
 from .subject import frames_of, open_subject, prepare
 
 
+LEGEND = "actions, tokens: share equal to those of plain; gap: of the logits, where not; ratio: times as fast as plain"
 HEAD = "way                  actions  tokens  gap      passes  min ms   p50      p90      p99      ratio"
 NEAR = 1e-4  # two logits that float32 may order either way
 MEANS = {"plain": plain_decoding, "own": without_graphs, "drafts": without_graphs}  # of others what is prepared
@@ -133,7 +134,7 @@ def figures(values: dict[str, list], plain: list[float]) -> dict[str, Any]:
 
 def table(report: dict[str, Any]) -> str:
     """The figures of each way on a line."""
-    lines = [headline(report), HEAD]
+    lines = [headline(report), LEGEND, HEAD]
     for name, row in report["ways"].items():
         times = " ".join(f"{row[part]:8.2f}" for part in QUANTILES)
         lines.append(

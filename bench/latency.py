@@ -245,6 +245,7 @@ def table(report: dict[str, Any]) -> str:
     lines = [
         headline(report),
         f"measured here: {rates['gflops']:.0f} GFLOP/s, {rates['gbytes']:.1f} GB/s",
+        "same: share of the actions of predict_action; gap: of the logits, where not; limit: what this machine allows",
         "way                    min ms      p50      p90      p99  same  gap      passes  limit ms  share",
     ]
     of_tokens = "passes" in report["ways"]["predict_action"]

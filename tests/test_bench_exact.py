@@ -34,7 +34,7 @@ def test_ways_of_the_embedded_policy(tmp_path):
         assert row["identical_actions"] == row["identical_tokens"] == 1.0 and row["differences"] == 0
         assert 0 < row["min_ms"] <= row["p50_ms"] <= row["p90_ms"] <= row["p99_ms"]
     assert report["ways"]["own"]["passes"] == 7 > report["ways"]["drafts"]["passes"]
-    assert len(table(report).splitlines()) == 5
+    assert len(table(report).splitlines()) == 6
 
 
 def test_a_difference_is_weighed():

@@ -31,6 +31,7 @@ def plot_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> 
             if held_out:
                 panel.plot(*zip(*held_out), "--o", ms=3, color=line.get_color())
             panel.set(xlabel="step", ylabel=f"{label} (dashed: held out)", yscale="log")
+        panel.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
     with whole_file(path) as part:
         figure.savefig(part, dpi=100, format=path.suffix[1:])
