@@ -427,6 +427,7 @@ def test_a_checkpoint_of_another_run_is_not_continued(dataset, tmp_path):
     with pytest.raises(ValueError, match=r"begun with other options or data: seed was 0, is 5"):
         plan_run(replace(longer, seed=5), resume=True)
     assert plan_run(longer, resume=True).startswith(f"continues from '{ours.with_name('checkpoint-1')}'")
+    assert plan_run(replace(longer, steps=1), resume=True).startswith("finished  at step 1: only the result of ")
 
 
 def test_weights_that_do_not_learn_are_those_that_the_run_began_with(dataset, tmp_path):

@@ -9,7 +9,7 @@ from ..options.training import FinetuneOptions
 from .begun import check_begun, what_begins
 from .checkpoints import STARTED
 from .preparation import LEARNING_RATES, Run, check_libraries, computing_precision, prepare
-from .resume import check_output, checkpoint_to_resume
+from .resume import check_output, checkpoint_to_resume, step_of
 from .step_cost import usual_text
 
 
@@ -47,6 +47,8 @@ def plan_run(options: FinetuneOptions, processes: int = 1, resume: bool = False)
         **(adapter if options.strategy in LEARNING_RATES else {}),
     )
     begins = f"continues from '{checkpoint}'\n" if checkpoint else ""
+    if checkpoint and step_of(checkpoint) == options.steps:
+        begins = f"finished  at step {options.steps}: only the result of '{checkpoint}' is written\n"
     return f"{begins}{run.describe()}\n{plan.describe()}"
 
 
