@@ -18,7 +18,7 @@ from openvla.data.report import report_statistics
 from openvla.data.sources import open_source
 from openvla.options.datasets import StatsOptions
 from openvla.training import FinetuneOptions, plan_run, preparation
-from openvla.training.checks import check_meaning, check_units_of_one_robot
+from openvla.training.checks import check_meaning, check_rates, check_units_of_one_robot
 from openvla.training.dry_run import text_tokens
 from openvla.training.preparation import Run, check_dtype, num_patches, prepare, proprio_dim
 
@@ -168,6 +168,29 @@ def test_two_recordings_of_one_robot_in_units_of_their_own():
         sources[name].statistics = {**sources["shown"].statistics, "proprio": proprio}
     (warning,) = check_units_of_one_robot([sources["shown"], sources["driven"]], True)
     assert "(state height)" in warning
+
+
+def test_recordings_of_one_robot_at_two_rates():
+    """A step of the slower one moves further; each had a rate, and nothing was said."""
+    slow, other = episode(), episode()
+    slow["actions"][:, :6] *= 2
+    other["actions"][:, :6] *= 3
+    sources = [
+        open_source(dataset(each), name=name, hz=hz, cache=False)
+        for name, each, hz in (
+            ("fast", episode(), 20),
+            ("slow", slow, 10),
+            ("other", other, 10),
+            ("unsaid", slow, None),
+        )
+    ]
+    assert check_rates(sources) == []  # nothing says that it is one robot
+    sources[1].statistics = sources[0].statistics  # as `statistics: fast` gives them in a mixture
+    (warning,) = check_rates(sources)
+    assert warning.startswith("slow and fast have the same dimensions, at 10 and 20 actions a second: ")
+    for source in sources:
+        source.recorded_names = ["dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper"]
+    assert [text.partition(" have")[0] for text in check_rates(sources)] == ["slow and fast", "other and fast"]
 
 
 def test_recordings_of_one_robot_that_differ_in_more_than_quantiles():

@@ -108,6 +108,26 @@ def check_units_of_one_robot(sources: Sequence[Source], sees_state: bool) -> lis
     return found
 
 
+def check_rates(sources: Sequence[Source]) -> list[str]:
+    """Whether datasets whose numbers have the same recorded names, or the same units, as those of one robot have, were
+    recorded at other rates: the change of one step is another motion in each then, and so is a chunk."""
+    found, firsts = [], dict[tuple[Any, ...], Source]()
+    for source in sources:
+        if source.hz is None:
+            continue
+        units = source.statistics["action"]
+        kinds = [kind for kind in (tuple(source.recorded_names or ()), (*units["q01"], *units["q99"])) if kind]
+        first = next((firsts[kind] for kind in kinds if kind in firsts), source)
+        firsts = {**dict.fromkeys(kinds, first), **firsts}
+        if first.hz is not None and abs(source.hz / first.hz - 1) > 0.01:
+            found.append(
+                f"{source.name} and {first.name} have the same dimensions, at {source.hz:g} and {first.hz:g} actions a "
+                "second: if they are of one robot, a step is another motion in each, of which image and words tell a "
+                "model nothing. Record, or resample, both at one rate."
+            )
+    return found
+
+
 def check_relearned(before: OpenVLAConfig, now: OpenVLAConfig, sources: Sequence[Source]) -> list[str]:
     """Where a model of chunks, of given steps, of units of min and max, or of grippers that are scaled is to learn
     others, as a recipe or a default has it."""

@@ -38,6 +38,7 @@ from .checks import (
     check_held_out,
     check_images,
     check_meaning,
+    check_rates,
     check_relearned,
     check_statistics,
     check_units_of_one_robot,
@@ -119,9 +120,8 @@ class Run:
             before = (self.config.norm_stats or {}).get(source.name)
             if before:
                 found += check_statistics(source.name, before["action"], source.statistics["action"], source.names)
-        found += check_meaning(self.sources) + check_units_of_one_robot(
-            self.sources, self.config.proprio_dim is not None
-        )
+        found += check_meaning(self.sources) + check_rates(self.sources)
+        found += check_units_of_one_robot(self.sources, self.config.proprio_dim is not None)
         if not torch.cuda.is_available() and (reason := emulated("cpu", torch.bfloat16)):
             found += [f"--precision bf16: {reason}."] if computing_precision(self.options) == "bf16" else []
             found += [f"--optimizer muon: {reason}, as it does."] if self.options.optimizer == "muon" else []
