@@ -8,6 +8,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.frames import Frame
 from websockets.protocol import State
@@ -145,6 +146,8 @@ class CountedSocket(WebSocketsSansIOProtocol):
             self.transport.resume_reading()
 
     async def send(self, message: Any) -> None:
+        if self.close_sent:  # as after a frame that is none: uvicorn would call what is sent then a mistake in the log
+            raise ClientDisconnected
         if message["type"] == "websocket.http.response.start":
             # uvicorn adds the length of a refusal, older ones (0.35) beside the one that is there: nobody reads such.
             headers = [(name, value) for name, value in message["headers"] if name.lower() != b"content-length"]

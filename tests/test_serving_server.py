@@ -411,6 +411,14 @@ def test_who_has_no_key_is_one_clear_line_in_the_log():
     ]
 
 
+def test_what_is_sent_after_a_broken_frame_is_no_mistake_of_the_server():
+    """uvicorn logged a traceback of 60 lines: whoever sends nonsense fills no disk."""
+    protocol = object.__new__(sockets.CountedSocket)
+    protocol.close_sent = True
+    with pytest.raises(OSError):  # which starlette takes for a client that has gone
+        asyncio.run(protocol.send({"type": "websocket.send", "bytes": b""}))
+
+
 def test_the_head_of_a_request_has_an_end(server):
     """httptools, which uvicorn takes by itself where it is installed, reads headers as long as they come."""
     app = create_app(Engine(FakeModel()))
