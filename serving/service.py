@@ -42,6 +42,7 @@ class Service:
         self.reader, self.metrics = Reader(engine.info, limits, mapping), Metrics(engine, self.room)
         self.closers: list[Callable[[], Awaitable[Any]]] = []
         self.open = 0
+        # Not shut down: what comes until connections are closed is read, and refused. It ends with the service.
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="read")
 
     @property
@@ -154,7 +155,6 @@ class Service:
         until = time.monotonic() + closing
         while self.open and time.monotonic() < until:
             await asyncio.sleep(0.01)
-        self._threads.shutdown(wait=False)
 
 
 def content(call: Call, answer: Answer, *, details: bool | None = None) -> dict[str, Any]:

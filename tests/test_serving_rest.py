@@ -17,7 +17,7 @@ from starlette.testclient import TestClient
 from openvla.options.serving import Limits
 from openvla.serving import rest, service, wire
 from openvla.serving.app import create_app
-from openvla.serving.contract import Late
+from openvla.serving.contract import Busy, Late
 from openvla.serving.engine import Engine
 from openvla.serving.rest import example
 from openvla.serving.wire import MOST_BYTES
@@ -500,6 +500,21 @@ def test_a_body_that_is_coming_in_takes_room_already():
         leave.set()
         await first
         assert room.taken == 0
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_a_large_request_of_a_server_that_has_stopped_is_told_so():
+    """Such as robots send until their connection is closed: it "failed", with a traceback in the log."""
+
+    async def run() -> None:
+        made = create_app(Engine(FakeModel(("primary",)))).state.service
+        made.start()
+        await made.warm
+        await made.stop()
+        message = {"image": np.zeros((600, 600, 3), np.uint8), "instruction": "go"}
+        with pytest.raises(Busy, match="stopping"):
+            await made.answer(lambda: message, 2**21)
 
     asyncio.run(asyncio.wait_for(run(), 60))
 
