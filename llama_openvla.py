@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama as llama
 
 from .decoding_openvla import EagerSteps, Prefix, Steps, check_rows
@@ -106,7 +107,7 @@ def open_steps(
 def is_plain_llama(language_model: Any) -> bool:
     """Whether its modules are those of the library's Llama, and nothing watches or replaces the calls that are left
     out here."""
-    if any_global_hooks():
+    if any_global_hooks() or any_replaced_calls():
         return False
     if type(language_model) is not llama.LlamaForCausalLM or type(language_model.model) is not llama.LlamaModel:
         return False
@@ -140,6 +141,25 @@ def any_global_hooks() -> bool:
     module = nn.modules.module
     forward = module._global_forward_pre_hooks or module._global_forward_hooks
     return bool(forward or module._global_backward_pre_hooks or module._global_backward_hooks)
+
+
+def calls_of_llama() -> list[Callable]:
+    """What the library calls by the name of a class or function, and is left out here."""
+    kinds = (llama.LlamaForCausalLM, llama.LlamaModel, llama.LlamaMLP, *LAYER)
+    return [
+        *(kind.forward for kind in kinds),
+        llama.apply_rotary_pos_emb,
+        ALL_ATTENTION_FUNCTIONS.get("eager", llama.eager_attention_forward),
+        ALL_ATTENTION_FUNCTIONS["sdpa"],
+    ]
+
+
+CALLS = calls_of_llama()
+
+
+def any_replaced_calls() -> bool:
+    """Whether functions of others stand in for those, as research on faster attention replaces them."""
+    return calls_of_llama() != CALLS or any(call.__module__.partition(".")[0] != "transformers" for call in CALLS)
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -350,6 +370,7 @@ __all__ = [
     "CachePool",
     "LlamaSteps",
     "any_global_hooks",
+    "calls_of_llama",
     "cache_shape",
     "has_hooks",
     "is_plain_llama",

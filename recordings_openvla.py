@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .inputs_openvla import ModelInputs
-from .llama_openvla import any_global_hooks, has_hooks
+from .llama_openvla import any_global_hooks, calls_of_llama, has_hooks
 from .modules_openvla import modules_of
 
 
@@ -95,9 +95,9 @@ class Snapshot:
 
 
 def _read(model: Any) -> tuple[Any, ...]:
-    """Of the configuration, what own passes ask for."""
+    """Of the configuration, what own passes ask for; of the library, what it calls by name."""
     config = model.language_model.config
-    return config._attn_implementation, config.num_hidden_layers
+    return config._attn_implementation, config.num_hidden_layers, calls_of_llama()
 
 
 def _replaced(modules: Sequence[Mapping[str, Any]]) -> list[Any]:

@@ -14,6 +14,7 @@ from torch import is_tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers.models.llama import modeling_llama as llama
 
 from openvla.graphs_openvla import GraphSteps, Preparation
 from openvla.llama_openvla import _POOLS
@@ -157,6 +158,18 @@ def test_what_watches_all_modules(plain):
         check(model, plain, prompts(1), 0)
     finally:
         hook.remove()
+    check(model, plain, prompts(1), 1)
+
+
+def test_a_function_of_the_library_that_is_replaced(plain, monkeypatch):
+    model = copy.deepcopy(plain)
+    model.prepare_for_inference(prompt_buckets=[16])
+    attention = llama.LlamaAttention.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(llama.LlamaAttention, "forward", lambda *given, **options: attention(*given, **options))
+        with pytest.warns(UserWarning, match="is not what prepare_for_inference recorded"):
+            details(model, prompts(1))
+        check(model, plain, prompts(1), 0)
     check(model, plain, prompts(1), 1)
 
 

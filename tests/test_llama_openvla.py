@@ -12,6 +12,8 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from test_modeling_openvla import small_config, small_inputs
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama import modeling_llama as llama
 
 from openvla import OpenVLAForActionPrediction
 from openvla.decoding_openvla import EagerSteps
@@ -154,6 +156,25 @@ def test_what_the_library_computes_otherwise_is_left_to_it(model):
         other = new_model(text_config={"model_type": kind, **sizes})
         assert not is_plain_llama(other.language_model)
         assert other.predict_action(**prompts(2)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("kind", ["LlamaAttention", "LlamaMLP", "LlamaRMSNorm", "LlamaDecoderLayer", "sdpa"])
+def test_a_function_of_the_library_that_is_replaced(kind, model, monkeypatch):
+    """Of a class, for all its modules: predictions were those of the model without it."""
+    before = model.predict_action(**prompts(2), return_dict=True)
+
+    def smaller(function):
+        def call(*given, **options):
+            found = function(*given, **options)
+            return (found[0] * 0.3, *found[1:]) if isinstance(found, tuple) else found * 0.3
+
+        return call
+
+    if kind == "sdpa":
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, kind, smaller(ALL_ATTENTION_FUNCTIONS[kind]))
+    else:
+        monkeypatch.setattr(getattr(llama, kind), "forward", smaller(getattr(llama, kind).forward))
+    assert check_equal(model, prompts(2)).tolist() != before.token_ids.tolist()
 
 
 def test_prompts_that_see_what_comes_after_them(model):
