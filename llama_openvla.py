@@ -145,7 +145,7 @@ def any_global_hooks() -> bool:
 
 def calls_of_llama() -> list[Callable]:
     """What the library calls by the name of a class or function, and is left out here."""
-    kinds = (llama.LlamaForCausalLM, llama.LlamaModel, llama.LlamaMLP, *LAYER)
+    kinds = (llama.LlamaForCausalLM, llama.LlamaModel, llama.LlamaMLP, *LAYER, nn.Linear)
     return [
         *(kind.forward for kind in kinds),
         llama.apply_rotary_pos_emb,
@@ -159,7 +159,8 @@ CALLS = calls_of_llama()
 
 def any_replaced_calls() -> bool:
     """Whether functions of others stand in for those, as research on faster attention replaces them."""
-    return calls_of_llama() != CALLS or any(call.__module__.partition(".")[0] != "transformers" for call in CALLS)
+    own = all(call.__module__.partition(".")[0] in ("torch", "transformers") for call in CALLS)
+    return not own or calls_of_llama() != CALLS
 
 
 def is_plain(module: nn.Module) -> bool:

@@ -20,6 +20,7 @@ from openvla.decoding_openvla import EagerSteps
 from openvla.graphs_openvla import plain_decoding
 from openvla.llama_openvla import _POOLS, CachePool, LlamaSteps, is_plain_llama
 from openvla.policy import load_model
+from openvla.products_openvla import take_fast_products
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -158,9 +159,11 @@ def test_what_the_library_computes_otherwise_is_left_to_it(model):
         assert other.predict_action(**prompts(2)).shape == (2, 7)
 
 
-@pytest.mark.parametrize("kind", ["LlamaAttention", "LlamaMLP", "LlamaRMSNorm", "LlamaDecoderLayer", "sdpa"])
+@pytest.mark.parametrize("kind", ["LlamaAttention", "LlamaMLP", "LlamaRMSNorm", "LlamaDecoderLayer", "Linear", "sdpa"])
 def test_a_function_of_the_library_that_is_replaced(kind, model, monkeypatch):
     """Of a class, for all its modules: predictions were those of the model without it."""
+    model = copy.deepcopy(model)
+    take_fast_products(model)
     before = model.predict_action(**prompts(2), return_dict=True)
 
     def smaller(function):
@@ -173,7 +176,8 @@ def test_a_function_of_the_library_that_is_replaced(kind, model, monkeypatch):
     if kind == "sdpa":
         monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, kind, smaller(ALL_ATTENTION_FUNCTIONS[kind]))
     else:
-        monkeypatch.setattr(getattr(llama, kind), "forward", smaller(getattr(llama, kind).forward))
+        replaced = getattr(llama, kind, torch.nn.Linear)
+        monkeypatch.setattr(replaced, "forward", smaller(replaced.forward))
     assert check_equal(model, prompts(2)).tolist() != before.token_ids.tolist()
 
 
