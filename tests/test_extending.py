@@ -72,11 +72,12 @@ def names(tmp_path_factory):
 
 
 def test_every_section_has_examples_that_run(names):
-    assert list(names) == ["A format", "A simulator", "A camera", "A backbone", "A head"]
+    assert list(names) == ["A format", "A simulator", "A policy", "A camera", "A backbone", "A head"]
     assert all(sections().values())
 
 
 def test_what_the_examples_make(names):
+    assert names["A policy"]["report"]["mean_success"] == 1.0
     camera = names["A camera"]
     assert camera["model"].config.camera_names == ["primary", "wrist"] and camera["action"].shape == (7,)
     swapped = camera["model"].predict_action({"image": camera["hand"], "wrist": camera["scene"]}, "go home")
