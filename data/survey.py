@@ -55,7 +55,7 @@ class Survey:
     proprio: dict[str, list[float]]  # the same of states; empty without them
     instructions: list[str]  # each once, "" left out
     told: list[list[int]]  # [index of the episode, the places of its instructions in `instructions`]
-    copies: list[list[int]]  # [index of an episode, index of an earlier one with the same actions, states and words]
+    contents: list[str]  # digests of actions, states and words, by which copies are found
 
 
 def take_survey(
@@ -77,8 +77,7 @@ def take_survey(
     labeled: list[np.ndarray] = []
     parts: list[list[list[int]]] = []
     texts: list[tuple[int, Sequence[str]]] = []
-    seen: dict[str, int] = {}
-    copies: list[list[int]] = []
+    contents: list[str] = []
 
     def noted(episodes: Iterable[Episode]) -> Iterator[Episode]:
         for episode in episodes:
@@ -86,9 +85,7 @@ def take_survey(
             parts.append([[part.stop - part.start, int(words[part.start])] for part in told_the_same(episode)])
             texts.append((episode.index, sorted({*(episode.step_instructions or (episode.instruction,))})))
             values = [part.tobytes() for part in (episode.actions, episode.state) if part is not None]
-            content = hashlib.sha256(b"".join([*values, repr(texts[-1][1]).encode()])).hexdigest()
-            if (first := seen.setdefault(content, episode.index)) != episode.index:
-                copies.append([episode.index, first])
+            contents.append(hashlib.sha256(b"".join([*values, repr(texts[-1][1]).encode()])).hexdigest()[:12])
             yield episode
 
     try:
@@ -143,7 +140,7 @@ def take_survey(
         proprio=_shares(states, proprio, normalization) if states and proprio else {},
         instructions=instructions,
         told=[[index, *sorted(place[text] for text in of_episode if text in place)] for index, of_episode in texts],
-        copies=copies,
+        contents=contents,
     )
 
 

@@ -18,7 +18,7 @@ from openvla.data.report import report_statistics
 from openvla.data.sources import open_source
 from openvla.options.datasets import StatsOptions
 from openvla.training import FinetuneOptions, plan_run, preparation
-from openvla.training.checks import check_meaning, check_rates, check_units_of_one_robot
+from openvla.training.checks import check_meaning, check_rates, check_shared, check_units_of_one_robot
 from openvla.training.dry_run import text_tokens
 from openvla.training.preparation import Run, check_dtype, num_patches, prepare, proprio_dim
 
@@ -191,6 +191,18 @@ def test_recordings_of_one_robot_at_two_rates():
     for source in sources:
         source.recorded_names = ["dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper"]
     assert [text.partition(" have")[0] for text in check_rates(sources)] == ["slow and fast", "other and fast"]
+
+
+def test_an_episode_in_two_datasets_of_a_mixture():
+    """As of a folder and a file in it: their paths are two."""
+    other = episode()
+    other["actions"][:, :6] *= 2
+    both, one = (
+        open_source(dataset(*each), name=str(len(each)), cache=False) for each in ((other, episode()), (other,))
+    )
+    assert check_shared([both]) == []
+    (warning,) = check_shared([both, one])
+    assert warning.startswith("1: 1 of 1 episodes are in 2 as well: they count twice")
 
 
 def test_recordings_of_one_robot_that_differ_in_more_than_quantiles():

@@ -128,6 +128,18 @@ def check_rates(sources: Sequence[Source]) -> list[str]:
     return found
 
 
+def check_shared(sources: Sequence[Source]) -> list[str]:
+    """Datasets of a mixture that hold episodes of another one, as a folder and a file in it."""
+    held = [(source, {*source.survey.contents}) for source in sources]
+    return [
+        f"{source.name}: {shared} of {len(contents)} episodes are in {other.name} as well: they count twice, and what "
+        "one holds out the other may train on. Give each once, if it is not for its other pictures."
+        for number, (source, contents) in enumerate(held)
+        for other, known in held[:number]
+        if (shared := len(contents & known))
+    ]
+
+
 def check_relearned(before: OpenVLAConfig, now: OpenVLAConfig, sources: Sequence[Source]) -> list[str]:
     """Where a model of chunks, of given steps, of units of min and max, or of grippers that are scaled is to learn
     others, as a recipe or a default has it."""

@@ -40,6 +40,7 @@ from .checks import (
     check_meaning,
     check_rates,
     check_relearned,
+    check_shared,
     check_statistics,
     check_units_of_one_robot,
 )
@@ -120,7 +121,7 @@ class Run:
             before = (self.config.norm_stats or {}).get(source.name)
             if before:
                 found += check_statistics(source.name, before["action"], source.statistics["action"], source.names)
-        found += check_meaning(self.sources) + check_rates(self.sources)
+        found += check_meaning(self.sources) + check_rates(self.sources) + check_shared(self.sources)
         found += check_units_of_one_robot(self.sources, self.config.proprio_dim is not None)
         if not torch.cuda.is_available() and (reason := emulated("cpu", torch.bfloat16)):
             found += [f"--precision bf16: {reason}."] if computing_precision(self.options) == "bf16" else []
