@@ -193,11 +193,14 @@ def read_samples(image: Any, instruction: Any) -> tuple[bool, list[Any], list[An
     single = isinstance(instruction, str)
     instructions = [instruction] if single else instruction
     if not isinstance(instructions, (list, tuple)) or not instructions:
-        raise ValueError(f"instruction must be a string or a list of strings, got {instruction!r}.")
+        raise ValueError(
+            f"instruction must be a string or a list of at least one, got {instruction!r:.100}. The image comes first."
+        )
     images = as_image_list(image)
     single = single and not is_image_list(image)
     if len(images) != len(instructions):
-        raise ValueError(f"{len(images)} image(s) for {len(instructions)} instruction(s): give one for each.")
+        cameras = " Those of several cameras are {camera: image}, one sample." if len(instructions) == 1 else ""
+        raise ValueError(f"{len(images)} image(s) for {len(instructions)} instruction(s): give one for each.{cameras}")
     return single, images, list(instructions)
 
 

@@ -169,7 +169,7 @@ def choose_tasks(environment: Environment, tasks: str) -> tuple[str, ...]:
     """
     chosen: dict[str, None] = {}
     for name in filter(None, (part.strip() for part in tasks.split(","))):
-        check_choice("task", name, [*environment.task_sets, *environment.tasks])
+        check_choice("tasks", name, [*environment.task_sets, *environment.tasks])
         chosen |= dict.fromkeys(environment.task_sets.get(name, (name,)))
     if not chosen:
         raise ValueError(f"tasks={tasks!r} names no task. Sets of tasks: {', '.join(environment.task_sets)}.")
