@@ -406,7 +406,7 @@ class OpenVLAForActionPrediction(ActionVocabulary, OpenVLAGeneration, OpenVLAPre
 
         # 3. Towers, projector, language model, head
         with evaluation_mode(self), one_type(self):
-            choice = Choice(bool(constrained), sampling, generator, guesses, bool(return_distributions))
+            choice = Choice(constrained in (None, True), sampling, generator, guesses, bool(return_distributions))
             found = self.action_head.actions(self, inputs, shape, choice)
 
         # 4. Units

@@ -234,7 +234,7 @@ class OpenVLAPolicy(Policy):
         if head.takes_drafts and not sampled and (self.drafts or (self.drafts is None and self._is_exact())):
             more.setdefault("draft", [self._draft(observation) for observation in observations])
         if self.decoding == "mean":
-            if sampled or not more.get("constrained", True):
+            if sampled or more.get("constrained") not in (None, True):
                 asked_for = "do_sample=True" if sampled else "constrained=False"
                 raise ValueError(
                     f"{asked_for} with decoding='mean': a mean is of all action tokens, and nothing is drawn; leave "

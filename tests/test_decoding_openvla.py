@@ -242,6 +242,7 @@ def test_threads_predict_what_one_thread_does():
 @pytest.mark.parametrize(
     "options",
     [
+        {"constrained": None},
         {"use_cache": True},
         {"use_cache": False},
         {"max_new_tokens": 7},
