@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from .checks import whole
+from .messages import decode
 
 
 logger = logging.getLogger(__name__)
@@ -168,6 +169,7 @@ def digest(observation: Any) -> str:
         elif value is None or isinstance(value, (bool, int, float)):
             add("number", repr(value).encode())
         elif hasattr(value, "tobytes"):
+            decode(value)
             add(f"{type(value).__name__} {getattr(value, 'size', '')}", value.tobytes())
         else:
             add("other", type(value).__qualname__.encode())
