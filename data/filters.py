@@ -70,7 +70,8 @@ def apply_filters(
 def removal_report(removed: Mapping[str, Mapping[str, int]]) -> str:
     """One line for each filter."""
     return "\n".join(
-        f"{name}: removed {counts.get('steps', 0)} steps, of these {counts.get('episodes', 0)} complete episodes"
+        f"{name}: removed {counts.get('steps', 0)} steps"
+        + (f", of these {counts['episodes']} complete episodes" if counts.get("episodes") else "")
         for name, counts in removed.items()
     )
 

@@ -116,7 +116,7 @@ def test_filters_count_what_they_remove():
     assert removed == {"unlabeled": {"steps": 3, "episodes": 1}, "no-ops": {"steps": 1}}
     assert removal_report(removed).splitlines() == [
         "unlabeled: removed 3 steps, of these 1 complete episodes",
-        "no-ops: removed 1 steps, of these 0 complete episodes",
+        "no-ops: removed 1 steps",
     ]
     assert [int(kept[2].images["image"][step][0, 0, 0]) for step in range(2)] == [0, 2]
     assert keep_nonzero(episode(paused)).tolist() == [True, False, True]

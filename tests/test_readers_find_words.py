@@ -258,7 +258,7 @@ def test_keys_at_every_door(tmp_path, monkeypatch):
     # What the runs need is not counted: half a second each
     monkeypatch.setattr("openvla.training.plan.estimate", lambda *_, **__: SimpleNamespace(describe=lambda: ""))
     plan = plan_run(FinetuneOptions(dataset=str(path), **same, **given))
-    assert "2 episodes, 12 steps" in plan and "unlabeled: removed 0 steps" in plan
+    assert "2 episodes, 12 steps" in plan and "unlabeled: removed 0 steps\n" in plan
     run = ["finetune", "--dataset", str(path), "--dry-run", *(f"--{key}={value}" for key, value in same.items())]
     out = CliRunner().invoke(app, [*run, *flags])
     assert out.exit_code == 0 and "2 episodes, 12 steps" in out.output
