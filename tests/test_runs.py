@@ -430,6 +430,16 @@ def test_a_checkpoint_of_another_run_is_not_continued(dataset, tmp_path):
     assert plan_run(replace(longer, steps=1), resume=True).startswith("finished  at step 1: only the result of ")
 
 
+@pytest.mark.parametrize(
+    "change", [{"data_digests": []}, {"mixture": {"mine": 1}}, {"rank": [1]}, {"rank": None}], ids=str
+)
+def test_what_no_run_writes_down(change, tmp_path):
+    """It was a traceback."""
+    (tmp_path / "finetune.json").write_text(json.dumps(change))
+    with pytest.raises(ValueError, match=f"says {next(iter(change))}=.*, which no run writes: the file was edited"):
+        begun.read_begun(tmp_path)
+
+
 def test_weights_that_do_not_learn_are_those_that_the_run_began_with(dataset, tmp_path):
     """The checkpoint's count, and whatever stood there was trained on."""
     finetune(options(tmp_path / "run", dataset))

@@ -77,6 +77,24 @@ def data_bytes(options: FinetuneOptions) -> list[int]:
     return [sum(file.stat().st_size for file in of_dataset if file.is_file()) for of_dataset in files]
 
 
+def read_begun(output: Path) -> dict[str, Any]:
+    """What a run was begun with. Raises a `ValueError` for what is read here and no run writes: somebody edited it.
+    Options that are only compared may be anything."""
+    before, _ = read_settings(output / STARTED)
+    entries = before.get("mixture", {})
+    good = {
+        "data_digests": isinstance(before.get("data_digests", {}), dict),
+        "mixture": isinstance(entries, dict) and all(isinstance(entry, dict) for entry in entries.values()),
+        "rank": isinstance(before.get("rank", 0), int),
+    }
+    if wrong := [name for name in good if not good[name]]:
+        raise ValueError(
+            f"'{output / STARTED}' says {wrong[0]}={before[wrong[0]]!r:.100}, which no run writes: the file was "
+            "edited. Put back what stood there, or choose another output folder."
+        )
+    return before
+
+
 def check_begun(run: Run, now: Mapping[str, Any], checkpoint: Path | None) -> None:
     """Whether a run continues with the options and data that it was begun with.
 
@@ -87,7 +105,7 @@ def check_begun(run: Run, now: Mapping[str, Any], checkpoint: Path | None) -> No
         ValueError: Names the options, datasets and statistics that have changed.
     """
     options, output = run.options, Path(run.options.output)
-    before, _ = read_settings(output / STARTED)
+    before = read_begun(output)
     # Earlier versions left it to the head: only chunks of tokens ended with standstill.
     stood = run.shape[0] > 1 and not run.head.wants_actions
     unsaid = {"chunk_end": "still" if stood else options.chunk_end}
