@@ -618,9 +618,11 @@ def test_a_client_that_nobody_holds_any_more_is_closed(scheme):
     with Scripted().running() as scripted:
         for _ in range(3):
             client = connect(scripted.url(scheme))
-            client.act(IMAGE, "go")
-        threads = [thread for thread in threading.enumerate() if thread.name == "openvla-client"]
-        del client
+            guard = client.guard(hz=10, fallback="raise", wait=30, max_age=60)
+            assert guard.step({"images": IMAGE, "instruction": "go"}).source == "answer"
+        names = ("openvla-client", "openvla-guard")
+        threads = [thread for thread in threading.enumerate() if thread.name in names]
+        del client, guard
         gc.collect()
         for thread in threads:
             thread.join(60)

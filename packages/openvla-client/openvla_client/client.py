@@ -122,8 +122,6 @@ class Client:
         own = secrets.token_hex(4)  # guards that share a client are robots of their own
 
         def answer(ask: Ask) -> Any:
-            # What comes later than that could not act any more.
-            timeout = guard.stalled_after + (chunk - 1) * guard.period
             session = f"{self.session}-{own}-{ask.epoch}"
             if not isinstance(ask.observation, Mapping):
                 given = type(ask.observation).__name__
@@ -135,12 +133,15 @@ class Client:
                     f"unnorm_key={other!r}: this guard is of {key!r}; client.guard({other!r}) makes another."
                 )
             seen = {"committed": ask.committed, **ask.observation, "unnorm_key": key, "session": session}
-            found = self.act(**seen, step=ask.step, timeout=timeout)
+            found = self.act(**seen, step=ask.step, timeout=patience)
             if self.info != info:  # its numbers may have the same names and other units
                 raise BadAnswer("The server was started again with another model: make another guard for it.")
             return found.actions
 
-        guard = Guard(ThreadTransport(answer, lambda: self._client.connections), **options)
+        transport = ThreadTransport(answer, lambda: self._client.connections)
+        guard = Guard(transport, **options)
+        patience = guard.stalled_after + (chunk - 1) * guard.period  # what comes later could not act any more
+        weakref.finalize(guard, transport.close).atexit = False  # or its thread would hold this client for ever
         return guard
 
     def reset(self) -> None:
