@@ -333,7 +333,7 @@ def _from_version_0(settings: Mapping[str, Any]) -> dict[str, Any]:
     simulator stood among the others; whether images were cropped was `center_crop`, see `check_older_pixels`."""
     known = {item.name for item in fields(EvaluateOptions)} | {"digests", "center_crop"}
     renamed = {"axis" if name == "variations" else name: value for name, value in settings.items()}
-    renamed = {name: value.replace(", ", ",") if name == "axis" else value for name, value in renamed.items()}
+    renamed = {name: str(value).replace(", ", ",") if name == "axis" else value for name, value in renamed.items()}
     own = {name: value for name, value in renamed.items() if name in known}
     more = {name: value for name, value in renamed.items() if name not in known}
     return {"center_crop": None, **own, **({"env_options": more} if more else {})}

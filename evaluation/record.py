@@ -207,7 +207,7 @@ def published(options: RecordOptions) -> dict[str, Any]:
 def _check_same(content: dict[str, Any], found: Any, folder: Path) -> None:
     if not isinstance(found, dict):
         raise ValueError(f"{folder} says options={found!r:.100}, which no recording writes: give another output.")
-    if found.get("student") is not None and "student_weights" not in found:  # recorded when paths were written down
+    if isinstance(found.get("student"), str) and "student_weights" not in found:  # paths were written down
         found = {**found, "student": published_name(found["student"])}
     if "student_config" not in found:  # older versions wrote down no more of a student than its weights
         found = {**{name: value for name, value in content.items() if name.startswith("student_")}, **found}

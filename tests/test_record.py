@@ -721,3 +721,9 @@ def test_a_student_of_several_datasets_acts_in_units_of_one(tmp_path, monkeypatc
     assert loaded == ["mine", "theirs"]
     with pytest.raises(ValueError, match="unnorm_key='mine': of a student"):
         options(tmp_path, unnorm_key="mine")
+
+
+def test_options_of_a_recording_that_were_edited(tmp_path):
+    """A student that is no text was a traceback."""
+    with pytest.raises(ValueError, match="recorded with other options: student 5, not None"):
+        record_module._check_same({"student": None}, {"student": 5}, tmp_path)

@@ -136,3 +136,9 @@ def test_settings_of_a_later_version_are_refused(tmp_path):
     (tmp_path / "evaluation.json").write_text('{"format_version": 99}')
     with pytest.raises(ValueError, match="evaluation.json' has format_version 99.* update it"):
         earlier_settings(tmp_path, {}, "mine")
+
+
+def test_variations_of_an_older_evaluation_that_are_no_text(tmp_path):
+    (tmp_path / "evaluation.json").write_text(json.dumps({"variations": 5}))
+    with pytest.raises(ValueError, match="holds another evaluation: .*axis was '5'"):
+        earlier_settings(tmp_path, {"digests": {}}, "embedded policy")
