@@ -231,19 +231,19 @@ def test_a_type_in_which_most_updates_are_lost(tmp_path):
     (warning,) = check_dtype(options(tmp_path, strategy="full", dtype="bfloat16"))
     assert "an update of the learning rate (2e-05) is lost in weights above 0.005" in warning
     run = prepare(options(tmp_path, dtype="float16"), data=dataset(episode()))
-    assert any(text.startswith("dtype=float16: ") for text in run.warnings)
+    assert any(text.startswith("--dtype float16: ") for text in run.warnings)
 
 
 @pytest.mark.parametrize("warmup", [9, 10])
 def test_a_warmup_that_is_longer_than_the_run(tmp_path, warmup):
     run = prepare(options(tmp_path, steps=10, warmup_steps=warmup), data=dataset(episode()))
-    assert any("does not come to 2e-05" in text for text in run.warnings) is (warmup == 10)
+    assert any(text.startswith(f"--warmup-steps {warmup} of --steps 10: ") for text in run.warnings) is (warmup == 10)
 
 
 def test_what_is_logged_of_a_base_in_4_bits(tmp_path):
     for strategy in ("lora", "qlora"):
         run = prepare(options(tmp_path, strategy=strategy), data=dataset(episode()))
-        said = any(text.startswith("strategy=qlora: the log is of the base in 4 bits") for text in run.warnings)
+        said = any(text.startswith("--strategy qlora: the log is of the base in 4 bits") for text in run.warnings)
         assert said is (strategy == "qlora")
 
 
@@ -251,7 +251,7 @@ def test_a_learning_rate_of_zero(tmp_path):
     """The result has the weights of the model and the units of the data."""
     for rate in (0.0, 1e-3):
         run = prepare(options(tmp_path, learning_rate=rate), data=dataset(episode()))
-        assert any(text.startswith("learning_rate=0: nothing is learned") for text in run.warnings) is (rate == 0)
+        assert any(text.startswith("--learning-rate 0: nothing is learned") for text in run.warnings) is (rate == 0)
 
 
 def test_the_name_of_a_list(tmp_path):

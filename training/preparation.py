@@ -128,18 +128,18 @@ class Run:
             found += [f"--optimizer muon: {reason}, as it does."] if self.options.optimizer == "muon" else []
         if self.options.strategy == "qlora":
             found.append(
-                "strategy=qlora: the log is of the base in 4 bits, on which the adapter learns; loaded or merged it "
+                "--strategy qlora: the log is of the base in 4 bits, on which the adapter learns; loaded or merged it "
                 "acts on the base as stored, and its actions are others. Measure these (openvla evaluate), or let it "
                 "act on 4 bits as well (--quantization bnb-nf4)."
             )
         if learning_rate(self.options) == 0:
             found.append(
-                "learning_rate=0: nothing is learned, and the result acts as the model that it began with, in the "
+                "--learning-rate 0: nothing is learned, and the result acts as the model that it began with, in the "
                 "units of this data."
             )
         if (warmup := self.options.warmup_steps) >= self.options.steps:
             found.append(
-                f"warmup_steps={warmup}, and the run has steps={self.options.steps}: the learning rate rises in all of "
+                f"--warmup-steps {warmup} of --steps {self.options.steps}: the learning rate rises in all of "
                 f"them and does not come to {learning_rate(self.options):g}."
             )
         return found + check_images(self.processor, self.config) + check_dtype(self.options)
@@ -264,9 +264,9 @@ def check_dtype(options: FinetuneOptions) -> list[str]:
         return []
     rate, smallest = learning_rate(options), torch.finfo(getattr(torch, options.dtype)).eps / 2
     return [
-        f"dtype={options.dtype}: what learns is kept in it, where an update of the learning rate ({rate:g}) is lost in "
-        f"weights above {rate / smallest:.1g}, and a smaller one in more of them. Leave dtype out: then they are "
-        "float32, and computed with in bfloat16 all the same (precision=bf16)."
+        f"--dtype {options.dtype}: what learns is kept in it, where an update of the learning rate ({rate:g}) is lost "
+        f"in weights above {rate / smallest:.1g}, and a smaller one in more of them. Leave --dtype out: then they are "
+        "float32, and computed with in bfloat16 all the same (--precision bf16)."
     ]
 
 
