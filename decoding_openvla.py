@@ -1,7 +1,8 @@
 """Token decoding: functions over one step object, which computes the next logits however it likes.
 
-Plain decoding reads one token after the other. With a draft, guesses of the tokens to come, several are read in one
-pass, and what the model would have chosen itself says which of them were right: the tokens are those of plain decoding.
+Greedy decoding reads one token after the other. With a draft, guesses of the tokens to come, several are read in one
+pass, and what the model would have chosen itself says which of them were right (speculative decoding, without a draft
+model): the tokens are those of greedy decoding.
 
 Shapes: `batch` samples, `length` tokens and patches of a prompt, `hidden` width of the language model, `tokens` those
 that may be chosen.
@@ -75,7 +76,7 @@ class Steps:
         raise NotImplementedError
 
     def answer(self, num_tokens: int, first: int) -> torch.Tensor:
-        """Logits of a whole answer, of which each token is the most probable one.
+        """Greedy decoding: logits (batch, num_tokens, tokens) of an answer whose tokens are the most probable ones.
 
         Args:
             first: Id of the first token that may be chosen.

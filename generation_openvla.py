@@ -109,8 +109,8 @@ class OpenVLAGeneration(GenerationMixin):
         written against the published code, which did not look at them there, gives them beside every token.
 
         Args:
-            must_be: They are those of a prompt that begins in the cache: without placeholders in the rest of it they
-                are there.
+            must_be: `generate` continues a prompt whose first tokens are in the cache. Unless placeholders follow, its
+                image has to be there as well: it comes right after the first token.
 
         Raises:
             ValueError: If the cache holds other images, or, where it must, none.

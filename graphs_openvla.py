@@ -25,7 +25,7 @@ from torch import nn
 
 from .compiled_openvla import CompiledSteps, compiling, why_not_compiled
 from .decoding_openvla import EagerSteps, Prefix, Steps, are_finite
-from .inputs_openvla import ModelInputs, place_actions
+from .inputs_openvla import ModelInputs, place_actions, place_patches
 from .llama_openvla import LlamaSteps, cache_shape, has_hooks, is_plain_llama, open_steps, pool_of
 from .modules_openvla import between_predictions, modules_of
 from .parallel_graphs_openvla import RecordedSequence, SequenceGraph
@@ -165,7 +165,8 @@ class Prepared:
     warned: bool = False
 
     def find(self, model: Any, batch: int, length: int, num_tokens: int, token_range: TokenRange | None) -> Any:
-        """Those for prompts of at most `length`; None where there are none that are up to date, and under autocast."""
+        """The smallest that prompts of `length` fit into; None where there are none that are up to date, and under
+        autocast."""
         fits = [
             graphs for graphs in self.graphs
             if graphs.batch == batch and graphs.num_tokens == num_tokens and graphs.length >= length
@@ -184,27 +185,28 @@ class Prepared:
         return min(fits, key=lambda graphs: graphs.length)
 
 
-_SLOW: ContextVar[str] = ContextVar("slow", default="")
+# Which steps predictions of this thread take: "graphs" where there are some, "own" (`open_steps`), or "library".
+_STEPS: ContextVar[str] = ContextVar("steps", default="graphs")
 
 
 @contextmanager
-def _slow(way: str) -> Iterator[None]:
-    before = _SLOW.set(way)
+def _with_steps(kind: str) -> Iterator[None]:
+    before = _STEPS.set(kind)
     try:
         yield
     finally:
-        _SLOW.reset(before)
+        _STEPS.reset(before)
 
 
 def plain_decoding() -> AbstractContextManager[None]:
     """Predictions of this thread by the library's own steps, one token after the other, drafts or not: what faster ones
     are compared with."""
-    return _slow("plain")
+    return _with_steps("library")
 
 
 def without_graphs() -> AbstractContextManager[None]:
     """Predictions of this thread as without `prepare_for_inference`."""
-    return _slow("own")
+    return _with_steps("own")
 
 
 _PREPARED: WeakKeyDictionary[nn.Module, Prepared] = WeakKeyDictionary()
@@ -213,7 +215,11 @@ _PREPARED: WeakKeyDictionary[nn.Module, Prepared] = WeakKeyDictionary()
 def order_weights(model: Any, own: int = 0, learns: bool = False) -> None:
     """Store the weights that every prediction multiplies with in the order that is fastest where they are now, or in
     that of a model that learns: see `order_weight`. Those that have another use stay as they are, tables of tokens, and
-    those that another thread may be reading."""
+    those that another thread may be reading.
+
+    Args:
+        own: Predictions of `model` that the caller itself is in, see `between_predictions`.
+    """
     modules, table = modules_of(model).below, model.get_output_embeddings()
     uses = Counter(id(one) for module in modules for one in module._parameters.values() if one is not None)
     for module in modules:
@@ -381,12 +387,12 @@ def open_prediction(
         decided: Tokens of each sample that are not to be decoded any more.
     """
     count = num_tokens - (len(decided[0]) if decided else 0)
-    layout = model.prompt_layout(inputs, num_tokens, decided)
-    if _SLOW.get() == "plain":
+    layout = place_patches(inputs.prompts, model.config, model.num_patches, num_tokens, decided)
+    if _STEPS.get() == "library":
         prefix = model.prefix(inputs, layout)
         yield EagerSteps(model.language_model, prefix, count, token_range), prefix.finite
         return
-    prepared = None if _SLOW.get() else _PREPARED.get(model)
+    prepared = _PREPARED.get(model) if _STEPS.get() == "graphs" else None
     batch, length = layout.input_ids.shape
     found = None if prepared is None else prepared.find(model, batch, length, count, token_range)
     if found is not None:
@@ -403,7 +409,7 @@ def open_sequence(
     model: Any, inputs: ModelInputs, num_actions: int, decided: Sequence[Sequence[int]] = ()
 ) -> ActionSequence | RecordedSequence:
     """The sequence of a head that predicts in one pass; see `OpenVLAForActionPrediction.action_sequence`."""
-    prepared = None if _SLOW.get() or any(decided) else _PREPARED.get(model)
+    prepared = _PREPARED.get(model) if _STEPS.get() == "graphs" and not any(decided) else None
     if prepared is not None:
         placed = place_actions(inputs.prompts, model.config, model.num_patches, num_actions)
         batch, length = placed[0].shape

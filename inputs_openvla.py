@@ -300,13 +300,13 @@ class PromptLayout:
     input_ids: (batch, length) with placeholders where patches stand, rows padded on the left.
     attention_mask: (batch, length), 0 marks padding; None without any.
     patches: (batch, num_patches) int64, positions of the placeholders.
-    together: The first of them, if they stand side by side, and at the same place in every row.
+    first_patch: Position of the first, where they are side by side and at the same place in every row; None elsewhere.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor | None
     patches: np.ndarray
-    together: int | None = None
+    first_patch: int | None = None
 
 
 def place_patches(

@@ -27,12 +27,12 @@ from .decoding_openvla import EagerSteps, Prefix, Steps, check_rows
 from .products_openvla import LINEAR, Product, fits, product_for
 
 
-PLACES = 64  # caches have a multiple of so many, to serve prompts of several lengths
-KEPT = 4  # caches of a model that wait for the next prediction: one for each thread that predicts
+LENGTH_STEP = 64  # caches have a multiple of so many positions, to serve prompts of several lengths
+MOST_IDLE = 4  # caches of a model that wait for the next prediction: one for each thread that predicts
 
 
 class CachePool:
-    """Key/value caches of one language model, (layers, 2, batch, heads, places, head_dim).
+    """Key/value caches of one language model, (layers, 2, batch, key/value heads, positions, head_dim).
 
     Each serves one prediction at a time, and any that is not larger. They hold nothing of the weights, so that nothing
     but their type and device can be out of date.
@@ -62,7 +62,7 @@ class CachePool:
 
     def give_back(self, cache: torch.Tensor) -> None:
         with self._lock:
-            self._free = [*self._free, cache][-KEPT:]
+            self._free = [*self._free, cache][-MOST_IDLE:]
 
 
 _POOLS: WeakKeyDictionary[nn.Module, CachePool] = WeakKeyDictionary()
@@ -77,9 +77,9 @@ def pool_of(language_model: nn.Module) -> CachePool:
 
 def cache_shape(language_model: Any, batch: int, length: int) -> tuple[int, ...]:
     """Of a cache for `length` positions, see `CachePool`."""
-    config, places = language_model.config, -(-length // PLACES) * PLACES
+    config, positions = language_model.config, -(-length // LENGTH_STEP) * LENGTH_STEP
     head_dim = language_model.model.layers[0].self_attn.head_dim
-    return (config.num_hidden_layers, 2, batch, config.num_key_value_heads, places, head_dim)
+    return (config.num_hidden_layers, 2, batch, config.num_key_value_heads, positions, head_dim)
 
 
 @contextmanager

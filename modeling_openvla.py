@@ -33,7 +33,6 @@ from .inputs_openvla import (
     check_pixel_values,
     check_prompts,
     place_actions,
-    place_patches,
     process_raw,
     read_committed,
     read_draft,
@@ -131,6 +130,7 @@ class OpenVLAForActionPrediction(ActionVocabulary, OpenVLAGeneration, OpenVLAPre
         self, pixel_values: torch.Tensor, proprio: torch.Tensor | None, condition: torch.Tensor | None = None
     ) -> torch.Tensor:
         """(batch, num_patches, hidden) of images and, where the model sees it, the state (batch, proprio_dim)."""
+        # Only models with FiLM give a second argument: encode_images(pixel_values) is what others replace.
         features = self.encode_images(pixel_values, *([] if condition is None else [condition]))
         expected = None if self.config.proprio_dim is None else (len(features), self.config.proprio_dim)
         found = None if proprio is None else tuple(proprio.shape)
@@ -424,15 +424,9 @@ class OpenVLAForActionPrediction(ActionVocabulary, OpenVLAGeneration, OpenVLAPre
             predicted = {name: value[0] for name, value in predicted.items()}
         return ActionPrediction(**predicted) if return_dict else predicted["actions"]
 
-    def prompt_layout(
-        self, inputs: ModelInputs, num_tokens: int, answers: Sequence[Sequence[int]] = ()
-    ) -> PromptLayout:
-        """Prompts before the rest of `num_tokens` tokens; `answers` are those of each sample that are decided."""
-        return place_patches(inputs.prompts, self.config, self.num_patches, num_tokens, answers)
-
     def prefix(self, inputs: ModelInputs, layout: PromptLayout) -> Prefix:
         """What the language model reads before it acts. Nothing that is on the device is waited for."""
-        device, mask, first = self.device, layout.attention_mask, layout.together
+        device, mask, first = self.device, layout.attention_mask, layout.first_patch
         embeds = self.get_input_embeddings()(layout.input_ids.to(device, non_blocking=True))
         mask = None if mask is None else mask.to(embeds.device, non_blocking=True)
         with stage("vision"):

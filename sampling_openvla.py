@@ -73,7 +73,7 @@ INSTEAD = {
 
 
 def read_sampling(
-    action_dim: int,
+    num_tokens: int,
     keywords: Iterable[str],
     device: torch.device,
     /,  # `options` may have these names as well
@@ -89,6 +89,7 @@ def read_sampling(
     """Options of `generate`, as scripts written against the original pass them; None for the most probable tokens.
 
     Args:
+        num_tokens: Of an answer: those of all steps of a chunk.
         keywords: Those of `predict_action`, for the hint at a misspelt one.
         device: Of the model, which a generator has to be on.
         generation_config: Its fields are taken where no keyword says otherwise.
@@ -113,10 +114,10 @@ def read_sampling(
         if name not in known:
             raise ValueError(f"predict_action does not know {name}={value!r:.100}.{closest(name, {*keywords, *known})}")
         if name in ("max_new_tokens", "min_new_tokens") and not (
-            value is None or isinstance(value, int) and value == action_dim
+            value is None or isinstance(value, int) and value == num_tokens
         ):
             raise ValueError(
-                f"{name}={value!r:.100}: an action of these statistics has {action_dim} tokens, leave it out."
+                f"{name}={value!r:.100}: an action of these statistics has {num_tokens} tokens, leave it out."
             )
         if name.startswith("_") or name in (*WITHOUT_EFFECT, "max_new_tokens", "min_new_tokens"):
             continue

@@ -10,7 +10,7 @@ import torch
 from ..decoding_openvla import EagerSteps
 from ..device import synchronize
 from ..graphs_openvla import plain_decoding, without_graphs
-from ..inputs_openvla import ModelInputs, check_prompts, read_state
+from ..inputs_openvla import ModelInputs, check_prompts, place_patches, read_state
 from ..options.benchmark import BenchOptions
 from .clock import QUANTILES, described, headline, quantiles
 from .subject import frames_of, open_subject, prepare
@@ -109,7 +109,7 @@ def gap(model: Any, inputs: dict[str, Any], tokens: np.ndarray, other: int, key:
     mode = model.normalization.get(key, "bounds_q99")
     state = read_state(inputs.get("state"), model.config, model.norm_stats, [key], [mode], model.constant_state)
     given = ModelInputs(prompts, inputs["pixel_values"], state)
-    prefix = model.prefix(given, model.prompt_layout(given, len(tokens)))
+    prefix = model.prefix(given, place_patches(given.prompts, model.config, model.num_patches, len(tokens)))
     steps = EagerSteps(model.language_model, prefix, len(tokens), (0, None))
     logits = steps.prefill()
     for number, token in enumerate(tokens[:-1].tolist()):

@@ -339,14 +339,14 @@ def test_a_cache_is_free_again_after_an_error(model, monkeypatch):
 def test_steps_read_again_from_an_earlier_place(model):
     """Logits of tokens read together, and of tokens read once more behind others, are those of single steps."""
     inputs = small_inputs()
-    from openvla.inputs_openvla import ModelInputs, check_prompts
+    from openvla.inputs_openvla import ModelInputs, check_prompts, place_patches
     from openvla.llama_openvla import open_steps
 
     rows = check_prompts(inputs["input_ids"], inputs["attention_mask"], model.config, model.num_patches)
     rows[0] = rows[0][:-2]  # padded
     with torch.inference_mode():
         given = ModelInputs(rows, inputs["pixel_values"])
-        prefix = model.prefix(given, model.prompt_layout(given, 5))
+        prefix = model.prefix(given, place_patches(given.prompts, model.config, model.num_patches, 5))
         tokens = torch.randint(100, 300, (2, 4))
         eager = EagerSteps(model.language_model, prefix, 5, (0, None))
         expected = [eager.prefill(), *(eager.step(tokens[:, n : n + 1], n) for n in range(4))]
