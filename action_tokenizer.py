@@ -8,7 +8,7 @@ vectorized; arrays stay numpy, tensors stay on their device.
 import copy
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,9 @@ class ActionTokenizer:
         tokenizer: A tokenizer, whose `vocab_size` (added tokens not counted) ends the action tokens, or that number.
         bins: Number of bin edges, equal to the number of action tokens.
         min_action, max_action: Range of a normalized action; values outside are clipped to it.
+
+    Raises:
+        ValueError: If the vocabulary has fewer than `bins` tokens, or the range is empty.
     """
 
     def __init__(self, tokenizer, bins: int = 256, min_action: float = -1.0, max_action: float = 1.0):
@@ -282,6 +285,9 @@ def get_action_stats(
 
     Args:
         checked: Copies of the entries that were checked before, filled here: equal ones are not checked again.
+
+    Raises:
+        ValueError, KeyError: As `resolve_unnorm_key`, and as `check_statistics` for this dataset.
     """
     if norm_stats is not None and not isinstance(norm_stats, Mapping):
         check_statistics(norm_stats)
@@ -302,9 +308,14 @@ def _equal(entry: Any, other: Any) -> bool:
         return False
 
 
+def _count_dims(stats: Mapping[str, Any]) -> int:
+    """Dimensions that statistics are of, 0 where they hold no number."""
+    return len(next((stats[name] for name in ("q01", "mean", "min") if name in stats), ()))
+
+
 def _mask(stats: Mapping[str, Any], dims: int) -> np.ndarray:
-    """Which dimensions are scaled (absent: all), after a check that the statistics have as many."""
-    known = len(next(iter(stats[name] for name in ("q01", "mean", "min") if name in stats)))
+    """(dims,) bool, which dimensions are scaled (absent: all), after a check that the statistics have as many."""
+    known = _count_dims(stats)
     if known != dims:
         raise ValueError(f"Actions have {dims} dimensions, their statistics {known}: wrong unnorm_key?")
     mask = stats.get("mask")
@@ -326,12 +337,12 @@ def unnormalize_actions(
         (..., A) float64.
 
     Raises:
-        ValueError: If an action is not finite, or has another number of dimensions than the statistics.
+        ValueError: If an action is not finite, or as `normalize_actions`; "normal" is not known here.
     """
     actions = np.asarray(actions, dtype=np.float64)
     if not np.isfinite(actions).all():
         raise ValueError("Normalized actions are not finite (NaN or infinity): there is no motion for them.")
-    low, high = (np.asarray(stats[name], dtype=np.float64) for name in _scale("unnormalize", stats, mode))
+    low, high = _scale(stats, mode, BOUNDED)
     mask = _mask(stats, actions.shape[-1])
     return np.where(mask, 0.5 * (actions + 1) * (high - low + margin) + low, actions)
 
@@ -339,17 +350,23 @@ def unnormalize_actions(
 NORMALIZATIONS = {"normal": ("mean", "std"), "bounds": ("min", "max"), "bounds_q99": ("q01", "q99")}
 
 
-def _scale(verb: str, stats: Mapping[str, Any], mode: str) -> tuple[str, str]:
-    """The two statistics of a mode; a `ValueError` if they are not there."""
-    if mode not in NORMALIZATIONS or (verb == "unnormalize" and mode == "normal"):
-        raise ValueError(f"mode='{mode}' is unknown. Known: {', '.join(NORMALIZATIONS)}.")
+BOUNDED = ("bounds", "bounds_q99")  # modes that give numbers in [-1, 1]: those that models act with
+
+
+def _scale(
+    stats: Mapping[str, Any], mode: str, known: Collection[str] = tuple(NORMALIZATIONS)
+) -> tuple[np.ndarray, np.ndarray]:
+    """The two statistics of a mode, (A,) float64 each; a `ValueError` if it is not `known`, or they are not there."""
+    if mode not in known:
+        raise ValueError(f"mode='{mode}' is unknown. Known: {', '.join(known)}.")
     missing = [name for name in NORMALIZATIONS[mode] if stats.get(name) is None]
     if missing:
         raise ValueError(
             f"The statistics have no {' and no '.join(missing)}, which normalization='{mode}' needs: take the "
             "dataset_statistics.json of the training, or recompute them (`openvla stats`)."
         )
-    return NORMALIZATIONS[mode]
+    first, second = (np.asarray(stats[name], dtype=np.float64) for name in NORMALIZATIONS[mode])
+    return first, second
 
 
 def normalize_actions(
@@ -364,14 +381,17 @@ def normalize_actions(
     Args:
         actions: (..., A) actions (or states) in the units of the dataset.
         stats: `"action"` (or `"proprio"`) entry of a dataset's statistics.
-        constant: `"clip"`: dimensions that never change become -1 or 1, as the formula has it, and those that the mask
-            excludes are clipped as well (the evaluation of OpenVLA-OFT).
+        constant: `"zero"`, or `"clip"`: dimensions that never change become -1 or 1, as the formula has it, and those
+            that the mask excludes are clipped as well (the evaluation of OpenVLA-OFT).
 
     Returns:
         (..., A) float64.
+
+    Raises:
+        ValueError: If `mode` is unknown, or the statistics lack what it needs or have other dimensions.
     """
     actions = np.asarray(actions, dtype=np.float64)
-    first, second = (np.asarray(stats[name], dtype=np.float64) for name in _scale("normalize", stats, mode))
+    first, second = _scale(stats, mode)
     mask = _mask(stats, actions.shape[-1])
     if mode == "normal":
         return np.where(mask, (actions - first) / (second + 1e-8), actions)
@@ -390,7 +410,7 @@ def units_of(normalization: Mapping[str, str], norm_stats: Mapping[str, Any], da
     """
     modes = [normalization.get(dataset, "bounds_q99") for dataset in datasets]
     for dataset, mode in zip(datasets, modes):
-        _scale("unnormalize", norm_stats[dataset]["action"], mode)
+        _scale(norm_stats[dataset]["action"], mode, BOUNDED)
     return modes
 
 
@@ -457,7 +477,7 @@ def normalize_state(
     stats = norm_stats[unnorm_key].get("proprio")
     if stats is None:
         raise ValueError(f"The statistics of '{unnorm_key}' have no proprio, so that the state has no units.")
-    if (known := len(next(iter(stats[name] for name in ("q01", "mean", "min") if name in stats), ()))) != len(state):
+    if (known := _count_dims(stats)) != len(state):
         raise ValueError(
             f"The state has {len(state)} numbers, the proprio statistics of '{unnorm_key}' {known}: give those of the "
             "training, or another unnorm_key."

@@ -128,15 +128,15 @@ class OpenVLAImageProcessor(PixelSteps, BaseImageProcessor):
         Raises:
             ValueError: If an image cannot be read, or `kwargs` ask for another thing that the model was trained to see.
         """
-        for name in (*OF_PROCESSOR, *OF_LIBRARY):
-            own, value = getattr(self, name, None), kwargs.get(name)
-            if name in OF_LIBRARY and name not in OF_CALL and value is not None:
-                raise ValueError(f"{name}={value!r}: here it is {OF_LIBRARY[name]}, a field of the image processor.")
-            if name in OF_PROCESSOR and name in kwargs and value != own:
+        for name in OF_PROCESSOR:
+            if name in kwargs and kwargs[name] != (own := getattr(self, name)):
                 raise ValueError(
-                    f"{name}={value!r}: the image processor has {own!r}. What a model was trained to see is no option "
-                    f"of a call: load another one, OpenVLAProcessor.from_pretrained(FOLDER, {name}=...)."
+                    f"{name}={kwargs[name]!r}: the image processor has {own!r}. What a model was trained to see is no "
+                    f"option of a call: load another one, OpenVLAProcessor.from_pretrained(FOLDER, {name}=...)."
                 )
+        for name, field in OF_LIBRARY.items():
+            if name not in OF_CALL and kwargs.get(name) is not None:
+                raise ValueError(f"{name}={kwargs[name]!r}: here it is {field}, a field of the image processor.")
         return BatchFeature(data={"pixel_values": self.normalized(images, **kwargs)}, tensor_type=return_tensors)
 
     def apply_transform(self, img: Image.Image):

@@ -111,7 +111,7 @@ class Robosuite:
             turn = turn_to_faces(self._seen["robot0_eef_quat_site"], self._seen[f"{name}_quat"])
         gripper = world.robots[0].gripper
         held = world._check_grasp(gripper=gripper, object_geoms=self._graspable(world))
-        goal = self._goal(world, target)
+        goal = self._goal(world)
         there = goal is not None and np.linalg.norm((target - goal)[:2]) < GRASPED
         if goal is not None and there and target[2] < goal[2] + CLOSE:  # let go, then away
             return action_towards(hand if held else goal + [0, 0, 2 * ABOVE], hand, opened=True)
@@ -136,7 +136,7 @@ class Robosuite:
         self._worlds.clear()
         self._task = ""
 
-    def _goal(self, world: Any, target: np.ndarray) -> np.ndarray | None:
+    def _goal(self, world: Any) -> np.ndarray | None:
         """(3,) where the centre of the object belongs; None: up, wherever."""
         if self._task == "Lift":
             return None

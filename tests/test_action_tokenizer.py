@@ -127,6 +127,8 @@ def test_normalization_of_the_original(mode):
 def test_unknown_normalization():
     with pytest.raises(ValueError, match="bounds_q99"):
         normalize_actions(np.zeros(4), STATS, "quantiles")
+    with pytest.raises(ValueError, match="'normal' is unknown. Known: bounds, bounds_q99"):
+        unnormalize_actions(np.zeros(4), STATS, "normal")
 
 
 def test_unnorm_keys():
