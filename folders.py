@@ -231,7 +231,8 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield part
         os.replace(part, path)
     except OSError as error:
-        error.filename = error.filename or str(path)
+        if error.errno is not None:  # else its text is all that it says, and a name would take the place of that
+            error.filename = error.filename or str(path)
         raise
     finally:
         part.unlink(missing_ok=True)
