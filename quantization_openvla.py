@@ -26,7 +26,7 @@ LINEARS: dict[int | str, type[QuantizedLinear]] = {8: Int8Linear, 4: Int4Linear,
 METHOD = "openvla"  # `quant_method` of config.json
 BNB = "bitsandbytes"
 KNOWN_METHODS = (METHOD, BNB)
-LEAST_SHARE = 0.5  # of the weights that are to be rounded, below which a model of few bits is so by name
+LEAST_SHARE = 0.5  # of the weights outside of exceptions; a model with fewer rounded is quantized in name only
 # "projector" is part of the names of those of state and noisy actions too.
 NOT_QUANTIZED = [
     "vision_backbone",

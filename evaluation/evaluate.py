@@ -95,6 +95,8 @@ def evaluate(
     acting: Policy | None = None if policy is None or isinstance(policy, str) else policy
     if acting is not None:
         check_own(acting, options)
+
+    # 1. Tasks, rate and units, asked of an environment in this process that renders nothing
     control, device = options.control, torch_device(options.device)
     of_environment = environment_options(options.env, options.environment_options)
     here = make_environment(options.env, **{**of_environment, "render": False})
@@ -118,6 +120,8 @@ def evaluate(
             "Take switch or prefix there.",
             stacklevel=2,
         )
+
+    # 2. Control, films and rendering
     make_control: Any = partial(BlockingControl, options.execute)
     said: dict[str, Any] = {}  # in the report alone: what was decided by default, or by the model
     stands = control == "realtime" and hasattr(here, "standstill")
@@ -140,6 +144,7 @@ def evaluate(
     if of_environment.get("render", renders(here)):
         opengl_backend()
 
+    # 3. What is saved in evaluation.json, and has to be the same when the evaluation is continued
     about = options.content() | {"tasks": tasks, "episodes": options.episodes, "max_steps": max_steps}
     about |= {"model": published_name(options.model), "axis": ",".join(name or "none" for name in variations)}
     about |= {"policy": options.policy if acting is None else repr(acting), "hz": hz if control == "realtime" else None}
@@ -148,6 +153,7 @@ def evaluate(
 
     folder, latency, unnorm_key = Path(options.output).expanduser(), None, options.unnorm_key
     with locked(folder):
+        # 4. The model as files: units, state and cameras fit the environment before weights are read
         digests: dict[str, str] = {}
         stats: dict[str, Any] = {}
         if acting is None and options.policy != "expert":
@@ -182,6 +188,7 @@ def evaluate(
             digests = file_digests(source, weights=options.policy == "model")
         before = earlier_settings(folder, {**about, "digests": digests}, options.model)
 
+        # 5. Who acts, and how late
         if acting is None and options.policy in ("random", "mean"):
             key = resolve_unnorm_key(statistics, unnorm_key)
             acting = reference_policy(options.policy, stats, config.normalization.get(key, "bounds_q99"))
@@ -210,6 +217,7 @@ def evaluate(
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / SETTINGS, with_version({**about, **({"digests": digests} if digests else {})}))
 
+        # 6. Episodes that are not there yet, and the report of all
         jobs = [
             Job(task, episode, EVALUATION_SEEDS[episode], variation)
             for variation, task in varied

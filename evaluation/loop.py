@@ -56,7 +56,7 @@ class Slot:
     instruction: str = ""
     step: int = 0
     seconds: list[float] = field(default_factory=list)  # of each prediction
-    usual: float = 0.0  # of the last one, also of the episode before
+    last_seconds: float = 0.0  # of the last prediction, also of the episode before
     passes: list[float] = field(default_factory=list)  # of the language model in each, where they are counted
     executed: list[np.ndarray] = field(default_factory=list)  # the action of each step
     video: EpisodeVideo | None = None
@@ -161,6 +161,7 @@ def run_episodes(
 
     try:
         while waiting or any(slot.job for slot in slots):
+            # 1. Episodes begin where a slot is free
             begun = []
             for slot in slots:
                 if slot.job is None and waiting:
@@ -180,6 +181,7 @@ def run_episodes(
                 for slot, start in answers(there):
                     slot.control.begin_at(start)
 
+            # 2. One answer of the policy for all that wait for one
             running = [slot for slot in slots if slot.observation is not None]
             due = [slot for slot in running if slot.control.wants_action(slot.step)]
             started = time.perf_counter()
@@ -190,7 +192,7 @@ def run_episodes(
                 seen = []
                 for slot in due:
                     assert slot.observation is not None  # it is running
-                    expected = slot.usual if latency is None else latency
+                    expected = slot.last_seconds if latency is None else latency
                     decided_already = slot.control.committed(slot.step, expected, chunk)
                     about = {"step": slot.step, "slot": slots.index(slot), "committed": decided_already}
                     seen.append(replace(slot.observation, **about))
@@ -202,9 +204,10 @@ def run_episodes(
             elapsed = time.perf_counter() - started
             for slot, action in decided:
                 slot.seconds.append(elapsed)
-                slot.usual = elapsed
+                slot.last_seconds = elapsed
                 slot.control.give(slot.step, np.asarray(action), elapsed if latency is None else latency)
 
+            # 3. Every world makes a step
             stepped = []
             for slot in [slot for slot in running if slot.job is not None]:
                 action = slot.control.action(slot.step)

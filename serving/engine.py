@@ -25,7 +25,7 @@ from .worker import Worker
 logger = logging.getLogger(__name__)
 LATELY = 1.0  # seconds for which it is remembered how many asked at once
 DISTURBED = ("hung", "failing")  # states in which a model that was ready answers nobody
-AGAIN = 5.0  # seconds until it is worth looking whether it does
+AGAIN = 5.0  # seconds from one try of a model in such a state to the next, and until clients shall ask again
 
 
 class Engine:

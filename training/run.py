@@ -121,7 +121,7 @@ def load_model(run: Run, autocast: bool, checkpoint: Path | None = None) -> Any:
 
 def sharding(config: OpenVLAConfig) -> dict[str, Any]:
     """FSDP2 settings: blocks of the language model and of the towers are gathered one at a time; a saved checkpoint is
-    whole. Only accelerators are sharded: on CPUs accelerate silently takes DDP."""
+    complete. Only accelerators are sharded: on CPUs accelerate silently takes DDP."""
     blocks = MODEL_FOR_CAUSAL_LM_MAPPING[type(config.text_config)]._no_split_modules
     return {
         "version": 2,
@@ -183,9 +183,10 @@ def finetune(options: FinetuneOptions, resume: bool = False, data: Any = None) -
         data: Demonstrations as a Python object (see `data.PythonDataset`); `options.dataset` is then only a name, of
             an object that has none.
 
-    For lora and qlora the output folder holds the adapter with the statistics and the processor beside it; see
-    `merge_adapter`. Checkpoints of the run lie in `output/checkpoints`; `curves.png` is drawn where matplotlib is
-    installed. A run that was stopped, however, continues with `resume`; its result appears complete or not at all.
+    Returns:
+        `options.output`. For lora and qlora it holds the adapter with the statistics and the processor beside it; see
+        `merge_adapter`. Checkpoints of the run lie in `output/checkpoints`; `curves.png` is drawn where matplotlib is
+        installed. A run that was stopped in any way continues with `resume`; its result appears complete or not at all.
 
     Raises:
         ValueError: If the dataset holds nothing to train on, the options do not fit together, or options, data or
@@ -215,7 +216,8 @@ def finetune(options: FinetuneOptions, resume: bool = False, data: Any = None) -
 
 
 def train(options: FinetuneOptions, arguments: TrainingArguments, resume: bool, data: Any) -> None:
-    """A run in an output folder that is its own."""
+    """A run in an output folder that no other process works on."""
+    # 1. Data, held-out frames and the checkpoint to continue from, before any weights are read
     output, main = Path(options.output), arguments.process_index == 0
     if main:
         remove_leftovers(output)
@@ -224,14 +226,15 @@ def train(options: FinetuneOptions, arguments: TrainingArguments, resume: bool, 
     with arguments.main_process_first():  # the others find the statistics in the cache
         run = prepare(options, arguments.world_size, data)
     held_out = held_out_frames(run)
-    # Not where it is left to the defaults, and there are too few episodes to hold one out.
+    # By default (None) nothing is missed where there are too few episodes to hold one out.
     asked = options.eval_every or (options.eval_every is None and any(source.held_out for source in run.sources))
-    unheard = bool(asked and options.eval_samples and not held_out)
+    evaluates_nothing = bool(asked and options.eval_samples and not held_out)
     if not held_out:
         arguments.eval_strategy = IntervalStrategy.NO
     # What the model can do before it has learned anything
     arguments.eval_on_start = arguments.eval_strategy is not IntervalStrategy.NO and checkpoint is None
 
+    # 2. The model, and whether it, options and data are those that the run was begun with
     made = what_begins(run, data) if main else {}
     begun = main and (output / STARTED).exists()
     if begun:
@@ -249,7 +252,7 @@ def train(options: FinetuneOptions, arguments: TrainingArguments, resume: bool, 
         tqdm.write(f"{run.describe()}\ntrains    {trainable_parameters(model) / 1e6:.1f}M parameters")
         if scarce:
             tqdm.write(f"warning   {scarce}")
-        if unheard:
+        if evaluates_nothing:
             tqdm.write(
                 "warning   nothing is evaluated: no episode is held out (--held-out), or of those that are the filters "
                 "leave no step"
@@ -259,6 +262,8 @@ def train(options: FinetuneOptions, arguments: TrainingArguments, resume: bool, 
     freeze_unused(model)
     if main and checkpoint is not None:
         check_frozen(checkpoint, model)
+
+    # 3. Training, and its result
     muon = (
         make_muon(model, learning_rate(options), options.weight_decay or 0.0) if options.optimizer == "muon" else None
     )

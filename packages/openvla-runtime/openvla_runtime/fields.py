@@ -62,7 +62,7 @@ def check_fields(content: Mapping[str, Any], expected: Mapping[str, Any] = FIELD
         elif type(value) not in (kinds if isinstance(kinds, tuple) else (kinds,)) or value == []:
             raise TypeError(f"{place}{name} is {value!r:.100}")
     if expected is FIELDS:
-        check_numbers(content)
+        check_counts_and_ids(content)
         if "{instruction}" not in content["prompt_template"]:
             raise TypeError("prompt_template has no place for the {instruction}")
         check_choice("constant_state", content["constant_state"], ("zero", "clip"))
@@ -70,7 +70,7 @@ def check_fields(content: Mapping[str, Any], expected: Mapping[str, Any] = FIELD
         check_choice("dtype", content["dtype"], ("float32", "float16", "int8"))  # decides about drafts
 
 
-def check_numbers(content: Mapping[str, Any]) -> None:
+def check_counts_and_ids(content: Mapping[str, Any]) -> None:
     """Raise a `TypeError` for counts below 1, ids that are of no token, or names of cameras that are no texts."""
     config, text = content["config"], content["config"]["text_config"]
     counts = {name: config[name] for name in ("llm_max_length", "action_vocab_size", "n_action_bins", "action_chunk")}
