@@ -90,8 +90,12 @@ def leave(code: int, patience: float = CLOSING) -> None:
     """
     for thread in threading.enumerate():
         if thread.name == THREAD:
-            thread.join(patience)
-            if thread.is_alive():
+            try:
+                thread.join(patience)
+                computes = thread.is_alive()
+            except KeyboardInterrupt:  # nobody wants to wait; Python 3.11 would call the thread ended now
+                computes = True
+            if computes:
                 logging.shutdown()
                 sys.stdout.flush()
                 sys.stderr.flush()

@@ -612,6 +612,22 @@ def test_closing_ends_calls_that_wait(scheme):
     assert len(found) == 1
 
 
+def test_threads_that_close_a_client_at_once(scheme):
+    """Who came between the end and the last look at what is asked waited for ever."""
+    with Scripted().running() as scripted:
+        for _ in range(8):
+            client = connect(scripted.url(scheme))
+            threads = [threading.Thread(target=client.close, daemon=True) for _ in range(6)]
+            for thread in threads:
+                thread.start()
+            with pytest.raises(NotReached, match="closed"):
+                while True:
+                    client.act(IMAGE, "go")
+            for thread in threads:
+                thread.join(60)
+                assert not thread.is_alive()
+
+
 def test_a_client_that_nobody_holds_any_more_is_closed(scheme):
     """Each kept its thread and its place at the server: after 64 episodes of a program that connects in each of them
     everybody was refused."""

@@ -15,6 +15,7 @@ from contextlib import suppress
 from email.message import Message
 from random import Random
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -386,9 +387,13 @@ def test_a_model_that_still_computes_does_not_abort_the_process(monkeypatch):
     worker.close()
     serving.leave(3, patience=0.01)
     assert codes == [3]
+    with monkeypatch.context() as patch:  # one more Ctrl-C, while it waits
+        patch.setattr(threading.Thread, "join", Mock(side_effect=KeyboardInterrupt))
+        serving.leave(4, patience=60)
+    assert codes == [3, 4]
     returned.set()
-    serving.leave(3, patience=60)
-    assert codes == [3]
+    serving.leave(5, patience=60)
+    assert codes == [3, 4]
 
 
 def test_a_model_that_cannot_be_warmed_up_ends_the_server():

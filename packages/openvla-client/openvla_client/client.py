@@ -46,8 +46,10 @@ class Client:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=_run, args=(self._loop,), name="openvla-client", daemon=True)
         self._thread.start()
-        self._client = self._call(_made(address, settings))
-        weakref.finalize(self, _end, self._loop, self._thread, self._client).atexit = False
+        self._client = AsyncClient(address, settings)
+        self._lock = threading.RLock()  # what other threads ask comes before the end, or is refused
+        self._end = weakref.finalize(self, _end, self._loop, self._thread, self._client)
+        self._end.atexit = False
         _open.add(self)
 
     @property
@@ -149,10 +151,9 @@ class Client:
         self._call(self._client.reset())
 
     def close(self) -> None:
-        if self._loop.is_closed() or not self._thread.is_alive():
-            return
-        self._call(_ended(self._client))
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        with self._lock:
+            if self._end.detach():  # called itself it does nothing at the end of a program
+                _end(self._loop, self._thread, self._client)
         self._thread.join()
 
     def __enter__(self) -> "Client":
@@ -162,13 +163,14 @@ class Client:
         self.close()
 
     def _call(self, work: Coroutine[Any, Any, Result]) -> Result:
-        if self._loop.is_closed():
-            work.close()
-            raise NotReached("This client is closed: connect(url) makes another one.")
-        if not self._thread.is_alive():
+        if not self._thread.is_alive() and self._end.alive:
             work.close()
             raise NotReached("This client is of another process (a fork): connect(url) in this one.")
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        with self._lock:
+            future = asyncio.run_coroutine_threadsafe(work, self._loop) if self._end.alive else None
+        if future is None:
+            work.close()
+            raise NotReached("This client is closed: connect(url) makes another one.")
         try:
             return future.result()
         except CancelledError as error:
@@ -184,8 +186,8 @@ def _run(loop: asyncio.AbstractEventLoop) -> None:
 
 
 def _end(loop: asyncio.AbstractEventLoop, thread: threading.Thread, client: AsyncClient) -> None:
-    """Of a client that nobody holds any more, or its connection would take a place of the server for ever. Waits for
-    nothing: garbage is collected in any thread."""
+    """Of a client that is closed or that nobody holds any more, or its connection would take a place of the server for
+    ever. Waits for nothing: garbage is collected in any thread."""
     if thread.is_alive():
         ended = asyncio.run_coroutine_threadsafe(_ended(client), loop)
         ended.add_done_callback(lambda _: loop.call_soon_threadsafe(loop.stop))
@@ -198,10 +200,6 @@ async def _ended(client: AsyncClient) -> None:
     for task in waiting:
         task.cancel()
     await asyncio.gather(*waiting, return_exceptions=True)
-
-
-async def _made(address: Address, settings: Settings) -> AsyncClient:
-    return AsyncClient(address, settings)
 
 
 def connect(
