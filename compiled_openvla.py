@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers.models.llama import modeling_llama as llama
 
-from .float8_linear_openvla import Float8Linear, one, product_of_float8
+from .float8_linear_openvla import Float8Linear, product_of_float8, unit_scale
 from .int4_linear_openvla import Int4Linear, product_of_tiles
 from .int8_linear_openvla import Int8Linear
 from .llama_openvla import Layer, LlamaSteps, as_function, is_plain, kept_of, norm, rotated
@@ -136,7 +136,7 @@ def weights_of(*modules: Any) -> list[Weights]:
     """What `_product` takes of some layers with the same input."""
     kind = type(modules[0])
     if kind is Float8Linear:
-        return [(module.weight.data, module.scale, one(module.scale.device)) for module in modules]
+        return [(module.weight.data, module.scale, unit_scale(module.scale.device)) for module in modules]
     if kind is Int8Linear:
         return [(module.weight.data, module.weight_scale) for module in modules]
     if kind is Int4Linear:

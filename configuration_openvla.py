@@ -125,6 +125,10 @@ class OpenVLAConfig(transformers.PreTrainedConfig):
         normalization: `{dataset: "bounds_q99" | "bounds"}`: which statistics -1 and 1 stand for, q01 and q99 or min and
             max. A dataset that is not there: "bounds_q99".
         camera_names: What the model sees, one image of each in this order; see `cameras_openvla`.
+        timm_model_ids, image_sizes: One name of timm and one side of a square in pixels per tower. Default: those of
+            `vision_backbone_id`.
+        timm_override_act_layers: One activation per tower, None for timm's own.
+        hf_llm_id: Hub id of the language model, for tokenizer and model card. Default: that of `llm_backbone_id`.
         timm_model_kwargs: One dict per tower, passed on to `timm.create_model` (sizes of small models).
         image_token_id: Placeholder that stands for one image patch inside the model. Default: the last row of the
             embedding table, which no tokenizer of a published checkpoint uses.

@@ -41,7 +41,7 @@ class Float8Linear(QuantizedLinear):
 
     def multiply(self, rows):
         if self.is_fast(rows.device):
-            return product_of_float8(rows, self.weight, self.scale, one(rows.device))
+            return product_of_float8(rows, self.weight, self.scale, unit_scale(rows.device))
         kind = float_type(rows)
         return linear(rows.to(kind), self.dequantize(kind))
 
@@ -58,7 +58,9 @@ def round_to_float8(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (rows / factor).to(FLOAT8), factor
 
 
-def product_of_float8(rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, one: torch.Tensor) -> torch.Tensor:
+def product_of_float8(
+    rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, unit: torch.Tensor
+) -> torch.Tensor:
     """(rows, in) floats, (out, in) and (out,) -> (rows, out) float32.
 
     Factors are multiplied afterwards: cuBLAS has many kernels for products with one factor, among them such for few
@@ -66,19 +68,19 @@ def product_of_float8(rows: torch.Tensor, weight: torch.Tensor, scale: torch.Ten
     filled up to a multiple of 16: torch asks for that of the other two sizes, cuBLAS refuses some numbers of rows.
 
     Args:
-        one: Of the device, see `one`.
+        unit: Of the device, see `unit_scale`.
     """
     count = len(rows)
     if count % 16:
         rows = nn.functional.pad(rows, (0, 0, 0, -count % 16))
     small, factor = round_to_float8(rows.contiguous())
-    product = torch._scaled_mm(small, weight.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
+    product = torch._scaled_mm(small, weight.t(), unit, unit, out_dtype=torch.bfloat16, use_fast_accum=True)
     return product[:count] * factor[:count] * scale
 
 
 @cache
-def one(device: torch.device) -> torch.Tensor:
-    """The factor of a product that has none."""
+def unit_scale(device: torch.device) -> torch.Tensor:
+    """() float32 1 on the device: the scale of a product that is scaled afterwards, made once."""
     with torch.inference_mode(False):
         return torch.ones((), device=device)
 
@@ -93,10 +95,10 @@ def multiplies_float8(device: torch.device) -> bool:
     rows, weight = sizes[:3, None] - sizes % 7, sizes[:32, None] % 5 - sizes % 3
     small, factor = round_to_float8(weight)
     try:
-        product = product_of_float8(rows, small, factor[:, 0], one(rows.device))
+        product = product_of_float8(rows, small, factor[:, 0], unit_scale(rows.device))
     except RuntimeError:
         return False
     return bool((product - rows @ weight.T).norm() < 0.05 * (rows @ weight.T).norm())
 
 
-__all__ = ["Float8Linear", "multiplies_float8", "one", "product_of_float8", "round_to_float8"]
+__all__ = ["Float8Linear", "multiplies_float8", "product_of_float8", "round_to_float8", "unit_scale"]

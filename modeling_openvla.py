@@ -347,8 +347,9 @@ class OpenVLAForActionPrediction(ActionVocabulary, OpenVLAGeneration, OpenVLAPre
                 `generation_config`, ...): taken where they ask for what is done here anyway, else refused.
 
         Returns:
-            float64 array (action_dim,), or (batch, action_dim) for a list of images or more than one prompt. The same
-            in train mode, which is left for the time of the prediction, and from several threads at once.
+            float64 array (action_dim,) in the units of the dataset, or (batch, action_dim) for a list of images or more
+            than one prompt; (K, action_dim) or (batch, K, action_dim) of a model that predicts chunks of K steps. The
+            same in train mode, which is left for the time of the prediction, and from several threads at once.
 
         Raises:
             ValueError: Before any compute, if an input is missing, empty, not finite, too long or of a wrong count, or

@@ -181,6 +181,7 @@ def all_finite(values: torch.Tensor) -> torch.Tensor:
 
 
 def finite(weight: torch.Tensor) -> torch.Tensor:
+    """The weight without its gradient; a `ValueError` if a number of it is not finite."""
     if not all_finite(weight):
         raise ValueError(
             "The weights hold numbers that are not finite (NaN or infinity), which cannot be rounded: the file is "

@@ -140,6 +140,11 @@ def record_episode(
 
 
 def save_episode(episode: Episode, file: Path, *, seed: int, failed: int) -> None:
+    """Write an episode with its encoded images, complete or not at all.
+
+    Args:
+        failed: Attempts of the expert before the one that succeeded.
+    """
     arrays: dict[str, Any] = {"actions": episode.actions, "state": episode.state}
     if episode.executed is not None:
         arrays["executed"] = episode.executed
@@ -166,6 +171,7 @@ def is_episode(file: Path, executed: bool = False) -> bool:
 
 
 def load_episode(file: Path, dataset_name: str) -> Episode:
+    """What `save_episode` wrote."""
     with np.load(file) as arrays:
         images = {}
         for camera in (name.removeprefix("bytes.") for name in arrays if name.startswith("bytes.")):

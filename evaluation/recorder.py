@@ -18,6 +18,7 @@ ATTEMPTS = 20  # of the expert at an episode
 
 
 def open_environment(options: RecordOptions, **more: Any) -> Environment:
+    """The environment of a recording; `more` options of its constructor win."""
     given = options.environment_options
     if given["size"] == decisive(RecordOptions)["size"] and "size" not in options_known(environment_class(options.env)):
         del given["size"]  # nobody asked for it, and the simulator has one of its own

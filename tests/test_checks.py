@@ -19,7 +19,7 @@ from openvla.training.checks import (
     check_images,
     check_relearned,
     check_result,
-    check_statistics,
+    check_same_statistics,
 )
 
 
@@ -227,11 +227,11 @@ def test_positions_that_are_taken_for_changes(places):
 
 def test_statistics_of_another_dataset():
     now = source().statistics["action"]
-    assert check_statistics("mine", now, now) == []
+    assert check_same_statistics("mine", now, now) == []
     before = {**now, "q99": [*now["q99"][:2], now["q99"][2] * 3, *now["q99"][3:]]}
-    (found,) = check_statistics("mine", before, now)
+    (found,) = check_same_statistics("mine", before, now)
     assert "differ in z." in found
-    (found,) = check_statistics("mine", {**now, "q01": now["q01"][:6]}, now)
+    (found,) = check_same_statistics("mine", {**now, "q01": now["q01"][:6]}, now)
     assert "6 dimensions, the data 7" in found
 
 

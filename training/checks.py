@@ -1,4 +1,5 @@
-"""Warnings where quality is usually lost, before a run and after it."""
+"""Where quality is usually lost, before a run and after it: functions that return a list say what to warn of, those
+that return None raise a `ValueError`."""
 
 import json
 from collections import Counter
@@ -28,8 +29,10 @@ __all__ = [
     "check_images",
     "check_meaning",
     "check_relearned",
+    "check_rates",
     "check_result",
-    "check_statistics",
+    "check_same_statistics",
+    "check_shared",
     "check_units_of_one_robot",
 ]
 
@@ -40,7 +43,7 @@ class DivergedError(ValueError):
     exit_code = 1  # of the command line
 
 
-def check_statistics(
+def check_same_statistics(
     name: str, before: Mapping[str, Any], now: Mapping[str, Any], names: Sequence[str] | None = None
 ) -> list[str]:
     """Whether statistics that a model brings for a dataset are those of the data.

@@ -40,8 +40,8 @@ from .checks import (
     check_meaning,
     check_rates,
     check_relearned,
+    check_same_statistics,
     check_shared,
-    check_statistics,
     check_units_of_one_robot,
 )
 
@@ -120,7 +120,7 @@ class Run:
             found += check_held_out(source)
             before = (self.config.norm_stats or {}).get(source.name)
             if before:
-                found += check_statistics(source.name, before["action"], source.statistics["action"], source.names)
+                found += check_same_statistics(source.name, before["action"], source.statistics["action"], source.names)
         found += check_meaning(self.sources) + check_rates(self.sources) + check_shared(self.sources)
         found += check_units_of_one_robot(self.sources, self.config.proprio_dim is not None)
         if not torch.cuda.is_available() and (reason := emulated("cpu", torch.bfloat16)):
@@ -357,7 +357,8 @@ def check_instructions(source: Source, run: Run) -> None:
 
 
 def num_patches(config: OpenVLAConfig) -> int:
-    """Image patches of a sample, from the name of the first tower (`..._patch14_...`); 0 where it does not say."""
+    """As `num_patches` of a model (image patches, and the state where it is seen), from the name of its first tower
+    (`..._patch14_...`); 0 where it does not say."""
     given = (config.timm_model_kwargs or [{}])[0].get("patch_size")
     named = re.search(r"_patch(\d+)", config.timm_model_ids[0])
     size = given or (int(named[1]) if named else 0)
