@@ -21,7 +21,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, S
 
 from .choices_openvla import IMAGE_RESIZE_STRATEGIES, check_choice, nearest
 from .files_openvla import local_folder, read_json
-from .oft_openvla import HUB, OFTFolder, find_oft, oft_folder
+from .oft_openvla import HUB_KWARGS, OFTFolder, find_oft, oft_folder
 
 
 MINIMUM_TRANSFORMERS = (5, 4)
@@ -337,7 +337,7 @@ class OpenVLAConfig(transformers.PreTrainedConfig):
         name, subfolder = os.fspath(pretrained_model_name_or_path), kwargs.get("subfolder") or ""
         file = Path(name)
         if file.suffix != ".json" or not file.is_file():
-            check_reachable(name, {key: kwargs[key] for key in (*HUB, "subfolder") if key in kwargs})
+            check_reachable(name, {key: kwargs[key] for key in HUB_KWARGS if key in kwargs})
             if (oft := find_oft(oft_folder(name, **kwargs), kwargs.get("action_head"))) is not None:
                 return cls._of_oft(oft, kwargs)
             folder = local_folder(name)
@@ -372,7 +372,7 @@ class OpenVLAConfig(transformers.PreTrainedConfig):
     def _of_oft(cls, oft: OFTFolder, given: dict[str, Any]) -> tuple[dict, dict]:
         """`get_config_dict` of a folder of OpenVLA-OFT."""
         base = oft.find_base(given.pop("base", None))
-        given = {key: value for key, value in given.items() if key not in (*HUB, "subfolder")}
+        given = {key: value for key, value in given.items() if key not in HUB_KWARGS}
         config = oft.folder / "config.json"
         if base is None and not config.is_file():
             raise FileNotFoundError(no_config(oft.folder))

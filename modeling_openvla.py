@@ -89,6 +89,10 @@ class OpenVLAForActionPrediction(ActionVocabulary, OpenVLAGeneration, OpenVLAPre
     `forward` and `generate` take the plain prompts of `OpenVLAProcessor` and insert the image patches after the first
     token by themselves. Prompts that already hold `num_patches` placeholders (`config.image_token_id`) per row are
     taken as they are.
+
+    Elsewhere are `from_pretrained`, `save_pretrained`, `device` (`loading_openvla`), `generate` (`generation_openvla`),
+    `norm_stats`, `processor`, `action_chunk`, `camera_names` and what else an active adapter may bring
+    (`active_adapters_openvla`), heads and projectors (`parts_openvla`), embeddings (`embeddings_openvla`).
     """
 
     def __init__(self, config: OpenVLAConfig):

@@ -45,7 +45,8 @@ CAMERAS = {
     8: ["full_image", "wrist_image"],
     14: ["full_image", "left_wrist_image", "right_wrist_image"],
 }
-HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision")  # how a Hub repository is read
+HUB_KWARGS = (*HUB, "subfolder")  # and where in it: of `from_pretrained`
 
 
 # Recognising ----------------------------------------------------------------------------------------------------------

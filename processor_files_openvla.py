@@ -10,13 +10,12 @@ from typing import Any
 from transformers.utils import cached_file
 
 from .files_openvla import QUIET, read_json
-from .oft_openvla import HUB
+from .oft_openvla import HUB_KWARGS
 
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 STARTED = "finetune.json"  # of `openvla finetune`
 SHOWN = {"resize_filter", "center_crop"}  # fields of the image processor that older versions did not store
-HUB_KWARGS = (*HUB, "subfolder")
 OF_MODEL_ALONE = (  # arguments of `from_pretrained` of a model
     "attn_implementation", "device_map", "dtype", "load_in_4bit", "load_in_8bit", "low_cpu_mem_usage", "max_memory",
     "offload_folder", "quantization_config", "torch_dtype", "variant",

@@ -145,6 +145,7 @@ def _inside(text: str, template: str) -> str | None:
 
 
 def check_unicode(text: str) -> None:
+    """Raise a `ValueError` for a text that cannot be written as UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -188,6 +188,7 @@ def answer(prediction: dict[str, np.ndarray], with_distributions: bool) -> Answe
 
 
 def dataset_of(model: "OpenVLAForActionPrediction", unnorm_key: str) -> Dataset:
+    """What clients are told of a dataset of the model."""
     spec, mode = spec_of(model.norm_stats or {}, unnorm_key), model.normalization.get(unnorm_key, "bounds_q99")
     ends = np.repeat([[-1.0], [1.0]], spec.action_dim, axis=1)
     low, high = unnormalize_actions(ends, model.get_action_stats(unnorm_key), mode)
