@@ -157,13 +157,14 @@ def check_turns(source: "Source", parts: Sequence[np.ndarray]) -> list[str]:
 def check_copies(source: "Source") -> list[str]:
     """Episodes that are there twice, as of a file that was copied within the folder."""
     firsts: dict[str, int] = {}
-    episodes = [(content, index) for content, (index, *_) in zip(source.survey.contents, source.survey.told)]
-    copies = [(index, first) for content, index in episodes if (first := firsts.setdefault(content, index)) != index]
+    contents, indices = source.survey.contents, [index for index, *_ in source.survey.told]  # each split has its own 0
+    places = [(here, firsts.setdefault(content, here)) for here, content in enumerate(contents)]
+    copies = [(indices[here], indices[first]) for here, first in places if here != first]
     if not copies:
         return []
     copy, first = copies[0]
     return [
-        f"{source.name}: {len(copies)} of {len(episodes)} episodes have the actions, states and words of another one "
+        f"{source.name}: {len(copies)} of {len(contents)} episodes have the actions, states and words of another one "
         f"(episode {copy} those of {first}, counted from 0). If they are copies, leave them out: they count twice, and "
         "what is held out may be trained on."
     ]

@@ -8,6 +8,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from data_files import own_rlds
 
 from openvla import OpenVLAConfig, OpenVLAProcessor
 from openvla.action_spec import action_names
@@ -149,6 +150,17 @@ def test_a_file_that_was_copied(tmp_path):
         assert (
             len(copies) == 1 and "2 of 6 episodes have" in copies[0] and "(episode 4 those of 0, counted" in copies[0]
         )
+
+
+def test_a_split_that_is_a_copy_of_another(tmp_path):
+    """Each counts its episodes from 0: a copy under the number of the original was not seen."""
+    folder = own_rlds(tmp_path / "own")  # three episodes that are one
+    info = json.loads((folder / "dataset_info.json").read_text())
+    info["splits"].append({**info["splits"][0], "name": "val"})
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    shutil.copyfile(next(folder.glob("*train*")), folder / "own-val.tfrecord-00000-of-00001")
+    found = check_data(open_source(folder, split="train[:1]", cache=False))
+    assert any("3 of 4 episodes have the actions, states and words of another one" in text for text in found)
 
 
 @pytest.mark.parametrize(
