@@ -342,7 +342,7 @@ def unnormalize_actions(
     actions = np.asarray(actions, dtype=np.float64)
     if not np.isfinite(actions).all():
         raise ValueError("Normalized actions are not finite (NaN or infinity): there is no motion for them.")
-    low, high = _scale(stats, mode, BOUNDED)
+    low, high = scale_of(stats, mode, BOUNDED)
     mask = _mask(stats, actions.shape[-1])
     return np.where(mask, 0.5 * (actions + 1) * (high - low + margin) + low, actions)
 
@@ -353,10 +353,14 @@ NORMALIZATIONS = {"normal": ("mean", "std"), "bounds": ("min", "max"), "bounds_q
 BOUNDED = ("bounds", "bounds_q99")  # modes that give numbers in [-1, 1]: those that models act with
 
 
-def _scale(
+def scale_of(
     stats: Mapping[str, Any], mode: str, known: Collection[str] = tuple(NORMALIZATIONS)
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The two statistics of a mode, (A,) float64 each; a `ValueError` if it is not `known`, or they are not there."""
+    """The two statistics of a mode, (A,) float64 each: of bounds, what becomes -1 and 1.
+
+    Raises:
+        ValueError: If the mode is not `known`, or they are not there.
+    """
     if mode not in known:
         raise ValueError(f"mode='{mode}' is unknown. Known: {', '.join(known)}.")
     missing = [name for name in NORMALIZATIONS[mode] if stats.get(name) is None]
@@ -391,7 +395,7 @@ def normalize_actions(
         ValueError: If `mode` is unknown, or the statistics lack what it needs or have other dimensions.
     """
     actions = np.asarray(actions, dtype=np.float64)
-    first, second = _scale(stats, mode)
+    first, second = scale_of(stats, mode)
     mask = _mask(stats, actions.shape[-1])
     if mode == "normal":
         return np.where(mask, (actions - first) / (second + 1e-8), actions)
@@ -410,7 +414,7 @@ def units_of(normalization: Mapping[str, str], norm_stats: Mapping[str, Any], da
     """
     modes = [normalization.get(dataset, "bounds_q99") for dataset in datasets]
     for dataset, mode in zip(datasets, modes):
-        _scale(norm_stats[dataset]["action"], mode, BOUNDED)
+        scale_of(norm_stats[dataset]["action"], mode, BOUNDED)
     return modes
 
 
@@ -510,6 +514,7 @@ __all__ = [
     "normalize_state",
     "read_statistics",
     "resolve_unnorm_key",
+    "scale_of",
     "units_of",
     "unnormalize_actions",
 ]

@@ -14,7 +14,7 @@ from .oft_openvla import HUB_KWARGS
 
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-STARTED = "finetune.json"  # of `openvla finetune`
+STARTED = "finetune.json"  # the options of a run of `openvla finetune`, written before it begins
 SHOWN = {"resize_filter", "center_crop"}  # fields of the image processor that older versions did not store
 OF_MODEL_ALONE = (  # arguments of `from_pretrained` of a model
     "attn_implementation", "device_map", "dtype", "load_in_4bit", "load_in_8bit", "low_cpu_mem_usage", "max_memory",

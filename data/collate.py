@@ -91,9 +91,9 @@ class ActionCollator:
         """`actions` where the head wants them, and where there is padding `action_is_pad`."""
         actions = np.stack([np.atleast_2d(sample["actions"]) for sample in samples])
         batch: dict[str, torch.Tensor] = {}
-        if getattr(self.head, "wants_actions", False):
+        if self.head.wants_actions:
             batch["actions"] = torch.tensor(actions, dtype=torch.float32)
-        if getattr(self.head, "wants_executed", False):
+        if self.head.wants_executed:
             executed = [np.atleast_2d(sample.get("executed", sample["actions"])) for sample in samples]
             batch["executed"] = torch.tensor(np.stack(executed), dtype=torch.float32)
         if any("action_is_pad" in sample for sample in samples):

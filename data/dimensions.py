@@ -107,8 +107,8 @@ def parse_mask(given: str | Sequence[Any] | None) -> list[bool] | None:
     return [word in YES for word in words]
 
 
-def shares(values: np.ndarray, least: Sequence[float], most: Sequence[float], mask: Sequence[bool]) -> dict[str, list]:
-    """What part of the steps (N, A) does what, for each dimension; `least` and `most` become -1 and 1.
+def shares(values: np.ndarray, least: np.ndarray, most: np.ndarray, mask: Sequence[bool]) -> dict[str, list]:
+    """What part of the steps (N, A) does what, for each dimension; `least` and `most`, (A,) each, become -1 and 1.
 
     Returns:
         `changed`: differs from the usual value (the median) by more than one bin of the range that the data takes;

@@ -1,4 +1,4 @@
-"""From frames to training samples: one camera image, the instruction and the normalized action."""
+"""From frames to training samples: an image of each camera, the instruction and the normalized actions."""
 
 from collections.abc import Sequence
 from typing import Any

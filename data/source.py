@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..action_spec import ActionSpec, action_names
-from ..action_tokenizer import NORMALIZATIONS, normalize_actions
+from ..action_tokenizer import normalize_actions, scale_of
 from .dataset import EpisodeDataset
 from .dimensions import check_dims, default_grippers
 from .episode import Episode
@@ -97,8 +97,7 @@ class Source:
 
     def bounds(self, stats: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         """What becomes -1 and 1, (D,) float64 each, by statistics of actions or states."""
-        low, high = (np.asarray(stats[name], dtype=np.float64) for name in NORMALIZATIONS[self.normalization])
-        return low, high
+        return scale_of(stats, self.normalization)
 
     @property
     def action_scale(self) -> np.ndarray:

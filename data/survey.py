@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ..action_tokenizer import NORMALIZATIONS
+from ..action_tokenizer import scale_of
 from ..files_openvla import cache_folder as cache_folder
 from ..prompts_openvla import has_words
 from .dataset import EpisodeDataset
@@ -145,7 +145,7 @@ def take_survey(
 
 
 def _shares(values: Sequence[np.ndarray], stats: Mapping[str, Any], normalization: str) -> dict[str, list[float]]:
-    low, high = (stats[name] for name in NORMALIZATIONS[normalization])
+    low, high = scale_of(stats, normalization)
     return shares(np.concatenate(values), low, high, stats.get("mask") or [True] * len(low))
 
 
@@ -161,7 +161,7 @@ def largest_normalized(values: np.ndarray, stats: Mapping[str, Any], normalizati
     """Largest magnitude of (T, D) values, normalized as `normalize_actions` does but for the clipping, after which
     nothing could exceed a limit of 1."""
     values = values.astype(np.float64)
-    low, high = (np.asarray(stats[name]) for name in NORMALIZATIONS[normalization])
+    low, high = scale_of(stats, normalization)
     scaled = np.where(stats.get("mask") or [True] * len(low), 2 * (values - low) / (high - low + 1e-8) - 1, values)
     if "min" in stats and "max" in stats:
         scaled = np.where(np.asarray(stats["min"]) == np.asarray(stats["max"]), 0.0, scaled)

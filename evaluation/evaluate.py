@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..action_spec import spec_of
-from ..action_tokenizer import NORMALIZATIONS, get_action_stats, resolve_unnorm_key
+from ..action_tokenizer import get_action_stats, resolve_unnorm_key, scale_of
 from ..device import torch_device
 from ..extras import require
 from ..files_openvla import read_json
@@ -380,8 +380,7 @@ def reference_policy(name: str, stats: dict[str, Any], normalization: str) -> Po
         normalization: What -1 and 1 of the model stand for; random actions are drawn between.
     """
     if name == "random":
-        low, high = (np.asarray(stats[bound]) for bound in NORMALIZATIONS[normalization])
-        return RandomPolicy(low, high)
+        return RandomPolicy(*scale_of(stats, normalization))
     return ConstantPolicy(np.asarray(stats["mean"]))
 
 

@@ -19,7 +19,7 @@ from ..folders import read_settings
 from ..hub import config_of
 from ..options.fields import decisive
 from ..options.training import ADAPTER_STRATEGIES, OF_ADAPTERS, FinetuneOptions
-from .checkpoints import STARTED
+from ..processor_files_openvla import STARTED
 from .preparation import Run, learning_rate
 from .resume import FINISHED
 

@@ -33,10 +33,8 @@ from ..model_card import model_card
 from ..modeling_openvla import OpenVLAForActionPrediction
 from ..parts_openvla import PARTS_FILE
 from ..processing_openvla import OpenVLAProcessor
+from ..processor_files_openvla import STARTED
 from .strategies import merge_into_base
-
-
-STARTED = "finetune.json"  # the options of a run, written before it begins
 
 
 def write_checkpoint(

@@ -6,8 +6,8 @@ import numpy as np
 
 from ..data.collate import ActionCollator
 from ..options.training import FinetuneOptions
+from ..processor_files_openvla import STARTED
 from .begun import check_begun, what_begins
-from .checkpoints import STARTED
 from .preparation import LEARNING_RATES, Run, check_libraries, computing_precision, prepare
 from .resume import check_output, checkpoint_to_resume, step_of
 from .step_cost import usual_text

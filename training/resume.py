@@ -13,7 +13,7 @@ from ..data.sources import dataset_places
 from ..files_openvla import check_file, read_json
 from ..folders import MARKS, read_settings, remove_working_folder
 from ..options.training import FinetuneOptions
-from .checkpoints import STARTED
+from ..processor_files_openvla import STARTED
 
 
 FINISHED = "dataset_statistics.json"  # of a result: comes last, see `folders.move_into`

@@ -22,8 +22,9 @@ from ..model_card import model_card
 from ..modeling_openvla import OpenVLAForActionPrediction
 from ..options.training import ADAPTER_STRATEGIES, FinetuneOptions
 from ..parts_openvla import PARTS
+from ..processor_files_openvla import STARTED
 from .begun import check_begun, check_frozen, check_model, shared_options, what_begins
-from .checkpoints import STARTED, card_folder, starting_point
+from .checkpoints import card_folder, starting_point
 from .checks import check_result
 from .curves import plot_curves
 from .muon import make_muon

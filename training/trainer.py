@@ -26,8 +26,9 @@ from ..data.collate import ActionCollator
 from ..data.samples import FrameSamples
 from ..data.stream import Batches, MixtureStream
 from ..folders import WORK, move_into, working_folder
+from ..processor_files_openvla import STARTED
 from ..quantized_linear_openvla import all_finite
-from .checkpoints import STARTED, write_checkpoint
+from .checkpoints import write_checkpoint
 from .checks import DivergedError
 from .metrics import ActionMetrics
 from .resume import UNFINISHED, checkpoints, last_checkpoint
