@@ -24,7 +24,7 @@ NO_WEBSOCKET = (
     b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\nContent-Length: 57\r\n\r\n"
     b"Upgrade: websocket came with what begins none, a GET does"
 )
-FRAME = 256  # bytes that a message or a fragment takes beside what it holds
+FRAME = 256  # bytes that a message takes at least, and each further fragment of one beside what it holds
 SMALL = 512  # bytes of a piece of a body: networks carry more at a time
 
 
@@ -120,7 +120,7 @@ class CountedSocket(WebSocketsSansIOProtocol):
 
     def send_receive_event_to_app(self) -> None:
         self._fragments = 0
-        self._waiting += self._coming() + FRAME
+        self._waiting += max(self._coming(), FRAME)  # no more than it holds: one of the largest has room
         if self.curr_msg_data_type == "text":  # is refused unread; of what is no UTF-8 uvicorn would log a traceback
             self.frames, self.bytes = [b""], b""
         super().send_receive_event_to_app()

@@ -2,6 +2,7 @@
 test_guard_faults.py."""
 
 import dataclasses
+import gc
 import io
 import json
 import os
@@ -1319,3 +1320,14 @@ def test_seconds_and_rates_are_finite_numbers(name, given):
     options = {"hz": 10, name: given}
     with pytest.raises(ValueError, match=f"^{name}=.*expected"):
         Guard(lambda observation: np.zeros(4), POSE, **options)
+
+
+def test_a_guard_that_nobody_holds_any_more_ends_its_thread():
+    """A program that makes one for each episode had a thread more after each."""
+    guard = Guard(lambda seen: [0.0], hz=10, wait=60, max_age=60)
+    assert guard.step("seen").source == "answer"
+    thread = guard._transport._thread
+    del guard
+    gc.collect()
+    thread.join(60)
+    assert not thread.is_alive()

@@ -197,6 +197,10 @@ def test_messages_without_bytes_take_room_as_well(request):
     """Each takes 200 bytes of memory, on its way from 6 of the network."""
     server = Server(options={"bodies_bytes": 20_000, "message_bytes": 20_000})
     request.addfinalizer(server.process.kill)
+    with server.connect(compression=None) as robot:
+        robot.recv()
+        robot.send(bytes(20_000))  # one that may be so large has room
+        assert json.loads(robot.recv(timeout=60))["code"] == "bad_request"
     with socket.create_connection(("127.0.0.1", server.port), timeout=60) as robot:
         robot.sendall(UPGRADE)
         robot.recv(4096)

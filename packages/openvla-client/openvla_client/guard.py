@@ -6,6 +6,7 @@ import math
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -140,7 +141,10 @@ class Guard:
                 f"commit={commit}: a function is given observations alone. Take client.guard(commit={commit}), or give "
                 "a Transport that sends Ask.committed."
             )
-        self._transport = transport if isinstance(transport, Transport) else called(transport)
+        if not isinstance(transport, Transport):
+            transport = called(transport)
+            weakref.finalize(self, transport.close).atexit = False  # or its thread, which holds it, never ends
+        self._transport = transport
         self._connection = self._transport.connection
         self._audit, self._clock, self._digest = audit, clock, digest
         self._slept = slept or (Sleep().since_last if clock is time.monotonic else lambda: 0.0)
