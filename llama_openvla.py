@@ -24,7 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama as llama
 
 from .decoding_openvla import EagerSteps, Prefix, Steps, check_rows
-from .products_openvla import LINEAR, Product, fits, product_for
+from .products_openvla import LINEAR, Product, fits, of_library, product_for
 
 
 LENGTH_STEP = 64  # caches have a multiple of so many positions, to serve prompts of several lengths
@@ -154,13 +154,12 @@ def calls_of_llama() -> list[Callable]:
     ]
 
 
-CALLS = calls_of_llama()
+CALLS = [call for call in calls_of_llama() if of_library(call)]  # some may have been replaced already
 
 
 def any_replaced_calls() -> bool:
     """Whether functions of others stand in for those, as research on faster attention replaces them."""
-    own = all(call.__module__.partition(".")[0] in ("torch", "transformers") for call in CALLS)
-    return not own or calls_of_llama() != CALLS
+    return calls_of_llama() != CALLS
 
 
 def is_plain(module: nn.Module) -> bool:

@@ -31,7 +31,14 @@ for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
 Product = Callable[..., torch.Tensor]  # as `torch.nn.functional.linear`
 
 
-TORCHS = nn.Linear.forward
+def of_library(call: Callable) -> bool:
+    """Whether a function is of torch or transformers, or what `kernels` makes of one: by where it was written as well,
+    as `functools.wraps` copies the name of a module."""
+    places = call.__module__, getattr(call, "__globals__", {}).get("__name__", call.__module__)
+    return {place.partition(".")[0] for place in places} <= {"torch", "transformers", "kernels"}
+
+
+TORCHS = nn.Linear.forward if of_library(nn.Linear.forward) else None  # it may have been replaced already
 
 
 class Linear(nn.Linear):
@@ -150,6 +157,7 @@ __all__ = [
     "Product",
     "fits",
     "has_fast_products",
+    "of_library",
     "onednn_linear",
     "order_weight",
     "product_for",

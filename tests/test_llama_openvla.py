@@ -1,6 +1,7 @@
 """Steps of our own are those of the library: the same tokens, with the same probabilities, from whatever model."""
 
 import copy
+import functools
 import gc
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -18,9 +19,9 @@ from transformers.models.llama import modeling_llama as llama
 from openvla import OpenVLAForActionPrediction
 from openvla.decoding_openvla import EagerSteps
 from openvla.graphs_openvla import plain_decoding
-from openvla.llama_openvla import _POOLS, CachePool, LlamaSteps, is_plain_llama
+from openvla.llama_openvla import _POOLS, CachePool, LlamaSteps, calls_of_llama, is_plain_llama
 from openvla.policy import load_model
-from openvla.products_openvla import take_fast_products
+from openvla.products_openvla import of_library, take_fast_products
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -179,6 +180,16 @@ def test_a_function_of_the_library_that_is_replaced(kind, model, monkeypatch):
         replaced = getattr(llama, kind, torch.nn.Linear)
         monkeypatch.setattr(replaced, "forward", smaller(replaced.forward))
     assert check_equal(model, prompts(2)).tolist() != before.token_ids.tolist()
+
+
+def test_a_function_that_was_replaced_before():
+    """As by a script whose imports of openvla come last; what `kernels` makes of a function is the library's."""
+    forward = llama.LlamaAttention.forward
+    assert all(map(of_library, calls_of_llama()))
+    for other in (functools.wraps(forward)(lambda *given: None), lambda *given: None, functools.partial(forward)):
+        assert not of_library(other)
+    of_kernels = type("Func", (torch.nn.Module,), {"__module__": "kernels.layer.func"})()
+    assert of_library(of_kernels)
 
 
 def test_prompts_that_see_what_comes_after_them(model):
