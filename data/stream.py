@@ -54,6 +54,7 @@ class EpisodeStream(IterableDataset):
         self._counted_from, self._passes = 0, 0
 
     def set_epoch(self, epoch: int) -> None:
+        """Set the number of the next pass, by which its order is drawn."""
         self._epoch.fill_(epoch)
 
     def _part(self) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """One episode at a time in a simulator, driven by the model that is served, for the page to show.
 
-What simulates is handed in (`Simulator`): this room knows no simulator. The model is asked as robots ask it, in the
+What simulates is handed in (`Simulator`): `serving` knows no simulator. The model is asked as robots ask it, in the
 same queue. Who watches gets the newest step and never a queue of old ones.
 """
 

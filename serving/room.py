@@ -24,6 +24,8 @@ class Room:
 
 
 class Share:
+    """What one body takes of a `Room`, in bytes."""
+
     def __init__(self, room: Room):
         self._room, self.size = room, 0
 
