@@ -17,7 +17,7 @@ from .attributes import check_attributes, variations_of
 
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
-# Name -> (module of this room, its class, what to install for it, options that the name stands for)
+# Name -> (module of this package, its class, what to install for it, options that the name stands for)
 ENVIRONMENTS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "metaworld": ("metaworld", "MetaWorld", "openvla[sim]", {}),
     "robosuite": ("robosuite", "Robosuite", "openvla[robosuite]", {}),

@@ -22,7 +22,7 @@ class Format:
     """A format of demonstrations.
 
     Args:
-        reader: MODULE:CLASS of this room, imported when it is first used: each needs libraries of its own.
+        reader: MODULE:CLASS of this package, imported when it is first used: each needs libraries of its own.
         options: Dataclass of the reader's options.
         recognises: Whether a folder or file is a dataset of this format.
         found_by: What it is recognised by, in words.
