@@ -127,6 +127,15 @@ def decode(given: Any) -> None:
             decode(one)
 
 
+def _renew() -> None:
+    global _decoding
+    _decoding = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # of a thread that decoded then the lock alone comes along
+    os.register_at_fork(after_in_child=_renew)
+
+
 def _as_png(image: Image.Image) -> bytes:
     stream = io.BytesIO()
     try:
