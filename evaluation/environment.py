@@ -220,7 +220,8 @@ def asks_for_wrist(env: str, sees: Sequence[str]) -> bool:
 
 def action_spec_of(environment: Environment) -> ActionSpec:
     """What the numbers of its actions mean."""
-    usual = usual_spec(7, hz=environment.frequency, unit=getattr(environment, "unit", None))
+    unit = getattr(environment, "unit", None)  # of a simulator that knows nothing of this it may be a number
+    usual = usual_spec(7, hz=environment.frequency, unit=unit if isinstance(unit, str) else None)
     return getattr(environment, "action_spec", None) or usual
 
 

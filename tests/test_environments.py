@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -102,6 +103,11 @@ def test_seeds_move_objects_and_goals(blind, task):
         worlds.append(blind._simulator().seen)
     for a, b in [(0, 1), (0, 2), (1, 2)]:
         assert np.abs(worlds[a] - worlds[b])[4:].max() > 0.005  # metres
+
+
+def test_a_simulator_whose_unit_means_something_else():
+    """It ran before there was such an attribute."""
+    assert action_spec_of(SimpleNamespace(frequency=20.0, unit=0.05)).unit is None
 
 
 def test_an_action_lasts_four_steps_of_the_simulator(blind):
