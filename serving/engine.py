@@ -205,7 +205,10 @@ class Engine:
                 continue
             step, newer = waiting.request.observation.step, other.request.observation.step
             if step is not None and newer is not None and step < newer:
-                raise Superseded(f"step={step}: step {newer} of this session came in before it.")
+                raise Superseded(
+                    f"step={step}: step {newer} of this session came in before it. An episode that begins says reset; "
+                    "each robot has a session of its own."
+                )
         if before is not None:
             before.refuse(Superseded("A newer observation of this session came in, which is answered instead."))
         self._waiting[key] = waiting
