@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import tracemalloc
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -629,6 +630,21 @@ def test_threads_that_close_a_client_at_once(scheme):
             for thread in threads:
                 thread.join(60)
                 assert not thread.is_alive()
+
+
+def test_a_signal_that_closes_a_client_while_it_is_asked(scheme, monkeypatch):
+    """What was handed to the loop between its last look and its end was answered never."""
+    with asking(Scripted(), scheme) as client:
+
+        def handed_over(work, loop):
+            monkeypatch.undo()
+            work.close()
+            client.close()
+            return Future()
+
+        monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", handed_over)
+        with pytest.raises(NotReached, match="closed"):
+            client.act(IMAGE, "go")
 
 
 def test_a_client_that_nobody_holds_any_more_is_closed(scheme):

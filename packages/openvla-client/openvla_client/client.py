@@ -171,6 +171,8 @@ class Client:
         if future is None:
             work.close()
             raise NotReached("This client is closed: connect(url) makes another one.")
+        if not self._end.alive:  # a signal closed it meanwhile: nobody may ever look at this
+            future.cancel()
         try:
             return future.result()
         except CancelledError as error:
