@@ -386,7 +386,10 @@ def test_a_model_that_still_computes_does_not_abort_the_process(monkeypatch):
     monkeypatch.setattr(os, "_exit", codes.append)
     model = FakeModel(("primary",))
     monkeypatch.setattr(model, "end_session", lambda session: returned.wait(60))
+    others = threading.enumerate()
     worker = Worker(model, 1)
+    own = [thread for thread in threading.enumerate() if thread not in others]
+    monkeypatch.setattr(threading, "enumerate", lambda: own)  # models of other tests may still be there
     worker.end_session("it takes long")
     worker.close()
     serving.leave(3, patience=0.01)
