@@ -4,9 +4,10 @@
     python benchmarks/serve.py --model DIR_OR_ID --device cuda --dtype bfloat16 --robots 1 4 16 64 --seconds 10
 
 `openvla serve` runs as a process of its own. Robots ask by `openvla_client`, as fast as they are answered, with a
-256 x 256 frame that no other request has. One robot: each request goes to the server and, in turns, to the same model
-called directly here, so that a busy machine slows down both. Many robots, in turns as well: a server with --max-batch
-16, one with --max-batch 1, and the roofline, direct calls of as many requests. Prints a table and writes JSON.
+256 x 256 frame that no other request has. One robot: the same model is called directly here as often, in an order that
+is drawn each time: a busy machine slows down all ways, and each follows each, which matters where the last cache holds
+the weights of one process. Many robots, in turns as well: a server with --max-batch 16, one with --max-batch 1, and the
+roofline, direct calls of as many requests. Prints a table and writes JSON.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import asyncio
 import json
 import os
 import platform
+import random
 import re
 import statistics
 import subprocess
@@ -101,7 +103,7 @@ async def timed(work: Any) -> tuple[float, Any]:
 
 
 async def one_robot(model: OpenVLAModel, address: str, requests: int) -> dict[str, Any]:
-    """Every way in turns: direct, through the engine alone, through both protocols."""
+    """Every way as often, in an order that is drawn each time: direct, through the engine alone, both protocols."""
     engine = Engine(model)
     await engine.start()
     async with await connect_async(f"ws://{address}") as socket, await connect_async(f"http://{address}") as rest:
@@ -120,10 +122,9 @@ async def one_robot(model: OpenVLAModel, address: str, requests: int) -> dict[st
         }  # fmt: skip
         times: dict[str, list[float]] = {name: [] for name in ways}
         around: dict[str, list[float]] = {name: [] for name in ways}
-        names = list(ways)
+        order = random.Random(0)
         for number in range(requests + 3):
-            names = names[1:] + names[:1]
-            for name in names:
+            for name in order.sample(list(ways), len(ways)):
                 taken, inferred = await timed(ways[name]())
                 if number >= 3:
                     times[name].append(taken)

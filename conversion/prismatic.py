@@ -63,14 +63,8 @@ LLM_SIZES: dict[str, dict[str, Any]] = {
         "partial_rotary_factor": 0.4,
     },
 }
-OF_FOLDER = (
-    "_name_or_path",
-    "architectures",
-    "auto_map",
-    "dtype",
-    "norm_stats",
-    "transformers_version",
-)  # of a config.json
+# Fields of a config.json that belong to its folder, and not to the model
+OF_FOLDER = ("_name_or_path", "architectures", "auto_map", "dtype", "norm_stats", "transformers_version")
 
 
 # To a Hub folder ------------------------------------------------------------------------------------------------------

@@ -236,7 +236,7 @@ def packed(name: str) -> OpenVLAForActionPrediction:
     """The embedded policy of 4 bits, as it is once it has run on a CPU with AVX512-BF16."""
     pack = getattr(bitsandbytes.functional, "_convert_weight_packed_for_cpu", None)
     if pack is None:
-        pytest.skip("this bitsandbytes packs nothing")
+        pytest.skip("this version of bitsandbytes packs no 4-bit weights for a CPU")
     model = OpenVLAForActionPrediction.from_pretrained(ROOT, quantization_config=CONFIGS[name])
     for module in model.modules():
         fits = isinstance(module, bitsandbytes.nn.Linear4bit) and not (
