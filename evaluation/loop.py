@@ -4,7 +4,8 @@ import math
 import numbers
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ class Job:
 class Slot:
     """An environment process and the episode it is in."""
 
+    number: int
     process: EnvironmentProcess
     job: Job | None = None
     control: Any = None
@@ -60,6 +62,67 @@ class Slot:
     passes: list[float] = field(default_factory=list)  # of the language model in each, where they are counted
     executed: list[np.ndarray] = field(default_factory=list)  # the action of each step
     video: EpisodeVideo | None = None
+
+    def begin(self, job: Job, control: BlockingControl | RealtimeControl) -> None:
+        self.job, self.control, self.step, self.instruction = job, control, 0, ""
+        self.seconds, self.passes, self.executed = [], [], []
+
+    def record(self, spec: ActionSpec, success: bool, error: str | None) -> EpisodeResult:
+        """The episode as it went."""
+        assert self.job is not None
+        return EpisodeResult(
+            task=self.job.task,
+            episode=self.job.episode,
+            seed=self.job.seed,
+            instruction=self.instruction,
+            success=success,
+            steps=self.step,
+            predictions=len(self.seconds),
+            latency=float(np.mean(self.seconds)) if self.seconds else 0.0,
+            error=None if error is None else without_paths(error),
+            variation=self.job.variation,
+            jerk=mean_jerk(np.array(self.executed), spec),
+            passes=float(np.mean(self.passes)) if self.passes else None,
+        )
+
+    def end(self) -> None:
+        self.job = self.observation = self.video = None
+
+
+class Records:
+    """The records of an evaluation: `episodes.jsonl` in its folder, without those of episodes that broke.
+
+    Raises:
+        ValueError: If the folder holds an episode of `jobs` from another seed.
+    """
+
+    def __init__(self, folder: Path, jobs: Sequence[Job]):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = folder / EPISODES
+        before = [record for record in read_results(self.file) if record.error is None]
+        self._known = {(record.variation, record.task, record.episode): record for record in before}
+        for job in jobs:
+            if job.key in self._known and (seed := self._known[job.key].seed) != job.seed:
+                raise ValueError(
+                    f"'{self.file}' holds episode {job.episode} of {job.task} from seed {seed}, and {job.seed} is "
+                    "asked for: choose another folder."
+                )
+        rewrite(self.file, before)
+
+    def __contains__(self, job: Job) -> bool:
+        return job.key in self._known
+
+    def __getitem__(self, job: Job) -> EpisodeResult:
+        return self._known[job.key]
+
+    def add(self, job: Job, record: EpisodeResult) -> None:
+        append_result(self.file, record)
+        self._known[job.key] = record
+
+    def success(self) -> float | None:
+        """Of all episodes that did not break."""
+        finished = [record.success for record in self._known.values() if record.error is None]
+        return float(np.mean(finished)) if finished else None
 
 
 def run_episodes(
@@ -100,131 +163,139 @@ def run_episodes(
             episode of `jobs` from another seed.
     """
     chunk = chunk_of(policy)
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / EPISODES
-    before = [record for record in read_results(file) if record.error is None]
-    records = {(record.variation, record.task, record.episode): record for record in before}
-    for job in jobs:
-        if job.key in records and (seed := records[job.key].seed) != job.seed:
-            raise ValueError(
-                f"'{file}' holds episode {job.episode} of {job.task} from seed {seed}, and {job.seed} is asked for: "
-                "choose another folder."
-            )
-    rewrite(file, list(records.values()))
-    waiting = [job for job in jobs if job.key not in records]
-    slots = [Slot(EnvironmentProcess(make)) for _ in range(min(workers, len(waiting)))]
-    said: set[str] = set()  # why environments broke, each once
-    bar = tqdm(total=len(jobs), initial=len(jobs) - len(waiting), unit="episode", disable=not progress)
+    records = Records(folder, jobs)
+    waiting = [job for job in jobs if job not in records]
+    slots = [Slot(number, EnvironmentProcess(make)) for number in range(min(workers, len(waiting)))]
+    with tqdm(total=len(jobs), initial=len(jobs) - len(waiting), unit="episode", disable=not progress) as bar:
+        films = {job: job.film(folder) for job in waiting if job.episode < videos}
+        loop = Loop(policy, chunk, slots, records, films, spec, control, stands, latency, max_steps, bar)
+        try:
+            loop.run(waiting)
+        finally:
+            for slot in slots:
+                slot.process.stop()
+    return [records[job] for job in jobs]
 
-    def finish(slot: Slot, success: bool, error: str | None = None) -> None:
-        assert slot.job is not None
-        record = EpisodeResult(
-            task=slot.job.task,
-            episode=slot.job.episode,
-            seed=slot.job.seed,
-            instruction=slot.instruction,
-            success=success,
-            steps=slot.step,
-            predictions=len(slot.seconds),
-            latency=float(np.mean(slot.seconds)) if slot.seconds else 0.0,
-            error=None if error is None else without_paths(error),
-            variation=slot.job.variation,
-            jerk=mean_jerk(np.array(slot.executed), spec),
-            passes=float(np.mean(slot.passes)) if slot.passes else None,
-        )
-        if slot.video is not None:
-            slot.video.save(success, slot.observation) if error is None else slot.video.save(None)
-        append_result(file, record)
-        records[slot.job.key] = record
-        if error is not None and error not in said:
-            said.add(error)
-            tqdm.write(f"{record.task}, episode {record.episode} broke: {error}", file=sys.stderr)
-        slot.job = slot.observation = slot.video = None
-        bar.update()
-        finished = [known.success for known in records.values() if known.error is None]
-        bar.set_postfix(success=f"{np.mean(finished):.0%}" if finished else "")
 
-    def answers(asked: Sequence[Slot]) -> Iterator[tuple[Slot, Any]]:
+@dataclass
+class Loop:
+    """Rounds in which every environment makes one step; arguments as those of `run_episodes`."""
+
+    policy: Policy | None
+    chunk: int  # steps of an answer of the policy
+    slots: Sequence[Slot]
+    records: Records
+    films: Mapping[Job, Path]
+    spec: ActionSpec
+    control: Callable[[], BlockingControl | RealtimeControl]
+    stands: bool
+    latency: float | None
+    max_steps: int
+    bar: Any
+    said: set[str] = field(default_factory=set)  # why environments broke, each once
+
+    def run(self, waiting: Sequence[Job]) -> None:
+        left = deque(waiting)
+        while left or any(slot.job for slot in self.slots):
+            self.begin(left)
+            running = [slot for slot in self.slots if slot.observation is not None]
+            self.decide([slot for slot in running if slot.control.wants_action(slot.step)])
+            self.step([slot for slot in running if slot.job is not None])
+
+    def begin(self, left: deque[Job]) -> None:
+        """Episodes of `left` begin where a slot is free."""
+        begun = []
+        for slot in self.slots:
+            if slot.job is None and left:
+                job = left.popleft()
+                slot.begin(job, self.control())
+                if self.ask(slot, "reset", job.seed, job.task, job.variation):
+                    begun.append(slot)
+        for slot, observation in self.answers(begun):
+            assert slot.job is not None
+            slot.observation, slot.instruction = observation, observation.instruction
+            if self.policy is not None:
+                begin_episode(self.policy, slot.number)
+            if slot.job in self.films and observation.images:
+                slot.video = EpisodeVideo(self.films[slot.job], observation, self.spec.names, self.spec.hz)
+        if self.stands:
+            there = [slot for slot in begun if slot.observation is not None and self.ask(slot, "standstill")]
+            for slot, start in self.answers(there):
+                slot.control.begin_at(start)
+
+    def decide(self, due: Sequence[Slot]) -> None:
+        """One answer of the policy for all that wait for one."""
+        started = time.perf_counter()
+        decided = self.of_expert(due) if self.policy is None else self.of_policy(self.policy, due)
+        elapsed = time.perf_counter() - started
+        for slot, action in decided:
+            slot.seconds.append(elapsed)
+            slot.last_seconds = elapsed
+            slot.control.give(slot.step, np.asarray(action), elapsed if self.latency is None else self.latency)
+
+    def of_expert(self, due: Sequence[Slot]) -> list[tuple[Slot, Any]]:
+        asked = [slot for slot in due if self.ask(slot, "expert_action")]
+        return list(self.answers(asked))
+
+    def of_policy(self, policy: Policy, due: Sequence[Slot]) -> list[tuple[Slot, Any]]:
+        if not due:
+            return []
+        seen = []
+        for slot in due:
+            assert slot.observation is not None  # it is running
+            expected = slot.last_seconds if self.latency is None else self.latency
+            committed = slot.control.committed(slot.step, expected, self.chunk)
+            seen.append(replace(slot.observation, step=slot.step, slot=slot.number, committed=committed))
+        actions = checked(policy.act(seen), len(seen), self.spec.action_dim)
+        for slot, passes in zip(due, counted_passes(policy, len(due))):
+            slot.passes.append(passes)
+        return list(zip(due, actions))
+
+    def step(self, running: Sequence[Slot]) -> None:
+        """Every world makes a step."""
+        stepped = []
+        for slot in running:
+            action = slot.control.action(slot.step)
+            if slot.video is not None and slot.observation is not None:
+                slot.video.add(slot.observation, action)
+            slot.executed.append(np.asarray(action))
+            if self.ask(slot, "step", action):
+                stepped.append(slot)
+        for slot, (observation, success) in self.answers(stepped):
+            slot.observation, slot.step = observation, slot.step + 1
+            if success or slot.step >= self.max_steps:
+                self.finish(slot, bool(success))
+
+    def ask(self, slot: Slot, method: str, *arguments: Any) -> bool:
+        """Whether the environment could be asked; the episode is over where it could not."""
+        try:
+            slot.process.ask(method, *arguments)
+        except EnvironmentFailure as failure:
+            self.finish(slot, success=False, error=str(failure))
+            return False
+        return True
+
+    def answers(self, asked: Sequence[Slot]) -> Iterator[tuple[Slot, Any]]:
+        """Of those that answer; the episodes of others are over."""
         for slot in asked:
             try:
                 yield slot, slot.process.answer()
             except EnvironmentFailure as failure:
-                finish(slot, success=False, error=str(failure))
+                self.finish(slot, success=False, error=str(failure))
 
-    def ask(slot: Slot, method: str, *arguments: Any) -> bool:
-        try:
-            slot.process.ask(method, *arguments)
-        except EnvironmentFailure as failure:
-            finish(slot, success=False, error=str(failure))
-            return False
-        return True
-
-    try:
-        while waiting or any(slot.job for slot in slots):
-            # 1. Episodes begin where a slot is free
-            begun = []
-            for slot in slots:
-                if slot.job is None and waiting:
-                    slot.job, slot.control, slot.step, slot.instruction = waiting.pop(0), control(), 0, ""
-                    slot.seconds, slot.passes, slot.executed = [], [], []
-                    if ask(slot, "reset", slot.job.seed, slot.job.task, slot.job.variation):
-                        begun.append(slot)
-            for slot, observation in answers(begun):
-                assert slot.job is not None
-                slot.observation, slot.instruction = observation, observation.instruction
-                if policy is not None:
-                    begin_episode(policy, slots.index(slot))
-                if slot.job.episode < videos and observation.images:
-                    slot.video = EpisodeVideo(slot.job.film(folder), observation, spec.names, spec.hz)
-            if stands:
-                there = [slot for slot in begun if slot.observation is not None and ask(slot, "standstill")]
-                for slot, start in answers(there):
-                    slot.control.begin_at(start)
-
-            # 2. One answer of the policy for all that wait for one
-            running = [slot for slot in slots if slot.observation is not None]
-            due = [slot for slot in running if slot.control.wants_action(slot.step)]
-            started = time.perf_counter()
-            if due and policy is None:
-                asked = [slot for slot in due if ask(slot, "expert_action")]
-                decided = list(answers(asked))
-            elif due and policy is not None:
-                seen = []
-                for slot in due:
-                    assert slot.observation is not None  # it is running
-                    expected = slot.last_seconds if latency is None else latency
-                    decided_already = slot.control.committed(slot.step, expected, chunk)
-                    about = {"step": slot.step, "slot": slots.index(slot), "committed": decided_already}
-                    seen.append(replace(slot.observation, **about))
-                decided = list(zip(due, checked(policy.act(seen), len(seen), spec.action_dim)))
-                for slot, passes in zip(due, counted_passes(policy, len(due))):
-                    slot.passes.append(passes)
-            else:
-                decided = []
-            elapsed = time.perf_counter() - started
-            for slot, action in decided:
-                slot.seconds.append(elapsed)
-                slot.last_seconds = elapsed
-                slot.control.give(slot.step, np.asarray(action), elapsed if latency is None else latency)
-
-            # 3. Every world makes a step
-            stepped = []
-            for slot in [slot for slot in running if slot.job is not None]:
-                action = slot.control.action(slot.step)
-                if slot.video is not None and slot.observation is not None:
-                    slot.video.add(slot.observation, action)
-                slot.executed.append(np.asarray(action))
-                if ask(slot, "step", action):
-                    stepped.append(slot)
-            for slot, (observation, success) in answers(stepped):
-                slot.observation, slot.step = observation, slot.step + 1
-                if success or slot.step >= max_steps:
-                    finish(slot, bool(success))
-    finally:
-        bar.close()
-        for slot in slots:
-            slot.process.stop()
-    return [records[job.key] for job in jobs]
+    def finish(self, slot: Slot, success: bool, error: str | None = None) -> None:
+        assert slot.job is not None
+        record = slot.record(self.spec, success, error)
+        if slot.video is not None:
+            slot.video.save(success, slot.observation) if error is None else slot.video.save(None)
+        self.records.add(slot.job, record)
+        if error is not None and error not in self.said:
+            self.said.add(error)
+            tqdm.write(f"{record.task}, episode {record.episode} broke: {error}", file=sys.stderr)
+        slot.end()
+        self.bar.update()
+        success_so_far = self.records.success()
+        self.bar.set_postfix(success="" if success_so_far is None else f"{success_so_far:.0%}")
 
 
 def checked(actions: np.ndarray, count: int, dims: int) -> np.ndarray:
