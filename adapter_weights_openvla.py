@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from .adapters_openvla import KEY, belongings
-from .modules_openvla import modules_of
+from .adapter_state_openvla import AdapterState, forget
 
 
 NAMELESS = re.compile(r"\.lora_(embedding_)?[AB](\.weight|\.bias)?$")  # of an adapter's tensors as they are stored
@@ -22,19 +21,13 @@ class AdapterWeights:
     with it.
     """
 
+    adapter_state: AdapterState
     device: Any
     named_parameters: Any
 
-    def _tuner_layers(self) -> list[Any]:
-        """Layers of adapters. Kept, in a tuple: they must not become a part of the model."""
-        layers = [module for module in modules_of(self).below if hasattr(type(module), "merged_adapters")]  # type: ignore
-        if layers:
-            self.__dict__["_known_tuner_layers"] = tuple(layers)
-        return layers
-
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         # torch calls it of every module whose weights are loaded: PEFT loads those of an adapter in this way.
-        configs = self.__dict__.get("_peft_config") or {}
+        configs = self.adapter_state.configs or {}
         # PEFT gives the name of the adapter to tensors of layers that it knows only.
         others = "|".join(self._tensors_of_other_kinds() if configs else ())
         of_others = re.compile(rf"\.({others})(\.weight|\.bias)?$" if others else "(?!)")
@@ -49,7 +42,7 @@ class AdapterWeights:
                 forget(config, f"Other weights were loaded under the name of the adapter '{name}'")
             config._openvla_loaded = True
         if configs:
-            self._tuner_layers()
+            self.adapter_state.find_layers(self)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[misc]
 
     def _check_complete(self, name: str, loaded: Iterable[str]) -> None:
@@ -69,11 +62,9 @@ class AdapterWeights:
         ]
         if problems:
             why = f"The weights of the adapter '{name}' are not those of its adapter_config.json on this base"
-            config = self.__dict__["_peft_config"][name]
-            forget(config, why)
-            config._openvla_loaded = True
+            self.adapter_state.disown(name, why)
             remedy = "Is it an adapter of another base, or was it saved under other names or cut off?"
-            if getattr(config, "use_dora", False):  # 5.4 to 5.24
+            if getattr((self.adapter_state.configs or {})[name], "use_dora", False):  # 5.4 to 5.24
                 remedy = (
                     "It has use_dora, whose magnitudes transformers does not load: take "
                     "peft.PeftModel.from_pretrained(model, RUN)."
@@ -82,7 +73,7 @@ class AdapterWeights:
 
     def _tensors_of_other_kinds(self) -> list[str]:
         """Names of the tensors of adapters that are no LoRA, before the name of the adapter."""
-        kinds = {kind for layer in self._tuner_layers() for kind in layer.adapter_layer_names}
+        kinds = {kind for layer in self.adapter_state.find_layers(self) for kind in layer.adapter_layer_names}
         return [re.escape(kind) for kind in sorted(kinds) if not kind.startswith(LORA_OR_WHOLE)]
 
     def _check_values(self, name: str) -> None:
@@ -90,9 +81,7 @@ class AdapterWeights:
         own = [value for key, value in self.named_parameters() if is_of(key, name)]
         if self.device.type != "meta" and any(value.is_meta for value in own):
             why = f"Weights of the adapter '{name}' have no values: they are on layers that are offloaded"
-            config = self.__dict__["_peft_config"][name]
-            forget(config, why)
-            config._openvla_loaded = True
+            self.adapter_state.disown(name, why)
             raise ValueError(
                 f"{why} (device_map), from where they are not brought back. Merge it first (`openvla merge RUN OUT`) "
                 "and load OUT, or keep these layers on a device."
@@ -105,31 +94,9 @@ class AdapterWeights:
         return any(there is not None and not torch.equal(there, value.to(there)) for there, value in pairs)
 
     def _save_to_state_dict(self, *args, **kwargs):
-        self._settle(before_loading=True)  # what an adapter is saved with; PEFT asks before it loads one as well
+        # What an adapter is saved with; PEFT asks before it loads one as well.
+        self.adapter_state.settle(before_loading=True)
         super()._save_to_state_dict(*args, **kwargs)  # type: ignore[misc]
-
-    def _settle(self, before_loading: bool = False) -> None:
-        """Find the adapters that were made of others: their configuration is a copy, and its weights were not loaded.
-        They keep what it says only where all others say the same.
-
-        Args:
-            before_loading: Adapters may be there whose weights come next.
-        """
-        configs = self.__dict__.get("_peft_config") or {}
-        for name, config in configs.items():
-            others = [other for other in configs.values() if other is not config]
-            shared = any(other.auto_mapping is config.auto_mapping for other in others)
-            copied = shared or (config.inference_mode and not before_loading)
-            made = copied and not getattr(config, "_openvla_loaded", False)
-            if not made or not belongings(config):
-                continue
-            known = {belongings(each).get("base_digest") for each in (config, *others)} - {None}
-            if not others or any(_meaning(other) != _meaning(config) for other in others) or len(known) > 1:
-                forget(
-                    config,
-                    f"The adapter '{name}' was made of others: their units, settings or bases differ, or are gone",
-                )
-            config.auto_mapping, config._openvla_loaded = dict(config.auto_mapping), True
 
 
 def with_adapter_name(names: Iterable[str], adapter: str) -> list[str]:
@@ -155,14 +122,4 @@ def _check_not_zero(name: str, weights: Collection[torch.Tensor]) -> None:
         )
 
 
-def _meaning(config: Any) -> list[Any]:
-    brought = belongings(config)
-    return [brought.get(name) for name in ("norm_stats", "processor", "model")]
-
-
-def forget(config: Any, why: str) -> None:
-    """Let a configuration say that its units are not known, also where it is saved."""
-    config.auto_mapping = {**(config.auto_mapping or {}), KEY: {"unknown": why}}
-
-
-__all__ = ["AdapterWeights", "forget", "with_adapter_name"]
+__all__ = ["AdapterWeights", "with_adapter_name"]

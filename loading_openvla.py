@@ -17,6 +17,7 @@ from transformers.utils import cached_file
 
 from .action_tokenizer import check_statistics, check_units, read_statistics
 from .active_adapters_openvla import AdapterBelongings
+from .adapter_state_openvla import AdapterState
 from .adapters_openvla import ADAPTER, belongings, check_base, find_adapter, find_base
 from .choices_openvla import closest
 from .configuration_openvla import OpenVLAConfig, check_reachable, plain_statistics
@@ -76,9 +77,9 @@ class OpenVLAPreTrainedModel(QuantizedWeights, AdapterBelongings, ModelParts, Pr
 
     def __init__(self, config: OpenVLAConfig, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
+        self.adapter_state = AdapterState()
         self._processor: OpenVLAProcessor | None = None
         self._processor_is_set = False
-        self._adapted_processor: tuple[dict | None, OpenVLAProcessor | None] = (None, None)
         self._hub_kwargs: dict[str, Any] = {}
         self._source: str | None = None  # the folder it came from, wherever the process goes meanwhile
 

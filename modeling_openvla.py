@@ -53,6 +53,7 @@ from .vision_openvla import OpenVLAProjector, OpenVLAVisionBackbone
 if TYPE_CHECKING:  # of a local folder transformers 5.4 and 5.5 copy no more files than this one names
     from .action_heads_openvla import make_head  # noqa: F401
     from .active_adapters_openvla import AdapterBelongings  # noqa: F401
+    from .adapter_state_openvla import AdapterState  # noqa: F401
     from .adapter_weights_openvla import AdapterWeights  # noqa: F401
     from .adapters_openvla import find_adapter  # noqa: F401
     from .cameras_openvla import find_cameras  # noqa: F401

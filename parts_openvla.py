@@ -40,6 +40,7 @@ class ModelParts:
 
     if TYPE_CHECKING:  # what the model has
         config: OpenVLAConfig
+        adapter_state: Any
         vision_backbone: Any
         projector: Any
         state_dict: Any
@@ -92,13 +93,13 @@ class ModelParts:
         """Parameters of these parts, by name."""
         return {name: parameter for name, parameter in self.named_parameters() if is_added(name)}
 
-    def load_parts(self, folder: str | os.PathLike, fields: Mapping[str, Any], owner: str | None = "default") -> None:
+    def load_parts(self, folder: str | os.PathLike, fields: Mapping[str, Any], owner: str = "default") -> None:
         """Take the parts that an adapter in a local folder was trained with, in place of those that are there.
 
         Args:
             fields: Of the configuration in its training.
-            owner: Name of the adapter; None while it is not loaded. The model predicts with these parts only while this
-                adapter is active, see `AdapterBelongings`.
+            owner: Name of the adapter; "" while it is not loaded. The model predicts with these parts only while this
+                adapter is active, see `AdapterState`.
 
         Raises:
             FileNotFoundError, ValueError: If their file is missing or damaged, or does not hold what `fields` ask for.
@@ -111,7 +112,7 @@ class ModelParts:
             return
         if holds_weights:
             check_weight_file(file, whole_numbers=False)
-        self.__dict__["_parts_owner"] = None  # nobody's until all are there: they begin at random
+        self.adapter_state.parts_owner = ""  # nobody's until all are there: they begin at random
         self.add_parts(**wanted)
         stored, own = load_file(file) if holds_weights else {}, self.added_parameters()
         shapes = {
@@ -123,7 +124,7 @@ class ModelParts:
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(stored[name])
-        self.__dict__["_parts_owner"] = owner
+        self.adapter_state.parts_owner = owner
 
 
 __all__ = ["PARTS", "PARTS_FILE", "PREFIXES", "WEIGHTLESS_HEADS", "ModelParts", "asks_for_parts", "is_added"]

@@ -52,6 +52,7 @@ FLAT_FILES = [
     "weights_openvla",
     "parts_openvla",
     "adapters_openvla",
+    "adapter_state_openvla",
     "adapter_weights_openvla",
     "active_adapters_openvla",
     "loading_openvla",

@@ -106,7 +106,7 @@ def load_model(run: Run, autocast: bool, checkpoint: Path | None = None) -> Any:
         config.base_model_name_or_path, digest = name_base(base, options.output)
         of_model = fields | {field: getattr(run.config, field) for field in OF_MODEL}
         if added:
-            model.get_base_model().__dict__["_parts_owner"] = "default"
+            model.get_base_model().adapter_state.parts_owner = "default"
         config.auto_mapping = {KEY: {"norm_stats": run.statistics, "model": of_model, "base_digest": digest}}
     for parameter in added:
         parameter.requires_grad_(True)
