@@ -17,6 +17,7 @@ from ..cameras_openvla import find_cameras, order_cameras
 from ..observation import Observation
 from .contract import Answer, BadRequest, Busy, Engine, Refusal, Request
 from .live import JPEG_QUALITY
+from .threads import in_daemon
 from .wire import picture_file
 
 
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 SESSION = "simulator of the page"
 MOST_WATCHERS = 32  # that wait for the next step; further ones get the last one at once
 PATIENCE = 30.0  # seconds that an episode waits for one answer
+CLOSING = 10.0  # seconds that a simulator may take to close
 MOST_LETTERS = 1000  # of an instruction
 
 
@@ -163,8 +165,8 @@ class Episodes:
         world: World | None = None
         said = "The episode broke; the log of the server says why."
         try:
-            world = await asyncio.to_thread(self.simulator.make, self.info.cameras)
-            observation = await asyncio.to_thread(world.reset, seed, task)
+            world = await in_daemon(self.simulator.make, self.info.cameras)
+            observation = await in_daemon(world.reset, seed, task)
             self._show(message="", jpeg=_picture(observation))
             said = await self._drive(world, observation)
         except (Refusal, RuntimeError) as error:
@@ -178,7 +180,8 @@ class Episodes:
     async def _close(self, world: World | None) -> None:
         try:
             if world is not None:
-                await asyncio.to_thread(world.close)
+                async with asyncio.timeout(CLOSING):
+                    await in_daemon(world.close)
         except Exception:  # it is over all the same
             logger.exception("A simulator could not be closed.")
 
@@ -195,7 +198,7 @@ class Episodes:
             if self._stopped:
                 return "Stopped."
             action = actions.pop(0)
-            observation, done = await asyncio.to_thread(world.step, action)
+            observation, done = await in_daemon(world.step, action)
             self._show(step=step + 1, action=action.tolist(), jpeg=_picture(observation))
             if done:
                 self._show(success=True)

@@ -4,13 +4,13 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from queue import SimpleQueue
 from typing import Any
 
 from ..policy import check_numbers
 from .contract import Answer, Failed, Model, Refusal, Request
+from .threads import awaited
 
 
 logger = logging.getLogger(__name__)
@@ -70,25 +70,7 @@ class Worker:
         self._jobs.put(None)
 
     def _call(self, work: Callable[[], Any]) -> asyncio.Future[Any]:
-        loop = asyncio.get_running_loop()
-        future = loop.create_future()
-
-        def tell(result: Any, error: BaseException | None) -> None:
-            if future.done():  # nobody waits any more
-                return
-            future.set_result(result) if error is None else future.set_exception(error)
-
-        def job() -> None:
-            result, failed = None, None
-            try:
-                result = work()
-            except BaseException as error:  # of whoever awaits it
-                failed = error
-            with suppress(RuntimeError):  # the loop is closed: it came too late for everybody
-                loop.call_soon_threadsafe(tell, result, failed)
-
-        self._jobs.put(job)
-        return future
+        return awaited(work, self._jobs.put)
 
     # In the thread ----------------------------------------------------------------------------------------------------
 

@@ -190,7 +190,7 @@ def test_what_is_wrong_before_it_is_sent(given, message):
     with asking(scripted, "ws") as client:
         with pytest.raises(ValueError, match=message):
             client.act(**{"images": IMAGE, "instruction": "go", **given})
-        with pytest.raises(FileNotFoundError):
+        with pytest.raises(FileNotFoundError, match="No image file at 'nowhere.png'. Give a local file"):
             client.act("nowhere.png", "go")
         assert not scripted.messages
         client.act(IMAGE, "go")

@@ -6,6 +6,8 @@ import gc
 import io
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
 import threading
@@ -1208,6 +1210,40 @@ def test_a_guard_of_another_process_says_so():
     transport.submit(openvla_client.Ask(3, 4, 0, None))
     reply = transport.poll(0)
     assert (reply.epoch, reply.id) == (3, 4) and "of another process" in str(reply.error)
+
+
+def test_a_chunk_acts_in_one_process(tmp_path):
+    """The rest of it was executed in a fork as well; and where a thread was in a step, the fork waited for ever."""
+    held = threading.Event()
+    guard = Guard(lambda seen: np.arange(1, 9.0)[:, None] * [1, 0, 0, 1] if seen == 0 else held.wait(60), POSE, wait=30)
+    audit, (reader, writer) = Audit(tmp_path / "audit.jsonl"), os.pipe()
+    guard.reset(still())
+    assert guard.step(0).action.tolist() == [1, 0, 0, 1]
+    step = threading.Thread(target=guard.step, args=(1,))
+    step.start()
+    with audit._changed, guard._transport._changed:  # as another thread may hold them then
+        child = os.fork()
+    if not child:
+        guard.wait = 0
+        os.write(
+            writer, json.dumps([guard.step(2).record(), guard.step(3).reason, audit.write({}), audit.lost]).encode()
+        )
+        os._exit(0)
+    try:
+        assert select.select([reader], [], [], 60)[0]
+        first, reason, _, lost = json.loads(os.read(reader, 10_000))
+        assert first["source"] == "hold" and "of another process" in reason and lost == 1
+        held.set()
+        step.join()
+        assert guard.step(2).source == "answer"
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        held.set()
+        guard.close()
+        audit.close()
+        os.close(reader)
+        os.close(writer)
 
 
 # Arguments ------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from openvla.observation import Observation
+from openvla.serving import episodes
 from openvla.serving.app import create_app
 from openvla.serving.contract import Busy, Late, Request
 from openvla.serving.episodes import MOST_WATCHERS, Episodes, Simulator
@@ -540,6 +541,36 @@ def test_one_episode_at_a_time_and_stop():
         while state["running"]:
             state = client.get(f"/page/episode?after={state['number']}").json()
         assert state["message"] == "Stopped." and state["step"] <= 1
+
+
+def test_a_simulator_that_never_returns_keeps_no_process(monkeypatch):
+    """The end of a server waited for the thread of its step, and for the world to close."""
+    monkeypatch.setattr(episodes, "CLOSING", 0.05)
+    returns, returned = threading.Event(), []
+
+    class Hanging(FakeWorld):
+        def step(self, action):
+            self.close()
+
+        def close(self):
+            returned.append(returns.wait(10))
+
+    async def watch():
+        running = Episodes(simulator(Hanging), FakeEngine())
+        running.start("lift")
+        while not running.last.jpeg:
+            await running.after(running.last.number)
+        await running.close(0.05)
+
+    asyncio.run(watch())
+    assert not returned
+    returns.set()
+
+
+def test_a_world_that_has_no_more_frames_ends_its_episode(caplog):
+    """A `StopIteration` was lost, and the episode waited for ever."""
+    made = simulator(lambda cameras: next(iter(())))
+    assert "StopIteration" in run(Episodes(made, FakeEngine()), "lift").message
 
 
 @pytest.mark.parametrize(

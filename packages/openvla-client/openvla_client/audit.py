@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from .checks import whole
+from .forks import call_in_forks
 from .messages import decode
 
 
@@ -42,6 +43,12 @@ class Audit:
         self._thread = threading.Thread(target=self._run, name="openvla-audit", daemon=True)
         self._thread.start()
         atexit.register(self.close)
+        call_in_forks(self._forked)
+
+    def _forked(self) -> None:
+        """What waits here is written by the other process."""
+        self._changed, self._busy = threading.Condition(), False
+        self._lines.clear()
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Does not block and does not raise: what cannot be written counts in `lost`."""

@@ -14,6 +14,7 @@ from .async_client import AsyncClient, Settings, read_settings
 from .checks import is_number
 from .connection import Address
 from .errors import BadAnswer, NotReached
+from .forks import call_in_forks
 from .guard import Guard
 from .messages import Answer, ServerInfo
 from .transport import Ask, ThreadTransport
@@ -51,6 +52,10 @@ class Client:
         self._end = weakref.finalize(self, _end, self._loop, self._thread, self._client)
         self._end.atexit = False
         _open.add(self)
+        call_in_forks(self._forked)
+
+    def _forked(self) -> None:
+        self._lock = threading.RLock()
 
     @property
     def info(self) -> ServerInfo:

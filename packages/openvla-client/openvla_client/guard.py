@@ -3,6 +3,7 @@
 import datetime
 import itertools
 import math
+import secrets
 import threading
 import time
 import warnings
@@ -18,6 +19,7 @@ from .action_spec import ActionSpec
 from .audit import digest as content_digest
 from .checks import is_number, numbers, seconds, whole
 from .command import Command, NoAction, State, held
+from .forks import call_in_forks
 from .limits import Limits
 from .messages import decode
 from .plan import EPSILON, Early, Plan, Stale
@@ -157,6 +159,7 @@ class Guard:
         self._since: tuple[float, int] | None = None  # time and step of the newest observation that was answered
         self._step, self._closed = 0, False
         self.reset()
+        call_in_forks(self._forked)
 
     @property
     def epoch(self) -> int:
@@ -203,6 +206,12 @@ class Guard:
                 self._changes.append(change)
             else:
                 change()
+
+    def _forked(self) -> None:
+        """What was asked and answered before acts in the other process. A thread of that one may be in a step."""
+        self._lock, self._in_step, self._changes = threading.RLock(), False, []
+        self._plan.epoch = secrets.randbits(32)  # of no other guard
+        self._plan.clear()
 
     def close(self) -> None:
         """Nothing is asked and no answer acts any more, also in a step that waits: the fallback is executed. May come

@@ -92,6 +92,10 @@ def picture(image: Any, form: str, quality: int) -> np.ndarray | bytes:
         FileNotFoundError: If there is no such file.
     """
     if isinstance(image, (str, os.PathLike)):
+        if not os.path.isfile(image):
+            raise FileNotFoundError(
+                f"No image file at {os.fsdecode(image)!a:.200}. Give a local file (URLs and base64 are not read)."
+            )
         image = Path(image).read_bytes()
     if isinstance(image, (bytes, bytearray, memoryview)):
         check_picture(bytes(image))

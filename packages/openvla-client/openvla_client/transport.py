@@ -8,6 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from .forks import call_in_forks
+
 
 @dataclass(frozen=True)
 class Ask:
@@ -69,6 +71,10 @@ class ThreadTransport:
         self._replies: deque[Reply] = deque(maxlen=self.KEPT)
         self._closed = False
         self._thread: threading.Thread | None = None
+        call_in_forks(self._forked)
+
+    def _forked(self) -> None:
+        self._changed = threading.Condition()
 
     @property
     def connection(self) -> int:
