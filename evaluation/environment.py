@@ -225,6 +225,11 @@ def action_spec_of(environment: Environment) -> ActionSpec:
     return getattr(environment, "action_spec", None) or usual
 
 
+def with_cameras(of_environment: Mapping[str, Any], env: str, sees: Sequence[str]) -> Mapping[str, Any]:
+    """Options of the environment, with the camera on the gripper where the model sees it and nothing was said."""
+    return {"wrist": True, **of_environment} if asks_for_wrist(env, sees) else of_environment
+
+
 def dataset_of(environment: Environment, statistics: Mapping[str, Any]) -> str | None:
     """Which of the datasets of a model was recorded in the environment; None where nothing says so."""
     return next((name for name in getattr(environment, "unnorm_keys", ()) if name in statistics), None)
@@ -242,7 +247,7 @@ def warn_of_other_units(
             f"'{model}' acts in the units of '{only}', the only dataset it knows, and demonstrations of '{env}' are "
             f"called {' or '.join(recorded)}. If its units are those, say so (--unnorm-key {only}); else take a model "
             "that was trained on these.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -255,7 +260,7 @@ def has_other_rate(recorded: float | None, environment: Environment, model: str,
         f"The actions of '{model}' were recorded at {recorded:g} a second, and '{env}' takes "
         f"{environment.frequency:g}: each lasts another time here. Give the simulator the rate of the recording "
         f"(metaworld: --env-option frequency={recorded:g}){more}.",
-        stacklevel=3,
+        stacklevel=4,
     )
     return True
 

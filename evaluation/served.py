@@ -8,8 +8,15 @@ import numpy as np
 
 from ..observation import Observation
 from .attributes import instructions_of
-from .environment import EVALUATION_SEEDS, choose_tasks, environment_class, make_environment, renders, usual_tasks
-from .evaluate import with_cameras
+from .environment import (
+    EVALUATION_SEEDS,
+    choose_tasks,
+    environment_class,
+    make_environment,
+    renders,
+    usual_tasks,
+    with_cameras,
+)
 from .rendering import opengl_backend
 from .report import without_paths
 from .workers import EnvironmentFailure, EnvironmentProcess

@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 
 from openvla.evaluation import choose_tasks, make_environment
 from openvla.evaluation.control import CHUNKING
-from openvla.evaluation.evaluate import evaluate, single_latency
+from openvla.evaluation.evaluate import evaluate
+from openvla.evaluation.latency import single_latency
 from openvla.policy import OpenVLAPolicy
 
 

@@ -32,8 +32,10 @@ import torch
 from matplotlib.figure import Figure
 
 from openvla.evaluation import make_environment
+from openvla.evaluation.begun import SETTINGS
 from openvla.evaluation.control import effective_delays
-from openvla.evaluation.evaluate import SETTINGS, evaluate, single_latency
+from openvla.evaluation.evaluate import evaluate
+from openvla.evaluation.latency import single_latency
 from openvla.evaluation.report import EpisodeResult, read_results, summarize
 from openvla.options.prediction import EMBEDDED_POLICY
 from openvla.policy import OpenVLAPolicy

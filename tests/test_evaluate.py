@@ -15,8 +15,10 @@ from typer.testing import CliRunner
 
 from openvla import OpenVLAForActionPrediction
 from openvla.cli import app
+from openvla.evaluation import begun, candidate, latency
 from openvla.evaluation import evaluate as evaluate_module
-from openvla.evaluation.evaluate import evaluate, reference_policy
+from openvla.evaluation.candidate import reference_policy
+from openvla.evaluation.evaluate import evaluate
 from openvla.evaluation.loop import run_episodes
 from openvla.evaluation.rendering import NoOpenGL
 from openvla.evaluation.report import EpisodeResult
@@ -115,9 +117,7 @@ def test_a_run_that_goes_on_draws_other_numbers(tmp_path, monkeypatch, policy):
 def test_latency_is_measured_on_what_is_seen_and_used_as_it_is_written_down(tmp_path, monkeypatch):
     """States of the simulator, whatever they are: eight zeros suit some models only."""
     seen, used = [], []
-    monkeypatch.setattr(
-        evaluate_module, "median_latency", lambda policy, observation: seen.append(observation) or 0.10003
-    )
+    monkeypatch.setattr(latency, "median_latency", lambda policy, observation: seen.append(observation) or 0.10003)
     monkeypatch.setattr(
         evaluate_module,
         "run_episodes",
@@ -131,7 +131,7 @@ def test_latency_is_measured_on_what_is_seen_and_used_as_it_is_written_down(tmp_
 
 
 def test_ways_of_chunks_that_are_none_are_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate_module.OpenVLAPolicy, "load", lambda *a, **k: Still())
+    monkeypatch.setattr(candidate.OpenVLAPolicy, "load", lambda *a, **k: Still())
     late = {"policy": "model", "control": "realtime", "latency": 0.1, "episodes": 1, "max_steps": 1}
     with pytest.warns(UserWarning, match="chunking='prefix': .* predicts one step at once, so that all ways are"):
         run(tmp_path / "prefix", **late, chunking="prefix")
@@ -213,7 +213,7 @@ class Still:
 
 def test_episodes_of_other_files_are_not_taken_for_those_of_this_model(tmp_path, monkeypatch):
     model, loaded = small_model(tmp_path / "my_robot"), []
-    monkeypatch.setattr(evaluate_module.OpenVLAPolicy, "load", lambda *a, **k: loaded.append(a) or Still())
+    monkeypatch.setattr(candidate.OpenVLAPolicy, "load", lambda *a, **k: loaded.append(a) or Still())
     options = {"tasks": "reach-v3", "episodes": 1, "max_steps": 1, "render": False, "videos": 0, "progress": False}
 
     def again(policy="model"):
@@ -258,10 +258,10 @@ def test_an_adapter_is_known_by_its_base_as_well(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "evaluation.json").write_text(json.dumps({"digests": before}))
     with pytest.raises(ValueError, match="episodes of 'mine' with other base"):
-        evaluate_module.earlier_settings(tmp_path / "out", {"digests": after}, "mine")
+        begun.earlier_settings(tmp_path / "out", {"digests": after}, "mine")
     del before["base"]  # as older versions wrote it
     (tmp_path / "out" / "evaluation.json").write_text(json.dumps({"digests": before}))
-    evaluate_module.earlier_settings(tmp_path / "out", {"digests": after}, "mine")
+    begun.earlier_settings(tmp_path / "out", {"digests": after}, "mine")
 
 
 @pytest.mark.parametrize(
@@ -272,14 +272,12 @@ def test_an_adapter_is_known_by_its_base_as_well(tmp_path):
 def test_settings_that_were_edited_are_refused_in_words(edited, tmp_path):
     (tmp_path / "evaluation.json").write_text(json.dumps(edited))
     with pytest.raises(ValueError, match=f"says {next(iter(edited))}=.*the file was edited. Choose another folder"):
-        evaluate_module.earlier_settings(tmp_path, {"digests": {}}, "mine")
+        begun.earlier_settings(tmp_path, {"digests": {}}, "mine")
 
 
 def test_pixels_are_compared_and_reported_where_they_were_given(tmp_path, monkeypatch):
     loaded = []
-    monkeypatch.setattr(
-        evaluate_module.OpenVLAPolicy, "load", lambda model, pixels, **more: loaded.append(pixels) or Still()
-    )
+    monkeypatch.setattr(candidate.OpenVLAPolicy, "load", lambda model, pixels, **more: loaded.append(pixels) or Still())
     monkeypatch.setattr(evaluate_module, "check_older_pixels", lambda *given: None)  # there are none to compare
     options = {"policy": "model", "tasks": "reach-v3", "episodes": 1, "max_steps": 1}
     run(tmp_path / "as_stored", **options)

@@ -13,8 +13,7 @@ from oft import load_oft, saved_by_oft
 from openvla.cameras_openvla import find_cameras
 from openvla.evaluation import EVALUATION_SEEDS, libero, make_environment
 from openvla.evaluation.control import BlockingControl
-from openvla.evaluation.environment import POLICY_SEED, usual_tasks
-from openvla.evaluation.evaluate import dataset_of, with_cameras
+from openvla.evaluation.environment import POLICY_SEED, dataset_of, usual_tasks, with_cameras
 from openvla.evaluation.libero import Libero, check_assets, instruction_of, load_initial_states, to_libero, to_upright
 from openvla.evaluation.robosuite import axis_angle, to_state
 from openvla.options.evaluation import EvaluateOptions

@@ -299,7 +299,7 @@ def test_other_folders_are_not_runs_of_older_versions(runs, tmp_path):
 def test_evaluations_of_older_versions_go_on_with_the_same_pixels(runs, asked, tmp_path):
     """They resized with lanczos3, and cropped where it was asked for or finetune.json said so."""
     pytest.importorskip("metaworld", reason="`evaluate` needs the [sim] extra")
-    from openvla.evaluation.evaluate import check_older_pixels
+    from openvla.evaluation.begun import check_older_pixels
 
     for name in ("full", "plain"):
         crop = name == "full" if asked is None else asked

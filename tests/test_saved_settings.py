@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from openvla.evaluation import recorder
-from openvla.evaluation.evaluate import earlier_settings, evaluate
+from openvla.evaluation.begun import earlier_settings
+from openvla.evaluation.evaluate import evaluate
 from openvla.evaluation.record import record
 from openvla.folders import FORMAT_VERSION, read_settings
 from openvla.options.evaluation import DemoOptions, EvaluateOptions, RecordOptions
