@@ -32,7 +32,7 @@ from .parallel_graphs_openvla import RecordedSequence, SequenceGraph
 from .parallel_openvla import ActionSequence
 from .products_openvla import Linear, order_weight
 from .recordings_openvla import CudaGraph, Recorded, Snapshot
-from .sampling_openvla import Choice, check_flags
+from .sampling_openvla import check_flags
 from .stages_openvla import stage
 from .vision_openvla import PatchProjection, towers_beside
 
@@ -280,7 +280,7 @@ def prepare(
                 ]
             _PREPARED[model] = Prepared(graphs, token_range, Snapshot(model))
             for pair in pairs:
-                (check_prediction if token_range else check_pass)(model, *pair, num_tokens)
+                check_graphs(model, *pair, num_tokens)
         except (RuntimeError, ImportError) as error:  # something waits for the device; no compiler is installed
             _PREPARED.pop(model, None)
             reason = f"it cannot be {'compiled' if make_steps is CompiledSteps else 'recorded'}: {error}"
@@ -311,65 +311,17 @@ def inputs_of_noise(model: Any, batch: int, tokens: int) -> ModelInputs:
     return ModelInputs([words] * batch, noise, proprio)
 
 
-def is_exact(model: Any) -> bool:
-    """Whether the language model computes in float32."""
-    return all(parameter.dtype == torch.float32 for parameter in model.language_model.parameters())
-
-
-def check_pass(model: Any, batch: int, tokens: int, num_tokens: int) -> None:
-    """As `check_prediction`, of a head that predicts in one pass: the probability that goes to other tokens, or by how
-    much of the largest the numbers differ."""
+def check_graphs(model: Any, batch: int, tokens: int, num_tokens: int) -> None:
+    """Raise a `RuntimeError` where graphs of a size give other actions than the model does without: it moves an arm. Of
+    noise as an image."""
     shape, inputs = (model.action_chunk, num_tokens // model.action_chunk), inputs_of_noise(model, batch, tokens)
-
-    def predict() -> Any:
-        return model.action_head.actions(model, inputs, shape, Choice(distributions=True))
-
+    exact = all(parameter.dtype == torch.float32 for parameter in model.language_model.parameters())
     try:
-        with without_graphs():
-            expected = predict()
-        found = predict()
+        difference = model.action_head.difference_of_graphs(model, inputs, shape, 0.02 if exact else 0.2)
     except ValueError as error:  # what is not finite
         raise RuntimeError(f"of noise there is nothing to compare ({error})") from error
-    if "token_distributions" in expected:
-        far = np.abs(found.token_distributions - expected.token_distributions).sum(axis=-1).max() / 2
-    else:
-        wanted = expected.normalized_actions
-        far = np.abs(found.normalized_actions - wanted).max() / max(1.0, np.abs(wanted).max())
-    if not far <= (0.02 if is_exact(model) else 0.2):
-        raise RuntimeError(f"of {batch} sample(s) and {tokens} prompt tokens actions differ by {far:.0%}")
-
-
-def check_prediction(model: Any, batch: int, tokens: int, num_tokens: int) -> None:
-    """Raise a `RuntimeError` where graphs of a size give other probabilities than the model does without: it moves an
-    arm. Of noise as an image; without a draft, with a right one and with a wrong one, which need different graphs."""
-    shape, inputs = (model.action_chunk, num_tokens // model.action_chunk), inputs_of_noise(model, batch, tokens)
-
-    def predict(draft: list[list[int]] | None) -> tuple[np.ndarray, np.ndarray]:
-        found = model.action_head.actions(model, inputs, shape, Choice(draft=draft, distributions=True))
-        return found.token_ids.reshape(batch, num_tokens), found.token_distributions.reshape(batch, num_tokens, -1)
-
-    try:
-        with without_graphs():
-            expected = predict(None)
-            drafted = predict(expected[0].tolist())  # the same by kernels for other numbers of rows
-    except ValueError as error:  # what is not finite
-        raise RuntimeError(f"of noise there is nothing to compare ({error})") from error
-    rounding = max(0.02 if is_exact(model) else 0.2, 4 * moved(drafted, expected))
-    first, end = model.action_tokenizer.token_range
-    wrong = np.where(expected[0] == first, end - 1, first)
-    for draft in (None, expected[0].tolist(), wrong.tolist()):
-        if (share := moved(predict(draft), expected)) > rounding:
-            raise RuntimeError(
-                f"of {batch} sample(s) and {tokens} prompt tokens {share:.0%} of the probability went to other tokens"
-            )
-
-
-def moved(found: tuple[np.ndarray, np.ndarray], expected: tuple[np.ndarray, np.ndarray]) -> float:
-    """The largest share of probability that went to other tokens, of tokens (batch, n) with distributions (batch, n,
-    tokens), where all tokens before are the same."""
-    same = (found[0] == expected[0]).cumprod(axis=1)
-    told = np.concatenate([np.ones_like(same[:, :1]), same[:, :-1]], axis=1).astype(bool)
-    return float(np.abs(found[1] - expected[1]).sum(axis=-1)[told].max() / 2)
+    if difference is not None:
+        raise RuntimeError(f"of {batch} sample(s) and {tokens} prompt tokens {difference}")
 
 
 def _on_device(model: Any) -> AbstractContextManager:

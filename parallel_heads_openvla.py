@@ -13,7 +13,7 @@ from torch.nn import functional
 from .action_tokenizer import ActionTokenizer
 from .configuration_openvla import OpenVLAConfig
 from .decoding_openvla import are_finite, check_finite, choose_token
-from .graphs_openvla import open_sequence
+from .graphs_openvla import open_sequence, without_graphs
 from .inputs_openvla import ModelInputs
 from .outputs_openvla import ActionPrediction, OpenVLAOutput
 from .parallel_openvla import ActionSequence, time_embedding
@@ -106,6 +106,18 @@ class ParallelTokenHead(TokenHead):
         wanted = distributions if choice.distributions else None
         return self.prediction(decided, chosen, shape, model, wanted)
 
+    def difference_of_graphs(
+        self, model: Any, inputs: ModelInputs, shape: tuple[int, int], tolerance: float
+    ) -> str | None:
+        with without_graphs():
+            expected = self.actions(model, inputs, shape, Choice(distributions=True))
+        far = self.distance(self.actions(model, inputs, shape, Choice(distributions=True)), expected)
+        return None if far <= tolerance else f"actions differ by {far:.0%}"
+
+    def distance(self, found: Any, expected: Any) -> float:
+        """The largest share of probability that went to other tokens."""
+        return np.abs(found.token_distributions - expected.token_distributions).sum(axis=-1).max() / 2
+
 
 class ResidualBlock(nn.Module):
     """x + ReLU(Linear(LayerNorm(x))); names of tensors are the original's."""
@@ -188,6 +200,11 @@ class RegressionHead(ParallelTokenHead, ResidualMLP):
         sequence = open_sequence(model, inputs, count, self.committed_tokens(inputs).tolist())
         predicted = self(sequence.hidden_states(model.language_model, count))
         return _numbers(predicted, model)
+
+    def distance(self, found: Any, expected: Any) -> float:
+        """By how much of the largest number, or of 1, the numbers differ."""
+        wanted = expected.normalized_actions
+        return np.abs(found.normalized_actions - wanted).max() / max(1.0, np.abs(wanted).max())
 
     def _check(self, shape: tuple[int, int], choice: Choice) -> None:
         if shape[1] != self.action_dim:

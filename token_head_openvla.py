@@ -15,7 +15,7 @@ from torch.nn import functional
 from .action_tokenizer import ActionTokenizer
 from .configuration_openvla import OpenVLAConfig
 from .decoding_openvla import check_finite, decode_tokens
-from .graphs_openvla import open_prediction
+from .graphs_openvla import open_prediction, without_graphs
 from .inputs_openvla import ModelInputs
 from .outputs_openvla import ActionPrediction
 from .patches_openvla import IGNORE_INDEX
@@ -162,6 +162,33 @@ class TokenHead:
                 decided, chosen, shape, model, decoded.distributions if choice.distributions else None
             )
 
+    def difference_of_graphs(
+        self, model: Any, inputs: ModelInputs, shape: tuple[int, int], tolerance: float
+    ) -> str | None:
+        """What differs between predictions from graphs and without, None if nothing does: by more than a share
+        `tolerance` of the probability, or than kernels for other numbers of rows differ. Without a draft, with a right
+        one and with a wrong one, which need different graphs.
+
+        Raises:
+            ValueError: If the model computes something that is not finite.
+        """
+
+        def predict(draft: list[list[int]] | None) -> tuple[np.ndarray, np.ndarray]:
+            found: Any = self.actions(model, inputs, shape, Choice(draft=draft, distributions=True))
+            tokens = found.token_ids.reshape(len(found.token_ids), -1)
+            return tokens, found.token_distributions.reshape(*tokens.shape, -1)
+
+        with without_graphs():
+            expected = predict(None)
+            drafted = predict(expected[0].tolist())
+        rounding = max(tolerance, 4 * moved(drafted, expected))
+        first, end = self.tokenizer.token_range
+        wrong = np.where(expected[0] == first, end - 1, first)
+        for draft in (None, expected[0].tolist(), wrong.tolist()):
+            if (share := moved(predict(draft), expected)) > rounding:
+                return f"{share:.0%} of the probability went to other tokens"
+        return None
+
     def guesses(self, draft: list[list[int]], decided: int, count: int) -> list[list[int]]:
         """(batch, count - 1) of a draft of the complete chunk, of which `decided` tokens are known. What it does not
         say is guessed to be the middle of its range: 2.8 passes of 7 in closed loop by that alone (docs/LOG.md)."""
@@ -213,6 +240,14 @@ class TokenHead:
         )
 
 
+def moved(found: tuple[np.ndarray, np.ndarray], expected: tuple[np.ndarray, np.ndarray]) -> float:
+    """The largest share of probability that went to other tokens, of tokens (batch, n) with distributions (batch, n,
+    tokens), where all tokens before are the same."""
+    same = (found[0] == expected[0]).cumprod(axis=1)
+    told = np.concatenate([np.ones_like(same[:, :1]), same[:, :-1]], axis=1).astype(bool)
+    return float(np.abs(found[1] - expected[1]).sum(axis=-1)[told].max() / 2)
+
+
 def learned_labels(labels: torch.Tensor, is_pad: torch.Tensor | None) -> torch.Tensor:
     """Labels without those of steps that are not recorded. After them come only such steps and the end, so that no
     action that is learned sees them.
@@ -231,4 +266,4 @@ def learned_labels(labels: torch.Tensor, is_pad: torch.Tensor | None) -> torch.T
     return labels.masked_fill(left_out, IGNORE_INDEX)
 
 
-__all__ = ["Comparison", "TokenHead", "learned_labels"]
+__all__ = ["Comparison", "TokenHead", "learned_labels", "moved"]

@@ -13,8 +13,8 @@ from test_llama_openvla import new_model, prompts
 from openvla import compiled_openvla, float8_linear_openvla
 from openvla.compiled_openvla import side_by_side, weights_of
 from openvla.float8_linear_openvla import round_to_float8
-from openvla.graphs_openvla import moved
 from openvla.quantization_openvla import LINEARS, OpenVLAQuantizationConfig, quantize_linears
+from openvla.token_head_openvla import moved
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,6 @@ from transformers import BitsAndBytesConfig
 from openvla import OpenVLAForActionPrediction
 from openvla.action_heads_openvla import make_head
 from openvla.float8_linear_openvla import Float8Linear, multiplies_float8
-from openvla.graphs_openvla import moved
 from openvla.int4_linear_openvla import (
     FEW_ON_CUDA,
     Int4Linear,
@@ -29,6 +28,7 @@ from openvla.int4_linear_openvla import (
 )
 from openvla.int8_linear_openvla import Int8Linear
 from openvla.quantization_openvla import OpenVLAQuantizationConfig
+from openvla.token_head_openvla import moved
 from openvla.training import apply_strategy
 
 

@@ -285,7 +285,7 @@ def test_memory_that_graphs_use_is_not_given_to_others(monkeypatch, compile):
     the recording holds it alone. The second graph reads what the first has made."""
     monkeypatch.setattr("openvla.compiled_openvla._compiled", lambda function, tuned=False: function)
     monkeypatch.setattr(GraphSteps, "record", Forgetful)
-    monkeypatch.setattr("openvla.graphs_openvla.check_prediction", lambda *arguments: None)
+    monkeypatch.setattr("openvla.graphs_openvla.check_graphs", lambda *arguments: None)
     monkeypatch.setattr(Forgetful, "used", [])
     model = new_model(proprio_dim=3)
     model.norm_stats[next(iter(model.norm_stats))]["proprio"] = {"q01": [-1.0] * 3, "q99": [1.0] * 3}

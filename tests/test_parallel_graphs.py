@@ -155,7 +155,7 @@ def test_graphs_that_give_other_actions_are_not_used(monkeypatch):
 
 def test_memory_that_a_graph_uses_is_not_given_to_others(monkeypatch):
     monkeypatch.setattr(SequenceGraph, "record", Forgetful)
-    monkeypatch.setattr("openvla.graphs_openvla.check_pass", lambda *arguments: None)
+    monkeypatch.setattr("openvla.graphs_openvla.check_graphs", lambda *arguments: None)
     monkeypatch.setattr(Forgetful, "used", [])
     model = make("wrist, state, FiLM")
     assert model.prepare_for_inference().graphs
