@@ -12,7 +12,8 @@ from data_files import jpeg
 from openvla.data import PythonDataset
 from openvla.data.sources import open_source
 from openvla.training import FinetuneOptions
-from openvla.training.preparation import held_out_frames, prepare
+from openvla.training.preparation import prepare
+from openvla.training.prepared_run import held_out_frames
 
 
 DEMOS = Path(__file__).parent / "fixtures/demos"

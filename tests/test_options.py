@@ -21,7 +21,7 @@ from openvla.options.fields import respelled
 from openvla.options.prediction import PredictOptions
 from openvla.options.serving import ServeOptions
 from openvla.options.training import FinetuneOptions, FinetuneVerb, MergeOptions
-from openvla.training.preparation import learning_rate
+from openvla.training.prepared_run import learning_rate
 
 
 def finetune_options(**changes) -> FinetuneOptions:

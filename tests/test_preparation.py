@@ -20,7 +20,8 @@ from openvla.options.datasets import StatsOptions
 from openvla.training import FinetuneOptions, plan_run, preparation
 from openvla.training.checks import check_meaning, check_rates, check_shared, check_units_of_one_robot
 from openvla.training.dry_run import text_tokens
-from openvla.training.preparation import Run, check_dtype, num_patches, prepare, proprio_dim
+from openvla.training.preparation import num_patches, prepare, proprio_dim
+from openvla.training.prepared_run import Run, check_dtype
 
 
 pytest.importorskip("accelerate", reason="training needs the [train] extra")

@@ -14,7 +14,7 @@ from openvla import OpenVLAForActionPrediction, cli
 from openvla.options.training import RECIPES, FinetuneOptions, FinetuneVerb
 from openvla.training import finetune
 from openvla.training.begun import differences
-from openvla.training.preparation import learning_rate
+from openvla.training.prepared_run import learning_rate
 from openvla.training.schedule import step_decay
 
 

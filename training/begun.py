@@ -20,7 +20,7 @@ from ..hub import config_of
 from ..options.fields import decisive
 from ..options.training import ADAPTER_STRATEGIES, OF_ADAPTERS, FinetuneOptions
 from ..processor_files_openvla import STARTED
-from .preparation import Run, learning_rate
+from .prepared_run import Run, learning_rate
 from .resume import FINISHED
 
 

@@ -8,7 +8,8 @@ from ..data.collate import ActionCollator
 from ..options.training import FinetuneOptions
 from ..processor_files_openvla import STARTED
 from .begun import check_begun, what_begins
-from .preparation import LEARNING_RATES, Run, check_libraries, computing_precision, prepare
+from .preparation import check_libraries, prepare
+from .prepared_run import LEARNING_RATES, Run, computing_precision
 from .resume import check_output, checkpoint_to_resume, step_of
 from .step_cost import usual_text
 

@@ -28,15 +28,8 @@ from .checkpoints import card_folder, starting_point
 from .checks import check_result
 from .curves import plot_curves
 from .muon import make_muon
-from .preparation import (
-    LEARNING_RATES,
-    Run,
-    check_libraries,
-    computing_precision,
-    held_out_frames,
-    learning_rate,
-    prepare,
-)
+from .preparation import check_libraries, prepare
+from .prepared_run import LEARNING_RATES, Run, computing_precision, held_out_frames, learning_rate
 from .resume import (
     CHECKPOINTS,
     check_output,
