@@ -403,6 +403,17 @@ def test_answers_nobody_asked_for():
         client.act(IMAGE, "go")
 
 
+def test_a_connection_that_brings_what_nobody_asked_for_is_closed():
+    """It kept its place with the server until the next call."""
+    scripted = Scripted(answer=lambda message: [right(message), right(message)])
+    with asking(scripted, "ws") as client:
+        client.act(IMAGE, "go")
+        end = time.monotonic() + 30
+        while scripted._sockets and time.monotonic() < end:
+            time.sleep(0.01)
+        assert not scripted._sockets and client._client._connection.closed
+
+
 @contextmanager
 def nothing():
     yield
@@ -748,6 +759,25 @@ def test_a_guarded_client(scheme):
         other.close()
     sessions = [message["session"] for message in scripted.messages]
     assert len(set(sessions)) == 3 and [message["step"] for message in scripted.messages] == [0, 0, 0]
+
+
+def test_a_robot_that_waits_in_vain_ends_no_connection_of_others(scheme):
+    silent = lambda message: message["instruction"] == "wait"  # noqa: E731
+    scripted = Scripted(metadata(dims=7), answer=lambda message: None if silent(message) else right(message, dims=7))
+    with asking(scripted, scheme) as client:
+        quick, slow = client.guard(wait=30), client.guard(wait=0.4, stalled_after=0.2, fallback="raise")
+        assert quick.step({"images": IMAGE, "instruction": "go"}).source == "answer"
+        epoch = quick.epoch
+        with pytest.raises(NoAction, match="NoAnswer"):
+            slow.step({"images": IMAGE, "instruction": "wait"})
+        quick.reset([0] * 6 + [1])
+        assert quick.step({"images": IMAGE, "instruction": "go"}).source == "answer" and quick.epoch == epoch + 1
+        slow.close()
+        third = client.guard(wait=30)  # takes the place of the second
+        third.reset([0] * 6 + [1])
+        third.step({"images": IMAGE, "instruction": "go"})
+        assert third.step({"images": IMAGE, "instruction": "go"}).source == "answer"
+        assert scripted.connections == (3 if scheme == "ws" else 0)
 
 
 @pytest.mark.parametrize("change", ["places", "units", "name"])

@@ -55,17 +55,22 @@ class Settings:
 
 
 class AsyncClient:
-    """As `Client`, with `await`; of one event loop. Made by `await connect_async(url)`."""
+    """As `Client`, with `await`; of one event loop. Made by `await connect_async(url)`.
 
-    def __init__(self, address: Address, settings: Settings):
+    Args:
+        of: A client of the same server, which this one is told of and tells.
+    """
+
+    def __init__(self, address: Address, settings: Settings, of: "AsyncClient | None" = None):
         self.address, self.settings = address, settings
         self.session = secrets.token_hex(8)
         self._http: aiohttp.ClientSession | None = None
         self._loop: asyncio.AbstractEventLoop | None = None  # of the session
         self._connection: Connection | None = None
         self._connecting = asyncio.Lock()
-        self._info: ServerInfo | None = None
-        self._told: ServerInfo | None = None  # what the caller knows of the server
+        self._of = of
+        self._info: ServerInfo | None = None if of is None else of._info
+        self._told = self._info  # what the caller knows of the server
         self._told_by: OrderedDict[Any, ServerInfo] = OrderedDict()  # the same by session: robots may share a client
         self._failures, self._not_before = 0, 0.0
         self._requests = itertools.count()
@@ -207,6 +212,8 @@ class AsyncClient:
                         raise
                 else:
                     self._failures, self._info = 0, self._connection.info
+                    if self._of is not None:
+                        self._of._info = self._info
                     self.connections += 1
             return self._connection
 

@@ -48,8 +48,10 @@ class Client:
         self._thread = threading.Thread(target=_run, args=(self._loop,), name="openvla-client", daemon=True)
         self._thread.start()
         self._client = AsyncClient(address, settings)
+        self._clients = [self._client]  # each with a connection of its own
+        self._guards: weakref.WeakValueDictionary[AsyncClient, Guard] = weakref.WeakValueDictionary()
         self._lock = threading.RLock()  # what other threads ask comes before the end, or is refused
-        self._end = weakref.finalize(self, _end, self._loop, self._thread, self._client)
+        self._end = weakref.finalize(self, _end, self._loop, self._thread, self._clients)
         self._end.atexit = False
         _open.add(self)
         call_in_forks(self._forked)
@@ -106,6 +108,7 @@ class Client:
 
     def guard(self, unnorm_key: str | None = None, **options: Any) -> Guard:
         """A `Guard` over this client, whose observations are what `act` takes: `{"images": ..., "instruction": ...}`.
+        Of several at a time each has a connection of its own: none waits for the answers of another.
 
         Args:
             options: Of `Guard`. `spec` and `hz` are the server's, where they are not given. Where the model does not
@@ -140,16 +143,26 @@ class Client:
                     f"unnorm_key={other!r}: this guard is of {key!r}; client.guard({other!r}) makes another."
                 )
             seen = {"committed": ask.committed, **ask.observation, "unnorm_key": key, "session": session}
-            found = self.act(**seen, step=ask.step, timeout=patience)
-            if self.info != info:  # its numbers may have the same names and other units
+            found = self._call(client.act(**seen, step=ask.step, timeout=patience))
+            if client.info != info:  # its numbers may have the same names and other units
                 raise BadAnswer("The server was started again with another model: make another guard for it.")
             return found.actions
 
-        transport = ThreadTransport(answer, lambda: self._client.connections)
-        guard = Guard(transport, **options)
+        transport = ThreadTransport(answer, lambda: max(1, client.connections))  # the first one begins no epoch
+        with self._lock:  # or two threads were given the same
+            client = self._unguarded()
+            guard = self._guards[client] = Guard(transport, **options)
         patience = guard.stalled_after + (chunk - 1) * guard.period  # what comes later could not act any more
         weakref.finalize(guard, transport.close).atexit = False  # or its thread would hold this client for ever
         return guard
+
+    def _unguarded(self) -> AsyncClient:
+        """One that no guard asks."""
+        for client in self._clients:
+            if (guard := self._guards.get(client)) is None or guard._closed:
+                return client
+        self._clients.append(AsyncClient(self._client.address, self._client.settings, of=self._client))
+        return self._clients[-1]
 
     def reset(self) -> None:
         """An episode begins: another session, and the server may forget the last one."""
@@ -158,7 +171,7 @@ class Client:
     def close(self) -> None:
         with self._lock:
             if self._end.detach():  # called itself it does nothing at the end of a program
-                _end(self._loop, self._thread, self._client)
+                _end(self._loop, self._thread, self._clients)
         self._thread.join()
 
     def __enter__(self) -> "Client":
@@ -192,18 +205,18 @@ def _run(loop: asyncio.AbstractEventLoop) -> None:
     loop.close()
 
 
-def _end(loop: asyncio.AbstractEventLoop, thread: threading.Thread, client: AsyncClient) -> None:
+def _end(loop: asyncio.AbstractEventLoop, thread: threading.Thread, clients: list[AsyncClient]) -> None:
     """Of a client that is closed or that nobody holds any more, or its connection would take a place of the server for
     ever. Waits for nothing: garbage is collected in any thread."""
     if thread.is_alive():
-        ended = asyncio.run_coroutine_threadsafe(_ended(client), loop)
+        ended = asyncio.run_coroutine_threadsafe(_ended(clients), loop)
         ended.add_done_callback(lambda _: loop.call_soon_threadsafe(loop.stop))
 
 
-async def _ended(client: AsyncClient) -> None:
+async def _ended(clients: list[AsyncClient]) -> None:
     """Close, and let nobody wait for ever."""
     waiting = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-    await client.close()
+    await asyncio.gather(*(client.close() for client in clients))
     for task in waiting:
         task.cancel()
     await asyncio.gather(*waiting, return_exceptions=True)

@@ -218,8 +218,8 @@ class WebSocket:
                 self._frames.put_nowait(message)
         except UNREACHED:
             pass
-        self.closed = True
         self._frames.put_nowait(None)
+        self.drop()
 
     def drop(self) -> None:
         """Close without waiting: a network that swallows everything answers no goodbye either."""
