@@ -55,18 +55,17 @@ def check_file(path: str | os.PathLike, what: str = "file") -> Path:
     return path
 
 
-def read_json(path: str | os.PathLike, kind: type = dict, marked: bool = True, unique: bool = False) -> Any:
-    """Content of a JSON file, with or without a byte order mark.
+def read_json(path: str | os.PathLike, marked: bool = True, unique: bool = False) -> Any:
+    """Content of a JSON file that holds an object, with or without a byte order mark.
 
     Args:
-        kind: `dict` or `list`: what the file has to hold.
         marked: It may begin with a byte order mark; False where another library reads it as well, which takes none.
         unique: Refuse a name that stands twice in one object, of which the last would be taken silently: of files that
             people put together by hand.
 
     Raises:
         FileNotFoundError: If there is none.
-        ValueError: If it is empty, a Git LFS pointer, no JSON, holds something else than `kind`, or is not `marked` and
+        ValueError: If it is empty, a Git LFS pointer, no JSON, holds something else, or is not `marked` and
             begins with such a mark, or is to be `unique` and is not.
     """
     path = check_file(path, "JSON file")
@@ -91,9 +90,8 @@ def read_json(path: str | os.PathLike, kind: type = dict, marked: bool = True, u
         )
     if twice:
         raise ValueError(f"'{path}': '{twice[0]}' stands there twice in one object: leave one out, or rename it.")
-    if not isinstance(content, kind):
-        expected = "an object {...}" if kind is dict else "a list [...]"
-        raise ValueError(f"'{path}' holds {json.dumps(content)[:60]}, expected {expected}.")
+    if not isinstance(content, dict):
+        raise ValueError(f"'{path}' holds {json.dumps(content)[:60]}, expected an object {{...}}.")
     return content
 
 
@@ -120,7 +118,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "openvla"
 
 
-def weights_digest(model: str | os.PathLike, revision: str | None = None) -> str:
+def weights_digest(model: str | os.PathLike) -> str:
     """32 hexadecimal digits of the weights files (names and content) of a folder, or of a Hub id's cached snapshot.
 
     Files are read in full, at the speed of the disk; in the Hub's cache they are stored under their digest.
@@ -134,7 +132,7 @@ def weights_digest(model: str | os.PathLike, revision: str | None = None) -> str
         from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
         try:
-            folder = Path(snapshot_download(os.fspath(model), revision=revision, local_files_only=True))
+            folder = Path(snapshot_download(os.fspath(model), local_files_only=True))
         except (HFValidationError, LocalEntryNotFoundError) as error:
             raise FileNotFoundError(f"'{model}' is no folder, and no Hub repository in the cache here.") from error
     found = {path for pattern in WEIGHTS for path in folder.glob(pattern)}

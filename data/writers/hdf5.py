@@ -20,9 +20,7 @@ MARGIN = 2**20  # bytes of everything but images, and of what the library holds 
 CAMERAS = {"image": "agentview_rgb", "wrist_image": "eye_in_hand_rgb"}
 
 
-def write_hdf5(
-    episodes: Iterable[Episode], path: Path, *, env_name: str = "", problem_name: str = "", frequency: float = 0.0
-) -> None:
+def write_hdf5(episodes: Iterable[Episode], path: Path, *, env_name: str = "", frequency: float = 0.0) -> None:
     """Write demonstrations of one task to `path`, by custom `<words_of_the_task>_demo.hdf5`.
 
     `data` says the instruction of the first demonstration (`problem_info`), and one that differs its own; instructions
@@ -47,12 +45,12 @@ def write_hdf5(
             check_room(episode, path)
             group = data.create_group(f"demo_{count}")
             if not count:
-                data.attrs["problem_info"] = _problem_info(episode, problem_name or env_name)
+                data.attrs["problem_info"] = _problem_info(episode, env_name)
             if episode.step_instructions is not None:  # read where problem_info has none
-                group.attrs["problem_info"] = _problem_info(replace(episode, instruction=""), problem_name or env_name)
+                group.attrs["problem_info"] = _problem_info(replace(episode, instruction=""), env_name)
                 group.create_dataset("language_instruction", data=list(episode.step_instructions), dtype=TEXT)
-            elif _problem_info(episode, problem_name or env_name) != data.attrs["problem_info"]:
-                group.attrs["problem_info"] = _problem_info(episode, problem_name or env_name)
+            elif _problem_info(episode, env_name) != data.attrs["problem_info"]:
+                group.attrs["problem_info"] = _problem_info(episode, env_name)
             _write_episode(group, episode)
             count, total = count + 1, total + len(episode)
         arguments = {"env_name": env_name, "type": 1, "env_kwargs": {"control_freq": frequency}}

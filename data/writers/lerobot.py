@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..episode import EXECUTED, EncodedImages, Episode
-from ..images import JPEG_START, ImageFormat, check_size, encode_image, size_of_image
+from ..images import JPEG_START, check_size, encode_image, size_of_image
 from .lerobot_statistics import FeatureStatistics
 
 
@@ -30,11 +30,10 @@ def write_lerobot(
     robot_type: str | None = None,
     action_names: Sequence[str] | None = None,
     state_names: Sequence[str] | None = None,
-    image_format: ImageFormat = "png",
 ) -> None:
     """Write episodes as a LeRobot v3.0 data set with one split, "train". They are taken one at a time.
 
-    Images that are encoded already are stored as they are, others as `image_format`. The folder is complete when
+    Images that are encoded already are stored as they are, others as PNG. The folder is complete when
     `meta/info.json` is there, which is written last.
 
     Args:
@@ -51,7 +50,7 @@ def write_lerobot(
     writer: LeRobotWriter | None = None
     try:
         for episode in map(with_numbers, episodes):
-            writer = writer or LeRobotWriter(folder, episode, fps, image_format)
+            writer = writer or LeRobotWriter(folder, episode, fps)
             writer.add(episode)
     finally:
         if writer is not None:
@@ -64,8 +63,8 @@ def write_lerobot(
 class LeRobotWriter:
     """The files of a data set while they grow; `first` decides cameras, sizes and dimensions."""
 
-    def __init__(self, folder: Path, first: Episode, fps: float, image_format: ImageFormat):
-        self.folder, self.image_format = folder, image_format
+    def __init__(self, folder: Path, first: Episode, fps: float):
+        self.folder = folder
         self.fps = int(fps) if float(fps).is_integer() else float(fps)  # 20 and not 20.0, as LeRobot has it
         self.shapes = self._shapes(first)
         self.features = image_features(first) | vector_features(self.shapes)
@@ -91,7 +90,7 @@ class LeRobotWriter:
             raise ValueError(f"{episode}: its shapes are {shapes}, those of the first episode {self.shapes}.")
         columns: dict[str, Any] = {}
         count, number = len(episode), len(self.episodes)
-        images = {image_key(camera): encoded(frames, self.image_format) for camera, frames in episode.images.items()}
+        images = {image_key(camera): encoded(frames) for camera, frames in episode.images.items()}
         for key, frames in images.items():
             for step, data in enumerate(frames):
                 check_size(size_of_image(data), self.shapes[key], f"{episode}: {key}, step {step}")
@@ -219,10 +218,10 @@ def vector_features(shapes: dict[str, tuple[int, ...]]) -> dict[str, dict[str, A
     return features | {key: {"dtype": "int64", "shape": [1], "names": None} for key in COUNTERS}
 
 
-def encoded(frames: Sequence[np.ndarray], image_format: ImageFormat) -> list[bytes]:
+def encoded(frames: Sequence[np.ndarray]) -> list[bytes]:
     if isinstance(frames, EncodedImages):
         return [bytes(data) for data in frames.encoded]
-    return [encode_image(frame, image_format) for frame in frames]
+    return [encode_image(frame) for frame in frames]
 
 
 def arrow_column(values: np.ndarray) -> pa.Array:
