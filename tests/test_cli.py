@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -108,6 +109,13 @@ def test_version():
     assert re.fullmatch(
         rf"openvla {openvla.__version__} \(transformers .*, torch .*, Python .*\)\n", run("--version").stdout
     )
+
+
+def test_the_package_runs_as_the_command(monkeypatch):
+    called = []
+    monkeypatch.setattr(cli, "main", lambda: called.append("main"))
+    runpy.run_module("openvla", run_name="__main__")
+    assert called == ["main"]
 
 
 CONSOLE = """

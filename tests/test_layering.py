@@ -86,6 +86,7 @@ FLOORS = {
     "cli": 7,
     "openvla_light": 0,
     "openvla_console": 8,
+    "__main__": 8,
 }
 
 
