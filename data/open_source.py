@@ -20,9 +20,10 @@ from .checks import check_clipped, check_converted, odd_grippers
 from .dataset import OnError
 from .dimensions import parse_absolute, parse_grippers, parse_mask
 from .mixture import check_weight
-from .recording import Recording, fit_state, open_recording
+from .recording import Recording, open_recording
 from .samples import model_cameras
 from .source import CHUNK_ENDS, Source
+from .standardization import fit_state
 from .survey import Survey, content_key, load_survey, store_survey, take_survey
 
 
@@ -101,6 +102,7 @@ def open_source(
         ValueError: If options do not fit the data, or nothing is left to train on.
         KeyError: If `statistics` or `standardize` lack the name.
     """
+    # 1. Options
     _check_kinds(bool, keep_unlabeled=keep_unlabeled, cache=cache, progress=progress, sees_state=sees_state)
     _check_kinds(str, format=format, split=split, camera=camera, name=name, gripper=gripper, standardize=standardize)
     _check_kinds(str, frame=frame, unit=unit, chunk_end=chunk_end)
@@ -110,19 +112,15 @@ def open_source(
     _check_kinds(Real, held_out=held_out, max_action=max_action, max_proprio=max_proprio, hz=hz)
     if not isinstance(action_chunk, int) or isinstance(action_chunk, bool) or action_chunk < 1:
         raise ValueError(f"action_chunk={action_chunk!r}: expected a positive integer.")
-    names = list(camera_names) if isinstance(camera_names, list | tuple) else []
-    if not names or not all(isinstance(view, str) for view in names) or len({*names}) < len(names):
-        raise ValueError(f"camera_names={camera_names!r}: expected names of cameras, each once: ['primary', 'wrist'].")
-    if camera is not None and "primary" not in map(view_of, names):
-        raise ValueError(
-            f"camera={camera!r} is what a model sees as primary, and this one sees {', '.join(names)}: leave it out."
-        )
+    _check_views(camera, camera_names)
     for option, value in (("max_action", max_action), ("max_proprio", max_proprio)):
         if value is not None and not value > 0:
             raise ValueError(f"{option}={value}: expected a number above 0; values are normalized to [-1, 1].")
     weight = check_weight(weight, f"weight={weight!r}")
     check_choice("on_error", on_error, ("raise", "skip"))
     scaled = parse_mask(mask)
+
+    # 2. Episodes
     recording = open_recording(
         location,
         format=format,
@@ -139,26 +137,21 @@ def open_source(
         on_error=on_error,
         reader=_reader_options(reader, reader_options),
     )
+
+    # 3. Units
     given = None
     if statistics is not None:
-        given = fit_state(given_statistics(statistics, recording.name), recording, sees_state)
+        given = fit_state(given_statistics(statistics, recording.name), recording.standardize, sees_state)
     if given is not None and scaled is not None:
         raise ValueError(f"{recording.name}: the statistics given have a mask of their own; leave mask out.")
-    by_name = normalization if isinstance(normalization, Mapping) else {recording.name: normalization}
-    normalization = by_name.get(recording.name, "bounds_q99")
-    check_choice("normalization", normalization, UNITS)
-    if given is not None and normalization == "bounds":
-        for part in filter(given.get, ("action", "proprio")):
-            if not {"min", "max"} <= given[part].keys():
-                raise ValueError(
-                    f"{recording.name}: the {part} statistics given have no min and max, which normalization='bounds' "
-                    "needs: take those of `openvla stats`, or leave it out."
-                )
+    normalization = _mode(recording.name, normalization, given)
     survey = _survey(recording, scaled, given, normalization, cache, progress)
     meaning = spec_of({recording.name: given}, recording.name) if given and "action_spec" in given else None
     places = parse_absolute(absolute_dims)
     if meaning is not None and places is None:
         places = tuple(dim for dim, relative in enumerate(meaning.relative) if not relative)
+
+    # 4. What training draws from
     source = Source(
         name=recording.name,
         dataset=recording.train,
@@ -186,31 +179,17 @@ def open_source(
         camera_names=recording.camera_names,
     )
     _ = source.action_spec  # dimensions and rates that cannot be
-    if not source.num_frames:
-        short = " Episodes shorter than a chunk: chunk_end='repeat'." if chunk_end == "drop" else ""
-        raise ValueError(
-            f"Nothing is left to train on. {source.report()}\nRelax a filter; where the instructions were not found, "
-            "name them with language_key (--language-key). keep_unlabeled=True (--keep-unlabeled) trains without."
-            f"{short}"
-        )
-    if max_proprio is not None and not source.state_dim:
-        warnings.warn(
-            f"{source.name}: max_proprio={max_proprio:g} drops nothing: there are no states, not in every episode, or "
-            "no statistics of them (--state-key names the states).",
-            UserWarning,
-            stacklevel=2,
-        )
+    _check_something_is_left(source)
     if scaled is not None:
         _check_mask(source, scaled)
-    _check_gripper(source, gripper)
-    if given is not None:
-        for message in check_clipped(source):
-            warnings.warn(message, UserWarning, stacklevel=2)
-    if camera is not None:
-        first = next(iter(source.dataset), None)
-        if first is not None:
-            model_cameras(first, source.camera_names, source.camera)
+    for doubt in _doubts(source, gripper, given is not None):
+        warnings.warn(doubt, UserWarning, stacklevel=2)
+    if camera is not None and (first := next(iter(source.dataset), None)) is not None:
+        model_cameras(first, source.camera_names, source.camera)
     return source
+
+
+# What cannot be asked for ---------------------------------------------------------------------------------------------
 
 
 def _check_kinds(kind: type, **options: Any) -> None:
@@ -219,6 +198,16 @@ def _check_kinds(kind: type, **options: Any) -> None:
     for option, value in options.items():
         if value is not None and (not isinstance(value, kind) or (kind is not bool and isinstance(value, bool))):
             raise ValueError(f"{option}={value!r}: expected {expected}.")
+
+
+def _check_views(camera: str | None, camera_names: Any) -> None:
+    names = list(camera_names) if isinstance(camera_names, list | tuple) else []
+    if not names or not all(isinstance(view, str) for view in names) or len({*names}) < len(names):
+        raise ValueError(f"camera_names={camera_names!r}: expected names of cameras, each once: ['primary', 'wrist'].")
+    if camera is not None and "primary" not in map(view_of, names):
+        raise ValueError(
+            f"camera={camera!r} is what a model sees as primary, and this one sees {', '.join(names)}: leave it out."
+        )
 
 
 def _reader_options(reader: Any, by_themselves: Mapping[str, Any]) -> dict[str, Any]:
@@ -237,6 +226,45 @@ def _filter_names(filters: str | Sequence[str] | None) -> list[str]:
     if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
         raise ValueError(f"filters={filters!r}: expected names joined by commas, or a list of them.")
     return list(dict.fromkeys(part.strip() for part in parts if part.strip()))
+
+
+# Units ----------------------------------------------------------------------------------------------------------------
+
+
+def _mode(name: str, normalization: str | Mapping[str, str], given: Mapping[str, Any] | None) -> str:
+    """What -1 and 1 stand for in one dataset; a `ValueError` where the statistics given do not say it."""
+    by_name = normalization if isinstance(normalization, Mapping) else {name: normalization}
+    mode = by_name.get(name, "bounds_q99")
+    check_choice("normalization", mode, UNITS)
+    if given is not None and mode == "bounds":
+        for part in filter(given.get, ("action", "proprio")):
+            if not {"min", "max"} <= given[part].keys():
+                raise ValueError(
+                    f"{name}: the {part} statistics given have no min and max, which normalization='bounds' "
+                    "needs: take those of `openvla stats`, or leave it out."
+                )
+    return mode
+
+
+def given_statistics(statistics: str | os.PathLike | Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The statistics of the dataset `name`, checked.
+
+    Args:
+        statistics: A file, or the content of one: `{dataset: {"action": {"q01", "q99", ...}}}`, or the statistics of
+            one dataset alone.
+    """
+    if isinstance(statistics, str | os.PathLike):
+        known = read_statistics(Path(statistics).expanduser())
+    else:
+        plain = plain_statistics(statistics)  # arrays become lists
+        of_one = isinstance(plain, Mapping) and "action" in plain
+        known = check_statistics({name: plain} if of_one else plain, "statistics")
+    if name not in known:
+        raise KeyError(
+            f"The statistics are of {', '.join(sorted(known)) or 'nothing'}, not of '{name}'.{closest(name, known)} "
+            "Say name=... (--name) to choose one."
+        )
+    return dict(known[name])
 
 
 def _survey(
@@ -260,6 +288,19 @@ def _survey(
     return survey
 
 
+# What came of it ------------------------------------------------------------------------------------------------------
+
+
+def _check_something_is_left(source: Source) -> None:
+    if not source.num_frames:
+        short = " Episodes shorter than a chunk: chunk_end='repeat'." if source.chunk_end == "drop" else ""
+        raise ValueError(
+            f"Nothing is left to train on. {source.report()}\nRelax a filter; where the instructions were not found, "
+            "name them with language_key (--language-key). keep_unlabeled=True (--keep-unlabeled) trains without."
+            f"{short}"
+        )
+
+
 def _check_mask(source: Source, mask: Sequence[bool]) -> None:
     """Raise a `ValueError` where the mask leaves values unscaled that tokens, which cover [-1, 1], would clip."""
     stats, clipped = source.survey.statistics["action"], source.survey.action["clipped"]
@@ -271,42 +312,31 @@ def _check_mask(source: Source, mask: Sequence[bool]) -> None:
             )
 
 
-def _check_gripper(source: Source, gripper: str) -> None:
-    """Warn where values of -1 and 1 were left as recorded, or where a convention was given that they do not have."""
+def _doubts(source: Source, gripper: str, given: bool) -> list[str]:
+    """A limit of states that are not there, what was said of the gripper, and statistics that were given."""
+    found = []
+    if source.max_proprio is not None and not source.state_dim:
+        found.append(
+            f"{source.name}: max_proprio={source.max_proprio:g} drops nothing: there are no states, not in every "
+            "episode, or no statistics of them (--state-key names the states)."
+        )
+    found += _doubts_of_grippers(source, gripper)
+    return [*found, *check_clipped(source)] if given else found
+
+
+def _doubts_of_grippers(source: Source, gripper: str) -> list[str]:
+    """Values of -1 and 1 that were left as recorded, or a convention that was given and that they do not have."""
     if source.standardize is not None:
-        return
+        return []
     if gripper != "open-is-1":
-        for message in check_converted(source, gripper):
-            warnings.warn(message, UserWarning, stacklevel=3)
-        return
+        return check_converted(source, gripper)
+    found = []
     for dim, low, high in odd_grippers(source):
         if -1.5 <= low <= -0.9 and 0.9 <= high <= 1.5:
             last = "the last dimension" if dim == source.action_dim - 1 else f"action[{dim}]"
-            warnings.warn(
+            found.append(
                 f"{source.name}: {last} goes from {low:.3g} to {high:.3g}. If that is a gripper, say what open means: "
                 "gripper='open-is-minus-1' (LIBERO and robomimic as recorded) or 'open-is-plus-1'; the published "
-                "models expect 1 = open, 0 = closed. If it is none: gripper_dims='none'.",
-                UserWarning,
-                stacklevel=3,
+                "models expect 1 = open, 0 = closed. If it is none: gripper_dims='none'."
             )
-
-
-def given_statistics(statistics: str | os.PathLike | Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The statistics of the dataset `name`, checked.
-
-    Args:
-        statistics: A file, or the content of one: `{dataset: {"action": {"q01", "q99", ...}}}`, or the statistics of
-            one dataset alone.
-    """
-    if isinstance(statistics, str | os.PathLike):
-        known = read_statistics(Path(statistics).expanduser())
-    else:
-        plain = plain_statistics(statistics)  # arrays become lists
-        of_one = isinstance(plain, Mapping) and "action" in plain
-        known = check_statistics({name: plain} if of_one else plain, "statistics")
-    if name not in known:
-        raise KeyError(
-            f"The statistics are of {', '.join(sorted(known)) or 'nothing'}, not of '{name}'.{closest(name, known)} "
-            "Say name=... (--name) to choose one."
-        )
-    return dict(known[name])
+    return found

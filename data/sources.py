@@ -13,8 +13,8 @@ from .formats.registry import READER_OPTIONS
 from .mixture import is_mixture_file, load_entries
 from .open_source import open_source
 from .oxe.catalog import load_oxe_datasets, load_oxe_mixtures
-from .recording import UntrainableError
 from .source import Source
+from .standardization import UntrainableError
 
 
 OF_ENTRY = ("name", "weight")  # options of a mixture's entry that change nothing in what is read
