@@ -27,6 +27,21 @@ STALE = re.compile(
 LOCK = re.compile(rb"\Z|\d+\n")  # content of a lock file: none, or a process where there are no other locks
 
 
+def files_below(folder: str | os.PathLike) -> Iterator[Path]:
+    """All files of a folder and of those in it, in order. Links to folders are followed, as where a part of a data set
+    lies on another disk; a folder that is reached in several ways is read once, by its own name if it has one here."""
+    read, waiting = set[str](), [os.fspath(folder)]
+    for top in waiting:  # which grows: links come after all that is there itself
+        for place, names, files in os.walk(top):
+            if (here := os.path.realpath(place)) in read:
+                names.clear()
+                continue
+            read.add(here)
+            names.sort()
+            waiting += filter(os.path.islink, (os.path.join(place, name) for name in names))
+            yield from (Path(place, name) for name in sorted(files))
+
+
 @contextmanager
 def locked(folder: str | os.PathLike) -> Iterator[None]:
     """Keep other processes out of `folder`, which need not exist yet.

@@ -1,13 +1,16 @@
 """Files that are unlike others but sound are read right; what is wrong is named with file and demonstration."""
 
+import json
 import re
 from types import SimpleNamespace
 
 import h5py
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tensorflow_datasets as tfds
-from data_files import png, write_rlds
+from data_files import png, write_lerobot, write_rlds
 
 from openvla.data import open_dataset
 from openvla.data.sources import open_source
@@ -172,3 +175,34 @@ def test_hdf5_is_not_written_to_a_disk_that_may_not_hold_it(tmp_path, monkeypatc
     with pytest.raises(OSError, match=r"1 MB may be needed for an episode and 1 MB are free.*out.hdf5"):
         hdf5_writer.write_hdf5(episodes, tmp_path / "out.hdf5")
     assert not (tmp_path / "out.hdf5").exists()
+
+
+def test_folders_that_are_links(tmp_path):
+    """A part of the data on another disk: its episodes were left out."""
+    lab, disk = tmp_path / "lab", tmp_path / "disk"
+    for folder in (lab / "monday", disk / "2026"):
+        folder.mkdir(parents=True)
+        hdf5(folder, lambda file, demo: None)
+    (lab / "more").symlink_to(disk / "2026")
+    (lab / "latest").symlink_to(lab / "monday")  # not twice
+    (lab / "monday" / "back").symlink_to(lab)
+    dataset = open_dataset(lab)
+    assert [file.parent.name for file, _ in dataset.demos] == ["monday", "monday", "more", "more"]
+
+
+@pytest.mark.parametrize("place", ["data", "frames", ""])
+def test_statistics_follow_tables_in_links_and_elsewhere(tmp_path, place):
+    """They were kept by digests of the tables in data/ alone, and not of those in links within."""
+    folder, disk = write_lerobot(tmp_path / "set", "v2.1"), tmp_path / "disk"
+    info = json.loads((folder / "meta/info.json").read_text())
+    info["data_path"] = info["data_path"].replace("data/", f"{place}/" if place else "")
+    (folder / "meta/info.json").write_text(json.dumps(info))
+    (folder / "data/chunk-000").rename(disk)
+    (folder / place).mkdir(exist_ok=True)
+    (folder / place / "chunk-000").symlink_to(disk)
+    most = open_source(folder).statistics["action"]["max"][0]
+    file = disk / "episode_000001.parquet"
+    table = pq.read_table(file)
+    actions = pa.array([[7.0] * 7] * table.num_rows, pa.list_(pa.float32()))
+    pq.write_table(table.set_column(table.column_names.index("action"), "action", actions), file)
+    assert (most, open_source(folder).statistics["action"]["max"][0]) == (1.5, 7.0)

@@ -345,6 +345,14 @@ def test_no_words_at_all(tmp_path):
     assert prepare(options(tmp_path, keep_unlabeled=True), data=dataset(episode(""))).sources[0].num_frames == 10
 
 
+def test_words_that_are_held_out_alone(tmp_path):
+    """A mixture trained until it drew the first sample of such a dataset."""
+    data = dataset(*[episode("")] * 4, episode())
+    with pytest.raises(ValueError, match=r"mine: nothing is left of the 4 episodes.*--held-out 0"):
+        prepare(options(tmp_path), data=data)
+    assert prepare(options(tmp_path, held_out=0.0), data=data).sources[0].num_frames == 10
+
+
 def test_images_are_looked_at(tmp_path):
     damaged = episode(images={"front": [jpeg(1)[:30]] + [jpeg(1)] * 9})
     with pytest.raises(ValueError, match="episode 1.*image of step 0"):

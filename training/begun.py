@@ -15,7 +15,7 @@ from ..configuration_openvla import OpenVLAConfig
 from ..data.sources import Source, dataset_places, mixture_entries
 from ..data.survey import content_key, order_digest
 from ..files_openvla import read_json
-from ..folders import read_settings
+from ..folders import files_below, read_settings
 from ..hub import config_of
 from ..options.fields import decisive
 from ..options.training import ADAPTER_STRATEGIES, OF_ADAPTERS, FinetuneOptions
@@ -73,7 +73,7 @@ def data_digests(sources: Sequence[Source]) -> dict[str, str]:
 def data_bytes(options: FinetuneOptions) -> list[int]:
     """Sizes of the datasets of a run with all of their files, images as well."""
     places = dataset_places(options.dataset, options.data_root)
-    files = ([path] if path.is_file() else [*path.rglob("*")] for path in places)
+    files = ([path] if path.is_file() else files_below(path) for path in places)
     return [sum(file.stat().st_size for file in of_dataset if file.is_file()) for of_dataset in files]
 
 

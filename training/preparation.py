@@ -166,9 +166,15 @@ def check_samples(source: Source, episodes: int = 8) -> list[str]:
         A warning where a view is another camera in some of them than in others, by its name.
 
     Raises:
-        ValueError: If an episode has no image of the camera, or one that cannot be decoded, or a film is missing.
+        ValueError: If an episode has no image of the camera, or one that cannot be decoded, or a film is missing; or if
+            the filters leave frames of episodes that are held out alone, which a mixture may find out hours later.
     """
     seen: dict[tuple[str, ...], str] = {}
+    if not any(True for episode in source.dataset for _ in source.frames(episode)):
+        raise ValueError(
+            f"{source.name}: nothing is left of the {len(source.dataset)} episodes to train on, only of those held "
+            f"out. Relax a filter, or train on all with held_out=0 (--held-out 0). {source.report()}"
+        )
     for dataset in filter(None, (source.dataset, source.held_out)):
         dataset.check_files()
         kinds: dict[tuple[str, ...] | None, int] = {}

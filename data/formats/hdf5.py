@@ -13,6 +13,7 @@ import h5py
 import numpy as np
 
 from ...cameras_openvla import not_colour, order_cameras
+from ...folders import files_below
 from ...options.datasets import HDF5Options, Keys
 from ..dataset import EpisodeDataset, OnError, action_keys, key_list, name_cameras, warn_of_camera
 from ..episode import (
@@ -55,7 +56,7 @@ LIBERO_SCENE = re.compile(r"^[A-Z_]+SCENE\d+_")
 
 def hdf5_files(path: Path) -> list[Path]:
     if path.is_dir():
-        return sorted(p for p in path.rglob("*") if p.suffix in (".hdf5", ".h5"))
+        return sorted(p for p in files_below(path) if p.suffix in (".hdf5", ".h5"))
     return [path]
 
 

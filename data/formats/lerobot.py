@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from ...cameras_openvla import order_cameras
+from ...folders import files_below
 from ...options.datasets import LeRobotOptions
 from ...prompts_openvla import plain_text
 from ..dataset import EpisodeDataset, OnError, action_keys, key_list, name_cameras, warn_of_camera
@@ -164,10 +165,12 @@ class LeRobotDataset(EpisodeDataset):
             )
 
     def content_files(self) -> dict[str, Path]:
-        tables = [path for room in ("meta", "data") for path in (self.folder / room).rglob("*")]
+        rooms = dict.fromkeys(("meta", "data", os.path.dirname(self.info["data_path"].partition("{")[0])))
+        tables = [path for room in rooms for path in files_below(self.folder / room)]
         kinds = (".parquet", ".jsonl")
         found = [path for path in tables if path.suffix in kinds and path.name != "episodes_stats.jsonl"]
-        return {path.relative_to(self.folder).as_posix(): path for path in [self.folder / "meta/info.json", *found]}
+        every = [self.folder / "meta/info.json", *found]
+        return {Path(os.path.relpath(path, self.folder)).as_posix(): path for path in every}
 
     def _row(self, index: int) -> dict[str, Any]:
         return self._episodes.slice(self._rows[index], 1).to_pylist()[0]

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from ...cameras_openvla import not_colour, words_of
 from ...files_openvla import check_file, read_json
+from ...folders import files_below
 from ..episode import COPY_AGAIN, DamagedDataError, as_text
 from .lerobot_rows import DAMAGED_PARQUET
 
@@ -138,7 +139,7 @@ def is_colour(key: str, feature: dict[str, Any]) -> bool:
 def read_episodes(folder: Path, version: str) -> pa.Table:
     """One row for each episode, by episode_index, which is int64, as `length` is where there is one."""
     if version.startswith("v3."):
-        files = sorted((folder / "meta" / "episodes").rglob("*.parquet"))
+        files = sorted(file for file in files_below(folder / "meta" / "episodes") if file.suffix == ".parquet")
         if not files:
             raise FileNotFoundError(f"{folder}: no parquet file in meta/episodes")
         where = str(folder / "meta" / "episodes")

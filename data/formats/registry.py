@@ -13,6 +13,7 @@ from typing import Any
 
 from ...choices_openvla import closest
 from ...extras import remedy
+from ...folders import files_below
 from ...options.datasets import HDF5Options, LeRobotOptions, ReaderOptions
 from ...plugins import is_reference, load_class, options_known, read_options
 
@@ -50,7 +51,7 @@ def _is_rlds(path: Path) -> bool:
 
 def _is_hdf5(path: Path) -> bool:
     endings = (".hdf5", ".h5")
-    return path.suffix in endings or any(file.suffix in endings for file in path.rglob("*"))
+    return path.suffix in endings or any(file.suffix in endings for file in files_below(path))
 
 
 FORMATS = {
