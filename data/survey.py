@@ -13,7 +13,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from .dimensions import shares
 from .episode import Episode
 from .filters import keep_labeled, told_the_same
 from .oxe.conversions import droid_moves_raw
+from .prepare import PreparedDataset
 from .recording import Recording
 from .statistics import collect, compute_statistics
 
@@ -73,26 +74,12 @@ def take_survey(
         given: Statistics to normalize with instead of the dataset's own.
         normalization: "bounds_q99" or "bounds", see `normalize_actions`.
     """
-    datasets, droid = recording.everything, recording.standardize == "droid"
-    labeled: list[np.ndarray] = []
-    parts: list[list[list[int]]] = []
-    texts: list[tuple[int, Sequence[str]]] = []
-    contents: list[str] = []
-
-    def noted(episodes: Iterable[Episode]) -> Iterator[Episode]:
-        for episode in episodes:
-            labeled.append(words := keep_labeled(episode))
-            parts.append([[part.stop - part.start, int(words[part.start])] for part in told_the_same(episode)])
-            texts.append((episode.index, sorted({*(episode.step_instructions or (episode.instruction,))})))
-            values = [part.tobytes() for part in (episode.actions, episode.state) if part is not None]
-            contents.append(hashlib.sha256(b"".join([*values, repr(texts[-1][1]).encode()])).hexdigest()[:12])
-            yield episode
-
+    datasets, droid, notes = recording.everything, recording.standardize == "droid", _Notes()
     try:
-        actions, states = collect(noted(chain.from_iterable(datasets)), progress)
+        actions, states = collect(notes.taken(chain.from_iterable(datasets)), progress)
     except ValueError as error:
         taken = {name for dataset in datasets for name, counts in dataset.removed.items() if counts["episodes"]}
-        if not labeled and taken:
+        if not notes.labeled and taken:
             raise ValueError(f"{datasets[0].name}: no step is left after the filters {sorted(taken)}.") from error
         raise
     if mask is None and recording.absolute is not None:
@@ -106,42 +93,79 @@ def take_survey(
         names=recording.action_names,
         published=recording.standardize is not None,
     )
-    units, dims = given or statistics, actions[0].shape[1]
-    if len(units["action"]["q01"]) != dims:
-        known = len(units["action"]["q01"])
-        raise ValueError(f"{datasets[0].name}: actions have {dims} dimensions, the statistics given {known}.")
+    units = given or statistics
     proprio = proprio_statistics(units) if states else None
-    if proprio is not None and states and len(proprio["q01"]) != states[0].shape[1]:
-        raise ValueError(
-            f"{datasets[0].name}: states have {states[0].shape[1]} dimensions, the proprio statistics given "
-            f"{len(proprio['q01'])}: give those of this robot, or leave proprio out of the statistics."
-        )
-    removed: dict[str, dict[str, int]] = {}
-    for dataset in datasets:
-        for name, counts in dataset.removed.items():
-            before = removed.get(name, {})
-            removed[name] = {what: before.get(what, 0) + counts[what] for what in ("steps", "episodes")}
-    instructions = sorted({text for _, of_episode in texts for text in of_episode if has_words(text)})
+    _check_dimensions(datasets[0].name, units["action"], actions, proprio, states)
+    instructions = sorted({text for _, texts in notes.texts for text in texts if has_words(text)})
     place = {text: number for number, text in enumerate(instructions)}
     moving = [droid_moves_raw(part) if droid else np.ones(len(part), dtype=bool) for part in actions]
     return Survey(
         statistics=statistics,
-        removed=removed,
+        removed=_removed(datasets),
         steps=[len(part) for part in actions],
-        labeled=[int(words.sum()) for words in labeled],
-        parts=parts,
+        labeled=[int(words.sum()) for words in notes.labeled],
+        parts=notes.parts,
         largest_action=[largest_normalized(part, units["action"], normalization) for part in actions],
         largest_proprio=[largest_normalized(part, proprio, normalization) for part in states or ()]
         if proprio
         else [0.0] * len(actions),
         moving=[int(moves.sum()) for moves in moving],
-        moving_labeled=[int((moves & words).sum()) for moves, words in zip(moving, labeled)],
+        moving_labeled=[int((moves & words).sum()) for moves, words in zip(moving, notes.labeled)],
         action=_shares(actions, units["action"], normalization),
         proprio=_shares(states, proprio, normalization) if states and proprio else {},
         instructions=instructions,
-        told=[[index, *sorted(place[text] for text in of_episode if text in place)] for index, of_episode in texts],
-        contents=contents,
+        told=[[index, *sorted(place[text] for text in texts if text in place)] for index, texts in notes.texts],
+        contents=notes.contents,
     )
+
+
+@dataclass
+class _Notes:
+    """What is noted of each episode beside its actions and states, in their order."""
+
+    labeled: list[np.ndarray] = field(default_factory=list)
+    parts: list[list[list[int]]] = field(default_factory=list)
+    texts: list[tuple[int, Sequence[str]]] = field(default_factory=list)
+    contents: list[str] = field(default_factory=list)
+
+    def taken(self, episodes: Iterable[Episode]) -> Iterator[Episode]:
+        """The episodes, of which notes are taken on the way."""
+        for episode in episodes:
+            self.labeled.append(words := keep_labeled(episode))
+            self.parts.append([[part.stop - part.start, int(words[part.start])] for part in told_the_same(episode)])
+            self.texts.append((episode.index, sorted({*(episode.step_instructions or (episode.instruction,))})))
+            values = [part.tobytes() for part in (episode.actions, episode.state) if part is not None]
+            said = repr(self.texts[-1][1]).encode()
+            self.contents.append(hashlib.sha256(b"".join([*values, said])).hexdigest()[:12])
+            yield episode
+
+
+def _check_dimensions(
+    name: str,
+    action: Mapping[str, Any],
+    actions: Sequence[np.ndarray],
+    proprio: Mapping[str, Any] | None,
+    states: Sequence[np.ndarray] | None,
+) -> None:
+    """Raise a `ValueError` where statistics are of other dimensions than the data."""
+    dims, known = actions[0].shape[1], len(action["q01"])
+    if known != dims:
+        raise ValueError(f"{name}: actions have {dims} dimensions, the statistics given {known}.")
+    if proprio is not None and states and len(proprio["q01"]) != states[0].shape[1]:
+        raise ValueError(
+            f"{name}: states have {states[0].shape[1]} dimensions, the proprio statistics given "
+            f"{len(proprio['q01'])}: give those of this robot, or leave proprio out of the statistics."
+        )
+
+
+def _removed(datasets: Iterable[PreparedDataset]) -> dict[str, dict[str, int]]:
+    """What the raw filters took, of all datasets together."""
+    removed: dict[str, dict[str, int]] = {}
+    for dataset in datasets:
+        for name, counts in dataset.removed.items():
+            before = removed.get(name, {})
+            removed[name] = {what: before.get(what, 0) + counts[what] for what in ("steps", "episodes")}
+    return removed
 
 
 def _shares(values: Sequence[np.ndarray], stats: Mapping[str, Any], normalization: str) -> dict[str, list[float]]:
@@ -213,7 +237,7 @@ def order_digest(survey: Survey) -> str:
 def load_survey(key: str) -> Survey | None:
     """What an earlier pass found, or None where there was none or it cannot be read."""
     stored = _read(cache_folder() / f"survey-{key}.json")
-    return Survey(**stored) if stored and stored.keys() == {field.name for field in fields(Survey)} else None
+    return Survey(**stored) if stored and stored.keys() == {each.name for each in fields(Survey)} else None
 
 
 def store_survey(key: str, survey: Survey) -> None:

@@ -12,6 +12,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from ..adapters_openvla import KEY, OF_MODEL, check_base, name_base, portable_model, read_belongings
 from ..configuration_openvla import OpenVLAConfig
+from ..data import Episode
 from ..data.augment import ImageAugmentation
 from ..data.collate import ActionCollator
 from ..data.samples import FrameSamples
@@ -258,12 +259,27 @@ def train(options: FinetuneOptions, arguments: TrainingArguments, resume: bool, 
         check_frozen(checkpoint, model)
 
     # 3. Training, and its result
+    trainer = make_trainer(run, model, arguments, held_out, done)
+    if arguments.process_index:  # noise, times and prefixes of its own; the weights were made with the common seed
+        torch.manual_seed(options.seed + arguments.process_index)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.save_result(output, run.config.dtype if options.dtype == "auto" else None)
+    if main:
+        plot_curves({options.strategy: trainer.state.log_history}, output / "curves.png")
+        for warning in check_result(trainer.last_metrics, run.action_names, options.strategy in ADAPTER_STRATEGIES):
+            tqdm.write(f"warning   {warning}")
+    trainer.accelerator.wait_for_everyone()
+
+
+def make_trainer(
+    run: Run, model: Any, arguments: TrainingArguments, held_out: list[Episode], done: int
+) -> ActionTrainer:
+    """What trains `model` from step `done` on, and evaluates on `held_out`."""
+    options, images, cameras = run.options, run.processor.image_processor, run.config.camera_names
     muon = (
         make_muon(model, learning_rate(options), options.weight_decay or 0.0) if options.optimizer == "muon" else None
     )
-    images = run.processor.image_processor
-    cameras = run.config.camera_names
-    trainer = ActionTrainer(
+    return ActionTrainer(
         model=model,
         args=arguments,
         stream=MixtureStream(
@@ -289,15 +305,6 @@ def train(options: FinetuneOptions, arguments: TrainingArguments, resume: bool, 
         card=card(run),
         optimizers=(muon, None),
     )
-    if arguments.process_index:  # noise, times and prefixes of its own; the weights were made with the common seed
-        torch.manual_seed(options.seed + arguments.process_index)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    trainer.save_result(output, run.config.dtype if options.dtype == "auto" else None)
-    if main:
-        plot_curves({options.strategy: trainer.state.log_history}, output / "curves.png")
-        for warning in check_result(trainer.last_metrics, run.action_names, options.strategy in ADAPTER_STRATEGIES):
-            tqdm.write(f"warning   {warning}")
-    trainer.accelerator.wait_for_everyone()
 
 
 def card(run: Run) -> str:
