@@ -1,4 +1,4 @@
-"""Fine-tuning on one's own demonstrations: a run from options to a checkpoint, on one page."""
+"""Fine-tuning on one's own demonstrations: a run from options to a checkpoint, whose steps `train` names."""
 
 from contextlib import nullcontext
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the recipes of `oxe.py` are made of: gripper conventions, rotations, encodings, and filters of single frames.
+"""What the recipes of `standardize.py` are made of: gripper conventions, rotations, encodings, filters of frames.
 
 A trajectory is a nested dict of arrays with a leading time axis of T steps; strings are object arrays of bytes.
 """

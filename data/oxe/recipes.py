@@ -1,4 +1,4 @@
-"""The language that `oxe.py` describes datasets in: fields of a recorded trajectory, and recipes that arrange them."""
+"""The language that `standardize.py` describes datasets in: fields of a trajectory, and recipes that arrange them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
