@@ -1,5 +1,6 @@
 """What a policy acts in: one protocol for all simulators, and the names they go by."""
 
+import hashlib
 import importlib
 import re
 import warnings
@@ -27,6 +28,7 @@ AXES = ("visual", "motion", "physical", "semantic", "language")  # of generaliza
 # A seed decides where everything in an episode begins. Demonstrations and evaluation share none.
 RECORDING_SEEDS = range(0, 1_000_000)
 EVALUATION_SEEDS = range(1_000_000, 2_000_000)
+LONGEST_NAME = 200  # bytes of a file's name: file systems take 255, and endings follow
 POLICY_SEED = 7  # of what a model draws (diffusion begins with noise), as in the evaluation of OpenVLA-OFT
 
 
@@ -209,8 +211,13 @@ def tasks_with(environment: Environment, tasks: Sequence[str], variation: str) -
 
 
 def file_name(*parts: str) -> str:
-    """What a file is called after a task and its variation; those of a simulator may hold any character."""
-    return re.sub(r"[:/\\\0]", "-", "_".join(filter(None, parts)))
+    """What a file is called after a task and its variation; those of a simulator may hold any character, and be as long
+    as an instruction: a name that is cut ends in a digest of all of it."""
+    name = re.sub(r"[:/\\\0]", "-", "_".join(filter(None, parts)))
+    if len(name.encode()) <= LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return f"{name.encode()[:LONGEST_NAME].decode(errors='ignore')}-{digest}"
 
 
 def asks_for_wrist(env: str, sees: Sequence[str]) -> bool:

@@ -51,3 +51,12 @@ class Breaks:
 
     def record(self, *job):
         raise ValueError("The expert failed 20 times.")
+
+
+class Wordy(Seeing):
+    """Tasks that are called as their instructions, which no name of a file is as long as."""
+
+    tasks = ("把杯子放到架子上" * 12 + "一", "把杯子放到架子上" * 12 + "二")
+
+    def instructions(self, task, *, held_out=False):
+        return (task,)

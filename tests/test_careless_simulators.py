@@ -11,6 +11,7 @@ import pytest
 from careless import Breaks, Gymnasium, Seeing
 from toy import FromPixels
 
+from openvla.data import open_dataset
 from openvla.evaluation import make_environment
 from openvla.evaluation.demo import demo
 from openvla.evaluation.environment import check_observation, check_step, choose_variations, file_name
@@ -176,3 +177,14 @@ def test_words_that_are_a_text_and_no_list(tmp_path, monkeypatch):
 def test_what_a_simulator_needs():
     with pytest.raises(ValueError, match="needs path: --env-option path=..."):
         make_environment("careless:Needs", size=8)
+
+
+@pytest.mark.parametrize("format", ["lerobot", "hdf5"])
+def test_tasks_of_many_words(format, tmp_path):
+    """All was recorded, and then no file could be called so."""
+    options = {"env": "careless:Wordy", "tasks": ",".join(careless.Wordy.tasks), "episodes": 1, "size": 16}
+    record(RecordOptions(**options, format=format, output=str(tmp_path / "data")), progress=False)
+    told = [episode.instruction for episode in open_dataset(tmp_path / "data")]
+    assert len(told) == 2 and all(text.startswith("move to the goal (把杯子") for text in told)
+    films = {Job(task, 0, 0).film(tmp_path).name for task in careless.Wordy.tasks}
+    assert len(films) == 2 and all(len(name.encode()) < 220 for name in films)
