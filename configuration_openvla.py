@@ -73,7 +73,7 @@ DTYPES = ("bfloat16", "float16", "float32", "float64")
 HEADS_WITH_WEIGHTS = ("l1_regression", "diffusion")
 OURS = (  # fields that say what an action is, and which published files do not have
     "n_action_bins", "norm_stats", "action_head", "action_chunk", "action_dim", "proprio_dim", "constant_state",
-    "prefix_training", "use_film", "normalization", "camera_names",
+    "prefix_training", "use_film", "normalization", "camera_names", "diffusion_steps",
 )  # fmt: skip
 UNITS = ("bounds_q99", "bounds")  # of normalized numbers
 
@@ -121,6 +121,7 @@ class OpenVLAConfig(transformers.PreTrainedConfig):
         constant_state: What a number of the state becomes that never changed in training: "zero", as in training, or
             "clip", -1 or 1, as in the evaluation of OpenVLA-OFT.
         prefix_training: Steps of a chunk that a head which predicts in one pass learned to be given, at most; 0: none.
+        diffusion_steps: Of noise that a "diffusion" head was trained on.
         use_film: The words of the prompt scale and shift the features of every block of the towers (FiLM).
         normalization: `{dataset: "bounds_q99" | "bounds"}`: which statistics -1 and 1 stand for, q01 and q99 or min and
             max. A dataset that is not there: "bounds_q99".
@@ -160,6 +161,7 @@ class OpenVLAConfig(transformers.PreTrainedConfig):
     proprio_dim: int | None = None
     constant_state: str = "zero"
     prefix_training: int = 0
+    diffusion_steps: int = 50
     use_film: bool = False
     normalization: dict = None  # type: ignore[assignment]
     camera_names: list = None  # type: ignore[assignment]
@@ -297,7 +299,7 @@ class OpenVLAConfig(transformers.PreTrainedConfig):
             raise ValueError(
                 f"image_sizes={self.image_sizes!r}: expected the side of a square in pixels, one per tower."
             )
-        for field in ("n_action_bins", "llm_max_length", "pad_to_multiple_of", "action_chunk"):
+        for field in ("n_action_bins", "llm_max_length", "pad_to_multiple_of", "action_chunk", "diffusion_steps"):
             value = getattr(self, field)
             if not (_is_count(value) or (field == "pad_to_multiple_of" and value == 0)):
                 raise ValueError(f"{field}={value!r}: expected a positive integer.")

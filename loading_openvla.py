@@ -100,6 +100,7 @@ class OpenVLAPreTrainedModel(QuantizedWeights, AdapterBelongings, ModelParts, Pr
         Args:
             action_chunk, camera_names, normalization: Of a folder of OpenVLA-OFT, instead of what its platforms have
                 (`oft_openvla`); `normalization` may be one name for all datasets.
+            diffusion_steps: Those that the diffusion of a folder of OpenVLA-OFT was trained on, if they are not 50.
             action_head: "parallel_tokens" of a folder of OpenVLA-OFT's discrete variant, which does not tell it.
             base: What the adapter of a folder of OpenVLA-OFT was trained on, if it was not merged.
             ignore_mismatched_sizes: Let tensors of another shape than the stored ones begin at random.

@@ -220,12 +220,11 @@ class DiffusionHead(RegressionHead):
     """The noise in noisy actions, which is taken away step by step; one pass of the language model for each step."""
 
     one_pass = False
-    TRAIN_STEPS = 50
     wants_executed = True
 
     def __init__(self, tokenizer: ActionTokenizer, config: OpenVLAConfig):
         super().__init__(tokenizer, config)
-        self.num_inference_steps = self.TRAIN_STEPS
+        self.num_train_steps = self.num_inference_steps = config.diffusion_steps
         self._scheduler: Any = None
         self.initial_noise = torch.randn  # (shape, dtype=, device=, generator=) -> what a prediction begins with
 
@@ -240,7 +239,7 @@ class DiffusionHead(RegressionHead):
                     "action_head='diffusion' takes its steps from diffusers, which is not installed: pip install "
                     "'openvla[oft]', or pip install diffusers."
                 ) from error
-            self._scheduler = DDIMScheduler(num_train_timesteps=self.TRAIN_STEPS, beta_schedule="squaredcos_cap_v2")
+            self._scheduler = DDIMScheduler(num_train_timesteps=self.num_train_steps, beta_schedule="squaredcos_cap_v2")
         return self._scheduler
 
     def loss(self, model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -253,7 +252,7 @@ class DiffusionHead(RegressionHead):
         generator = None if model.training else torch.Generator(wanted.device).manual_seed(0)
         where = {"device": wanted.device, "generator": generator}
         noise = torch.randn(wanted.shape, **where)  # type: ignore[call-overload]
-        times = torch.randint(0, self.TRAIN_STEPS, (len(wanted),), **where)  # type: ignore[call-overload]
+        times = torch.randint(0, self.num_train_steps, (len(wanted),), **where)  # type: ignore[call-overload]
         decided = _steps(wanted) < self.draw_prefixes(model, batch)[..., None]
         executed = batch.get("executed", wanted).to(wanted)
         noisy = torch.where(decided, executed, self.scheduler.add_noise(wanted, noise, times))
@@ -288,8 +287,8 @@ class DiffusionHead(RegressionHead):
         self._check(shape, choice)
         check_generator(choice.generator, model.device)
         scheduler, count = self.scheduler, self.num_tokens(shape)
-        if self.num_inference_steps not in range(1, self.TRAIN_STEPS + 1):
-            raise ValueError(f"num_inference_steps={self.num_inference_steps!r}: expected 1 to {self.TRAIN_STEPS}.")
+        if self.num_inference_steps not in range(1, self.num_train_steps + 1):
+            raise ValueError(f"num_inference_steps={self.num_inference_steps!r}: expected 1 to {self.num_train_steps}.")
         scheduler.set_timesteps(int(self.num_inference_steps))
         sequence = model.action_sequence(inputs, count, with_time=True)
         embeds = sequence.inputs_embeds

@@ -18,7 +18,7 @@ from .hub_folder import DTYPES, LazyTensor, check_weights, new_model_folder, wri
 from .prismatic import convert_prismatic_checkpoint
 
 
-OFT_OPTIONS = ("action_head", "action_chunk", "camera_names", "normalization")
+OFT_OPTIONS = ("action_head", "action_chunk", "camera_names", "normalization", "diffusion_steps")
 
 
 def convert(options: ConvertOptions) -> Path:

@@ -50,6 +50,12 @@ class ConvertOptions(OverwriteOptions, VariantOptions):
         "Which statistics -1 and 1 stand for, q01 and q99 or min and max (OpenVLA-OFT).",
         shown="bounds for 14 numbers, else bounds_q99",
     )
+    diffusion_steps: int | None = option(
+        None,
+        "Steps of noise that a diffusion was trained on (OpenVLA-OFT): no file tells.",
+        least=1,
+        shown="50, the original's",
+    )
     dtype: SavedDtype | None = option(None, "Type of the written weights.", shown="bfloat16; of OpenVLA-OFT as stored")
     max_shard_size: str | None = option(
         None,

@@ -678,3 +678,29 @@ def test_processor_alone(saved):
     processor = OpenVLAProcessor.from_pretrained(saved / "libero-l1", camera_names=["a", "b"])
     assert processor.image_processor.jpeg_quality == 95
     assert OpenVLAProcessor.from_pretrained(saved / "libero-discrete").image_processor.jpeg_quality is None
+
+
+def test_a_diffusion_of_other_steps_than_fifty_is_told_and_kept(saved, tmp_path):
+    """No file says how many it was trained on: taken for 50, its noise was removed on another schedule."""
+    told = given("libero-diffusion", saved) | {"diffusion_steps": 10}
+
+    def actions(model):
+        torch.manual_seed(0)
+        images = dict(zip(model.camera_names, IMAGES))
+        return model.predict_action(images, INSTRUCTION, state=STATES[8])
+
+    model = load_oft("libero-diffusion", saved, diffusion_steps=10)
+    assert model.action_head.scheduler.config.num_train_timesteps == model.action_head.num_inference_steps == 10
+    config = OpenVLAConfig.from_pretrained(saved / "libero-diffusion", **told)
+    more = {"base": told["base"], "dtype": torch.float32}
+    read = OpenVLAForActionPrediction.from_pretrained(saved / "libero-diffusion", config=config, **more)
+    out = convert_oft_checkpoint(saved / "libero-diffusion", tmp_path / "out", **told)
+    again = OpenVLAForActionPrediction.from_pretrained(out, dtype=torch.float32)
+    first = actions(model)
+    assert np.array_equal(first, actions(read.eval()))
+    np.testing.assert_allclose(first, actions(again.eval()), atol=1e-5)
+    usual = load_oft("libero-diffusion", saved)
+    usual.action_head.num_inference_steps = 10  # as many passes of the schedule of 50
+    assert not np.allclose(first, actions(usual), atol=1e-3)
+    with pytest.raises(ValueError, match="diffusion_steps=0: expected a positive integer"):
+        OpenVLAConfig(diffusion_steps=0)
