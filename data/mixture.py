@@ -10,6 +10,11 @@ from ..choices_openvla import closest
 from .oxe.catalog import load_oxe_mixtures
 
 
+def load_mixture(specification: str | Path) -> dict[str, float]:
+    """`{dataset: weight}` of a mixture; see `load_entries`, whose errors it shares."""
+    return {name: entry["weight"] for name, entry in load_entries(specification).items()}
+
+
 def load_entries(specification: str | Path) -> dict[str, dict[str, Any]]:
     """`{dataset: {"weight": ..., further options}}` of a mixture.
 
@@ -90,27 +95,30 @@ def is_mixture_file(specification: str | Path) -> bool:
     return str(specification).endswith((".yaml", ".yml"))
 
 
-def mixture_probabilities(weights: Sequence[float], sizes: Sequence[int]) -> tuple[np.ndarray, int]:
+def mixture_probabilities(
+    weights: Sequence[float] | None, sizes: Sequence[int], balance: bool = True
+) -> tuple[np.ndarray, int]:
     """How likely each dataset is drawn, and how many frames make an epoch.
 
-    As OpenVLA trains: a dataset is drawn in proportion to weight times frames: weight 1 means its natural share. An
-    epoch is long enough for every dataset of weight 1 to be seen once on average. Where none has weight 1, those of the
-    largest weight take that part (the original raises an IndexError).
+    Balanced, as OpenVLA trains: a dataset is drawn in proportion to weight times frames: weight 1 means its
+    natural share. An epoch is long enough for every dataset of weight 1 to be seen once on average. Where none has
+    weight 1, those of the largest weight take that part (the original raises an IndexError).
 
     Args:
-        weights: (N,) above 0.
+        weights: (N,) above 0; None: all 1.
         sizes: (N,) frames of each dataset.
+        balance: False: drawn in proportion to the weights alone.
 
     Returns:
         (N,) probabilities that sum to 1, and the length of an epoch.
     """
     sizes_array = np.asarray(sizes, dtype=np.float64)
-    weights_array = np.asarray(weights, dtype=np.float64)
+    weights_array = np.ones_like(sizes_array) if weights is None else np.asarray(weights, dtype=np.float64)
     if sizes_array.shape != weights_array.shape or sizes_array.ndim != 1 or len(sizes_array) == 0:
         raise ValueError(f"{weights_array.size} weights for {sizes_array.size} datasets: give one for each.")
     if not all(((0 < array) & (array < np.inf)).all() for array in (weights_array, sizes_array)):
         raise ValueError(f"Weights {weights_array.tolist()} and sizes {sizes_array.tolist()} must be numbers above 0.")
-    shares = weights_array * sizes_array
+    shares = weights_array * sizes_array if balance else weights_array
     probabilities = shares / shares.sum()
     primary = weights_array == (1.0 if (weights_array == 1.0).any() else weights_array.max())
     return probabilities, int((sizes_array / probabilities)[primary].max())

@@ -17,7 +17,7 @@ from .oxe.conversions import droid_moves_raw
 from .samples import model_cameras
 from .statistics import collect, counted
 from .survey import Survey, largest_normalized, proprio_statistics
-from .trajectory import chunk_actions
+from .trajectory import chunk_act_obs
 
 
 # What follows in a chunk that begins less than `action_chunk` steps before the end of its episode, or before another
@@ -225,7 +225,8 @@ class Source:
     def _chunks(self, actions: np.ndarray, action_chunk: int) -> np.ndarray:
         """(T, action_chunk, A) float32, normalized: of each step its action and those that follow."""
         absolute = self.absolute if self.chunk_end == "still" else np.ones(self.action_dim, dtype=bool)
-        chunks = chunk_actions(actions, action_chunk, absolute)
+        trajectory = {"action": actions, "observation": {}, "absolute_action_mask": absolute}
+        chunks = chunk_act_obs(trajectory, 1, action_chunk - 1)["action"]
         return normalize_actions(chunks, self.statistics["action"], self.normalization).astype(np.float32)
 
     def _drops(self, episode: Episode) -> bool:

@@ -1,5 +1,6 @@
 """Standardisation against what the original pipeline computed (tests/fixtures/README.md), and its properties."""
 
+import json
 import pickle
 import zlib
 from functools import cache
@@ -8,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from openvla.data.oxe.catalog import load_oxe_datasets, load_oxe_mixtures
+from openvla.data.oxe.catalog import allocate_threads, load_oxe_datasets, load_oxe_mixtures
 from openvla.data.oxe.conversions import (
     binarize_gripper_actions,
     droid_moves,
@@ -346,3 +347,23 @@ def test_mixtures():
         assert all(name in STANDARDIZE and name in layouts and weight > 0 for name, weight in mixture.items())
     plus["droid"] = 0.0
     assert load_oxe_mixtures()["oxe_magic_soup_plus"]["droid"] == 0.06
+
+
+@pytest.mark.parametrize("case", json.loads((FIXTURES / "allocate_threads.json").read_text()), ids=str)
+def test_threads_like_the_original(case):
+    assert allocate_threads(case["n"], case["weights"]).tolist() == case["allocation"]
+
+
+@pytest.mark.parametrize("num_datasets", [1, 3, 27, 49])
+def test_as_many_threads_as_datasets(num_datasets):
+    """Shares that round to just below one thread each."""
+    assert allocate_threads(num_datasets, np.ones(num_datasets)).tolist() == [1] * num_datasets
+
+
+@pytest.mark.parametrize(
+    "num_threads, weights, message",
+    [(1, [1, 1], "each needs one"), (3, [1, -1], "below zero"), (3, [0, 0], "above it"), (3, [], "above it")],
+)
+def test_impossible_allocations(num_threads, weights, message):
+    with pytest.raises(ValueError, match=message):
+        allocate_threads(num_threads, weights)

@@ -27,6 +27,7 @@ from openvla.data.recording import split_boundary
 from openvla.data.source import Source
 from openvla.data.sources import dataset_places, open_source, open_sources
 from openvla.data.survey import cache_folder
+from openvla.data.trajectory import chunk_act_obs, relabel_goals
 from openvla.options.fields import respelled
 from openvla.pixels_openvla import resize_lanczos3
 
@@ -541,6 +542,29 @@ def test_chunks_end_with_the_episode():
     assert repeated.padded == 2
     with pytest.raises(ValueError, match="expected at least 1"):
         frames_of(source, action_chunk=0)
+
+
+def test_goals_are_drawn_evenly_from_the_steps_to_come():
+    steps = np.arange(6)
+    trajectory = {
+        "action": np.ones((6, 7), np.float32),
+        "observation": {"proprio": steps[:, None], "timestep": steps},
+        "task": {"language_instruction": np.array([b"go"] * 6, dtype=object)},
+    }
+    rng = np.random.default_rng(0)
+    goals = np.stack([relabel_goals(trajectory, rng)["task"]["goal_timestep"] for _ in range(4000)])
+    assert goals.dtype == np.int32
+    for step in range(5):
+        values, counts = np.unique(goals[:, step], return_counts=True)
+        assert values.tolist() == list(range(step + 1, 6))
+        np.testing.assert_allclose(counts / 4000, 1 / (5 - step), atol=0.03)
+    assert (goals[:, 5] == 5).all()
+    found = relabel_goals(trajectory, np.random.default_rng(1))
+    assert found["task"]["proprio"][:, 0].tolist() == found["task"]["goal_timestep"].tolist()
+    assert found["task"]["language_instruction"][0] == b"go" and "goal_timestep" not in trajectory["task"]
+    # the goal does not cut the chunks of actions
+    np.testing.assert_array_equal(chunk_act_obs(found, 1, 2)["action"], chunk_act_obs(trajectory, 1, 2)["action"])
+    assert chunk_act_obs(found, 1, 2)["action"][:4].all()
 
 
 # Statistics: kept, or given -------------------------------------------------------------------------------------------

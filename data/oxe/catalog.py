@@ -4,7 +4,7 @@ Source: github.com/openvla/openvla, prismatic/vla/datasets/rlds/oxe (configs.py,
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -89,3 +89,41 @@ def load_oxe_mixtures() -> dict[str, dict[str, float]]:
     """
     mixtures = {name: dict(weights) for name, weights in _read("mixtures.json").items()}
     return Registry("mixture", mixtures)
+
+
+def allocate_threads(num_threads: int, weights: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Threads per dataset in proportion to its weight, at least one wherever the weight is not zero.
+
+    What a proportional share would leave below one thread gets one; the rest is shared out again among the others,
+    full parts first, then one each to the largest fractions.
+
+    Args:
+        num_threads: Threads in all.
+        weights: (N,) not negative; they need not sum to 1.
+
+    Returns:
+        (N,) int64 that sums to `num_threads`.
+
+    Raises:
+        ValueError: If a weight is negative, all are zero, or there are fewer threads than weights.
+    """
+    shares = np.asarray(weights, dtype=np.float64)
+    if np.any(shares < 0) or not np.any(shares > 0):
+        raise ValueError(f"weights={shares.tolist()}: expected none below zero and one above it.")
+    if num_threads < len(shares):
+        raise ValueError(f"num_threads={num_threads} for {len(shares)} datasets: each needs one.")
+    allocation = np.zeros(len(shares), dtype=np.int64)
+    left = num_threads
+    shares = shares / shares.sum()
+    while np.any(small := (shares > 0) & (shares * left < 1)):
+        allocation[small] = 1
+        left -= int(small.sum())
+        shares = np.where(small, 0.0, shares)
+        if not shares.any():
+            break
+        shares = shares / shares.sum()
+    fractions, integers = np.modf(shares * left)
+    allocation += integers.astype(np.int64)
+    for index in np.argsort(fractions, kind="stable")[::-1][: left - int(integers.sum())]:
+        allocation[index] += 1
+    return allocation
