@@ -78,6 +78,15 @@ class CountedRequests(H11Protocol):
         self.flow.wait_behind(False)
         super().handle_websocket_upgrade(event)
 
+    def send_400_response(self, msg: str) -> None:
+        """To a request that turns out to be none, the only answer it gets. uvicorn would log a traceback of each that
+        is answered already, or right now."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        self.transport.close()
+        if self.cycle is not None:
+            self.cycle.disconnected = True
+
     def _counted(self) -> Any:
         event = self._next()
         if event is h11.PAUSED or event is h11.NEED_DATA:

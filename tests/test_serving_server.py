@@ -415,6 +415,16 @@ def test_who_has_no_key_is_one_clear_line_in_the_log():
         with pytest.raises(InvalidStatus, match="401"):
             server.connect()
     assert server.get("/info")[0] == 401 and server.get("/info", Origin="http://elsewhere")[0] == 403
+    for status, waits in ((b"400", False), (b"401", True)):  # of a body that is none; a traceback for each
+        with socket.create_connection(("127.0.0.1", server.port), timeout=60) as robot:
+            robot.sendall(
+                b"POST /act HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n" + (not waits) * b"x\r\n"
+            )
+            assert robot.recv(1000).startswith(b"HTTP/1.1 " + status)
+            with suppress(ConnectionError):
+                robot.sendall(b"x\r\n")
+                while robot.recv(1000):
+                    pass
     os.kill(server.process.pid, signal.SIGTERM)
     lines = [line for line in server.process.done(timeout=60).stderr.splitlines() if line != "what is loaded is kept"]
     assert [line[:58] for line in lines] == [
