@@ -4,6 +4,7 @@
 """
 
 import copy
+from typing import Any
 
 import torch
 from transformers import GenerationMixin
@@ -36,34 +37,51 @@ class OpenVLAGeneration(GenerationMixin):
             if layout is not None:
                 kwargs["attention_mask"] = layout.insert(attention_mask, 1)
                 kwargs["position_ids"] = layout.insert_positions(kwargs.get("position_ids"))
+                self._lengthen(kwargs)
             return with_both_names(super().generate(inputs, **kwargs))
         if input_ids is None or not self._needs_patches(input_ids, attention_mask, pixel_values, kwargs):
             return with_both_names(super().generate(inputs, **kwargs))
 
-        num_patches = self.num_patches
         if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        layout = PatchLayout(attention_mask, input_ids.shape, num_patches, device=input_ids.device)
+            attention_mask = self._find_padding(input_ids, kwargs)
+        layout = PatchLayout(attention_mask, input_ids.shape, self.num_patches, device=input_ids.device)
         kwargs["input_ids"] = layout.insert(input_ids, self.config.image_token_id)
         kwargs["attention_mask"] = layout.insert(attention_mask, 1)
         kwargs["position_ids"] = layout.insert_positions(kwargs.get("position_ids"))
-        if generation_config is not None:
-            kwargs["generation_config"] = generation_config = copy.deepcopy(generation_config)
-        for name in ("max_length", "min_length"):
-            length = kwargs.get(name)
-            if length is not None:
-                kwargs[name] = length + num_patches
-            elif (length := getattr(generation_config or self.generation_config, name)) is None:
-                continue
-            elif generation_config is None:
-                kwargs[name] = length + num_patches
-            else:  # not beside the config: transformers warns where both speak
-                setattr(generation_config, name, length + num_patches)
+        self._lengthen(kwargs)
         generated = with_both_names(super().generate(**kwargs))
         if isinstance(generated, torch.Tensor):
             return layout.remove(generated)
         generated.sequences = layout.remove(generated.sequences)
         return generated
+
+    def _find_padding(self, input_ids: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+        """The attention mask of prompts that came without one: padding by its id, as the library finds it, unless that
+        is a token of prompts as well."""
+
+        def said(name: str) -> Any:
+            configs = (kwargs["generation_config"], self.generation_config)
+            found = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+            return next((value for value in found if value is not None), None)
+
+        pad, first, ends = map(said, ("pad_token_id", "bos_token_id", "eos_token_id"))
+        of_prompts = (first, *(ends if isinstance(ends, (list, tuple)) else [ends]))
+        return torch.ones_like(input_ids) if pad is None or pad in of_prompts else input_ids.ne(pad).long()
+
+    def _lengthen(self, kwargs: dict[str, Any]) -> None:
+        """Let the lengths that are asked for, which count no patches, be those of sequences with patches."""
+        given = kwargs["generation_config"]
+        if given is not None:
+            kwargs["generation_config"] = given = copy.deepcopy(given)
+        for name in ("max_length", "min_length"):
+            if (length := kwargs.get(name)) is not None:
+                kwargs[name] = length + self.num_patches
+            elif (length := getattr(given or self.generation_config, name)) is None:
+                continue
+            elif given is None:
+                kwargs[name] = length + self.num_patches
+            else:  # not beside the config: transformers warns where both speak
+                setattr(given, name, length + self.num_patches)
 
     def _needs_patches(self, input_ids, attention_mask, pixel_values, kwargs) -> bool:
         """Whether `generate` got all of a plain sequence with an image, or one whose image is in the cache already."""

@@ -6,7 +6,7 @@ Token ids equal those of the published `processing_prismatic.py` (transformers 4
 import copy
 import threading
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
@@ -136,7 +136,8 @@ class OpenVLAProcessor(ProcessorMixin):
 
     def check_fits(self, config: OpenVLAConfig) -> None:
         """Raise a `ValueError` if a model of this configuration takes other images, tokens or prompts. If it fits, the
-        processor knows from then on how many tokens of the model stand for actions, and which cameras it sees."""
+        processor knows from then on how many tokens of the model stand for actions, which cameras it sees, and the
+        prompt form that the model calls for, if it has none of its own."""
         sizes = [kwargs.get("img_size", size) for size, kwargs in zip(config.image_sizes, config.timm_model_kwargs)]
         expected = [[3, size, size] if isinstance(size, int) else [3, *size] for size in sizes]
         if self.image_processor.input_sizes != expected:
@@ -160,6 +161,8 @@ class OpenVLAProcessor(ProcessorMixin):
                 "adapting pad_to_multiple_of."
             )
         self.n_action_tokens, self.camera_names = config.n_action_bins, list(config.camera_names)
+        if self.prompt_template is None:
+            self.prompt_template = prompt_template_of(vars(config))
         try:
             check_prompt_ids(self.prompt_ids("open the drawer"), config)
         except ValueError as error:
@@ -357,7 +360,7 @@ class OpenVLAProcessor(ProcessorMixin):
         return inputs
 
 
-def prompt_template_of(config: dict[str, Any]) -> str:
+def prompt_template_of(config: Mapping[str, Any]) -> str:
     """The prompt form of a model config: the chat form of v01 for Vicuna language models, else the plain one."""
     is_vicuna = str(config.get("llm_backbone_id", "")).startswith("vicuna")
     return PROMPT_TEMPLATES["openvla-v01" if is_vicuna else "openvla"]

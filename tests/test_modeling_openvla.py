@@ -409,6 +409,28 @@ def test_generate_from_inputs_embeds(small_model):
         inputs_embeds=embeds, **inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False
     )
     assert generated.tolist() == expected[:, 6:].tolist()
+    # Patches do not count in the length that is asked for, as little as with ids.
+    generated = small_model.generate(inputs_embeds=embeds, **inputs, max_length=10, min_new_tokens=4, do_sample=False)
+    assert generated.tolist() == expected[:, 6:].tolist()
+
+
+@pytest.mark.parametrize("settings", ["model", "option", "config"])
+def test_generate_finds_padding_without_a_mask(small_model, settings):
+    """As it does without an image; patches would enter behind the padding and not behind BOS."""
+    inputs = small_inputs()
+    inputs["input_ids"][0, :3], pad = torch.tensor([0, 0, 1]), {"pad_token_id": 0}
+    inputs["attention_mask"][0, :2] = 0
+    length = {"max_new_tokens": 4, "do_sample": False}
+    expected = small_model.generate(**inputs, **length)
+    del inputs["attention_mask"]
+    options = {
+        "model": length,
+        "option": length | pad,
+        "config": {"generation_config": GenerationConfig(**length, **pad)},
+    }
+    assert small_model.generate(**inputs, **options[settings]).tolist() == expected.tolist()
+    # A token that begins prompts is no padding.
+    assert small_model.generate(**inputs, **length, pad_token_id=1).tolist() != expected.tolist()
 
 
 def test_generate_goes_on_from_a_cache(small_model):

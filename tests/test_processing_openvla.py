@@ -493,6 +493,18 @@ def test_prompt_forms_that_start_a_sequence_twice(tiny_checkpoint, tiny_processo
                 own.check_fits(config)
 
 
+def test_a_processor_made_by_hand_asks_as_the_model_was_trained(tiny_checkpoint, tiny_processor):
+    """Of v01 in the chat form; a form of its own stays."""
+    own = OpenVLAProcessor(tiny_processor.image_processor, tiny_processor.tokenizer)
+    chosen = OpenVLAProcessor(tiny_processor.image_processor, tiny_processor.tokenizer, "do {instruction}")
+    for processor in (own, chosen):
+        processor.check_fits(OpenVLAConfig.from_pretrained(
+            tiny_checkpoint.folder, timm_model_kwargs=tiny_checkpoint.timm_model_kwargs, llm_backbone_id="vicuna-v15-7b"
+        ))  # fmt: skip
+    assert own.format_prompt("stop") == PROMPT_TEMPLATES["openvla-v01"].format(instruction="stop")
+    assert chosen.format_prompt("stop") == "do stop"
+
+
 @pytest.mark.parametrize("bins", [64, 256, 512])
 def test_action_tokens_are_those_of_the_model(bins, tmp_path, photo):
     """Characters that stand for actions are text: as many as the config says, no more and no less."""
