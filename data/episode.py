@@ -105,7 +105,10 @@ class CheckedImages(CameraImages):
         return len(self.steps)
 
     def _select(self, steps: slice) -> "CheckedImages":
-        return CheckedImages(self.frames, self.origin, self.steps[steps])
+        chosen = self.steps[steps]
+        if isinstance(self.frames, list | tuple):  # in memory, and looked at: a part holds only its own
+            return CheckedImages([np.array(self.frames[step]) for step in chosen], self.origin)
+        return CheckedImages(self.frames, self.origin, chosen)
 
     def _decode(self, step: int) -> np.ndarray:
         return _pixels(self.frames[self.steps[step]], f"{self.origin}, step {self.steps[step]}")

@@ -169,6 +169,15 @@ def test_frames_of_filtered_episodes_hold_their_own_image_only():
     assert int(frames[10].images["front"][0][0, 0, 0]) == 11
 
 
+def test_frames_of_lists_hold_their_own_image_only():
+    """The same of images that stand in a list, which each sample brought along to its worker as well."""
+    images = list(np.stack([np.full((64, 64, 3), level, np.uint8) for level in range(50)]))
+    episodes = [{"actions": np.ones((50, 7)), "instruction": "go", "images": {"front": images}}]
+    frame = frames_of(open_source(episodes))[10]
+    (own,) = frame.images["front"]
+    assert int(own[0, 0, 0]) == 10 and own.base is None and len(pickle.dumps(frame)) < 15_000
+
+
 def test_statistics_keep_actions_and_states_only():
     class Watched(Made):
         alive: weakref.WeakSet = weakref.WeakSet()
