@@ -195,7 +195,7 @@ def draw(
         action: Name and value of each number, in [-1, 1] of what the episode saw.
         outcome: None until it ends.
     """
-    height = WIDTH * frame.shape[0] // frame.shape[1]
+    height = max(1, WIDTH * frame.shape[0] // frame.shape[1])
     picture = Image.new("RGB", (WIDTH, (LINE + height + 3 * LINE + 1) // 2 * 2), "white")
     picture.paste(Image.fromarray(frame).resize((WIDTH, height)), (0, LINE))
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
@@ -205,10 +205,11 @@ def draw(
         pen.rectangle((0, LINE, WIDTH - 1, LINE + height - 1), outline=color, width=6)
         pen.text((WIDTH - 70, 3), text, fill=color, font=font)
     width = WIDTH / len(action)
+    gap = min(4, width / 8)  # between bars; a humanoid has forty of them
     for index, (name, value) in enumerate(action):
         left, base = index * width, LINE + height + LINE
-        pen.text((left + 4, base + LINE + 2), name, fill="black", font=font)
+        pen.text((left + gap, base + LINE + 2), name, fill="black", font=font)
         top, bottom = sorted((base, base - float(np.clip(value, -1, 1)) * (LINE - 3)))
-        pen.rectangle((left + 6, top, left + width - 8, bottom), fill=GREEN if value >= 0 else RED)
-        pen.line((left + 4, base, left + width - 6, base), fill=GRAY)
+        pen.rectangle((left + 1.5 * gap, top, left + width - 2 * gap, bottom), fill=GREEN if value >= 0 else RED)
+        pen.line((left + gap, base, left + width - 1.5 * gap, base), fill=GRAY)
     return picture

@@ -17,6 +17,7 @@ from openvla.evaluation.video import (
     EpisodeVideo,
     Film,
     check_replaceable,
+    draw,
     draw_tile,
     read_film,
     save_tiles,
@@ -132,6 +133,18 @@ def test_films_call_actions_as_the_environment_does(tmp_path, monkeypatch, named
     video.add(observation, np.array([0.5, -1.0]))
     video.save(success=True)
     assert {*written} <= {*said} and (tmp_path / "go.mp4").is_file()
+
+
+def test_films_of_robots_with_many_joints():
+    """From 33 numbers on an evaluation ended with its first film."""
+    values = [("joint", 1.0 if joint % 2 else -1.0) for joint in range(43)]
+    picture = np.asarray(draw(np.zeros((64, 64, 3), np.uint8), "", values))
+    width = picture.shape[1] / 43
+    for joint, (_, value) in enumerate(values):
+        bar = picture[:, round(joint * width) : round((joint + 1) * width)]
+        shown = [(bar == color).all(axis=-1).any() for color in (GREEN, RED)]
+        assert shown == [value > 0, value < 0]
+    assert draw(np.zeros((1, 1000, 3), np.uint8), "", values).height > 1  # of a line camera
 
 
 @pytest.mark.parametrize(("hz", "outcome"), [(5.0, 5), (12.5, 12), (0.2, 1), (None, 20)])
