@@ -10,6 +10,7 @@ import gc
 import io
 import json
 import os
+import pickle
 import select
 import signal
 import socket
@@ -30,6 +31,7 @@ from fake_serving import FakeModel
 from openvla_client import (
     Audit,
     BadAnswer,
+    Command,
     NoAction,
     NoAnswer,
     NotReached,
@@ -364,6 +366,23 @@ def test_no_time_is_believed_that_nobody_can_wait(wait):
         assert caught.value.retry_after is None
         scripted.answer = changed(server_timing={"a": 2**63, "b": float("nan"), "infer_ms": 2.0, "c": -1, "d": [1]})
         assert client.act(IMAGE, "go").timing == {"infer_ms": 2.0}
+
+
+def test_a_refusal_of_arrays_is_one():
+    refused = messages.read_refusal({"error": np.zeros(3), "code": np.zeros(2), "retry_after": np.zeros(1)}, "http_400")
+    assert "did not say why" in str(refused) and (refused.code, refused.retry_after) == ("http_400", None)
+
+
+def test_errors_go_from_one_process_to_another():
+    """A pool of processes waited for ever for what it could not read."""
+    for error in (
+        Refused("no", "late", 3.0),
+        NotReached("none"),
+        BadAnswer("other"),
+        NoAction("still", Command(None, "none", State.DEAD, 7.0)),
+    ):
+        again = pickle.loads(pickle.dumps(error))
+        assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))
 
 
 def test_what_a_server_says_takes_little_memory():

@@ -55,6 +55,9 @@ class NoAction(RuntimeError):
         super().__init__(message)
         self.command = command
 
+    def __reduce__(self) -> tuple:  # as of `Refused`
+        return type(self), (str(self), self.command)
+
 
 def held(spec: ActionSpec, last: np.ndarray | None) -> np.ndarray | None:
     """(A,) no motion: 0 where a number is a change, else as it was last; None where that is not known."""

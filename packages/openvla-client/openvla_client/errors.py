@@ -20,6 +20,9 @@ class Refused(RuntimeError):
         super().__init__(message)
         self.code, self.retry_after = code, retry_after
 
+    def __reduce__(self) -> tuple:  # or a process that gets it from another one could not read it
+        return type(self), (str(self), self.code, self.retry_after)
+
 
 class BadAnswer(ValueError):
     """What came back is no answer to the request: another shape, not finite, of another request, too large."""

@@ -234,6 +234,7 @@ def _count(value: Any, none: bool = False) -> int | None:
 def read_refusal(content: Any, code: str) -> Refused:
     """A refusal as it came; `code` where it does not say."""
     found = content if isinstance(content, dict) else {}
+    found = {name: value for name, value in found.items() if not isinstance(value, np.ndarray)}
     wait = found.get("retry_after")
     said = str(found.get("error") or f"The server, or a proxy before it, refused and did not say why ({code}).")[:2000]
     known = isinstance(wait, (int, float)) and 0 <= wait < LONGEST
