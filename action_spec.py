@@ -110,6 +110,8 @@ class ActionSpec:
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "ActionSpec":
         """Raises a `ValueError` for what `to_dict` would not give."""
+        if not isinstance(content, Mapping):
+            raise ValueError(f"action_spec={content!r:.200}: expected {{'names': [...], 'relative': [...], ...}}.")
         known: dict[str, Any] = {name: content[name] for name in cls.__dataclass_fields__ if name in content}
         try:
             for name in ("names", "relative", "grippers"):
@@ -134,7 +136,7 @@ def spec_of(statistics: Mapping[str, Any], unnorm_key: str) -> ActionSpec:
     """
     entry = statistics[unnorm_key]
     dims = len(entry["action"]["q01"])
-    if "action_spec" not in entry:
+    if entry.get("action_spec") is None:
         return usual_spec(dims)
     spec = ActionSpec.from_dict(entry["action_spec"])
     if spec.action_dim != dims:

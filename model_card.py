@@ -119,7 +119,8 @@ def model_card(
     )
     rows = []
     for key, entry in statistics.items():
-        counts = [f"{entry[count]:,}" if count in entry else "?" for count in ("num_trajectories", "num_transitions")]
+        known = (entry.get(count) for count in ("num_trajectories", "num_transitions"))  # nobody acts by them
+        counts = [f"{count:,}" if isinstance(count, (int, float)) else "?" for count in known]
         dims = len(get_action_stats(statistics, key)["q01"])
         cells = [f"`{key}`", str(dims), *counts, spec_of(statistics, key).describe()]
         rows.append(f"| {' | '.join(' '.join(cell.split()).replace('|', chr(92) + '|') for cell in cells)} |")

@@ -146,7 +146,7 @@ def open_source(
         raise ValueError(f"{recording.name}: the statistics given have a mask of their own; leave mask out.")
     normalization = _mode(recording.name, normalization, given)
     survey = _survey(recording, scaled, given, normalization, cache, progress)
-    meaning = spec_of({recording.name: given}, recording.name) if given and "action_spec" in given else None
+    meaning = spec_of({recording.name: given}, recording.name) if given and given.get("action_spec") else None
     places = parse_absolute(absolute_dims)
     if meaning is not None and places is None:
         places = tuple(dim for dim, relative in enumerate(meaning.relative) if not relative)

@@ -106,7 +106,10 @@ def test_a_spec_that_is_none(change):
 def test_the_spec_of_statistics():
     entry = {"action": {"q01": [0.0] * 3, "q99": [1.0] * 3}}
     assert spec_of({"x": entry}, "x") == usual_spec(3)
+    assert spec_of({"x": {**entry, "action_spec": None}}, "x") == usual_spec(3)
     assert spec_of({"x": {**entry, "action_spec": SPEC.to_dict()}}, "x") == SPEC
+    with pytest.raises(ValueError, match="action_spec=5: expected {'names'"):
+        spec_of({"x": {**entry, "action_spec": 5}}, "x")
     with pytest.raises(ValueError, match="'x' has 3 dimensions, the statistics 2"):
         spec_of({"x": {"action": {"q01": [0, 0], "q99": [1, 1]}, "action_spec": SPEC.to_dict()}}, "x")
 

@@ -180,6 +180,10 @@ def test_model_card(published, packaged, tmp_path):
     spec = usual_spec(len(entry["action"]["q01"]), unit="x | y: 1 is\n4 cm").to_dict()
     table = model_card("mine", config, {f"{key}|lab": {**entry, "action_spec": spec}})
     assert f"| `{key}\\|lab` |" in table and "x \\| y: 1 is 4 cm |\n" in table  # cells of their own row
+    for unknown in (None, "12", [3]):  # how much was recorded decides nothing
+        assert f"| `{key}` | 7 | ? | 5 |" in model_card(
+            "mine", config, {key: {**entry, "num_trajectories": unknown, "num_transitions": 5}}
+        )
 
     licensed = tmp_path / "licensed"
     shutil.copytree(published["tiny-openvla-siglip"], licensed)
