@@ -903,6 +903,14 @@ def test_a_cut_of_whole_numbers_is_no_whole_number():
         assert (found[0], cut) == (expected, ["a"])
 
 
+def test_limits_of_float32_are_as_fine_as_others():
+    """A place of a million, as of micrometres, moved by 0.125 in a step of 0.1."""
+    step, spec = {"x": np.float32(0.1)}, ActionSpec(("x",), (False,), ())
+    for more in ({"turn": {"x": np.float32(1e7)}}, {"place": {"x": np.array([-1e7, 1e7], np.float32)}}):
+        moved, _ = Limits(step=step, **more).apply(np.array([1e6 + 5]), spec, np.array([1e6]), None)
+        assert moved[0] - 1e6 == pytest.approx(0.1, abs=1e-6)
+
+
 def test_limits_stay_what_was_checked():
     step, place = {"x": 0.1}, {"z": np.array([0.0, 0.5])}
     limits = Limits(step=step, place=place)

@@ -55,10 +55,12 @@ class Limits:
                     f"step={{{name!r}: {self.step[name]!r}}} with turn={{{name!r}: {turn!r}}} limits nothing: no "
                     "change is more than half a turn. Give both in the unit of the action."
                 )
-        # Copies: what is changed later in those that were given would not be checked.
-        object.__setattr__(self, "step", dict(self.step))
-        object.__setattr__(self, "place", {name: (bounds[0], bounds[1]) for name, bounds in self.place.items()})
-        object.__setattr__(self, "turn", dict(self.turn))
+        # Copies: what is changed later in those that were given would not be checked. Of Python's: sums with float32
+        # would be as coarse.
+        object.__setattr__(self, "step", {name: float(step) for name, step in self.step.items()})
+        pairs = {name: (float(bounds[0]), float(bounds[1])) for name, bounds in self.place.items()}
+        object.__setattr__(self, "place", pairs)
+        object.__setattr__(self, "turn", {name: float(turn) for name, turn in self.turn.items()})
 
     def check(self, spec: ActionSpec) -> None:
         """Raise a `ValueError` for names that the robot's actions do not have, and for turns of changes."""
