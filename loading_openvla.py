@@ -55,6 +55,7 @@ from .weights_openvla import (
 )
 
 
+OF_WEIGHTS = ("action_head", "action_chunk", "camera_names", "n_action_bins")  # which fit others as well
 POSITIONS = ("inv_freq", "embed_positions", "pos_encoding")  # buffers of the library's language models, in no file
 
 
@@ -300,11 +301,11 @@ class OpenVLAPreTrainedModel(QuantizedWeights, AdapterBelongings, ModelParts, Pr
         folder, main = Path(save_directory), kwargs.get("is_main_process", True)
         if folder.is_file():
             raise ValueError(f"'{folder}' is a file: give a folder.")
-        single, index = (
+        files = single, index = tuple(
             folder / with_variant(name, kwargs.get("variant"))
             for name in (WEIGHTS_FILES[0], f"{WEIGHTS_FILES[0]}.index.json")
         )
-        before = _written(index)
+        before = [*map(_written, files)]
         processor = self._processor_for(folder) if main else None
         try:
             super().save_pretrained(save_directory, **kwargs)
@@ -315,8 +316,10 @@ class OpenVLAPreTrainedModel(QuantizedWeights, AdapterBelongings, ModelParts, Pr
                 f"The weights in '{self.config.name_or_path}' are quantized by another library, and transformers does "
                 "not save what was loaded so: copy that folder, or save model.dequantize()."
             ) from error
-        if main and _written(index) != before:  # in several files; the library would load an older single one
-            single.unlink(missing_ok=True)
+        # The library leaves an older single file, which it would load, or an index of files that are gone.
+        for file, older, other in zip(files, before, (index, single)):
+            if main and _written(file) != older:
+                other.unlink(missing_ok=True)
         if main:
             self._save_statistics(folder)
         if processor is not None:
@@ -372,9 +375,9 @@ class OpenVLAPreTrainedModel(QuantizedWeights, AdapterBelongings, ModelParts, Pr
         return device
 
 
-def _written(index: Path) -> int | None:
-    """When the index of weights in several files was written; None without one."""
-    return index.stat().st_mtime_ns if index.is_file() else None
+def _written(file: Path) -> int | None:
+    """When it was written; None where there is none."""
+    return file.stat().st_mtime_ns if file.is_file() else None
 
 
 def _model_of(loaded: Any) -> Any:
@@ -395,18 +398,17 @@ def _unknown_option(options: Mapping[str, Any], error: str) -> str:
 
 
 def _warn_of_untrained(config: OpenVLAConfig, options: Mapping[str, Any], name: Any, hub: Mapping[str, Any]) -> None:
-    """Say that a folder was trained for chunks or cameras of another number than are asked for: the weights fit, and
-    what they never learned looks like actions."""
-    given = [field for field in ("action_chunk", "camera_names") if options.get(field) is not None]
-    if name is None or not given:
+    """Say that a folder was trained for another chunk, head or number of cameras than are asked for, by options or in a
+    config, where the auto classes put them: the weights fit, and what they never learned looks like actions."""
+    if name is None or options.keys().isdisjoint(("config", *OF_WEIGHTS)):
         return
     stored = OpenVLAConfig.from_pretrained(name, **hub)
-    for field in given:
+    for field in OF_WEIGHTS:
         said, asked = (getattr(one, field) for one in (stored, config))
         if _count(said) != _count(asked):
             warnings.warn(
-                f"{field}={options[field]!r}: the config.json of '{name}' says {said!r}, so its weights never learned "
-                "that, and would act by it: leave it out, or train it (openvla finetune).",
+                f"{field}={asked!r}: the config.json of '{name}' says {said!r}, so its weights never learned that, and "
+                "would act by it: leave it out, or train it (openvla finetune).",
                 stacklevel=3,
             )
 

@@ -440,6 +440,7 @@ def test_older_weights_in_a_folder_that_is_saved_to(folder, tmp_path):
         model.save_pretrained(run, max_shard_size=size)
         assert (load(run).projector.fc1.bias == number).all()
         assert (run / "model.safetensors").is_file() == (size == "50GB")
+        assert (run / "model.safetensors.index.json").is_file() == (size == "5MB")  # of files that are there
 
 
 @pytest.mark.parametrize("as_numbers", [lambda x: np.array(x, dtype=np.float32), torch.tensor])
@@ -597,8 +598,16 @@ def test_a_chunk_that_weights_never_learned_is_said(tmp_path):
         model = OpenVLAForActionPrediction.from_pretrained(EMBEDDED, action_chunk=8)
     with pytest.warns(UserWarning, match=r"camera_names=\['front', 'wrist'\]: the config.json of .* says \['"):
         OpenVLAForActionPrediction.from_pretrained(EMBEDDED, camera_names=["front", "wrist"])
+    # The auto classes hand options on in a config.
+    for option in ({"action_chunk": 8}, {"n_action_bins": 128}):
+        with pytest.warns(UserWarning, match=f"{next(iter(option))}=.*: the config.json of .* says"):
+            AutoModel.from_pretrained(EMBEDDED, **option)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         OpenVLAForActionPrediction.from_pretrained(EMBEDDED, action_chunk=1, camera_names=["front"])
+        AutoModel.from_pretrained(EMBEDDED)
+        model.config.action_head = "parallel_tokens"
         model.save_pretrained(tmp_path)
         assert OpenVLAForActionPrediction.from_pretrained(tmp_path).config.action_chunk == 8
+    with pytest.warns(UserWarning, match="action_head='tokens': the config.json of .* says 'parallel_tokens'"):
+        OpenVLAForActionPrediction.from_pretrained(tmp_path, action_head="tokens")
