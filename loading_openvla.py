@@ -318,7 +318,7 @@ class OpenVLAPreTrainedModel(QuantizedWeights, AdapterBelongings, ModelParts, Pr
             ) from error
         # The library leaves an older single file, which it would load, or an index of files that are gone.
         for file, older, other in zip(files, before, (index, single)):
-            if main and _written(file) != older:
+            if main and _written(file) not in (None, older):
                 other.unlink(missing_ok=True)
         if main:
             self._save_statistics(folder)
