@@ -90,6 +90,9 @@ def open_source(
             grippers, and what is not scaled.
         frame, unit, hz: What else the numbers mean, see `ActionSpec`. Default: what `statistics`, else the recording
             says (frames in a second of LeRobot, `control_freq` of HDF5, the unit of `openvla record`).
+
+        Where a simulator stated the meaning of its actions (`action_spec`), `openvla record` wrote it down, and its
+        grippers, places and frame are the defaults.
         keep_unlabeled: Keep steps without an instruction: they are trained on with an empty one.
         max_action, max_proprio: Drop episodes in which a normalized value, before it is clipped, exceeds this.
         on_error: What a damaged episode does: "raise", or "skip" with a warning.
@@ -146,7 +149,12 @@ def open_source(
         raise ValueError(f"{recording.name}: the statistics given have a mask of their own; leave mask out.")
     normalization = _mode(recording.name, normalization, given)
     survey = _survey(recording, scaled, given, normalization, cache, progress)
-    meaning = spec_of({recording.name: given}, recording.name) if given and given.get("action_spec") else None
+    meaning = recording.spec
+    if given and given.get("action_spec"):
+        meaning = spec_of({recording.name: given}, recording.name)
+    grippers = recording.gripper_dims
+    if meaning is not None and grippers is None:
+        grippers = meaning.grippers
     places = parse_absolute(absolute_dims)
     if meaning is not None and places is None:
         places = tuple(dim for dim, relative in enumerate(meaning.relative) if not relative)
@@ -165,7 +173,7 @@ def open_source(
         keep_unlabeled=keep_unlabeled,
         max_action=max_action,
         max_proprio=max_proprio,
-        gripper_dims=recording.gripper_dims,
+        gripper_dims=grippers,
         recorded_names=recording.action_names,
         state_names=recording.state_names,
         absolute_dims=places,

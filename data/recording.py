@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..action_spec import ActionSpec
 from ..files_openvla import read_json
 from .dataset import EpisodeDataset, OnError, PartOfDataset
 from .formats.open import open_dataset, recognise
@@ -36,6 +37,7 @@ class Recording:
     state_names: list[str] | None
     hz: float | None  # as recorded
     unit: str | None
+    spec: ActionSpec | None  # what the simulator said that it was recorded in
     options: dict[str, Any]  # everything that decides actions, states and instructions beside the files
     known: bool  # whether files and options decide them: not where code of the user's does, or an object was opened
 
@@ -73,6 +75,12 @@ def open_recording(
             "out, or give standardize='none'."
         )
     names, remark = (None, standard.remark) if standard else (plain.action_names, "")
+    spec, unit = recorded_meaning(location)
+    if standard or "action_key" in reader:
+        spec = None  # of other numbers
+    if spec is not None:
+        names = names or list(spec.names)
+        gripper_dims = spec.grippers if gripper_dims is None else gripper_dims
 
     def prepared(dataset: EpisodeDataset) -> PreparedDataset:
         return PreparedDataset(dataset, origin.name, gripper, filters, gripper_dims, names, remark)
@@ -105,7 +113,8 @@ def open_recording(
         action_names=names,
         state_names=None if standard else plain.state_names,
         hz=plain.hz,
-        unit=recorded_unit(location),
+        unit=unit,
+        spec=spec,
         known=origin.format in FORMATS,
         options={
             **{key: value for key, value in reader.items() if key not in ("cameras", "rotate_images")},
@@ -202,15 +211,20 @@ def _train_and_held_out(
     return PartOfDataset(train, range(boundary)), PartOfDataset(train, range(boundary, len(train)))
 
 
-def recorded_unit(location: Any) -> str | None:
-    """What `openvla record` wrote of the unit beside its data set: LeRobot and HDF5 have no place for it."""
+def recorded_meaning(location: Any) -> tuple[ActionSpec | None, str | None]:
+    """What `openvla record` wrote beside its data set of the actions, and of their unit alone: LeRobot and HDF5 have no
+    place for it."""
     if not isinstance(location, str | os.PathLike):
-        return None
+        return None, None
+    path = Path(location).expanduser()
     try:
-        unit = read_json(Path(location).expanduser() / "recording.json").get("unit")
+        content = read_json((path if path.is_dir() else path.parent) / "recording.json")
+        found = content.get("action_spec")
+        spec = ActionSpec.from_dict(found) if isinstance(found, Mapping) else None
     except (OSError, ValueError):  # there is none, or a file of that name is another program's
-        return None
-    return unit if isinstance(unit, str) else None
+        return None, None
+    unit = content.get("unit")
+    return spec, unit if isinstance(unit, str) else None
 
 
 def split_boundary(episodes: int, held_out: float) -> int | None:

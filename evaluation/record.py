@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ..action_spec import spec_of
+from ..action_spec import ActionSpec, spec_of
 from ..action_tokenizer import resolve_unnorm_key
 from ..data.writers.hdf5 import write_hdf5
 from ..data.writers.lerobot import write_lerobot
@@ -117,6 +117,8 @@ def _record(options: RecordOptions, output: Path, progress: bool) -> dict[str, A
     shutil.rmtree(complete, ignore_errors=True)  # of a run that was stopped while it wrote
     summary = with_version({"options": content, "tasks": {task: _summary(files, task) for task in tasks}})
     summary |= {"unit": unit} if (unit := action_spec_of(environment).unit) else {}
+    stated: ActionSpec | None = getattr(environment, "action_spec", None)
+    summary |= {"action_spec": stated.to_dict()} if stated else {}
     if options.format == "lerobot":
         write_lerobot(
             # Tasks take turns: whatever part of the episodes is held out has all of them
@@ -124,7 +126,7 @@ def _record(options: RecordOptions, output: Path, progress: bool) -> dict[str, A
             complete,
             fps=environment.frequency,
             robot_type=environment.robot,
-            action_names=spec.names if (spec := getattr(environment, "action_spec", None)) else ACTION_NAMES,
+            action_names=stated.names if stated else ACTION_NAMES,
             state_names=environment.state_names,
         )
     else:

@@ -371,6 +371,8 @@ def test_images_are_looked_at(tmp_path):
 def test_a_prompt_that_does_not_fit_the_model(tmp_path):
     with pytest.raises(ValueError, match="longest instruction makes a sequence of .* tokens, and the model reads"):
         prepare(options(tmp_path), data=dataset(episode(), episode("very " * 4000 + "long")))
+    with pytest.raises(ValueError, match=r"or give a smaller action_chunk \(--chunk\), of which 560 are"):
+        prepare(options(tmp_path, action_chunk=80, chunk_end="still"), data=dataset(episode()))
 
 
 def test_an_instruction_that_makes_no_prompt(tmp_path):

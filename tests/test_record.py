@@ -10,13 +10,15 @@ import numpy as np
 import processes
 import pytest
 import torch
+from toy import TwoArms
 from typer.testing import CliRunner
 
 from openvla import OpenVLAConfig
-from openvla.action_spec import usual_spec
+from openvla.action_spec import ActionSpec, usual_spec
 from openvla.cli import app
 from openvla.data import open_dataset
 from openvla.data.open_source import open_source
+from openvla.data.source import statistics_with_spec
 from openvla.data.writers.hdf5 import write_hdf5
 from openvla.data.writers.lerobot import write_lerobot
 from openvla.evaluation import RECORDING_SEEDS, make_environment, recorder
@@ -407,6 +409,23 @@ def test_states_without_a_name_for_each_number(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"gives states of 1 numbers and 2 state_names \(x, y\)"):
         record(mine, progress=False)
     assert not list((tmp_path / "out.partial" / "episodes").iterdir())
+
+
+@pytest.mark.parametrize("format", ["lerobot", "hdf5"])
+def test_what_a_simulator_states_of_its_actions_reaches_the_model(format, tmp_path):
+    """Of fourteen places two became grippers and the others changes, of which 0 stands still: a robot that was to hold
+    moved to 0."""
+    mine = RecordOptions(env="toy:TwoArms", tasks="pose", episodes=1, format=format, output=str(tmp_path / "out"))
+    record(mine, progress=False)
+    source = open_source(tmp_path / "out")
+    assert source.action_spec == ActionSpec(TwoArms.state_names, (False,) * 14, hz=10.0)
+    assert source.statistics["action"]["mask"] == [True] * 14
+    (file,) = (tmp_path / "out").glob("*.hdf5") if format == "hdf5" else [tmp_path / "out"]
+    given = statistics_with_spec(source)
+    assert open_source(file, absolute_dims="0", gripper_dims="1").action_spec.relative == (False, False, *[True] * 12)
+    (tmp_path / "out" / "recording.json").unlink()
+    spec = open_source(file, statistics=given, name=source.name).action_spec
+    assert not any(spec.relative) and not spec.grippers
 
 
 @pytest.mark.parametrize("format", ["lerobot", "hdf5"])

@@ -212,7 +212,8 @@ def check_instructions(source: Source, run: Run) -> None:
     if tokens > limit:
         raise ValueError(
             f"{source.name}: its longest instruction makes a sequence of {tokens} tokens, and the model reads {limit}: "
-            f"shorten '{longest[:60]}...'."
+            f"shorten '{longest[:60]}...', or give a smaller action_chunk (--chunk), of which "
+            f"{run.head.num_tokens(run.shape)} are."
         )
 
 
