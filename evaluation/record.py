@@ -71,7 +71,7 @@ def record(options: RecordOptions, *, progress: bool = True) -> dict[str, Any]:
         BlockingIOError: If another process records to the same place.
         RecordingBroke: If a worker of several died, or raised something, an error of this list as well.
     """
-    output = Path(options.output).expanduser().absolute()
+    output = Path(options.output).expanduser().resolve()  # of a link the folder that it stands for is replaced
     with locked(output):
         return _record(options, output, progress)
 

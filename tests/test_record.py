@@ -507,6 +507,15 @@ def test_one_process_at_a_time(tmp_path, monkeypatch):
     assert (tmp_path / "out.partial" / "episodes").is_dir()
 
 
+def test_an_output_that_is_a_link(tmp_path):
+    """All was recorded, and the link could not be replaced."""
+    (tmp_path / "disk" / "data").mkdir(parents=True)
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "data")
+    record(RecordOptions(env="toy:TwoArms", tasks="pose", episodes=1, output=str(tmp_path / "out")), progress=False)
+    assert (tmp_path / "out").is_symlink() and len(open_dataset(tmp_path / "out")) == 1
+    assert [path.name for path in (tmp_path / "disk").iterdir() if not path.name.startswith(".")] == ["data"]
+
+
 def test_a_run_killed_after_its_data_set_appeared_leaves_nothing_behind(tmp_path):
     (tmp_path / "out").mkdir()
     found = {"options": options(tmp_path).content(), "tasks": {}}
