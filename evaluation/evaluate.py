@@ -132,7 +132,7 @@ def evaluate(
             folder,
             spec=plan.spec,
             control=control,
-            stands=options.control == "realtime" and hasattr(plan.here, "standstill"),
+            stands=options.control == "realtime" and plan.stands,
             latency=latency,
             max_steps=plan.max_steps,
             workers=options.workers or min(8, os.cpu_count() or 1),
@@ -157,6 +157,7 @@ class Plan:
     max_steps: int
     hz: float
     spec: ActionSpec
+    stands: bool  # whether it says where its robot stands, which the loop asks in each episode
 
     @classmethod
     def of(cls, options: EvaluateOptions) -> "Plan":
@@ -170,7 +171,7 @@ class Plan:
         varied = tuple((one, task) for one in variations for task in tasks_with(here, chosen, one))
         max_steps = here.max_steps if options.max_steps is None else options.max_steps
         hz = here.frequency if options.hz is None else options.hz
-        spec = action_spec_of(here)
+        spec, stands = action_spec_of(here), hasattr(here, "standstill")
         if options.episodes > (different := getattr(here, "initial_states", options.episodes)):
             warnings.warn(
                 f"episodes={options.episodes}: each task of '{options.env}' begins in {different} states, and further "
@@ -184,16 +185,14 @@ class Plan:
                 "is 0. Take switch or prefix there.",
                 stacklevel=3,
             )
-        return cls(here, asked, tasks, tuple(variations), varied, max_steps, hz, spec)
+        return cls(here, asked, tasks, tuple(variations), varied, max_steps, hz, spec, stands)
 
     def control(self, options: EvaluateOptions) -> tuple[Callable[[], Any], dict[str, Any]]:
         """What makes the control mode of one episode, and what of it was decided by default, for the report."""
         if options.control == "blocking":
             return partial(BlockingControl, options.execute), {}
         chunking, late = options.chunking or "switch", options.late or "repeat"
-        # A robot whose environment says where it stands may stand elsewhere in each episode: the loop asks then.
-        stands = hasattr(self.here, "standstill")
-        start = np.zeros(self.spec.action_dim) if stands else standstill(self.here)
+        start = np.zeros(self.spec.action_dim) if self.stands else standstill(self.here)
         relative = np.array(self.spec.relative)
         make = partial(RealtimeControl, self.hz, start, late, relative, chunking, options.execute)
         make()  # refuses a rate that is none

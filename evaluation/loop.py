@@ -107,7 +107,7 @@ class Records:
                     f"'{self.file}' holds episode {job.episode} of {job.task} from seed {seed}, and {job.seed} is "
                     "asked for: choose another folder."
                 )
-        rewrite(self.file, before)
+        rewrite(self.file, list(self._known.values()))
 
     def __contains__(self, job: Job) -> bool:
         return job.key in self._known

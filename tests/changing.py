@@ -81,6 +81,21 @@ class Anywhere(TwoArms):
         return super().step(action)
 
 
+class LetGo(Anywhere):
+    """Has nothing to ask once it is closed, as what wraps a simulator and lets it go."""
+
+    closed = False
+
+    @property
+    def standstill(self):
+        if self.closed:
+            raise AttributeError("standstill")
+        return super().standstill
+
+    def close(self):
+        self.closed = True
+
+
 class Nowhere(Anywhere):
     def standstill(self):
         return self.joints[:7]

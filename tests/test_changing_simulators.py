@@ -142,13 +142,19 @@ def test_options_that_say_nothing_are_refused():
         EvaluateOptions(output="out", control="realtime", chunking="hold", execute=4)
 
 
-def test_where_a_robot_stands_is_asked_in_each_episode(tmp_path):
+@pytest.mark.parametrize("world", ["Anywhere", "LetGo"])
+def test_where_a_robot_stands_is_asked_in_each_episode(tmp_path, world):
     """It was asked once, before any episode: of a world that begins elsewhere each time that was another place, a
-    motion that nobody decided."""
+    motion that nobody decided. Whether it can be asked was looked at when it was closed."""
     given = {"tasks": "all", "episodes": 3, "videos": 0, "workers": 2, "progress": False, "policy": ToPose()}
     late = {"control": "realtime", "latency": 0.25}
-    summary = evaluate(env="changing:Anywhere", output=tmp_path / "out", **given, **late)
+    summary = evaluate(env=f"changing:{world}", output=tmp_path / "out", **given, **late)
     assert summary["mean_success"] == 1.0 and not summary["errors"]
+
+
+def test_a_place_to_stand_of_other_numbers(tmp_path):
+    given = {"tasks": "all", "episodes": 3, "videos": 0, "workers": 2, "progress": False, "policy": ToPose()}
+    late = {"control": "realtime", "latency": 0.25}
     summary = evaluate(env="changing:Nowhere", output=tmp_path / "seven", **given, **late)
     assert summary["errors"] == 3 and "standstill() of Nowhere: action" in next(iter(summary["reasons"]))
 

@@ -152,6 +152,7 @@ def test_a_simulator_that_cannot_be_started(tmp_path):
 def test_what_broke_gets_another_try(tmp_path):
     (whole, other) = run(tmp_path, JOBS[:2])
     append_result(tmp_path / "episodes.jsonl", replace(whole, episode=2, success=False, error="the arm fell off"))
+    append_result(tmp_path / "episodes.jsonl", whole)  # of a file that was put together of two
     policy = FromPixels()
     records = run(tmp_path, JOBS[:3], policy=policy)
     assert records[:2] == [whole, other] and records[2].success and records[2].error is None
