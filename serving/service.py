@@ -149,8 +149,8 @@ class Service:
     async def stop(self, patience: float = 30.0, closing: float = 5.0) -> None:
         """Answer what is in flight, refuse the rest; see `Engine.stop`. Then wait for at most `closing` seconds until
         clients have taken their answers."""
-        for close in self.closers:
-            await close()
+        while self.closers:  # once: a server stops, and then its app
+            await self.closers.pop()()
         await self.engine.stop(patience)
         until = time.monotonic() + closing
         while self.open and time.monotonic() < until:
