@@ -17,6 +17,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from openvla.observation import Observation
+from openvla.options.serving import Limits
 from openvla.serving import episodes
 from openvla.serving.app import create_app
 from openvla.serving.contract import Busy, Late, Request
@@ -25,6 +26,7 @@ from openvla.serving.live import MOST_CAMERAS, MOST_NUMBERS, MOST_ROBOTS, SIDE, 
 from openvla.serving.page import EXAMPLES, FOLDER, answer_content, bin_values, page_routes, read_examples
 from openvla.serving.rest import read_request
 from openvla.serving.server import PAGE_PATHS
+from openvla.serving.service import Service
 from openvla.serving.wire import picture_file
 
 
@@ -567,7 +569,24 @@ def test_a_simulator_that_never_returns_keeps_no_process(monkeypatch):
     returns.set()
 
 
-def test_a_world_that_has_no_more_frames_ends_its_episode(caplog):
+def test_a_simulator_is_waited_for_once():
+    """One that hung kept the server for ten seconds, and then its app for as long."""
+    closed = []
+
+    async def close():
+        closed.append(True)
+
+    async def stop():
+        service = Service(FakeEngine(), Limits())
+        service.closers.append(close)
+        await service.stop()
+        await service.stop()
+
+    asyncio.run(stop())
+    assert closed == [True]
+
+
+def test_a_world_that_has_no_more_frames_ends_its_episode():
     """A `StopIteration` was lost, and the episode waited for ever."""
     made = simulator(lambda cameras: next(iter(())))
     assert "StopIteration" in run(Episodes(made, FakeEngine()), "lift").message
