@@ -56,6 +56,7 @@ from .weights_openvla import (
 
 
 OF_WEIGHTS = ("action_head", "action_chunk", "camera_names", "n_action_bins")  # which fit others as well
+COMPILED = "_orig_mod."  # in names of a part that `torch.compile` made another module of
 POSITIONS = ("inv_freq", "embed_positions", "pos_encoding")  # buffers of the library's language models, in no file
 
 
@@ -307,6 +308,8 @@ class OpenVLAPreTrainedModel(QuantizedWeights, AdapterBelongings, ModelParts, Pr
         )
         before = [*map(_written, files)]
         processor = self._processor_for(folder) if main else None
+        if kwargs.get("state_dict") is None and any(COMPILED in f"{name}." for name, _ in self.named_modules()):
+            kwargs["state_dict"] = {name.replace(COMPILED, ""): value for name, value in self.state_dict().items()}
         try:
             super().save_pretrained(save_directory, **kwargs)
         except NotImplementedError as error:  # transformers 5.24: of weights that were stored so

@@ -44,6 +44,8 @@ class Modules:
             waiting += [part for part in module._modules.values() if part is not None]
         self.below = found[1:]
         self.attributes = [module.__dict__ for module in self.below]
+        # What `torch.compile` makes of a part has the mode of that part, which is among these as well.
+        self._modes = [own for own in self.attributes if "training" in own]
         self._parts = [module._modules for module in found]
         self._held = self._all_parts()
 
@@ -56,7 +58,7 @@ class Modules:
 
     def training(self, model: nn.Module) -> list[nn.Module]:
         """Those in train mode, of the model that they were found in."""
-        if not (model.training or any(map(itemgetter("training"), self.attributes))):
+        if not (model.training or any(map(itemgetter("training"), self._modes))):
             return []
         return [module for module in [model, *self.below] if module.training]
 

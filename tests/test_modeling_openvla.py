@@ -1,5 +1,6 @@
 """The model beyond parity: the image matters, padding does not, and everything the library's models can do works."""
 
+import copy
 import json
 from contextlib import nullcontext
 from functools import partial
@@ -457,6 +458,20 @@ def test_position_ids_of_a_plain_prompt(small_model):
         torch.testing.assert_close(
             small_model(**inputs, position_ids=position_ids).logits, small_model(**inputs).logits
         )
+
+
+def test_parts_may_be_compiled(small_model, tmp_path):
+    """Another module takes the place of a part, which has no mode of its own, and names of tensors grow."""
+    model, inputs = copy.deepcopy(small_model).train(), small_inputs()
+    expected = model.predict_action(**inputs)
+    with torch.compiler.set_stance("force_eager"):
+        for name in ("vision_backbone", "language_model"):
+            setattr(model, name, torch.compile(getattr(model, name), backend="eager"))
+        assert np.array_equal(model.predict_action(**inputs), expected)
+    assert all(module.training for module in model.modules())
+    model.save_pretrained(tmp_path)
+    loaded = OpenVLAForActionPrediction.from_pretrained(tmp_path)
+    assert np.array_equal(loaded.predict_action(**inputs), expected)
 
 
 def test_a_compiled_graph_cannot_lose_the_image(small_model):
