@@ -467,8 +467,9 @@ def test_parts_may_be_compiled(small_model, tmp_path):
     with torch.compiler.set_stance("force_eager"):
         for name in ("vision_backbone", "language_model"):
             setattr(model, name, torch.compile(getattr(model, name), backend="eager"))
-        assert np.array_equal(model.predict_action(**inputs), expected)
-    assert all(module.training for module in model.modules())
+        for mode in (False, True):
+            assert np.array_equal(model.train(mode).predict_action(**inputs), expected)
+            assert all(module.training == mode for module in model.modules())
     model.save_pretrained(tmp_path)
     loaded = OpenVLAForActionPrediction.from_pretrained(tmp_path)
     assert np.array_equal(loaded.predict_action(**inputs), expected)
