@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 from openvla import OpenVLAForActionPrediction, OpenVLAProcessor
+from openvla.action_heads_openvla import ParallelTokenHead
 from openvla.data import open_dataset
 from openvla.data.collate import ActionCollator
 from openvla.training import STRATEGIES, FinetuneOptions, finetune, merge_adapter, plan_run
@@ -192,6 +193,18 @@ def test_batches_of_an_update_count_by_what_is_learned_of_them(head, prefix, six
         found.append([losses(tmp_path / str(batch_size), key) for key in ("loss", "grad_norm", "eval_loss")])
     for one, several in zip(*found):
         assert one and several == pytest.approx(one, rel=1e-4)
+
+
+def test_an_update_of_which_all_is_decided_already_learns_nothing(six_episodes, tmp_path, monkeypatch):
+    """At the end of an episode one step is recorded, and it may be one of those that are given: with batches of one
+    sample the run ended as diverged."""
+    draw = ParallelTokenHead.draw
+    all_of_it = {"committed": torch.full((1, 1), 2)}
+    monkeypatch.setattr(ParallelTokenHead, "draw", lambda head, batch: draw(head, batch) | all_of_it)
+    same = {"strategy": "last_layer", "dtype": "float32", "batch_size": 1, "log_every": 1, "eval_every": 0}
+    same |= {"head": "l1_regression", "action_chunk": 2, "prefix_training": 1}
+    finetune(options(tmp_path / "run", six_episodes, **same))
+    assert set(losses(tmp_path / "run").values()) == {0.0}
 
 
 # Stopped and resumed

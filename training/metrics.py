@@ -72,7 +72,7 @@ class ActionMetrics:
                 torch.distributed.all_reduce(sums)
         if sums is None:
             return {}
-        loss = (sums[1] / sums[0]).item()
+        loss = (sums[1] / sums[0].clamp(min=1)).item()
         values = (sums[3:] / sums[2].clamp(min=1)).tolist()
         *_, first, first_share, following, share = values
         correct, distance, units = (values[part * self.action_dim : (part + 1) * self.action_dim] for part in range(3))

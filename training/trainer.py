@@ -201,7 +201,8 @@ class ActionTrainer(Trainer):
         drawn = [self.head.draw(batch) for batch in batches]
         batches = [{**batch, "num_learned": self.head.num_learned(batch)} for batch in drawn]
         terms = torch.tensor([batch["num_learned"] for batch in batches], device=self.args.device)
-        return batches, self.accelerator.gather(terms).float().mean()
+        # Of an update of few samples all that is recorded may be decided already: nothing is learned, 0 of 0 terms.
+        return batches, self.accelerator.gather(terms).float().mean().clamp(min=1e-6)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """That of a batch, which counts by what is learned of it: the average over the batches of an update is then the
