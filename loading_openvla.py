@@ -240,6 +240,8 @@ class OpenVLAPreTrainedModel(QuantizedWeights, AdapterBelongings, ModelParts, Pr
                 name, *model_args, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
             )
             check_placed(model.device, kwargs.get("device_map"))
+            if name is None:  # to the library it came from "None"
+                model.name_or_path = model.config.name_or_path = ""
             if output_loading_info:
                 return model, info
             if name is not None or kwargs.get("state_dict"):  # an empty state_dict: all random on purpose

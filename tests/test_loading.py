@@ -160,6 +160,8 @@ def test_state_dicts(folder, tensors):
     config = OpenVLAConfig.from_pretrained(folder)
     model = OpenVLAForActionPrediction.from_pretrained(None, config=config, state_dict=dict(tensors))
     assert torch.equal(model.projector.fc1.weight, tensors["projector.fc1.weight"])
+    with pytest.raises(ValueError, match="knows no processor: set model.processor"):
+        _ = model.processor
     OpenVLAForActionPrediction.from_pretrained(None, config=config, state_dict={})  # all random on purpose
     with pytest.raises(ValueError, match=r"given state_dict .*1 missing: projector\.fc1\.weight"):
         OpenVLAForActionPrediction.from_pretrained(
