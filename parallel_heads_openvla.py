@@ -115,8 +115,12 @@ class ParallelTokenHead(TokenHead):
         return None if far <= tolerance else f"actions differ by {far:.0%}"
 
     def distance(self, found: Any, expected: Any) -> float:
-        """The largest share of probability that went to other tokens."""
-        return np.abs(found.token_distributions - expected.token_distributions).sum(axis=-1).max() / 2
+        """The largest share of probability that went to other tokens; of a head that gives numbers alone, by how much
+        of the largest of them, or of 1, they differ."""
+        if expected.token_distributions is not None:
+            return np.abs(found.token_distributions - expected.token_distributions).sum(axis=-1).max() / 2
+        wanted = expected.normalized_actions
+        return np.abs(found.normalized_actions - wanted).max() / max(1.0, np.abs(wanted).max())
 
 
 class ResidualBlock(nn.Module):
@@ -200,11 +204,6 @@ class RegressionHead(ParallelTokenHead, ResidualMLP):
         sequence = open_sequence(model, inputs, count, self.committed_tokens(inputs).tolist())
         predicted = self(sequence.hidden_states(model.language_model, count))
         return _numbers(predicted, model)
-
-    def distance(self, found: Any, expected: Any) -> float:
-        """By how much of the largest number, or of 1, the numbers differ."""
-        wanted = expected.normalized_actions
-        return np.abs(found.normalized_actions - wanted).max() / max(1.0, np.abs(wanted).max())
 
     def _check(self, shape: tuple[int, int], choice: Choice) -> None:
         if shape[1] != self.action_dim:

@@ -1,5 +1,6 @@
 """What belongs to an adapter (units, prompt form, pixels, base) is its own by every way it gets onto a model."""
 
+import copy
 import json
 import shutil
 import warnings
@@ -91,6 +92,13 @@ def act(model) -> list[float]:
 
 
 # Units, prompt form and pixels
+
+
+def test_a_shallow_copy_has_the_same_adapters(trained, expected):
+    """As it has the same layers: what one of them loads acted in the other as well, in the units of the base."""
+    model = OpenVLAForActionPrediction.from_pretrained(trained / "base")
+    copy.copy(model).load_adapter(str(trained / "run"))
+    assert act(model) == expected
 
 
 def test_every_way_gives_the_units_of_the_run(trained, expected, tmp_path):

@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from openvla import graphs_openvla
+from openvla.action_heads_openvla import HEADS, ParallelTokenHead
+from openvla.outputs_openvla import ActionPrediction
 from openvla.parallel_graphs_openvla import SequenceGraph
 
 
@@ -151,6 +153,21 @@ def test_graphs_that_give_other_actions_are_not_used(monkeypatch):
         done = model.prepare_for_inference(prompt_buckets=[16])
         assert not done.graphs and "actions differ by" in done.reason
         check(model, plain, inputs_of(model, 1), 0)
+
+
+class Numbers(ParallelTokenHead):
+    """A head of one's own: numbers alone, of tokens."""
+
+    def actions(self, model, inputs, shape, choice):
+        return ActionPrediction(normalized_actions=super().actions(model, inputs, shape, choice).normalized_actions)
+
+
+def test_graphs_of_a_head_of_ones_own_that_gives_numbers(monkeypatch):
+    monkeypatch.setitem(HEADS, "numbers", Numbers)
+    plain = make("numbers")
+    model = copy.deepcopy(plain)
+    assert model.prepare_for_inference(prompt_buckets=[16]).graphs
+    check(model, plain, inputs_of(model, 1), 1)
 
 
 def test_memory_that_a_graph_uses_is_not_given_to_others(monkeypatch):
