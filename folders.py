@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,10 +30,11 @@ LOCK = re.compile(rb"\Z|\d+\n")  # content of a lock file: none, or a process wh
 
 def files_below(folder: str | os.PathLike) -> Iterator[Path]:
     """All files of a folder and of those in it, in order. Links to folders are followed, as where a part of a data set
-    lies on another disk; a folder that is reached in several ways is read once, by its own name if it has one here."""
+    lies on another disk; a folder that is reached in several ways is read once, by its own name if it has one here.
+    One that may not be read is a warning."""
     read, waiting = set[str](), [os.fspath(folder)]
     for top in waiting:  # which grows: links come after all that is there itself
-        for place, names, files in os.walk(top):
+        for place, names, files in os.walk(top, onerror=_warn_of_unread):
             if (here := os.path.realpath(place)) in read:
                 names.clear()
                 continue
@@ -40,6 +42,11 @@ def files_below(folder: str | os.PathLike) -> Iterator[Path]:
             names.sort()
             waiting += filter(os.path.islink, (os.path.join(place, name) for name in names))
             yield from (Path(place, name) for name in sorted(files))
+
+
+def _warn_of_unread(error: OSError) -> None:
+    if isinstance(error, PermissionError):  # others are not there
+        warnings.warn(f"'{error.filename}' may not be read: what is in it is left out.", stacklevel=4)
 
 
 @contextmanager

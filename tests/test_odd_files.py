@@ -1,6 +1,8 @@
 """Files that are unlike others but sound are read right; what is wrong is named with file and demonstration."""
 
+import errno
 import json
+import os
 import re
 from types import SimpleNamespace
 
@@ -188,6 +190,22 @@ def test_folders_that_are_links(tmp_path):
     (lab / "monday" / "back").symlink_to(lab)
     dataset = open_dataset(lab)
     assert [file.parent.name for file, _ in dataset.demos] == ["monday", "monday", "more", "more"]
+
+
+def test_folders_that_may_not_be_read(tmp_path, monkeypatch):
+    """Their episodes were left out without a word; a disk has such folders that hold none (lost+found)."""
+    hdf5(tmp_path, lambda file, demo: None)
+    (tmp_path / "closed").mkdir()
+    found = os.scandir
+
+    def scandir(path):
+        if os.fspath(path).endswith("closed"):  # who runs tests as root may read everything
+            raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
+        return found(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.warns(UserWarning, match="closed' may not be read: what is in it is left out"):
+        assert len(open_dataset(tmp_path)) == 2
 
 
 @pytest.mark.parametrize("place", ["data", "frames", ""])

@@ -157,6 +157,18 @@ def test_hdf5_words_in_quotes(tmp_path, words, read):
     assert open_dataset(hdf5(tmp_path, about))[0].instruction == read
 
 
+@pytest.mark.parametrize(
+    "said", [{"problem_info": json.dumps({"language_instruction": ""})}, {"language_instruction": ""}], ids=str
+)
+def test_hdf5_words_that_are_said_to_be_none(tmp_path, said):
+    """An unlabeled demonstration among others of a file had the words of the file's name, and was trained on."""
+    path = hdf5(tmp_path, {}, said, name="open_the_drawer_demo.hdf5")
+    with h5py.File(path, "a") as file:
+        for name in list(file["data/demo_1"].attrs):
+            del file["data/demo_1"].attrs[name]
+    assert [episode.instruction for episode in open_dataset(path)] == ["", "open the drawer"]
+
+
 def test_hdf5_words_of_steps_beside_actions_of_another_name(tmp_path):
     """The first of them stood for all steps."""
     words = np.array([b"open it", b"close it"] * 3, dtype=object)

@@ -247,13 +247,14 @@ class HDF5Dataset(EpisodeDataset):
                 there = sorted({*group, *group.attrs, *group.parent.attrs})
                 raise DamagedDataError(f"{origin}: no attribute or data set {key!r}; there are {there}")
             return found
-        text = ""
-        for attribute, key in (("problem_info", "language_instruction"), ("ep_meta", "lang")):
-            text = text or _words_within(group, attribute, key, origin)
-        for key in LANGUAGE_NAMES:
-            if not text and (found := _words(group, key, steps, origin)):
+        within = (("problem_info", "language_instruction"), ("ep_meta", "lang"))
+        stated: list[Any] = [_words_within(group, attribute, key, origin) for attribute, key in within]
+        text = next(filter(None, stated), "")
+        for key in LANGUAGE_NAMES if not text else ():
+            stated.append(found := _words(group, key, steps, origin))
+            if found:
                 return found
-        if not text and file.stem.endswith("_demo"):
+        if not text and stated.count(None) == len(stated) and file.stem.endswith("_demo"):  # what is empty is said
             text = LIBERO_SCENE.sub("", file.stem).removesuffix("_demo").replace("_", " ")
         return QUOTED.sub(r"\1", text.strip())
 
@@ -278,13 +279,14 @@ def _words(group: h5py.Group, key: str, steps: int, origin: str) -> str | list[s
     return None
 
 
-def _words_within(group: h5py.Group, attribute: str, key: str, origin: str) -> str:
-    """The text under a key of an attribute that holds a JSON object, "" where there is none."""
+def _words_within(group: h5py.Group, attribute: str, key: str, origin: str) -> str | None:
+    """The text under a key of an attribute that holds a JSON object, None where there is none."""
     found = group.attrs.get(attribute, group.parent.attrs.get(attribute))
     if found is None or isinstance(found, h5py.Empty):
-        return ""
+        return None
     try:
-        return as_text(json.loads(as_text(found, origin) or "{}").get(key), origin)
+        value = json.loads(as_text(found, origin) or "{}").get(key)
+        return None if value is None else as_text(value, origin)
     except (ValueError, AttributeError) as error:
         raise DamagedDataError(f"{origin}: the attribute {attribute} is not a JSON object: {error}") from error
 
