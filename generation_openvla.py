@@ -32,12 +32,17 @@ class OpenVLAGeneration(GenerationMixin):
             kwargs[CACHE] = cache
         if pixel_values is not None and kwargs.get("inputs_embeds") is not None:
             # Images enter the embeddings here, once; generate keeps count of the merged length.
+            embeds, beside_ids = kwargs["inputs_embeds"], False
+            if input_ids is not None and input_ids.shape == embeds.shape[:2]:  # they come back before the answer
+                beside_ids = True
+                attention_mask = self._find_padding(input_ids, kwargs) if attention_mask is None else attention_mask
             features = self._encode(kwargs.pop("pixel_values"), kwargs.pop("proprio", None))
-            kwargs["inputs_embeds"], layout = self._merge(None, kwargs["inputs_embeds"], attention_mask, features)
+            kwargs["inputs_embeds"], layout = self._merge(None, embeds, attention_mask, features)
             if layout is not None:
                 kwargs["attention_mask"] = layout.insert(attention_mask, 1)
                 kwargs["position_ids"] = layout.insert_positions(kwargs.get("position_ids"))
-                self._lengthen(kwargs)
+                # From lengths the library takes that of embeddings, unless the ids beside them have the same.
+                self._lengthen(kwargs, layout.is_patch.shape[1] if beside_ids else self.num_patches)
             return with_both_names(super().generate(inputs, **kwargs))
         if input_ids is None or not self._needs_patches(input_ids, attention_mask, pixel_values, kwargs):
             return with_both_names(super().generate(inputs, **kwargs))
@@ -48,40 +53,39 @@ class OpenVLAGeneration(GenerationMixin):
         kwargs["input_ids"] = layout.insert(input_ids, self.config.image_token_id)
         kwargs["attention_mask"] = layout.insert(attention_mask, 1)
         kwargs["position_ids"] = layout.insert_positions(kwargs.get("position_ids"))
-        self._lengthen(kwargs)
+        self._lengthen(kwargs, self.num_patches)
         generated = with_both_names(super().generate(**kwargs))
         if isinstance(generated, torch.Tensor):
             return layout.remove(generated)
         generated.sequences = layout.remove(generated.sequences)
         return generated
 
+    def _said(self, name: str, kwargs: dict[str, Any]) -> Any:
+        """What is asked for: by an option, else by the config that is given, else by that of the model."""
+        configs = (kwargs["generation_config"], self.generation_config)
+        found = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+        value = next((value for value in found if value is not None), None)
+        return value.tolist() if isinstance(value, torch.Tensor) else value
+
     def _find_padding(self, input_ids: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """The attention mask of prompts that came without one: padding by its id, as the library finds it, unless that
         is a token of prompts as well."""
-
-        def said(name: str) -> Any:
-            configs = (kwargs["generation_config"], self.generation_config)
-            found = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
-            return next((value for value in found if value is not None), None)
-
-        pad, first, ends = map(said, ("pad_token_id", "bos_token_id", "eos_token_id"))
+        pad, first, ends = (self._said(f"{name}_token_id", kwargs) for name in ("pad", "bos", "eos"))
         of_prompts = (first, *(ends if isinstance(ends, (list, tuple)) else [ends]))
         return torch.ones_like(input_ids) if pad is None or pad in of_prompts else input_ids.ne(pad).long()
 
-    def _lengthen(self, kwargs: dict[str, Any]) -> None:
+    def _lengthen(self, kwargs: dict[str, Any], more: int) -> None:
         """Let the lengths that are asked for, which count no patches, be those of sequences with patches."""
         given = kwargs["generation_config"]
         if given is not None:
             kwargs["generation_config"] = given = copy.deepcopy(given)
         for name in ("max_length", "min_length"):
-            if (length := kwargs.get(name)) is not None:
-                kwargs[name] = length + self.num_patches
-            elif (length := getattr(given or self.generation_config, name)) is None:
+            if (length := self._said(name, kwargs)) is None:
                 continue
-            elif given is None:
-                kwargs[name] = length + self.num_patches
+            if given is None or kwargs.get(name) is not None:
+                kwargs[name] = length + more
             else:  # not beside the config: transformers warns where both speak
-                setattr(given, name, length + self.num_patches)
+                setattr(given, name, length + more)
 
     def _needs_patches(self, input_ids, attention_mask, pixel_values, kwargs) -> bool:
         """Whether `generate` got all of a plain sequence with an image, or one whose image is in the cache already."""

@@ -405,14 +405,20 @@ def test_generate_without_an_image(small_model):
 def test_generate_from_inputs_embeds(small_model):
     inputs = small_inputs()
     expected = small_model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False)
-    embeds = small_model.get_input_embeddings()(inputs.pop("input_ids"))
+    input_ids = inputs.pop("input_ids")
+    embeds = small_model.get_input_embeddings()(input_ids)
     generated = small_model.generate(
         inputs_embeds=embeds, **inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False
     )
     assert generated.tolist() == expected[:, 6:].tolist()
     # Patches do not count in the length that is asked for, as little as with ids.
-    generated = small_model.generate(inputs_embeds=embeds, **inputs, max_length=10, min_new_tokens=4, do_sample=False)
+    lengths = {"max_length": 10, "min_length": 10, "do_sample": False}
+    generated = small_model.generate(inputs_embeds=embeds, **inputs, **lengths)
     assert generated.tolist() == expected[:, 6:].tolist()
+    # With the ids beside them, which come back.
+    for options in ({"attention_mask": inputs.pop("attention_mask")}, {}):
+        generated = small_model.generate(input_ids, inputs_embeds=embeds, **inputs, **options, **lengths)
+        assert generated.tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("settings", ["model", "option", "config"])
@@ -426,7 +432,7 @@ def test_generate_finds_padding_without_a_mask(small_model, settings):
     del inputs["attention_mask"]
     options = {
         "model": length,
-        "option": length | pad,
+        "option": length | pad | {"eos_token_id": torch.tensor([2, 3])},
         "config": {"generation_config": GenerationConfig(**length, **pad)},
     }
     assert small_model.generate(**inputs, **options[settings]).tolist() == expected.tolist()
@@ -449,6 +455,11 @@ def test_lengths_count_text_only(small_model):
     inputs = small_inputs()
     for config in (GenerationConfig(max_length=9, min_length=9), GenerationConfig(max_new_tokens=3, min_new_tokens=3)):
         assert small_model.generate(**inputs, generation_config=config, do_sample=False).shape == (2, 9)
+    # Of the model, which a given config leaves open.
+    model = copy.copy(small_model)
+    model.generation_config = GenerationConfig(max_length=9, min_length=9, pad_token_id=0)
+    for options in ({"do_sample": False}, {"generation_config": GenerationConfig(do_sample=False)}):
+        assert model.generate(**inputs, **options).shape == (2, 9)
 
 
 def test_position_ids_of_a_plain_prompt(small_model):
