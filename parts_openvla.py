@@ -18,7 +18,8 @@ from .vision_openvla import FILM, OpenVLAProprioProjector
 from .weights_openvla import check_tensors, check_weight_file
 
 
-PARTS = ("action_head", "action_dim", "proprio_dim", "use_film")  # fields of the configuration that ask for them
+# Fields of the configuration that ask for them
+PARTS = ("action_head", "action_dim", "proprio_dim", "use_film", "diffusion_steps")
 PARTS_FILE = "added_parts.safetensors"  # beside an adapter
 PREFIXES = ("action_head.", "proprio_projector.", "noisy_action_projector.")
 WEIGHTLESS_HEADS = ("tokens", "parallel_tokens")  # the model's own output layer: another head takes nothing away
@@ -72,6 +73,8 @@ class ModelParts:
         config, like = self.config, self.projector.fc1.weight
         before = {name: getattr(config, name) for name in fields}
         for name, value in fields.items():
+            if name == "diffusion_steps" and config.action_head != "diffusion":
+                continue  # of a head that comes now
             if before[name] not in (None, False, *WEIGHTLESS_HEADS, value):
                 raise ValueError(
                     f"The model has {name}={before[name]!r}, asked for {name}={value!r}: begin with a model without it."

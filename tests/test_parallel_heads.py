@@ -208,6 +208,19 @@ def test_an_adapter_of_a_head_without_weights(small_policy, tmp_path):
     finetune(options(tmp_path / "more", **{**made, "model": str(tmp_path / "run")}, action_chunk=None))
 
 
+def test_an_adapter_brings_the_steps_of_its_diffusion(small_policy, models, tmp_path):
+    """The weights of its base say nothing of them: on a copy of others its noise was removed on another schedule."""
+    pytest.importorskip("peft", reason="adapters need the [train] extra")
+    base = shutil.copytree(small_policy, tmp_path / "base")
+    OpenVLAConfig.from_pretrained(base, diffusion_steps=10).save_pretrained(base)
+    finetune(options(tmp_path / "run", model=str(base), head="diffusion", steps=1))
+    model = OpenVLAForActionPrediction.from_pretrained(small_policy)
+    model.load_adapter(str(tmp_path / "run"))
+    assert model.action_head.num_inference_steps == model.action_head.num_train_steps == 10
+    with pytest.raises(ValueError, match="has diffusion_steps=50, asked for diffusion_steps=10"):
+        models["diffusion"].add_parts(diffusion_steps=10)
+
+
 def test_an_adapter_without_its_parts_is_refused(adapter, tmp_path):
     shutil.copytree(adapter, tmp_path / "run")
     (tmp_path / "run" / "added_parts.safetensors").unlink()
