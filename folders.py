@@ -31,11 +31,15 @@ LOCK = re.compile(rb"\Z|\d+\n")  # content of a lock file: none, or a process wh
 def files_below(folder: str | os.PathLike) -> Iterator[Path]:
     """All files of a folder and of those in it, in order. Links to folders are followed, as where a part of a data set
     lies on another disk; a folder that is reached in several ways is read once, by its own name if it has one here.
-    One that may not be read is a warning."""
-    read, waiting = set[str](), [os.fspath(folder)]
+    One that may not be read is a warning. A link to what this folder lies in is no part of it (a home, all of a disk).
+
+    Raises:
+        OSError: If a disk fails: what is in a folder is left out by nobody's wish.
+    """
+    read, waiting, own = set[str](), [os.fspath(folder)], os.path.realpath(folder)
     for top in waiting:  # which grows: links come after all that is there itself
-        for place, names, files in os.walk(top, onerror=_warn_of_unread):
-            if (here := os.path.realpath(place)) in read:
+        for place, names, files in os.walk(top, onerror=_of_unread):
+            if (here := os.path.realpath(place)) in read or own.startswith(os.path.join(here, "")):
                 names.clear()
                 continue
             read.add(here)
@@ -44,7 +48,9 @@ def files_below(folder: str | os.PathLike) -> Iterator[Path]:
             yield from (Path(place, name) for name in sorted(files))
 
 
-def _warn_of_unread(error: OSError) -> None:
+def _of_unread(error: OSError) -> None:
+    if not isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError):
+        raise error
     if isinstance(error, PermissionError):  # others are not there
         warnings.warn(f"'{error.filename}' may not be read: what is in it is left out.", stacklevel=4)
 

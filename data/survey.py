@@ -33,7 +33,7 @@ from .recording import Recording
 from .statistics import collect, compute_statistics
 
 
-VERSION = 5  # of what is stored: to be raised with every change that makes other numbers of the same files
+VERSION = 6  # of what is stored: to be raised with every change that makes other numbers of the same files
 CLOCK_GRAIN = 2.0  # seconds; within them a file may change again without a new time stamp
 OURS = re.compile(r"(survey|files)-[0-9a-f]{32}\.json\.")  # what names of unfinished entries begin with
 ABANDONED = 3600.0  # seconds after which nobody is writing an unfinished entry any more

@@ -192,6 +192,32 @@ def test_folders_that_are_links(tmp_path):
     assert [file.parent.name for file, _ in dataset.demos] == ["monday", "monday", "more", "more"]
 
 
+def test_links_to_what_a_folder_lies_in(tmp_path):
+    """The demonstrations beside it were trained on as its own, and of a link to / all of the disk was read."""
+    for folder in (tmp_path / "data" / "lab", tmp_path / "data" / "other"):
+        folder.mkdir(parents=True)
+        hdf5(folder, lambda file, demo: None)
+    for name, place in (("up", "data"), ("root", "/")):
+        (tmp_path / "data" / "lab" / name).symlink_to(tmp_path / place)
+    assert {file.parent.name for file, _ in open_dataset(tmp_path / "data" / "lab").demos} == {"lab"}
+
+
+def test_a_disk_that_fails(tmp_path, monkeypatch):
+    """What was in the folder was left out without a word."""
+    hdf5(tmp_path, lambda file, demo: None)
+    (tmp_path / "far").mkdir()
+    found = os.scandir
+
+    def scandir(path):
+        if os.fspath(path).endswith("far"):
+            raise OSError(errno.ESTALE, "Stale file handle", os.fspath(path))
+        return found(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(OSError, match="Stale file handle.*far"):
+        open_dataset(tmp_path, "hdf5")
+
+
 def test_folders_that_may_not_be_read(tmp_path, monkeypatch):
     """Their episodes were left out without a word; a disk has such folders that hold none (lost+found)."""
     hdf5(tmp_path, lambda file, demo: None)
