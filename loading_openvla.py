@@ -23,7 +23,7 @@ from .choices_openvla import closest
 from .configuration_openvla import OpenVLAConfig, check_reachable, plain_statistics
 from .files_openvla import QUIET, local_folder, read_json
 from .graphs_openvla import order_weights
-from .modules_openvla import first_parameter, set_mode
+from .modules_openvla import COMPILED, first_parameter, set_mode, uncompiled
 from .oft_openvla import OFTFolder, find_oft, oft_folder, with_weights
 from .outputs_openvla import CACHE_NAMES
 from .parts_openvla import ModelParts
@@ -56,7 +56,6 @@ from .weights_openvla import (
 
 
 OF_WEIGHTS = ("action_head", "action_chunk", "camera_names", "n_action_bins")  # which fit others as well
-COMPILED = "_orig_mod."  # in names of a part that `torch.compile` made another module of
 POSITIONS = ("inv_freq", "embed_positions", "pos_encoding")  # buffers of the library's language models, in no file
 
 
@@ -310,10 +309,13 @@ class OpenVLAPreTrainedModel(QuantizedWeights, AdapterBelongings, ModelParts, Pr
         )
         before = [*map(_written, files)]
         processor = self._processor_for(folder) if main else None
-        if kwargs.get("state_dict") is None and any(COMPILED in f"{name}." for name, _ in self.named_modules()):
-            kwargs["state_dict"] = {name.replace(COMPILED, ""): value for name, value in self.state_dict().items()}
+        if kwargs.get("state_dict") is not None:
+            kwargs["state_dict"] = {
+                name.replace(f"{COMPILED}.", ""): value for name, value in kwargs["state_dict"].items()
+            }
         try:
-            super().save_pretrained(save_directory, **kwargs)
+            with uncompiled(self):  # accelerate 1.8 looks for what the model itself was compiled of
+                super().save_pretrained(save_directory, **kwargs)
         except NotImplementedError as error:  # transformers 5.24: of weights that were stored so
             if not getattr(self, "is_quantized", False):
                 raise

@@ -12,6 +12,9 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 
+COMPILED = "_orig_mod"  # where a module of `torch.compile` holds what it was made of
+
+
 @dataclass
 class _Predictions:
     """Predictions that a model is busy with, and its modules that are in train mode otherwise."""
@@ -131,6 +134,24 @@ def between_predictions(model: nn.Module, own: int, weight: object) -> Iterator[
 
 
 @contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """With the parts that `torch.compile` made other modules of in the place of those: tensors have their names."""
+    compiled = [
+        (parent, name, part)
+        for parent in model.modules()
+        for name, part in parent._modules.items()
+        if part is not None and COMPILED in part._modules
+    ]
+    try:
+        for parent, name, part in compiled:
+            parent._modules[name] = part._modules[COMPILED]
+        yield
+    finally:
+        for parent, name, part in compiled:
+            parent._modules[name] = part
+
+
+@contextmanager
 def one_type(model: nn.Module) -> Iterator[None]:
     """A `ValueError` instead of torch's error where parts of a model that were cast apart do not compute together."""
     try:
@@ -145,4 +166,14 @@ def one_type(model: nn.Module) -> Iterator[None]:
         ) from error
 
 
-__all__ = ["Modules", "between_predictions", "evaluation_mode", "first_parameter", "modules_of", "one_type", "set_mode"]
+__all__ = [
+    "COMPILED",
+    "Modules",
+    "between_predictions",
+    "evaluation_mode",
+    "first_parameter",
+    "modules_of",
+    "one_type",
+    "set_mode",
+    "uncompiled",
+]

@@ -481,9 +481,11 @@ def test_parts_may_be_compiled(small_model, tmp_path):
         for mode in (False, True):
             assert np.array_equal(model.train(mode).predict_action(**inputs), expected)
             assert all(module.training == mode for module in model.modules())
-    model.save_pretrained(tmp_path)
-    loaded = OpenVLAForActionPrediction.from_pretrained(tmp_path)
-    assert np.array_equal(loaded.predict_action(**inputs), expected)
+    for options in ({}, {"state_dict": model.state_dict()}):  # with names that have grown
+        model.save_pretrained(tmp_path, **options)
+        loaded = OpenVLAForActionPrediction.from_pretrained(tmp_path)
+        assert np.array_equal(loaded.predict_action(**inputs), expected)
+    assert all(type(part).__name__ == "OptimizedModule" for part in (model.vision_backbone, model.language_model))
 
 
 def test_a_compiled_graph_cannot_lose_the_image(small_model):
