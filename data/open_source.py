@@ -92,7 +92,7 @@ def open_source(
             says (frames in a second of LeRobot, `control_freq` of HDF5, the unit of `openvla record`).
 
         Where a simulator stated the meaning of its actions (`action_spec`), `openvla record` wrote it down, and its
-        grippers, places and frame are the defaults.
+        grippers, places and frame are the defaults, the first two before those of `statistics`.
         keep_unlabeled: Keep steps without an instruction: they are trained on with an empty one.
         max_action, max_proprio: Drop episodes in which a normalized value, before it is clipped, exceeds this.
         on_error: What a damaged episode does: "raise", or "skip" with a warning.
@@ -148,16 +148,18 @@ def open_source(
     if given is not None and scaled is not None:
         raise ValueError(f"{recording.name}: the statistics given have a mask of their own; leave mask out.")
     normalization = _mode(recording.name, normalization, given)
-    survey = _survey(recording, scaled, given, normalization, cache, progress)
-    meaning = recording.spec
-    if given and given.get("action_spec"):
-        meaning = spec_of({recording.name: given}, recording.name)
+    lent = spec_of({recording.name: given}, recording.name) if given and given.get("action_spec") else None
+    stated = recording.spec or lent  # what the robot of this recording does, its simulator knows best
     grippers = recording.gripper_dims
-    if meaning is not None and grippers is None:
-        grippers = meaning.grippers
+    if stated is not None and grippers is None:
+        grippers = stated.grippers
+        if gripper != "open-is-1" or filters:
+            recording = recording.with_grippers(grippers)
+    survey = _survey(recording, scaled, given, normalization, cache, progress)
+    _check_stated(recording, survey)
     places = parse_absolute(absolute_dims)
-    if meaning is not None and places is None:
-        places = tuple(dim for dim, relative in enumerate(meaning.relative) if not relative)
+    if stated is not None and places is None:
+        places = tuple(dim for dim, relative in enumerate(stated.relative) if not relative)
 
     # 4. What training draws from
     source = Source(
@@ -177,9 +179,9 @@ def open_source(
         recorded_names=recording.action_names,
         state_names=recording.state_names,
         absolute_dims=places,
-        frame=meaning.frame if meaning and frame is None else frame,
-        unit=unit if unit is not None else (meaning.unit if meaning else None) or recording.unit,
-        hz=float(hz) if hz is not None else (meaning.hz if meaning else None) or recording.hz,
+        frame=frame if frame is not None else (lent.frame if lent else None) or (stated.frame if stated else None),
+        unit=unit if unit is not None else (lent.unit if lent else None) or recording.unit,
+        hz=float(hz) if hz is not None else (lent.hz if lent else None) or recording.hz,
         mask_given=scaled is not None,
         action_chunk=action_chunk,
         chunk_end=chunk_end,
@@ -297,6 +299,16 @@ def _survey(
 
 
 # What came of it ------------------------------------------------------------------------------------------------------
+
+
+def _check_stated(recording: Recording, survey: Survey) -> None:
+    """Raise a `ValueError` where a simulator stated the meaning of other actions than there are."""
+    spec, dims = recording.spec, len(survey.statistics["action"]["q01"])
+    if spec is not None and spec.action_dim != dims:
+        raise ValueError(
+            f"{recording.name}: the recording.json beside it is of actions of {spec.action_dim} numbers, and these "
+            f"have {dims}: it is of another recording, move it away."
+        )
 
 
 def _check_something_is_left(source: Source) -> None:

@@ -69,7 +69,10 @@ class PreparedDataset(EpisodeDataset):
             check_choice("filter", given, RAW_FILTERS)
         super().__init__(name, dataset.on_error)
         if gripper != "open-is-1" and gripper_dims is not None and not gripper_dims:
-            raise ValueError(f"{name}: gripper='{gripper}', but gripper_dims says that there is none: leave one out.")
+            raise ValueError(
+                f"{name}: gripper='{gripper}', but gripper_dims says that there is none (or, where it is not given, "
+                "the action_spec of recording or statistics): leave one out, or say which there are."
+            )
         self.dataset, self.gripper, self.gripper_dims, self.names = dataset, gripper, gripper_dims, names
         self.remark = remark
         self.filters = {given: RAW_FILTERS[given] for given in filters}

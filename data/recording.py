@@ -3,13 +3,13 @@
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..action_spec import ActionSpec
 from ..files_openvla import read_json
-from .dataset import EpisodeDataset, OnError, PartOfDataset
+from .dataset import EpisodeDataset, OnError, PartOfDataset, key_list
 from .formats.open import open_dataset, recognise
 from .formats.registry import FORMATS, has_option
 from .prepare import PreparedDataset
@@ -40,6 +40,21 @@ class Recording:
     spec: ActionSpec | None  # what the simulator said that it was recorded in
     options: dict[str, Any]  # everything that decides actions, states and instructions beside the files
     known: bool  # whether files and options decide them: not where code of the user's does, or an object was opened
+
+    def with_grippers(self, dims: tuple[int, ...]) -> "Recording":
+        """The same, of which these dimensions are grippers for certain: conventions and filters are about them."""
+
+        def prepared(old: PreparedDataset) -> PreparedDataset:
+            return PreparedDataset(old.dataset, old.name, old.gripper, [*old.filters], dims, old.names, old.remark)
+
+        return replace(
+            self,
+            train=prepared(self.train),
+            held_out=prepared(self.held_out) if self.held_out else None,
+            everything=tuple(map(prepared, self.everything)),
+            gripper_dims=dims,
+            options={**self.options, "gripper_dims": dims},
+        )
 
 
 def open_recording(
@@ -76,8 +91,8 @@ def open_recording(
         )
     names, remark = (None, standard.remark) if standard else (plain.action_names, "")
     spec, unit = recorded_meaning(location)
-    if standard or "action_key" in reader:
-        spec = None  # of other numbers
+    if standard or key_list(reader.get("action_key") or "action") not in (["action"], ["actions"]):
+        spec = None  # of other numbers than those that were recorded
     if spec is not None:
         names = names or list(spec.names)
         gripper_dims = spec.grippers if gripper_dims is None else gripper_dims
@@ -213,17 +228,20 @@ def _train_and_held_out(
 
 def recorded_meaning(location: Any) -> tuple[ActionSpec | None, str | None]:
     """What `openvla record` wrote beside its data set of the actions, and of their unit alone: LeRobot and HDF5 have no
-    place for it."""
+    place for it. Raises a `ValueError` for an `action_spec` that says nothing sound: somebody edited it."""
     if not isinstance(location, str | os.PathLike):
         return None, None
-    path = Path(location).expanduser()
+    path = Path(location).expanduser().resolve()
+    file = (path if path.is_dir() else path.parent) / "recording.json"
     try:
-        content = read_json((path if path.is_dir() else path.parent) / "recording.json")
-        found = content.get("action_spec")
-        spec = ActionSpec.from_dict(found) if isinstance(found, Mapping) else None
+        content = read_json(file)
     except (OSError, ValueError):  # there is none, or a file of that name is another program's
         return None, None
-    unit = content.get("unit")
+    found, unit = content.get("action_spec"), content.get("unit")
+    try:
+        spec = ActionSpec.from_dict(found) if isinstance(found, Mapping) else None
+    except ValueError as error:
+        raise ValueError(f"'{file}': {error}") from error
     return spec, unit if isinstance(unit, str) else None
 
 

@@ -5,6 +5,7 @@ import importlib
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,7 +29,7 @@ AXES = ("visual", "motion", "physical", "semantic", "language")  # of generaliza
 # A seed decides where everything in an episode begins. Demonstrations and evaluation share none.
 RECORDING_SEEDS = range(0, 1_000_000)
 EVALUATION_SEEDS = range(1_000_000, 2_000_000)
-LONGEST_NAME = 200  # bytes of a file's name: file systems take 255, and endings follow
+LONGEST_NAME = 240  # bytes of a file's name: file systems take 255, and endings follow
 POLICY_SEED = 7  # of what a model draws (diffusion begins with noise), as in the evaluation of OpenVLA-OFT
 
 
@@ -216,8 +217,8 @@ def file_name(*parts: str) -> str:
     name = re.sub(r"[:/\\\0]", "-", "_".join(filter(None, parts)))
     if len(name.encode()) <= LONGEST_NAME:
         return name
-    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
-    return f"{name.encode()[:LONGEST_NAME].decode(errors='ignore')}-{digest}"
+    ending = f"-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return name.encode()[: LONGEST_NAME - len(ending)].decode(errors="ignore") + ending
 
 
 def asks_for_wrist(env: str, sees: Sequence[str]) -> bool:
@@ -227,9 +228,10 @@ def asks_for_wrist(env: str, sees: Sequence[str]) -> bool:
 
 def action_spec_of(environment: Environment) -> ActionSpec:
     """What the numbers of its actions mean."""
-    unit = getattr(environment, "unit", None)  # of a simulator that knows nothing of this it may be a number
-    usual = usual_spec(7, hz=environment.frequency, unit=unit if isinstance(unit, str) else None)
-    return getattr(environment, "action_spec", None) or usual
+    unit = getattr(environment, "unit", None)
+    unit = unit if isinstance(unit, str) else None  # of a simulator that knows nothing of this it may be a number
+    spec = getattr(environment, "action_spec", None) or usual_spec(7, hz=environment.frequency)
+    return replace(spec, unit=spec.unit or unit)
 
 
 def with_cameras(of_environment: Mapping[str, Any], env: str, sees: Sequence[str]) -> Mapping[str, Any]:

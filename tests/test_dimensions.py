@@ -16,6 +16,7 @@ from openvla.data.dimensions import (
     parse_grippers,
     parse_mask,
 )
+from openvla.data.source import statistics_with_spec
 from openvla.data.sources import open_source
 from openvla.data.statistics import compute_statistics
 from openvla.training.checks import check_data
@@ -226,6 +227,23 @@ def test_options_that_name_no_dimension():
 
     with pytest.raises(ValueError, match=r"mask leaves gripper as recorded, from 0 to 100, but only -1 to 1"):
         open_source(episodes(percent, dims=7), mask="1,1,1,1,1,1,0")
+
+
+def test_grippers_by_statistics_are_those_that_a_convention_and_filters_are_about():
+    """The last number was converted, and another one said to be the gripper."""
+
+    def made(actions):
+        actions[:, 0] = np.where(actions[:, -1] > 0.5, -1, 1)
+        actions[:, 1:] = np.where(np.arange(len(actions)) % 2, 0.5, -0.5)[:, None]
+        actions[3, 1:] = 0
+        actions[3, 0] = actions[2, 0]
+        return actions
+
+    said = {"gripper": "open-is-minus-1", "filters": ["no-ops"]}
+    source = open_source(episodes(made, dims=7), gripper_dims="0", **said)
+    other = open_source(episodes(made, dims=7), statistics=statistics_with_spec(source), name=source.name, **said)
+    assert other.grippers == (0,) and {*other.actions()[:, 0]} == {0, 1} and {*other.actions()[:, 6]} == {-0.5, 0.5}
+    np.testing.assert_array_equal(other.actions(), source.actions())
 
 
 def test_two_grippers():

@@ -429,6 +429,33 @@ def test_what_a_simulator_states_of_its_actions_reaches_the_model(format, tmp_pa
 
 
 @pytest.mark.parametrize("format", ["lerobot", "hdf5"])
+def test_what_wins_over_what_a_simulator_states(format, tmp_path, monkeypatch):
+    """The rate is that of the recording, statistics of an earlier recording that stated nothing make no changes of
+    places, a key that says what is read anyway leaves it, and so does a unit of its own."""
+    monkeypatch.setattr(TwoArms, "frequency", 5.0)
+    monkeypatch.setattr(TwoArms, "unit", "1 is half a turn", raising=False)
+    out, mine = tmp_path / "out", {"env": "toy:TwoArms", "tasks": "pose", "episodes": 1, "format": format}
+    record(RecordOptions(output=str(out), **mine), progress=False)
+    stated = open_source(out).action_spec
+    assert (stated.hz, stated.unit) == (5.0, "1 is half a turn")
+    assert open_source(out, action_key="action" if format == "lerobot" else ["actions"]).action_spec == stated
+    said = json.loads((out / "recording.json").read_text())
+    (out / "recording.json").unlink()
+    old = statistics_with_spec(open_source(out, unit="radians", hz=7))
+    assert any(old["action_spec"]["relative"])
+    (out / "recording.json").write_text(json.dumps(said))
+    spec = open_source(out, statistics=old).action_spec
+    assert not any(spec.relative) and not spec.grippers and (spec.unit, spec.hz) == ("radians", 7.0)
+    said["action_spec"]["names"].pop(), said["action_spec"]["relative"].pop()
+    (out / "recording.json").write_text(json.dumps(said))
+    with pytest.raises(ValueError, match="recording.json beside it is of actions of 13 numbers, and these have 14"):
+        open_source(out)
+    (out / "recording.json").write_text(json.dumps({**said, "action_spec": {"names": ["x"], "relative": [0]}}))
+    with pytest.raises(ValueError, match=r"recording.json': action_spec: relative=\[0\], expected true or false"):
+        open_source(out)
+
+
+@pytest.mark.parametrize("format", ["lerobot", "hdf5"])
 def test_any_rate_and_tasks_with_the_same_words(format, tmp_path, monkeypatch):
     """The unit that the simulator states reaches the model: without it a prediction would be called metres."""
     (tmp_path / "slide_in_mm.py").write_text(SLIDE + "Slide.unit = '1 is 5 mm'\n")
