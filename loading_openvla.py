@@ -55,7 +55,9 @@ from .weights_openvla import (
 )
 
 
-OF_WEIGHTS = ("action_head", "action_chunk", "camera_names", "n_action_bins")  # which fit others as well
+OF_WEIGHTS = (  # which fit others as well
+    "action_head", "action_chunk", "camera_names", "n_action_bins", "diffusion_steps",
+)  # fmt: skip
 POSITIONS = ("inv_freq", "embed_positions", "pos_encoding")  # buffers of the library's language models, in no file
 
 
@@ -406,12 +408,18 @@ def _unknown_option(options: Mapping[str, Any], error: str) -> str:
 
 def _warn_of_untrained(config: OpenVLAConfig, options: Mapping[str, Any], name: Any, hub: Mapping[str, Any]) -> None:
     """Say that a folder was trained for another chunk, head or number of cameras than are asked for, by options or in a
-    config, where the auto classes put them: the weights fit, and what they never learned looks like actions."""
+    config, where the auto classes put them: the weights fit, and what they never learned looks like actions. A folder
+    whose own config.json is missing or cannot be used, to which another is given, says nothing."""
     if name is None or options.keys().isdisjoint(("config", *OF_WEIGHTS)):
         return
-    stored = OpenVLAConfig.from_pretrained(name, **hub)
+    try:
+        stored = OpenVLAConfig.from_pretrained(name, **hub)
+    except (OSError, ValueError):
+        return
     for field in OF_WEIGHTS:
         said, asked = (getattr(one, field) for one in (stored, config))
+        if field == "diffusion_steps" and config.action_head != "diffusion":
+            continue
         if _count(said) != _count(asked):
             warnings.warn(
                 f"{field}={asked!r}: the config.json of '{name}' says {said!r}, so its weights never learned that, and "

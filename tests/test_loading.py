@@ -611,5 +611,25 @@ def test_a_chunk_that_weights_never_learned_is_said(tmp_path):
         model.config.action_head = "parallel_tokens"
         model.save_pretrained(tmp_path)
         assert OpenVLAForActionPrediction.from_pretrained(tmp_path).config.action_chunk == 8
+        OpenVLAForActionPrediction.from_pretrained(tmp_path, diffusion_steps=7)  # of no diffusion
+        # A folder says nothing of its weights without a config.json that can be used.
+        config = OpenVLAConfig.from_pretrained(tmp_path, action_chunk=2)
+        file = tmp_path / "config.json"
+        file.write_text(file.read_text().replace('"action_chunk": 8', '"action_chunk": -1'))
+        for spoil in (lambda: None, file.unlink):
+            spoil()
+            assert OpenVLAForActionPrediction.from_pretrained(tmp_path, config=config).config.action_chunk == 2
+    model.save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="action_head='tokens': the config.json of .* says 'parallel_tokens'"):
         OpenVLAForActionPrediction.from_pretrained(tmp_path, action_head="tokens")
+
+
+def test_steps_of_noise_that_a_diffusion_never_learned_are_said(tmp_path):
+    """Its noise would be removed on another schedule."""
+    text = {"vocab_size": 400, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+            "num_attention_heads": 2}  # fmt: skip
+    tower = {"embed_dim": 16, "depth": 2, "num_heads": 2}
+    config = OpenVLAConfig(text_config=text, timm_model_kwargs=[tower], action_head="diffusion", action_dim=7)
+    OpenVLAForActionPrediction(config).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="diffusion_steps=7: the config.json of .* says 50"):
+        OpenVLAForActionPrediction.from_pretrained(tmp_path, diffusion_steps=7)
