@@ -83,7 +83,7 @@ def evaluate(
     if acting is not None:
         check_own(acting, options)
     device = torch_device(options.device)
-    plan = Plan.of(options)
+    plan = EvaluationPlan.of(options)
     control, said = plan.control(options)
     plan.here.close()
     plan.check_pictures(options)
@@ -146,7 +146,7 @@ def evaluate(
 
 
 @dataclass(frozen=True)
-class Plan:
+class EvaluationPlan:
     """What an environment is asked before any episode: one in this process, which renders nothing."""
 
     here: Environment
@@ -160,7 +160,7 @@ class Plan:
     stands: bool  # whether it says where its robot stands, which the loop asks in each episode
 
     @classmethod
-    def of(cls, options: EvaluateOptions) -> "Plan":
+    def of(cls, options: EvaluateOptions) -> "EvaluationPlan":
         """Raise a `ValueError` for tasks, variations or options that the environment does not have; what makes a report
         say less than it seems to is a warning."""
         asked = environment_options(options.env, options.environment_options)
@@ -218,7 +218,7 @@ class Plan:
         ]
 
 
-def settings_of(options: EvaluateOptions, plan: Plan, policy: str) -> dict[str, Any]:
+def settings_of(options: EvaluateOptions, plan: EvaluationPlan, policy: str) -> dict[str, Any]:
     """What is saved in evaluation.json, and has to be the same when the evaluation is continued."""
     about = options.content() | {"tasks": plan.tasks, "episodes": options.episodes, "max_steps": plan.max_steps}
     about |= {"model": published_name(options.model), "axis": ",".join(name or "none" for name in plan.variations)}
