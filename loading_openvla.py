@@ -3,7 +3,7 @@
 import json
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
@@ -117,7 +117,7 @@ class OpenVLAPreTrainedModel(QuantizedWeights, AdapterBelongings, ModelParts, Pr
             ValueError: If a file is damaged or a Git LFS pointer, or the weights lack tensors of the model, hold others
                 or of another shape: nothing stays random.
         """
-        name = pretrained_model_name_or_path
+        name, learned = pretrained_model_name_or_path, kwargs.pop("_learned", ())  # by an adapter that comes on it
         hub = hub_options(kwargs)
         if name is not None:
             check_reachable(name, hub)
@@ -164,7 +164,7 @@ class OpenVLAPreTrainedModel(QuantizedWeights, AdapterBelongings, ModelParts, Pr
             oft.check_statistics(model.config.norm_stats, model.config)
         else:
             check_units(model.config.normalization, before, model.config.norm_stats)
-            _warn_of_untrained(model.config, kwargs, name, hub)
+            _warn_of_untrained(model.config, kwargs, name, hub, learned)
         return loaded
 
     @classmethod
@@ -212,8 +212,17 @@ class OpenVLAPreTrainedModel(QuantizedWeights, AdapterBelongings, ModelParts, Pr
             given = _statistics_of_config(kwargs.get("config"), [adapter, base])
         left_out = ("norm_stats", *(("revision", "subfolder") if is_named else ()))
         kwargs = {key: value for key, value in kwargs.items() if key not in left_out}
-        loaded = cls.from_pretrained(base, *model_args, **kwargs)
-        problem = check_base(base, belongings(read_json(adapter / ADAPTER)).get("base_digest"))
+        brought = belongings(read_json(adapter / ADAPTER))
+        learned = brought.get("model", {})
+        for field, asked in kwargs.items():
+            if field in learned and asked is not None and _count(asked) != _count(learned[field]):
+                warnings.warn(
+                    f"{field}={asked!r}: the adapter in '{adapter}' was trained with {learned[field]!r}, which counts: "
+                    "leave it out.",
+                    stacklevel=3,
+                )
+        loaded = cls.from_pretrained(base, *model_args, _learned=learned, **kwargs)
+        problem = check_base(base, brought.get("base_digest"))
         if problem:
             raise ValueError(
                 f"{problem}. Put its own base back, or add '{adapter}' to this one yourself: model = "
@@ -406,10 +415,13 @@ def _unknown_option(options: Mapping[str, Any], error: str) -> str:
     return said if unknown in fields else said + closest(unknown, {*fields, *LOADING})
 
 
-def _warn_of_untrained(config: OpenVLAConfig, options: Mapping[str, Any], name: Any, hub: Mapping[str, Any]) -> None:
+def _warn_of_untrained(
+    config: OpenVLAConfig, options: Mapping[str, Any], name: Any, hub: Mapping[str, Any], learned: Container[str]
+) -> None:
     """Say that a folder was trained for another chunk, head or number of cameras than are asked for, by options or in a
     config, where the auto classes put them: the weights fit, and what they never learned looks like actions. A folder
-    whose own config.json is missing or cannot be used, to which another is given, says nothing."""
+    whose own config.json is missing or cannot be used, to which another is given, says nothing. Fields that an adapter
+    `learned` are its own."""
     if name is None or options.keys().isdisjoint(("config", *OF_WEIGHTS)):
         return
     try:
@@ -418,7 +430,7 @@ def _warn_of_untrained(config: OpenVLAConfig, options: Mapping[str, Any], name: 
         return
     for field in OF_WEIGHTS:
         said, asked = (getattr(one, field) for one in (stored, config))
-        if field == "diffusion_steps" and config.action_head != "diffusion":
+        if field in learned or (field == "diffusion_steps" and config.action_head != "diffusion"):
             continue
         if _count(said) != _count(asked):
             warnings.warn(

@@ -394,6 +394,20 @@ def test_statistics_that_are_given_count_for_an_adapter(place):
         assert list(model.norm_stats) == ["mine"]
 
 
+def test_a_chunk_that_an_adapter_learned_is_not_said_to_be_unknown(place):
+    file, options = place / "run" / "adapter_config.json", {"action_chunk": 2}
+    content = json.loads(file.read_text())
+    content["auto_mapping"]["openvla"]["model"] |= options
+    file.write_text(json.dumps(content))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for load in (OpenVLAForActionPrediction.from_pretrained, AutoModel.from_pretrained):
+            for asked in ({}, options):
+                assert load(str(place / "run"), **asked).action_chunk == 2
+    with pytest.warns(UserWarning, match="action_chunk=3: the adapter in .*run' was trained with 2, which counts"):
+        assert OpenVLAForActionPrediction.from_pretrained(place / "run", action_chunk=3).action_chunk == 2
+
+
 def test_a_model_and_an_adapter_in_one_folder(place):
     """Merged weights that were saved into the folder of their adapter would be given it twice."""
     merged = OpenVLAForActionPrediction.from_pretrained(place / "run")
