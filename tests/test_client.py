@@ -42,6 +42,7 @@ from openvla_client import (
     digest,
     messages,
 )
+from openvla_client.async_client import AsyncClient
 from openvla_client.connection import Address
 from openvla_client.messages import picture, read_info
 from openvla_client.wire import pack, picture_file, unpack
@@ -469,6 +470,36 @@ def test_in_another_process_nobody_waits_for_ever(tmp_path):
     audit.close()
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_a_fork_ends_no_connection_of_the_other_process(scheme):
+    """Collected in the fork, one of HTTP was taken out of the selector that both have: nothing came from it again."""
+    scripted = Scripted()
+    with scripted.running():
+        client, loop = connect(scripted.url(scheme)), asyncio.new_event_loop()
+        other = loop.run_until_complete(connect_async(scripted.url(scheme)))
+        client.act(IMAGE, "go")
+        loop.run_until_complete(other.act(IMAGE, "go"))
+        if not (child := os.fork()):
+            try:
+                client.close()
+                asyncio.run(other.act(IMAGE, "go"))  # over a connection of its own
+                asyncio.run(other.close())
+                del client, other
+                gc.collect()
+                os._exit(0)
+            finally:
+                os._exit(1)
+        _, status = os.waitpid(child, 0)
+        assert status == 0 and client.act(IMAGE, "go").seconds < 9
+        loop.run_until_complete(other.act(IMAGE, "go"))
+        sessions = [message["session"] for message in scripted.messages]
+        assert len(set(sessions)) == 3 and sessions[-1] == other.session and sessions[2] not in sessions[:2]
+        client.close()
+        loop.run_until_complete(other.close())
+        loop.close()
+
+
 def test_a_robot_that_stands_still_is_told_why(scheme):
     for observation, reason in (
         (IMAGE, "observation is ndarray: expected what act takes"),
@@ -797,6 +828,74 @@ def test_a_robot_that_waits_in_vain_ends_no_connection_of_others(scheme):
         third.step({"images": IMAGE, "instruction": "go"})
         assert third.step({"images": IMAGE, "instruction": "go"}).source == "answer"
         assert scripted.connections == (3 if scheme == "ws" else 0)
+
+
+def test_a_client_that_connects_again_while_it_is_closed_leaves_no_connection(monkeypatch, scheme):
+    """As of several guards whose server has gone; aiohttp says a page of each that is left."""
+    usual = AsyncClient.close
+
+    async def close(self):
+        await usual(self)
+        await asyncio.sleep(0.3)  # as for a goodbye that is not answered
+
+    monkeypatch.setattr(AsyncClient, "close", close)
+    scripted = Scripted()
+    with asking(scripted, scheme) as client:
+
+        def act():
+            with pytest.raises(NotReached):
+                client.act(IMAGE, "go")
+
+        asked, task = client._client, threading.Thread(target=act)
+        asked._connection.closed, asked._not_before = True, time.monotonic() + 0.1
+        task.start()
+        while not asked._connecting.locked():
+            time.sleep(0.001)
+        client.close()
+        task.join()
+        assert asked._http is None and not scripted.messages
+
+
+def test_robots_that_have_ended_take_no_places_of_a_server(scheme):
+    """Each kept its connection until the client was closed: fifty of the 64 that a server has by itself."""
+    scripted = Scripted(metadata(dims=7), answer=lambda message: right(message, dims=7))
+    with asking(scripted, scheme) as client:
+        guards = [client.guard(wait=30) for _ in range(4)]
+        assert all(guard.step({"images": IMAGE, "instruction": "go"}).source == "answer" for guard in guards)
+        assert len(client._clients) == 4
+        for guard in guards[:3]:
+            guard.close()
+        del guard, guards  # the last one is collected
+        end = time.monotonic() + 30
+        while (len(client._clients) > 1 or len(scripted._sockets) > 1) and time.monotonic() < end:
+            time.sleep(0.01)
+        assert len(client._clients) == 1 and len(scripted._sockets) == (scheme == "ws")
+        assert client.guard(wait=30).step({"images": IMAGE, "instruction": "go"}).source == "answer"
+        assert len(client._clients) == 1
+
+
+def test_a_guard_that_was_made_for_another_model_is_not_told_of_it(scheme):
+    """It took the connection of one that had ended, which still was of the model before."""
+    digests = ["one"]
+    answer = lambda message: {**right(message, dims=7), "digest": digests[0]}  # noqa: E731
+    scripted = Scripted(metadata(dims=7, digest="one"), answer)
+    step = lambda guard: guard.step({"images": IMAGE, "instruction": "go"}).source  # noqa: E731
+    with scripted.running():
+        client = connect(scripted.url(scheme))
+        guards = [client.guard(wait=30, execute=1) for _ in range(3)]
+        assert [step(guard) for guard in guards] == ["answer"] * 3
+        for guard in guards[:2]:
+            guard.close()
+    with client:
+        digests[0], scripted.first = "two", metadata(dims=7, digest="two")
+        with scripted.running(scripted.port):
+            while client.info.digest == "one":
+                guards[2].reset([0] * 7)
+                assert step(guards[2]) == "hold"
+            new = [client.guard(wait=30) for _ in range(2)]
+            assert [step(guard) for guard in new] == ["answer"] * 2
+            with pytest.raises(BadAnswer, match="another model"):  # whoever asks by himself is told
+                client.act(IMAGE, "go")
 
 
 @pytest.mark.parametrize("change", ["places", "units", "name"])

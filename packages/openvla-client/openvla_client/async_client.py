@@ -20,6 +20,7 @@ import numpy as np
 from .checks import seconds
 from .connection import Address, Connection, get, open_connection, parsed, refuse_redirect
 from .errors import BadAnswer, NoAnswer, NotReached, Refused
+from .forks import call_in_forks, keep
 from .messages import FORMATS, Answer, ServerInfo, encoded, read_answer, read_refusal, request
 
 
@@ -75,6 +76,14 @@ class AsyncClient:
         self._failures, self._not_before = 0, 0.0
         self._requests = itertools.count()
         self.connections = 0  # how often it was connected
+        call_in_forks(self._forked)
+
+    def _forked(self) -> None:
+        """Sockets, and the selector of the event loop, are the other process's as well: closed or collected in this
+        one, they would be deaf in that one. The next call connects, as another robot."""
+        keep((self._http, self._connection, self._loop))
+        self._http = self._connection = None
+        self._connecting, self.session = asyncio.Lock(), secrets.token_hex(8)
 
     @property
     def info(self) -> ServerInfo:

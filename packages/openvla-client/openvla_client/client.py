@@ -5,8 +5,9 @@ import atexit
 import secrets
 import threading
 import weakref
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import CancelledError
+from contextlib import suppress
 from ssl import SSLContext
 from typing import Any, TypeVar
 
@@ -49,7 +50,7 @@ class Client:
         self._thread.start()
         self._client = AsyncClient(address, settings)
         self._clients = [self._client]  # each with a connection of its own
-        self._guards: weakref.WeakValueDictionary[AsyncClient, Guard] = weakref.WeakValueDictionary()
+        self._guard: Callable[[], Guard | None] = lambda: None  # which asks by the first of them
         self._lock = threading.RLock()  # what other threads ask comes before the end, or is refused
         self._end = weakref.finalize(self, _end, self._loop, self._thread, self._clients)
         self._end.atexit = False
@@ -148,21 +149,27 @@ class Client:
                 raise BadAnswer("The server was started again with another model: make another guard for it.")
             return found.actions
 
-        transport = ThreadTransport(answer, lambda: max(1, client.connections))  # the first one begins no epoch
+        # The first connection begins no epoch.
+        transport = ThreadTransport(answer, lambda: max(1, client.connections), lambda: self._leave(client))
         with self._lock:  # or two threads were given the same
-            client = self._unguarded()
-            guard = self._guards[client] = Guard(transport, **options)
+            client, before = self._client, self._guard()
+            if (before is None or before._closed) and client._told == info:
+                guard = Guard(transport, **options)
+                self._guard = weakref.ref(guard)
+            else:
+                client = AsyncClient(client.address, client.settings, of=client)
+                guard = Guard(transport, **options)
+                self._clients.append(client)
         patience = guard.stalled_after + (chunk - 1) * guard.period  # what comes later could not act any more
         weakref.finalize(guard, transport.close).atexit = False  # or its thread would hold this client for ever
         return guard
 
-    def _unguarded(self) -> AsyncClient:
-        """One that no guard asks."""
-        for client in self._clients:
-            if (guard := self._guards.get(client)) is None or guard._closed:
-                return client
-        self._clients.append(AsyncClient(self._client.address, self._client.settings, of=self._client))
-        return self._clients[-1]
+    def _leave(self, client: AsyncClient) -> None:
+        """Its guard has ended, and needs no place of the server any more."""
+        if client is not self._client:
+            with suppress(NotReached):  # all of them are closed
+                self._call(client.close())
+                self._clients.remove(client)
 
     def reset(self) -> None:
         """An episode begins: another session, and the server may forget the last one."""
@@ -215,11 +222,15 @@ def _end(loop: asyncio.AbstractEventLoop, thread: threading.Thread, clients: lis
 
 async def _ended(clients: list[AsyncClient]) -> None:
     """Close, and let nobody wait for ever."""
-    waiting = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-    await asyncio.gather(*(client.close() for client in clients))
+    waiting = _others()  # first: one that connects again would leave a connection behind
     for task in waiting:
         task.cancel()
     await asyncio.gather(*waiting, return_exceptions=True)
+    await asyncio.gather(*(client.close() for client in list(clients)), *_others(), return_exceptions=True)
+
+
+def _others() -> list[asyncio.Task[Any]]:
+    return [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
 
 
 def connect(

@@ -1,5 +1,6 @@
 """A process that begins as a fork of another one has none of its threads, and its locks as they were held."""
 
+import ctypes
 import os
 import weakref
 from collections.abc import Callable
@@ -14,6 +15,11 @@ def call_in_forks(method: Callable[[], None]) -> None:
     """In each process that begins as a fork while somebody holds the object of this method."""
     assert isinstance(method, MethodType)
     _called[method.__self__] = method.__func__
+
+
+def keep(kept: Any) -> None:
+    """For ever, also at the end of the process: what may be neither closed nor collected in it."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
 
 
 def _call() -> None:

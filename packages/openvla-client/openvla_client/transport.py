@@ -60,12 +60,18 @@ class ThreadTransport:
         answer: Gives the actions of a request, or raises. It needs a timeout of its own: a call that never returns
             keeps the thread, and no further request is answered.
         connection: Says which connection `answer` has, see `Transport`.
+        end: Called in that thread when it ends.
     """
 
     KEPT = 64  # replies nobody asked for
 
-    def __init__(self, answer: Callable[[Ask], Any], connection: Callable[[], int] = lambda: 0):
-        self._answer, self._connection = answer, connection
+    def __init__(
+        self,
+        answer: Callable[[Ask], Any],
+        connection: Callable[[], int] = lambda: 0,
+        end: Callable[[], None] = lambda: None,
+    ):
+        self._answer, self._connection, self._end = answer, connection, end
         self._changed = threading.Condition()
         self._waiting: Ask | None = None
         self._replies: deque[Reply] = deque(maxlen=self.KEPT)
@@ -116,7 +122,7 @@ class ThreadTransport:
                 self._changed.wait_for(lambda: self._closed or self._waiting is not None)
                 ask, self._waiting = self._waiting, None
             if ask is None:
-                return
+                return self._end()
             try:
                 reply = Reply(ask.epoch, ask.id, self._answer(ask))
             except BaseException as error:  # of whatever was given (sys.exit): the guard reports it, and falls back
