@@ -374,9 +374,18 @@ def test_a_refusal_of_arrays_is_one():
     assert "did not say why" in str(refused) and (refused.code, refused.retry_after) == ("http_400", None)
 
 
+class TooHeavy(Refused):
+    """Of a program: made of something else."""
+
+    def __init__(self):
+        super().__init__("too heavy", "heavy")
+        self.add_note("of the left arm")
+
+
 def test_errors_go_from_one_process_to_another():
     """A pool of processes waited for ever for what it could not read."""
     for error in (
+        TooHeavy(),
         Refused("no", "late", 3.0),
         NotReached("none"),
         BadAnswer("other"),

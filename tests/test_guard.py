@@ -909,6 +909,11 @@ def test_limits_of_float32_are_as_fine_as_others():
     for more in ({"turn": {"x": np.float32(1e7)}}, {"place": {"x": np.array([-1e7, 1e7], np.float32)}}):
         moved, _ = Limits(step=step, **more).apply(np.array([1e6 + 5]), spec, np.array([1e6]), None)
         assert moved[0] - 1e6 == pytest.approx(0.1, abs=1e-6)
+    moved, _ = Limits(place={"x": (0, 1e6 + 0.1)}).apply(np.array([2e6], np.float32), spec, np.array([1e6]), None)
+    assert moved[0] == 1e6 + 0.1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of a number that float16 cannot hold
+        assert Limits(place={"x": (np.float16(0), 100_000)}).place == {"x": (0.0, 100_000.0)}
 
 
 def test_limits_stay_what_was_checked():

@@ -1,5 +1,6 @@
 """What a guard gives for a step of a control loop."""
 
+import copyreg
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -56,7 +57,7 @@ class NoAction(RuntimeError):
         self.command = command
 
     def __reduce__(self) -> tuple:  # as of `Refused`
-        return type(self), (str(self), self.command)
+        return copyreg.__newobj__, (type(self), *self.args), vars(self)  # type: ignore[attr-defined]
 
 
 def held(spec: ActionSpec, last: np.ndarray | None) -> np.ndarray | None:

@@ -1,5 +1,7 @@
 """What can go wrong between a robot and a server. Of none of it comes an action."""
 
+import copyreg
+
 
 class NotReached(ConnectionError):
     """No server, or the connection broke. Asking again, with a new observation, is safe."""
@@ -20,8 +22,8 @@ class Refused(RuntimeError):
         super().__init__(message)
         self.code, self.retry_after = code, retry_after
 
-    def __reduce__(self) -> tuple:  # or a process that gets it from another one could not read it
-        return type(self), (str(self), self.code, self.retry_after)
+    def __reduce__(self) -> tuple:  # or a process that gets it, or one of a kind of yours, could not read it
+        return copyreg.__newobj__, (type(self), *self.args), vars(self)  # type: ignore[attr-defined]
 
 
 class BadAnswer(ValueError):

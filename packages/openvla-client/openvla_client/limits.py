@@ -42,7 +42,7 @@ class Limits:
         for name, bounds in self.place.items():
             pair = isinstance(bounds, Sequence | np.ndarray) and len(bounds) == 2 and all(map(is_number, bounds))
             # No place at all is within (inf, inf): an action would be cut to it.
-            if not (pair and bounds[0] <= bounds[1] and bounds[0] < math.inf and bounds[1] > -math.inf):
+            if not (pair and float(bounds[0]) <= float(bounds[1]) and bounds[0] < math.inf and bounds[1] > -math.inf):
                 raise ValueError(f"place={{{name!r}: {bounds!r}}}: expected (lowest, highest).")
         for name, turn in self.turn.items():
             if not (is_number(turn) and 0 < turn < math.inf) or name not in self.step or name in self.place:
@@ -50,7 +50,7 @@ class Limits:
                     f"turn={{{name!r}: {turn!r}}}: expected a full turn, above 0, of an angle whose step is limited "
                     "and whose place is not: within a place there is no way round."
                 )
-            if self.step[name] >= turn / 2:  # as of degrees beside radians
+            if float(self.step[name]) >= float(turn) / 2:  # as of degrees beside radians
                 raise ValueError(
                     f"step={{{name!r}: {self.step[name]!r}}} with turn={{{name!r}: {turn!r}}} limits nothing: no "
                     "change is more than half a turn. Give both in the unit of the action."
@@ -84,7 +84,8 @@ class Limits:
             ValueError: If a limit cannot be checked, because it is not known where the robot stands, or an angle is
                 beyond its full turn.
         """
-        allowed, cut = action.astype(np.float64), []  # a copy; one of whole numbers would round what is cut
+        action = action.astype(np.float64)  # of float32 or whole numbers, what is cut would be rounded
+        allowed, cut = action.copy(), []
         for dim, name in enumerate(spec.names):
             if name not in self.step and name not in self.place:
                 continue
