@@ -162,6 +162,7 @@ class AdapterBelongings(AdapterWeights):
             self._processor = processor
         if self._processor_is_set:
             self._processor.camera_names = list(self.camera_names)
+            OpenVLAProcessor.ask_as_model(self._processor, self.config)  # of the class of a Hub folder's own code, too
             return self._processor
         processor = self.adapter_state.processor(self._active_adapters(), self._processor, self.config)
         processor.camera_names = list(self.camera_names)

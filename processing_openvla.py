@@ -161,8 +161,7 @@ class OpenVLAProcessor(ProcessorMixin):
                 "adapting pad_to_multiple_of."
             )
         self.n_action_tokens, self.camera_names = config.n_action_bins, list(config.camera_names)
-        if self.prompt_template is None:
-            self.prompt_template = prompt_template_of(vars(config))
+        self.ask_as_model(config)
         try:
             check_prompt_ids(self.prompt_ids("open the drawer"), config)
         except ValueError as error:
@@ -170,6 +169,12 @@ class OpenVLAProcessor(ProcessorMixin):
                 "The tokenizer (tokenizer.json, tokenizer_config.json) or the prompt form (prompt_template) is not the "
                 f"model's. {error}"
             ) from error
+
+    def ask_as_model(self, config: OpenVLAConfig) -> None:
+        """Ask in the prompt form that the model calls for, unless the processor has one of its own: several models may
+        be given the same one."""
+        if self.prompt_template in (None, getattr(self, "_form_of_model", None)):
+            self.prompt_template = self._form_of_model = prompt_template_of(vars(config))
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):

@@ -493,7 +493,7 @@ def test_prompt_forms_that_start_a_sequence_twice(tiny_checkpoint, tiny_processo
                 own.check_fits(config)
 
 
-def test_a_processor_made_by_hand_asks_as_the_model_was_trained(tiny_checkpoint, tiny_processor):
+def test_a_processor_made_by_hand_asks_as_the_model_was_trained(tiny_checkpoint, tiny_processor, tmp_path):
     """Of v01 in the chat form; a form of its own stays."""
     own = OpenVLAProcessor(tiny_processor.image_processor, tiny_processor.tokenizer)
     chosen = OpenVLAProcessor(tiny_processor.image_processor, tiny_processor.tokenizer, "do {instruction}")
@@ -503,6 +503,16 @@ def test_a_processor_made_by_hand_asks_as_the_model_was_trained(tiny_checkpoint,
         ))  # fmt: skip
     assert own.format_prompt("stop") == PROMPT_TEMPLATES["openvla-v01"].format(instruction="stop")
     assert chosen.format_prompt("stop") == "do stop"
+    # One for two models asks each in its own form.
+    model, of_v01 = tiny_checkpoint.load(), tiny_checkpoint.load()
+    model.config.llm_backbone_id, of_v01.config.llm_backbone_id = "llama2-7b-pure", "vicuna-v15-7b"
+    model.processor = of_v01.processor = own
+    for _ in range(2):
+        for asked, form in ((model, "openvla"), (of_v01, "openvla-v01")):
+            assert asked.processor.format_prompt("stop") == PROMPT_TEMPLATES[form].format(instruction="stop")
+    chosen.save_pretrained(tmp_path / "chosen")
+    own.save_pretrained(tmp_path / "own")
+    assert all("_form_of_model" not in file.read_text() for file in tmp_path.glob("*/processor_config.json"))
 
 
 @pytest.mark.parametrize("bins", [64, 256, 512])
