@@ -148,7 +148,7 @@ def open_source(
     if given is not None and scaled is not None:
         raise ValueError(f"{recording.name}: the statistics given have a mask of their own; leave mask out.")
     normalization = _mode(recording.name, normalization, given)
-    lent = spec_of({recording.name: given}, recording.name) if given and given.get("action_spec") else None
+    lent = spec_of({recording.name: given}, recording.name) if given and given.get("action_spec") is not None else None
     stated = recording.spec or lent  # what the robot of this recording does, its simulator knows best
     grippers = recording.gripper_dims
     if stated is not None and grippers is None:

@@ -456,8 +456,11 @@ def test_statistics_of_states_that_do_not_fit():
     with pytest.raises(ValueError, match="states have 3 dimensions, the proprio statistics given 4"):
         open_source(made, statistics=other)
     none = {**units, "proprio": {"q01": [0.0] * 7, "q99": [0.0] * 7}}  # of a recording without states
-    for fitting in (units, none, {"action": units["action"]}):
+    for fitting in (units, none, {"action": units["action"]}, {**units, "action_spec": None}):
         open_source(made, statistics=fitting)
+    for unsound in ({}, [], 0):  # what null says, they do not
+        with pytest.raises(ValueError, match="action_spec="):
+            open_source(made, statistics={**units, "action_spec": unsound})
 
 
 def test_filters_of_normalized_episodes():
