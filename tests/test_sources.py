@@ -459,7 +459,7 @@ def test_statistics_of_states_that_do_not_fit():
     for fitting in (units, none, {"action": units["action"]}, {**units, "action_spec": None}):
         open_source(made, statistics=fitting)
     for unsound in ({}, [], 0):  # what null says, they do not
-        with pytest.raises(ValueError, match="action_spec="):
+        with pytest.raises(ValueError, match="action_spec"):
             open_source(made, statistics={**units, "action_spec": unsound})
 
 
