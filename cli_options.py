@@ -9,7 +9,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from .options.fields import read_pairs
+from .options.fields import choices, read_pairs
 
 
 def options_of(kind: type) -> Callable[[Callable[[Any], None]], Callable[..., None]]:
@@ -27,7 +27,8 @@ def options_of(kind: type) -> Callable[[Callable[[Any], None]], Callable[..., No
                     given[item.name] = read_pairs(value or [], item.metadata["flag"])
                 elif isinstance(value, str):
                     _check_given(item, value)
-                    given[item.name] = Path(value) if _is_path(item) else value
+                    spelled = {str(choice): choice for choice in choices(item.type)}
+                    given[item.name] = Path(value) if _is_path(item) else spelled.get(value, value)
             options = kind(**given)
             execute_root()
             function(options)
@@ -56,6 +57,9 @@ def _check_given(item: Any, value: str) -> None:
 def _parameter(item: Any) -> inspect.Parameter:
     about = item.metadata
     kind = list[str] | None if about.get("pairs") else item.type
+    known = choices(kind)  # texts here: `check_options` refuses others, with the nearest of them
+    if known:
+        kind = str | None if type(None) in get_args(kind) else str
     if kind != list[str]:  # which is given several times; other lists and mappings by commas
         kind = str | None if {str, Path} & set(get_args(kind)) else str if kind is Path else kind
     default = None if item.default is MISSING else str(item.default) if isinstance(item.default, Path) else item.default
@@ -64,7 +68,8 @@ def _parameter(item: Any) -> inspect.Parameter:
     if about.get("argument"):
         info = typer.Argument(help=about["help"])
     else:
-        metavar = "NAME=VALUE" if about.get("pairs") else "<path>" if _is_path(item) else about.get("metavar")
+        metavar = f"<{'|'.join(map(str, known))}>" if known else about.get("metavar")
+        metavar = "NAME=VALUE" if about.get("pairs") else "<path>" if _is_path(item) else metavar
         info = typer.Option(*flags, help=about["help"], show_default=shown, metavar=metavar)
     needed = item.default is MISSING and item.default_factory is MISSING
     return inspect.Parameter(

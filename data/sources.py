@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..choices_openvla import closest
+from ..choices_openvla import closest, nearest
 from ..options.fields import respelled
 from .formats.registry import READER_OPTIONS
 from .mixture import is_mixture_file, load_entries
@@ -115,7 +115,8 @@ def _open_mixture(text: str, root: Path | None, options: dict[str, Any]) -> list
     if missing:
         known = load_oxe_datasets()
         unknown = [Path(place).name for place in missing if Path(place).name not in known]
-        hint = next(filter(None, (closest(name, known) for name in unknown)), "")
+        misspelled = next(filter(None, (nearest(name, known) for name in unknown)), None)
+        hint = f" Did you mean '{misspelled}'?" if misspelled else ""
         raise FileNotFoundError(
             f"'{text}' names datasets that are not there: {', '.join(missing)}.{hint} Give data_root=..., the folder "
             f"that holds them{f' (now {root})' if root else ''}, or a path for each in a YAML file."

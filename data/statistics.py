@@ -98,7 +98,10 @@ def compute_statistics(
     if mask is None:
         mask = default_mask(all_actions, grippers, names)
     elif len(mask) != all_actions.shape[1]:
-        raise ValueError(f"mask has {len(mask)} entries, actions have {all_actions.shape[1]} dimensions.")
+        raise ValueError(
+            f"mask has {len(mask)} entries, actions have {all_actions.shape[1]} dimensions: give one for each, "
+            "1 (scaled) or 0 (as recorded)."
+        )
     all_states = np.zeros_like(all_actions) if states is None else np.concatenate(states)
     action, proprio = describe(all_actions), describe(all_states)
     if not published:

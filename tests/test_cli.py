@@ -307,6 +307,19 @@ def test_export_writes_what_it_is_asked_for(model, tmp_path, monkeypatch):
     assert "--dtype 'int8' is unknown" in error_of("export", model, tmp_path / "out", "--dtype", "int8")
 
 
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (["bench", "latncy"], "what='latncy' is unknown. Did you mean 'latency'? Known: latency, throughput"),
+        (["bench", "latency", "--preset", "openvla7b"], "--preset 'openvla7b' is unknown. Did you mean 'openvla-7b'?"),
+        (["finetune", "--dataset", "d", "--output", "o", "--strategy", "lorra"], "Did you mean 'lora'? Known: full, "),
+        (["quantize", "m", "o", "--bits", "3"], "--bits '3' is unknown. Known: 8, 4, fp8."),
+    ],
+)
+def test_a_misspelled_choice_is_answered_with_the_nearest(command, told):
+    assert told in error_of(*command)
+
+
 # Data and training
 
 

@@ -218,7 +218,7 @@ def test_options_that_name_no_dimension():
         open_source(episodes(), gripper_dims="6,14")
     with pytest.raises(ValueError, match="gripper_dims says that there is none"):
         open_source(episodes(), gripper_dims="none", gripper="open-is-0")
-    with pytest.raises(ValueError, match="mask has 7 entries, actions have 14"):
+    with pytest.raises(ValueError, match="mask has 7 entries, actions have 14 dimensions: give one for each"):
         open_source(episodes(), mask="1,1,1,1,1,1,0")
 
     def percent(actions):

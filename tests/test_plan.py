@@ -249,7 +249,7 @@ def test_table_and_errors(config, capsys):
     with pytest.raises(ValueError, match="text_tokens=8 must be at least 9"):
         estimate(config, "lora", text_tokens=8)
     for wrong, answer in (
-        (["openvla-7c"], "error: No folder at 'openvla-7c'"),
+        (["openvla-7c"], "error: model='openvla-7c' is unknown. Did you mean 'openvla-7b'?"),
         (["libero"], "error: Preset 'libero' holds no configuration. Presets that do: openvla-7b"),
         ([str(ROOT), "--batch-size", "0"], "error: batch_size=0 must be at least 1"),
     ):

@@ -981,6 +981,8 @@ def test_mistakes_of_users(tmp_path):
         ("bridge_orig", FileNotFoundError, "neither a dataset .*data_root=that folder"),
         ("lerobot/pusht", FileNotFoundError, "hf download lerobot/pusht --repo-type dataset --local-dir FOLDER"),
         ("bridge_rt_1", FileNotFoundError, "are not there: bridge_orig, fractal.*Give data_root"),
+        ("roboste:1,b:1", FileNotFoundError, "Did you mean 'roboset'"),
+        ("my_robot:1,b:1", FileNotFoundError, r"my_robot, [^ ]*b\. Give data_root"),  # a name of one's own
         ("a:1,b:many", ValueError, "expected a number"),
         (tmp_path / "missing.yaml", FileNotFoundError, "missing.yaml"),
         ("x" * 300 + ":1", FileNotFoundError, "are not there"),

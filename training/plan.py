@@ -11,6 +11,7 @@ pass, and where CUDA kernels keep other tensors than those of the CPU.
 
 import argparse
 import copy
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -274,6 +275,8 @@ def main(argv: list[str] | None = None) -> None:
         if adapted := sorted({"lora", "qlora"} & set(strategies)):
             require("peft", purpose=f"strategy '{adapted[0]}'", preferred="train")
         preset = model in preset_names()
+        if not preset and "/" not in model and not os.path.exists(model):
+            check_choice("model", model, preset_names(), "Or a folder, or a Hub id such as openvla/openvla-7b.")
         config = load_preset_config(model) if preset else OpenVLAConfig.from_pretrained(model)
         for strategy in strategies:
             adapter = {"rank": rank} if strategy in ("lora", "qlora") else {}
