@@ -261,6 +261,25 @@ def test_digests_of_data_outlive_the_cache_of_statistics(dataset, monkeypatch):
     assert begun.data_digests(sources) == before
 
 
+def test_a_run_of_a_version_that_took_no_grippers_from_statistics(dataset, tmp_path):
+    """It could not be continued, and nothing that one could give made it so."""
+    finetune(options(tmp_path / "first", dataset, steps=1, gripper_dims="none"))
+    mine = {"statistics": str(tmp_path / "first" / "dataset_statistics.json")}
+    for end in ("repeat", "still"):
+        run = tmp_path / end
+        chunks = {"head": "l1_regression", "action_chunk": 2, "chunk_end": end}
+        finetune(options(run, dataset, steps=1, **mine, **chunks))
+        kept = run / "checkpoints" / "checkpoint-1" / "dataset_statistics.json"
+        stored = json.loads(kept.read_text())
+        (entry,) = stored.values()
+        entry["action_spec"] |= {"grippers": [6], "relative": [True] * 6 + [False]}
+        kept.write_text(json.dumps(stored))
+        if end == "repeat":
+            finetune(options(run, dataset, **mine, **chunks), resume=True)
+    with pytest.raises(ValueError, match="statistics of the dataset '.*' are others .action_spec."):  # it decides ends
+        finetune(options(run, dataset, **mine, **chunks), resume=True)
+
+
 @pytest.mark.parametrize("strategy", ["lora", "full"])
 def test_an_adapter_whose_base_has_changed_is_not_trained_further(dataset, tmp_path, strategy):
     """Merging refused it, training put it on whatever weights were there."""

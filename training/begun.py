@@ -135,7 +135,9 @@ def check_begun(run: Run, now: Mapping[str, Any], checkpoint: Path | None) -> No
         if known[name] not in (None, files[name]):  # None: an object in Python, in runs of older versions
             changed.append(f"the files or episodes of the dataset '{name}' are others")
     if checkpoint is not None:
-        changed += changed_statistics(stored, json.loads(json.dumps(run.statistics)))
+        converted = any(source.chunk_end == "still" for source in run.sources) and run.shape[0] > 1
+        converted |= len(run.sources) > 1 or options.gripper != "open-is-1" or bool(options.filters)
+        changed += changed_statistics(stored, json.loads(json.dumps(run.statistics)), converted)
     if changed:
         raise ValueError(
             f"'{output}' was begun with other options or data: {'; '.join(changed)}. Take those that it was begun "
@@ -226,17 +228,25 @@ def check_frozen(checkpoint: Path, model: Any) -> None:
                     )
 
 
-def changed_statistics(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Which statistics of which datasets differ by more than rounding; both as read from JSON."""
+def changed_statistics(before: Mapping[str, Any], now: Mapping[str, Any], grippers: bool = True) -> list[str]:
+    """Which statistics of which datasets differ by more than rounding; both as read from JSON. `grippers`: training
+    depends on which of the numbers are; earlier versions did not take that from statistics that are given."""
     found = []
     for name in sorted(before.keys() & now.keys()):
-        keys = {**before[name], **now[name]}
-        if "action_spec" not in before[name]:  # runs of older versions
+        was, is_now = (each[name] if grippers else _without_grippers(each[name]) for each in (before, now))
+        keys = {**was, **is_now}
+        if "action_spec" not in was:  # runs of older versions
             keys.pop("action_spec", None)
-        other = [key for key in sorted(keys) if not _same(before[name], now[name], key)]
+        other = [key for key in sorted(keys) if not _same(was, is_now, key)]
         if other:
             found.append(f"the statistics of the dataset '{name}' are others ({', '.join(other)})")
     return found
+
+
+def _without_grippers(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    if not isinstance(spec := entry.get("action_spec"), Mapping):
+        return entry
+    return {**entry, "action_spec": {key: spec[key] for key in spec if key not in ("grippers", "relative")}}
 
 
 def _same(before: Any, now: Any, key: str) -> bool:
