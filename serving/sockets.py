@@ -82,7 +82,8 @@ class CountedRequests(H11Protocol):
         """To a request that turns out to be none, the only answer it gets. uvicorn would log a traceback of each that
         is answered already, or right now."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            super().send_400_response(msg)
+            with suppress(h11.LocalProtocolError):  # the answer to HEAD has no text
+                super().send_400_response(msg)
         self.transport.close()
         if self.cycle is not None:
             self.cycle.disconnected = True

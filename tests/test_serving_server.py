@@ -415,10 +415,13 @@ def test_who_has_no_key_is_one_clear_line_in_the_log():
         with pytest.raises(InvalidStatus, match="401"):
             server.connect()
     assert server.get("/info")[0] == 401 and server.get("/info", Origin="http://elsewhere")[0] == 403
-    for status, waits in ((b"400", False), (b"401", True)):  # of a body that is none; a traceback for each
+    # Of a body that is none; a traceback for each, and two for HEAD
+    for method, status, waits in ((b"POST", b"400", False), (b"HEAD", b"400", False), (b"POST", b"401", True)):
         with socket.create_connection(("127.0.0.1", server.port), timeout=60) as robot:
             robot.sendall(
-                b"POST /act HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n" + (not waits) * b"x\r\n"
+                method
+                + b" /act HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+                + (not waits) * b"x\r\n"
             )
             assert robot.recv(1000).startswith(b"HTTP/1.1 " + status)
             with suppress(ConnectionError):
