@@ -71,8 +71,12 @@ def record(options: RecordOptions, *, progress: bool = True) -> dict[str, Any]:
         BlockingIOError: If another process records to the same place.
         RecordingBroke: If a worker of several died, or raised something, an error of this list as well.
     """
-    output = Path(options.output).expanduser().resolve()  # of a link the folder that it stands for is replaced
+    given = Path(options.output).expanduser().absolute()
+    output = given.resolve()  # of a link the folder that it stands for is replaced
+    begun, part = (path.with_name(f"{path.name}.partial") for path in (given, output))
     with locked(output):
+        if (begun / PLAN).is_file() and not part.exists():  # earlier versions kept it beside the link, and failed there
+            shutil.move(begun, part)
         return _record(options, output, progress)
 
 

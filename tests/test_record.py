@@ -534,11 +534,22 @@ def test_one_process_at_a_time(tmp_path, monkeypatch):
     assert (tmp_path / "out.partial" / "episodes").is_dir()
 
 
-def test_an_output_that_is_a_link(tmp_path):
+def test_an_output_that_is_a_link(tmp_path, monkeypatch):
     """All was recorded, and the link could not be replaced."""
+
+    def broken(*_, **__):
+        raise OSError("could not be replaced")
+
     (tmp_path / "disk" / "data").mkdir(parents=True)
     (tmp_path / "out").symlink_to(tmp_path / "disk" / "data")
-    record(RecordOptions(env="toy:TwoArms", tasks="pose", episodes=1, output=str(tmp_path / "out")), progress=False)
+    mine = RecordOptions(env="toy:TwoArms", tasks="pose", episodes=1, output=str(tmp_path / "out"))
+    with monkeypatch.context() as patch:
+        patch.setattr("openvla.evaluation.record.write_lerobot", broken)
+        with pytest.raises(OSError, match="could not be replaced"):
+            record(mine, progress=False)
+    (tmp_path / "disk" / "data.partial").rename(tmp_path / "out.partial")  # where it was kept then
+    monkeypatch.setattr(recorder.Recorder, "record", broken)  # what is there is not recorded again
+    record(mine, progress=False)
     assert (tmp_path / "out").is_symlink() and len(open_dataset(tmp_path / "out")) == 1
     assert [path.name for path in (tmp_path / "disk").iterdir() if not path.name.startswith(".")] == ["data"]
 
