@@ -429,9 +429,9 @@ def _warn_of_untrained(
     except (OSError, ValueError):
         return
     for field in OF_WEIGHTS:
-        said, asked = (getattr(one, field) for one in (stored, config))
         if field in learned or (field == "diffusion_steps" and config.action_head != "diffusion"):
             continue
+        said, asked = (getattr(one, field) for one in (stored, config))
         if _count(said) != _count(asked):
             warnings.warn(
                 f"{field}={asked!r}: the config.json of '{name}' says {said!r}, so its weights never learned that, and "
