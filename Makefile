@@ -16,7 +16,7 @@ export UV_COMPILE_BYTECODE_TIMEOUT := 600
 .PHONY: help demo policy test test-floor test-newest test-install test-page test-runtime test-ray test-fuzz check format bench constraints clean
 
 help:
-	@echo "make demo        the embedded policy: predictions on example frames, films of it in simulation, in $(OUTPUTS)/"
+	@echo "make demo        the embedded policy: predictions on example frames, videos of it in simulation, in $(OUTPUTS)/"
 	@echo "make policy      record, train and evaluate the policy of this folder again: hours"
 	@echo "make test        the complete test suite (offline, CPU)"
 	@echo "make test-floor  the same with the oldest supported libraries"
@@ -64,7 +64,7 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/python examples/demo.py --output $(OUTPUTS)
 	@echo && echo "In closed loop, one episode of each task (minutes on a CPU):"
 	@$(BIN)/openvla demo --output $(OUTPUTS)/demo || { test $$? -eq 3 && \
-		echo "No films: the simulator has nothing to render with, see above. All of the demo that needs none has run."; }
+		echo "No videos: the simulator has nothing to render with, see above. All of the demo that needs none has run."; }
 
 policy: $(VENV)/dev.stamp
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/policy.sh $(OUTPUTS)/policy

@@ -214,7 +214,7 @@ def record(options: RecordOptions) -> None:
 def evaluate(options: EvaluateOptions) -> None:
     """Measure success in the closed loop.
 
-    Runs every task from seeds that recording never uses, and writes report.md, report.json, a plot and films. A run
+    Runs every task from seeds that recording never uses, and writes report.md, report.json, a plot and videos. A run
     that was stopped continues when the same command is given again, and repeats episodes that broke. Other weights
     need another folder. Exits with 1 where every episode broke, with 3 where there is no OpenGL to render with.
 
@@ -267,7 +267,7 @@ def bench(options: BenchOptions) -> None:
 def demo(options: DemoOptions) -> None:
     """Watch the policy at work.
 
-    Runs one episode of each task in the simulator, without a screen, and writes a film of each, and demo.gif, which
+    Runs one episode of each task in the simulator, without a screen, and writes a video of each, and demo.gif, which
     shows all of them. One episode says little: evaluate measures. Exits with 3 where there is no OpenGL to render with.
 
     \b
@@ -282,7 +282,7 @@ def demo(options: DemoOptions) -> None:
         outcome = f"broke: {record.error}" if record.error else "success" if record.success else "failure"
         typer.echo(f"{record.task}: {outcome}, {record.steps} steps ({record.instruction})")
     succeeded = sum(record.success for record in records)
-    typer.echo(f"{succeeded} of {len(records)} succeeded; wrote {options.output / GIF} and a film of each task")
+    typer.echo(f"{succeeded} of {len(records)} succeeded; wrote {options.output / GIF} and a video of each task")
 
 
 app.add_typer(folder_verbs)

@@ -112,14 +112,16 @@ class DatasetOptions(HDF5Options, LeRobotOptions):
     )
     absolute_dims: str | None = option(
         None,
-        "Dimensions that are places and not changes, counted from 0: 0,1,2, or all, as of joint positions. They are "
-        "kept where a robot waits, or a chunk ends with standstill (--chunk-end still). Default: grippers, and what is "
-        "not scaled.",
+        "Dimensions that are absolute targets, not deltas, counted from 0: 0,1,2, or all, as of joint positions. They "
+        "are kept where a robot waits, or a chunk ends with standstill (--chunk-end still). Default: grippers, and "
+        "what is not scaled.",
         listed=True,
     )
     frame: str | None = option(None, "Frame of the actions, in words: base, end effector. For card and predictions.")
     unit: str | None = option(None, "Unit of the actions, in words: metres and radians. For card and predictions.")
-    hz: float | None = option(None, "Actions in a second. Default: as recorded, where the data says so.", least=1e-3)
+    hz: float | None = option(
+        None, "Control rate: actions per second. Default: as recorded, where the data says so.", least=1e-3
+    )
     mask: str | None = option(
         None,
         "Which dimensions of an action are scaled by q01 and q99, 1 or 0 for each: 1,1,1,1,1,1,0. Default: all but "

@@ -210,7 +210,7 @@ class EvaluateOptions(ClosedLoopOptions):
         "round trip, as OpenVLA-OFT evaluates.",
         shown="as stored with the model",
     )
-    videos: int = option(1, "Episodes of each task to film.", least=0, neutral=True)
+    videos: int = option(1, "Episodes of each task to record as videos.", least=0, neutral=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -228,7 +228,7 @@ class EvaluateOptions(ClosedLoopOptions):
 class DemoOptions(ClosedLoopOptions):
     """One episode of each task, to be watched."""
 
-    output: Path = option(Path("outputs/demo"), "Folder for the films.", neutral=True)
+    output: Path = option(Path("outputs/demo"), "Folder for the videos.", neutral=True)
 
 
 def names_of(text: str) -> tuple[str, ...]:

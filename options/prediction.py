@@ -77,8 +77,8 @@ class ActingOptions(ModelOptions):
     decoding: Literal["mode", "mean"] | None = option(
         None,
         "What is executed of the distribution of each number: mode, the most probable bin, as published; mean, the "
-        "mean of all bins, which is smoother, and steadier where answers come late; grippers, and angles that are "
-        "places, stay the most probable. Of heads that choose token by token.",
+        "mean of all bins, which is smoother, and steadier where answers come late; grippers and absolute angles stay "
+        "the most probable. For heads that choose token by token.",
         shown="mode",
     )
 

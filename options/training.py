@@ -99,8 +99,8 @@ class FinetuneOptions(DatasetOptions):
     )
     schedule: Literal["constant", "linear", "cosine", "step"] | None = option(
         None,
-        "Course of the learning rate after the warmup; linear and cosine fall to 0; step: a tenth after --decay-after "
-        "steps.",
+        "Schedule of the learning rate after the warmup; linear and cosine fall to 0; step: a tenth after "
+        "--decay-after steps.",
         shown="constant; step with --recipe oft",
     )
     warmup_steps: int = option(0, "Steps in which the learning rate rises from 0 to its value.", least=0)
