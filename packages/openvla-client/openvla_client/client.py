@@ -222,11 +222,13 @@ def _end(loop: asyncio.AbstractEventLoop, thread: threading.Thread, clients: lis
 
 async def _ended(clients: list[AsyncClient]) -> None:
     """Close, and let nobody wait for ever."""
-    waiting = _others()  # first: one that connects again would leave a connection behind
+    waiting = _others()
+    await asyncio.gather(*(client.close() for client in list(clients)))
     for task in waiting:
         task.cancel()
     await asyncio.gather(*waiting, return_exceptions=True)
-    await asyncio.gather(*(client.close() for client in list(clients)), *_others(), return_exceptions=True)
+    # Those that connected again meanwhile. No goodbye is cancelled: one that has not begun would leave its socket.
+    await asyncio.gather(*(client.close() for client in list(clients)), *_others())
 
 
 def _others() -> list[asyncio.Task[Any]]:
