@@ -77,8 +77,7 @@ def open_recording(
     """See `sources.open_source`."""
     if not 0 <= held_out < 1:
         raise ValueError(f"held_out={held_out}: expected a part of the episodes, from 0 to below 1.")
-    made_of = _of_path if isinstance(location, str | os.PathLike) else _of_object
-    origin = made_of(location, format, split, name, standardize, on_error, reader)
+    origin = _origin(location, format, split, name, standardize, on_error, reader)
     name, plain, standard = origin.name, origin.plain, origin.standard
     if standard:
         camera, camera_names, preset = layout_options(standard, camera, camera_names, sees_state, name)
@@ -166,8 +165,8 @@ class _Origin:
         return open_dataset(self.path, self.format, split, **{**self.options, **more})
 
 
-def _of_path(
-    location: str | os.PathLike,
+def _origin(
+    location: str | os.PathLike | Any,
     format: str | None,
     split: str,
     name: str | None,
@@ -175,25 +174,15 @@ def _of_path(
     on_error: OnError,
     reader: Mapping[str, Any],
 ) -> _Origin:
-    path = Path(location).expanduser()
-    if not path.exists():
-        raise FileNotFoundError(f"{path.absolute()} does not exist: expected a folder or file of demonstrations.")
-    format = format or recognise(path)
-    plain = open_dataset(path, format, split, on_error=on_error, **reader)
-    standard = standardization_of(_folder_name(path), plain.name, format, standardize)
-    name = name or (standard.name if standard and standardize == "auto" else plain.name)
-    return _Origin(name, plain, path, format, standard, {"on_error": on_error, **reader})
-
-
-def _of_object(
-    location: Any,
-    format: str | None,
-    split: str,
-    name: str | None,
-    standardize: str | None,
-    on_error: OnError,
-    reader: Mapping[str, Any],
-) -> _Origin:
+    if isinstance(location, str | os.PathLike):
+        path = Path(location).expanduser()
+        if not path.exists():
+            raise FileNotFoundError(f"{path.absolute()} does not exist: expected a folder or file of demonstrations.")
+        format = format or recognise(path)
+        plain = open_dataset(path, format, split, on_error=on_error, **reader)
+        standard = standardization_of(_folder_name(path), plain.name, format, standardize)
+        name = name or (standard.name if standard and standardize == "auto" else plain.name)
+        return _Origin(name, plain, path, format, standard, {"on_error": on_error, **reader})
     if reader or standardize not in ("auto", "none", None):
         given = sorted(reader) or f"standardize={standardize!r}"
         raise ValueError(f"{given}: an object in Python gives episodes as they are to be trained on, by itself.")

@@ -1,6 +1,5 @@
 """What a guard gives for a step of a control loop."""
 
-import copyreg
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from .action_spec import ActionSpec
+from .errors import Picklable
 
 
 class State(StrEnum):
@@ -49,15 +49,12 @@ class Command:
         return {**vars(self), **lists}
 
 
-class NoAction(RuntimeError):
+class NoAction(Picklable, RuntimeError):
     """Nothing may be executed in this step; stop the arm by its own means. `command` says the state and why."""
 
     def __init__(self, message: str, command: Command):
         super().__init__(message)
         self.command = command
-
-    def __reduce__(self) -> tuple:  # as of `Refused`
-        return copyreg.__newobj__, (type(self), *self.args), vars(self)  # type: ignore[attr-defined]
 
 
 def held(spec: ActionSpec, last: np.ndarray | None) -> np.ndarray | None:

@@ -11,7 +11,15 @@ class NoAnswer(TimeoutError):
     """Nothing came in time. An answer that comes later is thrown away."""
 
 
-class Refused(RuntimeError):
+class Picklable(Exception):
+    """An error whose `__init__` takes more than its message: pickle calls it with the message alone, so that another
+    process could not read the error. This goes without `__init__`, also for kinds that a program derives."""
+
+    def __reduce__(self) -> tuple:
+        return copyreg.__newobj__, (type(self), *self.args), vars(self)  # type: ignore[attr-defined]
+
+
+class Refused(Picklable, RuntimeError):
     """The server says no, and why.
 
     code: "bad_request", "unauthorized", "too_large", "busy", "hung", "late", "superseded", "failed", ...
@@ -21,9 +29,6 @@ class Refused(RuntimeError):
     def __init__(self, message: str, code: str, retry_after: float | None = None):
         super().__init__(message)
         self.code, self.retry_after = code, retry_after
-
-    def __reduce__(self) -> tuple:  # or a process that gets it, or one of a kind of yours, could not read it
-        return copyreg.__newobj__, (type(self), *self.args), vars(self)  # type: ignore[attr-defined]
 
 
 class BadAnswer(ValueError):
