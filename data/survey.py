@@ -12,7 +12,7 @@ import re
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import chain
 from pathlib import Path
@@ -195,12 +195,19 @@ def largest_normalized(values: np.ndarray, stats: Mapping[str, Any], normalizati
 # The cache ------------------------------------------------------------------------------------------------------------
 
 
-def content_key(datasets: Sequence[EpisodeDataset], options: Mapping[str, Any]) -> str | None:
+def content_key(
+    datasets: Sequence[EpisodeDataset], options: Mapping[str, Any], of: Callable[[str, Path], bool] | None = None
+) -> str | None:
     """Digest of the files that decide actions, states and instructions, and of `options`; None where the files are
-    not known or cannot be read. Digests of single files are kept, and hold while size and time stamps stay."""
+    not known or cannot be read. Digests of single files are kept, and hold while size and time stamps stay.
+
+    Args:
+        of: Which of these files count, by name and path. Default: all.
+    """
     files: dict[str, tuple[Path, EpisodeDataset]] = {}
     for dataset in datasets:
-        found = dataset.content_files()
+        found = dataset.content_files() or {}
+        found = {name: path for name, path in found.items() if of is None or of(name, path)}
         if not found:
             return None
         files |= {name: (path, dataset) for name, path in found.items()}

@@ -16,6 +16,7 @@ import processes
 import pytest
 import torch
 import yaml
+from data_files import write_lerobot
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -259,6 +260,26 @@ def test_digests_of_data_outlive_the_cache_of_statistics(dataset, monkeypatch):
     before = begun.data_digests(sources)
     monkeypatch.setattr("openvla.data.survey.VERSION", 99)
     assert begun.data_digests(sources) == before
+
+
+def test_a_run_of_a_version_that_looked_into_no_links(tmp_path):
+    """Digests of LeRobot had no tables in folders that are links, and such a run was refused as one of other data."""
+    folder, disk, run = write_lerobot(tmp_path / "set", "v2.1"), tmp_path / "disk", tmp_path / "run"
+    (folder / "data/chunk-000").rename(disk)
+    (folder / "data/chunk-000").symlink_to(disk)
+    finetune(options(run, folder, steps=1))
+    (source,) = open_sources(folder)
+    seen = {name: path for name, path in source.everything[0].content_files().items() if "chunk-000" not in name}
+    source.everything = (SimpleNamespace(content_files=lambda: seen, content_digest=source.dataset.content_digest),)
+    before = {"mine": begun.data_digests([source])[source.name]}
+    for kept in (run / "finetune.json", run / "checkpoints" / "checkpoint-1" / "finetune.json"):
+        settings = json.loads(kept.read_text())
+        assert before != settings["data_digests"]
+        kept.write_text(json.dumps(settings | {"data_digests": before}))
+    finetune(options(run, folder), resume=True)
+    (folder / "meta/more.jsonl").write_text("{}")
+    with pytest.raises(ValueError, match="files or episodes of the dataset 'mine' are others"):
+        finetune(options(run, folder, steps=3), resume=True)
 
 
 def test_a_run_of_a_version_that_took_no_grippers_from_statistics(dataset, tmp_path):

@@ -1,8 +1,10 @@
 """What a run is begun with, as its output folder keeps it (finetune.json), and whether one that continues agrees."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,10 @@ from ..options.training import ADAPTER_STRATEGIES, OF_ADAPTERS, FinetuneOptions
 from ..processor_files_openvla import STARTED
 from .prepared_run import Run, learning_rate
 from .resume import FINISHED
+
+
+# Of one version for good: what the cache of statistics holds may change, and runs that were begun continue.
+OF_DIGEST = {"version": 4}
 
 
 def what_begins(run: Run, data: Any = None) -> dict[str, Any]:
@@ -64,10 +70,14 @@ def _portable(name: str, output: str) -> str:
 
 def data_digests(sources: Sequence[Source]) -> dict[str, str]:
     """Of the files of each dataset, or of its episodes in their order where files are not known."""
-    # Of one version for good: what the cache of statistics holds may change, and runs that were begun continue.
-    return {
-        source.name: content_key(source.everything, {"version": 4}) or order_digest(source.survey) for source in sources
-    }
+    return {source.name: content_key(source.everything, OF_DIGEST) or order_digest(source.survey) for source in sources}
+
+
+def _by_earlier_versions(name: str, path: Path) -> bool:
+    """Whether earlier versions looked at a table of LeRobot in digests: not in folders that are links, nor elsewhere
+    than in these two."""
+    *between, _ = Path(name).parts[1:] or ("",)
+    return name.startswith(("meta/", "data/")) and not any(map(os.path.islink, path.parents[: len(between)]))
 
 
 def data_bytes(options: FinetuneOptions) -> list[int]:
@@ -131,8 +141,11 @@ def check_begun(run: Run, now: Mapping[str, Any], checkpoint: Path | None) -> No
             was, is_now = earlier[name].get(key), entries[name].get(key)
             if was != is_now and not (key in by_content and _moved(was, is_now)):
                 changed.append(f"{key} of '{name}' in the mixture was {was!r}, is {is_now!r}")
-    for name in sorted(known.keys() & files.keys()):
-        if known[name] not in (None, files[name]):  # None: an object in Python, in runs of older versions
+    for source in sorted(run.sources, key=attrgetter("name")):
+        name = source.name
+        if known.get(name) in (None, files[name]):  # None: an object in Python, in runs of older versions
+            continue
+        if known[name] != content_key(source.everything, OF_DIGEST, _by_earlier_versions):
             changed.append(f"the files or episodes of the dataset '{name}' are others")
     if checkpoint is not None:
         converted = any(source.chunk_end == "still" for source in run.sources) and run.shape[0] > 1
