@@ -12,7 +12,7 @@ import typer
 from .cli_errors import FAILED, Group, continued, show_warnings_as_lines
 from .cli_folders import report_merge
 from .cli_folders import verbs as folder_verbs
-from .cli_options import options_of
+from .cli_options import Verb, options_of
 from .options.benchmark import BenchOptions
 from .options.datasets import StatsOptions
 from .options.evaluation import DemoOptions, EvaluateOptions, RecordOptions
@@ -66,7 +66,7 @@ def options(
     """
 
 
-@app.command()
+@app.command(cls=Verb)
 @options_of(PredictOptions)
 def predict(options: PredictOptions) -> None:
     """Predict the action for what the robot sees.
@@ -88,7 +88,7 @@ def predict(options: PredictOptions) -> None:
     typer.echo(json.dumps(record) if options.as_json else action_lines(record))
 
 
-@app.command()
+@app.command(cls=Verb)
 @options_of(ServeOptions)
 def serve(options: ServeOptions) -> None:
     """Answer robots over the network.
@@ -129,7 +129,7 @@ def serve(options: ServeOptions) -> None:
     raise typer.Exit(code)
 
 
-@app.command()
+@app.command(cls=Verb)
 @options_of(StatsOptions)
 def stats(options: StatsOptions) -> None:
     """Show the action statistics of a dataset.
@@ -147,7 +147,7 @@ def stats(options: StatsOptions) -> None:
         typer.echo(text)
 
 
-@app.command()
+@app.command(cls=Verb)
 @options_of(FinetuneVerb)
 def finetune(options: FinetuneVerb) -> None:
     """Fine-tune on your own demonstrations.
@@ -186,7 +186,7 @@ def finetune(options: FinetuneVerb) -> None:
             report_merge(merge_adapter(output, merge), merge)
 
 
-@app.command()
+@app.command(cls=Verb)
 @options_of(RecordOptions)
 def record(options: RecordOptions) -> None:
     """Record demonstrations of a simulator's scripted experts.
@@ -209,7 +209,7 @@ def record(options: RecordOptions) -> None:
     typer.echo(f"wrote {options.output}")
 
 
-@app.command()
+@app.command(cls=Verb)
 @options_of(EvaluateOptions)
 def evaluate(options: EvaluateOptions) -> None:
     """Measure success in the closed loop.
@@ -238,7 +238,7 @@ def evaluate(options: EvaluateOptions) -> None:
         raise typer.Exit(FAILED)
 
 
-@app.command()
+@app.command(cls=Verb)
 @options_of(BenchOptions)
 def bench(options: BenchOptions) -> None:
     """Measure time, memory and exactness of predictions.
@@ -262,7 +262,7 @@ def bench(options: BenchOptions) -> None:
     typer.echo(run(options)[1])
 
 
-@app.command()
+@app.command(cls=Verb)
 @options_of(DemoOptions)
 def demo(options: DemoOptions) -> None:
     """Watch the policy at work.

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import typer
 
-from .cli_options import options_of
+from .cli_options import Verb, options_of
 from .options.conversion import ConvertOptions, ExportOptions, PackageOptions, QuantizeOptions
 from .options.training import MergeOptions
 
@@ -16,7 +16,7 @@ def report_merge(difference: float, out: Path) -> None:
     typer.echo(f"wrote {out}; largest difference of the logits, relative to the largest logit: {difference:.1e}")
 
 
-@verbs.command()
+@verbs.command(cls=Verb)
 @options_of(MergeOptions)
 def merge(options: MergeOptions) -> None:
     """Add an adapter to its base: one plain checkpoint.
@@ -32,7 +32,7 @@ def merge(options: MergeOptions) -> None:
     report_merge(merge_adapter(options.run, options.out, dtype=options.dtype, base=options.base), options.out)
 
 
-@verbs.command()
+@verbs.command(cls=Verb)
 @options_of(ConvertOptions)
 def convert(options: ConvertOptions) -> None:
     """Turn an original checkpoint into a Hub folder.
@@ -51,7 +51,7 @@ def convert(options: ConvertOptions) -> None:
     typer.echo(f"wrote {convert(options)}")
 
 
-@verbs.command()
+@verbs.command(cls=Verb)
 @options_of(ExportOptions)
 def export(options: ExportOptions) -> None:
     """Turn a Hub folder into an original run, or ONNX graphs.
@@ -70,7 +70,7 @@ def export(options: ExportOptions) -> None:
     typer.echo(f"wrote {write(options.weights, options.out, **options.without('weights', 'out', 'to'))}")
 
 
-@verbs.command()
+@verbs.command(cls=Verb)
 @options_of(PackageOptions)
 def package(options: PackageOptions) -> None:
     """Write a self-contained Hub folder.
@@ -88,7 +88,7 @@ def package(options: PackageOptions) -> None:
     typer.echo(f"wrote {package_checkpoint(options.weights, options.out, **given)}")
 
 
-@verbs.command()
+@verbs.command(cls=Verb)
 @options_of(QuantizeOptions)
 def quantize(options: QuantizeOptions) -> None:
     """Write a folder with weights of 8 or 4 bits, or in fp8.

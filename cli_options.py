@@ -8,8 +8,30 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
+from typer.core import TyperCommand
 
-from .options.fields import choices, read_pairs
+from .options.fields import choices, headings, read_pairs
+
+
+class Verb(TyperCommand):
+    """A verb whose --help has its options under headings, those that have to be given first."""
+
+    def format_options(self, ctx, formatter):
+        sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Needed": []}
+        for item in self.get_params(ctx):
+            if (record := item.get_help_record(ctx)) is None:
+                continue
+            if item.param_type_name == "argument":
+                sections["Arguments"].append(record)
+            elif item.required:
+                sections["Needed"].append(record)
+            else:
+                sections.setdefault(getattr(item, "rich_help_panel", None) or "Options", []).append(record)
+        sections["Options"] = sections.pop("Options")  # --help among them: last
+        for heading, records in sections.items():
+            if records:
+                with formatter.section(heading):
+                    formatter.write_dl(records)
 
 
 def options_of(kind: type) -> Callable[[Callable[[Any], None]], Callable[..., None]]:
@@ -18,7 +40,9 @@ def options_of(kind: type) -> Callable[[Callable[[Any], None]], Callable[..., No
 
     def decorate(function: Callable[[Any], None]) -> Callable[..., None]:
         items = fields(kind)
-        parameters = sorted(map(_parameter, items), key=lambda parameter: parameter.default is not parameter.empty)
+        of = {item.name: item for item in items}
+        shown = [_parameter(of[name], heading) for name, heading in headings(kind).items()]
+        parameters = sorted(shown, key=lambda parameter: parameter.default is not parameter.empty)
 
         def verb(**given: Any) -> None:
             for item in items:
@@ -54,7 +78,7 @@ def _check_given(item: Any, value: str) -> None:
     raise ValueError(f"{item.name}={value!r}: the value is empty (a variable of the shell?): give one{otherwise}.")
 
 
-def _parameter(item: Any) -> inspect.Parameter:
+def _parameter(item: Any, heading: str | None) -> inspect.Parameter:
     about = item.metadata
     kind = list[str] | None if about.get("pairs") else item.type
     known = choices(kind)  # texts here: `check_options` refuses others, with the nearest of them
@@ -70,7 +94,7 @@ def _parameter(item: Any) -> inspect.Parameter:
     else:
         metavar = f"<{'|'.join(map(str, known))}>" if known else about.get("metavar")
         metavar = "NAME=VALUE" if about.get("pairs") else "<path>" if _is_path(item) else metavar
-        info = typer.Option(*flags, help=about["help"], show_default=shown, metavar=metavar)
+        info = typer.Option(*flags, help=about["help"], show_default=shown, metavar=metavar, rich_help_panel=heading)
     needed = item.default is MISSING and item.default_factory is MISSING
     return inspect.Parameter(
         item.name,

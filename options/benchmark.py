@@ -39,7 +39,9 @@ class BenchOptions(GraphOptions, ModelOptions):
         argument=True,
     )
     preset: Literal["openvla-7b", "openvla-v01-7b"] | None = option(
-        None, "A published size with random weights in place of --model: nothing is downloaded."
+        None,
+        "A published size with random weights in place of --model: nothing is downloaded.",
+        heading="Model",
     )
     preset_fields: dict[str, Any] = pairs(
         "Field of the preset's configuration, any number of times: action_head=l1_regression, action_chunk=8, "
@@ -50,7 +52,10 @@ class BenchOptions(GraphOptions, ModelOptions):
         False, "Quantize vision towers and projector of the preset as well; a folder is as quantize --towers wrote it."
     )
     dataset: str | None = option(
-        None, "Demonstrations whose frames are predicted, as finetune takes them.", shown="random images; exact: needed"
+        None,
+        "Demonstrations whose frames are predicted, as finetune takes them.",
+        shown="random images; exact: needed",
+        heading="Measurement",
     )
     split: str = option("train", "Split of the dataset.")
     frames: int = option(100, "Predictions that are measured: the first frames of the first episodes.", least=1)
@@ -60,6 +65,7 @@ class BenchOptions(GraphOptions, ModelOptions):
         "Another environment that predicts the same frames, in turns: NAME=PYTHON, an interpreter with another version "
         "of openvla, or without it and with what the original's code needs.",
         flag="--against",
+        heading="What it is compared with",
     )
     original_code: Path | None = option(
         None,
@@ -67,7 +73,9 @@ class BenchOptions(GraphOptions, ModelOptions):
         shown="the code in the model's folder",
     )
     onnx: Path | None = option(None, "An export of the model (export --to onnx), timed with the others.", shown="none")
-    threads: int | None = option(None, "Threads of torch on a CPU.", shown="as torch chooses", least=1, below=1025)
+    threads: int | None = option(
+        None, "Threads of torch on a CPU.", shown="as torch chooses", least=1, below=1025, heading="Measurement"
+    )
     output: Path | None = option(
         None, "JSON file for the figures; of latency a plot beside it (needs [demo]).", shown="none"
     )

@@ -21,7 +21,9 @@ class ReaderOptions(Options):
     in `data/formats/` and for the command line."""
 
     cameras: Cameras = option(
-        None, "Cameras to read, by their keys in the data, joined by commas. Default: all in colour."
+        None,
+        "Cameras to read, by their keys in the data, joined by commas. Default: all in colour.",
+        heading="Data",
     )
     action_key: Keys = option(
         None,
@@ -62,7 +64,9 @@ class HDF5Options(ReaderOptions):
     """Options of the reader of HDF5 files."""
 
     rotate_images: bool | None = option(
-        None, "Turn images of HDF5 files by 180 degrees. Default: those of LIBERO, by their attributes."
+        None,
+        "Turn images of HDF5 files by 180 degrees. Default: those of LIBERO, by their attributes.",
+        heading="Data",
     )
 
 
@@ -71,7 +75,9 @@ class LeRobotOptions(ReaderOptions):
     """Options of the reader of LeRobot folders."""
 
     tolerance_s: float | None = option(
-        None, "Seconds that time stamps of LeRobot may differ from frame_index / fps. Default: 0.0001."
+        None,
+        "Seconds that time stamps of LeRobot may differ from frame_index / fps. Default: 0.0001.",
+        heading="Data",
     )
 
     def __post_init__(self) -> None:
@@ -89,7 +95,9 @@ class DatasetOptions(HDF5Options, LeRobotOptions):
         "Folder or file of demonstrations (RLDS, LeRobot, HDF5); or a mixture: its Open-X name, "
         "'name:weight,name:weight', or a YAML file."
     )
-    data_root: str | None = option(None, "Folder in which the datasets of a mixture lie under their names.")
+    data_root: str | None = option(
+        None, "Folder in which the datasets of a mixture lie under their names.", heading="Data"
+    )
     format: str | None = option(
         None,
         "Format of the data: rlds, lerobot or hdf5; or MODULE:CLASS, a reader of your own. Default: recognised.",
@@ -103,6 +111,7 @@ class DatasetOptions(HDF5Options, LeRobotOptions):
         "open-is-1",
         "What the recorded gripper means: open-is-1 or open-is-0 where it goes from 0 to 1, open-is-plus-1 or "
         "open-is-minus-1 (LIBERO's HDF5) where it goes from -1 to 1. The model's convention is 1 open.",
+        heading="Actions in the data",
     )
     gripper_dims: str | None = option(
         None,
@@ -132,6 +141,7 @@ class DatasetOptions(HDF5Options, LeRobotOptions):
         "auto",
         "Standardization of RLDS datasets: auto finds it by their names (Open-X, Bridge, DROID, LIBERO); none reads as "
         "recorded; or such a name.",
+        heading="Data",
     )
     filters: str = option("", "Steps to leave out, joined by commas: no-ops, zero-actions.")
     on_error: Literal["raise", "skip"] = option("raise", "What to do with a damaged record; skip warns and counts.")

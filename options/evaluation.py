@@ -22,6 +22,7 @@ class SimulatorOptions(Options):
         "metaworld",
         "Simulator: metaworld, robosuite, libero_spatial, libero_object, libero_goal, libero_10 or libero_90; or "
         "MODULE:CLASS, a simulator of your own.",
+        heading="Simulator",
     )
     env_options: dict[str, Any] = pairs(
         "Option of the simulator: NAME=VALUE, any number of times.", flag="--env-option"
@@ -65,10 +66,12 @@ class RecordOptions(SimulatorOptions):
         "Folder to write. Until the recording is complete, it is in OUTPUT.partial, not to be used otherwise.",
         neutral=True,
     )
-    env: str = option("metaworld", "Simulator: metaworld or robosuite; or MODULE:CLASS, a simulator of your own.")
+    env: str = option(
+        "metaworld", "Simulator: metaworld or robosuite; or MODULE:CLASS, a simulator of your own.", heading="Simulator"
+    )
     tasks: str = option("mt10", "Tasks and sets of tasks, joined by commas: mt10, mt50, drawer-open-v3, ...")
     camera: str | None = option(None, "Camera to record. Default: that of the simulator (metaworld: corner4).")
-    episodes: int = option(100, "Successful episodes of each task.", least=1)
+    episodes: int = option(100, "Successful episodes of each task.", least=1, heading="Recording")
     format: Literal["lerobot", "hdf5"] = option("lerobot", "LeRobot v3.0, or LIBERO-style HDF5, one file a task.")
     size: int = option(224, "Width and height of the images, in pixels.", least=1, below=4097)
     wrist: bool = option(False, "Record the camera on the gripper as well.")
@@ -78,6 +81,7 @@ class RecordOptions(SimulatorOptions):
         "none",
         "Variations, joined by commas, each of which is recorded for the tasks that have it: none,language records the "
         "usual scenes, and those in which a task and its opposite are possible.",
+        heading="Variation",
     )
     noise: float = option(
         0.0,
@@ -96,6 +100,7 @@ class RecordOptions(SimulatorOptions):
         None,
         "Model that acts first, for a number of steps that each episode draws, up to half of the longest; then the "
         "expert ends it. Recorded is the expert's answer throughout: what the model should have done (DAgger).",
+        heading="Student",
     )
     unnorm_key: str | None = option(
         None,
@@ -110,7 +115,10 @@ class RecordOptions(SimulatorOptions):
     )
     device: str = option("cpu", "Where the student runs: auto, cpu, cuda or mps.", neutral=True)
     seed: int = option(
-        0, "Number of the first episode; other numbers begin elsewhere. Evaluation has its own seeds.", least=0
+        0,
+        "Number of the first episode; other numbers begin elsewhere. Evaluation has its own seeds.",
+        least=0,
+        heading="Recording",
     )
     after_success: int = option(5, "Steps to record after the first success.", least=0)
     workers: int = option(1, "Processes, each with its own simulator.", least=1, below=1025, neutral=True)
@@ -141,7 +149,9 @@ class ClosedLoopOptions(SimulatorOptions, ActingOptions):
     """Who acts in the simulator, and how many environments run side by side."""
 
     policy: Literal["model", "expert", "random", "mean"] = option(
-        "model", "What acts: the model; to compare, the scripted expert, random actions or the mean action."
+        "model",
+        "What acts: the model; to compare, the scripted expert, random actions or the mean action.",
+        heading="Episodes",
     )
     max_steps: int | None = option(
         None, "Steps after which an episode has failed.", least=1, shown="the simulator's; metaworld: 125"
@@ -170,9 +180,11 @@ class EvaluateOptions(ClosedLoopOptions):
     """An evaluation: which episodes, who is in control, where the report goes."""
 
     output: Path = required("Folder for episodes, report and videos.", neutral=True)
-    episodes: int = option(50, "Episodes of each task.", least=1, below=1_000_000, neutral=True)
+    episodes: int = option(50, "Episodes of each task.", least=1, below=1_000_000, neutral=True, heading="Episodes")
     control: Literal["blocking", "realtime"] = option(
-        "blocking", "What the world does while the model thinks: blocking, it waits; realtime, it continues."
+        "blocking",
+        "What the world does while the model thinks: blocking, it waits; realtime, it continues.",
+        heading="Control",
     )
     hz: float | None = option(
         None, "Steps of the world in a second (realtime).", above=0, shown="the simulator's; metaworld: 20"
@@ -202,6 +214,7 @@ class EvaluateOptions(ClosedLoopOptions):
         "What differs from the recorded episodes, joined by commas: visual, motion, physical, semantic, language (each "
         "episode draws one kind), one kind such as visual:light, all for the five of them, none for nothing. Each is "
         "run for the tasks that have it, and has a row in the report.",
+        heading="Episodes",
     )
     pixels: Literal["published", "libero", "oft"] | None = option(
         None,
@@ -209,8 +222,9 @@ class EvaluateOptions(ClosedLoopOptions):
         "libero, resized with lanczos3 and cropped to the middle nine tenths of the area; oft, the same after a JPEG "
         "round trip, as OpenVLA-OFT evaluates.",
         shown="as stored with the model",
+        heading="Model",
     )
-    videos: int = option(1, "Episodes of each task to record as videos.", least=0, neutral=True)
+    videos: int = option(1, "Episodes of each task to record as videos.", least=0, neutral=True, heading="Episodes")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -228,7 +242,7 @@ class EvaluateOptions(ClosedLoopOptions):
 class DemoOptions(ClosedLoopOptions):
     """One episode of each task, to be watched."""
 
-    output: Path = option(Path("outputs/demo"), "Folder for the videos.", neutral=True)
+    output: Path = option(Path("outputs/demo"), "Folder for the videos.", neutral=True, heading="Episodes")
 
 
 def names_of(text: str) -> tuple[str, ...]:

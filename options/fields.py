@@ -1,5 +1,6 @@
 """Fields of a verb's dataclass: default, help text, limits, and whether a run that continues may change them."""
 
+import inspect
 import math
 import operator
 import os
@@ -33,6 +34,7 @@ def option(
     listed: bool = False,
     flag: str | None = None,
     shown: str | None = None,
+    heading: str | None = None,
 ) -> Any:
     """A field with its help text.
 
@@ -42,9 +44,10 @@ def option(
         listed: A text of numbers with commas between them; Python may give a number or a list.
         flag: Name on the command line, where it is not that of the field; one that begins with "--" has no "--no-".
         shown: What --help says in place of the default.
+        heading: What --help calls this option and those below it in its class, up to the next heading.
     """
     about = {"help": text, "least": least, "above": above, "below": below, "neutral": neutral, "listed": listed}
-    return field(default=default, metadata=about | {"flag": flag, "shown": shown})
+    return field(default=default, metadata=about | {"flag": flag, "shown": shown, "heading": heading})
 
 
 def required(text: str, *, argument: bool = False, neutral: bool = False, metavar: str | None = None) -> Any:
@@ -57,9 +60,9 @@ def required(text: str, *, argument: bool = False, neutral: bool = False, metava
     return field(metadata={"help": text, "argument": argument, "neutral": neutral, "metavar": metavar})
 
 
-def pairs(text: str, *, flag: str) -> Any:
+def pairs(text: str, *, flag: str, heading: str | None = None) -> Any:
     """A field of further options, `{name: value}`; on the command line `flag name=value`, any number of times."""
-    return field(default_factory=dict, metadata={"help": text, "flag": flag, "pairs": True})
+    return field(default_factory=dict, metadata={"help": text, "flag": flag, "pairs": True, "heading": heading})
 
 
 @dataclass(kw_only=True)
@@ -81,6 +84,18 @@ class Options:
 def decisive(kind: type) -> dict[str, Any]:
     """{field that decides the result: its default} of a dataclass of options; None for one without a default."""
     return {item.name: default_of(item) for item in fields(kind) if not item.metadata.get("neutral")}
+
+
+def headings(kind: type) -> dict[str, str | None]:
+    """{field: its heading} of a dataclass of options, as --help orders them: its own fields, then inherited ones."""
+    found: dict[str, str | None] = {}
+    for base in kind.__mro__:
+        heading = None
+        for name in inspect.get_annotations(base):
+            item = vars(base)["__dataclass_fields__"][name]
+            heading = item.metadata.get("heading") or heading
+            found.setdefault(name, heading)
+    return found
 
 
 def default_of(item: Any) -> Any:

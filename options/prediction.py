@@ -18,6 +18,7 @@ class VariantOptions(Options):
         None,
         "Say that the model is of OpenVLA-OFT's discrete variant, of which nothing in its folder tells.",
         shown="as the folder says",
+        heading="Model",
         flag="--head",
     )
     action_chunk: int | None = option(
@@ -37,6 +38,7 @@ class GraphOptions(Options):
         False,
         "On a GPU, compile the kernels of the graphs that predictions are made of: a quarter less time for each "
         "action, some ten seconds to get ready for each number of samples.",
+        heading="Model",
         neutral=True,
     )
 
@@ -49,6 +51,7 @@ class ModelOptions(VariantOptions):
         EMBEDDED_POLICY,
         "Model: a folder, or a Hub id such as openvla/openvla-7b.",
         shown="the policy that comes with the package",
+        heading="Model",
     )
     unnorm_key: str | None = option(
         None, "Dataset in whose units the action is, such as bridge_orig.", shown="the model's, if it has only one"
@@ -80,6 +83,7 @@ class ActingOptions(ModelOptions):
         "mean of all bins, which is smoother, and steadier where answers come late; grippers and absolute angles stay "
         "the most probable. For heads that choose token by token.",
         shown="mode",
+        heading="Model",
     )
 
 

@@ -12,7 +12,10 @@ class Limits(Options):
     with 413 or, where waiting helps, with 503."""
 
     message_bytes: int = option(
-        32 * 2**20, "Bytes of one body or message. Nothing that is compressed is read.", least=1
+        32 * 2**20,
+        "Bytes of one body or message. Nothing that is compressed is read.",
+        least=1,
+        heading="Limits",
     )
     bodies_bytes: int = option(
         256 * 2**20, "Bytes of all bodies and messages that come in or are answered at a time.", least=1
@@ -47,16 +50,19 @@ class Limits(Options):
 
 
 @dataclass(kw_only=True)
-class ServeOptions(Limits, GraphOptions, ActingOptions):
+class ServeOptions(GraphOptions, ActingOptions, Limits):
     """A model behind a socket."""
 
     host: str = option(
         "127.0.0.1",
         "Address to listen at. Others than those of this machine alone (loopback) need a key, or --insecure.",
+        heading="Network",
         neutral=True,
     )
     port: int = option(8000, "Port to listen at; 0: any that is free.", least=0, below=65536, neutral=True)
-    max_batch: int = option(16, "Requests that the model answers at once, at most.", least=1, below=1025)
+    max_batch: int = option(
+        16, "Requests that the model answers at once, at most.", least=1, below=1025, heading="Batches"
+    )
     max_wait_ms: float = option(
         5.0, "How long a free model waits for requests that are likely to come, to answer them at once.", least=0
     )
@@ -71,6 +77,7 @@ class ServeOptions(Limits, GraphOptions, ActingOptions):
         "A name that clients send, and what it is: a camera of the model, state or instruction; NAME= for what is "
         "ignored. The usual names need no such option.",
         flag="--map",
+        heading="Network",
     )
     allow_host: str | None = option(
         None,
@@ -79,16 +86,22 @@ class ServeOptions(Limits, GraphOptions, ActingOptions):
         shown="none",
     )
     sim: bool = option(
-        False, "Let the page run episodes in Meta-World, one at a time; its steps wait in the queue as a robot's do."
+        False,
+        "Let the page run episodes in Meta-World, one at a time; its steps wait in the queue as a robot's do.",
+        heading="Page",
     )
     live_frames: bool = option(True, "Keep the last pictures of each robot, in memory, for the page to show.")
     insecure: bool = option(
-        False, "Listen at any address without a key: everyone who reaches it can move the robot.", flag="--insecure"
+        False,
+        "Listen at any address without a key: everyone who reaches it can move the robot.",
+        flag="--insecure",
+        heading="Network",
     )
     ray: bool = option(
         False,
         "Serve by Ray, each replica with a model of its own, on the cluster of RAY_ADDRESS or on this machine. Without "
         "the page.",
+        heading="Ray",
     )
     replicas: int = option(1, "Replicas at least (--ray).", least=1)
     max_replicas: int | None = option(

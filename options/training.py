@@ -43,6 +43,7 @@ class FinetuneOptions(DatasetOptions):
         "Model to start from: a folder or a Hub id; or an earlier run: lora and qlora let its adapter continue "
         "learning (same rank), the others add it to its base first.",
         shown="the policy that comes with the package",
+        heading="Model and strategy",
     )
     strategy: Literal["full", "last_layer", "frozen_vision", "sandwich", "lora", "qlora"] = option(
         "lora", "Which parameters learn (table 1 of the paper); qlora: lora on a 4-bit base."
@@ -54,16 +55,16 @@ class FinetuneOptions(DatasetOptions):
         "--state and --film depend on the data: give them beside it.",
         neutral=True,  # its values are compared
     )
-    steps: int = option(1000, "Updates of the weights, in all.", least=1, neutral=True)
+    steps: int = option(1000, "Updates of the weights, in all.", least=1, neutral=True, heading="Optimization")
     batch_size: int = option(16, "Samples of one batch on one device.", least=1, neutral=True)
     gradient_accumulation: int = option(
         1, "Batches of one update, where one that is large enough does not fit the memory.", least=1, neutral=True
     )
-    # What the model is to be
     head: str | None = option(
         None,
         "How actions come out of the model: tokens, one after the other; or all in one pass, as in OpenVLA-OFT: "
         "parallel_tokens, l1_regression, diffusion. Default: as the model has it, tokens.",
+        heading="What the model is to be",
     )
     action_chunk: int | None = option(
         None, "Steps that one prediction is for. Default: as the model has it, 1.", least=1, flag="--chunk"
@@ -93,9 +94,11 @@ class FinetuneOptions(DatasetOptions):
         "given and not learned. For real-time control with --chunking prefix, where they are executed meanwhile.",
         least=0,
     )
-    # Learning
     learning_rate: float | None = option(
-        None, "Learning rate, after the warmup. Default: 5e-4 for lora and qlora, else 2e-5.", least=0
+        None,
+        "Learning rate, after the warmup. Default: 5e-4 for lora and qlora, else 2e-5.",
+        least=0,
+        heading="Optimization",
     )
     schedule: Literal["constant", "linear", "cosine", "step"] | None = option(
         None,
@@ -120,25 +123,28 @@ class FinetuneOptions(DatasetOptions):
     max_grad_norm: float | None = option(
         None, "Norm that gradients are clipped to; 0: they are not.", least=0, shown="1.0; 0.0 with --recipe oft"
     )
-    rank: int = option(32, "Inner dimension of an adapter (lora, qlora).", least=1)
+    rank: int = option(32, "Inner dimension of an adapter (lora, qlora).", least=1, heading="Adapter")
     alpha: int | None = option(None, "Scale of an adapter is alpha / rank. Default: min(rank, 16).", least=1)
     dropout: float = option(
         0.0, "Share of an adapter's inputs that is dropped at random (lora, qlora): 0 to below 1.", least=0, below=1
     )
-    # Data
     held_out: float = option(
         0.05,
         "Share of the episodes kept back for evaluation where there is no val split: 0.05 is 5%, 0 none.",
         least=0,
         below=1,
+        heading="Samples",
     )
     cameras: Cameras = option(
         None,
         "Cameras to read, by their keys in the data, joined by commas. Default: all in colour.",
         flag="--read-cameras",
+        heading="Data",
     )
     camera: str | None = option(
-        None, "Which of the cameras that are read the model sees through. Default: the first that is not on the wrist."
+        None,
+        "Which of the cameras that are read the model sees through. Default: the first that is not on the wrist.",
+        heading="Samples",
     )
     statistics: str | None = option(None, "A dataset_statistics.json to use instead of the data's own.")
     normalization: Literal["bounds_q99", "bounds"] | None = option(
@@ -154,9 +160,10 @@ class FinetuneOptions(DatasetOptions):
         5000, "Frames held in memory, from which samples are drawn in random order; images stay encoded.", least=0
     )
     workers: int = option(0, "Processes that decode images; 0: the training process does it.", least=0, neutral=True)
-    # Precision, memory, speed
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = option(
-        "auto", "Type of the weights in memory; auto: float32 where they learn, else as stored."
+        "auto",
+        "Type of the weights in memory; auto: float32 where they learn, else as stored.",
+        heading="Precision, memory, speed",
     )
     precision: Literal["auto", "bf16", "float32"] = option(
         "auto", "Type of the computation; auto: bf16 autocast on a GPU that has it, else float32."
@@ -166,9 +173,11 @@ class FinetuneOptions(DatasetOptions):
     )
     compile: bool = option(False, "Compile the model with torch.compile.", neutral=True)
     fsdp: bool = option(False, "Shard weights, gradients and optimizer over the processes (FSDP2).")
-    # Watching
     eval_every: int | None = option(
-        None, "Steps between evaluations on held-out frames. Default: as --save-every; 0: none.", least=0
+        None,
+        "Steps between evaluations on held-out frames. Default: as --save-every; 0: none.",
+        least=0,
+        heading="Evaluation, checkpoints, log",
     )
     eval_samples: int = option(256, "Held-out frames of one evaluation, spread evenly.", least=0)
     save_every: int = option(500, "Steps between checkpoints.", least=1, neutral=True)
@@ -179,7 +188,13 @@ class FinetuneOptions(DatasetOptions):
         neutral=True,
     )
     log_every: int = option(10, "Steps between lines of the log, at most a tenth of --steps.", least=1, neutral=True)
-    seed: int = option(0, "Seed of the order of samples, of augmentation and of new weights.", least=0, below=2**32)
+    seed: int = option(
+        0,
+        "Seed of the order of samples, of augmentation and of new weights.",
+        least=0,
+        below=2**32,
+        heading="Optimization",
+    )
 
     def __post_init__(self) -> None:
         """Raises ValueError for numbers that make no run, and for a log that nothing here can write."""
@@ -210,6 +225,7 @@ class FinetuneVerb(FinetuneOptions):
         "Continue from the last checkpoint in OUTPUT, or begin where there is none. Options, data and weights have to "
         "be the same. A finished run only writes its result again.",
         flag="--resume",
+        heading="Run",
     )
     merge: Path | None = option(
         None, "Folder to write the adapter added to its base to, at the end (lora, qlora); see merge."

@@ -105,6 +105,16 @@ def test_every_option_is_a_sentence():
     assert all(name in run("evaluate", "--help").stdout for name in ENVIRONMENTS)
 
 
+def test_help_of_verbs_with_many_options_has_headings():
+    for verb, command in typer.main.get_command(cli.app).commands.items():
+        sections = [part.split("\n  -")[1:] for part in re.split(r"\n(?=[A-Z].*:\n)", run(verb, "--help").stdout)]
+        assert sum(map(len, sections)) == 1 + sum(item.param_type_name == "option" for item in command.params)
+        assert max(map(len, sections)) <= 16, f"{verb}: more than one can take in"
+    text = run("finetune", "--help").stdout
+    assert "Needed:\n  --output" in text and text.index("--rank") > text.index("Adapter:")
+    assert text.index("Data:") < text.index("--read-cameras") < text.index("Precision, memory, speed:")
+
+
 def test_version():
     assert re.fullmatch(
         rf"openvla {openvla.__version__} \(transformers .*, torch .*, Python .*\)\n", run("--version").stdout
