@@ -32,6 +32,7 @@ NOT_QUANTIZED = [
     "vision_backbone",
     "projector",
     "lm_head",
+    "embed_out",  # its name in GPT-NeoX's files, and of its module in transformers 5.4
     "action_head",
     "proprio_projector",
     "noisy_action_projector",

@@ -5,7 +5,7 @@ processor, statistics and model card, and its weights are those the configuratio
 import ast
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import GenerationConfig
+from transformers.core_model_loading import revert_weight_conversion
 
 from ..adapters_openvla import find_adapter
 from ..configuration_openvla import OpenVLAConfig
@@ -206,18 +207,39 @@ def read_weights(folder: Path) -> dict[str, LazyTensor]:
 
 def expected_shapes(config: OpenVLAConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor a configuration calls for; nothing is allocated."""
+    return {name: tuple(tensor.shape) for name, tensor in _without_values(config).state_dict().items()}
+
+
+def _without_values(config: OpenVLAConfig) -> OpenVLAForActionPrediction:
     with torch.device("meta"):
-        model = OpenVLAForActionPrediction(config)
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        return OpenVLAForActionPrediction(config)
+
+
+def as_stored(
+    model: OpenVLAForActionPrediction, names: Collection[str]
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors of a model without values as weight files of these names hold them: transformers 5 stores those of some
+    language models under other names than their modules have (GPT-NeoX), and experts one by one.
+
+    Returns:
+        The tensors by stored name, and names in the model by those of the tensors that are stored as they are.
+    """
+    own = dict(model.state_dict())
+    stored = revert_weight_conversion(model, dict(own))
+    if not any(name in stored and name not in own for name in names):  # older files may have the names of modules
+        stored = own
+    names_of = {id(tensor): name for name, tensor in own.items()}
+    return stored, {name: names_of[id(tensor)] for name, tensor in stored.items() if id(tensor) in names_of}
 
 
 def check_weights(config: OpenVLAConfig, shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
     """Raise a `ValueError` that lists tensors missing from `shapes`, unexpected in it, or of another shape."""
-    expected = expected_shapes(config)
+    tensors, modules = as_stored(_without_values(config), shapes)
+    expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     tied = {"language_model.lm_head.weight"} if config.text_config.tie_word_embeddings else set()
     check_tensors(
         what,
-        missing=[name for name in expected if name not in shapes and name not in tied],
+        missing=[name for name in expected if name not in shapes and modules.get(name) not in tied],
         unexpected=[name for name in shapes if name not in expected],
         mismatched={
             name: (shapes[name], shape)

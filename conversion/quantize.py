@@ -19,6 +19,7 @@ from ..quantization_openvla import (
 from .hub_folder import (
     DTYPES,
     LazyTensor,
+    as_stored,
     check_unquantized,
     check_weights,
     new_model_folder,
@@ -71,7 +72,14 @@ def quantize_checkpoint(
 
     config.quantization_config = OpenVLAQuantizationConfig(bits, list(NEVER_QUANTIZED if towers else NOT_QUANTIZED))
     with torch.device("meta"):
-        layers = linears_to_quantize(OpenVLAForActionPrediction(config), config.quantization_config)
+        empty = OpenVLAForActionPrediction(config)
+    layers = linears_to_quantize(empty, config.quantization_config)
+    _, modules = as_stored(empty, tensors)
+    if apart := layers.keys() - {name.removesuffix(".weight") for name in modules.values()}:
+        raise ValueError(
+            f"The weight files of '{source}' hold {min(apart)}.weight in one tensor with others, which cannot be "
+            "rounded: leave quantization out, or take bitsandbytes while loading (--quantization bnb-int8)."
+        )
 
     @lru_cache(maxsize=1)  # weight and scales of one layer are written one after the other
     def matrix(key: str) -> dict[str, torch.Tensor]:
@@ -83,7 +91,7 @@ def quantize_checkpoint(
     kept = None if dtype is None else DTYPES[dtype]
     written: dict[str, LazyTensor] = {}
     for key, tensor in tensors.items():
-        layer = layers.get(key.removesuffix(".weight")) if key.endswith(".weight") else None
+        layer = layers.get(modules.get(key, "").removesuffix(".weight")) if key.endswith(".weight") else None
         if layer is None:
             written[key] = tensor._replace(dtype=kept)
         else:

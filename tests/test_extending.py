@@ -11,16 +11,20 @@ from types import SimpleNamespace
 import numpy as np
 import processes
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from openvla import OpenVLAForActionPrediction, OpenVLAProcessor
 from openvla.action_heads_openvla import HEADS, TokenHead, make_head
 from openvla.cli import app
 from openvla.configuration_openvla import OpenVLAConfig
+from openvla.conversion import package_checkpoint, quantize_checkpoint
 from openvla.conversion.hub_folder import code_files
 from openvla.conversion.own_head import carry_head
 from openvla.outputs_openvla import ActionPrediction
 from openvla.plugins import load_class
+from openvla.quantization_openvla import OpenVLAQuantizationConfig, quantize_linears
 from openvla.sampling_openvla import Choice
 
 
@@ -179,11 +183,12 @@ LANGUAGE_MODELS = {
     "gpt_neox": WIDE,
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512},
     "opt": {**WIDE, "ffn_dim": 48, "word_embed_proj_dim": 32},
+    "mixtral": {**WIDE, "num_key_value_heads": 2, "num_local_experts": 2},
 }
 
 
-@pytest.mark.parametrize("model_type", LANGUAGE_MODELS)
-def test_language_models_of_other_families_act(model_type):
+def small_model(model_type: str) -> OpenVLAForActionPrediction:
+    """With the tokenizer, pixels and units of the embedded policy, random weights, and another language model."""
     processor = OpenVLAProcessor.from_pretrained(ROOT)
     images = processor.image_processor
     tower = {"embed_dim": 24, "depth": 2, "num_heads": 3}
@@ -206,10 +211,44 @@ def test_language_models_of_other_families_act(model_type):
     )
     model = OpenVLAForActionPrediction(config).eval()
     model.processor = processor
+    return model
+
+
+@pytest.mark.parametrize("model_type", LANGUAGE_MODELS)
+def test_language_models_of_other_families_act(model_type):
+    model = small_model(model_type)
     dark, light = np.zeros((8, 8, 3), np.uint8), np.full((8, 8, 3), 255, np.uint8)
     both = model.predict_action([dark, light], ["open the drawer", "push the small puck"], return_dict=True)
     one = model.predict_action(dark, "open the drawer", return_dict=True)
     assert both.actions.shape == (2, 7) and both.token_ids[0].tolist() == one.token_ids.tolist()
-    inputs = processor("In: a\nOut:", dark)
+    inputs = model.processor("In: a\nOut:", dark)
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
     assert all(p.grad is not None for p in model.language_model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("model_type", ["gpt_neox", "mixtral"])
+@pytest.mark.filterwarnings("ignore:.* of the weights can have 8 bits")
+def test_language_models_that_the_library_stores_under_other_names(model_type, tmp_path):
+    """`package` and `quantize` said that config.json was of another model."""
+    model = small_model(model_type)
+    model.save_pretrained(tmp_path / "own")
+    model.processor.save_pretrained(tmp_path / "own")
+    image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    packaged = package_checkpoint(tmp_path / "own", tmp_path / "packaged")
+    acted = OpenVLAForActionPrediction.from_pretrained(packaged).predict_action(image, "open the drawer")
+    np.testing.assert_array_equal(acted, model.predict_action(image, "open the drawer"))
+
+    quantized = OpenVLAForActionPrediction.from_pretrained(quantize_checkpoint(packaged, tmp_path / "small"))
+    assert isinstance(quantized.get_output_embeddings(), torch.nn.Linear)
+    quantize_linears(model, OpenVLAQuantizationConfig(8))
+    np.testing.assert_array_equal(
+        quantized.predict_action(image, "open the drawer"), model.predict_action(image, "open the drawer")
+    )
+    weights = load_file(packaged / "model.safetensors")
+    save_file(
+        {name: value for name, value in weights.items() if "layers.1." not in name}, packaged / "model.safetensors"
+    )
+    with pytest.raises(
+        ValueError, match=r"missing: [a-z_.]*layers\.1\.\S*, [^;]*\. Likely cause: the weights are incomp"
+    ):
+        quantize_checkpoint(packaged, tmp_path / "incomplete")
