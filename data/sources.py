@@ -4,6 +4,7 @@ import inspect
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,8 @@ def open_sources(
         specification: Path of one dataset of any format; an object with `__len__` and `__getitem__`; the name of an
             Open-X mixture or of a dataset, or "bridge_orig:1.0,kuka:0.5", whose names are folders under `data_root`; or
             a YAML file of `name: weight` or `name: {path: ..., weight: ..., options of open_source}`, in which
-            `statistics` may be the name of another entry, for the same units. What exists as a path is a path, below
-            `data_root` before anywhere else.
+            `statistics` may be the name of another entry, for the same units and the same meaning. What exists as a
+            path is a path, below `data_root` before anywhere else.
         data_root: Folder of the datasets. Default: beside the YAML file, else the working directory.
         options: Of `open_source`, for each; those of an entry win.
 
@@ -144,6 +145,8 @@ def _open_mixture(text: str, root: Path | None, options: dict[str, Any]) -> list
                 said = respelled(str(error.args[0]), {key: key for key in entry}, "{name}: {value}")
                 error.args = (f"{text}, '{name}': {said}",)
             raise
+        if name in lenders and name in opened:
+            _check_meanings(text, opened[name], opened[lenders[name]], lenders[name])
     sources = [opened[name] for name, _, _ in located if name in opened]
     _check_names(text, [source.name for source in sources])
     if not sources:
@@ -175,7 +178,23 @@ def _lent(text: str, name: str, source: Source | None, lender: str) -> dict[str,
     """The statistics of another dataset of the mixture: recordings of one robot are to be in the same units."""
     if source is None:
         raise ValueError(f"{text}, '{name}': statistics: {lender}: that dataset was left out of the mixture.")
-    return {part: source.statistics[part] for part in ("action", "proprio") if part in source.statistics}
+    lent: dict[str, Any] = {
+        part: source.statistics[part] for part in ("action", "proprio") if part in source.statistics
+    }
+    said = (source.gripper_dims, source.absolute_dims, source.frame, source.unit)
+    if any(part is not None for part in said):  # what the numbers mean is no guess; the rate is that of each recording
+        lent["action_spec"] = replace(source.action_spec, hz=None).to_dict()
+    return lent
+
+
+def _check_meanings(text: str, source: Source, lender: Source, lenders_name: str) -> None:
+    """Raise a `ValueError` where numbers that are to be in the same units mean something else."""
+    here, there = (replace(of.action_spec, names=lender.action_spec.names, hz=None) for of in (source, lender))
+    if (here.relative, here.grippers) != (there.relative, there.grippers):
+        raise ValueError(
+            f"{text}, '{source.name}': statistics: {lenders_name}: an action there is {there.describe()}, and here "
+            f"{here.describe()}: say what it is in both (absolute_dims, gripper_dims), or leave statistics out."
+        )
 
 
 def _lent_units(text: str, name: str, lender: Source | None, given: Any) -> str:

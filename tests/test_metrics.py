@@ -1,5 +1,7 @@
 """Metrics of predicted actions, against the obvious computation."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,12 @@ import torch
 from openvla import ActionTokenizer
 from openvla.action_heads_openvla import Comparison, TokenHead
 from openvla.training.metrics import ActionMetrics
+from openvla.training.trainer import ActionTrainer
+
+
+class Pairs:
+    def __getitem__(self, key):
+        return float(key[1])
 
 
 TOKENIZER = ActionTokenizer(1000)
@@ -78,3 +86,28 @@ def test_rows_that_were_decided_count_in_no_mean():
     )
     found = metrics.compute(["x"])
     assert (found["loss"], found["action_l1"], found["l1/x"], found["l1_normalized/x"]) == (4.0, 0.5, 1.0, 0.5)
+
+
+def test_every_held_out_frame_counts_once_whatever_the_ranks():
+    """Up to ranks - 1 of them were left out, and where there were fewer than ranks one counted for each."""
+    scale = torch.ones(1, 1)
+    for frames, ranks, size in ((5, 2, 2), (7, 3, 4), (1, 3, 2), (6, 3, 1), (4, 1, 3)):
+        sums, turns = torch.zeros(1), set()
+        for rank in range(ranks):
+            args = SimpleNamespace(process_index=rank, world_size=ranks, per_device_eval_batch_size=size)
+            trainer = SimpleNamespace(
+                args=args,
+                held_out=[*range(1, frames + 1)],
+                eval_samples=Pairs(),
+                batches=lambda found: {"found": found},
+            )
+            batches = [*ActionTrainer._held_out_batches(trainer)]
+            turns.add(len(batches))
+            metrics = ActionMetrics(1)
+            for batch in batches:
+                found = torch.tensor(batch["found"])[:, None, None]
+                actions = Comparison(found, torch.zeros_like(found))
+                metrics.update(found.mean(), actions, scale.expand(len(found), 1), counts=batch.get("counts", True))
+            sums = sums + metrics._sums[:4]
+        assert len(turns) == 1
+        assert sums.tolist() == [frames, frames * (frames + 1) / 2, frames, 0], (frames, ranks)

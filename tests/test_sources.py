@@ -6,6 +6,7 @@ import pickle
 import shutil
 import warnings
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -960,6 +961,22 @@ def test_datasets_of_a_mixture_share_units(tmp_path):
         file.write_text(yaml.safe_dump(entries))
         with pytest.raises(ValueError, match=said):
             open_sources(file)
+
+
+def test_what_numbers_mean_is_shared_with_their_units(tmp_path):
+    """Statistics alone were: places of the one dataset were changes of no known unit in the other."""
+    file, said = tmp_path / "mine.yaml", "absolute_dims: all, frame: joints, unit: radians, hz: 3"
+    for own, unit in (("", "radians"), (", unit: degrees", "degrees")):
+        file.write_text(
+            f"driven: {{path: {DEMOS / 'lerobot_video'}, statistics: shown{own}}}\n"
+            f"shown: {{path: {DEMOS / 'hdf5'}, {said}}}\n"
+        )
+        driven, shown = open_sources(file)
+        one = driven.action_spec
+        assert one == replace(shown.action_spec, names=one.names, unit=unit, hz=one.hz) and driven.hz != shown.hz
+    file.write_text(file.read_text().replace(", unit: degrees", ", absolute_dims: 6"))
+    with pytest.raises(ValueError, match="'driven': statistics: shown: an action there is x .a place.*, and here x, y"):
+        open_sources(file)
 
 
 def test_datasets_that_cannot_be_trained_on_are_left_out(tmp_path):

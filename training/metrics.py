@@ -28,6 +28,7 @@ class ActionMetrics:
         scale: torch.Tensor,
         is_pad: torch.Tensor | None = None,
         terms: int | None = None,
+        counts: bool = True,
     ) -> None:
         """Add a batch.
 
@@ -37,6 +38,7 @@ class ActionMetrics:
             scale: (N, A) units of the dataset in one unit of normalized action.
             is_pad: (N, K) bool, steps that do not count, beside those that were `decided`. Default: all count.
             terms: What the loss is the mean of, by which it counts beside that of other batches. Default: N.
+            counts: Whether the batch counts; one that does not still says that this process takes part.
         """
         left_out = [steps for steps in (is_pad, actions.decided) if steps is not None]
         is_pad = torch.stack(left_out).any(dim=0) if left_out else None
@@ -56,6 +58,7 @@ class ActionMetrics:
                 _now_and_next(actions, is_pad),
             ]
         )
+        new = new * counts
         self._sums = new if self._sums is None else self._sums + new
 
     def compute(self, names: Sequence[str] | None = None) -> dict[str, float]:

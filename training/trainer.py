@@ -173,12 +173,15 @@ class ActionTrainer(Trainer):
         )
 
     def _held_out_batches(self):
-        """Of this rank; every rank has as many, because sharded models compute together."""
+        """Of this rank; every rank has as many, because sharded models compute together: where the frames do not share
+        out evenly, the last batch of some ranks is one that others count."""
         rank, ranks, size = self.args.process_index, self.args.world_size, self.args.per_device_eval_batch_size
-        count = max(1, len(self.held_out) // ranks)
-        mine = [self.held_out[(rank + ranks * turn) % len(self.held_out)] for turn in range(count)]
-        for start in range(0, count, size):
-            yield self.batches([self.eval_samples[start, frame] for frame in mine[start : start + size]])
+        mine, each = self.held_out[rank::ranks], len(self.held_out) // ranks
+        for start in range(0, each, size):
+            yield self.batches([self.eval_samples[start, frame] for frame in mine[start : min(start + size, each)]])
+        if len(self.held_out) % ranks:
+            last = (mine[each:] or self.held_out)[0]
+            yield {**self.batches([self.eval_samples[each, last]]), "counts": len(mine) > each}
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         if self.decay_after is None:
@@ -212,7 +215,7 @@ class ActionTrainer(Trainer):
             num_items_in_batch: Of `get_batch_samples`.
         """
         inputs = dict(inputs)
-        scale, terms = inputs.pop("action_scale"), inputs.pop("num_learned")
+        scale, terms, counts = inputs.pop("action_scale"), inputs.pop("num_learned"), inputs.pop("counts", True)
         with attention_kernel(self.args):
             loss, answer = self.head.loss(model, inputs)
         if model.training:
@@ -220,7 +223,7 @@ class ActionTrainer(Trainer):
         metrics = self.train_metrics if model.training else self.eval_metrics
         with torch.no_grad():
             compared = self.head.compare(**answer, shape=self.shape)
-            metrics.update(loss, compared, scale, inputs.get("action_is_pad"), terms)
+            metrics.update(loss, compared, scale, inputs.get("action_is_pad"), terms, counts)
         if num_items_in_batch is not None:
             loss = loss * (terms / num_items_in_batch)
         return (loss, answer) if return_outputs else loss
