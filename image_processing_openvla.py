@@ -21,6 +21,7 @@ from .frames_openvla import PIXEL_FIELDS, PixelSteps
 
 if TYPE_CHECKING:  # of a local folder transformers 5.4 and 5.5 copy no more files than this one names
     from .cameras_openvla import find_cameras  # noqa: F401
+    from .forks_openvla import lock_over_forks  # noqa: F401
     from .jpeg_openvla import PictureFile  # noqa: F401
     from .pixels_openvla import load_image  # noqa: F401
     from .tensors_openvla import is_tensor  # noqa: F401

@@ -9,7 +9,6 @@ Shapes: `batch` samples, `length` tokens and patches of a prompt, `hidden` width
 """
 
 import math
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -24,11 +23,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama as llama
 
 from .decoding_openvla import EagerSteps, Prefix, Steps, check_rows
+from .forks_openvla import lock_over_forks
 from .products_openvla import LINEAR, Product, fits, of_library, product_for
 
 
 LENGTH_STEP = 64  # caches have a multiple of so many positions, to serve prompts of several lengths
 MOST_IDLE = 4  # caches of a model that wait for the next prediction: one for each thread that predicts
+_POOLING = lock_over_forks()
 
 
 class CachePool:
@@ -40,11 +41,10 @@ class CachePool:
 
     def __init__(self) -> None:
         self._free: list[torch.Tensor] = []
-        self._lock = threading.Lock()
 
     def take(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
         """One that is at least as large, of the type and on the device of `like`."""
-        with self._lock:
+        with _POOLING:
             self._free = [cache for cache in self._free if cache.dtype == like.dtype and cache.device == like.device]
             for place, cache in enumerate(self._free):
                 if all(there >= wanted for there, wanted in zip(cache.shape, shape)) and cache.shape[-1] == shape[-1]:
@@ -61,17 +61,16 @@ class CachePool:
             return torch.zeros(shape, dtype=like.dtype, device=like.device)
 
     def give_back(self, cache: torch.Tensor) -> None:
-        with self._lock:
+        with _POOLING:
             self._free = [*self._free, cache][-MOST_IDLE:]
 
 
 _POOLS: WeakKeyDictionary[nn.Module, CachePool] = WeakKeyDictionary()
-_SETTING = threading.Lock()
 
 
 def pool_of(language_model: nn.Module) -> CachePool:
     """The caches that a language model has."""
-    with _SETTING:
+    with _POOLING:
         return _POOLS.setdefault(language_model, CachePool())
 
 

@@ -61,6 +61,7 @@ if TYPE_CHECKING:  # of a local folder transformers 5.4 and 5.5 copy no more fil
     from .compiled_openvla import CompiledLayer  # noqa: F401
     from .files_openvla import local_folder  # noqa: F401
     from .float8_linear_openvla import Float8Linear  # noqa: F401
+    from .forks_openvla import lock_over_forks  # noqa: F401
     from .frames_openvla import PixelSteps  # noqa: F401
     from .image_processing_openvla import OpenVLAImageProcessor  # noqa: F401
     from .int4_linear_openvla import Int4Linear  # noqa: F401
@@ -161,9 +162,8 @@ class OpenVLAForActionPrediction(ActionVocabulary, OpenVLAGeneration, OpenVLAPre
             raise ValueError(
                 f"{features.shape[0]} image(s) for {inputs_embeds.shape[0]} prompt(s): give one image for each prompt."
             )
-        layout = None
+        layout, shape = None, inputs_embeds.shape[:2]
         if placeholders is None:
-            shape = inputs_embeds.shape[:2]
             if attention_mask is not None and attention_mask.shape != shape:
                 raise ValueError(
                     f"attention_mask has shape {tuple(attention_mask.shape)}; with a plain prompt and an image give "

@@ -1,6 +1,6 @@
 """The modules of a model while it predicts: no dropout, no gradient checkpointing, weights of one type."""
 
-import threading
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,6 +10,8 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
+
+from .forks_openvla import lock_over_forks
 
 
 COMPILED = "_orig_mod"  # where a module of `torch.compile` holds what it was made of
@@ -24,7 +26,19 @@ class _Predictions:
 
 
 _PREDICTIONS: WeakKeyDictionary[nn.Module, _Predictions] = WeakKeyDictionary()
-_SWITCH = threading.RLock()  # a model may be a part of another one
+_SWITCH = lock_over_forks()  # taken twice where a model is a part of another one
+
+
+def _leave_other_threads() -> None:
+    """In a fork, which has none of the threads that predicted: models have the mode that those would have left them."""
+    for predictions in _PREDICTIONS.values():
+        for module in predictions.modules:
+            module.training = True
+    _PREDICTIONS.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_other_threads)
 
 
 class Modules:

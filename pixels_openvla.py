@@ -9,7 +9,6 @@ import ctypes
 import math
 import os
 import struct
-import threading
 import zlib
 from collections.abc import Sequence
 from functools import lru_cache
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from .forks_openvla import lock_over_forks
 from .jpeg_openvla import PictureFile
 from .tensors_openvla import is_tensor
 
@@ -32,7 +32,7 @@ UNREADABLE = (
     NotImplementedError, struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
 # Pillow reads the pixels of an opened file when they are first looked at, and not from two threads at once.
-_READING = threading.Lock()
+_READING = lock_over_forks()
 ORIENTATION = 0x0112  # tag of EXIF; 1: as it is stored
 DARKEST = 4095  # the brightest of 12 bits; a frame of 16 that does not reach further is nearly black
 LONGEST_SIDE = 64  # times the shorter one; a longer strip is no camera frame, and padding it would fill the memory

@@ -4,7 +4,6 @@ Token ids equal those of the published `processing_prismatic.py` (transformers 4
 """
 
 import copy
-import threading
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME, cached_file
 
 from .configuration_openvla import OpenVLAConfig
 from .files_openvla import QUIET, local_folder
+from .forks_openvla import lock_over_forks
 from .frames_openvla import camera_images
 from .image_processing_openvla import OpenVLAImageProcessor
 from .oft_openvla import find_oft, oft_folder
@@ -51,7 +51,7 @@ if TYPE_CHECKING:  # of a local folder transformers 5.4 and 5.5 copy no more fil
 WORD_BOUNDARY_TOKENS = ("▁", "Ġ")
 # A fast tokenizer keeps padding, truncation and how it reads special tokens as state, and fails ("Already borrowed")
 # where a second thread changes it.
-_TOKENIZING = threading.Lock()
+_TOKENIZING = lock_over_forks()
 
 
 class OpenVLAProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]

@@ -13,6 +13,7 @@ FLAT_FILES = [
     "choices_openvla",
     "cameras_openvla",
     "tensors_openvla",
+    "forks_openvla",
     "files_openvla",
     "oft_openvla",
     "configuration_openvla",

@@ -11,8 +11,8 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 PACKAGE = "openvla_runtime"
 SHARED = (
-    "action_tokenizer", "cameras_openvla", "choices_openvla", "files_openvla", "frames_openvla", "jpeg_openvla",
-    "pixels_openvla", "prompts_openvla", "tensors_openvla",
+    "action_tokenizer", "cameras_openvla", "choices_openvla", "files_openvla", "forks_openvla", "frames_openvla",
+    "jpeg_openvla", "pixels_openvla", "prompts_openvla", "tensors_openvla",
 )  # fmt: skip
 
 
