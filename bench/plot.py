@@ -5,6 +5,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from ..data.statistics import literal
 from ..folders import whole_file
 
 
@@ -36,9 +37,9 @@ def plot(report: dict[str, Any], path: Path) -> None:
             axes.plot([limit, limit], [place - 0.4, place + 0.4], color="black", linewidth=2, label=label)
             named.add("limit")
         axes.text(left, place, f" {row['min_ms']:.1f}", va="center")
-    axes.set_yticks(range(len(ways)), [name for name, _ in ways])
+    axes.set_yticks(range(len(ways)), [literal(name) for name, _ in ways])
     axes.set_xlabel("ms for one prediction (least), divided as its stages are")
-    axes.set_title(f"{report['model']}, {report['dtype']}, {report['device']}, {report['threads']} thread(s)")
+    axes.set_title(f"{literal(report['model'])}, {report['dtype']}, {report['device']}, {report['threads']} thread(s)")
     axes.margins(x=0.1)
     figure.legend(loc="outside right upper")
     with whole_file(path) as part:

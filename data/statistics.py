@@ -169,6 +169,11 @@ def check_plot(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
 
 
+def literal(text: str) -> str:
+    """A text as matplotlib draws it: for what stands between two dollar signs it would look as for a formula."""
+    return text.replace("$", r"\$")
+
+
 def plot_statistics(
     actions: np.ndarray, stats: dict[str, Any], path: Path, names: Sequence[str] | None = None, bins: int = 256
 ) -> None:
@@ -197,7 +202,7 @@ def plot_statistics(
         for value in (low, high):
             axes.axvline(value, color="tab:red", lw=1)
         axes.set_yscale("log")
-        axes.set_ylabel(names[index])
+        axes.set_ylabel(literal(names[index]))
     figure.suptitle("actions: steps by value (log scale)\nred: the ends of the bins (q01, q99), gray: every 16th edge")
     with whole_file(path) as part:
         figure.savefig(part, dpi=100, format=path.suffix[1:].lower())

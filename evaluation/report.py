@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..data.statistics import literal
 from ..folders import whole_file, write_json, write_text
 from .environment import AXES
 
@@ -238,8 +239,9 @@ def _fields(panel: Any, tasks: list[str], variations: list[str], rows: Sequence[
         rates[place] = row["success"]
         panel.text(*place[::-1], f"{row['success']:.0%}", ha="center", va="center", fontsize=8)
     panel.imshow(rates, cmap="Blues", vmin=0, vmax=1, alpha=0.7, aspect="auto")
-    panel.set_xticks(range(len(variations)), [name.replace(":", "\n") or "none" for name in variations], fontsize=8)
-    panel.set_yticks(range(len(tasks)), tasks)
+    shown = [literal(name.replace(":", "\n")) or "none" for name in variations]
+    panel.set_xticks(range(len(variations)), shown, fontsize=8)
+    panel.set_yticks(range(len(tasks)), [*map(literal, tasks)])
     panel.set(title="success by task and variation")
     panel.tick_params(length=0)
 
@@ -247,7 +249,9 @@ def _fields(panel: Any, tasks: list[str], variations: list[str], rows: Sequence[
 def _bars(panel: Any, names: Sequence[str], rows: Sequence[Mapping[str, Any]], color: str) -> None:
     rates = np.array([row["success"] for row in rows])
     bounds = np.array([(row["low"], row["high"]) for row in rows]).reshape(-1, 2)
-    panel.barh(names, rates, xerr=abs(bounds - rates[:, None]).T, color=color, ecolor="gray", capsize=2)
+    panel.barh(
+        [*map(literal, names)], rates, xerr=abs(bounds - rates[:, None]).T, color=color, ecolor="gray", capsize=2
+    )
     panel.set(xlim=(0, 1), ylim=(len(names) - 0.4, -0.6), xlabel="success")
     if len(names) > 20:
         panel.tick_params(axis="y", labelsize=7)

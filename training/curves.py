@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..data.statistics import literal
 from ..folders import whole_file
 
 
@@ -27,7 +28,9 @@ def plot_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> 
         for panel, key, label in zip(axes, ("loss", "action_l1"), ("loss", "normalized L1")):
             train = [(entry["step"], entry[key]) for entry in log if key in entry]
             held_out = [(entry["step"], entry[f"eval_{key}"]) for entry in log if f"eval_{key}" in entry]
-            (line,) = panel.plot(*zip(*train), label=name) if train else panel.plot([], [], label=name)
+            (line,) = (
+                panel.plot(*zip(*train), label=literal(name)) if train else panel.plot([], [], label=literal(name))
+            )
             if held_out:
                 panel.plot(*zip(*held_out), "--o", ms=3, color=line.get_color())
             panel.set(xlabel="step", ylabel=f"{label} (dashed: held out)", yscale="log")
