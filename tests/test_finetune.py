@@ -297,13 +297,13 @@ def test_a_process_that_has_ended_is_no_full_disk(tmp_path):
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
     write, calls = trainer_module.write_checkpoint, []
 
-    def full_disk(model, folder, *rest):
+    def full_disk(model, folder, *rest, **options):
         calls.append(folder)
         if len(calls) == 2:
             folder.mkdir(parents=True)
             (folder / "model.safetensors").write_bytes(b"half")
             raise OSError(28, "No space left on device")
-        write(model, folder, *rest)
+        write(model, folder, *rest, **options)
 
     monkeypatch.setattr(trainer_module, "write_checkpoint", full_disk)
     run = options(tmp_path / "run", strategy="last_layer", steps=3, save_every=1)

@@ -18,6 +18,7 @@ import torch
 import yaml
 from data_files import write_lerobot
 from safetensors.torch import load_file, save_file
+from test_extending import small_model
 from typer.testing import CliRunner
 
 from openvla import OpenVLAForActionPrediction, cli
@@ -450,6 +451,22 @@ def test_a_checkpoint_that_lacks_weights_is_not_continued(dataset, tmp_path):
         finetune(options(tmp_path / "run", dataset, steps=3), resume=True)
 
 
+def test_a_language_model_that_is_stored_under_other_names_continues(dataset, tmp_path):
+    """Checkpoints are read by names of modules: --resume took its weights for those of another model."""
+    model = small_model("gpt_neox")
+    model.save_pretrained(tmp_path / "model")
+    model.processor.save_pretrained(tmp_path / "model")
+    settings = {"model": str(tmp_path / "model"), "strategy": "full", "steps": 2}
+    finetune(options(tmp_path / "once", dataset, **settings))
+    finetune(options(tmp_path / "twice", dataset, **{**settings, "steps": 1}))
+    finetune(options(tmp_path / "twice", dataset, **settings), resume=True)
+    assert digest(tmp_path / "once") == digest(tmp_path / "twice")
+    checkpoint = OpenVLAForActionPrediction.from_pretrained(tmp_path / "twice" / "checkpoints" / "checkpoint-2")
+    result = OpenVLAForActionPrediction.from_pretrained(tmp_path / "twice")
+    for name, weight in result.state_dict().items():
+        assert torch.equal(weight, checkpoint.state_dict()[name]), name
+
+
 def test_a_checkpoint_of_another_run_is_not_continued(dataset, tmp_path):
     """Its weights have the same shapes; even --dry-run says it, and which options are others."""
     for seed in (0, 1):
@@ -521,8 +538,8 @@ from openvla.training import FinetuneOptions, checkpoints, finetune, trainer
 torch.set_num_threads(1)
 write, calls = checkpoints.write_checkpoint, []
 
-def killed(model, folder, *rest):
-    write(model, folder, *rest)
+def killed(model, folder, *rest, **options):
+    write(model, folder, *rest, **options)
     calls.append(folder)
     if len(calls) == int(sys.argv[2]):
         weights = folder / "model.safetensors"

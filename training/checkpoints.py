@@ -45,6 +45,7 @@ def write_checkpoint(
     card: str,
     state_dict: dict[str, torch.Tensor] | None = None,
     dtype: torch.dtype | None = None,
+    resumable: bool = False,
 ) -> None:
     """Weights in the published layout (or the adapter), configuration, processor, model card, and last the statistics,
     without which a folder is not finished.
@@ -54,11 +55,13 @@ def write_checkpoint(
         card: Text of README.md.
         state_dict: Complete weights where those of `model` are sharded or of another type.
         dtype: That type.
+        resumable: Under the names that the model has in memory, by which training reads them again.
     """
     folder.mkdir(parents=True, exist_ok=True)
     # Without this PEFT stores complete embeddings because the output layer has an adapter.
     is_adapter = hasattr(model, "peft_config")
-    options = {"save_embedding_layers": False} if is_adapter else {}
+    # The library gives weights of some language models (GPT-NeoX) other names in files, and Trainer does not turn back.
+    options = {"save_embedding_layers": False} if is_adapter else {"save_original_format": not resumable}
     try:
         model.save_pretrained(folder, state_dict=state_dict, **options)
     except SafetensorError as error:  # a full disk, mostly

@@ -318,6 +318,7 @@ class ActionTrainer(Trainer):
                 self.statistics,
                 self.card,
                 state_dict,
+                resumable=True,
             )
 
     def save_result(self, folder: Path, dtype: torch.dtype | None) -> None:
