@@ -7,7 +7,7 @@ from typing import Any
 
 import h11
 from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.frames import Frame
@@ -24,6 +24,7 @@ NO_WEBSOCKET = (
     b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\nContent-Length: 57\r\n\r\n"
     b"Upgrade: websocket came with what begins none, a GET does"
 )
+STILL_THERE = b"HTTP/1.1 100 Continue\r\n\r\n"  # clients leave it out; those of HTTP/1.0 do not know it
 FRAME = 256  # bytes that a message takes at least, and each further fragment of one beside what it holds
 SMALL = 512  # bytes of a piece of a body: networks carry more at a time
 
@@ -73,6 +74,23 @@ class CountedRequests(H11Protocol):
     def data_received(self, data: bytes) -> None:
         acknowledge(self.transport)
         super().data_received(data)
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """A client that has said all and listens on, or one that has gone: they look the same until something is sent
+        to them."""
+        cycle = self.cycle
+        if cycle is None or cycle.more_body or cycle.response_complete or self.conn.their_http_version != b"1.1":
+            return False
+        cycle.keep_alive = False
+        self._knock(cycle, 0.02)
+        return True
+
+    def _knock(self, cycle: RequestResponseCycle, pause: float) -> None:
+        """The system of a client that has gone refuses it, and the next one, `pause` seconds later, ends the
+        connection."""
+        if not (cycle.response_started or cycle.disconnected):
+            self.transport.write(STILL_THERE)
+            self.loop.call_later(pause, self._knock, cycle, 4 * pause)
 
     def handle_websocket_upgrade(self, event: h11.Request) -> None:
         self.flow.wait_behind(False)

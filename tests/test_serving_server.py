@@ -465,6 +465,26 @@ def test_what_begins_no_websocket_is_answered(server, more):
     assert head.startswith(b"HTTP/1.1 400") and f"Content-Length: {len(said)}".encode() in head
 
 
+def test_who_has_said_all_and_listens_on_is_answered_and_who_has_gone_keeps_no_place(request):
+    """`nc -N` got no answer: it looked like a robot that has gone."""
+    body = wire.to_json({**GOOD, "details": True}).encode()
+    head = b"POST /act HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    answering, hanging = Server(seconds=0.3), Server(seconds=1e5)
+    for server in (answering, hanging):
+        request.addfinalizer(server.process.kill)
+    with socket.create_connection(("127.0.0.1", answering.port), timeout=60) as robot:
+        robot.sendall(head % len(body) + body)
+        robot.shutdown(socket.SHUT_WR)
+        came = b"".join(iter(lambda: robot.recv(1000), b"")).split(b"HTTP/1.1 ")[1:]
+    assert {one[:3] for one in came[:-1]} == {b"100"}  # which says nothing, and which every client leaves out
+    assert came[-1].startswith(b"200") and wire.from_json(came[-1].partition(b"\r\n\r\n")[2])["actions"].shape == (1, 7)
+    for said in (body, body[:-1]):
+        with socket.create_connection(("127.0.0.1", hanging.port), timeout=60) as robot:
+            robot.sendall(head % len(body) + said)
+    while hanging.metric('openvla_refusals_total{code="gone",protocol="rest"}') < 2:
+        pass
+
+
 def test_a_body_has_so_many_small_pieces(server):
     """Those of one byte kept the server busy for a second a megabyte, whether their sender may ask or not."""
     head = b"POST /act HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
