@@ -118,7 +118,7 @@ def _open_image(file: bytes | str, name: str) -> Image.Image:
         if not data:
             raise ValueError("it is empty (0 bytes)")
         with Image.open(stream := PictureFile(data)) as image:
-            # A film; files of cameras may hold a thumbnail or a second eye (TIFF, MPO) beside the frame.
+            # A video; files of cameras may hold a thumbnail or a second eye (TIFF, MPO) beside the frame.
             if image.format in ("GIF", "WEBP", "PNG") and getattr(image, "is_animated", False):
                 raise ValueError(f"it holds {image.n_frames} frames, give the one to act on")  # type: ignore[attr-defined]
             deep = _is_deep(image)

@@ -1,4 +1,4 @@
-"""A look at a policy in the loop: one episode of each task, as films and as one GIF."""
+"""A look at a policy in the loop: one episode of each task, as videos and as one GIF."""
 
 import shutil
 from collections.abc import Iterator
@@ -15,14 +15,14 @@ from .video import Film, check_replaceable, read_film, save_tiles
 
 
 GIF = "demo.gif"
-UNFINISHED = ".unfinished"  # films that are being made
+UNFINISHED = ".unfinished"  # videos that are being made
 
 
 def demo(options: DemoOptions | None = None, *, progress: bool = True, **given: Any) -> list[EpisodeResult]:
     """Run one episode of each task, without a screen, and write `TASK.mp4` and `demo.gif`, all tasks side by side.
 
     The episodes are the first of an evaluation: their seeds are not those of demonstrations. Nothing is kept but the
-    films, so that the next call runs them again.
+    videos, so that the next call runs them again.
 
     Args:
         options: What is shown; or its fields and options of the simulator as keywords, see `SimulatorOptions.of`.
@@ -33,7 +33,7 @@ def demo(options: DemoOptions | None = None, *, progress: bool = True, **given: 
     Raises:
         ValueError: If a task is unknown, or the simulator is not installed.
         NoOpenGL: If there is nothing to render with; says what to install.
-        FileExistsError: If a file that would be replaced is not a film of this package.
+        FileExistsError: If a file that would be replaced is not a video of this package.
         NoEpisodes: If no episode could be run to its end.
         BlockingIOError: If another process writes to the same folder.
     """
@@ -51,14 +51,14 @@ def demo(options: DemoOptions | None = None, *, progress: bool = True, **given: 
             films = list(_films(records, work / "videos", folder))
         if not films:
             reasons = "; ".join(sorted({record.error.rstrip(".") for record in records if record.error}))
-            nothing = f"'{options.env}' shows no images: there is nothing to film."
+            nothing = f"'{options.env}' shows no images: there is nothing to make a video of."
             raise NoEpisodes(f"No episode could be run: {reasons}." if reasons else nothing)
         save_tiles(films, folder / GIF)
     return records
 
 
 def _films(records: list[EpisodeResult], videos: Path, folder: Path) -> Iterator[Film]:
-    """Move the film of each episode to `folder`; one that broke has none worth watching."""
+    """Move the video of each episode to `folder`; one that broke has none worth watching."""
     for record in records:
         made = videos / f"{file_name(record.task, f'{record.episode:03d}')}.mp4"
         if record.error is None and made.exists():

@@ -72,7 +72,7 @@ def evaluate(
         ValueError: If an option is impossible, the actions of the model are not those of the environment, or the folder
             holds an evaluation with other options, or of other weights.
         BlockingIOError: If another process evaluates into the same folder.
-        NoOpenGL, ModuleNotFoundError: If there is nothing to render with, or to write films.
+        NoOpenGL, ModuleNotFoundError: If there is nothing to render with, or to write videos.
     """
     named = {"policy": policy} if isinstance(policy, str) else {}
     if options is None:
@@ -120,7 +120,7 @@ def evaluate(
         # 3. Episodes that are not there yet, and the report of all
         known = {(one.variation, one.task, one.episode) for one in read_results(folder / EPISODES) if one.error is None}
         jobs = plan.jobs(options.episodes)
-        warn_of_films([job for job in jobs if job.key in known], options.videos, folder)
+        warn_of_videos([job for job in jobs if job.key in known], options.videos, folder)
         drawn = POLICY_SEED + len(known)  # a run that goes on draws other numbers than it began with
         torch.manual_seed(drawn)
         if options.policy == "random" and isinstance(acting, RandomPolicy):
@@ -199,13 +199,13 @@ class EvaluationPlan:
         return make, {"chunking": chunking, "late": late}
 
     def check_pictures(self, options: EvaluateOptions) -> None:
-        """Raise an error where films or pictures cannot be made."""
+        """Raise an error where videos or pictures cannot be made."""
         if options.videos:
-            require("av", purpose="A film (--videos)")
+            require("av", purpose="A video (--videos)")
             if len({file_name(task, variation) for variation, task in self.varied}) < len(self.varied):
                 tasks = ", ".join(dict.fromkeys(task for _, task in self.varied))
                 raise ValueError(
-                    f"{tasks}: films of several of these would be one file. Give videos=0, or run them alone."
+                    f"{tasks}: videos of several of these would be one file. Give videos=0, or run them alone."
                 )
         if self.environment_options.get("render", renders(self.here)):
             opengl_backend()
@@ -227,13 +227,13 @@ def settings_of(options: EvaluateOptions, plan: EvaluationPlan, policy: str) -> 
     return {name: value for name, value in {**about, "env_options": kept}.items() if value not in UNSAID}
 
 
-def warn_of_films(done: list[Job], videos: int, folder: Path) -> None:
-    """Warn of episodes that are `done` and were to be filmed. By default one is: whoever leaves it at that did not ask
-    for more films than before."""
+def warn_of_videos(done: list[Job], videos: int, folder: Path) -> None:
+    """Warn of episodes that are `done` and were to have a video. By default one has: whoever leaves it at that did not
+    ask for more videos than before."""
     unseen = [job for job in done if job.episode < videos and not job.film(folder).exists()]
     if videos > 1 and unseen:
         warnings.warn(
-            f"videos={videos}: {len(unseen)} of the episodes to film were run before without a film, and are not run "
-            "again for one. For films of them give another folder.",
+            f"videos={videos}: {len(unseen)} of these episodes were run before without a video, and are not run "
+            "again for one. For videos of them give another folder.",
             stacklevel=3,
         )

@@ -153,7 +153,7 @@ def run_episodes(
         latency: Seconds from an observation to its action in real-time control. Default: as measured.
         max_steps: After which an episode has failed.
         workers: Environments side by side.
-        videos: Episodes of each task to film, the first ones, in `folder/videos`.
+        videos: Episodes of each task that have a video, the first ones, in `folder/videos`.
 
     Returns:
         Records of all episodes of the folder, in the order of `jobs`.

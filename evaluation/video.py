@@ -1,4 +1,4 @@
-"""Episodes as films: what the policy saw, what it was told, what it did, whether it succeeded."""
+"""Episodes as videos: what the policy saw, what it was told, what it did, whether it succeeded."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class Film:
     success: bool
 
 
-COMMENT = "filmed by openvla"  # in every film: it may be replaced by another
+COMMENT = "filmed by openvla"  # in every video: it may be replaced by another
 
 
 class EpisodeVideo:
@@ -40,7 +40,7 @@ class EpisodeVideo:
 
     Args:
         names: Of the A numbers of an action; where they are of other length, the usual ones.
-        hz: Actions in a second, which the film has as well; None: unknown.
+        hz: Actions in a second, which the video has as well; None: unknown.
     """
 
     def __init__(self, path: Path, first: Observation, names: Sequence[str] = (), hz: float | None = None):
@@ -55,7 +55,7 @@ class EpisodeVideo:
         self.actions.append(np.asarray(action, dtype=np.float64))
 
     def save(self, success: bool | None, last: Observation | None = None) -> None:
-        """Write the film, with a second of the outcome at its end.
+        """Write the video, with a second of the outcome at its end.
 
         Args:
             success: None: it broke, which is neither success nor failure.
@@ -84,7 +84,7 @@ class EpisodeVideo:
 
 
 def check_replaceable(file: Path) -> None:
-    """Raise a `FileExistsError` if a film is there that was not made here."""
+    """Raise a `FileExistsError` if a video is there that was not made here."""
     if file.exists() and not (file.is_file() and COMMENT.encode() in file.read_bytes()):
         raise FileExistsError(
             f"'{file}' was not made here and would be replaced: move it away, or give another folder."
@@ -92,7 +92,7 @@ def check_replaceable(file: Path) -> None:
 
 
 def read_film(path: Path) -> list[Image.Image]:
-    """What the camera saw in a film of `EpisodeVideo`, WIDTH pixels wide, without the outcome at its end."""
+    """What the camera saw in a video of `EpisodeVideo`, WIDTH pixels wide, without the outcome at its end."""
     import av
 
     with av.open(str(path)) as container:
@@ -188,7 +188,7 @@ def wrap(text: str, fits: Callable[[str], bool]) -> list[str]:
 def draw(
     frame: np.ndarray, instruction: str, action: Sequence[tuple[str, float]], outcome: Outcome | None = None
 ) -> Image.Image:
-    """One picture of the film.
+    """One picture of the video.
 
     Args:
         frame: (H, W, 3) uint8.

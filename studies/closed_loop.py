@@ -457,7 +457,10 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="default: %(default)s")
     parser.add_argument("--workers", type=int, help="environments side by side; default: one for each core, at most 8")
     parser.add_argument(
-        "--videos", type=int, default=0, help="episodes of each task to film, in each evaluation; default: %(default)s"
+        "--videos",
+        type=int,
+        default=0,
+        help="episodes of each task to record as videos, in each evaluation; default: %(default)s",
     )
     arguments = parser.parse_args()
     if any("=" not in other for other in arguments.other):

@@ -307,7 +307,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     trial.add_argument("--camera", help="camera of the simulator; default: its own")
     trial.add_argument("--max-steps", type=int, help="after which an episode has failed; default: the simulator's")
     trial.add_argument("--workers", type=int, help="environments side by side; default: cores")
-    trial.add_argument("--videos", type=int, default=1, help="episodes of each task to film")
+    trial.add_argument("--videos", type=int, default=1, help="episodes of each task to record as videos")
     trial.add_argument("--seed", type=int, default=0, help="seed of the noise that chunks begin as")
     trial.add_argument("--threads", type=int, default=1, help="torch threads on a CPU")
     return parser.parse_args(words)

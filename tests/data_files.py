@@ -149,7 +149,7 @@ def write_lerobot(
     video_fps: int | None = None,
     info: dict[str, Any] | None = None,
 ) -> Path:
-    """A LeRobot folder with one film of all episodes (v3.0) or one for each (v2.1); frame n of all has `level(n)`."""
+    """A LeRobot folder with one video of all episodes (v3.0) or one for each (v2.1); frame n of all has `level(n)`."""
     v3 = version.startswith("v3")
     place = {"data": "data/chunk-000/file-000.parquet", "video": f"videos/{FRONT}/chunk-000/file-000.mp4"}
     if not v3:

@@ -115,8 +115,8 @@ def test_a_recording_in_several_processes_says_what_broke_it(tmp_path, monkeypat
 
 
 def test_where_nothing_is_seen_nothing_is_filmed(tmp_path):
-    with pytest.raises(NoEpisodes, match="'careless:Blind' shows no images: there is nothing to film"):
-        demo(env="careless:Blind", policy="expert", workers=1, output=tmp_path / "films", progress=False)
+    with pytest.raises(NoEpisodes, match="'careless:Blind' shows no images: there is nothing to make a video of"):
+        demo(env="careless:Blind", policy="expert", workers=1, output=tmp_path / "videos", progress=False)
     options = RecordOptions(env="careless:Blind", tasks="open/it", episodes=1, size=16, output=str(tmp_path / "data"))
     with pytest.raises(ValueError, match="'careless:Blind' shows no images, and nobody learns from a recording with"):
         record(options, progress=False)
@@ -125,10 +125,10 @@ def test_where_nothing_is_seen_nothing_is_filmed(tmp_path):
 
 def test_names_of_tasks_become_names_of_files(tmp_path, monkeypatch):
     assert file_name("open/it", "visual:light", "000") == "open-it_visual-light_000" and file_name("a", "") == "a"
-    pytest.importorskip("av", reason="films need the [data] extra")
+    pytest.importorskip("av", reason="videos need the [data] extra")
     here = "careless:Seeing"
-    demo(env=here, policy="expert", workers=1, output=tmp_path / "films", progress=False)
-    assert {path.name for path in (tmp_path / "films").iterdir()} == {"open-it.mp4", "demo.gif"}
+    demo(env=here, policy="expert", workers=1, output=tmp_path / "videos", progress=False)
+    assert {path.name for path in (tmp_path / "videos").iterdir()} == {"open-it.mp4", "demo.gif"}
     options = {"env": here, "tasks": "open/it", "episodes": 1, "size": 16}
     for format in ("lerobot", "hdf5"):
         record(RecordOptions(**options, format=format, output=str(tmp_path / format)), progress=False)
@@ -136,7 +136,7 @@ def test_names_of_tasks_become_names_of_files(tmp_path, monkeypatch):
     twins = {**options, "env": "careless:Twins", "tasks": "open/it,open-it"}
     with pytest.raises(ValueError, match="open/it, open-it: episodes of several of these would be one file"):
         record(RecordOptions(**twins, output=str(tmp_path / "twins")), progress=False)
-    with pytest.raises(ValueError, match="open/it, open-it: films of several of these would be one file"):
+    with pytest.raises(ValueError, match="open/it, open-it: videos of several of these would be one file"):
         demo(env=twins["env"], tasks=twins["tasks"], policy="expert", output=tmp_path / "twins", progress=False)
 
 

@@ -1,4 +1,4 @@
-"""The demo: films of episodes, all of them in one GIF, and what it says where nothing can be rendered."""
+"""The demo: videos of episodes, all of them in one GIF, and what it says where nothing can be rendered."""
 
 import re
 
@@ -125,7 +125,7 @@ def test_a_film_of_somebody_else_is_not_replaced(tmp_path, monkeypatch):
     ("named", "written"), [(("waist", "elbow"), ("waist", "elbow")), ((), ("action[0]", "action[1]"))]
 )
 def test_films_call_actions_as_the_environment_does(tmp_path, monkeypatch, named, written):
-    pytest.importorskip("av", reason="films need the [sim] extra")
+    pytest.importorskip("av", reason="videos need the [sim] extra")
     said = []
     monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda pen, at, text, **how: said.append(text))
     observation = Observation({"image": np.zeros((64, 64, 3), np.uint8)}, np.zeros(1), "go")
@@ -136,7 +136,7 @@ def test_films_call_actions_as_the_environment_does(tmp_path, monkeypatch, named
 
 
 def test_films_of_robots_with_many_joints():
-    """From 33 numbers on an evaluation ended with its first film."""
+    """From 33 numbers on an evaluation ended with its first video."""
     values = [("joint", 1.0 if joint % 2 else -1.0) for joint in range(43)]
     picture = np.asarray(draw(np.zeros((64, 64, 3), np.uint8), "", values))
     width = picture.shape[1] / 43
@@ -149,7 +149,7 @@ def test_films_of_robots_with_many_joints():
 
 @pytest.mark.parametrize(("hz", "outcome"), [(5.0, 5), (12.5, 12), (0.2, 1), (None, 20)])
 def test_films_are_as_fast_as_the_robot(tmp_path, hz, outcome):
-    av = pytest.importorskip("av", reason="films need the [sim] extra")
+    av = pytest.importorskip("av", reason="videos need the [sim] extra")
     observation = Observation({"image": np.zeros((64, 64, 3), np.uint8)}, np.zeros(1), "go")
     video = EpisodeVideo(tmp_path / "go.mp4", observation, hz=hz)
     for _ in range(3):

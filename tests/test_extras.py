@@ -42,7 +42,7 @@ def test_the_table_names_extras_that_exist():
 
 def test_every_simulator_brings_what_films_and_recordings_need():
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    for extra in ("sim", "robosuite"):  # robosuite's once did not: its episodes ran, and the first film failed
+    for extra in ("sim", "robosuite"):  # robosuite's once did not: its episodes ran, and the first video failed
         assert "openvla[data]" in declared[extra]
 
 
@@ -61,9 +61,9 @@ def test_require():
 
 
 def test_what_is_missing_is_said_before_work_begins(monkeypatch, tmp_path, capsys):
-    """Films are written last, adapters are made after a model without values."""
+    """Videos are written last, adapters are made after a model without values."""
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(ModuleNotFoundError, match=r"A film \(--videos\) needs av.*openvla\["):
+    with pytest.raises(ModuleNotFoundError, match=r"A video \(--videos\) needs av.*openvla\["):
         evaluate(policy="mean", tasks="reach-v3", episodes=1, output=tmp_path / "run")
     assert not (tmp_path / "run").exists()
     monkeypatch.setitem(sys.modules, "peft", None)

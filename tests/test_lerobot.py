@@ -85,7 +85,7 @@ def test_a_clock_that_is_not_the_videos_is_an_error_of_its_row(recorded, clock):
         open_source(folder, cache=False)
 
 
-def test_clocks_and_gaps_count_without_films(tmp_path):
+def test_clocks_and_gaps_count_without_videos(tmp_path):
     """A row that was lost makes a jump in every chunk over it, and a wrong clock another rate of control."""
     images = {"image": np.zeros((6, 32, 32, 3), np.uint8)}
     folder = tmp_path / "set"
@@ -529,8 +529,8 @@ def test_an_image_that_is_a_path_to_nothing(cell, tmp_path):
         open_dataset(tmp_path / "set")[0]
 
 
-def test_films_are_looked_for_before_training(tmp_path):
-    """Statistics look at no film, and a few episodes were opened: one film of many was missed for hours."""
+def test_videos_are_looked_for_before_training(tmp_path):
+    """Statistics look at no video, and a few episodes were opened: one video of many was missed for hours."""
     folder = write_lerobot(tmp_path / "set", "v2.1", episodes=3, steps=4)
     (folder / FILM["v2.1"]).unlink()
     source = open_source(folder, cache=False)

@@ -1,4 +1,4 @@
-"""The closed loop on a world whose outcome is known: modes, failures, resume, films, reports."""
+"""The closed loop on a world whose outcome is known: modes, failures, resume, videos, reports."""
 
 import importlib
 import json
@@ -219,7 +219,7 @@ def test_why_environments_broke_is_said_once_and_reported_without_paths(tmp_path
 
 
 def test_films(tmp_path):
-    av = pytest.importorskip("av", reason="films need the [data] extra")
+    av = pytest.importorskip("av", reason="videos need the [data] extra")
     run(tmp_path, JOBS[:2], videos=1)
     (film,) = (tmp_path / "videos").iterdir()
     assert film.name == "left_000.mp4"
@@ -280,10 +280,10 @@ def test_fourteen_numbers_drive_in_every_mode(options, tmp_path):
 
 
 def test_films_that_come_too_late_are_said(tmp_path):
-    pytest.importorskip("av", reason="films need the [data] extra")
+    pytest.importorskip("av", reason="videos need the [data] extra")
     given = {"env": "toy:TwoArms", "tasks": "all", "workers": 1, "progress": False, "policy": ToPose()}
     evaluate(output=tmp_path, episodes=1, videos=0, **given)
-    with pytest.warns(UserWarning, match="videos=2: 1 of the episodes to film were run before without a film"):
+    with pytest.warns(UserWarning, match="videos=2: 1 of these episodes were run before without a video"):
         evaluate(output=tmp_path, episodes=2, videos=2, **given)
     assert [film.name for film in (tmp_path / "videos").iterdir()] == ["pose_001.mp4"]
 

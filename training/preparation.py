@@ -166,8 +166,8 @@ def check_samples(source: Source, episodes: int = 8) -> list[str]:
         A warning where a view is another camera in some of them than in others, by its name.
 
     Raises:
-        ValueError: If an episode has no image of the camera, or one that cannot be decoded, or a film is missing; or if
-            the filters leave frames of episodes that are held out alone, which a mixture may find out hours later.
+        ValueError: If an episode has no image of the camera, or one that cannot be decoded, or a video is missing; or
+            if the filters leave frames of episodes that are held out alone, which a mixture may find out hours later.
     """
     seen: dict[tuple[str, ...], str] = {}
     if not any(True for episode in source.dataset for _ in source.frames(episode)):

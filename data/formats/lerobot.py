@@ -153,11 +153,11 @@ class LeRobotDataset(EpisodeDataset):
         return self._rows
 
     def check_files(self) -> None:
-        films = [key for key in self.cameras.values() if self.features[key]["dtype"] == "video"]
-        if not films or self.on_error == "skip":
+        of_video = [key for key in self.cameras.values() if self.features[key]["dtype"] == "video"]
+        if not of_video or self.on_error == "skip":
             return
         rows = self._episodes.take(self._rows).to_pylist()
-        paths = list(dict.fromkeys(self._video_path(row, key) for row in rows for key in films))
+        paths = list(dict.fromkeys(self._video_path(row, key) for row in rows for key in of_video))
         if missing := [path for path in paths if not path.exists()]:
             raise DamagedDataError(
                 f"{missing[0]}: the video is missing, as are {len(missing) - 1} others of {len(paths)}: copy them "
@@ -253,7 +253,7 @@ class LeRobotDataset(EpisodeDataset):
         video, half = open_video(path), 0.5 / self.info["fps"]
         recorded = times[-1] if len(times) else 0.0
         part, within = f"videos/{key}/to_timestamp", recorded
-        if abs(video.rate / self.info["fps"] - 1) > 0.01:  # then a film that is too short is so for all its episodes
+        if abs(video.rate / self.info["fps"] - 1) > 0.01:  # then a video that is too short is so for all its episodes
             within = max(recorded, self._recorded_end(row, key) - 2 * half)
         for last, what, end in (
             (recorded, f"meta/episodes ({part})", row.get(part)),

@@ -47,7 +47,7 @@ def read_info(file: Path) -> dict[str, Any]:
     expected: dict[str, tuple[type, ...]] = {"data_path": (str,)}
     if of_video:
         expected["video_path"] = (str,)
-    if of_video or info.get("fps") is not None:  # without films it is only what is told of the actions
+    if of_video or info.get("fps") is not None:  # without videos it is only what is told of the actions
         expected["fps"] = (int, float)
     if "chunks_size" in info:
         expected["chunks_size"] = (int,)
@@ -176,7 +176,7 @@ def read_episodes(folder: Path, version: str) -> pa.Table:
 
 
 def shared_parts(episodes: pa.Table, camera: str, fps: float) -> dict[int, int]:
-    """{episode: another one that would show the same frames}: of one film, each episode has a part of its own."""
+    """{episode: another one that would show the same frames}: of one video, each episode has a part of its own."""
     columns = ["episode_index", "length", *(f"videos/{camera}/{what}" for what in PART_OF_FILM)]
     if not set(columns) <= set(episodes.column_names):
         return {}

@@ -48,7 +48,7 @@ def column_names(path: Path) -> list[str]:
 
 
 def time_stamps(table: pa.Table, fps: float | None, tolerance: float, origin: str) -> np.ndarray:
-    """(T,) seconds since the episode began, which must be frame_index / fps. Episodes without films may have none, and
+    """(T,) seconds since the episode began, which must be frame_index / fps. Episodes without videos may have none, and
     no fps: then numbers of frames are all there is.
 
     LeRobot writes that, and compares what it decodes with the time stamps (`check_timestamps_sync`; `tolerance_s` of
@@ -72,7 +72,7 @@ def time_stamps(table: pa.Table, fps: float | None, tolerance: float, origin: st
         row = int(wrong[0])
         raise DamagedDataError(
             f"{origin}, row {row}: its time stamp is {stamps[row]:.4f} s, but frame {frames[row]} of {fps:g} a second "
-            f"is at {frames[row] / fps:.4f} s: films show what the time stamps say, which is another moment. "
+            f"is at {frames[row] / fps:.4f} s: videos show what the time stamps say, which is another moment. "
             f"Write frame_index / fps, correct fps in meta/info.json, or allow more than {tolerance:g} s (tolerance_s)"
         )
     return stamps
