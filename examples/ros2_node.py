@@ -15,6 +15,7 @@ import time
 import numpy as np
 import rclpy
 from openvla_client import Audit, Limits, NoAction, connect
+from rclpy.clock import Clock, ClockType
 from rclpy.node import Node
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import Image
@@ -43,7 +44,8 @@ class OpenVLANode(Node):
         self.create_subscription(Image, "image", self.on_image, newest)
         self.create_subscription(String, "instruction", self.on_instruction, 1)
         self.create_subscription(Empty, "reset", self.on_reset, 1)
-        self.create_timer(1 / hz, self.on_step)
+        # By the usual clock, that of the system, a loop would wait for an hour where NTP sets it back by one.
+        self.create_timer(1 / hz, self.on_step, clock=Clock(clock_type=ClockType.STEADY_TIME))
 
     def parameter(self, name, default):
         return self.declare_parameter(name, default).value

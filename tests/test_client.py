@@ -636,13 +636,17 @@ def test_attempts_to_connect_are_spaced_out():
         thread.join(10)
 
 
-def test_a_handshake_that_is_refused():
+@pytest.mark.parametrize(
+    "status, code, remedy", [(401, "unauthorized", "OPENVLA_API_KEY"), (403, "forbidden", "--allow-host")]
+)
+def test_a_handshake_that_is_refused(status, code, remedy):
+    """Of a server that is asked under a name that it does not know, a key was asked in vain."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def answer():
             for body in (
                 b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}",
-                b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n",
+                b"HTTP/1.1 %d No\r\nContent-Length: 0\r\n\r\n" % status,
             ):
                 accepted, _ = server.accept()
                 with accepted:
@@ -651,9 +655,9 @@ def test_a_handshake_that_is_refused():
 
         thread = threading.Thread(target=answer, daemon=True)
         thread.start()
-        with pytest.raises(Refused, match="OPENVLA_API_KEY") as caught:
+        with pytest.raises(Refused, match=remedy) as caught:
             connect(f"ws://127.0.0.1:{server.getsockname()[1]}")
-        assert caught.value.code == "forbidden"
+        assert caught.value.code == code
         thread.join(10)
 
 
@@ -986,6 +990,20 @@ def test_a_server_that_was_started_again_with_another_model_between_two_requests
                 guard.step(seen)
         guard.close()
         assert client.info.digest == "two"
+
+
+def test_another_model_between_two_requests_is_said_once():
+    """It was said a second time, when the client had asked what the server is."""
+    digests = ["one"]
+    answer = lambda message: {**right(message, dims=7), "digest": digests[0]}  # noqa: E731
+    scripted = Scripted(metadata(dims=7, digest="one"), answer)
+    with asking(scripted, "http") as client:
+        client.act(IMAGE, "go")
+        digests[0], scripted.first = "two", metadata(dims=7, digest="two")
+        with pytest.raises(BadAnswer, match="another model.*says what it is now"):
+            client.act(IMAGE, "go")
+        assert client.info.digest == "two"
+        assert client.act(IMAGE, "go").actions.shape == (2, 7)
 
 
 def test_what_a_server_says_is_read_as_it_is_meant():

@@ -36,7 +36,8 @@ class Node:
         self.subscribed[topic] = callback
         assert qos == 1 or (qos.depth, qos.reliability) == (1, "best effort")
 
-    def create_timer(self, period, callback):
+    def create_timer(self, period, callback, *, clock):
+        assert clock.clock_type == "steady"  # that of the system, the usual one, may be set back
         self.timers.append((period, callback))
 
 
@@ -49,6 +50,7 @@ def example(monkeypatch):
 
     contents = {
         "rclpy": {"init": None, "spin": None},
+        "rclpy.clock": {"Clock": message, "ClockType": SimpleNamespace(STEADY_TIME="steady")},
         "rclpy.node": {"Node": Node},
         "rclpy.qos": {"QoSProfile": message, "ReliabilityPolicy": SimpleNamespace(BEST_EFFORT="best effort")},
         "sensor_msgs": {},

@@ -21,7 +21,7 @@ from .checks import seconds
 from .connection import Address, Connection, get, open_connection, parsed, refuse_redirect
 from .errors import BadAnswer, NoAnswer, NotReached, Refused
 from .forks import call_in_forks, keep
-from .messages import FORMATS, Answer, ServerInfo, encoded, read_answer, read_refusal, request
+from .messages import FORMATS, Answer, OtherModel, ServerInfo, encoded, read_answer, read_refusal, request
 
 
 VARIABLE = "OPENVLA_API_KEY"
@@ -154,8 +154,10 @@ class AsyncClient:
             content = await connection.exchange(encoded(message))
             try:
                 return read_answer(content, message, connection.info, time.monotonic() - begin)
-            except BadAnswer:
+            except BadAnswer as error:
                 await connection.close()
+                if isinstance(error, OtherModel):  # or the next call would say it again
+                    self._is_news(session, (await self._connected(begin + timeout)).info)
                 raise
 
     async def reset(self) -> None:

@@ -41,7 +41,7 @@ class Client:
         NoAnswer: Nothing came in time. What comes later is thrown away.
         Refused: The server says no, and why (`code`, `retry_after`).
         BadAnswer: What came is no answer to this request; or the server was started again with another model, which
-            is said once in each session, before anything is asked of it.
+            is said once in each session, before anything of it is given.
     """
 
     def __init__(self, address: Address, settings: Settings):

@@ -165,9 +165,10 @@ class WebSocket:
             )
         except aiohttp.WSServerHandshakeError as error:
             said = {401: "unauthorized", 403: "forbidden", 503: "busy"}.get(error.status, f"http_{error.status}")
-            remedy = (
-                " Give key=..., or set OPENVLA_API_KEY to that of the server." if error.status in (401, 403) else ""
-            )
+            remedy = {
+                401: " Give key=..., or set OPENVLA_API_KEY to that of the server.",
+                403: " Ask it by its address, or start it with --allow-host NAME, or with a key.",
+            }.get(error.status, "")
             raise read_refusal({"error": f"{address.shown}: HTTP status {error.status}.{remedy}"}, said) from error
         except UNREACHED as error:
             raise NotReached(f"{address.shown}: {_told(error)}; {REMEDY}") from error

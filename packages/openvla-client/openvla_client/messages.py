@@ -241,6 +241,10 @@ def read_refusal(content: Any, code: str) -> Refused:
     return Refused(said, str(found.get("code") or code)[:50], wait if known else None)
 
 
+class OtherModel(BadAnswer):
+    """An answer over HTTP, where no connection breaks when a server is started again."""
+
+
 def read_answer(content: Any, sent: Mapping[str, Any], info: ServerInfo, seconds: float) -> Answer:
     """What a server answered to a message.
 
@@ -253,7 +257,10 @@ def read_answer(content: Any, sent: Mapping[str, Any], info: ServerInfo, seconds
         if name in sent and not _is(content.get(name), sent[name]):
             raise BadAnswer(f"An answer of {name}={content.get(name)!r:.100} came, asked was {sent[name]!r:.100}.")
     if not _is(content.get("digest", info.digest), info.digest):
-        raise BadAnswer("The server was started again with another model than it said.")
+        raise OtherModel(
+            "The server was started again with another model than it said. `info` of the client says what it is now: "
+            "ask again if that is what you want."
+        )
     key = sent["unnorm_key"]
     shape = (info.chunk, info.datasets[key].spec.action_dim)
     timing = content.get("server_timing")
