@@ -69,7 +69,13 @@ INSTEAD = {
     "output_scores": "return_dict=True returns the probability of each token",
     "output_logits": "return_dict=True returns the probability of each token",
     "return_dict_in_generate": "return_dict=True returns tokens, probabilities and entropies",
+    "output_attentions": "model(**inputs, output_attentions=True) returns them",
+    "output_hidden_states": "model(**inputs, output_hidden_states=True) returns them",
+    "proprio": "state=... takes the state of the robot, in the units of the dataset and not normalized",
 }
+# Of `predict_action` of OpenVLA-OFT, where they are parts beside the model.
+OFT_KEYWORDS = ("action_head", "noisy_action_projector", "proprio", "proprio_projector", "use_film")
+INSTEAD |= {name: "leave it out, the model has its parts" for name in OFT_KEYWORDS if name not in INSTEAD}
 
 
 def read_sampling(
@@ -130,7 +136,8 @@ def read_sampling(
     least = 1e-30 if sampling["do_sample"] else 0
     real = (int, float, np.integer, np.floating)
     _check_number("temperature", sampling["temperature"], real, least, 1e30, "a number above 0")
-    _check_number("top_k", sampling["top_k"], (int, np.integer), 1, math.inf, "an integer of at least 1")
+    # As `generate` has it, a top_k of 0 is none.
+    _check_number("top_k", sampling["top_k"], (int, np.integer), 0, math.inf, "an integer of at least 0")
     _check_number("top_p", sampling["top_p"], real, least, 1, "above 0 and at most 1")
     if not sampling["do_sample"]:
         asked = {name: value for name, value in sampling.items() if name != "do_sample" and value not in (None, 0, 1)}
@@ -143,12 +150,12 @@ def read_sampling(
         return None
     check_generator(generator, device)
     temperature = 1.0 if sampling["temperature"] is None else float(sampling["temperature"])
-    return Sampling(temperature, sampling["top_k"], sampling["top_p"], generator)
+    return Sampling(temperature, sampling["top_k"] or None, sampling["top_p"], generator)
 
 
 @cache
 def _known_options() -> frozenset[str]:
-    return frozenset((*vars(GenerationConfig()), *GENERATE_KEYWORDS))
+    return frozenset((*vars(GenerationConfig()), *GENERATE_KEYWORDS, *OFT_KEYWORDS))
 
 
 def check_flags(**flags: Any) -> None:

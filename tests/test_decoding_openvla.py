@@ -254,6 +254,12 @@ def test_threads_predict_what_one_thread_does():
         {"output_scores": False, "return_dict_in_generate": False, "logits_processor": None},
         {"generation_config": GenerationConfig(do_sample=False, max_new_tokens=7)},
         {"do_sample": False, "generation_config": GenerationConfig(do_sample=True)},
+        {
+            "proprio": None,
+            "proprio_projector": None,
+            "action_head": None,
+            "use_film": False,
+        },  # of OpenVLA-OFT's scripts
         {"do_sample": True, "top_k": 1},
         {"do_sample": True, "top_p": 1e-6},
         {"do_sample": True, "temperature": 1e-20},
@@ -274,6 +280,9 @@ def test_options_that_ask_for_the_most_probable_action(model, options):
         ({"max_new_tokens": 8}, "max_new_tokens=8: an action of these statistics has 7 tokens"),
         ({"max_length": 50}, "max_length=50.*leave it out"),
         ({"output_scores": True}, "output_scores=True.*return_dict=True"),
+        ({"output_hidden_states": True}, r"output_hidden_states=True.*model\(\*\*inputs, output_hidden_states=True"),
+        ({"proprio": np.zeros(8)}, "proprio=array.*state=... takes the state of the robot.*not normalized"),
+        ({"action_head": torch.nn.Identity()}, r"action_head=Identity\(\) cannot be used here: leave it out"),
         ({"repetition_penalty": 1.2}, "repetition_penalty=1.2"),
         ({"logits_processor": [min]}, "logits_processor"),
         ({"generation_config": GenerationConfig(num_beams=4)}, "num_beams=4"),
@@ -285,7 +294,7 @@ def test_options_that_ask_for_the_most_probable_action(model, options):
         ({"do_sample": True, "temperature": -1.0}, "temperature=-1.0 must be a number above 0"),
         ({"do_sample": True, "temperature": float("nan")}, "temperature=nan"),
         ({"do_sample": True, "temperature": "warm"}, "temperature='warm'"),
-        ({"do_sample": True, "top_k": 0}, "top_k=0 must be an integer of at least 1"),
+        ({"do_sample": True, "top_k": -1}, "top_k=-1 must be an integer of at least 0"),
         ({"do_sample": True, "top_k": 2.5}, "top_k=2.5"),
         ({"do_sample": True, "top_p": 1.5}, "top_p=1.5 must be above 0 and at most 1"),
         ({"temperature": {1}}, "temperature={1}"),
@@ -296,6 +305,15 @@ def test_options_that_ask_for_the_most_probable_action(model, options):
 def test_options_that_are_refused(model, options, message):
     with pytest.raises(ValueError, match=message):
         model.predict_action(**small_inputs(), **options)
+
+
+def test_a_top_k_of_zero_is_none(model):
+    """As in `generate`, and in scripts of reinforcement learning."""
+    found = [
+        model.predict_action(**small_inputs(), do_sample=True, generator=torch.Generator().manual_seed(0), **options)
+        for options in ({}, {"top_k": 0})
+    ]
+    assert np.array_equal(*found)
 
 
 def test_sampling_options_without_sampling_warn(model):
