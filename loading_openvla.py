@@ -275,7 +275,10 @@ class OpenVLAPreTrainedModel(QuantizedWeights, AdapterBelongings, ModelParts, Pr
     def _apply(self, fn, recurse=True):
         """As in every torch module, but for what positions are made of (`POSITIONS`): loaded in another type it has
         float32, and cast with the model it would stand for other positions (in bfloat16, at position 300, angles are
-        off by up to 0.37 radians)."""
+        off by up to 0.37 radians). Buffers that are in no file, and had no values before (`to_empty` of a model that
+        was made on "meta"), are computed: no state_dict would bring them."""
+        unsaved = [(module, name) for module in self.modules() for name in module._non_persistent_buffers_set]
+        empty = {module for module, name in unsaved if getattr(module._buffers[name], "is_meta", False)}
         kept = [
             (module, name, buffer)
             for module in self.modules()
@@ -286,6 +289,11 @@ class OpenVLAPreTrainedModel(QuantizedWeights, AdapterBelongings, ModelParts, Pr
         for module, name, buffer in kept:
             if (moved := module._buffers[name]) is not None and moved.dtype != buffer.dtype:
                 module._buffers[name] = buffer.to(moved.device)
+        filled = {module for module, name in unsaved if module in empty and not module._buffers[name].is_meta}
+        for owner in self.modules() if filled else ():
+            if isinstance(owner, PreTrainedModel):
+                for module in filled.intersection(owner.modules()):
+                    owner._init_weights(module)
         return self
 
     def train(self, mode: bool = True):
@@ -328,6 +336,11 @@ class OpenVLAPreTrainedModel(QuantizedWeights, AdapterBelongings, ModelParts, Pr
             with uncompiled(self):  # accelerate 1.8 looks for what the model itself was compiled of
                 super().save_pretrained(save_directory, **kwargs)
         except NotImplementedError as error:  # transformers 5.24: of weights that were stored so
+            if any(parameter.is_meta for parameter in self.parameters()):
+                raise ValueError(
+                    "accelerate holds weights of the model elsewhere (cpu_offload, disk_offload), where they are not "
+                    "found: bring them back by accelerate.hooks.remove_hook_from_submodules(model), then save it."
+                ) from error
             if not getattr(self, "is_quantized", False):
                 raise
             raise ValueError(

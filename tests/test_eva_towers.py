@@ -80,6 +80,10 @@ def test_positions_come_back_with_the_weights(name, tmp_path):
     half = OpenVLAForActionPrediction.from_pretrained(tmp_path, dtype=torch.bfloat16).eval().vision_backbone(pixels)
     assert torch.equal(half, loaded.to(torch.bfloat16).vision_backbone(pixels)) and half.dtype == torch.bfloat16
     assert (half - features).abs().max() < 0.1 * features.abs().max()
+    with torch.device("meta"):
+        empty = OpenVLAForActionPrediction(model.config)
+    empty.to_empty(device="cpu").load_state_dict(model.state_dict())
+    assert torch.equal(empty.eval().vision_backbone(pixels), features)
 
 
 @NEW

@@ -594,6 +594,32 @@ def test_a_cast_leaves_positions_as_they_are(folder, dtype):
     assert cast.dtype == dtype and cast.to("meta").language_model.model.rotary_emb.inv_freq.is_meta
 
 
+@pytest.mark.parametrize("wrap", [lambda model: model, torch.nn.ModuleList([]).append], ids=["alone", "in another"])
+def test_a_model_that_was_made_on_meta_has_positions(folder, tensors, wrap):
+    """They are in no state_dict: after `to_empty` they were what the memory held, and actions as well."""
+    loaded = load(folder)
+    with torch.device("meta"):
+        model = OpenVLAForActionPrediction(loaded.config)
+    wrap(model).to_empty(device="cpu")
+    model.load_state_dict(tensors)
+    for name, buffer in loaded.named_buffers():
+        assert torch.equal(model.get_buffer(name), buffer), name
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_weights_that_accelerate_holds_are_saved_once_they_are_back(folder, tmp_path, bits):
+    """Those of 8 bits were said to be quantized by another library."""
+    accelerate = pytest.importorskip("accelerate", reason="offloading is of accelerate")
+    quantization = None if bits is None else {"quant_method": "openvla", "bits": bits}
+    model = accelerate.cpu_offload(load(folder, quantization_config=quantization), execution_device="cpu")
+    with pytest.raises(ValueError, match=r"accelerate holds weights.*remove_hook_from_submodules\(model\)"):
+        model.save_pretrained(tmp_path / "saved")
+    accelerate.hooks.remove_hook_from_submodules(model)
+    model.save_pretrained(tmp_path / "saved")
+    again = load(tmp_path / "saved").state_dict()
+    assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
+
+
 def test_a_chunk_that_weights_never_learned_is_said(tmp_path):
     """The steps beyond theirs look like actions, and are none that anybody taught."""
     with pytest.warns(UserWarning, match=r"action_chunk=8: the config.json of .* says 1"):
