@@ -4,7 +4,7 @@ import hashlib
 import importlib
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -165,18 +165,36 @@ def usual_tasks(environment: Environment) -> str:
 
 
 def choose_tasks(environment: Environment, tasks: str) -> tuple[str, ...]:
-    """Names of tasks and of sets of them, joined by commas, as the tasks they stand for; each once.
+    """Names of tasks and of sets of them, joined by commas, as the tasks they stand for; each once. A name may hold
+    commas.
 
     Raises:
-        ValueError: If a name is unknown; the nearest one is given.
+        ValueError: If a name is unknown; the nearest one is given. Or if it is that of a task and of several as well.
     """
-    chosen: dict[str, None] = {}
-    for name in filter(None, (part.strip() for part in tasks.split(","))):
-        check_choice("tasks", name, [*environment.task_sets, *environment.tasks])
-        chosen |= dict.fromkeys(environment.task_sets.get(name, (name,)))
-    if not chosen:
+    known, parts = [*environment.task_sets, *environment.tasks], [part for part in tasks.split(",") if part.strip()]
+    if not parts:
         raise ValueError(f"tasks={tasks!r} names no task. Sets of tasks: {', '.join(environment.task_sets)}.")
-    return tuple(chosen)
+    readings = _readings(parts, {*known})
+    if not readings:
+        check_choice("tasks", next((part.strip() for part in parts if part.strip() not in known), tasks), known)
+    if len(readings) > 1:
+        raise ValueError(
+            f"tasks={tasks!r}: a name holds a comma, so that this is {' or '.join(map(str, readings))}: give them in "
+            "another order or one by one, or rename a task."
+        )
+    return tuple(dict.fromkeys(task for name in readings[0] for task in environment.task_sets.get(name, (name,))))
+
+
+def _readings(parts: Sequence[str], known: Set[str]) -> list[list[str]]:
+    """Up to two of the lists of names that a text may be, of which these are the parts between its commas: a name may
+    hold some."""
+    most = 1 + max(name.count(",") for name in known)
+    found: dict[int, list[list[str]]] = {len(parts): [[]]}  # of what begins with a part
+    for start in reversed(range(len(parts))):
+        ends = range(start + 1, min(start + most, len(parts)) + 1)
+        names = [(",".join(parts[start:end]).strip(), end) for end in ends]
+        found[start] = [[name, *others] for name, end in names if name in known for others in found[end]][:2]
+    return found[0]
 
 
 def choose_variations(environment: Environment, tasks: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:

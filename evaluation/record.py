@@ -113,9 +113,26 @@ def _record(options: RecordOptions, output: Path, progress: bool) -> dict[str, A
     if len(set(files.values())) < len(jobs):
         raise ValueError(f"{', '.join(tasks)}: episodes of several of these would be one file. Record them alone.")
     differs = bool(options.noise or options.delay or options.student)  # what is executed from what is recorded
-    missing = [(job, file) for job, file in files.items() if not is_episode(file, executed=differs)]
+    there = {job: is_episode(file, executed=differs) for job, file in files.items()}
+    missing = [(job, file) for job, file in files.items() if not there[job]]
+    missing.sort(key=lambda each: each[0][2] != options.seed)  # one of each task first: they may not go together
+    shown: dict[str, dict[str, Any]] = {}  # of each task, by its first episode
+
+    def look(job: tuple[str, str, int], file: Path) -> None:
+        if options.format == "lerobot" and job[2] == options.seed:
+            images = load_episode(file, options.env).images
+            shown["_".join(filter(None, job[:2]))] = {camera: frames[0].shape for camera, frames in images.items()}
+            _check_alike(shown, options.env)
+
+    for job in filter(there.get, jobs):
+        look(job, files[job])
     with tqdm(total=len(jobs), initial=len(jobs) - len(missing), unit="episode", disable=not progress) as bar:
-        _run(partial(recorder.Recorder, options), missing, options.workers, bar.update)
+
+        def done(*episode: Any) -> None:
+            bar.update()
+            look(*episode)
+
+        _run(partial(recorder.Recorder, options), missing, options.workers, done)
 
     complete = part / COMPLETE
     shutil.rmtree(complete, ignore_errors=True)  # of a run that was stopped while it wrote
@@ -240,15 +257,30 @@ def _more(found: dict[str, Any], other: dict[str, Any]) -> str:
     )
 
 
+def _check_alike(shown: Mapping[str, Mapping[str, Any]], env: str) -> None:
+    """Raise a `ValueError` where tasks show images of other sizes, or of other cameras: LeRobot has one form for all,
+    and else it is said when all episodes are recorded."""
+    (first, expected), *others = list(shown.items())
+    for task, found in others:
+        if found != expected:
+            raise ValueError(
+                f"'{env}' shows {dict(found)} in '{task}' and {dict(expected)} in '{first}', and in a LeRobot data set "
+                "all episodes have one form: record them into folders of their own, or give --format hdf5."
+            )
+
+
 def _run(
-    make: Callable[[], Any], jobs: Sequence[tuple[tuple[str, str, int], Path]], workers: int, done: Callable[[], Any]
+    make: Callable[[], Any],
+    jobs: Sequence[tuple[tuple[str, str, int], Path]],
+    workers: int,
+    done: Callable[[tuple[str, str, int], Path], Any],
 ) -> None:
     """Record all jobs, in this process or in others; the first failure ends it."""
     if workers == 1 or len(jobs) < 2:
         own = make()
         for episode, file in jobs:
             own.record(*episode, file)
-            done()
+            done(episode, file)
         own.close()
         return
     waiting: queue.SimpleQueue = queue.SimpleQueue()
@@ -263,7 +295,7 @@ def _run(
                 episode, file = waiting.get_nowait()
                 process.ask("record", *episode, file)
                 process.answer()
-                done()
+                done(episode, file)
         except queue.Empty:
             pass
         except BaseException as failure:  # raised again by the thread that waits

@@ -41,6 +41,18 @@ class Twins(Seeing):
     tasks = ("open/it", "open-it")
 
 
+class Sizes(Seeing):
+    """Shows one of its tasks in smaller pictures."""
+
+    tasks = ("near", "far")
+
+    def _observe(self):
+        observation = super()._observe()
+        less = 2 if self.task == "far" else 1
+        pictures = {camera: image[::less, ::less] for camera, image in observation.images.items()}
+        return replace(observation, images=pictures)
+
+
 class Needs(Blind):
     def __init__(self, path, *, size=16):
         raise AssertionError("made without a path")

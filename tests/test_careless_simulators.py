@@ -106,11 +106,11 @@ def test_a_worker_that_is_interrupted_ends_without_a_word(gone, capfd):
 def test_a_recording_in_several_processes_says_what_broke_it(tmp_path, monkeypatch):
     jobs = [(("go", "", number), tmp_path / f"{number}.npz") for number in range(2)]
     with pytest.raises(RecordingBroke, match="^ValueError: The expert failed 20 times.$"):
-        _run(Breaks, jobs, 2, lambda: None)
+        _run(Breaks, jobs, 2, lambda *done: None)
     assert RecordingBroke.exit_code == 1
     monkeypatch.setattr("threading.Thread.join", interrupt := MagicMock(side_effect=[KeyboardInterrupt, None, None]))
     with pytest.raises(KeyboardInterrupt):
-        _run(Breaks, jobs, 2, lambda: None)
+        _run(Breaks, jobs, 2, lambda *done: None)
     assert interrupt.call_count == 3
 
 
@@ -121,6 +121,18 @@ def test_where_nothing_is_seen_nothing_is_filmed(tmp_path):
     with pytest.raises(ValueError, match="'careless:Blind' shows no images, and nobody learns from a recording with"):
         record(options, progress=False)
     assert not (tmp_path / "data").exists()
+
+
+def test_tasks_of_images_of_other_sizes_are_said_at_the_start(tmp_path):
+    """When LeRobot was written, all episodes had been recorded."""
+    mine = {"env": "careless:Sizes", "tasks": "near,far", "episodes": 3, "size": 16}
+    output = tmp_path / "data"
+    said = "shows {'front': .8, 8, 3.} in 'far' and {'front': .16, 16, 3.} in 'near', and in a LeRobot .* hdf5"
+    for more in ({}, {"workers": 2}):  # where two are there already
+        with pytest.raises(ValueError, match=said):
+            record(RecordOptions(**mine, **more, output=str(output)), progress=False)
+        assert len([*(tmp_path / "data.partial" / "episodes").glob("*.npz")]) == 2
+    record(RecordOptions(**mine, format="hdf5", output=str(tmp_path / "hdf5")), progress=False)
 
 
 def test_names_of_tasks_become_names_of_files(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from openvla.evaluation import EVALUATION_SEEDS, RECORDING_SEEDS, choose_tasks, make_environment, rendering
-from openvla.evaluation.environment import action_spec_of, check_action
+from openvla.evaluation.environment import action_spec_of, check_action, usual_tasks
 from openvla.evaluation.metaworld import MetaWorld, from_metaworld, to_metaworld
 from openvla.evaluation.rendering import opengl_backend
 
@@ -68,6 +68,21 @@ def test_tasks_and_sets_are_those_of_the_library():
 
 def test_choosing_tasks(blind):
     assert choose_tasks(blind, "mt10, sweep-v3,reach-v3") == (*MetaWorld.task_sets["mt10"], "sweep-v3")
+
+
+def test_names_of_tasks_hold_commas():
+    """They were split there, and so was the list of all tasks that is taken without `--tasks`."""
+    tasks = ("open it, slowly", "close it", "open it, fast")
+    here = SimpleNamespace(tasks=tasks, task_sets={"all, of them": tasks[:2]})
+    assert choose_tasks(here, usual_tasks(SimpleNamespace(tasks=tasks, task_sets={}))) == tasks
+    assert choose_tasks(here, " open it, fast,all, of them,, close it ,") == (tasks[2], *tasks[:2])
+    with pytest.raises(ValueError, match="tasks='open it' is unknown.*Did you mean 'open it, fast'"):
+        choose_tasks(here, "close it,open it,close it")
+    for tasks, given in ((("a", "b", "a,b"), "b,a,b"), ((*"abc", "a,b", "b,c"), "a,b,c")):
+        with pytest.raises(ValueError, match=r"a name holds a comma, so that this is .* or .*rename a task"):
+            choose_tasks(SimpleNamespace(tasks=tasks, task_sets={}), given)
+    many = tuple(f"task {number}, of many" for number in range(3000))
+    assert choose_tasks(SimpleNamespace(tasks=many, task_sets={}), ",".join(many)) == many
 
 
 def test_every_task_has_words_of_its_own(blind):
