@@ -354,6 +354,19 @@ def test_robots_of_a_server_that_is_gone_are_shown_no_more(serve, visit):
     page.locator(".robot img").wait_for()
 
 
+def test_nor_are_those_of_a_server_that_says_nothing(serve, visit):
+    """As where the network has gone: they stood there as if they were seen now, for minutes."""
+    served = serve()
+    page = visit(served.url)
+    served.engine.live.asked(request(session="arm-1"))
+    page.locator(".robot img").wait_for()
+    page.route("**/page/robots", lambda route: None)
+    page.get_by_text("The server does not answer.").wait_for()
+    assert page.locator(".robot").count() == 0
+    page.unroute("**/page/robots")
+    page.locator(".robot img").wait_for()
+
+
 @pytest.mark.parametrize("bins", [64, 256])
 def test_bins_of_any_number_fill_the_paper(serve, visit, bins):
     page = visit(serve().url)

@@ -2,6 +2,7 @@
 
 const KEY = "openvla-key";
 const ASKED = "This server asks for a key. It stays in this tab.";
+const PATIENCE = 5000; // milliseconds for what repeats by itself: a network that has gone says nothing for minutes
 let asking = null; // the dialog that is open: all requests wait for the same one
 let model = null; // of which the page knows names and units: that of the first answer
 
@@ -13,7 +14,8 @@ export async function call(path, { quiet = false, ...options } = {}) {
     const headers = { ...options.headers, ...(key ? { Authorization: `Bearer ${key}` } : {}) };
     let response;
     try {
-      response = await fetch(`page/${path}`, { ...options, headers, cache: "no-store" });
+      const signal = quiet ? AbortSignal.timeout(PATIENCE) : options.signal;
+      response = await fetch(`page/${path}`, { ...options, signal, headers, cache: "no-store" });
     } catch {
       throw new Error("The server does not answer.");
     }
