@@ -52,7 +52,7 @@ def create_app(
     # Neither of FastAPI's pages about the description: they load scripts from other sites.
     app = FastAPI(
         title="OpenVLA", description="An image and an instruction go in, a robot action comes out.", version="1",
-        docs_url=None, redoc_url=None, lifespan=lifespan,
+        docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan,
     )  # fmt: skip
     app.state.service = service
     for make in (*ROUTES, *routes):

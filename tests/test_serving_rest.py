@@ -171,6 +171,13 @@ def test_another_address_is_told_where_actions_are(server, ask, status):
     assert answer.status_code == status and "POST /act" in answer.json()["error"] and answer.json()["code"]
 
 
+def test_nobody_is_led_elsewhere(server):
+    """By `http://` behind a proxy that speaks TLS, and curl said nothing at all."""
+    sent = {"image": base64.b64encode(png()).decode(), "instruction": "go"}
+    assert server.post("/act/", json=sent, follow_redirects=False).json()["actions"]
+    assert server.get("/info/", follow_redirects=False).status_code == 404
+
+
 def test_it_is_not_ready_before_it_is_warm():
     engine = Engine(FakeModel(("primary",)))
     server = TestClient(create_app(engine), base_url="http://localhost")  # not started
