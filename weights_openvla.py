@@ -29,11 +29,15 @@ OLDER = {  # arguments that transformers knew before version 5, and what says it
     "use_auth_token": "token=...",
     "resume_download": "nothing, downloads are always resumed",
 }
+# Files of tensors that are no weights of a model, by the beginning of their names
+NO_WEIGHTS = ("adapter_", "optimizer", "rng_state", "scheduler", "training_args")
+_SAVE = "safetensors.torch.save_file(tensors, file, {'format': 'pt'})"
 # What a part of an unexpected name says about where the weights come from; the first that is found is told.
 _OFT = "they hold parts of OpenVLA-OFT, which loads from the folder it was saved in, with its *_checkpoint.pt files"
 _PEFT = "a PEFT model was saved unmerged: save model.merge_and_unload() instead"
 _BITSANDBYTES = "they are quantized by bitsandbytes, and config.json has no quantization_config"
 _ORIGINAL = "they have the names of the original's training code: see `openvla convert`"
+_VALUES = f"a value head of reinforcement learning was saved beside the policy: save the other tensors alone ({_SAVE})"
 ORIGINS = {
     "action_head": _OFT,
     "proprio_projector": _OFT,
@@ -52,6 +56,8 @@ ORIGINS = {
     "_featurizer.": _ORIGINAL,
     ".absmax": _BITSANDBYTES,
     ".SCB": _BITSANDBYTES,
+    "value_head.": _VALUES,
+    "v_head.": _VALUES,
 }
 
 
@@ -195,8 +201,14 @@ def check_folder(name: str | os.PathLike, loading: Mapping[str, Any]) -> None:
 def _no_weights(folder: Path, names: Iterable[str], variant: str | None) -> str:
     """What to say where there are no weights under the names that were asked for, by what is there instead."""
     wanted = " or ".join(with_variant(name, variant) for name in names)
-    there = sorted(file.name for kind in ("model*.safetensors", "pytorch_model*.bin") for file in folder.glob(kind))
-    found = f"there are {', '.join(there[:3])}: say so by variant=... and use_safetensors=..." if there else ""
+    kinds = ("model*.safetensors", "pytorch_model*.bin"), ("*.safetensors", "*.pt", "*.pth", "*.bin")
+    usual, others = (sorted({file.name for kind in kind for file in folder.glob(kind)}) for kind in kinds)
+    others = [name for name in others if not name.startswith(NO_WEIGHTS)]
+    found = f"there are {', '.join(usual[:3])}: say so by variant=... and use_safetensors=..." if usual else ""
+    if any("-of-" in name for name in usual) and not any(folder.glob("*.index*.json")):
+        found = f"there are {usual[0]}, ..., and no index of these parts: copy its model.safetensors.index.json, too"
+    elif others and not usual:
+        found = f"there are {', '.join(others[:3])}: save their tensors as model.safetensors ({_SAVE})"
     if any(folder.glob("*.onnx")):
         found = "it is an export to ONNX: openvla_runtime.OnnxPolicy acts with it (packages/openvla-runtime)"
     return f"'{folder}' holds no {wanted}; {found or 'copy or download the weights'}."

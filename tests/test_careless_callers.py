@@ -99,6 +99,28 @@ def test_no_weights_at_all(variant):
         load(variant)
 
 
+def test_parts_without_their_index(model, tmp_path):
+    """What is left of a download that broke off: variant=... was advised."""
+    model.save_pretrained(tmp_path, max_shard_size="1MB")
+    (tmp_path / "model.safetensors.index.json").unlink()
+    with pytest.raises(FileNotFoundError, match="no index of these parts: copy its model.safetensors.index.json, too"):
+        load(tmp_path)
+
+
+def test_weights_under_a_name_of_their_own(model, tmp_path):
+    """As trainers of reinforcement learning write them."""
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    torch.save(tensors, tmp_path / "full_weights.pt")
+    torch.save({}, tmp_path / "optimizer.pt")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="there are full_weights.pt: save their tensors as model.safetensors"):
+        load(tmp_path)
+    save_file(tensors | {"value_head.weight": torch.ones(1, 8)}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="1 unexpected: value_head.weight.*a value head of reinforcement learning"):
+        load(tmp_path)
+
+
 def test_a_missing_part_of_a_variant(model, tmp_path):
     model.save_pretrained(tmp_path, variant="fp16", max_shard_size="1MB")
     next(tmp_path.glob("model.fp16-00002-*")).unlink()
