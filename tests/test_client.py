@@ -636,6 +636,20 @@ def test_attempts_to_connect_are_spaced_out():
         thread.join(10)
 
 
+def test_a_server_that_hangs_up_at_once_is_asked_no_more_often_than_one_that_is_not_there():
+    """It was connected to 600 times a second, until the call had no time left."""
+    scripted = Scripted()
+
+    async def twice(socket, content):  # in one piece; nobody asked for the second
+        frame = b"\x82\x7e" + len(data := pack(content)).to_bytes(2, "big") + data
+        socket._req.transport.write(frame + frame)
+
+    scripted._send = twice
+    with scripted.running(), pytest.raises(NotReached, match="the connection broke"):
+        connect(scripted.url("ws"), timeout=0.4)
+    assert 1 <= scripted.connections <= 8
+
+
 @pytest.mark.parametrize(
     "status, code, remedy", [(401, "unauthorized", "OPENVLA_API_KEY"), (403, "forbidden", "--allow-host")]
 )

@@ -175,6 +175,8 @@ class WebSocket:
         connection = cls(socket, address.shown)
         try:
             connection.info = read_info(await connection._frame())
+            if connection.closed:  # a server that hangs up at once is asked no more often than one that is not there
+                await connection._frame()
         except BaseException:
             connection.drop()
             raise
