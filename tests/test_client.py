@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import openvla_client
 import pytest
-from aiohttp import web
+from aiohttp import WSMsgType, web
 from fake_serving import FakeModel
 from openvla_client import (
     Audit,
@@ -416,6 +416,41 @@ def test_a_late_answer_goes_to_nobody(scheme):
         scripted.answer = right
         assert client.act(IMAGE, "go").actions.shape == (2, 3)
     assert scripted.connections == (2 if scheme == "ws" else 0)
+
+
+def test_a_picture_that_a_network_did_not_take_in_time_is_sent_no_more(scheme):
+    """It stayed in memory, with its connection, for a quarter of an hour or for ever, and went before newer ones."""
+    given_up, ended = threading.Event(), threading.Event()
+
+    class Slow(Scripted):
+        async def _act(self, request):
+            try:
+                await asyncio.to_thread(given_up.wait, 30)
+                self.messages.append(await request.read())
+                return web.Response()
+            finally:
+                ended.set()
+
+        async def _socket(self, request):
+            socket = web.WebSocketResponse(max_msg_size=2**26)
+            await socket.prepare(request)
+            await self._send(socket, self.first)
+            request.transport.pause_reading()
+            try:
+                await asyncio.to_thread(given_up.wait, 30)
+                request.transport.resume_reading()
+                self.messages.extend([message async for message in socket if message.type is WSMsgType.BINARY])
+                return socket
+            finally:
+                ended.set()
+
+    with asking(slow := Slow(), scheme) as client:
+        with pytest.raises(NoAnswer):
+            client.act(np.zeros((3000, 3000, 3), np.uint8), "go", timeout=0.3)
+        time.sleep(0.5)  # for a goodbye
+        given_up.set()
+        assert ended.wait(30)
+    assert not slow.messages
 
 
 def test_answers_nobody_asked_for():

@@ -18,7 +18,7 @@ import aiohttp
 import numpy as np
 
 from .checks import seconds
-from .connection import Address, Connection, get, open_connection, parsed, refuse_redirect
+from .connection import Address, Connection, Response, Socket, get, open_connection, parsed, refuse_redirect
 from .errors import BadAnswer, NoAnswer, NotReached, Refused
 from .forks import call_in_forks, keep
 from .messages import FORMATS, Answer, OtherModel, ServerInfo, encoded, read_answer, read_refusal, request
@@ -198,6 +198,7 @@ class AsyncClient:
             here.on_request_redirect.append(refuse_redirect)
             self._http = aiohttp.ClientSession(
                 timeout=never, cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False,
+                response_class=Response, ws_response_class=Socket,
                 trace_configs=[here] if self.address.websocket else None,  # requests say themselves not to follow
             )  # fmt: skip
         return self._http

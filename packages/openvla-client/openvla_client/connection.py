@@ -7,7 +7,7 @@ import asyncio
 from contextlib import suppress
 from dataclasses import dataclass, field
 from ssl import SSLContext
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 from urllib.parse import urlsplit, urlunsplit
 
 import aiohttp
@@ -75,6 +75,34 @@ class Address:
         parts = urlsplit(self.url)
         scheme = {"ws": "http", "wss": "https"}.get(parts.scheme, parts.scheme)
         return urlunsplit((scheme, parts.netloc, parts.path.rstrip("/") + path, "", ""))
+
+
+class Response(aiohttp.ClientResponse):
+    """Of a request that leaves nothing behind where nobody waits any more. aiohttp would keep the connection until all
+    of it is sent: where a network has gone, a picture in memory for each try, and old ones go before new ones later.
+    """
+
+    transport: asyncio.Transport | None = None
+
+    async def start(self, connection: Any) -> aiohttp.ClientResponse:
+        self.transport = connection.transport
+        try:
+            return await super().start(connection)
+        except BaseException:
+            self.abort()
+            raise
+
+    def abort(self) -> None:
+        if self.transport is not None:
+            with suppress(RuntimeError):  # its event loop has ended already
+                self.transport.abort()
+
+
+class Socket(aiohttp.ClientWebSocketResponse):
+    """The same, which began with such a request."""
+
+    def abort(self) -> None:
+        cast(Response, self._response).abort()
 
 
 class Connection(Protocol):
@@ -148,7 +176,7 @@ class Requests:
 class WebSocket:
     """The server speaks first and says what it is; then each message has its answer. One at a time."""
 
-    def __init__(self, socket: aiohttp.ClientWebSocketResponse, url: str):
+    def __init__(self, socket: Socket, url: str):
         self._socket, self._url, self.closed = socket, url, False
         self._frames: asyncio.Queue[aiohttp.WSMessage | None] = asyncio.Queue()
         self._lock = asyncio.Lock()
@@ -172,7 +200,7 @@ class WebSocket:
             raise read_refusal({"error": f"{address.shown}: HTTP status {error.status}.{remedy}"}, said) from error
         except UNREACHED as error:
             raise NotReached(f"{address.shown}: {_told(error)}; {REMEDY}") from error
-        connection = cls(socket, address.shown)
+        connection = cls(cast(Socket, socket), address.shown)
         try:
             connection.info = read_info(await connection._frame())
             if connection.closed:  # a server that hangs up at once is asked no more often than one that is not there
@@ -235,6 +263,7 @@ class WebSocket:
         with suppress(TimeoutError, asyncio.CancelledError, *UNREACHED):
             async with asyncio.timeout(2 * CLOSING):
                 await self._socket.close()
+        self._socket.abort()
 
     async def close(self) -> None:
         self.drop()
