@@ -8,6 +8,7 @@ import numpy as np
 
 from .dataset import EpisodeDataset
 from .dimensions import RARE
+from .filters import moving
 
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ NARROW = 0.05  # part of the range of the statistics that the data takes at leas
 FOLLOWED, NEAR = 10, 0.1  # episodes looked at; mean distance to the state that counts as following it, of the range
 TURNS = (2 * math.pi, 360.0)  # what an angle that is a place jumps by
 SAME, NEARLY_ALL = 1e-5, 0.95  # distance of numbers that are one and the same, of the range; share of the steps
+PAUSES = 0.1  # share of the steps in which nothing moves
 CREEP = 0.02  # part of a range that is as good as standing, five bins
 GRIPPER_DIMS = "--gripper-dims"
 
@@ -32,6 +34,7 @@ def check_data(source: "Source") -> list[str]:
     found += check_rare(source) + check_grippers(source) + check_clipped(source) + check_places(source)
     some = _some_actions(source)
     found += check_turns(source, some) + check_last(source, some) + check_standstill(source) + check_copies(source)
+    found += check_pauses(source, some)
     parts = [(names, own, action)]
     proprio = source.statistics.get("proprio")
     if bounds and source.survey.proprio and proprio:  # of states quantiles clip outliers, and all else is kept
@@ -133,6 +136,21 @@ def check_last(source: "Source", parts: Sequence[np.ndarray]) -> list[str]:
     return [
         f"{source.name}: the last action of {sum(zero)} of {len(zero)} episodes looked at is zero, far from the one "
         "before: of a step that has none, and learned like all else. --filters zero-actions leaves such steps out."
+    ]
+
+
+def check_pauses(source: "Source", parts: Sequence[np.ndarray]) -> list[str]:
+    """Steps of episodes (T, A) in which nothing moves, as the filter `no-ops` finds them: a robot that waits sees the
+    same image again, and where a model answers it with no motion, it does so for ever."""
+    arm = [dim for dim in range(source.action_dim) if dim not in source.grippers]
+    if not arm or source.absolute[arm].any():
+        return []
+    moves = np.concatenate([moving(part[:, arm], part[:, list(source.grippers)]) for part in parts])
+    if (share := 1 - moves.mean()) < PAUSES:
+        return []
+    return [
+        f"{source.name}: nothing moves in {share:.0%} of the {len(moves)} steps looked at, and a robot that does as it "
+        "was shown stops there, for ever. --filters no-ops leaves such steps out."
     ]
 
 

@@ -26,9 +26,13 @@ def keep_labeled(episode: Episode, grippers: Sequence[int] = LAST) -> np.ndarray
 def keep_moving(episode: Episode, grippers: Sequence[int] = LAST) -> np.ndarray:
     """Without LIBERO-style no-ops: steps of which all but the gripper is smaller than 1e-4 (L2 norm) and whose gripper
     is that of the last step kept. The first step is judged by its norm alone."""
-    gripper = episode.actions[:, list(grippers)]
-    still = np.linalg.norm(_arm(episode, grippers).astype(np.float64), axis=1) < 1e-4
-    keep, last = np.zeros(len(episode), dtype=bool), None
+    return moving(_arm(episode, grippers), episode.actions[:, list(grippers)])
+
+
+def moving(arm: np.ndarray, gripper: np.ndarray) -> np.ndarray:
+    """(T,) bool, see `keep_moving`; the dimensions of an action that are no grippers, and those that are."""
+    still = np.linalg.norm(arm.astype(np.float64), axis=1) < 1e-4
+    keep, last = np.zeros(len(still), dtype=bool), None
     for step, now in enumerate(gripper):
         if still[step] and (last is None or (now == last).all()):
             continue

@@ -27,7 +27,7 @@ from openvla.training.checks import (
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def source(change=lambda actions: actions, episodes: int = 5):
+def source(change=lambda actions: actions, episodes: int = 5, **options):
     rng = np.random.default_rng(0)
     recorded = []
     for _ in range(episodes):
@@ -36,7 +36,7 @@ def source(change=lambda actions: actions, episodes: int = 5):
         recorded.append({"actions": change(actions), "instruction": "pick up the cup"})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return open_source(PythonDataset(recorded, name="mine"), held_out=0)
+        return open_source(PythonDataset(recorded, name="mine"), held_out=0, **options)
 
 
 def with_column(index: int, values):
@@ -45,6 +45,23 @@ def with_column(index: int, values):
         return actions
 
     return change
+
+
+def test_steps_in_which_nothing_moves():
+    """A teleoperator who thinks: OpenVLA's policies stop where the robot stood still."""
+
+    def found(change, **options):
+        return [text for text in check_data(source(change, **options)) if "nothing moves" in text]
+
+    def pausing(actions):
+        actions[10:18, :6] = 0
+        return actions
+
+    (warning,) = found(pausing)
+    assert "nothing moves in 20% of the 200 steps looked at" in warning and "--filters no-ops" in warning
+    assert not found(pausing, filters=["no-ops"])
+    assert not found(pausing, absolute_dims="all")
+    assert not found(lambda actions: actions)
 
 
 def test_actions_that_are_the_state_of_the_same_step():
