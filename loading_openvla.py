@@ -119,6 +119,8 @@ class OpenVLAPreTrainedModel(QuantizedWeights, AdapterBelongings, ModelParts, Pr
         """
         name, learned = pretrained_model_name_or_path, kwargs.pop("_learned", ())  # by an adapter that comes on it
         hub = hub_options(kwargs)
+        if isinstance(kwargs.get("config"), Mapping):
+            raise ValueError("config is a dict, expected an OpenVLAConfig or the path of one: OpenVLAConfig(**config).")
         if name is not None:
             check_reachable(name, hub)
         given = check_statistics(kwargs["norm_stats"]) if kwargs.get("norm_stats") is not None else None
@@ -263,9 +265,14 @@ class OpenVLAPreTrainedModel(QuantizedWeights, AdapterBelongings, ModelParts, Pr
             method = unknown_method(kwargs.get("quantization_config"), config)
             if method is None:
                 raise
+            taken = f"Taken are {', '.join(KNOWN_METHODS)} (openvla quantize; openvla[quant])"
+            if not config.get("quantization_config"):
+                raise ValueError(
+                    f"quantization_config asks for '{method}', and that failed: {error} {taken}."
+                ) from error
             raise ValueError(
-                f"'{where or name}' is quantized by '{method}', which does not load here: {error} Taken are "
-                f"{', '.join(KNOWN_METHODS)} (openvla quantize; openvla[quant]): give the model that it was made of."
+                f"'{where or name}' is quantized by '{method}', which does not load here: {error} {taken}: give the "
+                "model that it was made of."
             ) from error
         except TypeError as error:
             if "__init__() got an unexpected keyword argument" not in str(error):

@@ -404,6 +404,8 @@ def test_arguments_that_are_unknown(folder, options, message):
     config = OpenVLAConfig.from_pretrained(folder)
     with pytest.raises(ValueError, match="action_chunk=4 beside config=...: set it in the configuration.$"):
         load(str(folder), config=config, action_chunk=4)
+    with pytest.raises(ValueError, match="config is a dict, expected an OpenVLAConfig"):
+        load(str(folder), config=config.to_dict())
 
 
 @pytest.mark.parametrize("content", ["null", "[]", '"openvla"', "{", ""])

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from test_llama_openvla import new_model, prompts
 from test_modeling_openvla import small_config
 from tiny import TINY, golden_image
-from transformers import BitsAndBytesConfig
+from transformers import AwqConfig, BitsAndBytesConfig
 from typer.testing import CliRunner
 
 from openvla import OpenVLAForActionPrediction, cli
@@ -280,6 +280,8 @@ def test_weights_that_others_quantized(folder, method, tmp_path):
     (broken / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=f"is quantized by '{method}', which does not load here.*openvla quantize"):
         load(broken)
+    with pytest.raises(ValueError, match="^quantization_config asks for 'awq', and that failed"):
+        load(quantization_config=AwqConfig())
 
 
 def test_nothing_is_trained_on_it(folder, tmp_path):
