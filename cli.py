@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import signal
+import sys
 from typing import Annotated
 
 import typer
@@ -288,8 +289,19 @@ def demo(options: DemoOptions) -> None:
 app.add_typer(folder_verbs)
 
 
+def open_streams() -> None:
+    """Where a daemon begins without them: a file or a socket that is opened then has the number of one, and what a
+    library says, or a process that is started, goes into it."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)  # which has the lowest number that is free
+            os.set_inheritable(null, True)
+            setattr(sys, name, open(null, "w" if number else "r"))
+
+
 def main() -> None:
     """Entry point of the console script."""
+    open_streams()
     group = typer.main.get_command(app)
     show_warnings_as_lines(group)
     group(prog_name="openvla")

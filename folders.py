@@ -4,9 +4,10 @@ import json
 import os
 import re
 import shutil
+import stat
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,15 @@ def working_folder(place: Path) -> Iterator[Path]:
         remove_working_folder(place)
 
 
+def share_weights(work: Path) -> None:
+    """Give weights in a `working_folder` the permissions of all new files: of safetensors 0.8 their owner alone may
+    read them, whatever the umask (safetensors#782)."""
+    usual = stat.S_IMODE((work.parent / OURS).stat().st_mode)
+    for file in work.rglob("*.safetensors"):
+        with suppress(OSError):  # a disk that knows no permissions
+            file.chmod(usual)
+
+
 def remove_working_folder(place: Path) -> None:
     """Remove a `working_folder` if it is there. The mark goes last: stopped on the way, it is still known as ours."""
     if not place.is_symlink() and not place.exists():
@@ -174,6 +184,7 @@ def new_folder(output: str | os.PathLike, overwrite: bool = False) -> Iterator[P
     with locked(output), working_folder(output.with_name(f".{output.name}.unfinished")) as work:
         check_new(output, overwrite)  # another process may have finished it meanwhile
         yield work
+        share_weights(work)
         if output.is_dir():
             move_into(work, output)
         else:
@@ -251,16 +262,27 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A file to write, that becomes `path` at the end, and vanishes if anything fails before; a full disk, which names
-    no file, is an error of `path`."""
-    part = path.with_name(f"{path.name}.part")
+def whole_file(path: Path, part: Path | None = None) -> Iterator[Path]:
+    """A file to write, that becomes `path` at the end, and vanishes if anything fails before.
+
+    Args:
+        part: Its name until then. Default: that of `path` and ".part".
+    """
+    part = part or path.with_name(f"{path.name}.part")
     try:
-        yield part
-        os.replace(part, path)
+        with named_in_errors(path):
+            yield part
+            os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def named_in_errors(path: Path) -> Iterator[None]:
+    """A full disk, which names no file, is an error of `path`."""
+    try:
+        yield
     except OSError as error:
         if error.errno is not None:  # else its text is all that it says, and a name would take the place of that
             error.filename = error.filename or str(path)
         raise
-    finally:
-        part.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..data.episode import EncodedImages, Episode
 from ..data.images import ImageFormat, encode_image
+from ..folders import whole_file
 from ..policy import Policy, begin_episode, chunk_of
 from .attributes import instructions_of
 from .control import BlockingControl, RealtimeControl
@@ -153,10 +154,8 @@ def save_episode(episode: Episode, file: Path, *, seed: int, failed: int) -> Non
         arrays[f"bytes.{camera}"] = np.frombuffer(b"".join(frames.encoded), np.uint8)
         arrays[f"sizes.{camera}"] = np.array([len(data) for data in frames.encoded])
     # Of this process alone: a worker of a killed run may still be at the same episode.
-    part = file.with_suffix(f".{os.getpid()}.part")
-    with open(part, "wb") as stream:
+    with whole_file(file, file.with_suffix(f".{os.getpid()}.part")) as part, open(part, "wb") as stream:
         np.savez(stream, instruction=episode.instruction, seed=seed, failed=failed, **arrays)
-    part.replace(file)
 
 
 def is_episode(file: Path, executed: bool = False) -> bool:

@@ -19,7 +19,7 @@ from ..action_tokenizer import resolve_unnorm_key
 from ..data.writers.hdf5 import write_hdf5
 from ..data.writers.lerobot import write_lerobot
 from ..files_openvla import read_json
-from ..folders import locked, read_settings, with_version, write_json
+from ..folders import locked, named_in_errors, read_settings, with_version, write_json
 from ..hub import config_of, file_digests, model_folder, published_name
 from ..options.evaluation import RecordOptions
 from ..options.fields import decisive
@@ -140,32 +140,47 @@ def _record(options: RecordOptions, output: Path, progress: bool) -> dict[str, A
     summary |= {"unit": unit} if (unit := action_spec_of(environment).unit) else {}
     stated: ActionSpec | None = getattr(environment, "action_spec", None)
     summary |= {"action_spec": stated.to_dict()} if stated else {}
+    with named_in_errors(complete):
+        _write(options, environment, files, varied, complete)
+        (complete / "recording.json").write_text(json.dumps(summary, indent=1))
+    environment.close()
+    complete.replace(output)  # also where `output` is an empty folder
+    _remove(part, content)
+    return summary
+
+
+def _write(
+    options: RecordOptions,
+    environment: Environment,
+    files: Mapping[tuple[str, str, int], Path],
+    varied: Sequence[tuple[str, str]],
+    folder: Path,
+) -> None:
+    """The data set of all episodes."""
+    stated: ActionSpec | None = getattr(environment, "action_spec", None)
     if options.format == "lerobot":
+        numbers = dict.fromkeys(number for *_, number in files)
         write_lerobot(
             # Tasks take turns: whatever part of the episodes is held out has all of them
             (load_episode(files[*case, number], options.env) for number in numbers for case in varied),
-            complete,
+            folder,
             fps=environment.frequency,
             robot_type=environment.robot,
             action_names=stated.names if stated else ACTION_NAMES,
             state_names=environment.state_names,
         )
-    else:
-        words = {task: instructions_of(environment, task)[0].replace(" ", "_") for task in tasks}
-        said = Counter(words.values())
-        for task in tasks:
-            name = words[task] if said[words[task]] == 1 else f"{words[task]}_{task}"  # words of several tasks
-            write_hdf5(
-                (load_episode(files[job], options.env) for job in jobs if job[0] == task),
-                complete / f"{file_name(name, 'demo')}.hdf5",
-                env_name=task,
-                frequency=environment.frequency,
-            )
-    environment.close()
-    (complete / "recording.json").write_text(json.dumps(summary, indent=1))
-    complete.replace(output)  # also where `output` is an empty folder
-    _remove(part, content)
-    return summary
+        return
+    tasks = dict.fromkeys(task for task, _ in varied)
+    words = {task: file_name(instructions_of(environment, task)[0].replace(" ", "_")) for task in tasks}
+    said = Counter(words.values())
+    for task in tasks:
+        name = words[task] if said[words[task]] == 1 else f"{words[task]}_{task}"  # words of several tasks
+        write_hdf5(
+            (load_episode(file, options.env) for job, file in files.items() if job[0] == task),
+            folder / f"{file_name(name, 'demo')}.hdf5",
+            env_name=task,
+            frequency=environment.frequency,
+        )
 
 
 def check_student(options: RecordOptions, environment: Environment, student: str) -> None:

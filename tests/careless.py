@@ -53,6 +53,13 @@ class Sizes(Seeing):
         return replace(observation, images=pictures)
 
 
+class Slashes(Seeing):
+    tasks = ("up", "down")
+
+    def instructions(self, task, *, held_out=False):
+        return ("up/down" if task == "up" else "up:down",)
+
+
 class Needs(Blind):
     def __init__(self, path, *, size=16):
         raise AssertionError("made without a path")

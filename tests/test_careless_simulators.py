@@ -1,5 +1,7 @@
 """What simulators of a user's own may give that is no observation: said before anything is done with it."""
 
+import errno
+import io
 import os
 import signal
 from dataclasses import replace
@@ -133,6 +135,34 @@ def test_tasks_of_images_of_other_sizes_are_said_at_the_start(tmp_path):
             record(RecordOptions(**mine, **more, output=str(output)), progress=False)
         assert len([*(tmp_path / "data.partial" / "episodes").glob("*.npz")]) == 2
     record(RecordOptions(**mine, format="hdf5", output=str(tmp_path / "hdf5")), progress=False)
+
+
+def test_a_full_disk_keeps_no_part_of_an_episode(tmp_path, monkeypatch):
+    """It stayed, and filled the disk; no file was named."""
+
+    def full(stream, **arrays):
+        stream.write(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    options = RecordOptions(env="careless:Seeing", tasks="open/it", episodes=1, size=16, output=str(tmp_path / "data"))
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left on device: .*open-it_00000.npz'"):
+        patch.setattr("numpy.savez", full)
+        record(options, progress=False)
+    assert not [*(tmp_path / "data.partial" / "episodes").iterdir()]
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left on device: .*data.partial/whole'"):
+        patch.setattr("openvla.evaluation.record.write_lerobot", lambda *_, **__: full(io.BytesIO()))
+        record(options, progress=False)
+    record(options, progress=False)
+
+
+def test_tasks_whose_words_are_one_name_of_a_file(tmp_path):
+    """The second was not written to HDF5."""
+    options = {"env": "careless:Slashes", "tasks": "up,down", "episodes": 1, "size": 16, "format": "hdf5"}
+    record(RecordOptions(**options, output=str(tmp_path / "data")), progress=False)
+    assert {path.name for path in (tmp_path / "data").glob("*.hdf5")} == {
+        "up-down_up_demo.hdf5",
+        "up-down_down_demo.hdf5",
+    }
 
 
 def test_names_of_tasks_become_names_of_files(tmp_path, monkeypatch):

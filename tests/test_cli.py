@@ -53,6 +53,23 @@ def run(*arguments, code: int = 0):
     return result
 
 
+def test_a_daemon_begins_without_streams():
+    """A socket or a file took their numbers, and processes of simulators failed for what was said into it."""
+    program = """
+import os, sys
+from openvla.cli import open_streams
+answer = os.dup(1)
+sys.stdin = sys.stdout = sys.stderr = None
+os.closerange(0, 3)
+open_streams()
+print("lost"), print("lost", file=sys.stderr, flush=True), sys.stdin.read()
+streams = [stream.fileno() for stream in (sys.stdin, sys.stdout, sys.stderr)]
+os.write(answer, repr([streams, [*map(os.get_inheritable, streams)]]).encode())
+"""
+    done = processes.run(program)
+    assert (done.returncode, done.stdout) == (0, "[[0, 1, 2], [True, True, True]]"), done
+
+
 def error_of(*arguments) -> str:
     """The one line a mistake is answered with."""
     result = run(*arguments, code=2)

@@ -10,6 +10,8 @@ from pathlib import Path
 import huggingface_hub
 import processes
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from openvla.folders import (
     OURS,
@@ -68,6 +70,21 @@ def test_a_folder_appears_complete_or_not_at_all(tmp_path):
     with new_folder(tmp_path / "out") as folder:
         (folder / "file").touch()
     assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["file"]
+
+
+def test_weights_may_be_read_by_whoever_may_read_the_rest(tmp_path):
+    """safetensors 0.8 makes files that no other user can load, whatever the umask."""
+    for mask, mode in ((0o022, 0o644), (0o027, 0o640), (0o077, 0o600)):
+        before = os.umask(mask)
+        try:
+            with new_folder(tmp_path / oct(mask)) as folder:
+                save_file({"one": torch.zeros(1)}, folder / "model.safetensors")
+                (folder / "model.safetensors").chmod(0o600)
+                write_text(folder / "config.json", "{}")
+        finally:
+            os.umask(before)
+        modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / oct(mask)).iterdir()}
+        assert modes == {"config.json": mode, "model.safetensors": mode}
 
 
 def test_a_file_appears_complete_or_not_at_all(tmp_path):

@@ -250,6 +250,13 @@ def test_a_run_that_continues_has_the_intervals_of_its_command(dataset, tmp_path
     assert [entry["step"] for entry in log if "loss" in entry][-3:] == [3, 4, 5]
 
 
+def test_weights_of_a_run_may_be_read_by_whoever_may_read_the_rest(dataset, tmp_path):
+    run = tmp_path / "run"
+    finetune(options(run, dataset, steps=1))
+    for folder in (run, run / "checkpoints" / "checkpoint-1"):
+        assert len({(folder / name).stat().st_mode for name in ("model.safetensors", "config.json")}) == 1
+
+
 def test_options_of_adapters_do_not_hold_up_a_run_without_one(dataset, tmp_path):
     """Runs that were begun with them could neither be continued with them nor without."""
     finetune(options(tmp_path / "run", dataset, steps=1, rank=4))

@@ -25,7 +25,7 @@ from ..data import Episode
 from ..data.collate import ActionCollator
 from ..data.samples import FrameSamples
 from ..data.stream import Batches, MixtureStream
-from ..folders import WORK, move_into, working_folder
+from ..folders import WORK, move_into, share_weights, working_folder
 from ..processor_files_openvla import STARTED
 from ..quantized_linear_openvla import all_finite
 from .checkpoints import write_checkpoint
@@ -337,6 +337,7 @@ class ActionTrainer(Trainer):
                 raise self._diverged(f"{len(large)} weights are too large for {dtype}, first of them {large[0]}")
         with self._explained("The result"), working_folder(folder / UNFINISHED) as work:
             write_checkpoint(model, work, self.collator.processor, self.statistics, self.card, state, dtype)
+            share_weights(work)
             move_into(work, folder)
 
     @contextmanager
@@ -393,6 +394,7 @@ class ActionTrainer(Trainer):
                 shutil.rmtree(finished, ignore_errors=True)  # of a run that was stopped and repeats this step
                 complete = Path(self._get_output_dir(trial)) / finished.name
                 shutil.copyfile(folder.parent / STARTED, complete / STARTED)  # which run it is of
+                share_weights(complete.parent)
                 os.replace(complete, finished)
                 for old in checkpoints(folder)[: -self.args.save_total_limit]:
                     shutil.rmtree(old)
