@@ -112,6 +112,9 @@ class CountedRequests(H11Protocol):
             self.flow.wait_behind(event is h11.PAUSED)
         if isinstance(event, h11.Request):
             self._small = 0
+            if {b"content-length", b"transfer-encoding"} <= {name for name, _ in event.headers}:
+                # A proxy that goes by the other one takes what is left of the body for another client's request.
+                raise h11.RemoteProtocolError("two lengths of a body")
         elif isinstance(event, h11.Data):
             self._small += len(event.data) < SMALL
             if self._small > MOST_FRAGMENTS:

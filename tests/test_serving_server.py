@@ -485,6 +485,20 @@ def test_who_has_said_all_and_listens_on_is_answered_and_who_has_gone_keeps_no_p
         pass
 
 
+def test_a_body_has_one_length(server):
+    """Behind a proxy that goes by the other one, the answer to what was left went to the next robot."""
+    body = wire.to_json(GOOD).encode()
+    left = b"GET /info HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    sent = b"%x\r\n%b\r\n0\r\n\r\n%b" % (len(body), body, left)
+    head = b"POST /act HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as robot:
+        robot.sendall(head + b"Content-Length: %d\r\n\r\n" % len(sent) + sent)
+        came = b""
+        with suppress(ConnectionError):  # it is closed while this is on its way
+            came = b"".join(iter(lambda: robot.recv(1000), b""))
+        assert not came or (came.startswith(b"HTTP/1.1 400") and came.count(b"HTTP/1.1") == 1)
+
+
 def test_a_body_has_so_many_small_pieces(server):
     """Those of one byte kept the server busy for a second a megabyte, whether their sender may ask or not."""
     head = b"POST /act HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
