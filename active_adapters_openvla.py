@@ -17,6 +17,7 @@ from .adapter_weights_openvla import AdapterWeights, with_adapter_name
 from .adapters_openvla import KEY, OF_MODEL, adapter_names, belongings, read_belongings
 from .configuration_openvla import TRANSFORMERS, plain_statistics
 from .files_openvla import QUIET, local_folder
+from .modules_openvla import COMPILED, uncompiled
 from .parts_openvla import PARTS_FILE
 from .processing_openvla import OpenVLAProcessor
 from .processor_files_openvla import HUB_KWARGS, hub_options
@@ -80,14 +81,16 @@ class AdapterBelongings(AdapterWeights):
             brought = read_belongings(peft_model_id, **hub)
             if stored is None:
                 stored = adapter_names(peft_model_id, hub)
-                if TRANSFORMERS < (5, 6) and is_peft_available():
+                compiled = any(f".{COMPILED}." in name for name in stored or ())  # parts of what saved it
+                if (compiled or TRANSFORMERS < (5, 6)) and is_peft_available():
                     kwargs["adapter_state_dict"] = stored = _read_weights(peft_model_id, hub)
             if brought.get("model"):
                 parts = cached_file(peft_model_id, PARTS_FILE, **QUIET, **hub)
                 self.load_parts(Path(parts).parent if parts else peft_model_id, brought["model"], owner="")
-        loaded = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)  # type: ignore[misc]
-        if stored is not None:
-            self._check_complete(name, with_adapter_name(stored, name))
+        with uncompiled(self):  # type: ignore[arg-type]
+            loaded = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)  # type: ignore[misc]
+            if stored is not None:
+                self._check_complete(name, with_adapter_name(stored, name))
         if self.adapter_state.parts_owner == "":
             self.adapter_state.parts_owner = name
             for field in OF_MODEL:  # without it its parts predict nothing: the config says what they do
@@ -187,10 +190,12 @@ class AdapterBelongings(AdapterWeights):
 
 
 def _read_weights(adapter: str | os.PathLike, hub: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The weights of an adapter: transformers 5.4 and 5.5 find them only under "model." and leave all others random."""
+    """The weights of an adapter: transformers 5.4 and 5.5 find them only under "model." and leave all others random,
+    later ones none that have the names of compiled parts."""
     from peft.utils import load_peft_weights
 
     weights = load_peft_weights(adapter, device="cpu", **hub_options(hub))
+    weights = {name.replace(f".{COMPILED}.", "."): weight for name, weight in weights.items()}
     return {name.removeprefix("base_model.model."): weight for name, weight in weights.items()}
 
 

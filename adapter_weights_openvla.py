@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .adapter_state_openvla import AdapterState, forget
+from .modules_openvla import COMPILED
 
 
 NAMELESS = re.compile(r"\.lora_(embedding_)?[AB](\.weight|\.bias)?$")  # of an adapter's tensors as they are stored
@@ -64,6 +65,8 @@ class AdapterWeights:
             why = f"The weights of the adapter '{name}' are not those of its adapter_config.json on this base"
             self.adapter_state.disown(name, why)
             remedy = "Is it an adapter of another base, or was it saved under other names or cut off?"
+            if any(f".{COMPILED}." in key for key in found - own):
+                remedy = "It was saved of compiled parts: OpenVLAForActionPrediction.from_pretrained(RUN) loads it."
             if getattr((self.adapter_state.configs or {})[name], "use_dora", False):  # 5.4 to 5.24
                 remedy = (
                     "It has use_dora, whose magnitudes transformers does not load: take "

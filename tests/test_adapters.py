@@ -480,6 +480,28 @@ def test_an_adapter_without_statistics_is_said(place):
         model.get_base_model().load_adapter(str(place / "base"))
 
 
+def test_adapters_of_compiled_parts(place):
+    """PEFT saves them with the names of these parts, under which nothing found them again."""
+
+    def compiled():
+        model = OpenVLAForActionPrediction.from_pretrained(place / "base")
+        for name in ("vision_backbone", "language_model"):
+            setattr(model, name, torch.compile(getattr(model, name), backend="eager"))
+        return model
+
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "fc1"], init_lora_weights=False)
+    with torch.compiler.set_stance("force_eager"):
+        made = peft.get_peft_model(compiled(), config)
+        expected = act(made)
+        made.save_pretrained(place / "made")
+        model = compiled()
+        model.load_adapter(str(place / "made"))
+        assert act(model) == expected
+    assert act(OpenVLAForActionPrediction.from_pretrained(place / "made")) == expected
+    with pytest.raises(ValueError, match=r"saved of compiled parts: OpenVLAForActionPrediction.from_pretrained\(RUN\)"):
+        peft.PeftModel.from_pretrained(OpenVLAForActionPrediction.from_pretrained(place / "base"), place / "made")
+
+
 def test_adapters_that_a_prediction_would_leave_out(place):
     """PEFT finds where an activated LoRA begins in forward and generate alone; transformers loads no magnitudes."""
     base, layers = place / "base", ["q_proj", "v_proj"]
