@@ -19,7 +19,8 @@ class OpenVLAGeneration(GenerationMixin):
 
     def generate(self, inputs: torch.Tensor | None = None, generation_config=None, **kwargs):
         """As `generate` of every model of the library. Plain prompts come back plain: the patches that are inserted for
-        `pixel_values` appear neither in the sequences nor in `max_length`."""
+        `pixel_values` appear neither in the sequences nor in `max_length`. Beside an image they may be padded on either
+        side; scores, states and cache are those of prompts padded on the left."""
         self._check_has_values()
         kwargs["generation_config"] = generation_config
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
@@ -49,15 +50,28 @@ class OpenVLAGeneration(GenerationMixin):
 
         if attention_mask is None:
             attention_mask = self._find_padding(input_ids, kwargs)
+        place = None
+        if cache is None and not bool(attention_mask[:, -1].all()):
+            # What follows padding is not what follows a prompt; of that the library only warns.
+            order = attention_mask.to(input_ids.device).ne(0).int().argsort(dim=1, stable=True)
+            place, attention_mask = order.argsort(dim=1), attention_mask.gather(1, order.to(attention_mask.device))
+            input_ids = input_ids.gather(1, order)
+            if (positions := kwargs.get("position_ids")) is not None:
+                kwargs["position_ids"] = positions.expand(order.shape).gather(1, order.to(positions.device))
         layout = PatchLayout(attention_mask, input_ids.shape, self.num_patches, device=input_ids.device)
         kwargs["input_ids"] = layout.insert(input_ids, self.config.image_token_id)
         kwargs["attention_mask"] = layout.insert(attention_mask, 1)
         kwargs["position_ids"] = layout.insert_positions(kwargs.get("position_ids"))
         self._lengthen(kwargs, self.num_patches)
         generated = with_both_names(super().generate(**kwargs))
+        sequences = layout.remove(generated if isinstance(generated, torch.Tensor) else generated.sequences)
+        if place is not None:  # padding back where it was given
+            prompts, answers = sequences.split([place.shape[1], sequences.shape[1] - place.shape[1]], dim=1)
+            place = place.repeat_interleave(len(sequences) // len(place), dim=0)
+            sequences = torch.cat([prompts.gather(1, place), answers], dim=1)
         if isinstance(generated, torch.Tensor):
-            return layout.remove(generated)
-        generated.sequences = layout.remove(generated.sequences)
+            return sequences
+        generated.sequences = sequences
         return generated
 
     def _said(self, name: str, kwargs: dict[str, Any]) -> Any:

@@ -381,12 +381,24 @@ def test_generate(small_model, options):
         torch.testing.assert_close(sequences, small_model.generate(**inputs, max_new_tokens=4, min_new_tokens=4))
 
 
-def test_generate_with_prompts_of_different_lengths(tiny_model, tiny_processor):
-    together = tiny_model.generate(**batch_of(tiny_processor, "left"), max_new_tokens=5, do_sample=False)
-    for row, instruction in enumerate(INSTRUCTIONS):
-        inputs = tiny_processor(tiny_processor.format_prompt(instruction), golden_image(row))
-        alone = tiny_model.generate(**inputs, max_new_tokens=5, do_sample=False)
-        assert together[row][-5:].tolist() == alone[0][-5:].tolist()
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2, "num_return_sequences": 2}], ids=["greedy", "beams"])
+def test_generate_with_prompts_of_different_lengths(tiny_model, tiny_processor, options):
+    """Padded on the right, as the published processor does: the answer followed padding, and the library only logs."""
+    options = {"max_new_tokens": 5, "do_sample": False, **options}
+    alone = [
+        tiny_model.generate(**tiny_processor(tiny_processor.format_prompt(text), golden_image(row)), **options)
+        for row, text in enumerate(INSTRUCTIONS)
+    ]
+    expected = torch.cat([answers[:, -5:] for answers in alone]).tolist()
+    for side in ("left", "right"):
+        batch = batch_of(tiny_processor, side)
+        length, mask = batch["input_ids"].shape[1], batch["attention_mask"]
+        for more in ({}, {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}, {"return_dict_in_generate": True}):
+            together = tiny_model.generate(**batch, **options, **more)
+            together = together if isinstance(together, torch.Tensor) else together.sequences
+            assert together[:, -5:].tolist() == expected
+            prompts = batch["input_ids"].repeat_interleave(len(together) // 3, dim=0)
+            assert torch.equal(together[:, :length], prompts)  # as they were given
 
 
 def test_assisted_generation(small_model):
