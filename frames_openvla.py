@@ -61,8 +61,11 @@ class PixelSteps:
         check_choice("image_resize_strategy", image_resize_strategy, IMAGE_RESIZE_STRATEGIES)
         self.use_fused_vision_backbone = use_fused_vision_backbone
         self.image_resize_strategy = image_resize_strategy
-        self.input_sizes = _triples("input_sizes", input_sizes) if input_sizes else [[3, 224, 224]]
-        towers = len(self.input_sizes)
+        sizes = _triples("input_sizes", input_sizes) if input_sizes else [[3, 224, 224]]
+        self.input_sizes = [[*map(int, row)] for row in sizes]  # 224.0 is what some write for 224
+        if self.input_sizes != sizes:
+            raise ValueError(f"input_sizes={sizes}: expected whole numbers, [channels, height, width] of each tower.")
+        towers = len(sizes)
         if not isinstance(interpolations, (list, tuple, type(None))):
             raise ValueError(f"interpolations={interpolations!r}: expected a list, one name per tower.")
         self.interpolations = list(interpolations) if interpolations else ["bicubic"] * towers

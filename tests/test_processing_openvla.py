@@ -366,6 +366,10 @@ def test_image_processor_errors():
         OpenVLAImageProcessor(image_resize_strategy="letter-box")
     with pytest.raises(ValueError, match="one per tower"):
         OpenVLAImageProcessor(input_sizes=[[3, 8, 8]] * 2, means=[[0.5] * 3])
+    with pytest.raises(ValueError, match=r"input_sizes=\[\[3, 8.5, 8\]\]: expected whole numbers"):
+        OpenVLAImageProcessor(input_sizes=[[3, 8.5, 8]])
+    of_floats = OpenVLAImageProcessor(input_sizes=[[3.0, 8.0, 8.0]])  # Pillow takes no such size
+    assert of_floats(golden_image(0))["pixel_values"].shape == (1, 3, 8, 8)
     with pytest.raises(ValueError, match="bicubic"):
         OpenVLAImageProcessor(interpolations=["cubic"])
     with pytest.raises(ValueError, match="empty"):
