@@ -1110,12 +1110,14 @@ def test_a_machine_that_has_no_thread_left_is_asked_again(monkeypatch):
     guard.close()
 
 
-def test_a_function_may_write_into_what_it_gave():
-    """It is asked the next observation before the loop has read the answer to the last one."""
-    buffer, now, asked = np.zeros((1, 4)), [0.0], threading.Semaphore(0)
+@pytest.mark.parametrize("buffer", [np.zeros((1, 4)), [[0.0] * 4], [np.zeros(4)]], ids=["array", "lists", "rows"])
+def test_a_function_may_write_into_what_it_gave(buffer):
+    """It is asked the next observation before the loop has read the answer to the last one. Of lists half an action was
+    executed, the rest of it of another observation."""
+    now, asked = [0.0], threading.Semaphore(0)
 
     def answer(observation):
-        buffer[:] = observation
+        buffer[0][:] = [observation] * 4
         asked.release()
         return buffer if observation < 3 else openvla_client.Answer(buffer, "key")
 
@@ -1126,7 +1128,7 @@ def test_a_function_may_write_into_what_it_gave():
         guard._transport.submit(openvla_client.Ask(guard.epoch, observation, 0, observation))
         assert asked.acquire(timeout=60)
         reply = guard._transport.poll(60)
-        buffer[:] = np.nan
+        buffer[0][:] = [np.nan] * 4
         assert np.asarray(reply.actions).tolist() == [[observation] * 4]
     guard.close()
 

@@ -3,6 +3,7 @@
 import threading
 from collections import deque
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -138,10 +139,10 @@ def called(answer: Callable[[Any], Any]) -> ThreadTransport:
     def actions(ask: Ask) -> Any:
         given = answer(ask.observation)
         found = getattr(given, "actions", given)
-        # Copies of what the next call may write into before the control loop has read it. Lists stay as they are: an
+        # Copies of what the next call may write into before the control loop has read it. Lists stay lists: an
         # array would say 1 of true.
         if isinstance(found, np.ndarray):
             return found.copy()
-        return np.array(found) if hasattr(found, "__array__") else found
+        return np.array(found) if hasattr(found, "__array__") else deepcopy(found)
 
     return ThreadTransport(actions)
