@@ -1,6 +1,7 @@
 """`openvla_client.Guard`: what acts, what is refused, what is executed instead. Faults of the network:
 test_guard_faults.py."""
 
+import ctypes
 import dataclasses
 import gc
 import io
@@ -1110,7 +1111,11 @@ def test_a_machine_that_has_no_thread_left_is_asked_again(monkeypatch):
     guard.close()
 
 
-@pytest.mark.parametrize("buffer", [np.zeros((1, 4)), [[0.0] * 4], [np.zeros(4)]], ids=["array", "lists", "rows"])
+@pytest.mark.parametrize(
+    "buffer",
+    [np.zeros((1, 4)), [[0.0] * 4], [np.zeros(4)], (ctypes.c_double * 4 * 1)()],
+    ids=["array", "lists", "rows", "of a driver"],
+)
 def test_a_function_may_write_into_what_it_gave(buffer):
     """It is asked the next observation before the loop has read the answer to the last one. Of lists half an action was
     executed, the rest of it of another observation."""

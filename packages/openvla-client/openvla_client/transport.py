@@ -143,6 +143,6 @@ def called(answer: Callable[[Any], Any]) -> ThreadTransport:
         # array would say 1 of true.
         if isinstance(found, np.ndarray):
             return found.copy()
-        return np.array(found) if hasattr(found, "__array__") else deepcopy(found)
+        return deepcopy(found) if isinstance(found, list | tuple) else np.array(found)
 
     return ThreadTransport(actions)
