@@ -8,6 +8,7 @@ import pytest
 from tiny import golden_image
 from transformers import AutoModel
 
+from openvla.forks_openvla import _LOCKS, lock_over_forks
 from openvla.llama_openvla import _POOLING
 from openvla.modules_openvla import _SWITCH
 from openvla.pixels_openvla import _READING
@@ -47,6 +48,28 @@ def test_a_lock_that_another_thread_holds_is_free_in_a_fork(lock):
     thread.join()
     assert lock.acquire(blocking=False)  # here as well
     lock.release()
+
+
+def test_a_lock_of_an_object():
+    """Such as that of a policy, which reads pictures while it is held."""
+    own, held = lock_over_forks(), threading.Event()
+
+    def hold():
+        with own:
+            held.set()
+            time.sleep(0.05)
+            with _READING:
+                pass
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert held.wait(10)
+    assert in_fork(lambda: own.acquire(blocking=False) and _READING.acquire(blocking=False))
+    thread.join()
+    before, other = len(_LOCKS), lock_over_forks()
+    assert len(_LOCKS) == before + 1
+    del other
+    assert len(_LOCKS) == before
 
 
 def test_a_model_that_another_thread_predicts_with_learns_in_a_fork(small_policy, monkeypatch):

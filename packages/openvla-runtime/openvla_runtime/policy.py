@@ -5,7 +5,6 @@ decoding over a draft (`decoding`), `action_tokenizer` (tokens to numbers, numbe
 """
 
 import os
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +25,7 @@ from .action_tokenizer import (
 from .decoding import Decoded, LanguageModel
 from .fields import check_fields
 from .files_openvla import check_file, file_digest, read_json
+from .forks_openvla import lock_over_forks
 from .frames_openvla import PIXEL_FIELDS, PixelSteps, camera_images, read_samples
 from .pixels_openvla import check_largest_pixel
 from .prompts_openvla import (
@@ -135,7 +135,7 @@ class OnnxPolicy:
         self._vision = open_session(folder / VISION_FILE, provider, threads, of_8_bits)  # towers may be in 8 bits, too
         self._check_inputs(folder)
         self._language_model = LanguageModel(open_session(folder / LANGUAGE_MODEL_FILE, provider, threads, of_8_bits))
-        self._lock = threading.Lock()
+        self._lock = lock_over_forks()
         self._draft: np.ndarray | None = None
         self._checked: dict[str, Any] = {}
 
