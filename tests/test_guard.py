@@ -1078,7 +1078,9 @@ class Tensor:
         raise RuntimeError("Can't call numpy() on Tensor that requires grad.")
 
 
-@pytest.mark.parametrize("wrong", [SystemExit(3), Wordless(), Tensor()], ids=lambda wrong: type(wrong).__name__)
+@pytest.mark.parametrize(
+    "wrong", [SystemExit(3), Wordless(), Tensor(), {"actions": 1}], ids=lambda wrong: type(wrong).__name__
+)
 def test_nothing_that_a_function_does_ends_the_loop(wrong):
     """sys.exit() in it ended its thread, and nothing was ever answered again; the others were raised by `step`."""
 

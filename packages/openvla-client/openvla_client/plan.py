@@ -130,7 +130,8 @@ class Plan:
             raise ValueError(f"no actions: {told(error)}") from error
         expected = f"({'A' if self.dims is None else self.dims},) or (K, {'A' if self.dims is None else self.dims})"
         if actions.dtype.kind not in "iuf" or actions.ndim != 2 or has_booleans(given) or np.ma.is_masked(given):
-            raise ValueError(f"actions of {actions.dtype} {np.shape(given)}, expected numbers {expected}")
+            kind = type(given).__name__ if actions.dtype == object else actions.dtype
+            raise ValueError(f"actions of {kind} {np.shape(given)}, expected numbers {expected}")
         if not (1 <= len(actions) <= self.LONGEST and actions.shape[1] >= 1 and self.dims in (None, actions.shape[1])):
             raise ValueError(f"actions of shape {actions.shape}, expected {expected}")
         actions = actions.astype(np.float64)

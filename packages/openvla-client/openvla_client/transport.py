@@ -143,6 +143,8 @@ def called(answer: Callable[[Any], Any]) -> ThreadTransport:
         # array would say 1 of true.
         if isinstance(found, np.ndarray):
             return found.copy()
-        return deepcopy(found) if isinstance(found, list | tuple) else np.array(found)
+        if isinstance(found, list | tuple):
+            return deepcopy(found)
+        return found if (copy := np.array(found)).dtype == object else copy
 
     return ThreadTransport(actions)
