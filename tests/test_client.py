@@ -247,6 +247,10 @@ def test_addresses_as_people_write_them():
         assert scripted.connections == 2  # over a WebSocket as well
         with pytest.raises(ValueError, match="expected ws://HOST:PORT"):
             connect(" " + client._client.address.url)
+        with connect(scripted.url("http") + "/act") as other:  # as curl is given it
+            other.act(IMAGE, "go")
+        with pytest.raises(Refused, match="Give the address alone, ws://HOST:PORT"):
+            connect(scripted.url("ws") + "/ws")
 
 
 def test_an_async_client_is_of_one_event_loop(scheme):

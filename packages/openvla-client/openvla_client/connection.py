@@ -74,7 +74,8 @@ class Address:
     def http(self, path: str) -> str:
         parts = urlsplit(self.url)
         scheme = {"ws": "http", "wss": "https"}.get(parts.scheme, parts.scheme)
-        return urlunsplit((scheme, parts.netloc, parts.path.rstrip("/") + path, "", ""))
+        prefix = parts.path.rstrip("/").removesuffix("/act")  # as curl is given it
+        return urlunsplit((scheme, parts.netloc, prefix + path, "", ""))
 
 
 class Response(aiohttp.ClientResponse):
@@ -196,6 +197,7 @@ class WebSocket:
             remedy = {
                 401: " Give key=..., or set OPENVLA_API_KEY to that of the server.",
                 403: " Ask it by its address, or start it with --allow-host NAME, or with a key.",
+                404: " Give the address alone, ws://HOST:PORT, or with the prefix that a proxy asks for.",
             }.get(error.status, "")
             raise read_refusal({"error": f"{address.shown}: HTTP status {error.status}.{remedy}"}, said) from error
         except UNREACHED as error:
