@@ -504,13 +504,14 @@ def test_what_no_run_writes_down(change, tmp_path):
         begun.read_begun(tmp_path)
 
 
-def test_weights_that_do_not_learn_are_those_that_the_run_began_with(dataset, tmp_path):
+@pytest.mark.parametrize("change", [1.5, 1.001])
+def test_weights_that_do_not_learn_are_those_that_the_run_began_with(dataset, tmp_path, change):
     """The checkpoint's count, and whatever stood there was trained on."""
     finetune(options(tmp_path / "run", dataset))
     file = tmp_path / "run" / "checkpoints" / "checkpoint-2" / "model.safetensors"
     weights = load_file(file)
     name = next(name for name in weights if name.endswith("layers.0.mlp.up_proj.weight"))
-    save_file(weights | {name: 1.5 * weights[name]}, file, {"format": "pt"})
+    save_file(weights | {name: change * weights[name]}, file, {"format": "pt"})
     with pytest.raises(ValueError, match=f"holds another {name} than the model that the run was begun with"):
         finetune(options(tmp_path / "run", dataset, steps=3), resume=True)
 

@@ -21,6 +21,7 @@ from ..files_openvla import local_folder
 from ..folders import locked, weights_digest, with_version, write_json
 from ..model_card import model_card
 from ..modeling_openvla import OpenVLAForActionPrediction
+from ..oft_openvla import find_oft, oft_folder
 from ..options.training import ADAPTER_STRATEGIES, FinetuneOptions
 from ..parts_openvla import PARTS
 from ..processor_files_openvla import STARTED
@@ -256,7 +257,8 @@ def train(options: FinetuneOptions, arguments: TrainingArguments, resume: bool, 
             tqdm.write(f"finished  at step {done}: only the result of '{checkpoint}' is written")
     freeze_unused(model)
     if main and checkpoint is not None:
-        check_frozen(checkpoint, model)
+        merged = starting_point(options.model)[1] is not None or find_oft(oft_folder(options.model)) is not None
+        check_frozen(checkpoint, model, merged)
 
     # 3. Training, and its result
     trainer = make_trainer(run, model, arguments, held_out, done)
