@@ -1,12 +1,14 @@
 """Which parameters each strategy trains: those of the paper's table 1, to its last digit."""
 
 import json
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from test_extending import small_model
 from test_heads_and_strategies import LEARNS
 from tiny import golden_image
 
@@ -90,6 +92,38 @@ def test_what_stays_trainable_has_gradients(name, small_policy, batch):
     model(**batch).loss.backward()
     without = [key for key, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None]
     assert without == []
+
+
+LAST_BLOCKS = {"gpt2": "transformer.h.1.", "gpt_neox": "gpt_neox.layers.1.", "opt": "model.decoder.layers.1."}
+
+
+@pytest.mark.parametrize("model_type", LAST_BLOCKS)
+def test_the_last_layer_of_other_language_models(model_type):
+    """Their blocks and final norms have other names: last_layer and sandwich ended in an AttributeError."""
+    model = apply_strategy(small_model(model_type), "last_layer")
+    learns = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    block = f"language_model.{LAST_BLOCKS[model_type]}"
+    assert {name for name, _ in model.named_parameters() if name.startswith(block)} <= learns
+    shared = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
+    others = [name for name in learns if not name.startswith(block)]
+    named = dict(model.named_parameters())
+    norm = [name for name in others if not any(named[name] is weight for weight in shared)]
+    assert {name.rpartition(".")[2] for name in norm} == {"weight", "bias"} and "norm" in norm[0] or "ln_f" in norm[0]
+    del model.get_decoder()._modules[block.split(".")[-3]]
+    with pytest.raises(ValueError, match="its last layer is not found. Take another strategy"):
+        apply_strategy(model, "last_layer")
+
+
+def test_adapters_of_gpt2_and_of_experts():
+    """GPT-2's layers are no torch.nn.Linear: none of them had an adapter, and nothing said so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fan_in_fan_out")
+        adapted = [name for name, _ in apply_strategy(small_model("gpt2"), "lora").named_modules()]
+    assert all(
+        f"h.{block}.{layer}.lora_A" in " ".join(adapted) for block in (0, 1) for layer in ("attn.c_attn", "mlp.c_fc")
+    )
+    with pytest.warns(UserWarning, match=r"\d\d% of the language model's weights get adapters.*experts in one tensor"):
+        apply_strategy(small_model("mixtral"), "lora")
 
 
 def test_an_evaluation_does_not_change_the_gradients_of_a_quantized_base(small_policy, batch):

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..action_heads_openvla import head_without_weights
 from ..configuration_openvla import OpenVLAConfig
 from ..patches_openvla import IGNORE_INDEX
+from .strategies import decoder_blocks
 
 
 ACTION_SHAPE = (1, 7)  # (K, A) where no data says otherwise
@@ -147,7 +148,7 @@ class _BlockBytes:
         self.largest = 0
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         blocks = [
-            *base.get_decoder().layers,
+            *decoder_blocks(base),
             *(block for tower in base.vision_backbone.towers for block in tower.blocks),
         ]
         before: dict[nn.Module, int] = {}

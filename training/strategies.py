@@ -5,21 +5,24 @@ more with `@strategy`.
 """
 
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
 
 from ..adapters_openvla import adapter_names
 from ..choices_openvla import check_choice
 from ..parts_openvla import is_added
-from ..quantization_openvla import NOT_QUANTIZED, has_quantized_layers
+from ..quantization_openvla import LEAST_SHARE, NOT_QUANTIZED, has_quantized_layers
 from ..quantized_linear_openvla import is_rounded
 from ..vision_openvla import TOWERS
 
 
+ADAPTED = (nn.Linear, nn.Conv2d, Conv1D)  # the last is the linear layer of GPT-2
 STRATEGIES: dict[str, Callable[..., nn.Module]] = {}
 
 
@@ -92,12 +95,26 @@ def _train_only(model: nn.Module, *parts: nn.Module) -> nn.Module:
     return model
 
 
+def decoder_blocks(model: Any) -> nn.ModuleList:
+    """Blocks of the language model, in order; a `ValueError` where they have a name that is not known."""
+    return _part(model.get_decoder(), ("layers", "h", "blocks"))
+
+
+def _part(decoder: nn.Module, names: tuple[str, ...]) -> Any:
+    """The part of a decoder of the library that has one of these names, by family."""
+    found = (getattr(decoder, name, None) for name in names)
+    if (part := next((part for part in found if part is not None), None)) is None:
+        raise ValueError(
+            f"This language model ({type(decoder).__name__}) has no {' or '.join(names)}: its last layer is not found. "
+            "Take another strategy (full, frozen_vision, lora)."
+        )
+    return part
+
+
 def _last_layer(model: Any) -> list[nn.Module]:
     """Last block, final norm, embeddings and output layer of the language model."""
-    decoder = model.get_decoder()
-    # Phi calls its final norm differently.
-    norm = decoder.norm if hasattr(decoder, "norm") else decoder.final_layernorm
-    return [model.get_input_embeddings(), decoder.layers[-1], norm, model.get_output_embeddings()]
+    norm = _part(model.get_decoder(), ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f"))
+    return [model.get_input_embeddings(), decoder_blocks(model)[-1], norm, model.get_output_embeddings()]
 
 
 @strategy
@@ -178,8 +195,9 @@ def lora(
         targets = [
             name
             for name, module in model.named_modules()
-            if isinstance(module, nn.Linear | nn.Conv2d) and not is_added(f"{name}.weight")  # those learn themselves
+            if isinstance(module, ADAPTED) and not is_added(f"{name}.weight")  # those learn themselves
         ]
+        _warn_of_few(model, targets)
     config = LoraConfig(
         r=rank,
         lora_alpha=min(rank, 16) if alpha is None else alpha,
@@ -188,6 +206,25 @@ def lora(
         init_lora_weights="gaussian",
     )
     return get_peft_model(model, config)
+
+
+def _warn_of_few(model: Any, targets: list[str]) -> None:
+    """Say where the smaller part of the language model's weights gets adapters."""
+    decoder, layers = model.get_decoder(), dict(model.named_modules())
+    adapted = {id(layers[name].weight) for name in targets}
+    matrices = [
+        weight
+        for module in decoder.modules()
+        for weight in module.parameters(recurse=False)
+        if weight.ndim > 1 and not isinstance(module, nn.Embedding)
+    ]
+    share = sum(weight.numel() for weight in matrices if id(weight) in adapted) / sum(map(torch.numel, matrices))
+    if share < LEAST_SHARE:
+        warnings.warn(
+            f"{share:.0%} of the language model's weights get adapters, all others stay as they are: "
+            f"{type(decoder).__name__} keeps them elsewhere than in linear layers (experts in one tensor).",
+            stacklevel=4,
+        )
 
 
 def load_adapter(model: Any, adapter: str | os.PathLike, **options: Any) -> Any:
@@ -210,7 +247,7 @@ def load_adapter(model: Any, adapter: str | os.PathLike, **options: Any) -> Any:
         named = [
             name
             for name, module in model.named_modules()
-            if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding)
+            if isinstance(module, (*ADAPTED, nn.Embedding))
             and not is_added(f"{name}.weight")
             and check_target_module_exists(config, name)
         ]
