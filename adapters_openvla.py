@@ -215,7 +215,7 @@ def find_base(adapter: str | os.PathLike) -> str:
         return str(PACKAGE)
     resolved = folder.resolve()
     candidates = [start / name for start in (resolved, *resolved.parents[:2])]
-    if digest and (note := cache_folder() / "bases" / digest).is_file():
+    if digest and os.path.isfile(note := cache_folder() / "bases" / digest):  # False as well where it may not be read
         candidates.append(Path(note.read_text(encoding="utf-8")))
     for candidate in candidates:
         if (candidate / "config.json").is_file():

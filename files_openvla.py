@@ -112,10 +112,13 @@ def local_folder(name: str | os.PathLike) -> Path | None:
 
 
 def cache_folder() -> Path:
-    """`OPENVLA_CACHE`, or `openvla` in the user's cache folder."""
-    if folder := os.environ.get("OPENVLA_CACHE"):
-        return Path(folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "openvla"
+    """`OPENVLA_CACHE`, or `openvla` in the user's cache folder. A user without a home has none: nothing can be written
+    there, of which whoever does warns."""
+    folder = os.environ.get("OPENVLA_CACHE")
+    try:
+        return Path(folder or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "openvla")).expanduser()
+    except RuntimeError:
+        return Path(os.devnull, "openvla")
 
 
 def weights_digest(model: str | os.PathLike) -> str:

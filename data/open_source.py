@@ -264,7 +264,7 @@ def given_statistics(statistics: str | os.PathLike | Mapping[str, Any], name: st
             one dataset alone.
     """
     if isinstance(statistics, str | os.PathLike):
-        known = read_statistics(Path(statistics).expanduser())
+        known = read_statistics(Path(os.path.expanduser(statistics)))
     else:
         plain = plain_statistics(statistics)  # arrays become lists
         of_one = isinstance(plain, Mapping) and "action" in plain

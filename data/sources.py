@@ -99,7 +99,7 @@ def _located(text: str, root: Path | None) -> list[tuple[str, Path, dict[str, An
         given = entry.pop("path", name)
         if not isinstance(given, str):
             raise ValueError(f"{text}, '{name}': path: {given!r}: expected text.")
-        relative = Path(given).expanduser()
+        relative = Path(os.path.expanduser(given))  # the home of nobody here stays a folder of this name
         places = [base / relative for base in ((root, beside) if root else (beside,))]
         there = [place for place in places if os.path.exists(place)]
         if isinstance(entry.get("statistics"), str) and os.path.isfile(own := beside / entry["statistics"]):

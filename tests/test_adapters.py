@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import AutoConfig, AutoModel
 
 import openvla
 from openvla import OpenVLAForActionPrediction, OpenVLAProcessor
+from openvla.adapters_openvla import find_base
 from openvla.hub import statistics_of
 from openvla.options.prediction import PredictOptions
 from openvla.prediction import predict
@@ -548,6 +550,20 @@ def test_a_base_far_away_is_noted_on_this_machine(small_policy, tmp_path):
     run = train(base, tmp_path / "a" / "b" / "c" / "run", strategy="lora")
     assert json.loads((run / "adapter_config.json").read_text())["base_model_name_or_path"] == "base"
     act(OpenVLAForActionPrediction.from_pretrained(run))
+
+
+def test_the_base_is_found_where_the_cache_may_not_be_read(place, monkeypatch):
+    """As of a user whose HOME is that of root."""
+    monkeypatch.setenv("OPENVLA_CACHE", str(place / "closed"))
+    stat = os.stat
+
+    def refused(path, **more):
+        if str(path).startswith(str(place / "closed")):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, **more)
+
+    monkeypatch.setattr(os, "stat", refused)
+    assert find_base(place / "run") == str((place / "base").resolve())
 
 
 def test_a_base_that_is_not_there_is_asked_for(place, monkeypatch):

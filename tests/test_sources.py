@@ -841,6 +841,17 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
     assert cache_folder() == tmp_path / "xdg" / "openvla"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder() == Path.home() / ".cache" / "openvla"
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # a user without a home, as in a container
+    with pytest.warns(RuntimeWarning, match="/dev/null/openvla cannot be written.*Set OPENVLA_CACHE"):
+        assert open_source(DEMOS / "hdf5").num_episodes == 2
+
+
+def test_folders_that_are_called_as_the_home_of_nobody(tmp_path):
+    """A traceback said that there is no home."""
+    (tmp_path / "~mine").symlink_to(DEMOS / "hdf5")
+    (tmp_path / "mine.yaml").write_text("one: {path: ~mine}\ntwo: {path: ~mine, statistics: ~none.json}\n")
+    with pytest.raises(FileNotFoundError, match="'two': No JSON file at '~none.json'"):
+        open_sources(tmp_path / "mine.yaml")
 
 
 def test_given_statistics(tmp_path):
