@@ -212,7 +212,7 @@ def _verify(
 
 def _ids(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
     """Whole numbers on a device, which is not waited for."""
-    return torch.tensor(rows, dtype=torch.long).to(device, non_blocking=True)
+    return torch.tensor(rows, dtype=torch.long, device="cpu").to(device, non_blocking=True)
 
 
 def _sample(steps: Steps, finite: torch.Tensor, num_tokens: int, first: int, sampling: Sampling) -> Decoded:

@@ -121,10 +121,10 @@ class GraphSteps(Recorded, Steps):
         self, inputs: ModelInputs, input_ids: torch.Tensor, mask: torch.Tensor | None, patches: np.ndarray
     ) -> None:
         """Take a prediction, (batch, n) and n up to `length`: ids with placeholders, and where these stand."""
-        padding = torch.zeros(len(input_ids), 1, dtype=torch.long)
+        padding = torch.zeros(len(input_ids), 1, dtype=torch.long, device="cpu")
         if mask is not None:
             padding = (1 - mask).sum(dim=1, keepdim=True)
-        place = torch.arange(self.length).expand(len(input_ids), -1)
+        place = torch.arange(self.length, device="cpu").expand(len(input_ids), -1)
         real = place < input_ids.shape[1] - padding
         ids = input_ids.gather(1, (place + padding).clamp(max=input_ids.shape[1] - 1))
         self.input_ids.copy_(ids, non_blocking=True)
@@ -301,13 +301,12 @@ def take_cache(model: Any, batch_sizes: Sequence[int], longest: int) -> None:
 def inputs_of_noise(model: Any, batch: int, tokens: int) -> ModelInputs:
     """Prompts of `tokens`, with the one that will end them, and noise as images."""
     config, (channels, *size) = model.config, model.vision_backbone.input_shape
-    noise = torch.randn(
-        batch, len(model.camera_names) * channels, *size, generator=torch.Generator().manual_seed(tokens)
-    )
+    shape = (batch, len(model.camera_names) * channels, *size)
+    noise = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(tokens), device="cpu")
     special = {config.image_token_id, config.empty_token_id, config.pad_token_id, config.text_config.eos_token_id}
     word = next(token for token in range(3, 10) if token not in special)
     words = [config.text_config.bos_token_id or 0, *[word] * max(1, tokens - 2)]
-    proprio = None if config.proprio_dim is None else torch.zeros(batch, config.proprio_dim)
+    proprio = None if config.proprio_dim is None else torch.zeros(batch, config.proprio_dim, device="cpu")
     return ModelInputs([words] * batch, noise, proprio)
 
 

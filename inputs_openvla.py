@@ -259,7 +259,8 @@ def pad_rows(
 
     def padded(rows: list[list[int]], fill: int) -> torch.Tensor:
         filled = [[fill] * count for count in missing]
-        return torch.tensor([row + more if right else more + row for row, more in zip(rows, filled)])
+        values = [row + more if right else more + row for row, more in zip(rows, filled)]
+        return torch.tensor(values, device="cpu")  # whatever torch.set_default_device says
 
     mask = padded([[1] * len(row) for row in rows], 0) if any(missing) else None
     return padded(rows, pad), mask, missing
@@ -290,7 +291,7 @@ def place_actions(
     answers = [[*tokens, *[end] * (num_actions + 1 - len(tokens))] for tokens in decided]
     rows = end_prompts(plain, config, num_patches, num_actions + 1, answers)
     input_ids, mask, _ = pad_rows(rows, config, right=True)
-    return input_ids, mask, torch.tensor([len(row) - num_actions - 1 for row in rows])
+    return input_ids, mask, torch.tensor([len(row) - num_actions - 1 for row in rows], device="cpu")
 
 
 @dataclass

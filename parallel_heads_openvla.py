@@ -169,7 +169,7 @@ class RegressionHead(ParallelTokenHead, ResidualMLP):
 
     def num_learned(self, batch: dict[str, Any]) -> int:
         actions, is_pad = batch["actions"], batch.get("action_is_pad")
-        learned = torch.ones(actions.shape[:2], dtype=torch.bool) if is_pad is None else ~is_pad
+        learned = torch.ones(actions.shape[:2], dtype=torch.bool, device=actions.device) if is_pad is None else ~is_pad
         return int((learned & (_steps(actions)[..., 0] >= batch.get("committed", 0))).sum()) * actions.shape[2]
 
     def loss(self, model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

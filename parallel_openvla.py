@@ -158,7 +158,7 @@ def time_embedding(time: torch.Tensor, width: int) -> torch.Tensor:
     1 / 10000 (arXiv 2502.19645)."""
     half = width // 2
     frequencies = torch.exp(
-        torch.arange(half, device=time.device) * -(torch.log(torch.tensor(10000.0)).item() / (half - 1))
+        torch.arange(half, device=time.device) * -(torch.log(torch.tensor(10000.0, device="cpu")).item() / (half - 1))
     )
     angles = time.float()[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=-1)

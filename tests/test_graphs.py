@@ -107,6 +107,17 @@ def test_chunks(plain):
     check(model, chunked, prompts(2, 1, True), 0, committed=committed)
 
 
+def test_another_default_device(plain):
+    """After `torch.set_default_device("cuda")` what is read on the host was made on the GPU, and met arrays here."""
+    model, inputs = copy.deepcopy(plain), prompts(2, 1, True)
+    expected = plain.predict_action(**inputs, return_dict=True)
+    with torch.device("meta"):
+        model.prepare_for_inference(batch_sizes=[2], prompt_buckets=[16])
+        found = check(model, plain, inputs, 1)
+        check(model, plain, inputs, 1, draft=expected.token_ids)
+    assert found.token_ids.tolist() == expected.token_ids.tolist()
+
+
 def lora(model):
     inject_adapter_in_model(LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False), model)
     return [module for module in model.modules() if isinstance(module, LoraLayer)]

@@ -193,6 +193,19 @@ def test_placeholders_give_what_plain_prompts_give(small_model):
     torch.testing.assert_close(kept.logits, plain.logits[:, -2:])
 
 
+@pytest.mark.parametrize("head", ["tokens", "parallel_tokens", "diffusion"])
+def test_another_default_device(head):
+    """Rows of placeholders were looked for on the host, where `torch.set_default_device("cuda")` had not left them."""
+    model = OpenVLAForActionPrediction(small_config(action_head=head, action_dim=7)).eval()
+    inputs = small_inputs()
+    ids, image = inputs["input_ids"], torch.full((2, model.num_patches), model.config.image_token_id)
+    given = {"input_ids": torch.cat([ids[:, :1], image, ids[:, 1:]], dim=1), "pixel_values": inputs["pixel_values"]}
+    expected = model.predict_action(**given, generator=torch.Generator().manual_seed(0))
+    with torch.device("meta"):
+        found = model.predict_action(**given, generator=torch.Generator("cpu").manual_seed(0))
+    assert np.array_equal(found, expected)
+
+
 def test_the_last_block_is_not_run(small_model, monkeypatch):
     for tower in small_model.vision_backbone.towers:
         monkeypatch.setattr(tower.blocks[-1], "forward", None)
