@@ -253,6 +253,23 @@ def test_addresses_as_people_write_them():
             connect(scripted.url("ws") + "/ws")
 
 
+def test_names_are_found_as_the_system_finds_them(scheme, monkeypatch):
+    """Where aiodns is installed, aiohttp asked by it, which knows neither .local nor all of nsswitch.conf."""
+    asked, real = [], socket.getaddrinfo
+
+    def found(host, *given, **more):
+        asked.append(host)
+        return real("127.0.0.1", *given, **more)
+
+    monkeypatch.setattr("aiohttp.connector.DefaultResolver", None)
+    scripted = Scripted()
+    with scripted.running():
+        monkeypatch.setattr(socket, "getaddrinfo", found)
+        with connect(scripted.url(scheme).replace("127.0.0.1", "gpu-box.local")) as client:
+            client.act(IMAGE, "go")
+    assert "gpu-box.local" in asked
+
+
 def test_an_async_client_is_of_one_event_loop(scheme):
     scripted = Scripted()
     with scripted.running():

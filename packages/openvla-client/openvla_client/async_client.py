@@ -196,8 +196,10 @@ class AsyncClient:
             never = aiohttp.ClientTimeout(total=None, connect=None, sock_connect=None, sock_read=None)  # see _in_time
             here = aiohttp.TraceConfig()
             here.on_request_redirect.append(refuse_redirect)
+            # As all other programs find names: where aiodns is installed aiohttp asks by it, which knows no .local.
+            connector = aiohttp.TCPConnector(resolver=aiohttp.ThreadedResolver())
             self._http = aiohttp.ClientSession(
-                timeout=never, cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False,
+                connector=connector, timeout=never, cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False,
                 response_class=Response, ws_response_class=Socket,
                 trace_configs=[here] if self.address.websocket else None,  # requests say themselves not to follow
             )  # fmt: skip
