@@ -144,7 +144,12 @@ def bidirectional(
             least = torch.finfo(inputs_embeds.dtype).min
             mask = torch.zeros_like(mask, dtype=inputs_embeds.dtype).masked_fill(~mask, least)
     outputs = decoder(
-        inputs_embeds=inputs_embeds, attention_mask=mask, use_cache=False, is_causal=False, return_dict=True
+        inputs_embeds=inputs_embeds,
+        attention_mask=mask,
+        position_ids=torch.arange(length, device=inputs_embeds.device)[None],  # OPT counts them by a mask of two axes
+        use_cache=False,
+        is_causal=False,
+        return_dict=True,
     )
     return outputs.last_hidden_state
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from .action_heads_openvla import make_head
+from .action_heads_openvla import head_without_weights, make_head
 from .configuration_openvla import HEADS_WITH_WEIGHTS, OpenVLAConfig
 from .parallel_openvla import NoisyActionProjector
 from .vision_openvla import FILM, OpenVLAProprioProjector
@@ -36,6 +36,18 @@ def asks_for_parts(fields: Mapping[str, Any]) -> bool:
     return head or fields.get("proprio_dim") is not None or bool(fields.get("use_film"))
 
 
+def check_reads_both_ways(config: Any) -> None:
+    """Raise a `ValueError` if the head predicts in one pass, in which every token sees every other, and the language
+    model knows positions by a bias of its attention alone."""
+    text = config.text_config
+    alibi = text.model_type in ("bloom", "mpt") or getattr(text, "alibi", False)
+    if alibi and head_without_weights(config).parallel:
+        raise ValueError(
+            f"action_head='{config.action_head}' reads in both directions, and a '{text.model_type}' knows positions "
+            "by a bias that grows in one (ALiBi): take action_head='tokens', or a language model of another kind."
+        )
+
+
 class ModelParts:
     """The part of `OpenVLAForActionPrediction` that builds them."""
 
@@ -53,6 +65,7 @@ class ModelParts:
     def _make_parts(self) -> None:
         """What the configuration asks for, as far as it is not there; weights at random."""
         config, hidden = self.config, self.config.text_config.hidden_size
+        check_reads_both_ways(config)
         if config.proprio_dim is not None and not hasattr(self, "proprio_projector"):
             self.proprio_projector = OpenVLAProprioProjector(config.proprio_dim, hidden)
         if config.action_head == "diffusion" and not hasattr(self, "noisy_action_projector"):
@@ -82,6 +95,7 @@ class ModelParts:
         config.__dict__.update(fields)
         try:
             config.check_fields()
+            check_reads_both_ways(config)
         except ValueError:
             config.__dict__.update(before)  # refused: it stays the model that it was
             raise

@@ -13,6 +13,7 @@ import processes
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_modeling_openvla import small_config
 from typer.testing import CliRunner
 
 from openvla import OpenVLAForActionPrediction, OpenVLAProcessor
@@ -224,6 +225,32 @@ def test_language_models_of_other_families_act(model_type):
     inputs = model.processor("In: a\nOut:", dark)
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
     assert all(p.grad is not None for p in model.language_model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "opt"])
+def test_other_language_models_read_in_both_directions(model_type):
+    """OPT counted positions by the mask, which is one of all pairs here, and ended in an error of torch."""
+    model = small_model(model_type)
+    model.add_parts(action_head="parallel_tokens")
+    model.config.action_chunk = 3
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
+    both = model.predict_action(list(images), ["open the drawer", "push the small puck"], return_dict=True)
+    one = model.predict_action(images[0], "open the drawer", return_dict=True)
+    np.testing.assert_allclose(both.token_probabilities[0], one.token_probabilities, rtol=1e-4)
+    with torch.no_grad():  # the end of the sequence is seen by the first action
+        model.get_input_embeddings().weight[2] += torch.linspace(-9, 9, 32) ** 2
+    again = model.predict_action(images[0], "open the drawer", return_dict=True)
+    assert again.token_entropies[0, 0] != one.token_entropies[0, 0]
+
+
+def test_positions_that_have_a_direction():
+    config = {"model_type": "bloom", "hidden_size": 32, "n_layer": 1, "n_head": 2, "vocab_size": 400}
+    with pytest.raises(ValueError, match=r"'l1_regression' reads in both directions.*'bloom'.*ALiBi.*'tokens'"):
+        OpenVLAForActionPrediction(small_config(text_config=config, action_head="l1_regression", action_dim=7))
+    model = OpenVLAForActionPrediction(small_config(text_config=config))
+    with pytest.raises(ValueError, match="reads in both directions"):
+        model.add_parts(action_head="parallel_tokens")
+    assert model.config.action_head == "tokens"
 
 
 @pytest.mark.parametrize("model_type", ["gpt_neox", "mixtral"])
