@@ -12,6 +12,7 @@ import numpy as np
 import processes
 import pytest
 import torch
+from data_files import own_rlds
 from safetensors.torch import load_file, save_file
 from test_modeling_openvla import small_config
 from typer.testing import CliRunner
@@ -23,6 +24,7 @@ from openvla.configuration_openvla import OpenVLAConfig
 from openvla.conversion import package_checkpoint, quantize_checkpoint
 from openvla.conversion.hub_folder import code_files
 from openvla.conversion.own_head import carry_head
+from openvla.data import open_sources
 from openvla.outputs_openvla import ActionPrediction
 from openvla.plugins import load_class
 from openvla.quantization_openvla import OpenVLAQuantizationConfig, quantize_linears
@@ -213,6 +215,27 @@ def small_model(model_type: str) -> OpenVLAForActionPrediction:
     model = OpenVLAForActionPrediction(config).eval()
     model.processor = processor
     return model
+
+
+def test_rlds_with_a_transform_of_ones_own(tmp_path, monkeypatch):
+    """What the original's users register; here a class of theirs, which the page describes."""
+    (tmp_path / "my_rlds.py").write_text(
+        "from openvla.data.formats.rlds import RLDSDataset\n"
+        "def transform(trajectory):\n"
+        "    half = trajectory['action'] * ([0.5] * 6 + [1.0])\n"
+        "    return {**trajectory, 'action': half, 'language_instruction': [b'shut it'] * len(half)}\n"
+        "class Mine(RLDSDataset):\n"
+        "    def __init__(self, path, split='train', **options):\n"
+        "        super().__init__(path, split, standardize=transform, **options)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = own_rlds(tmp_path / "robot")
+    (source,), (plain,) = open_sources(str(folder), format="my_rlds:Mine"), open_sources(str(folder))
+    assert source.dataset[0].instruction == "shut it" and plain.dataset[0].instruction == "open it"
+    np.testing.assert_allclose(source.dataset[0].actions[:, :6], plain.dataset[0].actions[:, :6] / 2)
+    assert source.statistics["action"]["q99"][:6] == [0.25] * 6 and list(source.dataset[0].images) == list(
+        plain.dataset[0].images
+    )
 
 
 @pytest.mark.parametrize("model_type", LANGUAGE_MODELS)
