@@ -149,7 +149,10 @@ def check_address(host: str, safe: bool) -> None:
 def listen(host: str, port: int) -> socket.socket:
     """A socket that has the port, before minutes go into a model. Raises an `OSError` that says what to do."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        # Of a name that is both, as localhost is, that of IPv4: clients that are given the name try both, and many are
+        # given 127.0.0.1.
+        family, kind, protocol, _, address = min(found, key=lambda entry: entry[0])
         listener = socket.socket(family, kind, protocol)
     except OSError as error:
         raise OSError(f"host={host}: {error.strerror or error}; give an address of this machine.") from error

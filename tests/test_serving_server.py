@@ -552,6 +552,17 @@ def test_a_name_that_leads_elsewhere_is_refused_without_a_key(monkeypatch):
         serving.serve(ServeOptions(host="localhost", port=0), load=None)
 
 
+def test_a_name_that_is_both_is_listened_at_by_ipv4(monkeypatch):
+    """On Debian and Ubuntu localhost is ::1 first, and whoever asked 127.0.0.1 found nobody."""
+    both = [
+        (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("::1", 0, 0, 0)),
+        (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0)),
+    ]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *given, **more: both)
+    with serving.listen("localhost", 0) as listener:
+        assert listener.getsockname()[0] == "127.0.0.1"
+
+
 def test_the_start_line_of_any_model():
     datasets = {"a b": Dataset(usual_spec(7), 2), "c": Dataset(usual_spec(7), 2)}
     info = ModelInfo("me/robot", datasets, None, ("primary", "wrist"), 8, (224, 224))
