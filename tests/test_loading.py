@@ -22,6 +22,7 @@ from openvla import AutoModelForVision2Seq, OpenVLAConfig, OpenVLAForActionPredi
 from openvla.conversion import package_checkpoint
 from openvla.options.training import FinetuneOptions
 from openvla.training.preparation import prepare
+from openvla.weights_openvla import check_filled
 
 
 EMBEDDED = Path(__file__).resolve().parents[1]
@@ -154,6 +155,9 @@ def test_zeros_that_weights_may_have(folder, tensors):
     biases = {name: torch.zeros_like(tensor) for name, tensor in tensors.items() if name.endswith(".bias")}
     replace_weights(folder, {**tensors, **biases, "projector.fc1.weight": weight})
     assert torch.equal(load(folder).projector.fc1.weight, weight)
+    check_filled(folder, [("experts.down_proj_bias", torch.zeros(4, 8))])  # of GPT-OSS, side by side
+    with pytest.raises(ValueError, match="1 matrices of one value throughout: experts.down_proj"):
+        check_filled(folder, [("experts.down_proj", torch.zeros(4, 8))])
 
 
 def test_state_dicts(folder, tensors):
