@@ -5,6 +5,7 @@ they can (docs/LOG.md). Half precision is oneDNN's anyway. Sums are added in ano
 `torch.nn.functional.linear`, whose rounding is up to two times smaller. On CPUs of Intel torch's choice stays.
 """
 
+import math
 import os
 import platform
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn import functional
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 
 # Of one multiplication: for less of both MKL's shorter calls are faster. Measured with weights that no cache holds, as
@@ -149,6 +151,15 @@ def onednn_linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
     if not (many and rows) or hidden.shape[-1] != inputs:
         return functional.linear(hidden, weight, bias)  # the last for torch's error
     return torch.ops.mkldnn._linear_pointwise(hidden, weight, bias, "none", [], "")
+
+
+def _flops(hidden: tuple[int, ...], weight: tuple[int, ...], *_: Any, **__: Any) -> int:
+    return 2 * math.prod(hidden) * weight[0]
+
+
+# torch counts none of it. Once: code of a Hub folder is a second module of this name.
+if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._linear_pointwise not in flop_registry:
+    register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_flops)
 
 
 __all__ = [

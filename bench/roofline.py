@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..device import synchronize
 from ..products_openvla import product_for
@@ -73,14 +73,6 @@ def count_work(model: Any, predict: Callable[[], Any]) -> dict[str, dict[str, fl
     with watch_stages(watcher):
         predict()
     return work
-
-
-def _flops_of_linear(hidden: tuple[int, ...], weight: tuple[int, ...], *_: Any, **__: Any) -> int:
-    return 2 * math.prod(hidden) * weight[0]
-
-
-if torch.backends.mkldnn.is_available():  # `products_openvla.onednn_linear`, of which torch counts none
-    register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_flops_of_linear)
 
 
 def _bytes(*modules: nn.Module) -> int:

@@ -17,7 +17,6 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from openvla import OpenVLAForActionPrediction, products_openvla
-from openvla.bench import roofline  # noqa: F401 - it tells torch what such a product is
 from openvla.modules_openvla import evaluation_mode
 from openvla.policy import OpenVLAPolicy
 from openvla.products_openvla import Linear, onednn_linear, product_for, take_fast_products
