@@ -14,7 +14,7 @@ export async function call(path, { quiet = false, ...options } = {}) {
     const headers = { ...options.headers, ...(key ? { Authorization: `Bearer ${key}` } : {}) };
     let response;
     try {
-      const signal = quiet ? AbortSignal.timeout(PATIENCE) : options.signal;
+      const signal = quiet ? AbortSignal.timeout?.(PATIENCE) : options.signal; // browsers before 2022 have none
       response = await fetch(`page/${path}`, { ...options, signal, headers, cache: "no-store" });
     } catch {
       throw new Error("The server does not answer.");
