@@ -135,12 +135,16 @@ def linears_to_quantize(model: nn.Module, config: OpenVLAQuantizationConfig) -> 
         *NEVER_QUANTIZED,
         *(NOT_QUANTIZED if config.modules_to_not_convert is None else config.modules_to_not_convert),
     ]
+    known: Any = model
+    output = known.get_output_embeddings()  # BioGPT's has another name than those that are kept
     found = {
         name: module
         for name, module in model.named_modules()
-        if type(module) in LINEAR and kind.fits(module.in_features) and not _is_part(name, kept)
+        if type(module) in LINEAR
+        and kind.fits(module.in_features)
+        and not _is_part(name, kept)
+        and module is not output
     }
-    known: Any = model
     if not found:  # the folder, and every figure of it, would have a name that says otherwise
         raise ValueError(
             f"No weight can have {_named(config)}: this language model ({known.config.text_config.model_type}) has no "

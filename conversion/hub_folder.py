@@ -234,9 +234,13 @@ def as_stored(
 
 def check_weights(config: OpenVLAConfig, shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
     """Raise a `ValueError` that lists tensors missing from `shapes`, unexpected in it, or of another shape."""
-    tensors, modules = as_stored(_without_values(config), shapes)
+    model = _without_values(config)
+    tensors, modules = as_stored(model, shapes)
     expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    tied = {"language_model.lm_head.weight"} if config.text_config.tie_word_embeddings else set()
+    tied = set()
+    if config.text_config.tie_word_embeddings:  # then files lack the output layer, whatever it is called
+        output = model.get_output_embeddings()
+        tied = {f"{name}.weight" for name, module in model.named_modules() if module is output}
     check_tensors(
         what,
         missing=[name for name in expected if name not in shapes and modules.get(name) not in tied],

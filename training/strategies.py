@@ -113,7 +113,8 @@ def _part(decoder: nn.Module, names: tuple[str, ...]) -> Any:
 
 def _last_layer(model: Any) -> list[nn.Module]:
     """Last block, final norm, embeddings and output layer of the language model."""
-    norm = _part(model.get_decoder(), ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f"))
+    names = ("norm", "final_layernorm", "final_layer_norm", "layer_norm", "final_norm", "ln_f", "norm_f")
+    norm = _part(model.get_decoder(), names)
     return [model.get_input_embeddings(), decoder_blocks(model)[-1], norm, model.get_output_embeddings()]
 
 
