@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import zipfile
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -248,6 +249,24 @@ def test_a_run_that_continues_has_the_intervals_of_its_command(dataset, tmp_path
     assert names(run) == [f"checkpoint-{step}" for step in (2, 3, 4, 5)]
     log = json.loads((run / "checkpoints" / "checkpoint-5" / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in log if "loss" in entry][-3:] == [3, 4, 5]
+
+
+def test_batches_that_do_not_fit_the_shared_memory(dataset, tmp_path, monkeypatch):
+    """A process that found no room for one said so to nobody, and training waited for ever."""
+    monkeypatch.setattr(resume, "SHARED", tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=64e6 if path == tmp_path else 1e12))
+    for more, said in (
+        ({}, None),
+        ({"workers": 0}, None),
+        ({"batch_size": 64}, r"workers=2: .* up to \d+ MB .* 64 MB"),
+    ):
+        run = options(tmp_path / f"run{len(more)}{said}", dataset, **{"workers": 2, "steps": 1, **more})
+        shape = SimpleNamespace(input_shape=(6, 224, 224))
+        with pytest.raises(OSError, match=said) if said else nullcontext():
+            resume.check_shared_memory(SimpleNamespace(camera_names=["primary"], vision_backbone=shape), run)
+    with pytest.raises(OSError, match="docker run --shm-size 8g"):
+        finetune(replace(run, batch_size=10_000))
+    assert not (tmp_path / "run1").exists()
 
 
 def test_weights_of_a_run_may_be_read_by_whoever_may_read_the_rest(dataset, tmp_path):

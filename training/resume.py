@@ -1,5 +1,7 @@
 """What an output folder holds of a run: whether one may begin there, and from which checkpoint one continues."""
 
+import math
+import os
 import shutil
 import tempfile
 import zipfile
@@ -19,6 +21,7 @@ from ..processor_files_openvla import STARTED
 FINISHED = "dataset_statistics.json"  # of a result: comes last, see `folders.move_into`
 CHECKPOINTS = "checkpoints"
 UNFINISHED = ".unfinished"  # what is being written
+SHARED = Path("/dev/shm")  # of Linux
 RESULT = ("*.json", "*.jinja", "*.model", "README.md", "curves.png")  # beside the weights, what a run writes
 TENSORS = (".pt", ".pth", ".bin")  # torch.save writes zip archives
 
@@ -92,6 +95,21 @@ def check_space(output: Path, model: Any, options: FinetuneOptions) -> str | Non
     if free < more * checkpoint + saved:
         return f"{sizes}; with keep={options.keep} the {free / 1e9:.2g} GB that are free will not do."
     return None
+
+
+def check_shared_memory(model: Any, options: FinetuneOptions) -> None:
+    """Raise an OSError where the batches of processes that decode images do not fit the shared memory, of which a
+    container of Docker has 64 MB: such a process says so to nobody, and training would wait for ever."""
+    if not (options.workers and SHARED.is_dir()):
+        return
+    pixels = len(model.camera_names) * math.prod(model.vision_backbone.input_shape) * 4  # bytes of a sample
+    processes = options.workers * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    needed, free = 2 * processes * options.batch_size * pixels, shutil.disk_usage(SHARED).free  # 2: of a DataLoader
+    if needed > free:
+        raise OSError(
+            f"workers={options.workers}: their batches take up to {needed / 1e6:.0f} MB of shared memory, and {SHARED} "
+            f"has {free / 1e6:.0f} MB free: give it more (docker run --shm-size 8g), or fewer workers (0: none)."
+        )
 
 
 def remove_leftovers(output: Path) -> None:

@@ -35,6 +35,7 @@ from .prepared_run import LEARNING_RATES, Run, computing_precision, held_out_fra
 from .resume import (
     CHECKPOINTS,
     check_output,
+    check_shared_memory,
     check_space,
     checkpoint_to_resume,
     last_checkpoint,
@@ -237,6 +238,7 @@ def train(options: FinetuneOptions, arguments: TrainingArguments, resume: bool, 
         check_begun(run, made, checkpoint)
     set_seed(options.seed)  # adapters are made before the Trainer sets it
     model = load_model(run, arguments.bf16, checkpoint)
+    check_shared_memory(model, options)
     if main:
         made["model_digest"] = weights_digest(options.model)  # a Hub id's weights are there only now
         if begun:
