@@ -24,7 +24,7 @@ from .configuration_openvla import OpenVLAConfig
 from .decoding_openvla import Prefix, are_finite
 from .embeddings_openvla import ActionVocabulary
 from .generation_openvla import OpenVLAGeneration
-from .graphs_openvla import Preparation, prepare
+from .graphs_openvla import Preparation, before_learning, prepare
 from .inputs_openvla import (
     ModelInputs,
     PromptLayout,
@@ -215,8 +215,7 @@ class OpenVLAForActionPrediction(ActionVocabulary, OpenVLAGeneration, OpenVLAPre
                 with `num_actions` placeholders and the end after them, padded on the right: for a head that predicts
                 all in one pass. The output has `predicted`, or `logits` of the actions and the end.
             noisy_actions, times: (batch, K, A) and (batch,), of a diffusion head.
-            num_committed: How many of the placeholders, at the beginning, keep the embeddings of their tokens: (batch,
-                1), or one number.
+            num_committed: (batch, 1), or one number: so many placeholders, the first, keep their tokens' embeddings.
             film_padding: Padding counts as words of the prompt for FiLM, as in the training of OpenVLA-OFT.
 
         Returns:
@@ -225,6 +224,7 @@ class OpenVLAForActionPrediction(ActionVocabulary, OpenVLAGeneration, OpenVLAPre
         Raises:
             ValueError: If neither or both of `input_ids` and `inputs_embeds` are given, or images do not fit prompts.
         """
+        before_learning(self)
         if first_action is not None:
             if not self.action_head.parallel:
                 raise ValueError(

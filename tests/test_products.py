@@ -309,6 +309,22 @@ def test_a_model_that_was_prepared_learns_and_is_saved(small_policy, fast, tmp_p
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
 
 
+def test_a_model_that_was_prepared_learns_in_evaluation_mode(small_policy, fast):
+    """As scripts do that never call `train()`: fused moments of before were taken for those of other weights."""
+    learned = []
+    for prepares in (True, False):
+        model = OpenVLAForActionPrediction.from_pretrained(small_policy)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+        model.train = lambda mode=True, model=model: model  # never
+        learn(model, optimizer)
+        if prepares:
+            model.prepare_for_inference()
+            assert ordered(model)
+        learn(model, optimizer, 2)
+        learned.append(model.state_dict())
+    assert all(torch.equal(value, learned[1][name]) for name, value in learned[0].items())
+
+
 def test_a_model_with_a_part_of_another_that_predicts(small_policy, fast):
     """Its weights changed their place while they were multiplied: other actions."""
     model, other = (OpenVLAForActionPrediction.from_pretrained(small_policy).eval() for _ in range(2))
