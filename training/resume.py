@@ -104,7 +104,8 @@ def check_shared_memory(model: Any, options: FinetuneOptions) -> None:
         return
     pixels = len(model.camera_names) * math.prod(model.vision_backbone.input_shape) * 4  # bytes of a sample
     processes = options.workers * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    needed, free = 2 * processes * options.batch_size * pixels, shutil.disk_usage(SHARED).free  # 2: of a DataLoader
+    needed = 2 * processes * options.batch_size * pixels  # 2: of a DataLoader
+    free = shutil.disk_usage(SHARED).free if os.access(SHARED, os.W_OK) else 0
     if needed > free:
         raise OSError(
             f"workers={options.workers}: their batches take up to {needed / 1e6:.0f} MB of shared memory, and {SHARED} "
