@@ -454,7 +454,7 @@ class OpenVLAForActionPrediction(ActionVocabulary, OpenVLAGeneration, OpenVLAPre
         compile: bool = False,
     ) -> Preparation:
         """Get ready for predictions of certain sizes: memory; graphs of kernels on a CUDA device; on a CPU the order of
-        weights that its products read fastest (the same parameters with other strides, until `train()`). Other threads
+        weights that its products read fastest (the same parameters with other strides, until they learn). Other threads
         may predict meanwhile, and not be in `forward` or `generate`. Predictions of other sizes, with `committed`,
         `constrained=False` or under autocast are as without. So are all once the model was moved or cast, or has other
         modules, hooks or adapters: a warning says so; prepare it again.
