@@ -71,7 +71,14 @@ def _is_path(item: Any) -> bool:
 
 def _check_given(item: Any, value: str) -> None:
     """Raise a `ValueError` for a value that is empty, as a variable of the shell that is not set: a path would be the
-    working directory, others be taken for the default."""
+    working directory, others be taken for the default. Also for one that Python could not read, told that all text is
+    ASCII: libraries take it for a damaged file."""
+    encoding = sys.getfilesystemencoding()
+    if encoding != "utf-8" and any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError(
+            f"{item.name}={ascii(value)}: there are characters that the encoding of this terminal ({encoding}) does "
+            "not have: export PYTHONUTF8=1, or LC_ALL=C.UTF-8."
+        )
     if value.strip() or value == item.default or item.name == "instruction":  # which is read, in words of its own
         return
     otherwise = "" if item.default is MISSING else ", or leave it out"

@@ -70,6 +70,13 @@ os.write(answer, repr([streams, [*map(os.get_inheritable, streams)]]).encode())
     assert (done.returncode, done.stdout) == (0, "[[0, 1, 2], [True, True, True]]"), done
 
 
+def test_arguments_that_the_encoding_of_a_terminal_does_not_have(monkeypatch):
+    """Of a folder with such a name a table was said to be damaged."""
+    monkeypatch.setattr("sys.getfilesystemencoding", lambda: "ascii")
+    said = error_of("stats", "d\udcc3\udca4t")
+    assert "dataset='d\\udcc3\\udca4t': " in said and "(ascii) does not have: export PYTHONUTF8=1" in said
+
+
 def error_of(*arguments) -> str:
     """The one line a mistake is answered with."""
     result = run(*arguments, code=2)
