@@ -84,6 +84,10 @@ class Gate:
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
+        # An address with a slash at its end is the same one: from one to the other starlette would lead, curl nowhere
+        # and others out of TLS.
+        if scope["type"] == "http" and scope["path"].endswith("/"):
+            scope = {**scope, "path": scope["path"].rstrip("/") or "/"}
         try:
             self._check(scope, Headers(scope=scope))
         except Refusal as refusal:

@@ -55,11 +55,10 @@ def routes(service: Service) -> APIRouter:
             call, answer = await unless_gone(request, service.answer(body.decode, len(body.data)))
             return body.response(call, answer, service.info)
 
-    for path in ("/act", "/act/"):  # from one to the other starlette would lead, curl nowhere and others out of TLS
-        router.add_api_route(
-            path, act, methods=["POST"], responses=responses(), route_class_override=Direct,
-            include_in_schema=path == "/act", openapi_extra={"requestBody": request_body(service.info)},
-        )  # fmt: skip
+    router.add_api_route(
+        "/act", act, methods=["POST"], responses=responses(), route_class_override=Direct,
+        openapi_extra={"requestBody": request_body(service.info)},
+    )  # fmt: skip
 
     @router.head("/healthz", include_in_schema=False)
     @router.get("/healthz", response_class=PlainTextResponse)

@@ -1,6 +1,7 @@
 """Listens: a model, an engine and an app behind a port, until somebody says stop."""
 
 import asyncio
+import errno
 import gc
 import logging
 import os
@@ -33,6 +34,7 @@ from .worker import THREAD
 
 
 PAGE_PATHS = ("/", *(f"/page/{name}" for name in FILES))  # the page asks for the key: its files need none
+ELSEWHERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # of a machine that has not the address, or none such
 GRACE = 30  # seconds in which what is in flight is answered when the server stops
 CLOSING = 5  # seconds after them in which clients have to take what they were answered
 
@@ -150,19 +152,26 @@ def listen(host: str, port: int) -> socket.socket:
     """A socket that has the port, before minutes go into a model. Raises an `OSError` that says what to do."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        # Of a name that is both, as localhost is, that of IPv4: clients that are given the name try both, and many are
-        # given 127.0.0.1.
-        family, kind, protocol, _, address = min(found, key=lambda entry: entry[0])
-        listener = socket.socket(family, kind, protocol)
     except OSError as error:
         raise OSError(f"host={host}: {error.strerror or error}; give an address of this machine.") from error
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
-        listener.close()
-        raise OSError(f"host={host}, port={port}: {error.strerror or error}; give another port.") from error
-    return listener
+    # Of a name that is both, as localhost is, that of IPv4: clients that are given the name try both, and many are
+    # given 127.0.0.1. Where it is not this machine's, but that of a router before it, the other one.
+    for family, kind, protocol, _, address in sorted(found, key=lambda entry: entry[0]):
+        try:
+            listener = socket.socket(family, kind, protocol)
+            try:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.bind(address)
+                return listener
+            except OSError:
+                listener.close()
+                raise
+        except OSError as error:
+            problem, elsewhere = error, error.errno in ELSEWHERE
+            if not elsewhere:
+                break
+    remedy = "an address of this machine" if elsewhere else "another port"
+    raise OSError(f"host={host}, port={port}: {problem.strerror or problem}; give {remedy}.") from problem
 
 
 def start_line(info: ModelInfo, host: str, port: int, key: bool) -> str:

@@ -13,6 +13,8 @@ import subprocess
 import sys
 import threading
 import warnings
+from array import array
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -405,7 +407,9 @@ def test_a_function_and_short_chunks_commit_nothing():
         ["0.1", "0", "0", "1"],
         [True, False, False, True],
         [0.1, 0, 0, True],
+        deque([0.1, 0, 0, True]),
         np.ma.masked_array([0.1, 0, 0, 1], [True, False, False, False]),  # a number of which nothing is known
+        [np.ma.masked_array([0.1, 0, 0, 1], [True, False, False, False])],
         [1 + 2j, 0, 0, 0],
         [[0, 0, 0, 1], [0, 0]],
         {"actions": [0, 0, 0, 1]},
@@ -1115,8 +1119,8 @@ def test_a_machine_that_has_no_thread_left_is_asked_again(monkeypatch):
 
 @pytest.mark.parametrize(
     "buffer",
-    [np.zeros((1, 4)), [[0.0] * 4], [np.zeros(4)], (ctypes.c_double * 4 * 1)()],
-    ids=["array", "lists", "rows", "of a driver"],
+    [np.zeros((1, 4)), [[0.0] * 4], [np.zeros(4)], (ctypes.c_double * 4 * 1)(), [memoryview(array("d", [0.0] * 4))]],
+    ids=["array", "lists", "rows", "of a driver", "views"],
 )
 def test_a_function_may_write_into_what_it_gave(buffer):
     """It is asked the next observation before the loop has read the answer to the last one. Of lists half an action was
@@ -1124,7 +1128,7 @@ def test_a_function_may_write_into_what_it_gave(buffer):
     now, asked = [0.0], threading.Semaphore(0)
 
     def answer(observation):
-        buffer[0][:] = [observation] * 4
+        buffer[0][:] = array("d", [observation] * 4)
         asked.release()
         return buffer if observation < 3 else openvla_client.Answer(buffer, "key")
 
@@ -1135,7 +1139,7 @@ def test_a_function_may_write_into_what_it_gave(buffer):
         guard._transport.submit(openvla_client.Ask(guard.epoch, observation, 0, observation))
         assert asked.acquire(timeout=60)
         reply = guard._transport.poll(60)
-        buffer[0][:] = [np.nan] * 4
+        buffer[0][:] = array("d", [np.nan] * 4)
         assert np.asarray(reply.actions).tolist() == [[observation] * 4]
     guard.close()
 

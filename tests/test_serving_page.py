@@ -146,11 +146,9 @@ def test_everything_that_the_page_names_is_served_with_a_strict_policy():
         )
 
 
-@pytest.mark.parametrize(
-    "name", ["page.py", "..%2fcontract.py", "%2e%2e/contract.py", "index.html", "", "style.css/", "%00"]
-)
+@pytest.mark.parametrize("name", ["page.py", "..%2fcontract.py", "%2e%2e/contract.py", "index.html", "", "%00"])
 def test_nothing_but_the_files_of_the_page(name):
-    assert page().get(f"/page/{name}", follow_redirects=False).status_code in (307, 404)
+    assert page().get(f"/page/{name}", follow_redirects=False).status_code == 404
 
 
 def test_a_part_of_a_file_is_not_looked_for():

@@ -175,7 +175,8 @@ def test_nobody_is_led_elsewhere(server):
     """By `http://` behind a proxy that speaks TLS, and curl said nothing at all."""
     sent = {"image": base64.b64encode(png()).decode(), "instruction": "go"}
     assert server.post("/act/", json=sent, follow_redirects=False).json()["actions"]
-    assert server.get("/info/", follow_redirects=False).status_code == 404
+    for path in ("/info", "/metrics", "/healthz", "/readyz"):
+        assert server.get(path + "/", follow_redirects=False).status_code == server.get(path).status_code == 200
 
 
 def test_it_is_not_ready_before_it_is_warm():

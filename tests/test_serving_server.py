@@ -561,6 +561,13 @@ def test_a_name_that_is_both_is_listened_at_by_ipv4(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", lambda *given, **more: both)
     with serving.listen("localhost", 0) as listener:
         assert listener.getsockname()[0] == "127.0.0.1"
+    if socket.has_ipv6:
+        both[1] = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("192.0.2.1", 0))  # that of a router
+        with serving.listen("robots.example", 0) as listener:
+            assert listener.getsockname()[0] == "::1"
+    with pytest.raises(OSError, match="host=robots.example, port=0.*give an address of this machine"):
+        both[0] = both[1]
+        serving.listen("robots.example", 0)
 
 
 def test_the_start_line_of_any_model():

@@ -14,11 +14,17 @@ def is_number(value: object) -> TypeGuard[float]:
     return not isinstance(value, int) or abs(value) < 2**1023
 
 
-def has_booleans(given: Any) -> bool:
-    """Whether true or false stands among numbers, which numpy makes 1 and 0 of."""
-    if isinstance(given, list | tuple):
-        return any(map(has_booleans, given))
-    return isinstance(given, bool | np.bool_)
+def is_row(given: Any) -> TypeGuard[Sequence[Any]]:
+    """A list, or what is used as one."""
+    return isinstance(given, Sequence) and not isinstance(given, str | bytes | memoryview)
+
+
+def has_gaps(given: Any) -> bool:
+    """Whether something stands among numbers that is none: true or false, which numpy makes 1 and 0 of, or what is
+    masked, of which it takes what is below the mask."""
+    if is_row(given):
+        return any(map(has_gaps, given))
+    return np.ma.is_masked(given) if isinstance(given, np.ndarray) else isinstance(given, bool | np.bool_)
 
 
 def seconds(name: str, given: Any, least: float = 0.0, *, zero: bool = True) -> float:
@@ -57,7 +63,7 @@ def numbers(
     except (ValueError, TypeError):  # rows of several lengths
         array = np.array(None)
     good = array.dtype.kind in "iuf" and array.shape == (array.size if dims is None else dims,)  # no texts
-    good = good and not has_booleans(given) and not np.ma.is_masked(given)
+    good = good and not has_gaps(given)
     if not good or (finite and not np.isfinite(array).all()):
         expected = f"{'' if dims is None else f'{dims} '}{'finite ' if finite else ''}numbers"
         expected += f" ({', '.join(names)}{'' if finite else '; NaN where one is unknown'})" if names else ""

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from .action_spec import ActionSpec
-from .checks import has_booleans, whole
+from .checks import has_gaps, whole
 from .errors import BadAnswer, Refused
 from .wire import MOST_BYTES as MOST_SENT
 from .wire import UNREADABLE, check_picture, pack, picture_file, unpack
@@ -191,7 +191,7 @@ def _floats(name: str, given: Any) -> np.ndarray:
         array = np.asarray(given)
     except (ValueError, TypeError):  # rows of several lengths
         array = np.array(None)
-    if array.dtype.kind not in "iuf" or has_booleans(given) or np.ma.is_masked(given):
+    if array.dtype.kind not in "iuf" or has_gaps(given):
         raise ValueError(f"{name}={given!r:.100}: expected numbers, in rows of one length.")
     return array.astype(np.float64)
 

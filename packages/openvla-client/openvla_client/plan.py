@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .checks import has_booleans
+from .checks import has_gaps
 from .transport import Ask, Reply
 
 
@@ -129,7 +129,7 @@ class Plan:
         except Exception as error:  # of whatever was given, such as a tensor with gradients
             raise ValueError(f"no actions: {told(error)}") from error
         expected = f"({'A' if self.dims is None else self.dims},) or (K, {'A' if self.dims is None else self.dims})"
-        if actions.dtype.kind not in "iuf" or actions.ndim != 2 or has_booleans(given) or np.ma.is_masked(given):
+        if actions.dtype.kind not in "iuf" or actions.ndim != 2 or has_gaps(given):
             kind = type(given).__name__ if actions.dtype == object else actions.dtype
             raise ValueError(f"actions of {kind} {np.shape(given)}, expected numbers {expected}")
         if not (1 <= len(actions) <= self.LONGEST and actions.shape[1] >= 1 and self.dims in (None, actions.shape[1])):

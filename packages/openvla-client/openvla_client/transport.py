@@ -3,12 +3,12 @@
 import threading
 from collections import deque
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from .checks import is_row
 from .forks import call_in_forks
 
 
@@ -138,13 +138,18 @@ def called(answer: Callable[[Any], Any]) -> ThreadTransport:
 
     def actions(ask: Ask) -> Any:
         given = answer(ask.observation)
-        found = getattr(given, "actions", given)
-        # Copies of what the next call may write into before the control loop has read it. Lists stay lists: an
-        # array would say 1 of true.
-        if isinstance(found, np.ndarray):
-            return found.copy()
-        if isinstance(found, list | tuple):
-            return deepcopy(found)
-        return found if (copy := np.array(found)).dtype == object else copy
+        return _copied(getattr(given, "actions", given))
 
     return ThreadTransport(actions)
+
+
+def _copied(given: Any) -> Any:
+    """What the next call may write into before the control loop has read it. Rows stay rows: an array would say 1 of
+    true."""
+    if isinstance(given, np.ndarray):
+        return given.copy()
+    if is_row(given):
+        return [_copied(one) for one in given]
+    if isinstance(given, int | float | np.generic):
+        return given
+    return given if (copy := np.array(given)).dtype == object else copy
