@@ -75,16 +75,20 @@ class ActionSpec:
         of two of them may point the other way."""
         return tuple(i for i, name in enumerate(self.names) if name in ANGLES and not self.relative[i])
 
+    @property
+    def places(self) -> list[str]:
+        """Names of the numbers that are places and no grippers."""
+        return [name for i, name in enumerate(self.names) if not self.relative[i] and i not in self.grippers]
+
     def standstill(self) -> list[float]:
         """The action that moves nothing and opens the grippers.
 
         Raises:
             ValueError: If a number is a place: then where the robot stands decides, and nothing here knows.
         """
-        places = [name for i, name in enumerate(self.names) if not self.relative[i] and i not in self.grippers]
-        if places:
+        if self.places:
             raise ValueError(
-                f"{', '.join(places)} are places and no changes, so that no action stands still by itself: the "
+                f"{', '.join(self.places)} are places and no changes, so that no action stands still by itself: the "
                 "environment has to say where the robot stands (standstill())."
             )
         return [1.0 if dim in self.grippers else 0.0 for dim in range(self.action_dim)]

@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import io
 import json
+import math
 import os
 import select
 import signal
@@ -1372,6 +1373,21 @@ def test_another_rate_than_the_contract_is_a_warning():
         warnings.simplefilter("error")
         Guard(lambda observation: np.zeros(4), POSE, hz=10).close()
         Guard(lambda observation: np.zeros(4), POSE).close()
+
+
+def test_places_that_may_be_many_steps_away_are_a_warning():
+    """The first action of a late chunk that acts is executed in one period, wherever it is."""
+    with pytest.warns(UserWarning, match=r"^b: places without a limit.*Limits\(step="):
+        Bench(JOINTS, limits=Limits(step={"a": 0.1}, place={"b": (0, 1)}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Bench(JOINTS, commit=1)  # what it answers goes on from where the robot stands
+        Bench(POSE)
+        bench = Bench(JOINTS, wait=0, fallback="raise", limits=Limits(step={"a": math.inf, "b": math.inf}))
+    with pytest.raises(NoAction):
+        bench.step()
+    bench.answer([5, 6, 1])
+    assert bench.step().action.tolist() == [5, 6, 1]  # from wherever it stands
 
 
 @pytest.mark.parametrize("name", ["hz", "max_age", "wait", "stalled_after", "dead_after"])

@@ -134,6 +134,13 @@ class Guard:
             limits.check(spec)
         self.spec, self.limits, self.ask_every, self.commit = spec, limits, ask_every, commit
         self._names = () if spec is None else spec.names
+        if spec is not None and not commit and (far := {*spec.places} - {*(limits or Limits()).step}):
+            warnings.warn(
+                f"{', '.join(name for name in spec.names if name in far)}: places without a limit of their step. The "
+                "first that acts of an answer that is late may be many steps away, and the robot goes there in one. "
+                "Give limits=Limits(step={name: the most of one step}); math.inf where its controller goes slowly.",
+                stacklevel=2,
+            )
         if not (isinstance(transport, Transport) or callable(transport)):
             raise ValueError(
                 f"transport: a {type(transport).__name__}, expected a function, or submit, poll, close, connection."

@@ -15,8 +15,9 @@ class Limits:
     """What an action may be at most. Dimensions are named as in `ActionSpec.names`; those not named are not limited.
 
     Args:
-        step: name -> the largest change of one step, above 0: of a relative dimension its absolute value, of an
-            absolute one its distance from the target before (without one, or after a `NoAction`, from `position`).
+        step: name -> the largest change of one step, above 0; `math.inf`: any. Of a relative dimension its absolute
+            value, of an absolute one its distance from the target before (without one, or after a `NoAction`, from
+            `position`).
         place: name -> (lowest, highest) place: of an absolute dimension the action itself, of a relative one `position`
             and the action together. A robot that stands outside (an absolute one: whose target before is outside) may
             stay or come back, not go further out.
@@ -103,7 +104,7 @@ class Limits:
             elif np.isfinite(before):  # cut to the nearest place, a robot outside would jump as far as that
                 place = (min(place[0], before), max(place[1], before))
             value = float(np.clip(action[dim], *place))
-            if name in self.step:
+            if self.step.get(name, math.inf) < math.inf:
                 if not np.isfinite(before):
                     raise ValueError(f"{name} has a limit of its step: start or position has to say where it is")
                 value = self._near(before, value, name)
