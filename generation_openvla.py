@@ -7,7 +7,7 @@ import copy
 from typing import Any
 
 import torch
-from transformers import GenerationMixin
+from transformers import Cache, GenerationMixin
 
 from .inputs_openvla import check_are_tensors, largest_pixel
 from .outputs_openvla import CACHE, CACHE_NAMES, one_cache, with_both_names
@@ -24,13 +24,63 @@ class OpenVLAGeneration(GenerationMixin):
         self._check_has_values()
         kwargs["generation_config"] = generation_config
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
-        pixel_values, attention_mask = kwargs.get("pixel_values"), kwargs.get("attention_mask")
-        check_are_tensors(input_ids=input_ids, pixel_values=pixel_values)
-        if pixel_values is not None:
-            largest_pixel(pixel_values)  # must be finite
+        check_are_tensors(input_ids=input_ids, pixel_values=kwargs.get("pixel_values"))
+        if kwargs.get("pixel_values") is not None:
+            largest_pixel(kwargs["pixel_values"])  # must be finite
         cache = one_cache(*(kwargs.pop(name, None) for name in CACHE_NAMES))
         if cache is not None:
             kwargs[CACHE] = cache
+        order = self._padding_first(input_ids, kwargs, cache)
+        if order is None:
+            return self._generate(inputs, kwargs)
+        for name in ("input_ids", "inputs_embeds", "attention_mask", "position_ids"):
+            value = input_ids if name == "input_ids" else kwargs.get(name)
+            if value is not None and value.shape[1:2] == order.shape[1:]:
+                place = order.to(value.device).view(*order.shape, *[1] * (value.ndim - 2))
+                kwargs[name] = value.expand(len(order), *value.shape[1:]).take_along_dim(place, dim=1)
+        generated = self._generate(None, kwargs)
+        is_tensor = isinstance(generated, torch.Tensor)
+        for filled in (cache, None if is_tensor else generated.get(CACHE)):
+            if filled is not None:
+                filled.order_of_prompts = order
+        if input_ids is None:
+            return generated
+        sequences = generated if is_tensor else generated.sequences  # padding back where it was given
+        prompts = input_ids.repeat_interleave(len(sequences) // len(input_ids), dim=0).to(sequences.device)
+        sequences = torch.cat([prompts, sequences[:, prompts.shape[1] :]], dim=1)
+        if is_tensor:
+            return sequences
+        generated.sequences = sequences
+        return generated
+
+    def _padding_first(self, input_ids: torch.Tensor | None, kwargs: dict[str, Any], cache: Any) -> torch.Tensor | None:
+        """The order of tokens in which prompts with an image that are padded on the right are padded on the left, or in
+        which those of an earlier call are in the cache: (batch, length). What follows padding is not what follows a
+        prompt; of that the library only warns."""
+        tokens = kwargs.get("inputs_embeds") if kwargs.get("inputs_embeds") is not None else input_ids
+        if tokens is None or tokens.ndim < 2:
+            return None
+        if isinstance(cache, Cache):
+            if cache.get_seq_length():
+                order = getattr(cache, "order_of_prompts", None)
+                if order is None or tokens.shape[1] < order.shape[1]:
+                    return None
+                more = torch.arange(order.shape[1], tokens.shape[1], device=order.device)
+                return torch.cat([order, more.expand(len(order), -1)], dim=1)
+            cache.order_of_prompts = None  # it may have been emptied
+        mask = kwargs.get("attention_mask")
+        if kwargs.get("pixel_values") is None:
+            return None
+        if mask is None and input_ids is not None and input_ids.shape == tokens.shape[:2]:
+            mask = self._find_padding(input_ids, kwargs)
+        if mask is None or mask.shape != tokens.shape[:2] or not mask.numel():
+            return None
+        return None if bool(mask[:, -1].all()) else mask.ne(0).int().argsort(dim=1, stable=True)
+
+    def _generate(self, inputs: torch.Tensor | None, kwargs: dict[str, Any]):
+        """`generate` of prompts that are not padded on the right."""
+        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
+        pixel_values, attention_mask = kwargs.get("pixel_values"), kwargs.get("attention_mask")
         if pixel_values is not None and kwargs.get("inputs_embeds") is not None:
             # Images enter the embeddings here, once; generate keeps count of the merged length.
             embeds, beside_ids = kwargs["inputs_embeds"], False
@@ -50,28 +100,15 @@ class OpenVLAGeneration(GenerationMixin):
 
         if attention_mask is None:
             attention_mask = self._find_padding(input_ids, kwargs)
-        place = None
-        if cache is None and not bool(attention_mask[:, -1].all()):
-            # What follows padding is not what follows a prompt; of that the library only warns.
-            order = attention_mask.to(input_ids.device).ne(0).int().argsort(dim=1, stable=True)
-            place, attention_mask = order.argsort(dim=1), attention_mask.gather(1, order.to(attention_mask.device))
-            input_ids = input_ids.gather(1, order)
-            if (positions := kwargs.get("position_ids")) is not None:
-                kwargs["position_ids"] = positions.expand(order.shape).gather(1, order.to(positions.device))
         layout = PatchLayout(attention_mask, input_ids.shape, self.num_patches, device=input_ids.device)
         kwargs["input_ids"] = layout.insert(input_ids, self.config.image_token_id)
         kwargs["attention_mask"] = layout.insert(attention_mask, 1)
         kwargs["position_ids"] = layout.insert_positions(kwargs.get("position_ids"))
         self._lengthen(kwargs, self.num_patches)
         generated = with_both_names(super().generate(**kwargs))
-        sequences = layout.remove(generated if isinstance(generated, torch.Tensor) else generated.sequences)
-        if place is not None:  # padding back where it was given
-            prompts, answers = sequences.split([place.shape[1], sequences.shape[1] - place.shape[1]], dim=1)
-            place = place.repeat_interleave(len(sequences) // len(place), dim=0)
-            sequences = torch.cat([prompts.gather(1, place), answers], dim=1)
         if isinstance(generated, torch.Tensor):
-            return sequences
-        generated.sequences = sequences
+            return layout.remove(generated)
+        generated.sequences = layout.remove(generated.sequences)
         return generated
 
     def _said(self, name: str, kwargs: dict[str, Any]) -> Any:

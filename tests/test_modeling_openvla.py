@@ -17,7 +17,7 @@ from transformers import (
     GenerationConfig,
     set_seed,
 )
-from transformers.cache_utils import StaticCache
+from transformers.cache_utils import DynamicCache, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import openvla
@@ -412,6 +412,43 @@ def test_generate_with_prompts_of_different_lengths(tiny_model, tiny_processor, 
             assert together[:, -5:].tolist() == expected
             prompts = batch["input_ids"].repeat_interleave(len(together) // 3, dim=0)
             assert torch.equal(together[:, :length], prompts)  # as they were given
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_prompts_of_different_lengths_in_every_form(tiny_model, tiny_processor, side):
+    """Embeddings, placeholders, the caller's own cache, and a cache that goes on: of padding on the right some followed
+    padding, and what went on from a cache looked at padding there in the place of words."""
+    plain, options = batch_of(tiny_processor, side), {"do_sample": False}
+    ids, mask, pixels = (plain[name] for name in ("input_ids", "attention_mask", "pixel_values"))
+    expected = [
+        tiny_model.generate(row[own.bool()][None], pixel_values=image[None], max_new_tokens=4, **options)[0, -4:]
+        for row, own, image in zip(ids, mask, pixels)
+    ]
+    plain = {**plain, **options}
+    embeds = tiny_model.get_input_embeddings()(ids)
+    several = [
+        tiny_model.generate(**{**plain, **more}, max_new_tokens=4)
+        for more in (
+            {},
+            {"attention_mask": mask.bool()},
+            {"past_key_values": DynamicCache()},
+            {"inputs_embeds": embeds},
+            {"inputs_embeds": embeds, "input_ids": None},
+        )
+    ]
+    cache = StaticCache(config=tiny_model.config.text_config, max_cache_len=320)
+    more = torch.ones(3, 2, dtype=torch.long)
+    for _ in range(2):  # the second time in one that was emptied
+        cache.reset()
+        half = tiny_model.generate(**plain, past_key_values=cache, max_new_tokens=2)
+        rest = {"attention_mask": torch.cat([mask, more], dim=1), "past_key_values": cache, **options}
+        several.append(tiny_model.generate(half, **rest, max_new_tokens=2))
+    if side == "right":  # the image follows the first token
+        image = torch.full((3, tiny_model.num_patches), tiny_model.config.image_token_id)
+        ids, mask = (torch.cat([v[:, :1], p, v[:, 1:]], dim=1) for v, p in ((ids, image), (mask, image.ne(-1))))
+        several.append(tiny_model.generate(ids, **options, pixel_values=pixels, attention_mask=mask, max_new_tokens=4))
+    for answers in several:
+        assert answers[:, -4:].tolist() == torch.stack(expected).tolist()
 
 
 def test_assisted_generation(small_model):
