@@ -86,8 +86,9 @@ class Gate:
             return
         # An address with a slash at its end is the same one: from one to the other starlette would lead, curl nowhere
         # and others out of TLS.
-        if scope["type"] == "http" and scope["path"].endswith("/"):
-            scope = {**scope, "path": scope["path"].rstrip("/") or "/"}
+        path = scope["path"].rstrip("/")
+        if scope["type"] == "http" and path not in (scope["path"], scope.get("root_path", "").rstrip("/")):
+            scope = {**scope, "path": path}
         try:
             self._check(scope, Headers(scope=scope))
         except Refusal as refusal:

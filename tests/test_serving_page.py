@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from fake_serving import BINS, FakeModel, request
 from PIL import Image
+from starlette.applications import Starlette
+from starlette.routing import Mount
 from starlette.testclient import TestClient
 
 from openvla.observation import Observation
@@ -149,6 +151,13 @@ def test_everything_that_the_page_names_is_served_with_a_strict_policy():
 @pytest.mark.parametrize("name", ["page.py", "..%2fcontract.py", "%2e%2e/contract.py", "index.html", "", "%00"])
 def test_nothing_but_the_files_of_the_page(name):
     assert page().get(f"/page/{name}", follow_redirects=False).status_code == 404
+
+
+def test_an_app_below_a_prefix_has_its_page_there():
+    above = Starlette(routes=[Mount("/robots", page_app(FakeEngine()))])
+    with TestClient(above, base_url="http://localhost:8000") as server:
+        for path in ("", "page/style.css", "info", "info/"):
+            assert server.get(f"/robots/{path}", follow_redirects=False).status_code == 200
 
 
 def test_a_part_of_a_file_is_not_looked_for():
