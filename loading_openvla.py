@@ -77,6 +77,7 @@ class OpenVLAPreTrainedModel(QuantizedWeights, AdapterBelongings, ModelParts, Pr
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    weights_in_order = False  # as predictions read them, see `order_weights`
 
     def __init__(self, config: OpenVLAConfig, *args, **kwargs):
         super().__init__(config, *args, **kwargs)

@@ -325,6 +325,21 @@ def test_a_model_that_was_prepared_learns_in_evaluation_mode(small_policy, fast)
     assert all(torch.equal(value, learned[1][name]) for name, value in learned[0].items())
 
 
+def test_a_copy_learns_and_frozen_weights_stay_in_order(small_policy, fast):
+    """A copy did not know that its weights are in order; an evaluation with gradients on undid the preparation."""
+    model = OpenVLAForActionPrediction.from_pretrained(small_policy)
+    model.prepare_for_inference()
+    inputs = {
+        "input_ids": torch.tensor([[1, 3, 4]]),
+        "pixel_values": torch.zeros(1, *model.vision_backbone.input_shape),
+    }
+    model.requires_grad_(False)(**inputs)
+    other = copy.deepcopy(model).requires_grad_(True)
+    assert ordered(model) and ordered(other)
+    other(**inputs)
+    assert not ordered(other)
+
+
 def test_a_model_with_a_part_of_another_that_predicts(small_policy, fast):
     """Its weights changed their place while they were multiplied: other actions."""
     model, other = (OpenVLAForActionPrediction.from_pretrained(small_policy).eval() for _ in range(2))
