@@ -22,6 +22,7 @@ FOLLOWED, NEAR = 10, 0.1  # episodes looked at; mean distance to the state that 
 TURNS = (2 * math.pi, 360.0)  # what an angle that is a place jumps by
 SAME, NEARLY_ALL = 1e-5, 0.95  # distance of numbers that are one and the same, of the range; share of the steps
 PAUSES = 0.1  # share of the steps in which nothing moves
+SLOW = 1e-2  # of the largest motion: a step that `moving` takes for a pause may be a hundredth of it
 CREEP = 0.02  # part of a range that is as good as standing, five bins
 GRIPPER_DIMS = "--gripper-dims"
 
@@ -145,6 +146,8 @@ def check_pauses(source: "Source", parts: Sequence[np.ndarray]) -> list[str]:
     arm = [dim for dim in range(source.action_dim) if dim not in source.grippers]
     if not arm or source.absolute[arm].any():
         return []
+    if max((abs(part[:, arm]).max(initial=0) for part in parts), default=0) < SLOW:
+        return []  # in small units, or of many steps in a second, that is a motion
     moves = np.concatenate([moving(part[:, arm], part[:, list(source.grippers)]) for part in parts])
     if (share := 1 - moves.mean()) < PAUSES:
         return []

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 
-from ..folders import locked_file, write_json
+from ..folders import MARKS, locked_file, write_json
 from ..options.datasets import StatsOptions
 from .checks import check_data
 from .source import statistics_with_spec
@@ -15,12 +16,15 @@ def report_statistics(options: StatsOptions) -> Iterator[str]:
     """Read the data, write the files that were asked for, and give the report piece by piece.
 
     Raises:
-        FileExistsError: If a file that would be replaced holds something else; before the data is read.
+        FileExistsError: If a file that would be replaced holds something else, or the file is that of a model; before
+            the data is read.
     """
     output, plot = options.output, options.plot
     with locked_file(output) if output is not None else nullcontext():  # before the work, which may take long
-        if output is not None and output.exists():
-            check_statistics_file(output)
+        if output is not None:
+            _check_of_no_model(output)
+            if output.exists():
+                check_statistics_file(output)
         if plot is not None:
             check_plot(plot)
         # What a model that sees states is shown: nobody else reads their statistics.
@@ -38,3 +42,13 @@ def report_statistics(options: StatsOptions) -> Iterator[str]:
                 path = plot if len(sources) == 1 else plot.with_stem(f"{plot.stem}_{source.name.replace('/', '_')}")
                 plot_statistics(source.actions(), source.statistics, path, source.names)
                 yield f"wrote {path}"
+
+
+def _check_of_no_model(output: Path) -> None:
+    """Raise a `FileExistsError` if a file to write is what a model takes its units from: its actions would change."""
+    others = [name for name in MARKS if output.with_name(name).exists() and name != output.name]
+    if output.name == "dataset_statistics.json" and others:
+        raise FileExistsError(
+            f"'{output}' says the units of the model beside it ('{others[0]}'), whose actions would be others: give "
+            "another file. finetune writes the statistics of what it trains on by itself."
+        )

@@ -61,6 +61,7 @@ def test_steps_in_which_nothing_moves():
     assert "nothing moves in 20% of the 200 steps looked at" in warning and "--filters no-ops" in warning
     assert not found(pausing, filters=["no-ops"])
     assert not found(pausing, absolute_dims="all")
+    assert not found(lambda actions: actions * ([4e-5] * 6 + [1]))  # a slow arm, of 500 steps in a second
     assert not found(lambda actions: actions)
 
 

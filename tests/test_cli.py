@@ -425,6 +425,11 @@ def test_stats_replaces_only_statistics(tmp_path, monkeypatch):
         ("--plot", "x", "x': expected a file that ends in .png"),
     ]:
         assert re.search(said, error_of("stats", DEMO, option, tmp_path / file)), (option, file)
+    for mark in ("config.json", "adapter_config.json"):  # whose actions were other ones from then on
+        (tmp_path / mark).write_text("{}")
+        said = error_of("stats", DEMO, "--output", tmp_path / "dataset_statistics.json")
+        assert f"of the model beside it ('{mark}')" in said and "give another file. finetune writes" in said
+        (tmp_path / mark).unlink()
     with locked_file(tmp_path / "out.json"):
         assert "Another process is writing to" in error_of("stats", DEMO, "--output", tmp_path / "out.json")
     assert os.listdir(tmp_path) == ["notes.txt"] and (tmp_path / "notes.txt").read_text() == "mine"

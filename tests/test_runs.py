@@ -328,6 +328,26 @@ def test_a_run_of_a_version_that_took_no_grippers_from_statistics(dataset, tmp_p
         finetune(options(run, dataset, **mine, **chunks), resume=True)
 
 
+def test_a_run_of_a_version_that_lent_statistics_without_their_meaning(dataset, tmp_path):
+    """It was refused for the unit that the other dataset of its mixture says, and nothing that one could give made it
+    go on."""
+    other, mixture, run = demos(tmp_path / "lift_the_cup_demo.hdf5", 2.0), tmp_path / "both.yaml", tmp_path / "run"
+    mixture.write_text(
+        f"shown: {{path: {dataset}, unit: metres, absolute_dims: '0'}}\ndriven: {{path: {other}, statistics: shown}}\n"
+    )
+    finetune(options(run, mixture, steps=1, name=None))
+    kept = run / "checkpoints" / "checkpoint-1" / "dataset_statistics.json"
+    stored = json.loads(kept.read_text())
+    assert stored["driven"]["action_spec"].pop("unit") == "metres"
+    stored["driven"]["action_spec"]["relative"][0] = True
+    kept.write_text(json.dumps(stored))
+    finetune(options(run, mixture, name=None), resume=True)
+    stored["driven"]["action_spec"]["unit"] = "millimetres"
+    (run / "checkpoints" / "checkpoint-2" / "dataset_statistics.json").write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match="statistics of the dataset 'driven' are others .action_spec."):
+        finetune(options(run, mixture, steps=3, name=None), resume=True)
+
+
 @pytest.mark.parametrize("strategy", ["lora", "full"])
 def test_an_adapter_whose_base_has_changed_is_not_trained_further(dataset, tmp_path, strategy):
     """Merging refused it, training put it on whatever weights were there."""

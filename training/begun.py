@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict
 from operator import attrgetter
 from pathlib import Path
@@ -149,7 +149,8 @@ def check_begun(run: Run, now: Mapping[str, Any], checkpoint: Path | None) -> No
             changed.append(f"the files or episodes of the dataset '{name}' are others")
     if checkpoint is not None:
         converted = any(source.chunk_end == "still" for source in run.sources) and run.shape[0] > 1
-        converted |= len(run.sources) > 1 or options.gripper != "open-is-1" or bool(options.filters)
+        said = [{"gripper": options.gripper, "filters": options.filters}, *entries.values()]
+        converted |= any(one.get("gripper", "open-is-1") != "open-is-1" or one.get("filters") for one in said)
         changed += changed_statistics(stored, json.loads(json.dumps(run.statistics)), converted)
     if changed:
         raise ValueError(
@@ -252,10 +253,13 @@ def check_frozen(checkpoint: Path, model: Any, merged: bool) -> None:
 
 def changed_statistics(before: Mapping[str, Any], now: Mapping[str, Any], grippers: bool = True) -> list[str]:
     """Which statistics of which datasets differ by more than rounding; both as read from JSON. `grippers`: training
-    depends on which of the numbers are; earlier versions did not take that from statistics that are given."""
+    depends on which of the numbers are; earlier versions did not take that from statistics that are given, nor frame
+    and unit, of which nothing is computed."""
     found = []
     for name in sorted(before.keys() & now.keys()):
-        was, is_now = (each[name] if grippers else _without_grippers(each[name]) for each in (before, now))
+        unsaid = {"frame", "unit"} - (before[name].get("action_spec") or {}).keys()
+        unsaid |= set() if grippers else {"grippers", "relative"}
+        was, is_now = (_without(each[name], unsaid) for each in (before, now))
         keys = {**was, **is_now}
         if "action_spec" not in was:  # runs of older versions
             keys.pop("action_spec", None)
@@ -265,10 +269,10 @@ def changed_statistics(before: Mapping[str, Any], now: Mapping[str, Any], grippe
     return found
 
 
-def _without_grippers(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+def _without(entry: Mapping[str, Any], unsaid: Set[str]) -> Mapping[str, Any]:
     if not isinstance(spec := entry.get("action_spec"), Mapping):
         return entry
-    return {**entry, "action_spec": {key: spec[key] for key in spec if key not in ("grippers", "relative")}}
+    return {**entry, "action_spec": {key: spec[key] for key in spec.keys() - unsaid}}
 
 
 def _same(before: Any, now: Any, key: str) -> bool:
