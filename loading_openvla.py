@@ -297,7 +297,7 @@ class OpenVLAPreTrainedModel(QuantizedWeights, AdapterBelongings, ModelParts, Pr
         for module, name, buffer in kept:
             if (moved := module._buffers[name]) is not None and moved.dtype != buffer.dtype:
                 module._buffers[name] = buffer.to(moved.device)
-        filled = {module for module, name in unsaved if module in empty and not module._buffers[name].is_meta}
+        filled = {one for one, name in unsaved if one in empty and not getattr(one._buffers[name], "is_meta", True)}
         for owner in self.modules() if filled else ():
             if isinstance(owner, PreTrainedModel):
                 for module in filled.intersection(owner.modules()):

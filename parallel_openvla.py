@@ -143,13 +143,16 @@ def bidirectional(
         if implementation != "sdpa":
             least = torch.finfo(inputs_embeds.dtype).min
             mask = torch.zeros_like(mask, dtype=inputs_embeds.dtype).masked_fill(~mask, least)
+    # OPT counts positions by a mask of two axes. All others as they do: RoBERTa does not begin at 0.
+    counts = decoder.config.model_type == "opt"
+    positions = {"position_ids": torch.arange(length, device=inputs_embeds.device)[None]} if counts else {}
     outputs = decoder(
         inputs_embeds=inputs_embeds,
         attention_mask=mask,
-        position_ids=torch.arange(length, device=inputs_embeds.device)[None],  # OPT counts them by a mask of two axes
         use_cache=False,
         is_causal=False,
         return_dict=True,
+        **positions,
     )
     return outputs.last_hidden_state
 

@@ -252,12 +252,18 @@ def test_language_models_of_other_families_act(model_type):
     assert all(p.grad is not None for p in model.language_model.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "opt"])
-def test_other_language_models_read_in_both_directions(model_type):
-    """OPT counted positions by the mask, which is one of all pairs here, and ended in an error of torch."""
+@pytest.mark.parametrize("model_type", ["gpt2", "opt", "roberta"])
+def test_other_language_models_read_in_both_directions(model_type, monkeypatch):
+    """OPT counted positions by the mask, which is one of all pairs here, and ended in an error of torch. Those of
+    RoBERTa begin behind the one of its padding."""
+    monkeypatch.setitem(LANGUAGE_MODELS, "roberta", {**WIDE, "is_decoder": True})
     model = small_model(model_type)
     model.add_parts(action_head="parallel_tokens")
     model.config.action_chunk = 3
+    seen = []
+    if model_type == "roberta":
+        positions = model.get_decoder().embeddings.position_embeddings
+        positions.register_forward_pre_hook(lambda _, given: seen.append(int(given[0].min())))
     images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
     both = model.predict_action(list(images), ["open the drawer", "push the small puck"], return_dict=True)
     one = model.predict_action(images[0], "open the drawer", return_dict=True)
@@ -266,6 +272,7 @@ def test_other_language_models_read_in_both_directions(model_type):
         model.get_input_embeddings().weight[2] += torch.linspace(-9, 9, 32) ** 2
     again = model.predict_action(images[0], "open the drawer", return_dict=True)
     assert again.token_entropies[0, 0] != one.token_entropies[0, 0]
+    assert set(seen) <= {1}
 
 
 def test_positions_that_have_a_direction():
