@@ -129,8 +129,10 @@ class Plan:
         except Exception as error:  # of whatever was given, such as a tensor with gradients
             raise ValueError(f"no actions: {told(error)}") from error
         expected = f"({'A' if self.dims is None else self.dims},) or (K, {'A' if self.dims is None else self.dims})"
-        if actions.dtype.kind not in "iuf" or actions.ndim != 2 or has_gaps(given):
+        gaps = has_gaps(given)
+        if actions.dtype.kind not in "iuf" or actions.ndim != 2 or gaps:
             kind = type(given).__name__ if actions.dtype == object else actions.dtype
+            kind = "true, false or masked numbers" if gaps else kind
             raise ValueError(f"actions of {kind} {np.shape(given)}, expected numbers {expected}")
         if not (1 <= len(actions) <= self.LONGEST and actions.shape[1] >= 1 and self.dims in (None, actions.shape[1])):
             raise ValueError(f"actions of shape {actions.shape}, expected {expected}")
