@@ -32,6 +32,8 @@ class ActionSpec:
     frame: In which frame translation and rotation are, as the data says ("base", "end effector"); None: unknown.
     unit: Of the numbers, in words; None: unknown.
     hz: Actions in a second; None: unknown.
+    as_recorded: Grippers in a range of their own (0 to 100, metres), not 1 open and 0 closed.
+    stated: Whether somebody said which numbers are changes; else they are taken for such, a guess.
     """
 
     names: tuple[str, ...]
@@ -40,6 +42,8 @@ class ActionSpec:
     frame: str | None = None
     unit: str | None = None
     hz: float | None = None
+    as_recorded: tuple[int, ...] = ()
+    stated: bool = True
 
     def __post_init__(self) -> None:
         dims = len(self.names)
@@ -57,6 +61,10 @@ class ActionSpec:
         changes = [self.names[dim] for dim in self.grippers if self.relative[dim]]
         if changes:  # of which 0 would be no motion, and closed
             raise ValueError(f"action_spec: {', '.join(changes)}: grippers are places ({CONVENTION}), not relative.")
+        if not {*self.as_recorded} <= {*self.grippers}:
+            raise ValueError(f"action_spec: as_recorded={list(self.as_recorded)}, expected some of its grippers.")
+        if not isinstance(self.stated, bool):
+            raise ValueError(f"action_spec: stated={self.stated!r}, expected true or false.")
         for name, words in (("frame", self.frame), ("unit", self.unit)):
             if not isinstance(words, str | None):
                 raise ValueError(f"action_spec: {name}={words!r:.100}, expected words.")
@@ -86,9 +94,9 @@ class ActionSpec:
         Raises:
             ValueError: If a number is a place: then where the robot stands decides, and nothing here knows.
         """
-        if self.places:
+        if places := [*self.places, *(self.names[dim] for dim in self.as_recorded)]:
             raise ValueError(
-                f"{', '.join(self.places)} are places and no changes, so that no action stands still by itself: the "
+                f"{', '.join(places)} are places and no changes, so that no action stands still by itself: the "
                 "environment has to say where the robot stands (standstill())."
             )
         return [1.0 if dim in self.grippers else 0.0 for dim in range(self.action_dim)]
@@ -96,20 +104,29 @@ class ActionSpec:
     def describe(self) -> str:
         """Names, which of them are places, frame, unit and rate, in one line."""
         names = [
-            f"{name} ({CONVENTION})" if dim in self.grippers else name if self.relative[dim] else f"{name} (a place)"
+            f"{name} ({self.meaning_of_gripper(dim)})"
+            if dim in self.grippers
+            else name
+            if self.relative[dim]
+            else f"{name} (a place)"
             for dim, name in enumerate(self.names)
         ]
-        said = [f"frame: {self.frame}"] if self.frame else []
+        said = [] if self.stated else ["that numbers are changes and not places is a guess"]
+        said += [f"frame: {self.frame}"] if self.frame else []
         said += [self.unit] if self.unit else []
         said += [f"{self.hz:g} a second"] if self.hz else []
         return "; ".join([", ".join(names), *said])
+
+    def meaning_of_gripper(self, dim: int) -> str:
+        return "a gripper, as recorded" if dim in self.as_recorded else CONVENTION
 
     def to_dict(self) -> dict[str, Any]:
         """As statistics hold it: lists, and what is known."""
         made: dict[str, Any] = {
             name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()
         }
-        return {name: value for name, value in made.items() if value is not None}
+        usual = {"as_recorded": [], "stated": True}  # what files of before mean, which do not have them
+        return {name: value for name, value in made.items() if value is not None and value != usual.get(name)}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "ActionSpec":
@@ -118,7 +135,7 @@ class ActionSpec:
             raise ValueError(f"action_spec={content!r:.200}: expected {{'names': [...], 'relative': [...], ...}}.")
         known: dict[str, Any] = {name: content[name] for name in cls.__dataclass_fields__ if name in content}
         try:
-            for name in ("names", "relative", "grippers"):
+            for name in ("names", "relative", "grippers", "as_recorded"):
                 known[name] = tuple(known.get(name, ()))
             return cls(**known)
         except TypeError as error:
@@ -161,9 +178,9 @@ def action_record(prediction: Any, spec: ActionSpec | None = None, /, **context:
         context: What else belongs to it: `unnorm_key`, `instruction`, `image`, `model`.
 
     Returns:
-        `action` in the units of the dataset, `names`, `normalized` in [-1, 1], `probabilities` of the chosen tokens,
-        `confidence` (the lowest of them), and the context. Those of a chunk are lists of lists. A head that gives
-        numbers and no tokens has no probabilities.
+        `action` in the units of the dataset, `names`, `relative` (which are changes), `normalized` in [-1, 1],
+        `probabilities` of the chosen tokens, `confidence` (the lowest of them), and the context. Those of a chunk are
+        lists of lists. A head that gives numbers and no tokens has no probabilities.
     """
     certainty: dict[str, Any] = {}
     if prediction.token_probabilities is not None:
@@ -171,10 +188,11 @@ def action_record(prediction: Any, spec: ActionSpec | None = None, /, **context:
         certainty = {"probabilities": probabilities.tolist(), "confidence": float(probabilities.min())}
     action_dim = prediction.actions.shape[-1]
     spec = usual_spec(action_dim) if spec is None else spec
-    meaning = {"frame": spec.frame, "unit": spec.unit, "hz": spec.hz}
+    meaning = {"frame": spec.frame, "unit": spec.unit, "hz": spec.hz, "as_recorded": list(spec.as_recorded) or None}
     return {
         "action": prediction.actions.tolist(),
         "names": list(spec.names),
+        "relative": list(spec.relative),
         "normalized": prediction.normalized_actions.tolist(),
         **certainty,
         **{name: value for name, value in meaning.items() if value is not None},
@@ -185,6 +203,7 @@ def action_record(prediction: Any, spec: ActionSpec | None = None, /, **context:
 def action_lines(record: dict[str, Any]) -> str:
     """The record as a small table: a line for each number, or, of a chunk, a line for each step."""
     names = record["names"]
+    pose = tuple(names) == POSE_NAMES and record["relative"][0]  # as published: changes of a pose
     chunk = isinstance(record["action"][0], Sequence)
     certain = "probabilities" in record
     given = record["probabilities"] if certain else np.ones(np.shape(record["action"]))
@@ -198,7 +217,9 @@ def action_lines(record: dict[str, Any]) -> str:
             )
             lines.append(f"  {step:4}  {numbers}" + (f"  {min(row):13.0%}" if certain else ""))
     else:
-        meanings = MEANINGS if tuple(names) == POSE_NAMES else ("",) * len(names)
+        meanings = [*(MEANINGS if pose else ("",) * len(names))]
+        for dim in record.get("as_recorded", ()):
+            meanings[dim] = "as recorded"
         width, lines = max(map(len, names)), []
         for name, number, probability, meaning in zip(names, *steps[0], meanings, strict=True):
             shown = f"  {probability:4.0%}" if certain else ""
@@ -208,6 +229,7 @@ def action_lines(record: dict[str, Any]) -> str:
     said = [f"{record['hz']:g} actions a second"] if record.get("hz") else []
     said += [f"frame: {record['frame']}"] if record.get("frame") else []
     if record.get("unnorm_key"):
-        unit = record.get("unit") or "per step; metres and radians in most Open-X datasets"
+        usual = "per step; metres and radians in most Open-X datasets" if pose else "which the data does not state"
+        unit = record.get("unit") or usual
         said.insert(0, f"units of '{record['unnorm_key']}', {unit}")
     return "\n".join(lines + (["; ".join(said)] if said else []))

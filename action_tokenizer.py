@@ -137,6 +137,7 @@ class ActionTokenizer:
 
 OF_DATASET = ("action", "proprio", "action_spec", "num_transitions", "num_trajectories")
 OF_SPACE = ("q01", "q99", "min", "max", "mean", "std", "mask")
+FAR = 5.0  # ranges beyond its end: degrees for radians are 57 times as much, percent for a share 100
 LARGEST = 1e6  # above it a statistic is no unit of a robot, but a wrong file; published ones stay below 1e4
 
 
@@ -486,7 +487,23 @@ def normalize_state(
             f"The state has {len(state)} numbers, the proprio statistics of '{unnorm_key}' {known}: give those of the "
             "training, or another unnorm_key."
         )
+    if mode in BOUNDED:
+        _warn_far(state, *scale_of(stats, mode), unnorm_key)
     return normalize_actions(state, stats, mode, constant)
+
+
+def _warn_far(state: np.ndarray, least: np.ndarray, most: np.ndarray, unnorm_key: str) -> None:
+    """A state of other units (degrees for radians) or in another order is clipped to the ends of what was seen, and
+    the model acts for a robot that stands there."""
+    extent = np.maximum(most - least, 0.1 * np.maximum(abs(least), abs(most)))  # noise of what stands still is no range
+    far = (least < most) & ((state < least - FAR * extent) | (state > most + FAR * extent))
+    if far.any():
+        named = ", ".join(f"{dim} ({least[dim]:.3g} to {most[dim]:.3g})" for dim in np.flatnonzero(far))
+        warnings.warn(  # the numbers given are left out: a loop is told once
+            f"The state is far outside of that of the training of '{unnorm_key}', as in other units (degrees for "
+            f"radians) or in another order; it is clipped. Numbers, counted from 0, with what was seen: {named}.",
+            stacklevel=4,
+        )
 
 
 def check_same_action_dim(

@@ -158,7 +158,7 @@ def open_source(
     survey = _survey(recording, scaled, given, normalization, cache, progress)
     _check_stated(recording, survey)
     places = parse_absolute(absolute_dims)
-    if stated is not None and places is None:
+    if stated is not None and stated.stated and places is None:
         places = tuple(dim for dim, relative in enumerate(stated.relative) if not relative)
 
     # 4. What training draws from
@@ -182,6 +182,8 @@ def open_source(
         frame=frame if frame is not None else (lent.frame if lent else None) or (stated.frame if stated else None),
         unit=unit if unit is not None else (lent.unit if lent else None) or recording.unit,
         hz=float(hz) if hz is not None else (lent.hz if lent else None) or recording.hz,
+        # Recipes make changes, and so do simulators of `openvla record` that say no more than what a 1 is.
+        stated=places is not None or recording.standardize is not None or recording.unit is not None,
         mask_given=scaled is not None,
         action_chunk=action_chunk,
         chunk_end=chunk_end,

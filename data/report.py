@@ -32,6 +32,7 @@ def report_statistics(options: StatsOptions) -> Iterator[str]:
         sources = open_sources(options.dataset, data_root=options.data_root, progress=True, **given)
         for source in sources:
             yield f"{source.report()}\n{statistics_table(source.statistics, source.names, source.state_names)}"
+            yield f"actions are {source.meaning}"
             for warning in check_data(source):
                 yield f"warning   {warning}"
         if output is not None:  # before the plots, which may fail

@@ -56,6 +56,7 @@ class Source:
     chunk_end: str = "repeat"  # one of `CHUNK_ENDS`
     normalization: str = "bounds_q99"  # what -1 and 1 stand for, of actions and states; or "bounds", min and max
     camera_names: Sequence[str] = ("primary",)  # what the model sees
+    stated: bool = False  # which numbers are changes and which places was said
     mask_given: bool = False  # which dimensions are scaled was said, and not found from the data
 
     @property
@@ -109,7 +110,24 @@ class Source:
     def action_spec(self) -> ActionSpec:
         """What the numbers of an action mean."""
         relative = tuple((~self.absolute).tolist())
-        return ActionSpec(tuple(self.names), relative, self.grippers, self.frame, self.unit, self.hz)
+        own = self.survey.statistics["action"]
+        odd = tuple(dim for dim in self.grippers if own["min"][dim] < -0.01 or own["max"][dim] > 1.01)
+        return ActionSpec(
+            tuple(self.names),
+            relative,
+            self.grippers,
+            self.frame,
+            self.unit,
+            self.hz,
+            odd,
+            self.stated or not any(relative),
+        )
+
+    @property
+    def meaning(self) -> str:
+        """The same in words, with the option that says what is a guess."""
+        spec = self.action_spec
+        return spec.describe() + ("" if spec.stated else ": --absolute-dims none, or all (joint positions), says it")
 
     @property
     def num_episodes(self) -> int:

@@ -192,7 +192,7 @@ def dataset_of(model: "OpenVLAForActionPrediction", unnorm_key: str) -> Dataset:
     spec, mode = spec_of(model.norm_stats or {}, unnorm_key), model.normalization.get(unnorm_key, "bounds_q99")
     ends = np.repeat([[-1.0], [1.0]], spec.action_dim, axis=1)
     low, high = unnormalize_actions(ends, model.get_action_stats(unnorm_key), mode)
-    stated = (model.norm_stats or {})[unnorm_key].get("action_spec") is not None
+    stated = (model.norm_stats or {})[unnorm_key].get("action_spec") is not None and spec.stated
     return Dataset(spec, model.config.proprio_dim, tuple(low.tolist()), tuple(high.tolist()), stated)
 
 

@@ -16,8 +16,8 @@ class FakeModel:
     """The first number of an action is the mean of the first image / 1000, the second the length of the instruction /
     1000; `batches` holds the sizes of what it was asked."""
 
-    def __init__(self, cameras=("image",), chunk=1, state_dim=None, keys=("robot",), dims=7):
-        dataset = Dataset(usual_spec(dims), state_dim, low=(-1.0,) * dims, high=(1.0,) * dims)
+    def __init__(self, cameras=("image",), chunk=1, state_dim=None, keys=("robot",), dims=7, stated=False):
+        dataset = Dataset(usual_spec(dims), state_dim, low=(-1.0,) * dims, high=(1.0,) * dims, stated=stated)
         self.info = ModelInfo(
             "fake", dict.fromkeys(keys, dataset), keys[0] if len(keys) == 1 else None, tuple(cameras), chunk, (8, 8)
         )

@@ -17,6 +17,7 @@ from openvla.action_spec import (
 )
 from openvla.data.source import statistics_with_spec
 from openvla.data.sources import open_source
+from openvla.training.begun import changed_statistics
 
 
 DEMOS = Path(__file__).parent / "fixtures" / "demos"
@@ -79,6 +80,11 @@ def test_a_spec_goes_through_json_and_back():
     assert "hz" not in usual.to_dict() and usual.standstill() == [0, 0, 0, 0, 0, 0, 1]
     with pytest.raises(ValueError, match="b are places"):
         SPEC.standstill()
+    percent = ActionSpec(("a", "grip"), (True, False), (1,), as_recorded=(1,), stated=False)
+    assert ActionSpec.from_dict(json.loads(json.dumps(percent.to_dict()))) == percent
+    assert percent.describe() == "a, grip (a gripper, as recorded); that numbers are changes and not places is a guess"
+    with pytest.raises(ValueError, match="grip are places"):  # 1 of 100 is closed
+        percent.standstill()
 
 
 @pytest.mark.parametrize(
@@ -94,6 +100,8 @@ def test_a_spec_goes_through_json_and_back():
         {"hz": 0},
         {"hz": "fast"},
         {"hz": float("nan")},
+        {"as_recorded": [1]},
+        {"stated": 1},
         {"names": None},
         {"names": [1, 2, 3]},
     ],
@@ -162,3 +170,39 @@ def test_statistics_that_are_given_bring_their_meaning():
         "joints",
         5.0,
     )
+
+
+def test_what_is_a_guess_is_said_to_be_one(tmp_path):
+    """Joint positions without a state beside them, of which nobody says what they are: a client held 0 for each, a
+    motion. A gripper from 0 to 100 was said to be open at 1."""
+    ramp = np.linspace(0.5, 1, 20)[:, None] * np.array([[1, -1, 1, -1, 1, -1, 90]])
+    frames = np.zeros((20, 8, 8, 3), np.uint8)
+    data = [{"actions": ramp, "instruction": "lift", "images": {"front": frames}} for _ in range(2)]
+    guessed = open_source(data, name="mine")
+    assert not guessed.action_spec.stated and guessed.action_spec.as_recorded == (6,)
+    assert "a guess: --absolute-dims none, or all" in guessed.meaning
+    given = statistics_with_spec(guessed)
+    assert not given["action_spec"]["stated"]
+    assert not open_source(data, name="mine", statistics=given).action_spec.stated  # a guess that was written down
+    for said in ("all", "none"):
+        source = open_source(data, name="mine", absolute_dims=said)
+        assert source.action_spec.stated and "guess" not in source.meaning
+        kept = statistics_with_spec(source)
+        assert (
+            "stated" not in kept["action_spec"] and open_source(data, name="mine", statistics=kept).action_spec.stated
+        )
+    before = {"mine": {**given, "action_spec": {"names": given["action_spec"]["names"]}}}  # begun by an earlier version
+    assert (
+        changed_statistics(
+            before, {"mine": {**given, "action_spec": {**before["mine"]["action_spec"], "stated": False}}}
+        )
+        == []
+    )
+
+
+def test_words_of_a_prediction_that_is_no_change_of_a_pose():
+    spec = usual_spec(7, as_recorded=(6,), relative=(False,) * 7)
+    record = action_record(prediction(7), spec, unnorm_key="mine")
+    lines = action_lines(record).splitlines()
+    assert lines[0].split()[-1] == "90%" and lines[6].endswith("as recorded")
+    assert lines[-1] == "units of 'mine', which the data does not state"

@@ -13,6 +13,7 @@ from openvla.action_tokenizer import (
     check_same_action_dim,
     check_statistics,
     get_action_stats,
+    normalize_state,
     read_statistics,
     resolve_unnorm_key,
 )
@@ -182,6 +183,21 @@ def test_broken_statistics(stats, message):
 def test_broken_statistics_of_states(stats, message):
     with pytest.raises(ValueError, match=message):
         check_statistics({"robot": {"action": {"q01": [0.0], "q99": [1.0]}, "proprio": stats}})
+
+
+def test_a_state_in_other_units_is_a_warning(recwarn):
+    """Degrees for radians were clipped to the end of a joint's range, and the model acted for an arm there."""
+    proprio = {"q01": [-1.2, 0.0, 0.5, 0.0], "q99": [1.2, 95.0, 0.5001, 0.0]}
+    known = {"mine": {"action": {"q01": [0.0], "q99": [1.0]}, "proprio": proprio}}
+    for near in ([0.3, 40, 0.5, 0], [-2.0, 101, 0.52, 1]):  # what stood still may move
+        normalize_state(np.array(near), known, "mine", "bounds_q99")
+    assert not recwarn
+    for degrees in (45.0, -90.0):
+        with pytest.warns(
+            UserWarning, match=r"far outside of that .*'mine'.*what was seen: 0 \(-1.2 to 1.2\)\."
+        ) as said:
+            assert abs(normalize_state(np.array([degrees, 40, 0.5, 0]), known, "mine", "bounds_q99")[0]) == 1
+        assert str(int(degrees)) not in str(said[0].message)  # the same words each time: Python shows them once
 
 
 @pytest.mark.parametrize("compute", [normalize_actions, unnormalize_actions])

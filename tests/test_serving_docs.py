@@ -32,7 +32,8 @@ sys.path.insert(0, {str(ROOT / "tests")!r})
 from fake_serving import FakeModel
 from openvla.options.serving import ServeOptions
 from openvla.serving.server import serve
-serve(ServeOptions(port=int(sys.argv[1])), load=lambda options: FakeModel(("primary",), keys=("metaworld",)))
+model = FakeModel(("primary",), keys=("metaworld",), stated=True)
+serve(ServeOptions(port=int(sys.argv[1])), load=lambda options: model)
 """
 
 

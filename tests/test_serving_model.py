@@ -12,11 +12,12 @@ from oft import load_oft, saved_by_oft
 from tiny import TINY
 
 from openvla import OpenVLAForActionPrediction
+from openvla.action_spec import usual_spec
 from openvla.observation import Observation
 from openvla.options.serving import ServeOptions
 from openvla.policy import OpenVLAPolicy
 from openvla.serving.contract import BadRequest, Request
-from openvla.serving.model import OpenVLAModel, memory_errors
+from openvla.serving.model import OpenVLAModel, dataset_of, memory_errors
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -173,6 +174,9 @@ def test_a_model_that_sees_two_cameras_and_a_state(tmp_path, monkeypatch):
     assert list(OpenVLAModel(served.policy.model, "mine").info.datasets) == [key]
     with pytest.raises(ValueError, match=f"unnorm_key='stateless': 'mine' sees the state .* those that have: {key}"):
         OpenVLAModel(served.policy.model, "mine", "stateless")
+    for sure in (True, False):  # of what finetune took for changes and nobody said
+        stated["action_spec"] = usual_spec(7, stated=sure).to_dict()
+        assert dataset_of(served.policy.model, key).stated is sure
     stated.pop("proprio")
     with pytest.raises(ValueError, match="statistics have no proprio of any dataset"):
         OpenVLAModel(served.policy.model, "mine")

@@ -146,6 +146,7 @@ class Run:
         for source, share in zip(self.sources, probabilities):
             report = source.report().replace("\n", f"\n{' ' * 10}")
             lines.append(f"data      {report}; drawn {share:.1%}" if len(self.sources) > 1 else f"data      {report}")
+            lines.append(f"actions   {source.meaning}")
         seen = options.steps * self.global_batch
         lines += [
             f"predicts  {self.describe_model()}",

@@ -373,7 +373,9 @@ def _demos(file: Path, split: str, masks: set[str]) -> list[str]:
         raise DamagedDataError(f"{file}: not a readable HDF5 file ({error}): {COPY_AGAIN}") from error
     if known is None:
         raise DamagedDataError(
-            f"{file}: no group 'data', in which LIBERO and robomimic keep demonstrations; there are {sorted(there)}"
+            f"{file}: no group 'data', in which LIBERO and robomimic keep demonstrations; there are {sorted(there)}. "
+            "HDF5 of another layout (ALOHA's: a file an episode) is read by a class of yours, --format MODULE:CLASS "
+            "(docs/extending.md has one); or convert it to LeRobot."
         )
     if missing := sorted(set(demos) - set(known)):
         raise DamagedDataError(f"{file}: mask/{split} names {missing[:8]}, which data lacks")

@@ -134,7 +134,7 @@ function showStep() {
   if (the("compass")) drawCompass(the("compass"), shown, answer.actions, step);
   const { unit, hz } = shown.spec;
   const said = [`units of “${answer.unnorm_key}”${unit ? `: ${unit}` : ""}`];
-  if (!shown.stated) said.push("what the numbers are is not said by the data: the usual names, a guess");
+  if (!shown.stated) said.push("what the numbers mean, changes or places, is not said by the data: a guess");
   if (hz) said.push(`${hz} actions in a second`);
   said.push(answer.distributions
     ? "bars: the probability of each bin, from the lowest number that the model can say to the highest; shaded: the middle 90%; the mark: what was chosen"
@@ -146,7 +146,8 @@ function row(name, dim, step) {
   const value = answer.actions[step][dim];
   const low = shown.low[dim] ?? -1, high = shown.high[dim] ?? 1;
   const gripper = shown.spec.grippers.includes(dim);
-  const kind = gripper ? "1 open, 0 closed" : shown.spec.relative[dim] ? "change" : "place";
+  const own = shown.spec.as_recorded?.includes(dim);
+  const kind = gripper ? (own ? "gripper, as recorded" : "1 open, 0 closed") : shown.spec.relative[dim] ? "change" : "place";
   const interval = answer.distributions ? [answer.low[step][dim], answer.high[step][dim]] : null;
   const share = answer.probabilities ? `${Math.round(100 * answer.probabilities[step][dim])}%` : "";
   const drawn = make("div", { class: "spread" });
