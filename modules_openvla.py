@@ -162,7 +162,8 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for parent, name, part in compiled:
-            parent._modules[name] = part
+            if parent._modules.get(name) is part._modules[COMPILED]:  # else PEFT has put a layer of its own there
+                parent._modules[name] = part
 
 
 @contextmanager

@@ -499,6 +499,11 @@ def test_adapters_of_compiled_parts(place):
         model = compiled()
         model.load_adapter(str(place / "made"))
         assert act(model) == expected
+        model = OpenVLAForActionPrediction.from_pretrained(place / "base")
+        for layer in model.language_model.model.layers:  # what the adapter replaces was compiled itself
+            layer.self_attn.q_proj = torch.compile(layer.self_attn.q_proj, backend="eager")
+        model.load_adapter(str(place / "made"))
+        assert act(model) == expected
     assert act(OpenVLAForActionPrediction.from_pretrained(place / "made")) == expected
     with pytest.raises(ValueError, match=r"saved of compiled parts: OpenVLAForActionPrediction.from_pretrained\(RUN\)"):
         peft.PeftModel.from_pretrained(OpenVLAForActionPrediction.from_pretrained(place / "base"), place / "made")
