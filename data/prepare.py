@@ -41,7 +41,8 @@ def open_is_1(gripper: np.ndarray, convention: str, origin: str) -> np.ndarray:
     if gripper.min() < low - TOLERANCE or gripper.max() > high + TOLERANCE:
         raise ValueError(
             f"{origin}: the gripper goes from {gripper.min():.3g} to {gripper.max():.3g}, which is not "
-            f"'{convention}' ({low:g} to {high:g}). Conventions: {', '.join(GRIPPERS)}."
+            f"'{convention}' ({low:g} to {high:g}). Conventions: {', '.join(GRIPPERS)}. One in a range of its own "
+            "(0 to 100, a width) has none: without --gripper it is scaled, and predicted as recorded."
         )
     return (np.clip((gripper - closed) / (opened - closed), 0, 1) + 0.0).astype(gripper.dtype)  # + 0.0: no -0
 

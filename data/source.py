@@ -111,7 +111,8 @@ class Source:
         """What the numbers of an action mean."""
         relative = tuple((~self.absolute).tolist())
         own = self.survey.statistics["action"]
-        odd = tuple(dim for dim in self.grippers if own["min"][dim] < -0.01 or own["max"][dim] > 1.01)
+        ends = [(dim, own["min"][dim], own["max"][dim]) for dim in self.grippers]
+        odd = tuple(dim for dim, low, high in ends if low < -0.01 or high > 1.01 or low < high < 0.5)
         return ActionSpec(
             tuple(self.names),
             relative,
@@ -127,7 +128,7 @@ class Source:
     def meaning(self) -> str:
         """The same in words, with the option that says what is a guess."""
         spec = self.action_spec
-        return spec.describe() + ("" if spec.stated else ": --absolute-dims none, or all (joint positions), says it")
+        return spec.describe() + ("" if spec.stated else "; say it: --absolute-dims none, or all (joint positions)")
 
     @property
     def num_episodes(self) -> int:

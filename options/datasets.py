@@ -121,9 +121,9 @@ class DatasetOptions(HDF5Options, LeRobotOptions):
     )
     absolute_dims: str | None = option(
         None,
-        "Dimensions that are absolute targets, not deltas, counted from 0: 0,1,2, or all, as of joint positions. They "
-        "are kept where a robot waits, or a chunk ends with standstill (--chunk-end still). Default: grippers, and "
-        "what is not scaled.",
+        "Dimensions that are absolute targets, not deltas, counted from 0: 0,1,2, or all, as of joint positions; none: "
+        "all are deltas. Targets are kept where a robot waits, or a chunk ends with standstill (--chunk-end still). "
+        "Default: grippers, and what is not scaled, a guess of which clients hold nothing.",
         listed=True,
     )
     frame: str | None = option(None, "Frame of the actions, in words: base, end effector. For card and predictions.")

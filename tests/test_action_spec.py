@@ -180,7 +180,9 @@ def test_what_is_a_guess_is_said_to_be_one(tmp_path):
     data = [{"actions": ramp, "instruction": "lift", "images": {"front": frames}} for _ in range(2)]
     guessed = open_source(data, name="mine")
     assert not guessed.action_spec.stated and guessed.action_spec.as_recorded == (6,)
-    assert "a guess: --absolute-dims none, or all" in guessed.meaning
+    assert "is a guess; say it: --absolute-dims none, or all" in guessed.meaning
+    metres = [{**episode, "actions": episode["actions"] * [1, 1, 1, 1, 1, 1, 0.001]} for episode in data]
+    assert open_source(metres, name="mine").action_spec.as_recorded == (6,)
     given = statistics_with_spec(guessed)
     assert not given["action_spec"]["stated"]
     assert not open_source(data, name="mine", statistics=given).action_spec.stated  # a guess that was written down

@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 import tracemalloc
+import warnings
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -1108,13 +1109,21 @@ def test_a_guard_of_a_model_that_does_not_say_what_its_actions_mean():
     unstated = metadata(dims=7)
     unstated["datasets"]["robot"]["spec_stated"] = False
     with asking(Scripted(unstated, answer=lambda message: "no"), "ws") as client:
-        guard = client.guard()
+        with pytest.warns(
+            UserWarning, match="'robot': the model does not state .*NoAction where none is left. Give spec="
+        ):
+            guard = client.guard()
         assert guard.fallback == "raise"
         with pytest.raises(NoAction):
             guard.step({"images": IMAGE, "instruction": "open the drawer"})
         assert guard.state is State.DEGRADED
         guard.close()
-        assert client.guard(fallback="hold").fallback == "hold"
+        with pytest.warns(UserWarning, match="fallback='hold' believes x, y, z, .*--absolute-dims"):
+            assert client.guard(fallback="hold").fallback == "hold"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            client.guard(fallback="raise").close()
+            client.guard(spec=client.info.datasets["robot"].spec).close()
 
 
 @pytest.mark.parametrize(

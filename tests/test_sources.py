@@ -403,7 +403,7 @@ def test_gripper_conventions(convention, given, expected):
 
 def test_gripper_mistakes():
     parts = [np.column_stack([np.ones((4, 6)), [-1, 1, -1, 1]])] * 6
-    with pytest.raises(ValueError, match="goes from -1 to 1, which is not 'open-is-0' .0 to 1.*open-is-minus-1"):
+    with pytest.raises(ValueError, match="from -1 to 1, which is not 'open-is-0' .0 to 1.*-minus-1.*without --gripper"):
         open_source(Made(parts), gripper="open-is-0")
     with pytest.raises(ValueError, match="Did you mean 'open-is-minus-1'"):
         open_source(Made(parts), gripper="open-is-minus1")

@@ -4,6 +4,7 @@ import asyncio
 import atexit
 import secrets
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import CancelledError
@@ -113,7 +114,8 @@ class Client:
 
         Args:
             options: Of `Guard`. `spec` and `hz` are the server's, where they are not given. Where the model does not
-                state what its actions mean, the fallback is "raise", unless `spec` or `fallback` is given.
+                state what its actions mean, a warning says so, and the fallback is "raise", unless `spec` or
+                `fallback` is given.
 
         Raises:
             ValueError: If the server has no such key, or refuses so many committed actions; see `Guard`.
@@ -127,6 +129,14 @@ class Client:
                 f"commit={commit}: this model answers {chunk} actions, of which fewer can be decided before."
             )
         if not dataset.stated and "spec" not in options:
+            if options.get("fallback") != "raise":
+                holds = f"fallback='hold' believes {dataset.spec.describe()}" if "fallback" in options else ""
+                warnings.warn(
+                    f"{key!r}: the model does not state which numbers of an action are changes, of which 0 holds "
+                    f"still, and which are places, of which 0 is a motion: {holds or 'NoAction where none is left'}. "
+                    "Give spec=, what they mean, or train with --absolute-dims.",
+                    stacklevel=2,
+                )
             options = {"fallback": "raise", **options}
         options = {"spec": dataset.spec, **options}
 

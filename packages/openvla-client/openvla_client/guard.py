@@ -107,7 +107,8 @@ class Guard:
                 raise ValueError(f"{name}={function!r:.100}: expected a function{write}.")
         hz = spec.hz if hz is None and spec is not None else hz
         if not is_number(hz) or not 0 < hz < math.inf:
-            raise ValueError(f"hz={hz!r:.100}: expected the steps of the control loop in a second, above 0.")
+            unknown = " What the actions mean (spec) has no rate: give that of the recordings." * (hz is None)
+            raise ValueError(f"hz={hz!r:.100}: expected the steps of the control loop in a second, above 0.{unknown}")
         if spec is not None and spec.hz is not None and not math.isclose(hz, spec.hz):
             warnings.warn(
                 f"hz={hz:g}: these actions are {spec.hz:g} a second, by their contract. At {hz:g} a robot moves "
