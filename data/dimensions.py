@@ -66,18 +66,19 @@ def parse_absolute(given: str | int | Sequence[int] | None) -> tuple[int, ...] |
 def _parse_dims(given: str | int | Sequence[int] | None, option: str) -> tuple[int, ...] | None:
     if given is None:
         return None
+    every = ", or all" * (option == "absolute_dims")
     parts: Sequence[Any] = [given] if isinstance(given, int) else given
     if isinstance(given, str):
         parts = [] if given.strip().lower() == "none" else given.split(",")
         if not given.strip():
-            raise ValueError(f"{option} is empty: give numbers of dimensions such as 6 or 6,13, or none.")
+            raise ValueError(f"{option} is empty: give numbers of dimensions such as 6 or 6,13, or none{every}.")
     try:
         dims = [int(part) for part in parts if not isinstance(part, bool) and float(part) == int(part)]
         if len(dims) != len(parts):
             raise ValueError("not whole numbers")
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"{option}={given!r}: expected numbers of dimensions such as 6 or 6,13 (counted from 0), or none."
+            f"{option}={given!r}: expected numbers of dimensions such as 6 or 6,13 (counted from 0), or none{every}."
         ) from error
     return tuple(dims)
 

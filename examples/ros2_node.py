@@ -33,8 +33,15 @@ class OpenVLANode(Node):
         self.client = connect(url, wait=self.parameter("wait", 120.0), images="jpeg")
         self.audit = Audit(self.parameter("audit", "openvla.jsonl"))
         self.guard = self.client.guard(key, hz=hz, limits=Limits(step=STEP), audit=self.audit.write)
-        self.start = np.array(self.guard.spec.standstill())  # raises for places: of them zeros are a motion
-        self.start[[*self.guard.spec.grippers]] = self.parameter("gripper", 1.0)  # as they are now
+        spec = self.guard.spec
+        if spec.places:  # of them zeros are a motion
+            raise ValueError(
+                f"{', '.join(spec.places)} are places and no changes: begin with where your robot stands, from its "
+                "joint states (`start` of guard.reset, `position` of guard.step), in place of the zeros below."
+            )
+        self.start = np.zeros(spec.action_dim)
+        usual = np.nan if spec.as_recorded else 1.0  # of a range of its own, such as 0 to 100, -p gripper:= says it
+        self.start[[*spec.grippers]] = self.parameter("gripper", float(usual))  # as they are now
         self.guard.reset(self.start)
         self.image, self.seen_at = None, 0.0
         self.actions = self.create_publisher(Float64MultiArray, "action", 1)

@@ -1,6 +1,7 @@
 """Actions in words: names only where they are known, numbers unchanged."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -154,7 +155,7 @@ def test_data_say_what_their_actions_mean():
         clipped = unnormalize_actions(last[0], made.statistics["action"])
         np.testing.assert_allclose(raw, expected(clipped), atol=1e-5)
     assert statistics_with_spec(source)["action_spec"] == spec.to_dict()
-    with pytest.raises(ValueError, match="absolute_dims='x'"):
+    with pytest.raises(ValueError, match="absolute_dims='x'.*or none, or all"):
         open_source(DEMOS / "lerobot_image", absolute_dims="x")
 
 
@@ -200,6 +201,14 @@ def test_what_is_a_guess_is_said_to_be_one(tmp_path):
         )
         == []
     )
+
+
+def test_what_openvla_record_wrote_is_no_guess(tmp_path):
+    """Its simulators take changes, and say no more than what a 1 is (Meta-World)."""
+    recorded = shutil.copytree(DEMOS / "hdf5", tmp_path / "recorded")
+    assert not open_source(recorded).action_spec.stated
+    (recorded / "recording.json").write_text(json.dumps({"unit": "x, y, z: 1 is 4 cm"}))
+    assert open_source(recorded).action_spec.stated
 
 
 def test_words_of_a_prediction_that_is_no_change_of_a_pose():

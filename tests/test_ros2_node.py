@@ -181,13 +181,24 @@ def test_zeros_are_held_only_where_they_are_no_motion(example, tmp_path, monkeyp
     places, guessed = metadata(dims=7, chunk=1), metadata(dims=7, chunk=1)
     places["datasets"]["robot"]["relative"] = [False] * 7
     guessed["datasets"]["robot"]["spec_stated"] = False
-    for number, first in enumerate((places, guessed)):
+    percent = metadata(dims=7, chunk=1)
+    percent["datasets"]["robot"]["as_recorded"] = [6]  # 1 of 100 is closed
+    for number, first in enumerate((places, percent, guessed)):
         with Scripted(first, lambda message: "no").running() as scripted:
             given = {"url": scripted.url("ws"), "audit": str(tmp_path / f"{number}.jsonl"), "wait": 30.0}
             monkeypatch.setattr(Node, "given", given)
             if first is places:
                 with pytest.raises(ValueError, match="are places and no changes"):
                     example.OpenVLANode()
+                continue
+            if first is percent:
+                with pytest.raises(ValueError, match="start.*finite"):
+                    example.OpenVLANode()
+                given["gripper"] = 95.0
+                node = example.OpenVLANode()
+                assert node.start.tolist() == [0] * 6 + [95]
+                node.client.close()
+                node.audit.close()
                 continue
             node = example.OpenVLANode()
             node.subscribed["image"](image(90))
