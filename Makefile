@@ -13,7 +13,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # uv gives up after a minute without a word of its compilers, which a crowded machine takes.
 export UV_COMPILE_BYTECODE_TIMEOUT := 600
 
-.PHONY: help demo policy test test-floor test-newest test-install test-page test-runtime test-ray test-fuzz check format bench constraints clean
+.PHONY: help demo policy test test-floor test-newest test-install test-page test-runtime test-client test-openpi test-ray test-fuzz check format bench constraints clean
 
 help:
 	@echo "make demo        the embedded policy: predictions on example frames, videos of it in simulation, in $(OUTPUTS)/"
@@ -149,4 +149,4 @@ constraints: | $(UV)
 		--no-header --no-annotate --no-emit-index-url --output-file constraints/newest.txt pyproject.toml
 
 clean:
-	rm -rf $(VENV) $(VENV)-floor $(VENV)-fuzz $(VENV)-newest $(VENV)-client $(VENV)-install $(VENV)-openpi $(VENV)-runtime $(VENV)-uv $(OUTPUTS)
+	rm -rf $(VENV) $(VENV)-floor $(VENV)-fuzz $(VENV)-newest $(VENV)-client $(VENV)-install $(VENV)-openpi $(VENV)-ray $(VENV)-runtime $(VENV)-uv $(OUTPUTS)
