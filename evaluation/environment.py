@@ -188,7 +188,7 @@ def choose_tasks(environment: Environment, tasks: str) -> tuple[str, ...]:
 def _readings(parts: Sequence[str], known: Set[str]) -> list[list[str]]:
     """Up to two of the lists of names that a text may be, of which these are the parts between its commas: a name may
     hold some."""
-    most = 1 + max(name.count(",") for name in known)
+    most = 1 + max((name.count(",") for name in known), default=0)
     found: dict[int, list[list[str]]] = {len(parts): [[]]}  # of what begins with a part
     for start in reversed(range(len(parts))):
         ends = range(start + 1, min(start + most, len(parts)) + 1)

@@ -78,6 +78,8 @@ def test_names_of_tasks_hold_commas():
     assert choose_tasks(here, " open it, fast,all, of them,, close it ,") == (tasks[2], *tasks[:2])
     with pytest.raises(ValueError, match="tasks='open it' is unknown.*Did you mean 'open it, fast'"):
         choose_tasks(here, "close it,open it,close it")
+    with pytest.raises(ValueError, match="tasks='a' is unknown"):
+        choose_tasks(SimpleNamespace(tasks=(), task_sets={}), "a")
     for tasks, given in ((("a", "b", "a,b"), "b,a,b"), ((*"abc", "a,b", "b,c"), "a,b,c")):
         with pytest.raises(ValueError, match=r"a name holds a comma, so that this is .* or .*rename a task"):
             choose_tasks(SimpleNamespace(tasks=tasks, task_sets={}), given)

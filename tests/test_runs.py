@@ -258,12 +258,15 @@ def test_batches_that_do_not_fit_the_shared_memory(dataset, tmp_path, monkeypatc
     for more, said in (
         ({}, None),
         ({"workers": 0}, None),
+        ({"gradient_accumulation": 64}, r"workers=2: .* up to 83 MB .* 64 MB"),
         ({"batch_size": 64}, r"workers=2: .* up to \d+ MB .* 64 MB"),
     ):
-        run = options(tmp_path / f"run{len(more)}{said}", dataset, **{"workers": 2, "steps": 1, **more})
+        run = options(tmp_path / f"run{len(more)}", dataset, **{"workers": 2, "steps": 1, **more})
         shape = SimpleNamespace(input_shape=(6, 224, 224))
         with pytest.raises(OSError, match=said) if said else nullcontext():
-            resume.check_shared_memory(SimpleNamespace(camera_names=["primary"], vision_backbone=shape), run)
+            resume.check_shared_memory(SimpleNamespace(camera_names=["primary"], vision_backbone=shape), run, False)
+        if "batch_size" not in more:  # of a GPU, whose batches are copied
+            resume.check_shared_memory(SimpleNamespace(camera_names=["primary"], vision_backbone=shape), run, True)
     with pytest.raises(OSError, match="docker run --shm-size 8g"):
         finetune(replace(run, batch_size=10_000))
     assert not (tmp_path / "run1").exists()

@@ -97,14 +97,18 @@ def check_space(output: Path, model: Any, options: FinetuneOptions) -> str | Non
     return None
 
 
-def check_shared_memory(model: Any, options: FinetuneOptions) -> None:
+def check_shared_memory(model: Any, options: FinetuneOptions, pinned: bool) -> None:
     """Raise an OSError where the batches of processes that decode images do not fit the shared memory, of which a
-    container of Docker has 64 MB: such a process says so to nobody, and training would wait for ever."""
+    container of Docker has 64 MB: such a process says so to nobody, and training would wait for ever.
+
+    Args:
+        pinned: Each batch is copied elsewhere (for a GPU); else those of an update are held, and the last before it.
+    """
     if not (options.workers and SHARED.is_dir()):
         return
     pixels = len(model.camera_names) * math.prod(model.vision_backbone.input_shape) * 4  # bytes of a sample
-    processes = options.workers * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    needed = 2 * processes * options.batch_size * pixels  # 2: of a DataLoader
+    batches = 2 * options.workers + (1 if pinned else options.gradient_accumulation + 1)  # 2: of a DataLoader
+    needed = batches * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * options.batch_size * pixels
     free = shutil.disk_usage(SHARED).free if os.access(SHARED, os.W_OK) else 0
     if needed > free:
         raise OSError(

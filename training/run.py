@@ -238,7 +238,7 @@ def train(options: FinetuneOptions, arguments: TrainingArguments, resume: bool, 
         check_begun(run, made, checkpoint)
     set_seed(options.seed)  # adapters are made before the Trainer sets it
     model = load_model(run, arguments.bf16, checkpoint)
-    check_shared_memory(model, options)
+    check_shared_memory(model, options, pinned=not arguments.use_cpu)
     if main:
         made["model_digest"] = weights_digest(options.model)  # a Hub id's weights are there only now
         if begun:
