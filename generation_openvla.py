@@ -41,7 +41,7 @@ class OpenVLAGeneration(GenerationMixin):
         generated = self._generate(None, kwargs)
         is_tensor = isinstance(generated, torch.Tensor)
         for filled in (cache, None if is_tensor else generated.get(CACHE)):
-            if filled is not None:
+            if filled is not None and getattr(filled, "order_of_prompts", None) is None:
                 filled.order_of_prompts = order
         if input_ids is None:
             return generated
@@ -65,6 +65,13 @@ class OpenVLAGeneration(GenerationMixin):
                 order = getattr(cache, "order_of_prompts", None)
                 if order is None or tokens.shape[1] < order.shape[1]:
                     return None
+                each, rest = divmod(len(tokens), len(order))  # answers of each prompt
+                if rest or not each:
+                    raise ValueError(
+                        f"The cache holds answers to {len(order)} prompts that were padded on the right, and "
+                        f"{len(tokens)} are given: give all of them, or pad on the left."
+                    )
+                order = order.repeat_interleave(each, dim=0)
                 more = torch.arange(order.shape[1], tokens.shape[1], device=order.device)
                 return torch.cat([order, more.expand(len(order), -1)], dim=1)
             cache.order_of_prompts = None  # it may have been emptied

@@ -443,7 +443,17 @@ def test_prompts_of_different_lengths_in_every_form(tiny_model, tiny_processor, 
         half = tiny_model.generate(**plain, past_key_values=cache, max_new_tokens=2)
         rest = {"attention_mask": torch.cat([mask, more], dim=1), "past_key_values": cache, **options}
         several.append(tiny_model.generate(half, **rest, max_new_tokens=2))
+    twice = tiny_model.generate(
+        **{**plain, "do_sample": True}, num_return_sequences=2, max_new_tokens=2, return_dict_in_generate=True
+    )
+    mask_of_all = torch.cat([mask, more], dim=1).repeat_interleave(2, dim=0)
+    rest = {"attention_mask": mask_of_all, "max_new_tokens": 1, **options}
+    afresh = tiny_model.generate(twice.sequences, **rest, pixel_values=pixels.repeat_interleave(2, dim=0))
+    assert torch.equal(tiny_model.generate(twice.sequences, **rest, past_key_values=twice.past_key_values), afresh)
     if side == "right":  # the image follows the first token
+        with pytest.raises(ValueError, match="answers to 3 prompts .* and 2 are given"):
+            rest = {**rest, "attention_mask": mask_of_all[:2], "past_key_values": twice.past_key_values}
+            tiny_model.generate(twice.sequences[:2], **rest)
         image = torch.full((3, tiny_model.num_patches), tiny_model.config.image_token_id)
         ids, mask = (torch.cat([v[:, :1], p, v[:, 1:]], dim=1) for v, p in ((ids, image), (mask, image.ne(-1))))
         several.append(tiny_model.generate(ids, **options, pixel_values=pixels, attention_mask=mask, max_new_tokens=4))
