@@ -123,13 +123,14 @@ def _keep_rare_values(stats: dict[str, list[float]], values: np.ndarray, mask: S
 def statistics_table(
     stats: dict[str, Any], names: Sequence[str] | None = None, state_names: Sequence[str] | None = None
 ) -> str:
-    """The statistics of actions, and of states where there are some, as text: one line for each dimension."""
+    """The statistics of actions, and of states where there are some, as text: one line for each dimension. What
+    statistics that are given do not say is left open."""
     columns = ("q01", "q99", "min", "max", "mean", "std")
     rows: list[tuple[str, dict[str, Any], int]] = []
     for what, given in (("action", names), ("proprio", state_names)):
-        known = stats.get(what) or {"mean": ()}
+        known = stats.get(what) or {"q01": ()}
         if what == "action" or any(map(any, (known.get("min", ()), known.get("max", ())))):  # zeros: no states
-            dims = range(len(known["mean"]))
+            dims = range(len(known["q01"]))
             labels = given if given and len(given) == len(dims) else [f"{what}[{index}]" for index in dims]
             rows += [(label, known, index) for index, label in enumerate(labels)]
     width = max(len("actions"), *(len(label) for label, _, _ in rows))
@@ -137,11 +138,12 @@ def statistics_table(
     for label, known, index in rows:
         if index == 0 and known is not rows[0][1]:  # numbers of both may be called x, y, z
             lines.append("states")
-        values = "".join(f"{known[column][index]:10.4f}" for column in columns)
-        note = "  (never changes)" if known["min"][index] == known["max"][index] else ""
-        scaled = known.get("mask") or [True] * len(known["mean"])
+        values = "".join(f"{known[name][index]:10.4f}" if known.get(name) else f"{'-':>10}" for name in columns)
+        note = "  (never changes)" if known.get("min") and known["min"][index] == known["max"][index] else ""
+        scaled = known.get("mask") or [True] * len(known["q01"])
         lines.append(f"{label:<{width}}{values}  {'yes' if scaled[index] else 'no'}{note}")
-    lines.append(f"{counted(stats['num_trajectories'], 'episode')}, {counted(stats['num_transitions'], 'step')}")
+    if {"num_trajectories", "num_transitions"} <= stats.keys():
+        lines.append(f"{counted(stats['num_trajectories'], 'episode')}, {counted(stats['num_transitions'], 'step')}")
     return "\n".join(lines)
 
 
@@ -194,7 +196,7 @@ def plot_statistics(
     figure, grid = plt.subplots(dims, 1, figsize=(8, 1.6 * dims), layout="constrained", squeeze=False)
     for index, axes in enumerate(grid[:, 0]):
         low, high = stats["action"]["q01"][index], stats["action"]["q99"][index]
-        if not stats["action"]["mask"][index]:
+        if not (stats["action"].get("mask") or [True] * dims)[index]:
             low, high = -1.0, 1.0  # not scaled: the bins divide [-1, 1] itself
         axes.hist(actions[:, index], bins=100, color="tab:blue")
         for edge in np.linspace(low, high, bins)[:: bins // 16]:

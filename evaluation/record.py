@@ -172,9 +172,12 @@ def _write(
         return
     tasks = dict.fromkeys(task for task, _ in varied)
     words = {task: file_name(instructions_of(environment, task)[0].replace(" ", "_")) for task in tasks}
-    said = Counter(words.values())
+    said, names = Counter(words.values()), set[str]()
     for task in tasks:
         name = words[task] if said[words[task]] == 1 else f"{words[task]}_{task}"  # words of several tasks
+        while name in names:  # and those of another one
+            name = f"{name}_{task}"
+        names.add(name)
         write_hdf5(
             (load_episode(file, options.env) for job, file in files.items() if job[0] == task),
             folder / f"{file_name(name, 'demo')}.hdf5",

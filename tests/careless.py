@@ -54,10 +54,10 @@ class Sizes(Seeing):
 
 
 class Slashes(Seeing):
-    tasks = ("up", "down")
+    tasks = ("up", "down", "other")
 
     def instructions(self, task, *, held_out=False):
-        return ("up/down" if task == "up" else "up:down",)
+        return ({"up": "up/down", "down": "up:down", "other": "up-down_up"}[task],)
 
 
 class Needs(Blind):

@@ -156,12 +156,13 @@ def test_a_full_disk_keeps_no_part_of_an_episode(tmp_path, monkeypatch):
 
 
 def test_tasks_whose_words_are_one_name_of_a_file(tmp_path):
-    """The second was not written to HDF5."""
-    options = {"env": "careless:Slashes", "tasks": "up,down", "episodes": 1, "size": 16, "format": "hdf5"}
+    """One of them was not written to HDF5."""
+    options = {"env": "careless:Slashes", "tasks": "up,down,other", "episodes": 1, "size": 16, "format": "hdf5"}
     record(RecordOptions(**options, output=str(tmp_path / "data")), progress=False)
     assert {path.name for path in (tmp_path / "data").glob("*.hdf5")} == {
         "up-down_up_demo.hdf5",
         "up-down_down_demo.hdf5",
+        "up-down_up_other_demo.hdf5",
     }
 
 

@@ -370,6 +370,19 @@ def test_stats(tmp_path):
     assert (tmp_path / "actions.png").stat().st_size > 5000
 
 
+def test_stats_in_units_that_are_lent(tmp_path):
+    """A mixture of two recordings of one robot ended as "error: num_trajectories"."""
+    pytest.importorskip("matplotlib", reason="the plot needs the [demo] extra")
+    (tmp_path / "both.yaml").write_text(f"one: {{path: {DEMO}}}\ntwo: {{path: {DEMO}, split: all, statistics: one}}\n")
+    lines = run("stats", tmp_path / "both.yaml", "--output", tmp_path / "both.json").stdout.splitlines()
+    assert len([line for line in lines if line.startswith("dx ")]) == 2
+    assert json.loads((tmp_path / "both.json").read_text()).keys() == {"one", "two"}
+    (tmp_path / "q.json").write_text(json.dumps({"one": {"action": {"q01": [-1] * 7, "q99": [1] * 7}}}))
+    (tmp_path / "both.yaml").write_text(f"one: {{path: {DEMO}, statistics: q.json}}\n")
+    table = run("stats", tmp_path / "both.yaml", "--plot", tmp_path / "one.png").stdout
+    assert re.search(r"^dx +-1.0000 +1.0000 +- .* yes$", table, re.M) and (tmp_path / "one.png").is_file()
+
+
 def test_stats_of_dimensions():
     """With the names that were recorded; the mask and grippers that the user says."""
     table = run("stats", DEMO).stdout
