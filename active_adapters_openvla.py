@@ -88,7 +88,14 @@ class AdapterBelongings(AdapterWeights):
                 parts = cached_file(peft_model_id, PARTS_FILE, **QUIET, **hub)
                 self.load_parts(Path(parts).parent if parts else peft_model_id, brought["model"], owner="")
         with uncompiled(self):  # type: ignore[arg-type]
-            loaded = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)  # type: ignore[misc]
+            try:
+                loaded = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)  # type: ignore[misc]
+            except ValueError as error:
+                if "get_peft_model" not in str(error):  # PEFT's way to make an adapter, of kinds such as VeRA
+                    raise
+                raise ValueError(
+                    f"{error} What was saved loads by peft.PeftModel.from_pretrained(model, RUN)."
+                ) from error
             if stored is not None:
                 self._check_complete(name, with_adapter_name(stored, name))
         if self.adapter_state.parts_owner == "":

@@ -324,7 +324,7 @@ KINDS = {  # of PEFT; what they answer with is compared with its own forward
     "ia3": lambda layers: peft.IA3Config(target_modules=layers, feedforward_modules=[], init_ia3_weights=False),
     "oft": lambda layers: peft.OFTConfig(oft_block_size=4, r=0, target_modules=layers, init_weights=False),
 }
-BY_PEFT_ALONE = {"dora": "use_dora", "vera": "VERA"}  # what the library's load_adapter cannot load
+BY_PEFT_ALONE = ("dora", "vera")  # what the library's load_adapter cannot load
 
 
 @pytest.mark.filterwarnings("ignore:The adapter came without action statistics")
@@ -364,7 +364,7 @@ def test_adapters_of_other_kinds(place, kind):
         try:  # PEFT 0.18 takes a VeRA
             torch.testing.assert_close(answers(ours())[0], expected[0], atol=1e-4, rtol=1e-4)
         except ValueError as error:
-            assert BY_PEFT_ALONE[kind] in str(error)
+            assert "peft.PeftModel.from_pretrained(model, RUN)" in str(error)
     for damaged in (
         {name: value for name, value in weights.items() if "layers.0" not in name},
         {name.replace("self_attn", "attn"): value for name, value in weights.items()},
