@@ -138,6 +138,7 @@ class ActionTokenizer:
 OF_DATASET = ("action", "proprio", "action_spec", "num_transitions", "num_trajectories")
 OF_SPACE = ("q01", "q99", "min", "max", "mean", "std", "mask")
 FAR = 5.0  # ranges beyond its end: degrees for radians are 57 times as much, percent for a share 100
+NOISE = 0.01  # of a state that stands still near 0, in metres or radians
 LARGEST = 1e6  # above it a statistic is no unit of a robot, but a wrong file; published ones stay below 1e4
 
 
@@ -488,15 +489,22 @@ def normalize_state(
             "training, or another unnorm_key."
         )
     if mode in BOUNDED:
-        _warn_far(state, *scale_of(stats, mode), unnorm_key)
+        _warn_far(state, stats, mode, unnorm_key)
     return normalize_actions(state, stats, mode, constant)
 
 
-def _warn_far(state: np.ndarray, least: np.ndarray, most: np.ndarray, unnorm_key: str) -> None:
+def _warn_far(state: np.ndarray, stats: Mapping[str, Any], mode: str, unnorm_key: str) -> None:
     """A state of other units (degrees for radians) or in another order is clipped to the ends of what was seen, and
     the model acts for a robot that stands there."""
-    extent = np.maximum(most - least, 0.1 * np.maximum(abs(least), abs(most)))  # noise of what stands still is no range
+    least, most = scale_of(stats, mode)
+    # Noise of what stands still is no range.
+    extent = np.maximum(most - least, np.maximum(NOISE, 0.1 * np.maximum(abs(least), abs(most))))
     far = (least < most) & ((state < least - FAR * extent) | (state > most + FAR * extent))
+    far &= _mask(stats, len(state))  # others pass as they are
+    if (
+        stats.get("min") is not None and stats.get("max") is not None
+    ):  # rarely seen, as a gripper that hardly ever opens
+        far &= (state < stats["min"]) | (state > stats["max"])
     if far.any():
         named = ", ".join(f"{dim} ({least[dim]:.3g} to {most[dim]:.3g})" for dim in np.flatnonzero(far))
         warnings.warn(  # the numbers given are left out: a loop is told once

@@ -161,6 +161,8 @@ def open_source(
     if stated is not None and stated.stated and places is None:
         places = tuple(dim for dim, relative in enumerate(stated.relative) if not relative)
 
+    converted = recording.standardize is not None or gripper != "open-is-1"
+
     # 4. What training draws from
     source = Source(
         name=recording.name,
@@ -182,8 +184,8 @@ def open_source(
         frame=frame if frame is not None else (lent.frame if lent else None) or (stated.frame if stated else None),
         unit=unit if unit is not None else (lent.unit if lent else None) or recording.unit,
         hz=float(hz) if hz is not None else (lent.hz if lent else None) or recording.hz,
-        # Recipes make changes, and so do simulators of `openvla record` that say no more than what a 1 is.
-        stated=places is not None or recording.standardize is not None or recording.unit is not None,
+        stated=places is not None or recording.standardize is not None or recording.usual,  # recipes make changes
+        as_recorded=() if converted else (stated.as_recorded or None) if stated else None,
         mask_given=scaled is not None,
         action_chunk=action_chunk,
         chunk_end=chunk_end,

@@ -38,6 +38,7 @@ class Recording:
     hz: float | None  # as recorded
     unit: str | None
     spec: ActionSpec | None  # what the simulator said that it was recorded in
+    usual: bool  # it said no more, and by the contract of environments its actions are changes then
     options: dict[str, Any]  # everything that decides actions, states and instructions beside the files
     known: bool  # whether files and options decide them: not where code of the user's does, or an object was opened
 
@@ -89,9 +90,9 @@ def open_recording(
             "out, or give standardize='none'."
         )
     names, remark = (None, standard.remark) if standard else (plain.action_names, "")
-    spec, unit = recorded_meaning(location)
+    spec, unit, usual = recorded_meaning(location)
     if standard or key_list(reader.get("action_key") or "action") not in (["action"], ["actions"]):
-        spec = None  # of other numbers than those that were recorded
+        spec, unit, usual = None, None, False  # of other numbers than those that were recorded
     if spec is not None:
         names = names or list(spec.names)
         gripper_dims = spec.grippers if gripper_dims is None else gripper_dims
@@ -129,6 +130,7 @@ def open_recording(
         hz=plain.hz,
         unit=unit,
         spec=spec,
+        usual=usual,
         known=origin.format in FORMATS,
         options={
             **{key: value for key, value in reader.items() if key not in ("cameras", "rotate_images")},
@@ -215,23 +217,24 @@ def _train_and_held_out(
     return PartOfDataset(train, range(boundary)), PartOfDataset(train, range(boundary, len(train)))
 
 
-def recorded_meaning(location: Any) -> tuple[ActionSpec | None, str | None]:
-    """What `openvla record` wrote beside its data set of the actions, and of their unit alone: LeRobot and HDF5 have no
-    place for it. Raises a `ValueError` for an `action_spec` that says nothing sound: somebody edited it."""
+def recorded_meaning(location: Any) -> tuple[ActionSpec | None, str | None, bool]:
+    """What `openvla record` wrote beside its data set of the actions, of their unit alone, and whether they are the
+    usual ones, as its environment said nothing else: LeRobot and HDF5 have no place for it. Raises a `ValueError` for
+    an `action_spec` that says nothing sound: somebody edited it."""
     if not isinstance(location, str | os.PathLike):
-        return None, None
+        return None, None, False
     path = Path(location).expanduser().resolve()
     file = (path if path.is_dir() else path.parent) / "recording.json"
     try:
         content = read_json(file)
     except (OSError, ValueError):  # there is none, or a file of that name is another program's
-        return None, None
+        return None, None, False
     found, unit = content.get("action_spec"), content.get("unit")
     try:
         spec = ActionSpec.from_dict(found) if isinstance(found, Mapping) else None
     except ValueError as error:
         raise ValueError(f"'{file}': {error}") from error
-    return spec, unit if isinstance(unit, str) else None
+    return spec, unit if isinstance(unit, str) else None, spec is None and {"options", "tasks"} <= content.keys()
 
 
 def split_boundary(episodes: int, held_out: float) -> int | None:

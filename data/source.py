@@ -57,6 +57,7 @@ class Source:
     normalization: str = "bounds_q99"  # what -1 and 1 stand for, of actions and states; or "bounds", min and max
     camera_names: Sequence[str] = ("primary",)  # what the model sees
     stated: bool = False  # which numbers are changes and which places was said
+    as_recorded: tuple[int, ...] | None = None  # grippers in a range of their own, where it was said
     mask_given: bool = False  # which dimensions are scaled was said, and not found from the data
 
     @property
@@ -113,6 +114,8 @@ class Source:
         own = self.survey.statistics["action"]
         ends = [(dim, own["min"][dim], own["max"][dim]) for dim in self.grippers]
         odd = tuple(dim for dim, low, high in ends if low < -0.01 or high > 1.01 or low < high < 0.5)
+        if self.as_recorded is not None:
+            odd = tuple(dim for dim in self.grippers if dim in self.as_recorded)
         return ActionSpec(
             tuple(self.names),
             relative,

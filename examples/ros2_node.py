@@ -40,8 +40,10 @@ class OpenVLANode(Node):
                 "joint states (`start` of guard.reset, `position` of guard.step), in place of the zeros below."
             )
         self.start = np.zeros(spec.action_dim)
-        usual = np.nan if spec.as_recorded else 1.0  # of a range of its own, such as 0 to 100, -p gripper:= says it
-        self.start[[*spec.grippers]] = self.parameter("gripper", float(usual))  # as they are now
+        gripper = self.parameter("gripper", float("nan") if spec.as_recorded else 1.0)
+        if np.isnan(gripper):
+            raise ValueError("The gripper is in a range of its own, such as 0 to 100: -p gripper:=95.0, as it is now.")
+        self.start[[*spec.grippers]] = gripper  # as they are now
         self.guard.reset(self.start)
         self.image, self.seen_at = None, 0.0
         self.actions = self.create_publisher(Float64MultiArray, "action", 1)

@@ -201,14 +201,35 @@ def test_what_is_a_guess_is_said_to_be_one(tmp_path):
         )
         == []
     )
+    now = {"mine": {**given, "action_spec": {**given["action_spec"], "as_recorded": []}}}
+    del now["mine"]["action_spec"]["stated"]  # a version that sees what is a guess otherwise
+    assert changed_statistics({"mine": given}, now) == changed_statistics(now, {"mine": given}) == []
 
 
 def test_what_openvla_record_wrote_is_no_guess(tmp_path):
-    """Its simulators take changes, and say no more than what a 1 is (Meta-World)."""
+    """Its simulators take changes, and say at most what a 1 is (Meta-World). Of other numbers than their actions, here
+    states, they say nothing: these were taken for changes that somebody stated."""
     recorded = shutil.copytree(DEMOS / "hdf5", tmp_path / "recorded")
     assert not open_source(recorded).action_spec.stated
-    (recorded / "recording.json").write_text(json.dumps({"unit": "x, y, z: 1 is 4 cm"}))
-    assert open_source(recorded).action_spec.stated
+    for unit in ({}, {"unit": "x, y, z: 1 is 4 cm"}):
+        (recorded / "recording.json").write_text(json.dumps({"options": {}, "tasks": {}, **unit}))
+        assert open_source(recorded).action_spec.stated
+    other = open_source(recorded, action_key="obs/ee_states").action_spec
+    assert not other.stated and other.unit is None
+
+
+def test_a_gripper_whose_range_was_said_is_not_as_recorded():
+    """One that opens by less than half, of a recording whose convention was given; and the statistics that were given
+    have seen more than these few episodes."""
+    half = np.linspace(0.6, 1, 20)[:, None] * np.ones(7)
+    data = [{"actions": half, "instruction": "lift", "images": {"front": np.zeros((20, 8, 8, 3), np.uint8)}}]
+    converted = open_source(data, name="mine", gripper="open-is-0", gripper_dims="6")
+    assert converted.survey.statistics["action"]["max"][6] < 0.5 and not converted.action_spec.as_recorded
+    seen = open_source([{**data[0], "actions": 100 * half}], name="mine")
+    assert seen.action_spec.as_recorded == (6,)
+    given = statistics_with_spec(seen)
+    assert open_source(data, name="mine", statistics=given).action_spec.as_recorded == (6,)
+    assert not open_source(data, name="mine", statistics=given, gripper_dims="none").action_spec.as_recorded
 
 
 def test_words_of_a_prediction_that_is_no_change_of_a_pose():

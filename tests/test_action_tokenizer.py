@@ -192,6 +192,12 @@ def test_a_state_in_other_units_is_a_warning(recwarn):
     for near in ([0.3, 40, 0.5, 0], [-2.0, 101, 0.52, 1]):  # what stood still may move
         normalize_state(np.array(near), known, "mine", "bounds_q99")
     assert not recwarn
+    # Noise around 0, a gripper that was seen open but in less than one step of a hundred, what passes unscaled
+    proprio |= {"q01": [-1.2, 0.0, 0.5, -1e-6], "q99": [1.2, 95.0, 0.5001, 1e-6]}
+    rare = {**proprio, "min": [-2, 0, 0, -1], "max": [2, 100, 1, 1], "mask": [False, True, True, True]}
+    normalize_state(np.array([0.3, 40, 0.5, 1e-3]), known, "mine", "bounds_q99")
+    normalize_state(np.array([90, 40, 0, 0.0]), {"mine": {**known["mine"], "proprio": rare}}, "mine", "bounds_q99")
+    assert not recwarn
     for degrees in (45.0, -90.0):
         with pytest.warns(
             UserWarning, match=r"far outside of that .*'mine'.*what was seen: 0 \(-1.2 to 1.2\)\."

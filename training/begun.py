@@ -254,11 +254,11 @@ def check_frozen(checkpoint: Path, model: Any, merged: bool) -> None:
 def changed_statistics(before: Mapping[str, Any], now: Mapping[str, Any], grippers: bool = True) -> list[str]:
     """Which statistics of which datasets differ by more than rounding; both as read from JSON. `grippers`: training
     depends on which of the numbers are; earlier versions did not take that from statistics that are given, nor did
-    they say frame, unit and what is a guess, of which nothing is computed."""
+    they say frame and unit. Nothing is computed of these, nor of what is a guess, which versions may see otherwise."""
     found = []
     for name in sorted(before.keys() & now.keys()):
-        unsaid = {"frame", "unit", "as_recorded", "stated"} - (before[name].get("action_spec") or {}).keys()
-        unsaid |= set() if grippers else {"grippers", "relative"}
+        unsaid = {"frame", "unit"} - (before[name].get("action_spec") or {}).keys()
+        unsaid |= {"as_recorded", "stated"} | (set() if grippers else {"grippers", "relative"})
         was, is_now = (_without(each[name], unsaid) for each in (before, now))
         keys = {**was, **is_now}
         if "action_spec" not in was:  # runs of older versions
