@@ -129,15 +129,18 @@ class Client:
                 f"commit={commit}: this model answers {chunk} actions, of which fewer can be decided before."
             )
         if not dataset.stated and "spec" not in options:
-            if options.get("fallback") != "raise":
-                holds = f"fallback='hold' believes {dataset.spec.describe()}" if "fallback" in options else ""
+            fallback = options.get("fallback")
+            if fallback != "raise":
+                holds = "step() raises NoAction where no action is left"
+                if fallback is not None:
+                    holds = f"fallback='hold' believes {dataset.spec.describe()}"
                 warnings.warn(
                     f"{key!r}: the model does not state which numbers of an action are changes, of which 0 holds "
-                    f"still, and which are places, of which 0 is a motion: {holds or 'NoAction where none is left'}. "
-                    "Give spec=, what they mean, or train with --absolute-dims.",
+                    f"still, and which are places, of which 0 is a motion: {holds}. Give spec=, what they mean, or "
+                    "train with --absolute-dims.",
                     stacklevel=2,
                 )
-            options = {"fallback": "raise", **options}
+            options = {**options, "fallback": "raise" if fallback is None else fallback}
         options = {"spec": dataset.spec, **options}
 
         own = secrets.token_hex(4)  # guards that share a client are robots of their own
