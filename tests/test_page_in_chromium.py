@@ -211,6 +211,18 @@ def test_what_is_shown_is_asked_also_where_the_file_has_changed(serve, visit, tm
     assert page.locator("#trouble").is_hidden()
 
 
+def test_of_a_gripper_in_a_range_of_its_own_nobody_knows_how_far_it_is_open(serve, visit):
+    """1 of 100, nearly closed, was drawn as 100% open."""
+    served = serve()
+    info = served.engine.info
+    own = {key: replace(each, spec=replace(each.spec, as_recorded=(6,))) for key, each in info.datasets.items()}
+    served.engine.info = replace(info, datasets=own)
+    page = visit(served.url)
+    predict(page)
+    assert "gripper, as recorded" in page.locator("#numbers .number").last.inner_text()
+    assert page.locator("#compass .arrow").count() == 1 and page.locator("#compass .jaw").count() == 0
+
+
 def test_numbers_of_another_model_are_not_shown_as_those_of_the_first(serve, visit):
     """A server that was started again at the same address: its numbers may have other names and units."""
     served = serve()

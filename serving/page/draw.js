@@ -85,9 +85,9 @@ function head(x, y, angle, length) {
   return make("path", { class: "tip", d: `M${x},${y} L${corner(0.45)} L${corner(-0.45)} Z` });
 }
 
-// Two jaws, as far apart as the gripper is open.
+// Two jaws, as far apart as the gripper is open, where that is known: of 0 to 100, or metres, 1 is nearly closed.
 function drawGripper(svg, dataset, action) {
-  const index = dataset.spec.grippers[0];
+  const index = dataset.spec.grippers.find((dim) => !dataset.spec.as_recorded?.includes(dim));
   if (index === undefined) return;
   const open = Math.min(1, Math.max(0, action[index]));
   const half = 2 + 9 * open;
