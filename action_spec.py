@@ -12,7 +12,7 @@ import numpy as np
 
 
 POSE_NAMES = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
-CONVENTION = "1 open, 0 closed"  # of every gripper, whatever the recording had
+CONVENTION = "1 open, 0 closed"  # of grippers, whatever the recording had, but of those in a range of their own
 ANGLES = ("roll", "pitch", "yaw", "rx", "ry", "rz")  # names of numbers that are a turn about an axis
 MEANINGS = ("translation",) * 3 + ("rotation",) * 3 + (CONVENTION,)
 

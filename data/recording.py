@@ -234,7 +234,10 @@ def recorded_meaning(location: Any) -> tuple[ActionSpec | None, str | None, bool
         spec = ActionSpec.from_dict(found) if isinstance(found, Mapping) else None
     except ValueError as error:
         raise ValueError(f"'{file}': {error}") from error
-    return spec, unit if isinstance(unit, str) else None, spec is None and {"options", "tasks"} <= content.keys()
+    unit = unit if isinstance(unit, str) else None
+    # Earlier versions wrote at most a unit, also of environments that had more to say: of places, maybe.
+    usual = spec is None and (content.get("usual_actions") is True or unit is not None)
+    return spec, unit, usual
 
 
 def split_boundary(episodes: int, held_out: float) -> int | None:

@@ -139,7 +139,9 @@ def _record(options: RecordOptions, output: Path, progress: bool) -> dict[str, A
     summary = with_version({"options": content, "tasks": {task: _summary(files, task) for task in tasks}})
     summary |= {"unit": unit} if (unit := action_spec_of(environment).unit) else {}
     stated: ActionSpec | None = getattr(environment, "action_spec", None)
-    summary |= {"action_spec": stated.to_dict()} if stated else {}
+    summary |= (
+        {"action_spec": stated.to_dict()} if stated else {"usual_actions": True}
+    )  # no guess: its contract says so
     with named_in_errors(complete):
         _write(options, environment, files, varied, complete)
         (complete / "recording.json").write_text(json.dumps(summary, indent=1))

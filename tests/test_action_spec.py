@@ -211,9 +211,10 @@ def test_what_openvla_record_wrote_is_no_guess(tmp_path):
     states, they say nothing: these were taken for changes that somebody stated."""
     recorded = shutil.copytree(DEMOS / "hdf5", tmp_path / "recorded")
     assert not open_source(recorded).action_spec.stated
-    for unit in ({}, {"unit": "x, y, z: 1 is 4 cm"}):
-        (recorded / "recording.json").write_text(json.dumps({"options": {}, "tasks": {}, **unit}))
-        assert open_source(recorded).action_spec.stated
+    earlier = {"options": {}, "tasks": {}}  # by a version that left out also what environments stated
+    for said, stated in ({}, False), ({"usual_actions": True}, True), ({"unit": "x, y, z: 1 is 4 cm"}, True):
+        (recorded / "recording.json").write_text(json.dumps(earlier | said))
+        assert open_source(recorded).action_spec.stated == stated
     other = open_source(recorded, action_key="obs/ee_states").action_spec
     assert not other.stated and other.unit is None
 

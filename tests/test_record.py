@@ -464,6 +464,10 @@ def test_any_rate_and_tasks_with_the_same_words(format, tmp_path, monkeypatch):
     record(mine, progress=False)
     assert open_source(tmp_path / "out").action_spec.unit == "1 is 5 mm"
     assert open_source(tmp_path / "out", unit="metres").action_spec.unit == "metres"
+    said = json.loads((tmp_path / "out" / "recording.json").read_text())
+    del said["unit"]  # as of LIBERO, which says no more than the contract of environments
+    (tmp_path / "out" / "recording.json").write_text(json.dumps(said))
+    assert open_source(tmp_path / "out").action_spec.stated
     (tmp_path / "out" / "recording.json").write_text("[]")
     assert open_source(tmp_path / "out").action_spec.unit is None
     dataset = open_dataset(tmp_path / "out")
