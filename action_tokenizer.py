@@ -501,9 +501,7 @@ def _warn_far(state: np.ndarray, stats: Mapping[str, Any], mode: str, unnorm_key
     extent = np.maximum(most - least, np.maximum(NOISE, 0.1 * np.maximum(abs(least), abs(most))))
     far = (least < most) & ((state < least - FAR * extent) | (state > most + FAR * extent))
     far &= _mask(stats, len(state))  # others pass as they are
-    if (
-        stats.get("min") is not None and stats.get("max") is not None
-    ):  # rarely seen, as a gripper that hardly ever opens
+    if stats.get("min") is not None and stats.get("max") is not None:  # it was seen, but in under 1% of the steps
         far &= (state < stats["min"]) | (state > stats["max"])
     if far.any():
         named = ", ".join(f"{dim} ({least[dim]:.3g} to {most[dim]:.3g})" for dim in np.flatnonzero(far))
